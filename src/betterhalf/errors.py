@@ -1,0 +1,69 @@
+"""Every error that betterhalf raises on purpose.
+
+    BetterhalfError
+    +-- InputError          (ValueError)    exit 2   bad data, bad model, bad folder
+    |   +-- ConfigError                     exit 2   bad key or value in a configuration
+    |   +-- ContractError                   exit 2   trainer and engine disagree on precision at start
+    |   +-- CheckpointError                 exit 2   a checkpoint that cannot be read back
+    +-- MissingExtraError   (ImportError)   exit 2   an optional dependency is not installed
+    +-- RunError            (RuntimeError)  exit 3   failure while running
+        +-- EngineError                     exit 3   the rollout engine failed or returned nonsense
+        +-- RewardError                     exit 3   a reward is not a finite number
+        +-- WeightSyncError                 exit 3   the engine does not hold the weights it was sent
+        +-- LossScaleError                  exit 3   the loss scale is at its floor and still overflows
+
+Each message is one sentence of what is wrong and one of how to cure it. The command line prints the
+message alone, without a traceback, and exits with `exit_code`.
+"""
+
+
+class BetterhalfError(Exception):
+    """Root of all errors raised on purpose."""
+
+    exit_code = 3
+
+
+class InputError(BetterhalfError, ValueError):
+    """The user's data, model or folder cannot be used; found before expensive work."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A configuration key or value is wrong."""
+
+
+class ContractError(InputError):
+    """Trainer and rollout engine would run in different precisions without being told to."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint is missing, incomplete or corrupted."""
+
+
+class MissingExtraError(BetterhalfError, ImportError):
+    """An optional dependency is missing; the message names the extra that brings it."""
+
+    exit_code = 2
+
+
+class RunError(BetterhalfError, RuntimeError):
+    """Something failed while running; what was already written is kept."""
+
+    exit_code = 3
+
+
+class EngineError(RunError):
+    """The rollout engine failed, or returned values that cannot be right."""
+
+
+class RewardError(RunError):
+    """A reward is NaN, infinite, or there is one too many or too few."""
+
+
+class WeightSyncError(RunError):
+    """After a weight sync the engine holds other weights than the trainer sent."""
+
+
+class LossScaleError(RunError):
+    """The loss scale reached its floor and gradients still overflow."""

@@ -1,0 +1,57 @@
+"""The few tensor operations that trainer, engine and diagnostics must share, so that nobody measures itself.
+
+Axis letters: V vocabulary, C completion tokens, S sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOG_RATIO_BOUND = 20.0
+"""Log-ratios are bounded to +-20 once, before the exponential: exp(20) = 4.9e8 keeps FP32 sums finite."""
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each token under softmax(logits / temperature), always computed in FP32.
+
+    Args:
+        logits: [..., V], any floating dtype.
+        token_ids: int64 [...].
+        temperature: positive; 1 leaves the logits alone.
+
+    Returns:
+        float32 [...], in nats.
+    """
+    scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
+    chosen = scaled.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    return chosen - scaled.logsumexp(-1)
+
+
+def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy of softmax(logits / temperature) in nats, in FP32: [..., V] -> [...]."""
+    log_p = (logits.float() if temperature == 1.0 else logits.float() / temperature).log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def log_ratio(numerator_logprobs: Tensor, denominator_logprobs: Tensor) -> Tensor:
+    """Numerator minus denominator, unbounded; for the mismatch: trainer minus behavior."""
+    return numerator_logprobs - denominator_logprobs
+
+
+def bounded_exp(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """exp of the log-ratio bounded to +-20, and which elements were bounded (bool)."""
+    bounded = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return bounded.exp(), log_ratio.abs() > LOG_RATIO_BOUND
+
+
+def segment_sum(values_C: Tensor, sequence_index_C: Tensor, num_sequences: int) -> Tensor:
+    """Sum of the values of each sequence: [C] -> [S]; 0 for a sequence without values."""
+    out = torch.zeros(num_sequences, dtype=values_C.dtype, device=values_C.device)
+    return out.index_add(0, sequence_index_C, values_C)
+
+
+def segment_mean(values_C: Tensor, sequence_index_C: Tensor, num_sequences: int) -> Tensor:
+    """Mean of the values of each sequence: [C] -> [S]; 0 for a sequence without values."""
+    counts = segment_sum(torch.ones_like(values_C), sequence_index_C, num_sequences)
+    return segment_sum(values_C, sequence_index_C, num_sequences) / counts.clamp(min=1)

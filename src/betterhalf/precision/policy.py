@@ -1,0 +1,55 @@
+"""Which format each role uses, as torch dtypes, and how half matrix products are computed on this device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from betterhalf.config.schema import PrecisionConfig, PrecisionRoles
+from betterhalf.precision.formats import torch_dtype
+from betterhalf.types import DtypeName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionPolicy:
+    """The dtype of every role on one device."""
+
+    roles: PrecisionRoles
+    """Names of the formats."""
+    device: torch.device
+    half_matmul: str
+    """`auto`, `native` or `fp32_sums`; see `PrecisionConfig.half_matmul`."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Forward and backward of the trainer."""
+        return torch_dtype(self.roles.compute_dtype)
+
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        """Weights on their way to the engine."""
+        return torch_dtype(self.roles.wire_dtype)
+
+    @property
+    def rollout_dtype(self) -> torch.dtype:
+        """Computation of the engine."""
+        return torch_dtype(self.roles.rollout_dtype)
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Cached keys and values."""
+        return torch_dtype(self.roles.kv_dtype)
+
+    def fp32_sums(self, name: DtypeName) -> bool:
+        """Whether matrix products of this format run on half-grid operands with sums in FP32 (CPU only)."""
+        if self.device.type != "cpu" or name == "fp32":
+            return False
+        if self.half_matmul == "auto":
+            return name == "fp16"
+        return self.half_matmul == "fp32_sums"
+
+
+def build_policy(config: PrecisionConfig, device: torch.device) -> PrecisionPolicy:
+    """Resolve the configuration's roles for one device."""
+    return PrecisionPolicy(roles=config.roles(), device=device, half_matmul=config.half_matmul)

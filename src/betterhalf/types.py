@@ -1,0 +1,181 @@
+"""The records that flow through one training step, and the names that configuration files use.
+
+No torch at run time: tensors are named in annotations only. Axis letters in field names:
+
+    _P prompts   _G siblings of a group   _S sequences   _T packed tokens   _C completion tokens   _V vocabulary
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DtypeName = Literal["fp16", "bf16", "fp32"]
+"""Names of the three formats, as used in configuration files, contracts and reports."""
+
+PresetName = Literal[
+    "grpo",
+    "grpo_std",
+    "grpo_token_tis",
+    "grpo_seq_tis",
+    "grpo_seq_mis",
+    "gspo",
+    "pg_seq_is",
+    "pg_seq_tis",
+    "pg_seq_mis",
+    "reinforce",
+    "rloo",
+    "dapo",
+    "cispo",
+    "icepop",
+    "geo_mask",
+    "dppo_tv",
+]
+"""Names of the algorithm presets; `algorithms.presets` says what each is made of."""
+
+FinishReason = Literal["stop", "length"]
+"""Why sampling ended: a stop token (itself part of the completion), or the length limit."""
+
+Verdict = Literal["pass", "fail", "incomplete"]
+"""Outcome of one arm of a sanity run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One problem, ready for the model."""
+
+    prompt_id: str
+    """Stable name within the data set; also names the prompt in `rollouts.jsonl`."""
+    text: str
+    """What the model reads, chat template applied."""
+    token_ids: tuple[int, ...]
+    """`text` in tokens, special tokens included."""
+    answer: str
+    """What the reward compares with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """Ask the engine for the siblings of one prompt."""
+
+    token_ids: tuple[int, ...]
+    """The prompt."""
+    group_size: int
+    """Number of completions wanted."""
+    key: tuple[int, int, int]
+    """(seed, step, prompt index): with sibling and position it determines every random draw."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What the engine sampled for one sibling."""
+
+    token_ids: tuple[int, ...]
+    """Sampled tokens, the stop token included when there is one; at least one token."""
+    behavior_logprobs: tuple[float, ...]
+    """log mu of each sampled token in nats, FP32, of the distribution sampled from; one for each token."""
+    finish_reason: FinishReason
+    policy_version: int
+    """Count of applied updates in the weights that sampled it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """A completion and its reward."""
+
+    prompt: Prompt
+    completion: Completion
+    text: str
+    """The completion, decoded, without special tokens."""
+    reward: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutGroup:
+    """The siblings sampled for one prompt."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    """In sibling order; `group_size` of them."""
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        """Rewards in sibling order."""
+        return tuple(rollout.reward for rollout in self.rollouts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Whole sequences laid end to end, without padding: one forward (and backward) pass.
+
+    The C completion tokens of all S sequences are the rows that have a loss. `loss_rows_C[i]` is the position
+    whose logits predict `target_ids_C[i]`.
+    """
+
+    token_ids_T: Tensor
+    """int64 [T]: prompt and completion of each sequence in turn."""
+    position_ids_T: Tensor
+    """int64 [T]: position within its own sequence, from 0."""
+    sequence_lengths: tuple[int, ...]
+    """[S] tokens of each sequence; sums to T."""
+    loss_rows_C: Tensor
+    """int64 [C]: index into T of the token before each completion token."""
+    target_ids_C: Tensor
+    """int64 [C]: the completion tokens."""
+    sequence_index_C: Tensor
+    """int64 [C]: which of the S sequences each completion token belongs to."""
+    behavior_logprobs_C: Tensor
+    """float32 [C]: log mu from the engine."""
+    advantages_S: Tensor
+    """float32 [S]."""
+    rollout_index_S: tuple[int, ...]
+    """[S] position of each sequence among the step's rollouts (groups in order, siblings in order)."""
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return len(self.sequence_lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.token_ids_T.shape[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Denominators:
+    """What the loss of one optimizer step is divided by; fixed before its first micro-batch, masks notwithstanding."""
+
+    sequences: float
+    """Sequences of the train batch, those with zero advantage included."""
+    tokens: float
+    """Their completion tokens."""
+    max_tokens: int
+    """Length limit of a completion: the constant of `constant_length`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBatch:
+    """All of one optimizer step."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    """Only sequences with a non-zero advantage; may be empty."""
+    denominators: Denominators
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatch:
+    """All of one step: the train batches in the order they are trained on, and what is only measured."""
+
+    train_batches: tuple[TrainBatch, ...]
+    measure_only: tuple[MicroBatch, ...]
+    """Sequences of zero-advantage groups: no gradient, but their mismatch counts."""
+
+    @property
+    def micro_batches(self) -> tuple[MicroBatch, ...]:
+        """Every pack of the step, train batches first."""
+        trained = tuple(micro for batch in self.train_batches for micro in batch.micro_batches)
+        return trained + self.measure_only
