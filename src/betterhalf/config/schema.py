@@ -198,9 +198,9 @@ class RatioConfig(Section):
 
     level: Literal["none", "token", "sequence", "geometric_mean"]
     """Per token; product over the sequence; geometric mean over the sequence; or no ratio (1)."""
-    ratio: Literal["current/proximal", "current/behavior", "proximal/behavior"]
+    ratio: Literal["current/proximal", "current/behavior", "proximal/behavior"] = "current/proximal"
     """Numerator and denominator."""
-    treatment: Literal["raw", "truncate", "mask", "clip"]
+    treatment: Literal["raw", "truncate", "mask", "clip"] = "raw"
     """As it is; cap at `upper`; drop outside [lower, upper]; PPO's two-sided clip."""
     lower: float | None = None
     """Lower bound of the ratio; none if absent."""
@@ -213,7 +213,8 @@ class RatioConfig(Section):
     dual_clip: float | None = None
     """Bound on the loss of negative advantages, as a multiple of the advantage (arXiv 1912.09729)."""
     probability_gap: float | None = None
-    """With `mask`: drop a token when the update moves pi away from mu and abs(pi - mu) exceeds this (arXiv 2602.04879)."""
+    """Drop a token when the update moves pi away from mu and abs(pi - mu) exceeds this (arXiv 2602.04879); beside any
+    treatment but `clip`."""
 
 
 class AlgorithmConfig(Section):
@@ -275,11 +276,11 @@ class TrainingConfig(Section):
     """Optimizer steps for each rollout batch (the paper: 4)."""
     tokens_per_micro_batch: int = Field(4096, ge=1)
     """Token budget of one forward-backward; a longer sequence gets a pack of its own."""
-    logprob_chunk: int = Field(1024, ge=1)
-    """Rows of logits alive at once."""
+    logits_mib: int = Field(256, ge=1)
+    """Memory for FP32 logits; logprobs are computed in chunks of rows that fit, never for all tokens at once."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
-    checkpoint_every: int = Field(0, ge=0)
+    checkpoint_every: int = Field(10, ge=0)
     """Steps between checkpoints; 0 saves only the last."""
     keep_checkpoints: int = Field(2, ge=1)
     """Older checkpoints are deleted."""
@@ -289,7 +290,7 @@ class MismatchConfig(Section):
     """Measurement of the gap between trainer and engine."""
 
     sample_fraction: float = Field(1.0, gt=0, le=1)
-    """Share of the step's rollouts that is measured; a seeded sample when below 1."""
+    """Share of the step's packs that is measured; a seeded sample when below 1."""
 
 
 class EvaluateConfig(Section):

@@ -1,0 +1,183 @@
+"""Causal attention over packed sequences, registered with transformers: no padding, no [tokens, tokens] mask.
+
+Three implementations, chosen by `attention_name`:
+
+    betterhalf_packed            torch's scaled_dot_product_attention in the tensors' own dtype, sequence by sequence
+    betterhalf_packed_fp32_sums  half tensors widened to FP32, softmax(Q K^T) V in FP32, the result rounded once (CPU)
+    betterhalf_packed_varlen     one fused kernel over all sequences: torch.nn.attention.varlen (CUDA only)
+
+Sequences of the same length that lie side by side share one call, so a pack sorted by length needs few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import accumulate, groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from betterhalf.errors import InputError
+
+_ATTENTION_TYPES = {"full_attention", "sliding_attention"}
+"""Layer types whose only exchange between positions goes through the registered attention function."""
+
+
+def attention_name(device: torch.device, *, fp32_sums: bool) -> str:
+    """Which registered implementation to use for trainer attention on this device."""
+    if device.type == "cuda":
+        return "betterhalf_packed_varlen"
+    return "betterhalf_packed_fp32_sums" if fp32_sums else "betterhalf_packed"
+
+
+def require_packable(module: Any) -> None:
+    """Refuse a model whose positions exchange information other than through the registered attention.
+
+    Raises:
+        InputError: state-space, convolutional or otherwise unknown mixers, or logits that are post-processed.
+    """
+    config = module.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not module._supports_attention_backend or not kinds <= _ATTENTION_TYPES or _has_convolution(module):
+        raise InputError(
+            f"architecture {config.model_type!r} mixes positions outside attention ({', '.join(sorted(kinds))}), so packed "
+            "sequences would leak into each other; use a decoder such as llama, mistral, qwen2 or qwen3"
+        )
+    for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, key, None) not in (None, 1, 1.0):
+            raise InputError(
+                f"architecture {config.model_type!r} changes its logits ({key}={getattr(config, key)}), which the chunked "
+                "logprobs do not; use a decoder such as llama, mistral, qwen2 or qwen3"
+            )
+
+
+def _has_convolution(module: torch.nn.Module) -> bool:
+    return any(isinstance(part, torch.nn.Conv1d | torch.nn.Conv2d) for part in module.modules())
+
+
+def equal_length_runs(lengths: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    """(first token, number of sequences, length) of each run of neighbours of equal length."""
+    start = 0
+    for length, group in groupby(lengths):
+        count = sum(1 for _ in group)
+        yield start, count, length
+        start += count * length
+
+
+def _sequence_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    """Causal attention of N equally long sequences: [N, heads, L, D] -> same; a sliding window masks only where it binds."""
+    length = q.shape[-2]
+    grouped = q.shape[1] != k.shape[1]
+    if window is None or length <= window:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)[None, :]
+    visible = (distance >= 0) & (distance < window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=grouped)
+
+
+def _by_runs(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int | None
+) -> Tensor:
+    """Attention within each sequence: q [1, heads, T, D], k and v [1, kv_heads, T, D] -> [1, T, heads, D]."""
+    parts = []
+    for start, count, length in equal_length_runs(lengths):
+        stop = start + count * length
+        fold_q, fold_k, fold_v = (
+            x[0, :, start:stop].reshape(x.shape[1], count, length, x.shape[3]).transpose(0, 1) for x in (q, k, v)
+        )
+        out = _sequence_attention(fold_q, fold_k, fold_v, scale, window)
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts).unsqueeze(0)
+
+
+def _require_no_dropout(dropout: float) -> None:
+    if dropout:
+        raise InputError(f"attention_dropout={dropout} would make pi random; set it to 0 in the model's configuration")
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    sequence_lengths: tuple[int, ...],
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers attention function: query [1, heads, T, D], key and value [1, kv_heads, T, D] -> [1, T, heads, D].
+
+    Raises:
+        InputError: the model asks for attention dropout.
+    """
+    _require_no_dropout(dropout)
+    return _by_runs(query, key, value, sequence_lengths, scaling, sliding_window), None
+
+
+def packed_attention_fp32_sums(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    sequence_lengths: tuple[int, ...],
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """As `packed_attention`, on operands widened to FP32; the result is rounded once to the query's dtype."""
+    _require_no_dropout(dropout)
+    wide = _by_runs(query.float(), key.float(), value.float(), sequence_lengths, scaling, sliding_window)
+    return wide.to(query.dtype), None
+
+
+def packed_attention_varlen(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    sequence_lengths: tuple[int, ...],
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """As `packed_attention`, in one call of torch's variable-length flash attention; FP32 tensors go run by run."""
+    _require_no_dropout(dropout)
+    if query.dtype == torch.float32:
+        return _by_runs(query, key, value, sequence_lengths, scaling, sliding_window), None
+    # Imported here: the module loads CUDA kernels and does not exist in CPU-only builds of older torch.
+    from torch.nn.attention.varlen import varlen_attn
+
+    offsets = torch.tensor([0, *accumulate(sequence_lengths)], dtype=torch.int32, device=query.device)
+    longest = max(sequence_lengths)
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    window = (sliding_window - 1, 0) if sliding_window else (-1, 0)
+    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scaling, window_size=window)
+    assert isinstance(out, Tensor)
+    return out.unsqueeze(0), None
+
+
+_IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, None]]] = {
+    "betterhalf_packed": packed_attention,
+    "betterhalf_packed_fp32_sums": packed_attention_fp32_sums,
+    "betterhalf_packed_varlen": packed_attention_varlen,
+}
+
+
+def use_packed_attention(module: Any, name: str) -> None:
+    """Make a transformers model use one of the implementations above for its attention."""
+    AttentionInterface.register(name, _IMPLEMENTATIONS[name])
+    module.set_attn_implementation(name)

@@ -1,0 +1,145 @@
+"""Checkpoints that are complete or absent: safetensors and JSON, with a digest of each file.
+
+    checkpoints/step-000012/
+        model.safetensors       FP32 masters by Hugging Face name
+        optimizer.safetensors   AdamW states, `<state>/<name>`
+        state.json              step, loss scaler, policy version, data position, random states
+        manifest.json           size and SHA-256 of the three; written last
+
+A checkpoint is written under a temporary name and renamed: a folder named `step-...` is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from betterhalf.errors import CheckpointError, RunError
+
+_TENSOR_FILES = ("model", "optimizer")
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """Everything a run needs to go on as if it had never stopped."""
+
+    step: int
+    """Last finished step; 0 before the first."""
+    tensors: dict[str, dict[str, Tensor]]
+    """`model` and `optimizer` tensors; see `PolicyTrainer.state_tensors`."""
+    values: dict[str, Any]
+    """JSON values: trainer state, data position, running sums."""
+
+
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write a checkpoint, then delete all but the newest `keep`.
+
+    Raises:
+        RunError: the disk is full or cannot be written; earlier checkpoints are untouched.
+    """
+    final = folder / f"step-{checkpoint.step:06d}"
+    partial = folder / f".{final.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_files(partial, checkpoint)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    except Exception as error:  # safetensors raises its own class for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(
+            f"checkpoint {final} cannot be written ({error}); free disk space, then continue with --resume"
+        ) from error
+    for old in _complete(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _write_files(partial: Path, checkpoint: Checkpoint) -> None:
+    for name in _TENSOR_FILES:
+        tensors = {key: tensor.contiguous().cpu() for key, tensor in checkpoint.tensors[name].items()}
+        save_file(tensors, partial / f"{name}.safetensors", metadata={"format": "pt"})
+    state = {"step": checkpoint.step, **checkpoint.values}
+    (partial / "state.json").write_text(json.dumps(state, indent=1))
+    manifest = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
+    _write_synced(partial / "manifest.json", json.dumps(manifest, indent=1))
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Checkpoints by step, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint of a run; None when it has none yet."""
+    found = _complete(folder)
+    return found[-1] if found else None
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint back, every file checked against its digest first.
+
+    Raises:
+        CheckpointError: a file is missing, torn or altered; the message says what to delete to go on from an older one.
+    """
+    _verify(path)
+    values = json.loads((path / "state.json").read_text())
+    tensors = {name: load_file(path / f"{name}.safetensors") for name in _TENSOR_FILES}
+    return Checkpoint(step=int(values.pop("step")), tensors=tensors, values=values)
+
+
+def _verify(path: Path) -> None:
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        damaged = [name for name, expected in manifest.items() if _fingerprint(path / name) != expected]
+        expected_names = {f"{name}.safetensors" for name in _TENSOR_FILES} | {"state.json"}
+        damaged += sorted(expected_names - set(manifest))
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {path} is incomplete ({error}); {_cure(path)}") from error
+    if damaged:
+        raise CheckpointError(f"checkpoint {path} is corrupted ({', '.join(damaged)}); {_cure(path)}")
+
+
+def _cure(path: Path) -> str:
+    older = [other.name for other in _complete(path.parent) if other.name < path.name]
+    if older:
+        return f"delete that folder to resume from {older[-1]}"
+    return "delete that folder to start the run again from step 1"
+
+
+def require_names(path: Path, expected: set[str], found: set[str]) -> None:
+    """Check that a checkpoint holds exactly the model's parameters.
+
+    Raises:
+        CheckpointError: a parameter is missing or unknown; the message names the first.
+    """
+    for problem, names in (("lacks", expected - found), ("holds an unknown", found - expected)):
+        if names:
+            raise CheckpointError(
+                f"checkpoint {path} {problem} parameter {min(names)!r}: it was made by another model; "
+                "resume with the model it was made with"
+            )

@@ -1,0 +1,91 @@
+"""FP32 master weights beside the half weights that compute.
+
+The module computes on parameters in the compute dtype; the optimizer holds FP32 masters. A parameter's half gradient
+is rounded once, by the backward pass of one micro-batch, and at once added to the master's FP32 gradient; a half sum
+over micro-batches would lose the small ones. With an FP32 compute dtype the two are the same tensors.
+
+Parameters are cast by name. Casting the module would round rope's inverse frequencies too, which alone raises the
+mismatch a hundredfold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class MasterWeights:
+    """The masters of one module, by unfused Hugging Face name, in the module's order."""
+
+    def __init__(self, module: nn.Module, compute_dtype: torch.dtype) -> None:
+        """Keep the module's FP32 parameters as masters and turn the module's own into `compute_dtype`.
+
+        Args:
+            module: FP32 parameters, on their final device.
+            compute_dtype: dtype of forward and backward.
+        """
+        self._compute = dict(module.named_parameters())
+        self.shared = compute_dtype == torch.float32
+        self.masters: dict[str, nn.Parameter] = {}
+        self._handles: list[Any] = []
+        for name, parameter in self._compute.items():
+            assert parameter.dtype == torch.float32, f"{name} is not FP32 before casting"
+            if self.shared:
+                self.masters[name] = parameter
+            else:
+                self.masters[name] = nn.Parameter(parameter.detach().clone())
+                parameter.data = parameter.data.to(compute_dtype)
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self._collector(name)))
+        self.zero_grad()
+
+    def _collector(self, name: str) -> Any:
+        master = self.masters[name]
+
+        def collect(parameter: Tensor) -> None:
+            assert parameter.grad is not None and master.grad is not None
+            master.grad.add_(parameter.grad)
+            parameter.grad = None
+
+        return collect
+
+    def zero_grad(self) -> None:
+        """Set every FP32 gradient to zero; allocated once, so that an optimizer step without rollouts still has one."""
+        for master in self.masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            else:
+                master.grad.zero_()
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, accumulated FP32 gradient), in the module's order."""
+        for name, master in self.masters.items():
+            assert master.grad is not None
+            yield name, master.grad
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy the masters to the computing parameters, rounded once."""
+        if not self.shared:
+            for name, parameter in self._compute.items():
+                parameter.copy_(self.masters[name])
+
+    @torch.no_grad()
+    def on_the_wire(self, wire_dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """(name, master rounded once to the wire dtype), one tensor at a time."""
+        for name, master in self.masters.items():
+            yield name, master.detach().to(wire_dtype)
+
+    def computing(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, parameter as the module computes with it)."""
+        for name, parameter in self._compute.items():
+            yield name, parameter.detach()
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Replace the masters' values and publish them. Names must match exactly (`checkpoint` has checked)."""
+        for name, master in self.masters.items():
+            master.copy_(tensors[name])
+        self.publish()

@@ -1,0 +1,275 @@
+"""The policy pi: scores tokens, accumulates gradients, takes optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from betterhalf.algorithms.policy_loss import LossOutput, policy_loss
+from betterhalf.algorithms.presets import Algorithm
+from betterhalf.config.schema import RunConfig
+from betterhalf.errors import InputError
+from betterhalf.models.attention import attention_name, use_packed_attention
+from betterhalf.models.loading import LoadedModel
+from betterhalf.precision.contract import SideReport, weights_digests
+from betterhalf.precision.formats import dtype_name
+from betterhalf.precision.half_linear import use_half_linear
+from betterhalf.precision.loss_scaler import LossScaler, build_loss_scaler
+from betterhalf.precision.policy import PrecisionPolicy
+from betterhalf.training.distributed import Collective, SingleProcess
+from betterhalf.training.master_weights import MasterWeights
+from betterhalf.training.token_scores import measure_tokens, rows_per_chunk, token_logprobs
+from betterhalf.types import Denominators, MicroBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimReport:
+    """What one optimizer step did."""
+
+    skipped: bool
+    """Gradients were not finite; weights and policy version are unchanged."""
+    first_offender: str | None
+    """First parameter with a non-finite gradient, when skipped."""
+    grad_norm: float
+    """Global norm of the unscaled gradient before clipping; NaN when skipped."""
+    loss_scale: float
+    """Loss scale this step's gradients were computed with."""
+    underflow_fraction: float
+    """Share of non-zero scaled gradient entries below the compute format's smallest normal number."""
+    overflow_fraction: float
+    """Share of gradient entries that are not finite."""
+
+
+class PolicyTrainer:
+    """The transformers module with FP32 masters, half compute, packing and loss scaling; one process."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        config: RunConfig,
+        policy: PrecisionPolicy,
+        algorithm: Algorithm,
+        collective: Collective | None = None,
+    ) -> None:
+        """Take over `model.module` (its parameters change dtype) and build optimizer and loss scaler.
+
+        Raises:
+            InputError: the model has dropout, which would make pi random.
+        """
+        self.config = config
+        self.policy = policy
+        self.algorithm = algorithm
+        self.collective: Collective = collective or SingleProcess()
+        self.policy_version = 0
+        self.module = model.module.to(policy.device)
+        _require_no_dropout(self.module)
+        self.weights = MasterWeights(self.module, policy.compute_dtype)
+        use_half_linear(self.module, policy)
+        sums = policy.fp32_sums(policy.roles.compute_dtype)
+        self.attention = attention_name(policy.device, fp32_sums=sums)
+        use_packed_attention(self.module, self.attention)
+        if config.training.activation_checkpointing:
+            self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.module.train()
+        self.scaler: LossScaler = build_loss_scaler(config.precision.loss_scale, policy.roles.compute_dtype)
+        self.optimizer = self._build_optimizer()
+        self._head_cache: tuple[int, Tensor] | None = None
+
+    def _build_optimizer(self) -> torch.optim.AdamW:
+        settings = self.config.optimizer
+        return torch.optim.AdamW(
+            self.weights.masters.values(),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+
+    # -- scoring
+
+    def _hidden_rows(self, micro: MicroBatch) -> Tensor:
+        """Final hidden states of the rows that predict completion tokens: [C, H]."""
+        out = self.module.get_decoder()(
+            input_ids=micro.token_ids_T.unsqueeze(0),
+            position_ids=micro.position_ids_T.unsqueeze(0),
+            sequence_lengths=micro.sequence_lengths,
+            use_cache=False,
+        )
+        hidden_TH: Tensor = out.last_hidden_state[0]
+        return hidden_TH.index_select(0, micro.loss_rows_C)
+
+    def _head(self) -> Tensor:
+        """The head's weight: [V, H]."""
+        weight: Tensor = self.module.get_output_embeddings().weight
+        return weight
+
+    def _head_for_products(self) -> Tensor:
+        """The head as its products use it: on a CPU widened to FP32, once for each update of the weights."""
+        weight = self._head().detach()
+        if weight.is_cuda or weight.dtype == torch.float32:
+            return weight
+        if self._head_cache is None or self._head_cache[0] != weight._version:
+            self._head_cache = (weight._version, weight.float())
+        return self._head_cache[1]
+
+    @property
+    def _rows(self) -> int:
+        return rows_per_chunk(self._head().shape[0], self.config.training.logits_mib)
+
+    @torch.no_grad()
+    def measure(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Trainer logprobs and entropy of each completion token, float32 [C], at the current weights."""
+        hidden = self._hidden_rows(micro)
+        temperature = self.config.sampling.temperature
+        return measure_tokens(hidden, self._head_for_products(), micro.target_ids_C, temperature, self._rows)
+
+    def score(self, micro: MicroBatch) -> Tensor:
+        """Trainer logprobs of each completion token, float32 [C], with gradients; bitwise those of `measure`."""
+        hidden = self._hidden_rows(micro)
+        temperature = self.config.sampling.temperature
+        head = self._head_for_products()
+        return token_logprobs(hidden, self._head(), head, micro.target_ids_C, temperature, self._rows)
+
+    # -- learning
+
+    def forward_backward(
+        self, micro: MicroBatch, proximal_logprobs_C: Tensor | None, denominators: Denominators
+    ) -> LossOutput:
+        """Add one micro-batch's gradient to the FP32 sum; returns its share of the loss and its counts."""
+        output = policy_loss(
+            self.algorithm,
+            current_logprobs_C=self.score(micro),
+            proximal_logprobs_C=proximal_logprobs_C,
+            behavior_logprobs_C=micro.behavior_logprobs_C,
+            advantages_S=micro.advantages_S,
+            sequence_index_C=micro.sequence_index_C,
+            num_sequences=micro.num_sequences,
+            denominators=denominators,
+        )
+        self.scaler.scale_loss(output.loss).backward()  # type: ignore[no-untyped-call]
+        return output
+
+    def optim_step(self, learning_rate: float) -> OptimReport:
+        """Unscale, look for non-finite values, clip, then step and publish, or skip; then update the loss scale.
+
+        Raises:
+            LossScaleError: too many skipped steps in a row at the floor of the loss scale.
+        """
+        scale = self.scaler.scale
+        found = self.scaler.unscale(self.weights.gradients(), any_rank=self.collective.any)
+        grad_norm = float("nan")
+        if not found.found_inf:
+            masters = self.weights.masters.values()
+            grad_norm = float(torch.nn.utils.clip_grad_norm_(masters, self.config.optimizer.max_grad_norm))
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+            self.weights.publish()
+            self.policy_version += 1
+        self.weights.zero_grad()
+        self.scaler.update(found.found_inf)
+        return OptimReport(
+            skipped=found.found_inf,
+            first_offender=found.first_offender,
+            grad_norm=grad_norm,
+            loss_scale=scale,
+            underflow_fraction=found.underflow_fraction,
+            overflow_fraction=found.overflow_fraction,
+        )
+
+    # -- the other wing
+
+    def wire_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(unfused Hugging Face name, master rounded once to the wire dtype)."""
+        return self.weights.on_the_wire(self.policy.wire_dtype)
+
+    def report(self) -> SideReport:
+        """What the trainer really runs, read from its live tensors and a forward pass over two tokens."""
+        hidden, logits = self._probe()
+        computing = dict(self.weights.computing())
+        _, wired = next(self.wire_weights())
+        _, gradient = next(self.weights.gradients())
+        master = next(iter(self.weights.masters.values()))
+        norms = [value for name, value in computing.items() if "norm" in name]
+        buffers = [value for name, value in self.module.named_buffers() if "inv_freq" in name]
+        kinds: dict[str, Tensor] = {
+            "weights": next(iter(computing.values())),
+            "compute": hidden,
+            "wire": wired,
+            "lm_head": logits,
+            "rope": buffers[0] if buffers else hidden,
+            "norm": norms[0] if norms else hidden,
+            "master": master,
+            "gradients": gradient,
+        }
+        return SideReport(
+            side="trainer",
+            dtypes={region: dtype_name(tensor.dtype) for region, tensor in kinds.items()},
+            facts={
+                "attention": self.attention,
+                "matmul_sums": "fp32" if self.policy.fp32_sums(self.policy.roles.compute_dtype) else "native",
+                "rounding": "transformers",
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "device": str(self.policy.device),
+            },
+            digests=weights_digests(self.weights.computing()),
+        )
+
+    @torch.no_grad()
+    def _probe(self) -> tuple[Tensor, Tensor]:
+        """Final hidden state and logits of a two-token sequence."""
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.policy.device)
+        positions = torch.arange(2, device=self.policy.device).unsqueeze(0)
+        out = self.module.get_decoder()(
+            input_ids=ids, position_ids=positions, sequence_lengths=(2,), use_cache=False
+        )
+        hidden: Tensor = out.last_hidden_state[0]
+        logprobs, _ = measure_tokens(hidden, self._head_for_products(), ids[0], 1.0, 2)
+        return hidden, logprobs
+
+    # -- state
+
+    def state_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Masters by Hugging Face name, and optimizer states by `<state>/<name>`."""
+        optimizer: dict[str, Tensor] = {}
+        for name, master in self.weights.masters.items():
+            for key, value in self.optimizer.state.get(master, {}).items():
+                optimizer[f"{key}/{name}"] = value
+        masters = {name: master.detach() for name, master in self.weights.masters.items()}
+        return {"model": masters, "optimizer": optimizer}
+
+    def state_values(self) -> dict[str, Any]:
+        """What is not a tensor: loss scaler and policy version."""
+        return {"loss_scaler": self.scaler.state_dict(), "policy_version": self.policy_version}
+
+    def load_state(self, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
+        """Inverse of `state_tensors` and `state_values`."""
+        self.weights.load(tensors["model"])
+        for name, master in self.weights.masters.items():
+            state = {
+                key.removesuffix(f"/{name}"): value.clone()
+                for key, value in tensors["optimizer"].items()
+                if key.endswith(f"/{name}")
+            }
+            if state:
+                self.optimizer.state[master] = state
+        self.scaler.load_state_dict(values["loss_scaler"])
+        self.policy_version = int(values["policy_version"])
+
+
+def _require_no_dropout(module: Any) -> None:
+    config = module.config
+    for key in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        if getattr(config, key, 0):
+            raise InputError(
+                f"the model has {key}={getattr(config, key)}, which would make the trained policy random; "
+                f"set {key} to 0 in its config.json"
+            )
