@@ -1,1 +1,1 @@
-"""TODO"""
+"""Advantages, importance ratios and policy losses, composed from a few small choices; pure functions of tensors."""

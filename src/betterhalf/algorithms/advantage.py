@@ -1,0 +1,104 @@
+"""From the rewards of a group of siblings to their advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from betterhalf.algorithms.presets import AdvantageKind
+from betterhalf.errors import ConfigError, RewardError
+
+STD_EPS = 1e-8
+"""Added to the standard deviation, as in the paper's Oat code."""
+
+
+def group_advantages(rewards_PG: Tensor, kind: AdvantageKind) -> Tensor:
+    """Advantages of every sibling; those of a group whose rewards are all equal are exactly zero, except with `raw`.
+
+    Args:
+        rewards_PG: [P, G], converted to float64.
+        kind: `group_mean` subtracts the mean of the group (Dr. GRPO, arXiv 2503.20783); `group_standardised` divides that
+            by the sample standard deviation (ddof 1) plus 1e-8 (GRPO, arXiv 2402.03300); `leave_one_out` subtracts the
+            mean of the other siblings (RLOO, arXiv 2402.14740); `raw` subtracts nothing.
+
+    Returns:
+        float32 [P, G].
+
+    Raises:
+        ConfigError: one sibling, and a baseline that needs others.
+        RewardError: a reward is not finite.
+    """
+    check_group_size(kind, rewards_PG.shape[1])
+    rewards_PG = rewards_PG.double()
+    if bad := int((~rewards_PG.isfinite()).sum()):
+        raise RewardError(
+            f"{bad} of {rewards_PG.numel()} rewards are not finite; make the task's reward return a finite number."
+        )
+    return _ADVANTAGES[kind](rewards_PG).float()
+
+
+def check_group_size(kind: AdvantageKind, group_size: int) -> None:
+    """Raise ConfigError when a group of this size has no baseline of this kind."""
+    if kind != "raw" and group_size < 2:
+        raise ConfigError(
+            f"training.group_size={group_size} makes every advantage of kind {kind} zero; raise training.group_size to 2 or "
+            "more, or set algorithm.advantage=raw."
+        )
+
+
+def zero_advantage_groups(advantages_PG: Tensor) -> Tensor:
+    """bool [P]: groups that cannot change the weights, whose forward and backward pass can be left out without loss."""
+    return (advantages_PG == 0).all(dim=1)
+
+
+def overlong_penalty(lengths: Tensor, max_tokens: int, buffer: int) -> Tensor:
+    """DAPO's soft punishment of length, to be added to the reward (arXiv 2503.14476, equation 13).
+
+    Args:
+        lengths: completion tokens, any shape.
+        max_tokens: length limit of a completion, where the penalty is -1.
+        buffer: the penalty falls linearly from 0 over the last so many tokens; 0 for none.
+
+    Returns:
+        float64, the shape of `lengths`, in [-1, 0].
+
+    Raises:
+        ConfigError: the buffer is longer than the limit.
+    """
+    if buffer > max_tokens:
+        raise ConfigError(
+            f"algorithm.overlong_buffer={buffer} exceeds sampling.max_tokens={max_tokens}; make it smaller than the limit."
+        )
+    if buffer == 0:
+        return torch.zeros_like(lengths, dtype=torch.float64)
+    return ((max_tokens - buffer - lengths.double()) / buffer).clamp(-1.0, 0.0)
+
+
+def _centred(rewards_PG: Tensor) -> Tensor:
+    """Rewards minus the group mean; exactly 0 where all are equal, which the rounding of the mean would spoil."""
+    all_equal_P = (rewards_PG == rewards_PG[:, :1]).all(dim=1, keepdim=True)
+    return (rewards_PG - rewards_PG.mean(dim=1, keepdim=True)).masked_fill(all_equal_P, 0.0)
+
+
+def _standardised(rewards_PG: Tensor) -> Tensor:
+    return _centred(rewards_PG) / (rewards_PG.std(dim=1, correction=1, keepdim=True) + STD_EPS)
+
+
+def _leave_one_out(rewards_PG: Tensor) -> Tensor:
+    """r - (sum - r) / (G - 1), which is the centred reward times G / (G - 1)."""
+    group_size = rewards_PG.shape[1]
+    return _centred(rewards_PG) * (group_size / (group_size - 1))
+
+
+def _raw(rewards_PG: Tensor) -> Tensor:
+    return rewards_PG
+
+
+_ADVANTAGES: dict[AdvantageKind, Callable[[Tensor], Tensor]] = {
+    "group_mean": _centred,
+    "group_standardised": _standardised,
+    "leave_one_out": _leave_one_out,
+    "raw": _raw,
+}

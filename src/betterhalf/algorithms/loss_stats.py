@@ -1,0 +1,129 @@
+"""What the policy loss cut off, as sums that add up over micro-batches, ranks and optimizer steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossStats:
+    """Sums over tokens, each a float64 scalar tensor on the loss's device, so that counting never waits for the device."""
+
+    loss: Tensor
+    """Sum of the losses of micro-batches, each its share of its train batch."""
+    tokens: Tensor
+    """Completion tokens that had a loss."""
+    long_tokens: Tensor
+    """Those in completions longer than half the length limit."""
+    clipped: Tensor
+    """Tokens whose gradient PPO's clip took away."""
+    masked: Tensor
+    """Tokens dropped by a mask, of the surrogate or of the correction."""
+    long_masked: Tensor
+    """Those in completions longer than half the length limit."""
+    truncated: Tensor
+    """Tokens with a weight capped at its upper bound."""
+    bounded: Tensor
+    """Tokens with a log-ratio bounded to +-20."""
+    ratio: Tensor
+    """Sum of the surrogate's ratio."""
+    ratio_max: Tensor
+    """Largest of the surrogate's ratios; the one field that is combined by its maximum."""
+    weight_before: Tensor
+    """Sum of the whole importance weight of each token, before any treatment."""
+    weight_before_squared: Tensor
+    """Sum of its squares."""
+    weight_after: Tensor
+    """Sum of the weight that multiplies the gradient: after truncation, masks and clip."""
+    weight_after_squared: Tensor
+    """Sum of its squares."""
+
+    @classmethod
+    def count(
+        cls,
+        *,
+        loss: Tensor,
+        ratio_C: Tensor,
+        before_C: Tensor,
+        after_C: Tensor,
+        clipped_C: Tensor,
+        kept_C: Tensor,
+        truncated_C: Tensor,
+        bounded_C: Tensor,
+        long_C: Tensor,
+    ) -> LossStats:
+        """Sums over the C tokens of one micro-batch; ratios and weights are floating, the others bool."""
+        before_C, after_C, ratio_C = before_C.detach().double(), after_C.detach().double(), ratio_C.detach().double()
+        return cls(
+            loss=loss.detach().double(),
+            tokens=torch.ones_like(before_C).sum(),
+            long_tokens=_sum(long_C),
+            clipped=_sum(clipped_C),
+            masked=_sum(~kept_C),
+            long_masked=_sum(~kept_C & long_C),
+            truncated=_sum(truncated_C),
+            bounded=_sum(bounded_C),
+            ratio=ratio_C.sum(),
+            ratio_max=torch.cat((ratio_C, ratio_C.new_zeros(1))).amax(),
+            weight_before=before_C.sum(),
+            weight_before_squared=before_C.square().sum(),
+            weight_after=after_C.sum(),
+            weight_after_squared=after_C.square().sum(),
+        )
+
+    def __add__(self, other: LossStats) -> LossStats:
+        """Statistics of both together."""
+        return LossStats(
+            **{
+                field.name: torch.maximum(self.ratio_max, other.ratio_max)
+                if field.name == "ratio_max"
+                else getattr(self, field.name) + getattr(other, field.name)
+                for field in fields(self)
+            }
+        )
+
+
+def policy_metrics(stats: LossStats, train_batches: int = 1) -> dict[str, float]:
+    """The `policy/` metrics of the statistics summed over a step; the one place that waits for the device.
+
+    Args:
+        stats: summed over the micro-batches of a step.
+        train_batches: optimizer steps they come from; `policy/loss` is the mean over these.
+
+    Returns:
+        A value for each name. Of no tokens at all, every share is 0, and ratios and effective sample sizes are 1.
+    """
+    names = [field.name for field in fields(stats)]
+    value = dict(zip(names, torch.stack([getattr(stats, name) for name in names]).tolist(), strict=True))
+    tokens, long, short = value["tokens"], value["long_tokens"], value["tokens"] - value["long_tokens"]
+    return {
+        "policy/loss": value["loss"] / max(train_batches, 1),
+        "policy/clip_fraction": _share(value["clipped"], tokens),
+        "policy/mask_fraction": _share(value["masked"], tokens),
+        "policy/truncate_fraction": _share(value["truncated"], tokens),
+        "policy/bounded_fraction": _share(value["bounded"], tokens),
+        "policy/rejected_share/short": _share(value["masked"] - value["long_masked"], short),
+        "policy/rejected_share/long": _share(value["long_masked"], long),
+        "policy/ess_before": _ess(value["weight_before"], value["weight_before_squared"], tokens),
+        "policy/ess_after": _ess(value["weight_after"], value["weight_after_squared"], tokens),
+        "policy/ratio/mean": value["ratio"] / tokens if tokens else 1.0,
+        "policy/ratio/max": value["ratio_max"] if tokens else 1.0,
+    }
+
+
+def _sum(mask_C: Tensor) -> Tensor:
+    return mask_C.double().sum()
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _ess(total: float, squares: float, count: float) -> float:
+    """Kish's effective sample size as a share of the sample; 0 when every weight is 0."""
+    if count == 0:
+        return 1.0
+    return total**2 / (count * squares) if squares else 0.0

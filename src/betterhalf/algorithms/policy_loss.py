@@ -1,0 +1,263 @@
+"""The policy loss of one micro-batch: surrogate x correction x aggregation, with everything that was cut off counted.
+
+The loss of a micro-batch is its additive share of the train batch's loss: it is divided by denominators fixed for the
+whole batch, so the sum over micro-batches is the batch's loss however the batch was split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from betterhalf import ops
+from betterhalf.algorithms.importance import Weights, importance_weights, leaves_trust_region
+from betterhalf.algorithms.loss_stats import LossStats
+from betterhalf.algorithms.presets import AggregationKind, Algorithm
+from betterhalf.config.schema import RatioConfig
+from betterhalf.types import Denominators
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossOutput:
+    """Loss of one micro-batch, and what it was made of."""
+
+    loss: Tensor
+    """FP32 scalar with a graph; a scalar, so that loss scaling happens in FP32."""
+    stats: LossStats
+    """Additive sums, without a graph."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Surrogate:
+    """The token losses before correction and aggregation."""
+
+    loss_C: Tensor
+    """[C] with a graph."""
+    weights: Weights
+    """The ratio, treated."""
+    clipped_C: Tensor
+    """bool [C]: the clip took the gradient away."""
+
+
+def policy_loss(
+    algorithm: Algorithm,
+    *,
+    current_logprobs_C: Tensor,
+    proximal_logprobs_C: Tensor | None,
+    behavior_logprobs_C: Tensor,
+    advantages_S: Tensor,
+    sequence_index_C: Tensor,
+    num_sequences: int,
+    denominators: Denominators,
+) -> LossOutput:
+    """Loss to be minimised, of one micro-batch of whole sequences.
+
+    Args:
+        algorithm: the resolved choices.
+        current_logprobs_C: float32 [C], log pi of the weights being trained, with a graph.
+        proximal_logprobs_C: float32 [C], the trainer's logprobs before the first update; needed when
+            `algorithm.needs_proximal`.
+        behavior_logprobs_C: float32 [C], log mu.
+        advantages_S: float32 [S].
+        sequence_index_C: int64 [C], which sequence each token belongs to; a sequence may have no token.
+        num_sequences: S.
+        denominators: of the whole train batch.
+
+    Returns:
+        The loss, 0 (still with a graph) when there are no tokens, and its statistics.
+
+    Raises:
+        ValueError: the algorithm needs `proximal_logprobs_C` and there are none.
+    """
+    current_C, behavior_C = _at_least_fp32(current_logprobs_C), _at_least_fp32(behavior_logprobs_C)
+    proximal_C = _proximal(algorithm, proximal_logprobs_C, current_C)
+    advantages_C = advantages_S[sequence_index_C].to(current_C.dtype)
+    where = (sequence_index_C, num_sequences)
+
+    surrogate = _surrogate(algorithm.surrogate, current_C, proximal_C, behavior_C, advantages_C, *where)
+    correction = importance_weights(algorithm.correction, proximal_C, behavior_C, *where)
+    counted_C = _counted(algorithm, proximal_C, behavior_C, advantages_C, *where)
+    share_C = _SHARES[algorithm.aggregation](counted_C, *where, denominators)
+
+    loss = (surrogate.loss_C * correction.weight_C.detach() * share_C.to(current_C.dtype)).sum()
+    return LossOutput(loss=loss, stats=_stats(loss, surrogate, correction, *where, denominators.max_tokens))
+
+
+def kept_mask(
+    algorithm: Algorithm,
+    *,
+    proximal_logprobs_C: Tensor,
+    behavior_logprobs_C: Tensor,
+    advantages_S: Tensor,
+    sequence_index_C: Tensor,
+    num_sequences: int,
+) -> Tensor:
+    """bool [C]: tokens that no mask rejects before the first update, when the current policy is the proximal one.
+
+    Arguments are those of `policy_loss`. All true for an algorithm without masks.
+    """
+    proximal_C, behavior_C = _at_least_fp32(proximal_logprobs_C).detach(), _at_least_fp32(behavior_logprobs_C)
+    advantages_C, where = advantages_S[sequence_index_C], (sequence_index_C, num_sequences)
+    surrogate = _surrogate_weights(algorithm.surrogate, proximal_C, proximal_C, behavior_C, advantages_C, *where)
+    correction = importance_weights(algorithm.correction, proximal_C, behavior_C, *where)
+    return surrogate.kept_C & correction.kept_C
+
+
+def kept_counts(kept_C: Tensor, sequence_index_C: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
+    """(sequences, tokens) that stay in the denominator, int64 scalars, from the `kept_mask` of a micro-batch.
+
+    A sequence leaves when all of its tokens are rejected; one without tokens has none to reject and stays.
+    """
+    tokens_S = ops.segment_sum(torch.ones_like(kept_C, dtype=torch.int64), sequence_index_C, num_sequences)
+    kept_S = ops.segment_sum(kept_C.long(), sequence_index_C, num_sequences)
+    return ((kept_S > 0) | (tokens_S == 0)).sum(), kept_S.sum()
+
+
+def batch_denominators(
+    algorithm: Algorithm,
+    *,
+    sequences: int,
+    tokens: int,
+    kept_sequences: int,
+    kept_tokens: int,
+    max_tokens: int,
+) -> Denominators:
+    """What the loss of one train batch is divided by.
+
+    Args:
+        algorithm: `denominator` says which counts are used: `all`, or those of `kept_counts`, at least 1.
+        sequences: of the batch, those with zero advantage included.
+        tokens: completion tokens of these sequences.
+        kept_sequences: those of them that are not rejected.
+        kept_tokens: those of them that are not rejected.
+        max_tokens: length limit of a completion.
+    """
+    if algorithm.denominator == "kept":
+        sequences, tokens = max(kept_sequences, 1), max(kept_tokens, 1)
+    return Denominators(sequences=float(sequences), tokens=float(tokens), max_tokens=max_tokens)
+
+
+def _at_least_fp32(logprobs: Tensor) -> Tensor:
+    """Ratios of half logprobs would measure the rounding of the logprobs."""
+    return logprobs.to(torch.promote_types(logprobs.dtype, torch.float32))
+
+
+def _proximal(algorithm: Algorithm, proximal_logprobs_C: Tensor | None, current_C: Tensor) -> Tensor:
+    """The anchor, constant; the current policy stands in where nothing reads it."""
+    if proximal_logprobs_C is not None:
+        return _at_least_fp32(proximal_logprobs_C).detach()
+    if algorithm.needs_proximal:
+        raise ValueError(
+            f"algorithm {algorithm.preset} needs proximal_logprobs; measure the trainer's logprobs before the first update."
+        )
+    return current_C.detach()
+
+
+def _surrogate_weights(
+    config: RatioConfig,
+    current_C: Tensor,
+    proximal_C: Tensor,
+    behavior_C: Tensor,
+    advantages_C: Tensor,
+    sequence_index_C: Tensor,
+    num_sequences: int,
+) -> Weights:
+    """The surrogate's ratio, treated, with the tokens dropped that leave the trust region."""
+    anchor_C = behavior_C if config.ratio == "current/behavior" else proximal_C
+    weights = importance_weights(config, current_C, anchor_C, sequence_index_C, num_sequences)
+    if config.probability_gap is None or config.level == "none":
+        return weights
+    inside_C = ~leaves_trust_region(config.probability_gap, current_C, behavior_C, advantages_C)
+    return replace(weights, weight_C=weights.weight_C * inside_C, kept_C=weights.kept_C & inside_C)
+
+
+def _surrogate(
+    config: RatioConfig,
+    current_C: Tensor,
+    proximal_C: Tensor,
+    behavior_C: Tensor,
+    advantages_C: Tensor,
+    sequence_index_C: Tensor,
+    num_sequences: int,
+) -> _Surrogate:
+    """-(weight x advantage), differentiated through the weight or through log pi."""
+    weights = _surrogate_weights(
+        config, current_C, proximal_C, behavior_C, advantages_C, sequence_index_C, num_sequences
+    )
+    nothing_C = torch.zeros_like(weights.kept_C)
+    if config.level == "none" or config.gradient == "score":
+        loss_C = -(weights.weight_C.detach() * advantages_C) * current_C
+        return _Surrogate(loss_C=loss_C, weights=weights, clipped_C=nothing_C)
+    if config.treatment != "clip":
+        return _Surrogate(loss_C=-weights.weight_C * advantages_C, weights=weights, clipped_C=nothing_C)
+    loss_C, clipped_C = _clipped(config, weights.raw_C, advantages_C)
+    return _Surrogate(loss_C=loss_C, weights=weights, clipped_C=clipped_C)
+
+
+def _clipped(config: RatioConfig, ratio_C: Tensor, advantages_C: Tensor) -> tuple[Tensor, Tensor]:
+    """PPO's pessimistic maximum of two losses, and where the clipped one, a constant, was chosen."""
+    free_C = -ratio_C * advantages_C
+    bounded_C = -ratio_C.clamp(config.lower, config.upper) * advantages_C
+    loss_C, clipped_C = torch.maximum(free_C, bounded_C), bounded_C > free_C
+    if config.dual_clip is None:
+        return loss_C, clipped_C
+    ceiling_C = -config.dual_clip * advantages_C
+    over_C = (advantages_C < 0) & (loss_C > ceiling_C)
+    return torch.where(over_C, ceiling_C, loss_C), clipped_C | over_C
+
+
+def _counted(
+    algorithm: Algorithm,
+    proximal_C: Tensor,
+    behavior_C: Tensor,
+    advantages_C: Tensor,
+    sequence_index_C: Tensor,
+    num_sequences: int,
+) -> Tensor:
+    """bool [C]: tokens in the denominator of their sequence's mean."""
+    if algorithm.denominator == "all" or algorithm.aggregation != "sequence_mean":
+        return torch.ones_like(behavior_C, dtype=torch.bool)
+    where = (sequence_index_C, num_sequences)
+    surrogate = _surrogate_weights(algorithm.surrogate, proximal_C, proximal_C, behavior_C, advantages_C, *where)
+    return surrogate.kept_C & importance_weights(algorithm.correction, proximal_C, behavior_C, *where).kept_C
+
+
+def _constant_length(counted_C: Tensor, index_C: Tensor, num_sequences: int, denominators: Denominators) -> Tensor:
+    return torch.full_like(counted_C, 1 / (denominators.max_tokens * denominators.sequences), dtype=torch.float64)
+
+
+def _sequence_mean(counted_C: Tensor, index_C: Tensor, num_sequences: int, denominators: Denominators) -> Tensor:
+    counts_S = ops.segment_sum(counted_C.double(), index_C, num_sequences).clamp(min=1)
+    return (1 / (counts_S * denominators.sequences))[index_C]
+
+
+def _token_mean(counted_C: Tensor, index_C: Tensor, num_sequences: int, denominators: Denominators) -> Tensor:
+    return torch.full_like(counted_C, 1 / denominators.tokens, dtype=torch.float64)
+
+
+_SHARES: dict[AggregationKind, Callable[[Tensor, Tensor, int, Denominators], Tensor]] = {
+    "constant_length": _constant_length,
+    "sequence_mean": _sequence_mean,
+    "token_mean": _token_mean,
+}
+"""Share of the batch's loss that each token's loss has: float64 [C]."""
+
+
+def _stats(
+    loss: Tensor, surrogate: _Surrogate, correction: Weights, index_C: Tensor, num_sequences: int, max_tokens: int
+) -> LossStats:
+    lengths_S = ops.segment_sum(torch.ones_like(index_C), index_C, num_sequences)
+    return LossStats.count(
+        loss=loss,
+        ratio_C=surrogate.weights.raw_C,
+        before_C=surrogate.weights.raw_C * correction.raw_C,
+        after_C=surrogate.weights.weight_C * ~surrogate.clipped_C * correction.weight_C,
+        clipped_C=surrogate.clipped_C,
+        kept_C=surrogate.weights.kept_C & correction.kept_C,
+        truncated_C=surrogate.weights.truncated_C | correction.truncated_C,
+        bounded_C=surrogate.weights.bounded_C | correction.bounded_C,
+        long_C=(2 * lengths_S > max_tokens)[index_C],
+    )

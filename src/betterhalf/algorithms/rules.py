@@ -1,0 +1,118 @@
+"""Which choices of a ratio cannot be combined, and what to write instead; one table for each place a ratio stands in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from betterhalf.config.schema import RatioConfig
+from betterhalf.errors import ConfigError
+
+Rule = tuple[Callable[[RatioConfig], bool], str, str]
+"""(is it broken, what is wrong, how to cure it)."""
+
+_SURROGATE: tuple[Rule, ...] = (
+    (
+        lambda r: r.ratio == "proximal/behavior",
+        "has ratio proximal/behavior, which does not depend on the weights being trained",
+        'set ratio to "current/proximal" or "current/behavior", or use algorithm.correction',
+    ),
+    (
+        lambda r: r.treatment == "clip" and r.gradient == "score",
+        "clips a ratio that carries no gradient",
+        'set gradient = "ratio", or treatment = "truncate"',
+    ),
+    (
+        lambda r: not r.keep_weight and r.gradient == "ratio",
+        "drops the weight that carries the gradient",
+        'set gradient = "score", or keep_weight = true',
+    ),
+    (
+        lambda r: r.probability_gap is not None and (r.level != "token" or r.ratio != "current/behavior"),
+        "compares probabilities of pi and mu, but its ratio is not the tokens' current/behavior",
+        'set level = "token" and ratio = "current/behavior", or leave out probability_gap',
+    ),
+)
+
+_CORRECTION: tuple[Rule, ...] = (
+    (
+        lambda r: r.ratio != "proximal/behavior",
+        "is not the ratio proximal/behavior, the only one that corrects for the mismatch alone",
+        'set ratio = "proximal/behavior"',
+    ),
+    (
+        lambda r: r.treatment == "clip",
+        "clips, which means something only where the advantage and the gradient are",
+        'set treatment = "truncate" or "mask"',
+    ),
+    (
+        lambda r: r.probability_gap is not None,
+        "has a probability_gap, which needs the current policy",
+        "move it to algorithm.surrogate",
+    ),
+)
+
+_ANY: tuple[Rule, ...] = (
+    (
+        lambda r: any(bound is not None and bound <= 0 for bound in (r.lower, r.upper)),
+        "has a bound of the ratio that is not positive",
+        "give bounds of the ratio itself, as in 0.8 and 1.28, not 0.2 and 0.28",
+    ),
+    (
+        lambda r: r.lower is not None and r.upper is not None and r.lower > r.upper,
+        "has lower above upper",
+        "swap them",
+    ),
+    (
+        lambda r: r.treatment == "raw" and (r.lower is not None or r.upper is not None),
+        "has bounds, but treatment raw does not use them",
+        'leave them out, or set treatment = "truncate", "mask" or "clip"',
+    ),
+    (
+        lambda r: r.treatment == "truncate" and (r.upper is None or r.lower is not None),
+        "truncates, which takes `upper` and nothing else",
+        "give upper and leave out lower",
+    ),
+    (
+        lambda r: r.treatment == "mask" and r.lower is None and r.upper is None,
+        "masks without a bound",
+        "give lower, upper or both",
+    ),
+    (
+        lambda r: r.treatment == "clip" and (r.lower is None or r.upper is None or not r.lower <= 1 <= r.upper),
+        "clips without two bounds around 1",
+        "give lower and upper, as in 0.8 and 1.28",
+    ),
+    (
+        lambda r: r.treatment != "mask" and not r.keep_weight,
+        "drops the weight without masking",
+        'set treatment = "mask", or keep_weight = true',
+    ),
+    (
+        lambda r: r.treatment == "clip" and r.probability_gap is not None,
+        "has both a clip and a probability_gap, two trust regions for one ratio",
+        "keep one of them",
+    ),
+    (
+        lambda r: r.dual_clip is not None and (r.treatment != "clip" or r.dual_clip <= 1),
+        "has a dual_clip, which must exceed 1 and stand beside a clip",
+        'set treatment = "clip" and dual_clip above 1, or leave it out',
+    ),
+)
+
+
+def check_surrogate(ratio: RatioConfig) -> None:
+    """Raise ConfigError when the surrogate's choices contradict each other; level `none` uses no choice but itself."""
+    _check("algorithm.surrogate", ratio, _SURROGATE + _ANY)
+
+
+def check_correction(ratio: RatioConfig) -> None:
+    """Raise ConfigError when the correction's choices contradict each other; level `none` uses no choice but itself."""
+    _check("algorithm.correction", ratio, _CORRECTION + _ANY)
+
+
+def _check(key: str, ratio: RatioConfig, rules: tuple[Rule, ...]) -> None:
+    if ratio.level == "none":
+        return
+    for broken, wrong, cure in rules:
+        if broken(ratio):
+            raise ConfigError(f"{key} {wrong}; {cure}.")
