@@ -1,1 +1,1 @@
-"""TODO"""
+"""What is measured, and where it is written; imports no torch."""
