@@ -1,0 +1,263 @@
+"""Every metric that a run writes: its name, unit, meaning, and the band in which it is healthy.
+
+`python -m betterhalf.metrics.catalogue > docs/metrics.md` writes the page of documentation. Bands are published alarm
+thresholds or follow from definitions; they are where to start looking, not verdicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from math import isnan
+
+from betterhalf.errors import InputError
+
+Band = tuple[float | None, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One line of `metrics.jsonl`, explained."""
+
+    name: str
+    """`area/quantity/statistic`."""
+    unit: str
+    """What it is measured in; `share` lies between 0 and 1."""
+    meaning: str
+    band: Band | None = None
+    """(lowest, highest) healthy value; None on a side means no limit there, None altogether that there is no band."""
+    source: str = ""
+    """Where the band is from."""
+
+    def healthy(self, value: float) -> bool:
+        """Whether the value lies in the band, bounds included; a value that is not a number never does."""
+        lower, upper = self.band or (None, None)
+        return not isnan(value) and (lower is None or value >= lower) and (upper is None or value <= upper)
+
+
+_VERL = "verl, docs on rollout correction"
+_NEMO = "NeMo-RL, GRPO guide"
+
+_MISMATCH = (
+    Metric(
+        "mismatch/k1/mean",
+        "nats",
+        "KL(mu to pi) by the mean of -log_ratio: unbiased, signed, noisy.",
+        (-0.1, 0.1),
+        _VERL,
+    ),
+    Metric(
+        "mismatch/k2/mean", "nats", "The same by half the mean square of log_ratio: never negative, slightly biased."
+    ),
+    Metric(
+        "mismatch/k3/mean",
+        "nats",
+        "The same by the mean of exp(log_ratio) - 1 - log_ratio: unbiased, never negative, little noise. The number to watch.",
+        (None, 1e-3),
+        _NEMO,
+    ),
+    Metric("mismatch/prob_gap/mean_abs", "probability", "Mean of abs(pi - mu) over tokens."),
+    Metric("mismatch/prob_gap/p99_abs", "probability", "99th percentile of abs(pi - mu)."),
+    Metric(
+        "mismatch/prob_gap/max",
+        "probability",
+        "Largest pi - mu. In runs that collapse it goes to 1.",
+        (None, 0.5),
+        "our choice from arXiv 2510.26788: FP16 within about 0.1 with spikes to 0.5, BF16 up to 1",
+    ),
+    Metric(
+        "mismatch/prob_gap/min",
+        "probability",
+        "Smallest (most negative) pi - mu. In runs that collapse it goes to -1.",
+        (-0.5, None),
+        "our choice from arXiv 2510.26788: FP16 within about 0.1 with spikes to 0.5, BF16 up to 1",
+    ),
+    Metric(
+        "mismatch/log_ratio/mean", "nats", "Mean of log_ratio over tokens: the bias that adds up over a completion."
+    ),
+    Metric("mismatch/log_ratio/std", "nats", "Standard deviation of log_ratio over tokens."),
+    Metric("mismatch/log_ratio/p99_abs", "nats", "99th percentile of abs(log_ratio)."),
+    Metric("mismatch/log_ratio/max_abs", "nats", "Largest abs(log_ratio); rare tokens dominate it."),
+    Metric("mismatch/sequence_log_ratio/mean", "nats", "Mean over completions of the summed log_ratio."),
+    Metric("mismatch/sequence_log_ratio/std", "nats", "Its standard deviation over completions."),
+    Metric(
+        "mismatch/sequence_log_ratio/p1", "nats", "Its 1st percentile: the long tail of arXiv 2510.26788, figure 2."
+    ),
+    Metric("mismatch/sequence_log_ratio/p99", "nats", "Its 99th percentile."),
+    Metric(
+        "mismatch/slope_per_1k",
+        "nats per 1000 tokens",
+        "Least-squares slope of the summed log_ratio against length; a line through the origin when all lengths are equal.",
+        (-0.2, 0.2),
+        "our choice between -0.07 (FP16) and -1.01 (BF16) of arXiv 2510.26788, figure 2",
+    ),
+    Metric(
+        "mismatch/ess_fraction",
+        "share",
+        "Effective sample size of the completions weighted by pi/mu, before anything is truncated.",
+        (0.3, None),
+        _VERL + ": below 0.3 bad, above 0.5 good",
+    ),
+    Metric(
+        "mismatch/chi2_token",
+        "1",
+        "Chi-squared divergence by the mean of (pi/mu - 1)^2 over tokens, which has the mean of (pi/mu)^2 - 1 and less noise.",
+        (None, 1.0),
+        _VERL,
+    ),
+    Metric(
+        "mismatch/pearson",
+        "1",
+        "Correlation of pi and mu over tokens; where one side is constant, 1 if both are equal and else 0.",
+        (0.99, None),
+        "MiniMax-M1, arXiv 2506.13585: about 0.9 bad, 0.99 good",
+    ),
+    Metric("mismatch/tokens", "tokens", "Tokens that were measured."),
+)
+
+_OPTIM = (
+    Metric(
+        "optim/loss_scale",
+        "1",
+        "Loss scale of the last optimizer step; 1 where the loss is not scaled.",
+        (1.0, None),
+        "DESIGN",
+    ),
+    Metric(
+        "optim/skipped", "optimizer steps", "Optimizer steps of this step refused because a gradient was not finite."
+    ),
+    Metric("optim/updates_applied", "optimizer steps", "Optimizer steps of this step that changed the weights."),
+    Metric("optim/grad_norm", "1", "Global norm of the unscaled gradient before clipping, mean over applied updates."),
+    Metric("optim/learning_rate", "1", "Learning rate of the last optimizer step."),
+    Metric(
+        "optim/underflow_fraction",
+        "share",
+        "Non-zero scaled gradient elements below the smallest normal number of the compute dtype.",
+        (None, 0.01),
+        "the share at which the doctor calls a model unsafe",
+    ),
+    Metric("optim/overflow_fraction", "share", "Gradient elements that are not finite, over all optimizer steps."),
+)
+
+_POLICY = (
+    Metric("policy/version", "updates", "Applied updates so far; a skipped step does not count."),
+    Metric("policy/loss", "1", "Policy loss, mean over the optimizer steps of the step. Its size means little."),
+    Metric("policy/entropy/mean", "nats", "Entropy of the trainer's distribution, mean over completion tokens."),
+    Metric("policy/ratio/mean", "1", "Mean over tokens of the surrogate's ratio, before treatment."),
+    Metric("policy/ratio/max", "1", "Largest of them."),
+    Metric("policy/clip_fraction", "share", "Tokens whose gradient PPO's clip (or dual clip) took away."),
+    Metric("policy/mask_fraction", "share", "Tokens dropped by a mask, of the surrogate or of the correction."),
+    Metric("policy/truncate_fraction", "share", "Tokens with a weight capped at its upper bound."),
+    Metric(
+        "policy/bounded_fraction",
+        "share",
+        "Tokens with a log-ratio beyond +-20, which was bounded.",
+        (None, 0.0),
+        "by definition: a ratio of 5e8 is an error, not a sample",
+    ),
+    Metric(
+        "policy/rejected_share/short", "share", "Masked tokens among those of completions up to half the length limit."
+    ),
+    Metric(
+        "policy/rejected_share/long", "share", "Masked tokens among those of longer completions: the bias of a mask."
+    ),
+    Metric(
+        "policy/ess_before",
+        "share",
+        "Effective sample size of the tokens by their whole importance weight, before truncation, masks and clip.",
+        (0.3, None),
+        _VERL,
+    ),
+    Metric("policy/ess_after", "share", "The same by the weight that multiplies the gradient, zeros included."),
+)
+
+_ROLLOUT = (
+    Metric("rollout/reward/mean", "reward", "Mean reward of the step's rollouts, before any penalty."),
+    Metric("rollout/reward/std", "reward", "Standard deviation of the rewards over the step's rollouts."),
+    Metric("rollout/length/mean", "tokens", "Mean length of the completions, stop token included."),
+    Metric("rollout/length/max", "tokens", "Longest completion."),
+    Metric("rollout/truncated_fraction", "share", "Completions that ended at the length limit."),
+    Metric(
+        "rollout/zero_advantage_fraction", "share", "Groups whose advantages are all zero: no signal, no backward pass."
+    ),
+    Metric("rollout/reward_timeouts", "rollouts", "Rewards that ran out of time and count as 0."),
+    Metric(
+        "rollout/groups_dropped", "groups", "Groups replaced by dynamic sampling since their rewards were all equal."
+    ),
+)
+
+_TIME = (
+    Metric("time/step_seconds", "s", "Wall-clock time of the whole step."),
+    Metric("time/generate_seconds", "s", "Sampling completions."),
+    Metric("time/reward_seconds", "s", "Grading them."),
+    Metric("time/measure_seconds", "s", "Trainer logprobs before any update."),
+    Metric("time/train_seconds", "s", "Forward, backward and optimizer steps."),
+    Metric("time/sync_seconds", "s", "Sending the weights to the engine and comparing digests."),
+)
+
+_SYSTEM = (
+    Metric("system/tokens_per_second", "tokens/s", "Completion tokens of the step over its wall-clock time."),
+    Metric("system/peak_memory_gib", "GiB", "Peak memory: of the device on a GPU, of the process on a CPU."),
+)
+
+CATALOGUE: dict[str, Metric] = {
+    metric.name: metric for area in (_MISMATCH, _OPTIM, _POLICY, _ROLLOUT, _TIME, _SYSTEM) for metric in area
+}
+"""Every metric by name."""
+
+_AREAS = {
+    "mismatch": "Gap between trainer (pi) and engine (mu) at the same weights, before any update; log_ratio is log pi - log mu.",
+    "optim": "The optimizer, and the health of half-precision gradients.",
+    "policy": "The policy and its loss, over the tokens that were trained on.",
+    "rollout": "What the engine sampled.",
+    "time": "Where the time went. Differs between a run and its repetition.",
+    "system": "What the machine did. Differs between a run and its repetition.",
+}
+
+
+def check_known(names: Iterable[str]) -> None:
+    """Raise InputError for names that are not in the catalogue, with the nearest that is."""
+    for name in names:
+        if name not in CATALOGUE:
+            near = get_close_matches(name, CATALOGUE, n=1, cutoff=0.0)[0]
+            raise InputError(
+                f"metric {name!r} is not in the catalogue; add it to metrics/catalogue.py, or use {near!r}."
+            )
+
+
+def render() -> str:
+    """The catalogue as a Markdown page."""
+    lines = [
+        "# Metrics",
+        "",
+        "Generated by `python -m betterhalf.metrics.catalogue > docs/metrics.md`; edit `metrics/catalogue.py` instead.",
+        "",
+        "`metrics.jsonl` holds one flat JSON object for each step: `step`, and the names below. Bands are published alarm",
+        "thresholds, or our choice where the source says so: where to start looking, not verdicts.",
+    ]
+    for area, meaning in _AREAS.items():
+        lines += ["", f"## {area}", "", meaning, "", "| metric | unit | meaning | healthy | source of the band |"]
+        lines += ["|---|---|---|---|---|"]
+        lines += [_row(metric) for metric in CATALOGUE.values() if metric.name.startswith(f"{area}/")]
+    return "\n".join(lines)
+
+
+def _row(metric: Metric) -> str:
+    return f"| `{metric.name}` | {metric.unit} | {metric.meaning} | {_band(metric.band)} | {metric.source} |"
+
+
+def _band(band: Band | None) -> str:
+    match band:
+        case None | (None, None):
+            return ""
+        case (None, upper):
+            return f"at most {upper:g}"
+        case (lower, None):
+            return f"at least {lower:g}"
+        case (lower, upper):
+            return f"{lower:g} to {upper:g}"
+
+
+if __name__ == "__main__":
+    print(render())
