@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +11,14 @@ from typing import Any, Protocol
 from betterhalf.errors import MissingExtraError
 from betterhalf.metrics.catalogue import check_known
 
+MetricValue = float | str | None
+"""A number; a name, such as a parameter's; or None for what could not be measured in this step."""
+
 
 class MetricSink(Protocol):
     """Takes the metrics of one step at a time."""
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
         """Record the metrics of `step`; steps count from 1."""
         ...
 
@@ -29,10 +31,10 @@ class JsonlSink:
     """One flat JSON object for each step, `step` first; NaN and infinity become null. The record every report reads."""
 
     def __init__(self, append: Callable[[Mapping[str, Any]], None]) -> None:
-        """`append` writes one row for good before it returns, as `RunDir.append_metrics` does."""
+        """`append` writes one row for good, non-finite numbers as null, before it returns: `RunDir.append_metrics`."""
         self._append = append
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
         """Append one row.
 
         Raises:
@@ -40,7 +42,7 @@ class JsonlSink:
             RunError: the disk is full.
         """
         check_known(metrics)
-        self._append({"step": step, **{name: _finite(value) for name, value in metrics.items()}})
+        self._append({"step": step, **metrics})
 
     def close(self) -> None:
         """Nothing to release: each row is on disk once written."""
@@ -56,9 +58,9 @@ class TensorBoardSink:
             MissingExtraError: the package `tensorboard` is not installed.
         """
         try:
-            from tensorboard.compat.proto.event_pb2 import Event
-            from tensorboard.compat.proto.summary_pb2 import Summary
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+            from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
+            from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
         except ImportError as error:
             raise MissingExtraError(
                 "logging.tensorboard=true needs the package tensorboard, which is not installed. "
@@ -67,9 +69,10 @@ class TensorBoardSink:
         self._event, self._summary = Event, Summary
         self._writer: Any = EventFileWriter(str(folder))
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add one event that holds every scalar of the step; it is on disk when this returns."""
-        values = [self._summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
+    def write(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
+        """Add one event that holds every number of the step; it is on disk when this returns."""
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
         self._writer.add_event(self._event(step=step, wall_time=time.time(), summary=self._summary(value=values)))
         self._writer.flush()
 
@@ -89,7 +92,7 @@ class Sinks:
         self._extras = list(extras)
         self._warn = warn or _to_stderr
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
         """Record the metrics of `step` everywhere.
 
         Raises:
@@ -108,13 +111,9 @@ class Sinks:
     def _guard(self, sink: MetricSink, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # a dashboard that breaks must not end a run
+        except Exception as error:
             self._extras.remove(sink)
             self._warn(f"warning: {type(sink).__name__} failed and is switched off for this run: {error}")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _to_stderr(message: str) -> None:

@@ -1,0 +1,299 @@
+"""What a person sees while a run goes on: a live panel on a terminal, one line for each step elsewhere, on standard error.
+
+Standard output is left to results: tables, and the last line of `--json`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Literal, Self, TextIO
+
+from rich.console import Console as RichConsole
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from betterhalf.metrics.catalogue import CATALOGUE
+from betterhalf.metrics.sinks import MetricValue
+
+ConsoleMode = Literal["auto", "live", "lines", "quiet"]
+"""`auto` is `live` on a terminal and `lines` elsewhere."""
+
+K3 = "mismatch/k3/mean"
+
+_BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+_SPARK_WIDTH = 24
+_TIMED_STEPS = 10
+_HISTORY_STEPS = 4096
+_STYLES = {"ok": "green", "high": "bold red", "low": "bold red", "": "dim"}
+
+
+class Console:
+    """Shows the steps of one run. A context manager, so that the terminal is restored whatever happens."""
+
+    def __init__(self, mode: ConsoleMode, *, total_steps: int, label: str, stream: TextIO | None = None) -> None:
+        """`label` names the run (an arm of a sanity run, say); `stream` is standard error if absent."""
+        self._out = RichConsole(file=stream or sys.stderr, highlight=False, soft_wrap=False)
+        self._mode = resolve_mode(mode, self._out)
+        self._view = StepView(total_steps=total_steps, label=label)
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self._mode == "live":
+            self._live = Live(self._view.panel(), console=self._out, auto_refresh=False)
+            self._live.start(refresh=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def update(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
+        """Show the metrics of `step`; names that are missing show as a dash."""
+        self._view.add(step, metrics)
+        if self._live is not None:
+            self._live.update(self._view.panel(), refresh=True)
+        elif self._mode == "lines":
+            self._print(self._view.line())
+
+    def note(self, text: str) -> None:
+        """Show one line above the panel, or between the lines."""
+        if self._mode != "quiet":
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        # A log line is never wrapped at the width of some terminal.
+        self._out.print(Text(text), overflow="ignore", no_wrap=True, crop=False)
+
+
+class StepView:
+    """The state of what is shown, and its two forms: a line and a panel."""
+
+    def __init__(self, *, total_steps: int, label: str) -> None:
+        self._total = total_steps
+        self._label = label
+        self._step = 0
+        self._metrics: Mapping[str, MetricValue] = {}
+        self._skipped = 0
+        self._reward: deque[float] = deque(maxlen=_HISTORY_STEPS)
+        self._k3: deque[float] = deque(maxlen=_HISTORY_STEPS)
+        self._seconds: deque[float] = deque(maxlen=_TIMED_STEPS)
+
+    def add(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
+        """Take the metrics of one more step."""
+        self._step, self._metrics = step, metrics
+        skipped = reading(metrics, "optim/skipped")
+        self._skipped += int(skipped) if skipped is not None and math.isfinite(skipped) else 0
+        for history, name in (
+            (self._reward, "rollout/reward/mean"),
+            (self._k3, K3),
+            (self._seconds, "time/step_seconds"),
+        ):
+            value = reading(metrics, name)
+            if value is not None and math.isfinite(value):
+                history.append(value)
+
+    def line(self) -> str:
+        """One aligned line, without markup."""
+        width = len(str(self._total))
+        k3 = reading(self._metrics, K3)
+        return "  ".join(
+            [
+                *([self._label] if self._label else []),
+                f"step {self._step:>{width}}/{self._total}",
+                f"reward {self._cell('rollout/reward/mean', '.3f'):>5}",
+                f"k3 {number(k3, '.1e'):>7} {health(K3, k3):<4}",
+                f"|pi-mu| {number(max_gap(self._metrics), '.1e'):>7}",
+                f"scale {self._cell('optim/loss_scale', '.0f'):>5}",
+                f"skipped {self._skipped}",
+                f"{self._cell('time/step_seconds', '.1f')} s",
+                f"left {duration(self._seconds_left())}",
+            ]
+        )
+
+    def panel(self) -> Panel:
+        """The live panel."""
+        title = f" {self._label or 'run'} "
+        if self._step == 0:
+            body: RenderableType = Text(f"step 1 of {self._total} is under way ...", style="dim")
+        else:
+            body = Group(self._curves(), Text(""), self._facts(), Text(""), self._bar())
+        return Panel(body, title=title, title_align="left", border_style="dim", width=min(80, RichConsole().width))
+
+    def _curves(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        for _ in range(4):
+            table.add_column(no_wrap=True)
+        reward = f"first {self._reward[0]:.3f}, best {max(self._reward):.3f}" if self._reward else ""
+        table.add_row(
+            "reward",
+            Text(self._cell("rollout/reward/mean", ".3f"), style="bold"),
+            Text(sparkline(self._reward, _SPARK_WIDTH), style="cyan"),
+            Text(reward, style="dim"),
+        )
+        k3 = reading(self._metrics, K3)
+        state = health(K3, k3)
+        table.add_row(
+            "mismatch k3",
+            Text(number(k3, ".1e"), style="bold"),
+            Text(sparkline([math.log10(value) for value in self._k3 if value > 0], _SPARK_WIDTH), style="cyan"),
+            Text(f"{state}  ", style=_STYLES[state]) + Text(band_text(K3), style="dim"),
+        )
+        return table
+
+    def _facts(self) -> Table:
+        table = Table.grid(padding=(0, 2), expand=False)
+        for column in range(6):
+            table.add_column(no_wrap=True, style="bold" if column % 2 else "", justify="left")
+        skipped = Text(str(self._skipped), style="bold yellow" if self._skipped else "bold")
+        table.add_row(
+            "max |pi-mu|",
+            number(max_gap(self._metrics), ".1e"),
+            "loss scale",
+            self._cell("optim/loss_scale", ".0f"),
+            "skipped",
+            skipped,
+        )
+        table.add_row(
+            "entropy",
+            self._cell("policy/entropy/mean", ".3f"),
+            "length",
+            self._cell("rollout/length/mean", ".1f"),
+            "tokens/s",
+            self._cell("system/tokens_per_second", ",.0f"),
+        )
+        return table
+
+    def _bar(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        pace = f"{self._cell('time/step_seconds', '.1f')} s a step, {duration(self._seconds_left())} left"
+        bar = ProgressBar(total=self._total, completed=self._step, width=30)
+        table.add_row(f"step {self._step}/{self._total}", bar, Text(pace, style="dim"))
+        return table
+
+    def _cell(self, name: str, spec: str) -> str:
+        return number(reading(self._metrics, name), spec)
+
+    def _seconds_left(self) -> float:
+        if not self._seconds:
+            return math.nan
+        return (self._total - self._step) * sum(self._seconds) / len(self._seconds)
+
+
+class PhaseProgress:
+    """Progress of a phase without steps, such as building the perfectible set or an evaluation."""
+
+    def __init__(self, advance: Progress | None, task: TaskID | None) -> None:
+        self._progress, self._task = advance, task
+        self.done = 0
+        """Units finished so far."""
+
+    def advance(self, count: int = 1) -> None:
+        """Count `count` more units as finished."""
+        self.done += count
+        if self._progress is not None and self._task is not None:
+            self._progress.advance(self._task, count)
+
+
+@contextmanager
+def progress(
+    label: str, total: int, *, mode: ConsoleMode = "auto", stream: TextIO | None = None
+) -> Iterator[PhaseProgress]:
+    """Show the progress of a phase of `total` units: a bar on a terminal, a line at start and end elsewhere."""
+    out = RichConsole(file=stream or sys.stderr, highlight=False)
+    resolved = resolve_mode(mode, out)
+    if resolved == "live":
+        columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=out) as bar:
+            yield PhaseProgress(bar, bar.add_task(label, total=total))
+        return
+    phase, start = PhaseProgress(None, None), time.monotonic()
+    if resolved == "lines":
+        out.print(Text(f"{label}: 0/{total}"))
+    yield phase
+    if resolved == "lines":
+        out.print(Text(f"{label}: {phase.done}/{total} in {duration(time.monotonic() - start)}"))
+
+
+def resolve_mode(mode: ConsoleMode, out: RichConsole) -> ConsoleMode:
+    """`auto` made concrete: `live` when `out` is a terminal that can move its cursor."""
+    if mode == "auto":
+        return "live" if out.is_terminal and not out.is_dumb_terminal else "lines"
+    return mode
+
+
+def health(name: str, value: float | None) -> str:
+    """`ok`, `high` or `low` against the catalogue's healthy band; empty without a value; NaN is `high`."""
+    band = CATALOGUE[name].band
+    if value is None or band is None:
+        return ""
+    low, high = band
+    if low is not None and value < low:
+        return "low"
+    # Written so that NaN, which compares false with everything, does not count as healthy.
+    return "ok" if high is None or value <= high else "high"
+
+
+def band_text(name: str) -> str:
+    """The healthy band in words."""
+    low, high = CATALOGUE[name].band or (None, None)
+    if low is not None and high is not None:
+        return f"healthy {low:g} to {high:g}"
+    if high is not None:
+        return f"healthy below {high:g}"
+    return f"healthy above {low:g}" if low is not None else ""
+
+
+def max_gap(metrics: Mapping[str, MetricValue]) -> float | None:
+    """Largest |pi - mu| of a step, from the two signed extremes; None when neither was measured."""
+    extremes = (reading(metrics, name) for name in ("mismatch/prob_gap/max", "mismatch/prob_gap/min"))
+    gaps = [abs(value) for value in extremes if value is not None]
+    return max(gaps) if gaps else None
+
+
+def reading(metrics: Mapping[str, MetricValue], name: str) -> float | None:
+    """The metric as a number; None when it is missing or no number."""
+    value = metrics.get(name)
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def number(value: float | None, spec: str) -> str:
+    """`value` formatted by `spec`; a dash when missing, `nan` or `inf` as such."""
+    if value is None:
+        return "-"
+    return format(value, spec) if math.isfinite(value) else str(float(value))
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: `8s`, `1m09s`, `2h05m`; a dash when unknown."""
+    if not math.isfinite(seconds):
+        return "-"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """`values`, averaged into at most `width` columns, as block characters from the lowest to the highest."""
+    if not values:
+        return ""
+    series = list(values)
+    columns = min(width, len(series))
+    edges = [round(index * len(series) / columns) for index in range(columns + 1)]
+    means = [sum(series[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, span = min(means), max(means) - min(means)
+    return "".join(_BLOCKS[round((mean - low) / span * 7) if span else 3] for mean in means)
