@@ -1,1 +1,1 @@
-"""TODO"""
+"""Adapters that other frameworks plug into."""

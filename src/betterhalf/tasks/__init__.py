@@ -1,1 +1,1 @@
-"""TODO"""
+"""Tasks: where prompts come from, and what earns a reward."""
