@@ -162,20 +162,24 @@ class TrainBatch:
     """All of one optimizer step."""
 
     micro_batches: tuple[MicroBatch, ...]
-    """Only sequences with a non-zero advantage; may be empty."""
+    """Sequences with a non-zero advantage; may be empty."""
+    measure_only: tuple[MicroBatch, ...]
+    """Sequences of zero-advantage groups: no gradient, but their mismatch counts, and so do they in the denominators."""
     denominators: Denominators
+
+    @property
+    def packs(self) -> tuple[MicroBatch, ...]:
+        """Every pack, trained ones first."""
+        return self.micro_batches + self.measure_only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
-    """All of one step: the train batches in the order they are trained on, and what is only measured."""
+    """All of one step: the train batches in the order they are trained on."""
 
     train_batches: tuple[TrainBatch, ...]
-    measure_only: tuple[MicroBatch, ...]
-    """Sequences of zero-advantage groups: no gradient, but their mismatch counts."""
 
     @property
-    def micro_batches(self) -> tuple[MicroBatch, ...]:
-        """Every pack of the step, train batches first."""
-        trained = tuple(micro for batch in self.train_batches for micro in batch.micro_batches)
-        return trained + self.measure_only
+    def packs(self) -> tuple[MicroBatch, ...]:
+        """Every pack of the step."""
+        return tuple(pack for batch in self.train_batches for pack in batch.packs)

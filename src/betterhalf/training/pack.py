@@ -41,14 +41,12 @@ def pack_step(
     train_batches = tuple(
         TrainBatch(
             micro_batches=make.micro_batches([i for i in share if advantages[i] != 0.0]),
+            measure_only=make.micro_batches([i for i in share if advantages[i] == 0.0]),
             denominators=_denominators([rollouts[i] for i in share], config.sampling.max_tokens),
         )
         for share in shares
     )
-    return StepBatch(
-        train_batches=train_batches,
-        measure_only=make.micro_batches([i for i in order if advantages[i] == 0.0]),
-    )
+    return StepBatch(train_batches=train_batches)
 
 
 def _split_evenly(items: list[int], parts: int) -> list[list[int]]:
@@ -119,11 +117,8 @@ class _Packer:
         return torch.tensor(values, dtype=torch.float32, device=self.device)
 
 
-def unpack_rows(packs: Sequence[MicroBatch], values: Sequence[torch.Tensor]) -> dict[int, list[float]]:
-    """Values of each completion token ([C] for each pack) by rollout index, in token order."""
-    out: dict[int, list[float]] = {}
-    for pack, values_C in zip(packs, values, strict=True):
-        counts = torch.bincount(pack.sequence_index_C, minlength=pack.num_sequences).tolist()
-        for index, part in zip(pack.rollout_index_S, values_C.split(counts), strict=True):
-            out[index] = part.tolist()
-    return out
+def by_rollout(pack: MicroBatch, values_C: torch.Tensor) -> dict[int, list[float]]:
+    """Values of each completion token by rollout index, in token order."""
+    counts = torch.bincount(pack.sequence_index_C, minlength=pack.num_sequences).tolist()
+    parts = values_C.split(counts)
+    return {index: part.tolist() for index, part in zip(pack.rollout_index_S, parts, strict=True)}

@@ -1,0 +1,124 @@
+"""Build the parts of a run from its configuration: the two wings, the task between them, and what they agree on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from betterhalf.algorithms.advantage import check_group_size
+from betterhalf.algorithms.presets import Algorithm, resolve_algorithm
+from betterhalf.config.schema import RunConfig
+from betterhalf.errors import ConfigError, InputError
+from betterhalf.models.loading import LoadedModel, load_model
+from betterhalf.precision.policy import PrecisionPolicy, build_policy
+from betterhalf.rollout.build import build_engine
+from betterhalf.rollout.engine import RolloutEngine
+from betterhalf.tasks.build import build_task
+from betterhalf.tasks.task import Task
+from betterhalf.training.policy_trainer import PolicyTrainer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Everything one run is made of."""
+
+    config: RunConfig
+    policy: PrecisionPolicy
+    algorithm: Algorithm
+    tokenizer: Any
+    """transformers tokenizer: decodes completions."""
+    task: Task
+    trainer: PolicyTrainer
+    """The wing of pi."""
+    engine: RolloutEngine
+    """The wing of mu; holds no weights before the first sync."""
+
+    def close(self) -> None:
+        """End worker processes and the engine."""
+        self.task.close()
+        self.engine.close()
+
+
+def choose_device(config: RunConfig) -> torch.device:
+    """The device of `config.device`.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch sees no GPU; set device=cpu or device=auto")
+    wanted = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(wanted)
+
+
+def assemble(config: RunConfig) -> Parts:
+    """Load the model once and build trainer, engine and task around it.
+
+    Raises:
+        InputError: a model, data set or combination of settings that cannot work.
+    """
+    algorithm = resolve_algorithm(config.algorithm)
+    check_group_size(algorithm.advantage, config.training.group_size)
+    policy = build_policy(config.precision, choose_device(config))
+    model = load_model(config.model)
+    task = build_task(config.task, model.tokenizer)
+    try:
+        check_context(model, task, config)
+        engine = build_engine(config, model.hf_config, model.stop_token_ids, policy)
+        trainer = PolicyTrainer(model, config=config, policy=policy, algorithm=algorithm)
+    except BaseException:
+        task.close()
+        raise
+    return Parts(
+        config=config,
+        policy=policy,
+        algorithm=algorithm,
+        tokenizer=model.tokenizer,
+        task=task,
+        trainer=trainer,
+        engine=engine,
+    )
+
+
+def check_context(model: LoadedModel, task: Task, config: RunConfig) -> None:
+    """Refuse, before anything is sampled, a prompt that leaves no room for a completion of the length limit.
+
+    Raises:
+        InputError: names the longest prompt and the limit that would fit.
+    """
+    indices = range(min(len(task), _PROMPTS_CHECKED))
+    longest = max((task.prompt(index) for index in indices), key=lambda prompt: len(prompt.token_ids))
+    room = model.context_length - len(longest.token_ids)
+    if room < config.sampling.max_tokens:
+        raise InputError(
+            f"prompt {longest.prompt_id!r} has {len(longest.token_ids)} tokens, and with sampling.max_tokens="
+            f"{config.sampling.max_tokens} exceeds the model's context of {model.context_length}; "
+            + (f"set sampling.max_tokens to {room} or less" if room > 0 else "shorten the prompt")
+        )
+
+
+_PROMPTS_CHECKED = 2048
+"""Prompts whose length is looked at before the run; the engine refuses later ones itself."""
+
+
+def with_precision(config: RunConfig, precision: str) -> RunConfig:
+    """The same run in another precision: nothing else differs."""
+    data = config.model_dump()
+    data["precision"]["preset"] = precision
+    return RunConfig.model_validate(data)
+
+
+def algorithm_record(algorithm: Algorithm) -> dict[str, Any]:
+    """The algorithm's resolved choices, for `environment.json`."""
+    return {
+        "preset": algorithm.preset,
+        "advantage": algorithm.advantage,
+        "surrogate": algorithm.surrogate.model_dump(),
+        "correction": algorithm.correction.model_dump(),
+        "aggregation": algorithm.aggregation,
+        "denominator": algorithm.denominator,
+    }
+
+

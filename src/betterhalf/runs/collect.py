@@ -1,0 +1,97 @@
+"""Fill a step with rollout groups: prompts, completions, rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from betterhalf.runs.assembly import Parts
+from betterhalf.runs.stopwatch import Stopwatch
+from betterhalf.tasks.rewards import check_rewards
+from betterhalf.types import Completion, GenerateRequest, Prompt, Rollout, RolloutGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """The groups of one step."""
+
+    groups: tuple[RolloutGroup, ...]
+    """`prompts_per_step` of them."""
+    position: int
+    """Prompts consumed since the start of the run: where the next step goes on."""
+    dropped: int
+    """Groups thrown away by dynamic sampling because all their rewards were equal."""
+    timeouts: int
+    """Rewards that ran out of time in this step."""
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """Groups in order, siblings in order."""
+        return [rollout for group in self.groups for rollout in group.rollouts]
+
+
+def collect_groups(parts: Parts, step: int, position: int, clock: Stopwatch) -> Collected:
+    """Sample and score one step's groups.
+
+    With `dynamic_sampling` (arXiv 2503.14476), groups without a difference in reward are replaced by fresh prompts, for
+    at most `max_sampling_rounds` rounds; what is then still missing is filled up with groups of equal rewards, so that
+    a step always has its size.
+    """
+    wanted = parts.config.training.prompts_per_step
+    rounds = parts.algorithm.max_sampling_rounds if parts.algorithm.dynamic_sampling else 1
+    useful: list[RolloutGroup] = []
+    flat: list[RolloutGroup] = []
+    timeouts_before = parts.task.timeouts
+    for _ in range(rounds):
+        prompts = parts.task.prompts(position, wanted, parts.config.seed)
+        for group in sample_groups(parts, prompts, parts.config.training.group_size, step, len(useful + flat), clock):
+            (useful if len(set(group.rewards)) > 1 or not parts.algorithm.dynamic_sampling else flat).append(group)
+        position += wanted
+        if len(useful) >= wanted:
+            break
+    groups = (useful + flat)[:wanted]
+    return Collected(
+        groups=tuple(groups),
+        position=position,
+        dropped=len(useful) + len(flat) - len(groups),
+        timeouts=parts.task.timeouts - timeouts_before,
+    )
+
+
+def sample_groups(
+    parts: Parts, prompts: Sequence[Prompt], group_size: int, step: int, first_index: int, clock: Stopwatch
+) -> list[RolloutGroup]:
+    """Completions and rewards for some prompts; (seed, step, index) determines every draw.
+
+    Raises:
+        RewardError: a reward is not finite, or their number is wrong.
+    """
+    with clock("generate"):
+        requests = [
+            GenerateRequest(
+                token_ids=prompt.token_ids, group_size=group_size, key=(parts.config.seed, step, first_index + index)
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        siblings = parts.engine.generate(requests, parts.config.sampling)
+    with clock("reward"):
+        return _scored(parts, prompts, siblings)
+
+
+def _scored(
+    parts: Parts, prompts: Sequence[Prompt], siblings: Sequence[tuple[Completion, ...]]
+) -> list[RolloutGroup]:
+    flat = [(prompt, completion) for prompt, group in zip(prompts, siblings, strict=True) for completion in group]
+    texts = parts.tokenizer.batch_decode([list(c.token_ids) for _, c in flat], skip_special_tokens=True)
+    rewards = parts.task.rewards([prompt for prompt, _ in flat], texts, [c.finish_reason for _, c in flat])
+    check_rewards(rewards, len(flat))
+    rollouts = iter(
+        [
+            Rollout(prompt=prompt, completion=completion, text=text, reward=reward)
+            for (prompt, completion), text, reward in zip(flat, texts, rewards, strict=True)
+        ]
+    )
+    return [
+        RolloutGroup(prompt=prompt, rollouts=tuple(next(rollouts) for _ in group))
+        for prompt, group in zip(prompts, siblings, strict=True)
+    ]

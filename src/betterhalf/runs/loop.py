@@ -1,0 +1,266 @@
+"""The loop: one step of reinforcement learning after another.
+
+    prompts -> completions -> rewards -> advantages -> packs -> mismatch, before any update -> gradients -> optimizer
+    steps -> weight sync -> metrics
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from betterhalf.algorithms.advantage import group_advantages, overlong_penalty
+from betterhalf.algorithms.loss_stats import LossStats, policy_metrics
+from betterhalf.algorithms.policy_loss import batch_denominators, kept_counts, kept_mask
+from betterhalf.diagnostics.logprob_gap import mismatch_metrics
+from betterhalf.runs.assembly import Parts
+from betterhalf.runs.collect import Collected, collect_groups
+from betterhalf.runs.stopwatch import Stopwatch
+from betterhalf.runs.system import peak_memory_gib
+from betterhalf.runs.weight_sync import sync_weights
+from betterhalf.training.pack import by_rollout, pack_step
+from betterhalf.training.policy_trainer import OptimReport
+from betterhalf.training.schedule import learning_rate
+from betterhalf.types import Denominators, MicroBatch, Rollout, StepBatch, TrainBatch
+
+_PHASES = ("generate", "reward", "measure", "train", "sync")
+
+Metrics = dict[str, float | str | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where a run stands; all that the next step depends on besides the trainer's state."""
+
+    step: int = 0
+    """Last finished step."""
+    position: int = 0
+    """Prompts consumed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledRollout:
+    """A rollout kept for people to read, with its per-token columns."""
+
+    rollout: Rollout
+    advantage: float
+    trainer_logprobs: list[float] | None
+    """log pi of each token at the weights that sampled it; None when the rollout was not measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one step leaves behind."""
+
+    progress: Progress
+    metrics: Metrics
+    samples: tuple[SampledRollout, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Trainer logprobs and entropies at the weights that sampled, by pack; a pack that was not measured is absent."""
+
+    logprobs: dict[int, Tensor]
+    """id of the pack -> float32 [C]."""
+    entropies: dict[int, Tensor]
+    """id of the pack -> float32 [C]."""
+    packs: tuple[MicroBatch, ...]
+    """The measured packs."""
+
+
+def train_steps(parts: Parts, progress: Progress, on_step: Callable[[StepResult], None]) -> Progress:
+    """Run the steps after `progress` up to `training.steps`, telling `on_step` of each when it is complete."""
+    while progress.step < parts.config.training.steps:
+        result = train_step(parts, progress)
+        progress = result.progress
+        on_step(result)
+    return progress
+
+
+def train_step(parts: Parts, progress: Progress) -> StepResult:
+    """One rollout batch and its optimizer steps."""
+    step, clock = progress.step + 1, Stopwatch()
+    collected = collect_groups(parts, step, progress.position, clock)
+    advantages = step_advantages(parts, collected)
+    batch = pack_step(collected.rollouts, advantages, parts.config, step, parts.policy.device)
+    with clock("measure"):
+        measured = measure(parts, batch, step)
+    version = parts.trainer.policy_version
+    with clock("train"):
+        learned = [learn(parts, train_batch, measured, step) for train_batch in batch.train_batches]
+    if parts.trainer.policy_version > version:
+        with clock("sync"):
+            sync_weights(parts)
+    metrics: Metrics = {
+        **rollout_metrics(parts, collected, advantages),
+        **mismatch(measured),
+        **learning_metrics(parts, learned, step),
+        **clock.metrics(_PHASES),
+        "system/tokens_per_second": sum(len(r.completion.token_ids) for r in collected.rollouts) / clock.total(),
+        "system/peak_memory_gib": peak_memory_gib(),
+    }
+    return StepResult(
+        progress=Progress(step=step, position=collected.position),
+        metrics=metrics,
+        samples=keep_samples(parts, collected.rollouts, advantages, measured, step),
+    )
+
+
+def step_advantages(parts: Parts, collected: Collected) -> list[float]:
+    """One advantage for each rollout: reward, minus the overlong penalty where the preset has one, minus the baseline."""
+    rewards = torch.tensor([group.rewards for group in collected.groups], dtype=torch.float64)
+    buffer = parts.algorithm.overlong_tokens(parts.config.sampling.max_tokens)
+    if buffer:
+        lengths = torch.tensor([[len(r.completion.token_ids) for r in g.rollouts] for g in collected.groups])
+        rewards = rewards + overlong_penalty(lengths, parts.config.sampling.max_tokens, buffer)
+    advantages: list[float] = group_advantages(rewards, parts.algorithm.advantage).flatten().tolist()
+    return advantages
+
+
+def measure(parts: Parts, batch: StepBatch, step: int) -> Measured:
+    """Trainer logprobs of the whole step at the weights that sampled it, in the very packs that will train.
+
+    In half precision another packing would round differently, and the first importance ratio would not be 1. Packs that
+    train are always measured when the algorithm needs the proximal policy; beyond that a seeded sample of packs.
+    """
+    trained = {id(pack) for train_batch in batch.train_batches for pack in train_batch.micro_batches}
+    needed = trained if parts.algorithm.needs_proximal else set()
+    count = max(1, round(parts.config.mismatch.sample_fraction * len(batch.packs)))
+    chosen = random.Random(f"measure-{parts.config.seed}-{step}").sample(range(len(batch.packs)), count)
+    packs = tuple(pack for i, pack in enumerate(batch.packs) if i in set(chosen) or id(pack) in needed)
+    scores = {id(pack): parts.trainer.measure(pack) for pack in packs}
+    return Measured(
+        logprobs={key: logprobs for key, (logprobs, _) in scores.items()},
+        entropies={key: entropy for key, (_, entropy) in scores.items()},
+        packs=packs,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    """What one optimizer step did."""
+
+    loss: float
+    stats: LossStats | None
+    """Counts of the loss; None when every group had equal rewards."""
+    report: OptimReport
+
+
+def learn(parts: Parts, batch: TrainBatch, measured: Measured, step: int) -> Learned:
+    """Gradients of one train batch, then its optimizer step."""
+    denominators = step_denominators(parts, batch, measured)
+    losses, stats = [], None
+    for pack in batch.micro_batches:
+        proximal = measured.logprobs.get(id(pack))
+        output = parts.trainer.forward_backward(pack, proximal, denominators)
+        losses.append(output.loss.detach())
+        stats = output.stats if stats is None else stats + output.stats
+    report = parts.trainer.optim_step(learning_rate(parts.config.optimizer, step, parts.config.training.steps))
+    return Learned(loss=float(sum(losses, torch.zeros(()))), stats=stats, report=report)
+
+
+def step_denominators(parts: Parts, batch: TrainBatch, measured: Measured) -> Denominators:
+    """The fixed denominators of a train batch; with `denominator = "kept"`, less what masks reject before any update."""
+    if parts.algorithm.denominator == "all":
+        return batch.denominators
+    sequences, tokens = 0, 0
+    for pack in batch.packs:
+        logprobs = measured.logprobs.get(id(pack))
+        if logprobs is None:
+            logprobs, _ = parts.trainer.measure(pack)
+        kept = kept_mask(
+            parts.algorithm,
+            proximal_logprobs_C=logprobs,
+            behavior_logprobs_C=pack.behavior_logprobs_C,
+            advantages_S=pack.advantages_S,
+            sequence_index_C=pack.sequence_index_C,
+            num_sequences=pack.num_sequences,
+        )
+        kept_sequences, kept_tokens = kept_counts(kept, pack.sequence_index_C, pack.num_sequences)
+        sequences, tokens = sequences + int(kept_sequences), tokens + int(kept_tokens)
+    return batch_denominators(
+        parts.algorithm,
+        sequences=int(batch.denominators.sequences),
+        tokens=int(batch.denominators.tokens),
+        kept_sequences=sequences,
+        kept_tokens=tokens,
+        max_tokens=batch.denominators.max_tokens,
+    )
+
+
+def mismatch(measured: Measured) -> Metrics:
+    """`mismatch/*` and the entropy, over all measured tokens, before any update."""
+    offsets, offset = [], 0
+    for pack in measured.packs:
+        offsets.append(pack.sequence_index_C + offset)
+        offset += pack.num_sequences
+    metrics = mismatch_metrics(
+        torch.cat([measured.logprobs[id(pack)] for pack in measured.packs]),
+        torch.cat([pack.behavior_logprobs_C for pack in measured.packs]),
+        torch.cat(offsets),
+        offset,
+    )
+    entropy = torch.cat(list(measured.entropies.values())).double().mean()
+    return {**metrics, "policy/entropy/mean": float(entropy)}
+
+
+def rollout_metrics(parts: Parts, collected: Collected, advantages: list[float]) -> Metrics:
+    """`rollout/*`: what the engine sampled and how it was rewarded (rewards before any overlong penalty)."""
+    rollouts = collected.rollouts
+    rewards = [rollout.reward for rollout in rollouts]
+    lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
+    size = parts.config.training.group_size
+    zero = [not any(advantages[start : start + size]) for start in range(0, len(advantages), size)]
+    return {
+        "rollout/reward/mean": statistics.fmean(rewards),
+        "rollout/reward/std": statistics.pstdev(rewards),
+        "rollout/length/mean": statistics.fmean(lengths),
+        "rollout/length/max": float(max(lengths)),
+        "rollout/truncated_fraction": statistics.fmean(r.completion.finish_reason == "length" for r in rollouts),
+        "rollout/zero_advantage_fraction": statistics.fmean(zero),
+        "rollout/reward_timeouts": float(collected.timeouts),
+        "rollout/groups_dropped": float(collected.dropped),
+    }
+
+
+def learning_metrics(parts: Parts, learned: list[Learned], step: int) -> Metrics:
+    """`optim/*` and `policy/*` over the optimizer steps of one step."""
+    reports = [part.report for part in learned]
+    applied = [report for report in reports if not report.skipped]
+    offenders = [report.first_offender for report in reports if report.first_offender]
+    stats = [part.stats for part in learned if part.stats is not None]
+    counts = policy_metrics(sum(stats[1:], stats[0]), len(stats)) if stats else {}
+    return {
+        "optim/loss_scale": parts.trainer.scaler.scale,
+        "optim/skipped": float(len(reports) - len(applied)),
+        "optim/updates_applied": float(len(applied)),
+        "optim/first_offender": offenders[0] if offenders else None,
+        "optim/grad_norm": statistics.fmean(r.grad_norm for r in applied) if applied else None,
+        "optim/learning_rate": learning_rate(parts.config.optimizer, step, parts.config.training.steps),
+        "optim/underflow_fraction": statistics.fmean(report.underflow_fraction for report in reports),
+        "optim/overflow_fraction": max(report.overflow_fraction for report in reports),
+        "policy/loss": statistics.fmean(part.loss for part in learned),
+        "policy/version": float(parts.trainer.policy_version),
+        **counts,
+    }
+
+
+def keep_samples(
+    parts: Parts, rollouts: list[Rollout], advantages: list[float], measured: Measured, step: int
+) -> tuple[SampledRollout, ...]:
+    """A seeded choice of rollouts with their per-token columns."""
+    count = min(parts.config.logging.rollouts_per_step, len(rollouts))
+    chosen = sorted(random.Random(f"keep-{parts.config.seed}-{step}").sample(range(len(rollouts)), count))
+    scores: dict[int, list[float]] = {}
+    for pack in measured.packs:
+        if set(pack.rollout_index_S) & set(chosen):
+            scores.update(by_rollout(pack, measured.logprobs[id(pack)]))
+    return tuple(
+        SampledRollout(rollout=rollouts[i], advantage=advantages[i], trainer_logprobs=scores.get(i)) for i in chosen
+    )

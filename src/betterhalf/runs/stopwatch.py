@@ -1,0 +1,37 @@
+"""Seconds spent in each phase of a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Stopwatch:
+    """Adds up wall-clock seconds by phase; on a GPU it waits for the device, so that a phase pays for its own work."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time a block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def total(self) -> float:
+        """Seconds since the stopwatch was made."""
+        return time.perf_counter() - self.started
+
+    def metrics(self, phases: tuple[str, ...]) -> dict[str, float]:
+        """`time/<phase>_seconds` for each phase (0 when it did not happen) and `time/step_seconds`."""
+        named = {f"time/{phase}_seconds": self.seconds.get(phase, 0.0) for phase in phases}
+        return {"time/step_seconds": self.total(), **named}

@@ -1,0 +1,202 @@
+"""One training run: from configuration to run folder, and back again with `--resume`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from betterhalf.config.load import config_difference, resolved_json
+from betterhalf.config.schema import RunConfig
+from betterhalf.errors import InputError
+from betterhalf.metrics.console import Console
+from betterhalf.metrics.sinks import JsonlSink, MetricSink, Sinks, TensorBoardSink
+from betterhalf.precision.contract import Contract
+from betterhalf.report.page import write_report
+from betterhalf.run_dir import (
+    RunDir,
+    default_run_dir,
+    environment,
+    read_json,
+    read_jsonl,
+    truncate_jsonl,
+    write_json_atomic,
+)
+from betterhalf.runs.assembly import Parts, algorithm_record, assemble
+from betterhalf.runs.loop import Progress, SampledRollout, StepResult, train_steps
+from betterhalf.runs.weight_sync import sync_weights
+from betterhalf.training import checkpoint
+
+
+def train(config: RunConfig, run_dir: str | None, resume: bool) -> dict[str, Any]:
+    """Run, or continue, one fine-tuning run, and write its report.
+
+    Args:
+        config: the resolved configuration.
+        run_dir: the run folder; `runs/train-<name>-<time>` if absent.
+        resume: go on from the folder's newest checkpoint.
+
+    Returns:
+        The summary, as written to `summary.json`.
+
+    Raises:
+        InputError: bad input, found before the first step.
+        RunError: a failure while running; everything written so far is kept.
+    """
+    if resume and run_dir is None:
+        raise InputError("--resume needs the folder of the run to continue; add run_dir=PATH")
+    run = RunDir.create(Path(run_dir) if run_dir else default_run_dir("train", config.name), resume=resume)
+    summary = run_training(config, run, resume=resume, label=config.name)
+    write_report([run.path], run.report)
+    return summary
+
+
+def run_training(
+    config: RunConfig,
+    run: RunDir,
+    *,
+    resume: bool,
+    label: str,
+    after: Callable[[Parts], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Train in `run`; `after` may look at the trained policy and add to the summary (an arm's final accuracy)."""
+    started = time.perf_counter()
+    if resume:
+        _require_same_config(run, config)
+    parts = assemble(config)
+    try:
+        progress = _restore(parts, run) if resume else Progress()
+        contract = sync_weights(parts)
+        if not resume:
+            _write_head(run, parts, contract)
+        with Console(config.logging.console, total_steps=config.training.steps, label=label) as console:
+            console.note(contract.table())
+            _train_and_record(parts, run, progress, console)
+        extra = after(parts) if after else {}
+    finally:
+        parts.close()
+    summary = summarise(run, config) | extra | {"seconds": time.perf_counter() - started}
+    write_json_atomic(run.summary, summary)
+    return summary
+
+
+def _require_same_config(run: RunDir, config: RunConfig) -> None:
+    """Refuse to continue a run under another configuration."""
+    if not run.config.exists():
+        raise InputError(f"{run.path} stopped before it wrote its configuration; start it again without --resume")
+    saved = RunConfig.model_validate(read_json(run.config))
+    changes = config_difference(saved, config)
+    if changes:
+        lines = "\n".join(f"  {change}" for change in changes)
+        raise InputError(
+            f"{run.path} was started with another configuration:\n{lines}\n"
+            "Resume with the same experiment and overrides, or start a new run in another run_dir"
+        )
+
+
+def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:
+    """What is known before the first step."""
+    write_json_atomic(run.config, resolved_json(parts.config))
+    write_json_atomic(run.environment, environment() | {"algorithm": algorithm_record(parts.algorithm)})
+    write_json_atomic(run.contract, contract.to_json())
+
+
+def _train_and_record(parts: Parts, run: RunDir, progress: Progress, console: Console) -> None:
+    """The loop, with everything it leaves on disk and on the terminal."""
+    extras: list[MetricSink] = [TensorBoardSink(run.tensorboard)] if parts.config.logging.tensorboard else []
+    sinks = Sinks(JsonlSink(run.append_metrics), extras, warn=console.note)
+
+    def record(result: StepResult) -> None:
+        step = result.progress.step
+        sinks.write(step, result.metrics)
+        for sample in result.samples:
+            run.append_rollout(rollout_row(step, sample))
+        console.update(step, result.metrics)
+        if result.metrics["optim/first_offender"]:
+            console.note(_skip_note(step, result))
+        if _checkpoint_due(parts.config, step):
+            save_checkpoint(parts, run, result.progress)
+
+    try:
+        train_steps(parts, progress, record)
+    finally:
+        sinks.close()
+
+
+def _skip_note(step: int, result: StepResult) -> str:
+    metrics = result.metrics
+    return (
+        f"step {step}: {metrics['optim/skipped']:.0f} optimizer step(s) skipped, gradients overflowed first in "
+        f"{metrics['optim/first_offender']}; loss scale is now {metrics['optim/loss_scale']:g}"
+    )
+
+
+def _checkpoint_due(config: RunConfig, step: int) -> bool:
+    every = config.training.checkpoint_every
+    return step == config.training.steps or (every > 0 and step % every == 0)
+
+
+def save_checkpoint(parts: Parts, run: RunDir, progress: Progress) -> None:
+    """Everything the next step depends on. Sampling, shuffling and data order are functions of (seed, step, position),
+
+    so there is no generator whose state would have to be kept.
+    """
+    values = {"trainer": parts.trainer.state_values(), "position": progress.position, "seed": parts.config.seed}
+    tensors = parts.trainer.state_tensors()
+    saved = checkpoint.Checkpoint(step=progress.step, tensors=tensors, values=values)
+    checkpoint.save(run.checkpoints, saved, keep=parts.config.training.keep_checkpoints)
+
+
+def _restore(parts: Parts, run: RunDir) -> Progress:
+    """Load the newest checkpoint, and drop what was logged after it; without one, the run starts again at step 1."""
+    path = checkpoint.latest(run.checkpoints)
+    progress = Progress()
+    if path is not None:
+        saved = checkpoint.load(path)
+        checkpoint.require_names(path, set(parts.trainer.weights.masters), set(saved.tensors["model"]))
+        parts.trainer.load_state(saved.tensors, saved.values["trainer"])
+        progress = Progress(step=saved.step, position=int(saved.values["position"]))
+    truncate_jsonl(run.metrics, progress.step)
+    truncate_jsonl(run.rollouts, progress.step)
+    return progress
+
+
+def rollout_row(step: int, sample: SampledRollout) -> dict[str, Any]:
+    """One row of `rollouts.jsonl`."""
+    rollout = sample.rollout
+    return {
+        "step": step,
+        "prompt_id": rollout.prompt.prompt_id,
+        "prompt": rollout.prompt.text,
+        "completion": rollout.text,
+        "answer": rollout.prompt.answer,
+        "reward": rollout.reward,
+        "advantage": sample.advantage,
+        "finish_reason": rollout.completion.finish_reason,
+        "policy_version": rollout.completion.policy_version,
+        "tokens": list(rollout.completion.token_ids),
+        "behavior_logprobs": list(rollout.completion.behavior_logprobs),
+        "trainer_logprobs": sample.trainer_logprobs,
+    }
+
+
+def summarise(run: RunDir, config: RunConfig) -> dict[str, Any]:
+    """The run in a few numbers, over all its steps, those before a resume included."""
+    rows = read_jsonl(run.metrics)
+    gaps = [abs(row[f"mismatch/prob_gap/{side}"]) for row in rows for side in ("max", "min")]
+    return {
+        "verb": "train",
+        "name": config.name,
+        "precision": config.precision.roles().model_dump(),
+        "algorithm": config.algorithm.preset,
+        "steps": len(rows),
+        "first_reward": rows[0]["rollout/reward/mean"],
+        "last_reward": statistics.fmean(row["rollout/reward/mean"] for row in rows[-10:]),
+        "mismatch_k3": statistics.fmean(row["mismatch/k3/mean"] for row in rows),
+        "mismatch_max_abs": max(gaps),
+        "skipped_steps": int(sum(row["optim/skipped"] for row in rows)),
+        "policy_version": int(rows[-1]["policy/version"]),
+        "run_dir": str(run.path),
+    }

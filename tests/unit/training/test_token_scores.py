@@ -1,0 +1,77 @@
+"""Chunked logprobs equal float64 arithmetic, forward and backward, whatever the chunk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from betterhalf import ops
+from betterhalf.training.token_scores import measure_tokens, rows_per_chunk, token_logprobs
+
+
+def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(11, 8, generator=generator).to(dtype)
+    weight = torch.randn(23, 8, generator=generator).to(dtype)
+    targets = torch.randint(23, (11,), generator=generator)
+    upstream = torch.randn(11, generator=generator)
+    return hidden, weight, targets, upstream
+
+
+def reference(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, upstream: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logprobs = ((h @ w.t()) / temperature).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    (logprobs * upstream.double()).sum().backward()
+    assert h.grad is not None and w.grad is not None
+    return logprobs.detach(), h.grad, w.grad
+
+
+@pytest.mark.parametrize("rows", [1, 4, 11, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_forward_and_backward_equal_float64(rows: int, temperature: float) -> None:
+    hidden, weight, targets, upstream = problem(torch.float32)
+    logprobs64, grad_hidden64, grad_weight64 = reference(hidden, weight, targets, upstream, temperature)
+    hidden.requires_grad_(), weight.requires_grad_()
+    logprobs = token_logprobs(hidden, weight, weight.detach(), targets, temperature, rows)
+    (logprobs * upstream).sum().backward()
+    torch.testing.assert_close(logprobs.double(), logprobs64, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(hidden.grad.double(), grad_hidden64, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
+    torch.testing.assert_close(weight.grad.double(), grad_weight64, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
+
+
+def test_half_gradients_are_rounded_once_after_the_sum_over_chunks() -> None:
+    hidden, weight, targets, upstream = problem(torch.float16)
+    _, grad_hidden64, grad_weight64 = reference(hidden, weight, targets, upstream, 1.0)
+    hidden.requires_grad_(), weight.requires_grad_()
+    logprobs = token_logprobs(hidden, weight, weight.detach().float(), targets, 1.0, 2)
+    (logprobs * upstream).sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert weight.grad.dtype == torch.float16
+    # one rounding: half a unit in the last place of FP16, relative 2^-11, plus FP32 noise
+    torch.testing.assert_close(weight.grad.double(), grad_weight64, rtol=2**-11 * 1.01, atol=1e-6)
+    torch.testing.assert_close(hidden.grad.double(), grad_hidden64, rtol=2**-11 * 1.01, atol=1e-6)
+
+
+def test_measuring_gives_the_bits_of_training_and_the_entropy() -> None:
+    hidden, weight, targets, _ = problem(torch.float32)
+    trained = token_logprobs(hidden, weight, weight, targets, 0.7, 4)
+    measured, entropies = measure_tokens(hidden, weight, targets, 0.7, 4)
+    assert torch.equal(trained, measured)
+    p = ((hidden.double() @ weight.double().t()) / 0.7).softmax(-1)
+    torch.testing.assert_close(entropies.double(), -(p * p.log()).sum(-1), rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_fit_the_budget() -> None:
+    # 1 MiB of FP32 logits over 1024 ids: 256 rows
+    assert rows_per_chunk(1024, 1) == 256
+    assert rows_per_chunk(10**7, 1) == 1
+
+
+def test_shared_logprob_definition_is_fp32_even_for_half_logits() -> None:
+    logits = torch.tensor([[10.0, 10.0, 10.0, -60000.0]], dtype=torch.float16)
+    logprob = ops.token_logprobs(logits, torch.tensor([1]))
+    assert logprob.dtype == torch.float32
+    # log(1/3) = -1.0986123, which FP16 would give as -1.0986328
+    assert abs(float(logprob) + 1.0986123) < 1e-6
