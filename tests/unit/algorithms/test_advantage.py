@@ -1,0 +1,78 @@
+"""Advantages of a group of siblings, worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from betterhalf.algorithms.advantage import (
+    check_group_size,
+    group_advantages,
+    overlong_penalty,
+    zero_advantage_groups,
+)
+from betterhalf.algorithms.presets import AdvantageKind
+from betterhalf.errors import ConfigError, RewardError
+
+REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+STD = math.sqrt(1 / 3)
+"""Sample standard deviation of the first group: sqrt(4 x 0.25 / 3). The second group's is 1."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("group_mean", [[0.5, -0.5, -0.5, 0.5], [1.5, -0.5, -0.5, -0.5]]),
+        ("group_standardised", [[0.5 / STD, -0.5 / STD, -0.5 / STD, 0.5 / STD], [1.5, -0.5, -0.5, -0.5]]),
+        ("leave_one_out", [[2 / 3, -2 / 3, -2 / 3, 2 / 3], [2.0, -2 / 3, -2 / 3, -2 / 3]]),
+        ("raw", [[1.0, 0.0, 0.0, 1.0], [3.0, 1.0, 1.0, 1.0]]),
+    ],
+)
+def test_advantages_by_hand(kind: AdvantageKind, expected: list[list[float]]) -> None:
+    advantages = group_advantages(REWARDS, kind)
+    assert advantages.dtype == torch.float32
+    torch.testing.assert_close(advantages, torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["group_mean", "group_standardised", "leave_one_out"])
+def test_equal_rewards_give_exactly_zero_whatever_their_mean_rounds_to(kind: AdvantageKind) -> None:
+    # The float64 mean of three times 0.1 is not 0.1.
+    rewards = torch.full((1, 3), 0.1, dtype=torch.float64)
+    assert rewards.mean() != 0.1
+    assert group_advantages(rewards, kind).tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_zero_advantage_groups_are_those_without_any_signal() -> None:
+    advantages = torch.tensor([[0.0, 0.0], [0.0, 1e-30], [-1.0, 1.0]])
+    assert zero_advantage_groups(advantages).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("kind", ["group_mean", "group_standardised", "leave_one_out"])
+def test_a_group_of_one_has_no_baseline(kind: AdvantageKind) -> None:
+    with pytest.raises(ConfigError, match=r"group_size=1 .*algorithm\.advantage=raw"):
+        check_group_size(kind, 1)
+    with pytest.raises(ConfigError):
+        group_advantages(torch.ones(3, 1), kind)
+
+
+def test_raw_takes_a_group_of_one() -> None:
+    assert group_advantages(torch.ones(2, 1), "raw").tolist() == [[1.0], [1.0]]
+
+
+def test_rewards_that_are_not_finite_are_refused_and_counted() -> None:
+    with pytest.raises(RewardError, match="2 of 4 rewards"):
+        group_advantages(torch.tensor([[0.0, math.nan], [math.inf, 1.0]]), "group_mean")
+
+
+def test_overlong_penalty_falls_over_the_buffer_only() -> None:
+    # Limit 10, buffer 4: free up to 6 tokens, then a quarter for each.
+    lengths = torch.tensor([1, 6, 7, 8, 10])
+    assert overlong_penalty(lengths, 10, 4).tolist() == [0.0, 0.0, -0.25, -0.5, -1.0]
+    assert overlong_penalty(lengths, 10, 0).tolist() == [0.0] * 5
+
+
+def test_overlong_buffer_longer_than_the_limit_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"overlong_buffer=11 exceeds sampling\.max_tokens=10"):
+        overlong_penalty(torch.tensor([1]), 10, 11)

@@ -1,0 +1,208 @@
+"""What is cut off is counted, and rejected tokens leave the denominator when told to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from betterhalf.algorithms.loss_stats import policy_metrics
+from betterhalf.algorithms.policy_loss import (
+    LossOutput,
+    batch_denominators,
+    kept_counts,
+    kept_mask,
+    policy_loss,
+)
+from betterhalf.algorithms.presets import PRESETS, Algorithm, resolve_algorithm
+from betterhalf.config.schema import AlgorithmConfig, RatioConfig
+from betterhalf.types import Denominators
+
+INDEX = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
+"""A long completion of five tokens and a short one of three, under a limit of eight."""
+
+
+def loss_of(
+    algorithm: Algorithm,
+    *,
+    drift: list[float] | None = None,
+    mismatch: list[float] | None = None,
+    advantages: tuple[float, float] = (1.0, -1.0),
+    of: Denominators | None = None,
+) -> tuple[LossOutput, Tensor]:
+    """Loss and gradient of tokens with these ratios current/proximal and proximal/behavior."""
+    behavior = torch.full((8,), -3.0, dtype=torch.float64)
+    proximal = behavior + torch.tensor(mismatch or [1.0] * 8, dtype=torch.float64).log()
+    current = (proximal + torch.tensor(drift or [1.0] * 8, dtype=torch.float64).log()).requires_grad_()
+    output = policy_loss(
+        algorithm,
+        current_logprobs_C=current,
+        proximal_logprobs_C=proximal,
+        behavior_logprobs_C=behavior,
+        advantages_S=torch.tensor(advantages),
+        sequence_index_C=INDEX,
+        num_sequences=2,
+        denominators=of or Denominators(sequences=2.0, tokens=8.0, max_tokens=8),
+    )
+    (gradient,) = torch.autograd.grad(output.loss, current)
+    return output, gradient
+
+
+def kept(algorithm: Algorithm, mismatch: list[float]) -> Tensor:
+    return kept_mask(
+        algorithm,
+        proximal_logprobs_C=torch.tensor(mismatch, dtype=torch.float64).log() - 3,
+        behavior_logprobs_C=torch.full((8,), -3.0, dtype=torch.float64),
+        advantages_S=torch.tensor([1.0, -1.0]),
+        sequence_index_C=INDEX,
+        num_sequences=2,
+    )
+
+
+def test_clip_counts_tokens_without_gradient_only() -> None:
+    # Advantage 1: of 1.5, 0.5, 1.2 only 1.5 is clipped; advantage -1: of 0.7, 1.5, 1 only 0.7 is.
+    output, gradient = loss_of(PRESETS["grpo"], drift=[1.5, 0.5, 1.2, 1, 1, 0.7, 1.5, 1])
+    metrics = policy_metrics(output.stats)
+    assert metrics["policy/clip_fraction"] == 2 / 8 == (gradient == 0).double().mean().item()
+    assert metrics["policy/mask_fraction"] == metrics["policy/truncate_fraction"] == 0
+    assert metrics["policy/ratio/mean"] == pytest.approx((1.5 + 0.5 + 1.2 + 1 + 1 + 0.7 + 1.5 + 1) / 8)
+    assert metrics["policy/ratio/max"] == pytest.approx(1.5)
+
+
+def test_dual_clip_counts_as_clip() -> None:
+    output, gradient = loss_of(PRESETS["dapo"], drift=[1, 1, 1, 1, 1, 11, 9, 1])
+    assert policy_metrics(output.stats)["policy/clip_fraction"] == 1 / 8
+    assert gradient[5] == 0
+
+
+def test_masks_are_counted_by_length() -> None:
+    # icepop keeps 0.5 to 5: two of the five tokens of the long completion go, one of the three of the short one.
+    output, _ = loss_of(PRESETS["icepop"], mismatch=[6, 0.4, 1, 1, 2, 7, 1, 1])
+    metrics = policy_metrics(output.stats)
+    assert metrics["policy/mask_fraction"] == 3 / 8
+    assert metrics["policy/rejected_share/long"] == 2 / 5
+    assert metrics["policy/rejected_share/short"] == pytest.approx(1 / 3)
+
+
+def test_effective_sample_size_before_and_after_truncation_by_hand() -> None:
+    # Weights 9, 1 x 7: (9 + 7)^2 / (8 (81 + 7)) = 4 / 11. Capped at 3: (3 + 7)^2 / (8 (9 + 7)) = 25 / 32.
+    output, _ = loss_of(PRESETS["grpo_token_tis"], mismatch=[9.0] + [1.0] * 7)
+    metrics = policy_metrics(output.stats)
+    assert metrics["policy/truncate_fraction"] == 1 / 8
+    assert metrics["policy/ess_before"] == pytest.approx(4 / 11)
+    assert metrics["policy/ess_after"] == pytest.approx(25 / 32)
+
+
+def test_effective_sample_size_after_masking_counts_the_dropped() -> None:
+    # Seven equal weights of eight: 7^2 / (8 x 7) = 7 / 8.
+    output, _ = loss_of(PRESETS["icepop"], mismatch=[9.0] + [1.0] * 7)
+    assert policy_metrics(output.stats)["policy/ess_after"] == pytest.approx(7 / 8)
+
+
+def test_everything_masked_leaves_no_effective_sample_and_no_gradient() -> None:
+    output, gradient = loss_of(PRESETS["icepop"], mismatch=[9.0] * 8)
+    metrics = policy_metrics(output.stats)
+    assert (metrics["policy/ess_before"], metrics["policy/ess_after"]) == (pytest.approx(1.0), 0.0)
+    assert output.loss == 0 and not gradient.any()
+
+
+def test_bounded_log_ratios_are_counted_and_have_no_gradient() -> None:
+    huge = math.exp(25)
+    output, gradient = loss_of(PRESETS["grpo"], drift=[1, 1, 1, 1, 1, huge, 1, 1])
+    assert policy_metrics(output.stats)["policy/bounded_fraction"] == 1 / 8
+    assert policy_metrics(output.stats)["policy/ratio/max"] == pytest.approx(math.exp(20))
+    assert gradient[5] == 0 and gradient[6] != 0
+
+
+def test_loss_metric_is_the_mean_over_train_batches() -> None:
+    output, _ = loss_of(PRESETS["grpo"])
+    both = output.stats + output.stats
+    assert policy_metrics(both, train_batches=2)["policy/loss"] == pytest.approx(output.loss.item())
+
+
+def test_statistics_carry_no_graph() -> None:
+    output, _ = loss_of(PRESETS["pg_seq_tis"])
+    assert not any(getattr(output.stats, name).requires_grad for name in output.stats.__slots__)
+
+
+def test_a_ratio_exactly_at_a_mask_bound_is_kept_and_the_next_number_is_not() -> None:
+    ratio = torch.tensor(0.7, dtype=torch.float64).exp().item()
+    for upper, masked in ((ratio, 0.0), (math.nextafter(ratio, 0), 1.0)):
+        mask = RatioConfig(level="token", ratio="proximal/behavior", treatment="mask", upper=upper)
+        algorithm = resolve_algorithm(AlgorithmConfig(preset="grpo", correction=mask))
+        zero = torch.zeros(1, dtype=torch.float64)
+        output = policy_loss(
+            algorithm,
+            current_logprobs_C=zero.clone().requires_grad_(),
+            proximal_logprobs_C=zero,
+            behavior_logprobs_C=zero - 0.7,
+            advantages_S=torch.ones(1),
+            sequence_index_C=torch.zeros(1, dtype=torch.int64),
+            num_sequences=1,
+            denominators=Denominators(sequences=1.0, tokens=1.0, max_tokens=1),
+        )
+        assert output.stats.masked == masked
+
+
+def test_a_ratio_exactly_at_the_clip_keeps_its_whole_gradient() -> None:
+    # clamp and maximum each meet a tie here; -A r / 8 / 2 must come out whole.
+    ratio = torch.tensor(0.25, dtype=torch.float64).exp().item()
+    clip = RatioConfig(level="token", treatment="clip", lower=0.5, upper=ratio)
+    algorithm = resolve_algorithm(AlgorithmConfig(preset="grpo", surrogate=clip))
+    current = torch.tensor([0.25], dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros(1, dtype=torch.float64)
+    output = policy_loss(
+        algorithm,
+        current_logprobs_C=current,
+        proximal_logprobs_C=zero,
+        behavior_logprobs_C=zero,
+        advantages_S=torch.ones(1),
+        sequence_index_C=torch.zeros(1, dtype=torch.int64),
+        num_sequences=1,
+        denominators=Denominators(sequences=2.0, tokens=2.0, max_tokens=8),
+    )
+    (gradient,) = torch.autograd.grad(output.loss, current)
+    assert gradient.item() == pytest.approx(-ratio / 16) and output.stats.clipped == 0
+
+
+# -- denominators
+
+
+def test_kept_mask_is_what_the_loss_drops_before_any_update() -> None:
+    mismatch = [6, 0.4, 1, 1, 2, 7, 1, 1]
+    assert kept(PRESETS["icepop"], mismatch).tolist() == [False, False, True, True, True, False, True, True]
+    # Product 4.8 of the long completion exceeds 3, 7 of the short one too.
+    assert not kept(PRESETS["grpo_seq_mis"], mismatch).any()
+    assert kept(PRESETS["grpo"], mismatch).all()
+    assert kept(PRESETS["pg_seq_mis"], [1, 1, 1, 1, 2, 4, 1, 1]).tolist() == [True] * 5 + [False] * 3
+
+
+def test_kept_counts_drop_a_sequence_when_nothing_of_it_is_left() -> None:
+    index, three = torch.tensor([0, 0, 1, 1]), torch.tensor([False, True, False, False])
+    sequences, tokens = kept_counts(three, index, 3)
+    # Sequence 0 keeps one token, 1 keeps none, 2 has none to lose.
+    assert (sequences.item(), tokens.item()) == (2, 1)
+
+
+def test_denominators_follow_the_choice_and_never_reach_zero() -> None:
+    counts = {"sequences": 4, "tokens": 20, "kept_sequences": 3, "kept_tokens": 12, "max_tokens": 8}
+    everything, without = PRESETS["icepop"], replace(PRESETS["icepop"], denominator="kept")
+    assert batch_denominators(everything, **counts) == Denominators(sequences=4.0, tokens=20.0, max_tokens=8)
+    assert batch_denominators(without, **counts) == Denominators(sequences=3.0, tokens=12.0, max_tokens=8)
+    nothing = counts | {"kept_sequences": 0, "kept_tokens": 0}
+    assert batch_denominators(without, **nothing) == Denominators(sequences=1.0, tokens=1.0, max_tokens=8)
+
+
+def test_kept_denominator_makes_the_sequence_mean_one_over_kept_tokens() -> None:
+    # On policy with weight 1: two of five and three of three tokens kept, so -1 and +1 for the means of the sequences.
+    mask = RatioConfig(level="token", ratio="proximal/behavior", treatment="mask", upper=1.5, keep_weight=False)
+    config = AlgorithmConfig(preset="grpo", correction=mask, aggregation="sequence_mean", denominator="kept")
+    _, gradient = loss_of(resolve_algorithm(config), mismatch=[2, 2, 2, 1, 1, 1, 1, 1])
+    assert gradient.tolist() == pytest.approx([0, 0, 0, -1 / 4, -1 / 4, 1 / 6, 1 / 6, 1 / 6])
+    _, fixed = loss_of(
+        resolve_algorithm(config.model_copy(update={"denominator": "all"})), mismatch=[2, 2, 2, 1, 1, 1, 1, 1]
+    )
+    assert fixed.tolist() == pytest.approx([0, 0, 0, -1 / 10, -1 / 10, 1 / 6, 1 / 6, 1 / 6])
