@@ -1,8 +1,11 @@
-"""Facts of the floating-point formats, and their mapping to torch dtypes."""
+"""Facts of the floating-point formats, their mapping to torch dtypes, and rounding to formats that no hardware has."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from betterhalf.types import DtypeName
 
@@ -18,3 +21,92 @@ def torch_dtype(name: DtypeName) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> DtypeName:
     """The format name of a torch dtype; KeyError for integer and 64-bit dtypes."""
     return _NAMES[dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormatFacts:
+    """An IEEE 754 style binary format: one sign bit, subnormal numbers, infinities. At most as wide as FP32."""
+
+    significand_bits: int
+    """Precision, the leading bit that is not stored included: 11 for FP16, 8 for BF16, 24 for FP32."""
+    exponent_bits: int
+    """5 for FP16, 8 for BF16 and FP32."""
+
+    def __post_init__(self) -> None:
+        """Refuse formats that FP32 does not contain, which the rounding below could not represent."""
+        if not (1 <= self.significand_bits <= 24 and 2 <= self.exponent_bits <= 8):
+            raise ValueError(
+                f"{self.significand_bits} significand and {self.exponent_bits} exponent bits are not a part of FP32; "
+                "give 1 to 24 significand bits and 2 to 8 exponent bits"
+            )
+
+    @property
+    def max_exponent(self) -> int:
+        """Exponent of the largest power of two: 15, 127, 127."""
+        return (1 << (self.exponent_bits - 1)) - 1
+
+    @property
+    def min_exponent(self) -> int:
+        """Exponent of the smallest normal number: -14, -126, -126."""
+        return 1 - self.max_exponent
+
+    @property
+    def eps(self) -> float:
+        """Distance from 1 to the next larger number."""
+        return 2.0 ** (1 - self.significand_bits)
+
+    @property
+    def unit_roundoff(self) -> float:
+        """Largest relative error of rounding to nearest in the normal range: half of `eps`."""
+        return self.eps / 2
+
+    @property
+    def max(self) -> float:
+        """Largest finite number."""
+        return (2.0 - self.eps) * 2.0**self.max_exponent
+
+    @property
+    def min_normal(self) -> float:
+        """Smallest number with full precision."""
+        return 2.0**self.min_exponent
+
+    @property
+    def min_subnormal(self) -> float:
+        """Smallest number above zero; half of it or less rounds to zero."""
+        return self.min_normal * self.eps
+
+
+FORMATS: dict[DtypeName, FormatFacts] = {
+    "fp16": FormatFacts(significand_bits=11, exponent_bits=5),
+    "bf16": FormatFacts(significand_bits=8, exponent_bits=8),
+    "fp32": FormatFacts(significand_bits=24, exponent_bits=8),
+}
+"""The formats that betterhalf computes in."""
+
+
+def round_to_format(x: Tensor, target: DtypeName | FormatFacts) -> Tensor:
+    """Round to the nearest number of the format, ties to even, once; overflow gives infinity, NaN stays NaN.
+
+    The result keeps its dtype, so that formats without hardware, such as 9 significand bits, can be studied. FP64
+    input is rounded directly, while torch's cast to half goes through FP32 and rounds twice.
+
+    Args:
+        x: float32 or float64, any shape.
+        target: a format's name or its facts.
+
+    Returns:
+        Values of the format, in the dtype of `x`.
+    """
+    assert x.dtype in (torch.float32, torch.float64), f"rounding is emulated on FP32 and FP64, not on {x.dtype}"
+    facts = FORMATS[target] if isinstance(target, str) else target
+    wide = x.double()
+    exponent = (torch.frexp(wide).exponent.long() - 1).clamp(min=facts.min_exponent)
+    quantum = _power_of_two(exponent - (facts.significand_bits - 1))
+    rounded = torch.round(wide / quantum) * quantum
+    rounded = torch.where(rounded.abs() > facts.max, rounded.sign() * torch.inf, rounded)
+    return torch.where(wide.isfinite(), rounded, wide).to(x.dtype)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """Exactly 2^exponent in float64, assembled from bits: torch's vectorised power may miss by one unit."""
+    return ((exponent.clamp(-1022, 1023) + 1023) << 52).view(torch.float64)

@@ -1,0 +1,305 @@
+"""Loss scaling: keep FP16 gradients above underflow and below overflow, and skip the steps that overflow.
+
+    loss = scaler.scale_loss(loss); loss.backward()          each micro-batch
+    report = scaler.unscale(gradients)                       FP32 gradients, in place
+    if not report.found_inf: clip, optimizer.step()
+    scaler.update(report.found_inf)
+
+BF16 and FP32 use the null scaler, whose scale is 1 and which still finds non-finite gradients: no caller asks which
+one it holds. The rule is that of torch.amp.GradScaler (arXiv 1710.03740), with a floor and hysteresis as in DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from betterhalf.config.schema import LossScaleConfig
+from betterhalf.errors import CheckpointError, LossScaleError
+from betterhalf.precision.formats import FORMATS
+from betterhalf.types import DtypeName
+
+_CHUNK = 2**19
+"""Elements inspected at once on a CPU: 2 MiB of FP32 stay in its cache over all four passes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnscaleReport:
+    """What unscaling saw in the accumulated, still scaled gradients."""
+
+    found_inf: bool
+    """Some gradient on some rank is infinite or NaN: skip the optimizer step."""
+    first_offender: str | None
+    """First parameter, in the order given, with a non-finite gradient on this rank."""
+    underflow_fraction: float
+    """Share of this rank's non-zero entries below the smallest normal number of the compute format."""
+    overflow_fraction: float
+    """Share of this rank's entries that are infinite or NaN."""
+
+
+class LossScaler(Protocol):
+    """What the trainer needs of a scaler."""
+
+    @property
+    def scale(self) -> float:
+        """Factor that multiplies the next loss."""
+        ...
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """Scaled loss; `loss` must be FP32 and a scalar, since a half loss times 65536 is infinite."""
+        ...
+
+    def unscale(
+        self, grads: Iterable[tuple[str, Tensor]], all_reduce_max: Callable[[Tensor], None] | None = None
+    ) -> UnscaleReport:
+        """Divide FP32 gradients by the scale, in place, and report what they held.
+
+        Args:
+            grads: (name, float32 gradient) in a fixed order.
+            all_reduce_max: replaces a float32 [1] tensor by its maximum over the ranks, so that all decide alike.
+        """
+        ...
+
+    def update(self, found_inf: bool) -> None:
+        """Adapt the scale after an optimizer step that was applied, or skipped because of `found_inf`.
+
+        Raises:
+            LossScaleError: too many skipped steps in a row with nowhere left to go.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, float]:
+        """Everything a checkpoint needs; JSON holds it exactly."""
+        ...
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from `state_dict()`.
+
+        Raises:
+            CheckpointError: the state is of another kind of scaler.
+        """
+        ...
+
+
+class DynamicLossScaler:
+    """Grows after so many clean optimizer steps, backs off on overflow; for FP16."""
+
+    def __init__(self, config: LossScaleConfig, compute_dtype: DtypeName) -> None:
+        """Start at `config.initial`; `compute_dtype` says what counts as underflow."""
+        self._config = config
+        self._smallest_normal = FORMATS[compute_dtype].min_normal
+        # A scale of zero could never be undone, so there is a floor even without one.
+        self._floor = max(config.floor, FORMATS["fp32"].min_normal)
+        self._scale = _to_fp32(config.initial)
+        self._clean_steps = 0
+        self._overflows_in_row = 0
+        self._skips_at_floor = 0
+        self._last_offender: str | None = None
+
+    @property
+    def scale(self) -> float:
+        """Factor that multiplies the next loss; an FP32 number."""
+        return self._scale
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """`loss` times the scale: float32 [] -> float32 []."""
+        _require_scalar_fp32(loss)
+        return loss * self._scale
+
+    def unscale(
+        self, grads: Iterable[tuple[str, Tensor]], all_reduce_max: Callable[[Tensor], None] | None = None
+    ) -> UnscaleReport:
+        """See `LossScaler.unscale`."""
+        report = _unscale(grads, self._scale, self._smallest_normal, all_reduce_max)
+        self._last_offender = report.first_offender or self._last_offender
+        return report
+
+    def update(self, found_inf: bool) -> None:
+        """See `LossScaler.update`. With hysteresis h the scale falls from the h-th overflow in a row on."""
+        if found_inf:
+            self._after_overflow()
+        else:
+            self._after_clean_step()
+
+    def _after_clean_step(self) -> None:
+        self._overflows_in_row = self._skips_at_floor = 0
+        self._clean_steps += 1
+        if self._clean_steps == self._config.growth_interval:
+            self._clean_steps = 0
+            grown = _to_fp32(self._scale * self._config.growth_factor)
+            self._scale = grown if math.isfinite(grown) else self._scale
+
+    def _after_overflow(self) -> None:
+        self._clean_steps = 0
+        self._overflows_in_row += 1
+        if self._scale <= self._floor:
+            self._skips_at_floor += 1
+        elif self._overflows_in_row >= self._config.hysteresis:
+            self._scale = max(self._floor, _to_fp32(self._scale * self._config.backoff_factor))
+        if self._skips_at_floor >= self._config.max_skips_at_floor:
+            raise LossScaleError(
+                f"gradients overflowed in {self._skips_at_floor} optimizer steps in a row with the loss scale at its "
+                f"floor {self._scale:g}{_offender(self._last_offender)}; lower optimizer.learning_rate or "
+                "optimizer.max_grad_norm, lower precision.loss_scale.floor, or use precision=bf16"
+            )
+
+    def state_dict(self) -> dict[str, float]:
+        """Scale and the three counters."""
+        return {
+            "scale": self._scale,
+            "clean_steps": self._clean_steps,
+            "overflows_in_row": self._overflows_in_row,
+            "skips_at_floor": self._skips_at_floor,
+        }
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """See `LossScaler.load_state_dict`."""
+        _require_keys(state, self.state_dict())
+        self._scale = float(state["scale"])
+        self._clean_steps = int(state["clean_steps"])
+        self._overflows_in_row = int(state["overflows_in_row"])
+        self._skips_at_floor = int(state["skips_at_floor"])
+
+
+class NullLossScaler:
+    """Scale 1 for ever; for BF16 and FP32. Still finds non-finite gradients, and stops when they do not end."""
+
+    scale: float = 1.0
+
+    def __init__(self, config: LossScaleConfig, compute_dtype: DtypeName) -> None:
+        """`compute_dtype` says what counts as underflow; of `config` only `max_skips_at_floor` is used."""
+        self._max_skips = config.max_skips_at_floor
+        self._smallest_normal = FORMATS[compute_dtype].min_normal
+        self._skips_in_row = 0
+        self._last_offender: str | None = None
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """`loss` itself."""
+        _require_scalar_fp32(loss)
+        return loss
+
+    def unscale(
+        self, grads: Iterable[tuple[str, Tensor]], all_reduce_max: Callable[[Tensor], None] | None = None
+    ) -> UnscaleReport:
+        """See `LossScaler.unscale`; the gradients stay as they are."""
+        report = _unscale(grads, 1.0, self._smallest_normal, all_reduce_max)
+        self._last_offender = report.first_offender or self._last_offender
+        return report
+
+    def update(self, found_inf: bool) -> None:
+        """See `LossScaler.update`."""
+        self._skips_in_row = self._skips_in_row + 1 if found_inf else 0
+        if self._skips_in_row >= self._max_skips:
+            raise LossScaleError(
+                f"gradients were not finite in {self._skips_in_row} optimizer steps in a row"
+                f"{_offender(self._last_offender)}; lower optimizer.learning_rate, or look for NaN in the weights"
+            )
+
+    def state_dict(self) -> dict[str, float]:
+        """Count of skipped steps in a row."""
+        return {"skips_in_row": self._skips_in_row}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """See `LossScaler.load_state_dict`."""
+        _require_keys(state, self.state_dict())
+        self._skips_in_row = int(state["skips_in_row"])
+
+
+def build_loss_scaler(config: LossScaleConfig, compute_dtype: DtypeName) -> LossScaler:
+    """Dynamic scaler for FP16, null scaler for formats with the exponent range of FP32."""
+    if FORMATS[compute_dtype].exponent_bits < FORMATS["fp32"].exponent_bits:
+        return DynamicLossScaler(config, compute_dtype)
+    return NullLossScaler(config, compute_dtype)
+
+
+@torch.no_grad()
+def _unscale(
+    grads: Iterable[tuple[str, Tensor]],
+    scale: float,
+    smallest_normal: float,
+    all_reduce_max: Callable[[Tensor], None] | None,
+) -> UnscaleReport:
+    """Inspect and divide each tensor once; read all results back at once, so that a GPU waits once."""
+    named = list(grads)
+    if not named:
+        return UnscaleReport(
+            found_inf=_any_rank(False, all_reduce_max),
+            first_offender=None,
+            underflow_fraction=0.0,
+            overflow_fraction=0.0,
+        )
+    rows = torch.stack([_inspect_and_divide(name, grad, scale, smallest_normal) for name, grad in named]).tolist()
+    offenders = [
+        (name, grad) for (name, grad), (peak, _, _) in zip(named, rows, strict=True) if not math.isfinite(peak)
+    ]
+    nonzero, small = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    broken = sum(int(grad.isfinite().logical_not_().count_nonzero()) for _, grad in offenders)
+    return UnscaleReport(
+        found_inf=_any_rank(bool(offenders), all_reduce_max, named[0][1].device),
+        first_offender=offenders[0][0] if offenders else None,
+        underflow_fraction=small / max(nonzero, 1),
+        overflow_fraction=broken / max(sum(grad.numel() for _, grad in named), 1),
+    )
+
+
+def _inspect_and_divide(name: str, grad: Tensor, scale: float, smallest_normal: float) -> Tensor:
+    """float64 [3]: largest magnitude (NaN if any is), entries not zero, entries not zero but below the smallest normal."""
+    assert grad.dtype == torch.float32, f"the accumulated gradient of {name} is {grad.dtype}, not FP32"
+    parts = []
+    for piece in _pieces(grad):
+        magnitude = piece.abs()
+        nonzero = torch.count_nonzero(piece)
+        below = torch.count_nonzero(magnitude < smallest_normal)
+        small = below - (piece.numel() - nonzero)
+        parts.append(torch.stack([magnitude.amax().double(), nonzero.double(), small.double()]))
+        if scale != 1.0:
+            piece.mul_(1.0 / scale)
+    if not parts:
+        return torch.zeros(3, dtype=torch.float64, device=grad.device)
+    table = torch.stack(parts)
+    return torch.cat([table[:, :1].amax(0), table[:, 1:].sum(0)])
+
+
+def _pieces(grad: Tensor) -> tuple[Tensor, ...]:
+    """Views that cover the gradient, small enough for a CPU's cache."""
+    if grad.numel() == 0:
+        return ()
+    if grad.is_cuda or not grad.is_contiguous():
+        return (grad,)
+    return torch.split(grad.view(-1), _CHUNK)
+
+
+def _any_rank(found: bool, all_reduce_max: Callable[[Tensor], None] | None, device: torch.device | None = None) -> bool:
+    if all_reduce_max is None:
+        return found
+    flag = torch.full((1,), float(found), device=device)
+    all_reduce_max(flag)
+    return bool(flag.item() > 0)
+
+
+def _require_scalar_fp32(loss: Tensor) -> None:
+    assert loss.dtype == torch.float32 and loss.dim() == 0, (
+        f"the loss must be an FP32 scalar before scaling, not {loss.dtype} {tuple(loss.shape)}"
+    )
+
+
+def _require_keys(state: dict[str, float], wanted: dict[str, float]) -> None:
+    if state.keys() != wanted.keys():
+        raise CheckpointError(
+            f"the checkpoint's loss scaler holds {sorted(state)}, this run's {sorted(wanted)}; "
+            "resume with the precision the checkpoint was made with"
+        )
+
+
+def _offender(name: str | None) -> str:
+    return f" (first in {name})" if name else ""
+
+
+def _to_fp32(value: float) -> float:
+    """The scale multiplies an FP32 loss, so it is kept as an FP32 number, as GradScaler does."""
+    return torch.tensor(value, dtype=torch.float64).float().item()

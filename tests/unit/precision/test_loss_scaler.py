@@ -1,0 +1,244 @@
+"""Loss scalers: the scale's history, what unscaling finds, and when they give up."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from betterhalf.config.schema import LossScaleConfig
+from betterhalf.errors import CheckpointError, LossScaleError
+from betterhalf.precision.loss_scaler import (
+    DynamicLossScaler,
+    LossScaler,
+    NullLossScaler,
+    build_loss_scaler,
+)
+
+FP16_TINY = 2.0**-14
+
+
+def dynamic(**settings: Any) -> LossScaler:
+    return build_loss_scaler(LossScaleConfig(**settings), "fp16")
+
+
+def grad_scaler_history(settings: dict[str, Any], overflows: list[bool]) -> list[float]:
+    """Scales of torch.amp.GradScaler, fed through a one-parameter optimizer."""
+    reference = torch.amp.GradScaler("cpu", **settings)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    reference.scale(torch.zeros(()))
+    scales = []
+    for overflow in overflows:
+        weight.grad = torch.full((1,), torch.inf if overflow else 1.0)
+        reference.step(optimizer)
+        reference.update()
+        scales.append(reference.get_scale())
+    return scales
+
+
+@pytest.mark.parametrize("batch", range(10))
+def test_random_histories_equal_those_of_torch_grad_scaler(batch: int) -> None:
+    for seed in range(batch * 50, batch * 50 + 50):
+        draw = random.Random(seed)
+        factors = {
+            "growth_factor": draw.choice([2.0, 1.5, 1.1, 4.0]),
+            "backoff_factor": draw.choice([0.5, 0.7, 0.25]),
+            "growth_interval": draw.randint(1, 6),
+        }
+        initial = draw.choice([2.0**16, 1.0, 3.7, 2.0**120])
+        chance = draw.choice([0.0, 0.1, 0.5])
+        overflows = [draw.random() < chance for _ in range(40)]
+        scaler = dynamic(initial=initial, floor=0.0, hysteresis=1, **factors)
+        scales = []
+        for overflow in overflows:
+            scaler.update(overflow)
+            scales.append(scaler.scale)
+        assert scales == grad_scaler_history({"init_scale": initial, **factors}, overflows)
+
+
+def test_only_fp16_gets_a_dynamic_scaler() -> None:
+    config = LossScaleConfig()
+    kinds = [type(build_loss_scaler(config, name)) for name in ("fp16", "bf16", "fp32")]
+    assert kinds == [DynamicLossScaler, NullLossScaler, NullLossScaler]
+
+
+def test_a_forced_overflow_halves_the_scale_and_names_the_parameter() -> None:
+    scaler = dynamic()
+    grads = {"a": torch.ones(3), "b": torch.tensor([1.0, torch.inf]), "c": torch.tensor([torch.nan])}
+    report = scaler.unscale(grads.items())
+    scaler.update(report.found_inf)
+    assert report.found_inf and report.first_offender == "b"
+    assert report.overflow_fraction == 2 / 6
+    assert scaler.scale == 2.0**15
+
+
+def test_the_first_offender_follows_the_order_given() -> None:
+    bad, good = torch.tensor([torch.nan]), torch.ones(2)
+    assert dynamic().unscale([("z", bad.clone()), ("a", bad.clone())]).first_offender == "z"
+    assert dynamic().unscale([("a", good), ("z", bad.clone()), ("b", bad.clone())]).first_offender == "z"
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("place", [0, 2**19 - 1, 2**19, 2**19 + 5])
+def test_one_broken_entry_is_found_wherever_it_is(value: float, place: int) -> None:
+    grad = torch.full((2**19 + 6,), 0.5)
+    grad[place] = value
+    report = dynamic(initial=4.0).unscale([("weight", grad)])
+    assert report.found_inf and report.overflow_fraction == 1 / grad.numel()
+    assert grad[1].item() == 0.125
+
+
+def test_gradients_are_divided_by_the_scale_in_place() -> None:
+    scaler = dynamic(initial=1024.0)
+    matrix, strided = torch.arange(6.0).view(2, 3), torch.arange(6.0).view(2, 3).t()
+    report = scaler.unscale([("m", matrix), ("s", strided), ("empty", torch.empty(0))])
+    assert torch.equal(matrix, torch.arange(6.0).view(2, 3) / 1024)
+    assert torch.equal(strided, torch.arange(6.0).view(2, 3).t() / 1024)
+    assert not report.found_inf and report.first_offender is None
+
+
+def test_huge_finite_gradients_are_not_taken_for_infinite() -> None:
+    grad = torch.full((64,), torch.finfo(torch.float32).max)
+    report = dynamic(initial=2.0).unscale([("weight", grad)])
+    assert not report.found_inf and report.overflow_fraction == 0.0
+
+
+@pytest.mark.parametrize("scaler", [dynamic(initial=2.0**10), build_loss_scaler(LossScaleConfig(), "fp32")])
+def test_the_underflow_share_counts_scaled_nonzero_entries_below_the_smallest_normal(scaler: LossScaler) -> None:
+    tiny = FP16_TINY if isinstance(scaler, DynamicLossScaler) else 2.0**-126
+    grad = torch.tensor([0.0, 0.0, tiny / 2, -tiny / 2, tiny, -tiny, 1.0, tiny * 0.999])
+    report = scaler.unscale([("a", grad), ("b", torch.tensor([2.0, -0.0]))])
+    assert report.underflow_fraction == 3 / 7
+
+
+def test_gradients_that_are_all_zero_have_no_underflow() -> None:
+    report = dynamic().unscale([("a", torch.zeros(4))])
+    assert (report.underflow_fraction, report.overflow_fraction, report.found_inf) == (0.0, 0.0, False)
+
+
+def test_the_null_scaler_leaves_gradients_alone_and_still_finds_nan() -> None:
+    scaler = build_loss_scaler(LossScaleConfig(), "bf16")
+    grad = torch.tensor([1.0, torch.nan])
+    report = scaler.unscale([("w", grad)])
+    scaler.update(report.found_inf)
+    assert report.found_inf and report.first_offender == "w" and scaler.scale == 1.0
+    assert grad[0].item() == 1.0
+
+
+def test_half_gradients_are_refused() -> None:
+    with pytest.raises(AssertionError, match="not FP32"):
+        dynamic().unscale([("w", torch.ones(2, dtype=torch.float16))])
+
+
+def raise_flag(flag: Tensor) -> None:
+    flag.fill_(1.0)
+
+
+@pytest.mark.parametrize("grads", [[("w", torch.ones(2))], []])
+def test_an_overflow_on_another_rank_is_found_here_too(grads: list[tuple[str, Tensor]]) -> None:
+    assert not dynamic().unscale(grads, lambda flag: None).found_inf
+    report = dynamic().unscale(grads, raise_flag)
+    assert report.found_inf and report.first_offender is None
+
+
+def test_the_flag_offered_to_other_ranks_is_this_ranks_own() -> None:
+    seen: list[float] = []
+    for value in (1.0, torch.inf):
+        dynamic().unscale([("w", torch.full((2,), value))], lambda flag: seen.extend(flag.tolist()))
+    assert seen == [0.0, 1.0]
+
+
+def test_the_loss_is_scaled_and_stays_differentiable() -> None:
+    weight = torch.tensor(3.0, requires_grad=True)
+    scaler = dynamic(initial=8.0)
+    scaler.scale_loss(2 * weight).backward()
+    assert weight.grad is not None and weight.grad.item() == 16.0
+    assert build_loss_scaler(LossScaleConfig(), "bf16").scale_loss(2 * weight).item() == 6.0
+
+
+@pytest.mark.parametrize(
+    "loss", [torch.ones(1), torch.ones((), dtype=torch.float16), torch.ones((), dtype=torch.float64)]
+)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_loss_that_is_not_an_fp32_scalar_is_refused(loss: Tensor, dtype: Any) -> None:
+    with pytest.raises(AssertionError, match="FP32 scalar"):
+        build_loss_scaler(LossScaleConfig(), dtype).scale_loss(loss)
+
+
+def history(scaler: LossScaler, overflows: str) -> list[float]:
+    """Scale after each step; 'x' overflows, '.' is clean."""
+    scales = []
+    for mark in overflows:
+        scaler.update(mark == "x")
+        scales.append(scaler.scale)
+    return scales
+
+
+def test_hysteresis_lowers_the_scale_from_the_second_overflow_in_a_row() -> None:
+    assert history(dynamic(initial=16.0, hysteresis=2), "x.xxx.x") == [16.0, 16.0, 16.0, 8.0, 4.0, 4.0, 4.0]
+
+
+def test_every_overflow_restarts_the_count_of_clean_steps() -> None:
+    scaler = dynamic(initial=16.0, hysteresis=2, growth_interval=3)
+    assert history(scaler, "..x..x...") == [16.0] * 8 + [32.0]
+
+
+def test_the_scale_stops_at_the_floor() -> None:
+    assert history(dynamic(initial=3.0, floor=2.0), "xx.") == [2.0, 2.0, 2.0]
+
+
+def test_growth_stops_before_infinity() -> None:
+    assert history(dynamic(initial=2.0**126, growth_interval=1), "..") == [2.0**127, 2.0**127]
+
+
+def test_without_a_floor_the_scale_never_reaches_zero() -> None:
+    scaler = dynamic(initial=2.0**-124, floor=0.0, max_skips_at_floor=3)
+    assert history(scaler, "xxxx") == [2.0**-125, 2.0**-126, 2.0**-126, 2.0**-126]
+
+
+def test_too_many_skips_in_a_row_at_the_floor_end_the_run_with_a_cure() -> None:
+    scaler = dynamic(initial=2.0, floor=1.0, max_skips_at_floor=3)
+    history(scaler, "xxx.xx")
+    scaler.unscale([("layers.3.weight", torch.tensor([torch.inf]))])
+    with pytest.raises(LossScaleError, match=r"3 optimizer steps.*layers\.3\.weight.*learning_rate"):
+        scaler.update(True)
+
+
+def test_the_null_scaler_gives_up_as_well() -> None:
+    scaler = build_loss_scaler(LossScaleConfig(max_skips_at_floor=2), "bf16")
+    history(scaler, "x.x")
+    with pytest.raises(LossScaleError, match="2 optimizer steps"):
+        scaler.update(True)
+
+
+def test_a_scaler_restored_through_json_continues_the_same_history() -> None:
+    draw = random.Random(5)
+    marks = "".join(draw.choice("..x") for _ in range(60))
+    settings: dict[str, Any] = {"hysteresis": 2, "growth_interval": 3, "growth_factor": 1.7, "initial": 5.3}
+    whole, first = dynamic(**settings), dynamic(**settings)
+    expected = history(whole, marks)
+    history(first, marks[:29])
+    second = dynamic(**settings)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert history(second, marks[29:]) == expected[29:]
+
+
+def test_skips_at_the_floor_are_part_of_the_state() -> None:
+    for dtype in ("fp16", "bf16"):
+        config = LossScaleConfig(initial=1.0, max_skips_at_floor=2)
+        first, second = build_loss_scaler(config, dtype), build_loss_scaler(config, dtype)  # type: ignore[arg-type]
+        first.update(True)
+        second.load_state_dict(first.state_dict())
+        with pytest.raises(LossScaleError):
+            second.update(True)
+
+
+def test_the_state_of_another_kind_of_scaler_is_refused() -> None:
+    state = build_loss_scaler(LossScaleConfig(), "bf16").state_dict()
+    with pytest.raises(CheckpointError, match="resume with the precision"):
+        dynamic().load_state_dict(state)
