@@ -45,14 +45,14 @@ class RunDir:
         """The folder at `path`, made if need be, ready for a new run or for the continuation of the one it holds.
 
         Raises:
-            InputError: it holds another run and `resume` is false; it holds none and `resume` is true; or it cannot be made.
+            InputError: it holds another run without `resume`, or none with it, or it cannot be made.
         """
         run = cls(Path(path))
         if resume and not run.holds_run:
             raise InputError(f"{run.path} holds no run to resume. Leave out --resume, or name the right run_dir.")
         if not resume and run.holds_run:
             raise InputError(
-                f"{run.path} already holds a run. Continue it with --resume, or choose another folder with run_dir=PATH."
+                f"{run.path} already holds a run. Continue it with --resume, or choose another run_dir=PATH."
             )
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -171,12 +171,26 @@ def default_run_dir(verb: str, name: str) -> Path:
 
 
 def write_json_atomic(path: Path, obj: object) -> None:
-    """Replace `path` by `obj` as JSON: readers see the old file or the new one, never a part. NaN and infinity become null.
+    """Replace `path` by `obj` as JSON: readers see the old file or the new one. NaN and infinity become null.
 
     Raises:
         RunError: the disk is full or cannot be written; the old file is untouched.
     """
-    _write_atomic(path, json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text_atomic(path, _dumps(obj, indent=2) + "\n")
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace `path` by `text` in UTF-8, as `write_json_atomic` does."""
+    try:
+        with _temporary_beside(path) as (fd, temporary):
+            with os.fdopen(fd, "wb") as file:
+                # A lone surrogate (a torn character in a completion) has no UTF-8; it must not stop a run.
+                file.write(text.encode(errors="replace"))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except OSError as error:
+        raise _write_error(path, error) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -202,7 +216,7 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
     Raises:
         RunError: the disk is full or cannot be written; the rows before are untouched.
     """
-    line = _json_line(row).encode(errors="replace")
+    line = (_dumps(row) + "\n").encode(errors="replace")
     try:
         with open(path, "ab+", buffering=0) as file:
             size = _mend_tail(path, file.seek(0, os.SEEK_END))
@@ -241,7 +255,7 @@ def truncate_jsonl(path: Path, keep: int | Callable[[dict[str, Any]], bool]) -> 
         return
     rows = read_jsonl(path)
     kept = [row for row in rows if (keep(row) if callable(keep) else row.get("step", 0) <= keep)]
-    _write_atomic(path, "".join(_json_line(row) for row in kept))
+    write_text_atomic(path, "".join(_dumps(row) + "\n" for row in kept))
 
 
 def environment() -> dict[str, Any]:
@@ -271,8 +285,8 @@ def _plain(obj: object) -> object:
     return str(obj) if isinstance(obj, Path) else obj
 
 
-def _json_line(row: Mapping[str, Any]) -> str:
-    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
+def _dumps(obj: object, indent: int | None = None) -> str:
+    return json.dumps(_plain(obj), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def _parse_object(line: bytes) -> dict[str, Any] | None:
@@ -281,19 +295,6 @@ def _parse_object(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) else None
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    try:
-        with _temporary_beside(path) as (fd, temporary):
-            with os.fdopen(fd, "wb") as file:
-                # A lone surrogate (a torn character in a completion) has no UTF-8; it must not stop a run.
-                file.write(text.encode(errors="replace"))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except OSError as error:
-        raise _write_error(path, error) from error
 
 
 @contextlib.contextmanager

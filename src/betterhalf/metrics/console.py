@@ -1,6 +1,6 @@
-"""What a person sees while a run goes on: a live panel on a terminal, one line for each step elsewhere, on standard error.
+"""What a person sees while a run goes on: a live panel on a terminal, one line for each step elsewhere.
 
-Standard output is left to results: tables, and the last line of `--json`.
+All of it goes to standard error. Standard output is left to results: tables, and the last line of `--json`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Console:
 
     def __enter__(self) -> Self:
         if self._mode == "live":
-            self._live = Live(self._view.panel(), console=self._out, auto_refresh=False)
+            self._live = Live(self._view.panel(self._out.width), console=self._out, auto_refresh=False)
             self._live.start(refresh=True)
         return self
 
@@ -63,7 +63,7 @@ class Console:
         """Show the metrics of `step`; names that are missing show as a dash."""
         self._view.add(step, metrics)
         if self._live is not None:
-            self._live.update(self._view.panel(), refresh=True)
+            self._live.update(self._view.panel(self._out.width), refresh=True)
         elif self._mode == "lines":
             self._print(self._view.line())
 
@@ -73,8 +73,9 @@ class Console:
             self._print(text)
 
     def _print(self, text: str) -> None:
-        # A log line is never wrapped at the width of some terminal.
-        self._out.print(Text(text), overflow="ignore", no_wrap=True, crop=False)
+        # A line of a log is never cut or wrapped at the width that some terminal would have.
+        wrap = self._live is not None
+        self._out.print(Text(text), overflow="fold" if wrap else "ignore", no_wrap=not wrap, crop=wrap)
 
 
 class StepView:
@@ -122,14 +123,14 @@ class StepView:
             ]
         )
 
-    def panel(self) -> Panel:
-        """The live panel."""
+    def panel(self, width: int = 80) -> Panel:
+        """The live panel, for a terminal of `width` columns."""
         title = f" {self._label or 'run'} "
         if self._step == 0:
             body: RenderableType = Text(f"step 1 of {self._total} is under way ...", style="dim")
         else:
             body = Group(self._curves(), Text(""), self._facts(), Text(""), self._bar())
-        return Panel(body, title=title, title_align="left", border_style="dim", width=min(80, RichConsole().width))
+        return Panel(body, title=title, title_align="left", border_style="dim", width=min(80, width))
 
     def _curves(self) -> Table:
         table = Table.grid(padding=(0, 2))

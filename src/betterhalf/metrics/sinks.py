@@ -82,7 +82,7 @@ class TensorBoardSink:
 
 
 class Sinks:
-    """Hands every row to the record first, then to each extra sink; an extra sink that fails is dropped with a warning."""
+    """Hands every row to the record first, then to each extra sink; one that fails is dropped with a warning."""
 
     def __init__(
         self, record: MetricSink, extras: Sequence[MetricSink] = (), *, warn: Callable[[str], None] | None = None

@@ -1,0 +1,129 @@
+"""What a report is made of, read from run folders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from betterhalf.run_dir import RunDir, read_json, read_jsonl
+
+_TAG_LENGTH = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One run as the report shows it: an arm of a sanity run, or a run of its own."""
+
+    name: str
+    """Full name: of the arm, or of the run folder."""
+    tag: str
+    """Short name for the end of a line in a figure: the name itself where it is short, else a letter."""
+    index: int
+    """Position on the page; decides colour, dash and marker."""
+    rows: list[dict[str, Any]]
+    """`metrics.jsonl`, in step order."""
+    rollouts: list[dict[str, Any]]
+    """`rollouts.jsonl`."""
+    config: dict[str, Any]
+    """`config.json`; empty if absent, as are the next three."""
+    contract: dict[str, Any]
+    environment: dict[str, Any]
+    summary: dict[str, Any]
+
+    @property
+    def steps(self) -> list[int]:
+        """The step of each row."""
+        return [int(row["step"]) for row in self.rows if "step" in row]
+
+    def values(self, name: str) -> list[float]:
+        """The metric `name` at each of `steps`; NaN where it is missing, null or no number."""
+        return [_number(row.get(name)) for row in self.rows if "step" in row]
+
+    def finite(self, name: str) -> list[float]:
+        """The finite values of the metric `name`."""
+        return [value for value in self.values(name) if math.isfinite(value)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportData:
+    """Everything the page shows."""
+
+    titles: list[str]
+    """Name of each run folder given."""
+    summaries: dict[str, dict[str, Any]]
+    """Run folder name -> its `summary.json`, of runs that have one."""
+    arms: list[Arm]
+    """All arms of all runs."""
+    environment: dict[str, Any]
+    """Of the first run that recorded one."""
+
+
+def load(runs: Sequence[RunDir | Path | str]) -> ReportData:
+    """Read the run folders.
+
+    Raises:
+        InputError: a folder is not a run, or a file in it is damaged.
+    """
+    folders = [run if isinstance(run, RunDir) else RunDir(Path(run)) for run in runs]
+    opened = [RunDir.open(folder.path) for folder in folders]
+    titles = [_folder_name(run) for run in opened]
+    named = [pair for run, title in zip(opened, titles, strict=True) for pair in _arms_of(run, title, len(opened) > 1)]
+    long_names = any(len(name) > _TAG_LENGTH for name, _ in named)
+    arms = [_read_arm(run, name, index, long_names) for index, (name, run) in enumerate(named)]
+    environments = [*(_optional(run.environment) for run in opened), *(arm.environment for arm in arms), {}]
+    return ReportData(
+        titles=titles,
+        summaries={
+            title: _optional(run.summary) for run, title in zip(opened, titles, strict=True) if run.summary.exists()
+        },
+        arms=arms,
+        environment=next((found for found in environments if found), {}),
+    )
+
+
+def _arms_of(run: RunDir, title: str, several: bool) -> list[tuple[str, RunDir]]:
+    names = run.arm_names()
+    if not names:
+        return [(title, run)]
+    return [(f"{title} / {name}" if several else name, run.arm(name)) for name in names]
+
+
+def _read_arm(run: RunDir, name: str, index: int, long_names: bool) -> Arm:
+    return Arm(
+        name=name,
+        tag=ascii_uppercase[index % 26] if long_names else name,
+        index=index,
+        rows=read_jsonl(run.metrics),
+        rollouts=read_jsonl(run.rollouts),
+        config=_optional(run.config),
+        contract=_optional(run.contract),
+        environment=_optional(run.environment),
+        summary=_optional(run.summary),
+    )
+
+
+def _folder_name(run: RunDir) -> str:
+    return run.path.resolve().name or "run"
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys: `{"model": {"name": 1}}` -> `{"model.name": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

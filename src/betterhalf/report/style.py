@@ -1,0 +1,65 @@
+"""The page's style sheet: light and dark, phone and desktop, no outside resource."""
+
+STYLE = """
+:root{color-scheme:light dark;--bg:#ffffff;--card:#f7f8fa;--ink:#1b1f24;--soft:#59636e;--rule:#d9dee4;--band:#2da44e1f;
+--edge:#1a7f37;--ok:#1a7f37;--bad:#c11f2d;--wait:#8a6100;--s0:#0064c8;--s1:#c2410c;--s2:#0b7d5d;--s3:#8b3fb8;--s4:#9a6b00;
+--s5:#4b5563;--p0:#0064c8;--p1:#8b3fb8;--p2:#c2410c;--p3:#0b7d5d;--p4:#9a6b00;--p5:#a3adb8;--q5:#1b1f24;--q:#ffffff;
+--heat:194,65,12}
+@media(prefers-color-scheme:dark){:root{--bg:#0f1318;--card:#171c23;--ink:#e6eaef;--soft:#9aa5b1;--rule:#2c343e;
+--band:#3fb95026;--edge:#56d364;--ok:#56d364;--bad:#ff7b72;--wait:#e3b341;--s0:#58a6ff;--s1:#ff9a52;--s2:#3fcf9f;
+--s3:#d2a8ff;--s4:#e3b341;--s5:#b1bac4;--p0:#58a6ff;--p1:#d2a8ff;--p2:#ff9a52;--p3:#3fcf9f;--p4:#e3b341;--p5:#6e7a87;
+--q5:#0f1318;--q:#0f1318;--heat:255,154,82}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:1320px;padding:20px 16px 48px;background:var(--bg);color:var(--ink);
+font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;-webkit-text-size-adjust:100%}
+h1{font-size:1.6rem;line-height:1.2;margin:.2em 0 .1em;overflow-wrap:anywhere}
+h2{font-size:1.2rem;margin:2em 0 .6em;padding-bottom:.2em;border-bottom:1px solid var(--rule)}
+h3{font-size:1rem;margin:0}h4{font-size:.9rem;margin:0 0 .4em}
+p{margin:.5em 0;max-width:76ch}.lead,.note,small,figcaption,.unit{color:var(--soft)}
+.lead{margin:0;overflow-wrap:anywhere}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92rem}
+caption{text-align:left;font-weight:600;padding:.3em 0}
+th,td{padding:.35em .8em .35em 0;text-align:left;border-bottom:1px solid var(--rule);vertical-align:top}
+td{white-space:nowrap}tr>th:first-child{font-weight:600}
+.scroll{overflow-x:auto;max-width:100%}
+.verdict{font-size:1rem}.verdict td:not(.passed,.failed,.incomplete),.verdict th:not(:first-child){text-align:right}
+.verdict th:nth-child(3),.verdict .passed,.verdict .failed,.verdict .incomplete{text-align:left!important}
+.verdict th,.verdict td{padding-right:1.4em;white-space:nowrap}
+.passed,.status-equal,.status-ok{color:var(--ok);font-weight:600}.failed,.status-different{color:var(--bad);font-weight:600}
+.incomplete,.status-allowed{color:var(--wait);font-weight:600}
+.legend{list-style:none;display:flex;flex-wrap:wrap;gap:.3em 1.6em;margin:0 0 .8em;padding:0}
+.legend li{display:flex;align-items:center;gap:.5em;overflow-wrap:anywhere}.swatch{width:34px;height:12px;flex:none}
+.grid-of{display:grid;gap:16px;grid-template-columns:repeat(auto-fill,minmax(min(100%,370px),1fr))}
+figure{margin:0;padding:14px 14px 10px;background:var(--card);border:1px solid var(--rule);border-radius:10px;
+display:flex;flex-direction:column;min-width:0}
+figure>svg{width:100%;height:auto;display:block}.unit{font-size:.85rem;margin:0 0 .5em}
+figcaption{font-size:.85rem;line-height:1.4;margin-top:.4em}
+details{margin-top:auto;padding-top:.5em;font-size:.82rem;overflow-x:auto}summary{cursor:pointer;color:var(--soft)}
+details table{font-size:.78rem;margin-top:.4em}details td,details th{padding:.2em .7em .2em 0}
+svg text{font:13px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;fill:var(--ink)}
+svg .tick{fill:var(--soft);font-size:12.5px;font-variant-numeric:tabular-nums}
+.grid{stroke:var(--rule);stroke-width:1}.zero,.axis{stroke:var(--soft)}.band{fill:var(--band)}
+.edge{stroke:var(--edge);stroke-width:1.2;stroke-dasharray:2 3}
+.line,.raw{fill:none;stroke:var(--c);stroke-linejoin:round;stroke-linecap:round}.line{stroke-width:2}
+.raw{stroke-width:1;opacity:.35}.m{fill:var(--c);stroke:var(--card);stroke-width:1}
+.end{fill:var(--c)!important;font-weight:600!important}
+.mark path{fill:none;stroke:var(--bad);stroke-width:2}
+.cloud{fill:none;stroke:var(--c);opacity:.6;stroke-width:1}.dots{stroke-width:3;stroke-linecap:round}
+.s0{--c:var(--s0)}.s1{--c:var(--s1)}.s2{--c:var(--s2)}.s3{--c:var(--s3)}.s4{--c:var(--s4)}.s5{--c:var(--s5)}
+.s1 .line{stroke-dasharray:7 3.5}.s2 .line{stroke-dasharray:2 4}.s3 .line{stroke-dasharray:9 3 2 3}
+.s4 .line{stroke-dasharray:14 4}.s5 .line{stroke-dasharray:5 3 1 3 1 3}
+.p0{fill:var(--p0)}.p1{fill:var(--p1)}.p2{fill:var(--p2)}.p3{fill:var(--p3)}.p4{fill:var(--p4)}.p5{fill:var(--p5)}
+svg .q0,svg .q1,svg .q2,svg .q3,svg .q4{fill:var(--q);font-weight:600}svg .q5{fill:var(--q5)}
+svg .barname{font-weight:600}
+.sample{margin:0 0 14px;padding:10px 14px;background:var(--card);border:1px solid var(--rule);
+border-left:4px solid var(--c);border-radius:6px}
+pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;
+font:13.5px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+.prompt{color:var(--soft)}code{font:.92em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+.t1{background:rgba(var(--heat),.12)}.t2{background:rgba(var(--heat),.28)}.t3{background:rgba(var(--heat),.5)}
+.t4{background:rgba(var(--heat),.8)}
+.notice{padding:.6em 1em;border-left:4px solid var(--wait);background:var(--card);border-radius:6px}
+@media(max-width:600px){
+body{padding:14px 12px 40px}h1{font-size:1.3rem}.verdict{font-size:.9rem}figure{padding:12px 10px 8px}}
+@media print{figure,.sample{break-inside:avoid}details{display:none}}
+"""

@@ -1,0 +1,157 @@
+"""The tables and lines of text around the figures, as HTML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from betterhalf.report.chart import marker, style_class
+from betterhalf.report.data import Arm, ReportData, flatten
+from betterhalf.report.verdict import COLUMNS, verdict_rows, verdict_sentences
+
+_KEY_SETTINGS = (
+    "model.name",
+    "precision.preset",
+    "engine.type",
+    "engine.rounding",
+    "task.type",
+    "algorithm.preset",
+    "optimizer.learning_rate",
+    "training.steps",
+    "training.prompts_per_step",
+    "training.group_size",
+    "training.optimizer_steps",
+    "sampling.max_tokens",
+    "seed",
+)
+
+_SYMBOLS = {"passed": "\u2713", "failed": "\u2717", "incomplete": "\u2026"}
+
+
+def verdicts(data: ReportData) -> str:
+    """Verdict table and sentences of each sanity run; for other runs the numbers of the summary."""
+    several = len(data.titles) > 1
+    return "".join(_verdict(title, summary, several) for title, summary in data.summaries.items())
+
+
+def contracts(arms: Sequence[Arm]) -> str:
+    """What trainer and engine reported, one table for each arm that recorded it."""
+    tables = [(arm.name, _contract_rows(arm.contract)) for arm in arms]
+    return "".join(
+        f"<div class=scroll><table class=contract><caption>{escape(name)}</caption>"
+        f"<tr><th>region</th><th>trainer</th><th>engine</th><th>status</th></tr>{''.join(rows)}</table></div>"
+        for name, rows in tables
+        if rows
+    )
+
+
+def config_differences(arms: Sequence[Arm]) -> str:
+    """The settings in which the arms differ; of a single arm, the settings that matter most."""
+    configs = [flatten(arm.config) for arm in arms if arm.config]
+    names = [arm.name for arm in arms if arm.config]
+    if not configs:
+        return "<p>No configuration recorded.</p>"
+    if len(configs) == 1:
+        rows = [(key, [_plain(configs[0][key])]) for key in _KEY_SETTINGS if configs[0].get(key) is not None]
+        return _table(["setting", names[0]], rows)
+    keys = sorted({key for config in configs for key in config})
+    rows = [(key, [_plain(config.get(key)) for config in configs]) for key in keys]
+    rows = [row for row in rows if len(set(row[1])) > 1]
+    if not rows:
+        return "<p>The arms have the same configuration.</p>"
+    return _table(["setting", *names], rows)
+
+
+def environment_line(environment: Mapping[str, Any]) -> str:
+    """Machine, versions and code state in one line."""
+    packages = environment.get("packages") or {}
+    git = environment.get("git") or {}
+    commit = str(git.get("commit") or "")[:10]
+    parts = [
+        str(environment.get("cpu") or ""),
+        f"{environment['cores']} cores" if environment.get("cores") else "",
+        f"{environment['memory_gib']} GiB" if environment.get("memory_gib") else "",
+        *(str(gpu) for gpu in environment.get("gpus") or []),
+        f"python {environment['python']}" if environment.get("python") else "",
+        *(f"{name} {packages[name]}" for name in ("betterhalf", "torch", "transformers", "vllm") if name in packages),
+        f"commit {commit}{' with changes' if git.get('dirty') else ''}" if commit else "",
+        str(environment.get("time") or ""),
+    ]
+    return escape(" \u00b7 ".join(part for part in parts if part)) or "No environment recorded."
+
+
+def legend(arms: Sequence[Arm]) -> str:
+    """Name, colour, dash and marker of each arm."""
+    items = []
+    for arm in arms:
+        tag = f"<b>{escape(arm.tag)}</b> " if arm.tag != arm.name else ""
+        swatch = (
+            f'<svg viewBox="0 0 34 12" class="{style_class(arm.index)} swatch" aria-hidden="true">'
+            f'<path class="line" d="M0 6L34 6"/>{marker(arm.index, 17, 6)}</svg>'
+        )
+        items.append(f"<li>{swatch}{tag}{escape(arm.name)} <small>{_steps(arm)}</small></li>")
+    return f"<ul class=legend>{''.join(items)}</ul>"
+
+
+def _steps(arm: Arm) -> str:
+    done = len(arm.steps)
+    planned = (arm.config.get("training") or {}).get("steps")
+    if isinstance(planned, int) and done < planned:
+        return f"stopped after {done} of {planned} steps" if done else f"no step of {planned} recorded"
+    return f"{done} steps" if done else "no steps recorded"
+
+
+def _verdict(title: str, summary: Mapping[str, Any], several: bool) -> str:
+    heading = f"<h3>{escape(title)}</h3>" if several else ""
+    if not summary.get("arms"):
+        return heading + _summary(summary)
+    rows = "".join(_verdict_row(row) for row in verdict_rows(summary))
+    head = "".join(f"<th>{escape(column)}</th>" for column in COLUMNS)
+    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict_sentences(summary))
+    return f"{heading}<div class=scroll><table class=verdict><tr>{head}</tr>{rows}</table></div>{sentences}"
+
+
+def _verdict_row(row: tuple[str, ...]) -> str:
+    cells = "".join(
+        f'<td class="{cell}">{_SYMBOLS[cell]} {cell}</td>' if cell in _SYMBOLS else f"<td>{escape(cell)}</td>"
+        for cell in row[1:]
+    )
+    return f"<tr><th>{escape(row[0])}</th>{cells}</tr>"
+
+
+def _summary(summary: Mapping[str, Any]) -> str:
+    rows = [(key, [_plain(value)]) for key, value in flatten(summary).items() if isinstance(value, (int, float, str))]
+    return _table(["result", "value"], rows) if rows else ""
+
+
+def _contract_rows(contract: Mapping[str, Any]) -> list[str]:
+    return [
+        f"<tr><th>{_text(row, 'region')}</th><td>{_text(row, 'trainer')}</td><td>{_text(row, 'engine')}</td>"
+        f'<td class="status-{_text(row, "status")}">{_text(row, "status")}</td></tr>'
+        for row in contract.get("rows") or []
+        if isinstance(row, Mapping)
+    ]
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    return "-" if value is None else escape(str(value))
+
+
+def _table(head: Iterable[str], rows: Iterable[tuple[str, list[str]]]) -> str:
+    header = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join(
+        f"<tr><th><code>{escape(key)}</code></th>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
+        for key, values in rows
+    )
+    return f"<div class=scroll><table><tr>{header}</tr>{body}</table></div>"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "-" if value is None else json.dumps(value)

@@ -1,0 +1,102 @@
+"""The outcome of a sanity run in words and rows, for the terminal and for the page alike."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+COLUMNS = ("arm", "final accuracy", "verdict", "mean k3", "max |pi-mu|", "skipped", "seconds")
+"""Columns of the verdict table."""
+
+_STYLES = {"passed": "bold green", "failed": "bold red", "incomplete": "bold yellow"}
+
+_BITS = {"fp16": 10, "bf16": 7, "fp32": 23}
+"""Stored mantissa bits."""
+
+
+def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One row of `COLUMNS` for each arm of a sanity run's summary; a dash for what is missing."""
+    return [_row(name, arm or {}) for name, arm in (summary.get("arms") or {}).items()]
+
+
+def verdict_sentences(summary: Mapping[str, Any]) -> list[str]:
+    """What the numbers say, in plain sentences: the ratio of the mismatches, and whether learning differed."""
+    arms = {name: arm or {} for name, arm in (summary.get("arms") or {}).items()}
+    sentences = []
+    if "fp16" in arms and "bf16" in arms:
+        sentences.append(_ratio_sentence(summary.get("k3_ratio")))
+        sentences.append(_learning_sentence(arms))
+    return [sentence for sentence in sentences if sentence]
+
+
+def print_verdict(summary: Mapping[str, Any], stream: TextIO | None = None, *, width: int = 80) -> None:
+    """Print the verdict table and its sentences, on standard output if `stream` is absent."""
+    out = Console(file=stream or sys.stdout, width=width, highlight=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("arm", "verdict") else "right", no_wrap=True)
+    for row in verdict_rows(summary):
+        table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+    out.print(table)
+    for sentence in verdict_sentences(summary):
+        out.print(Text(sentence))
+
+
+def _row(name: str, arm: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        name,
+        _cell(arm.get("final_accuracy"), ".3f"),
+        _verdict(arm.get("passed")),
+        _cell(arm.get("mismatch_k3"), ".2e"),
+        _cell(arm.get("mismatch_max_abs"), ".2e"),
+        _cell(arm.get("skipped_steps"), "d"),
+        _cell(arm.get("seconds"), ".0f"),
+    )
+
+
+def _verdict(passed: object) -> str:
+    if passed is None:
+        return "incomplete"
+    return "passed" if passed else "failed"
+
+
+def _cell(value: object, spec: str) -> str:
+    if not _is_number(value):
+        return "-"
+    number = float(value)  # type: ignore[arg-type]
+    return format(round(number), spec) if spec == "d" else format(number, spec)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _ratio_sentence(ratio: float | None) -> str:
+    if ratio is None or not _is_number(ratio):
+        return "The k3 ratio could not be formed."
+    bits = _BITS["fp16"] - _BITS["bf16"]
+    expected = 4**bits
+    shown = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
+    return (
+        f"k3 ratio BF16 / FP16: {shown}. Sampling and training policy differ that many times more in BF16. "
+        f"FP16 has {bits} more mantissa bits, and k3 grows with the square of the rounding error, so about {expected} is "
+        "expected."
+    )
+
+
+def _learning_sentence(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    fp16, bf16 = arms["fp16"].get("passed"), arms["bf16"].get("passed")
+    if fp16 is None or bf16 is None:
+        return "An arm is incomplete, so learning cannot be compared."
+    if fp16 and bf16:
+        return "Both arms learned: here the gap shows in the mismatch, not in the learning."
+    if fp16:
+        return "FP16 learned the perfectible set and BF16 did not."
+    return "BF16 learned the perfectible set and FP16 did not." if bf16 else "Neither arm learned the perfectible set."
