@@ -339,6 +339,7 @@ def test_gspo_gradient_is_that_of_the_sequence_ratio_itself() -> None:
     noise = torch.randn(4, 5, generator=draw, dtype=torch.float64)
     drift = torch.tensor([[5e-4], [5e-4], [-5e-4], [-5e-4]]) + 0.01 * (noise - noise.mean(1, keepdim=True))
     current = (proximal + drift).requires_grad_()
+    advantages = torch.tensor([1.0, -1.0, 0.5, -2.0], dtype=torch.float64)
     ratio = (current - proximal).mean(1).exp()
     objective = torch.minimum(ratio * advantages, ratio.clamp(1 - 3e-4, 1 + 4e-4) * advantages)
     (expected,) = torch.autograd.grad(-objective.mean(), current)
