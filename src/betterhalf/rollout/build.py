@@ -1,0 +1,40 @@
+"""Which engine a configuration asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from betterhalf.config.schema import RunConfig
+from betterhalf.precision.policy import PrecisionPolicy
+from betterhalf.rollout.engine import RolloutEngine
+from betterhalf.rollout.native.engine import NativeEngine
+
+_Builder = Callable[[RunConfig, Any, tuple[int, ...], PrecisionPolicy], RolloutEngine]
+
+
+def _native(
+    config: RunConfig, hf_config: Any, stop_token_ids: tuple[int, ...], policy: PrecisionPolicy
+) -> RolloutEngine:
+    return NativeEngine(hf_config, policy=policy, config=config.engine, stop_token_ids=stop_token_ids)
+
+
+_ENGINES: dict[str, _Builder] = {"native": _native}
+"""`engine.type` -> builder."""
+
+
+def build_engine(
+    config: RunConfig, hf_config: Any, stop_token_ids: Iterable[int], policy: PrecisionPolicy
+) -> RolloutEngine:
+    """The engine that `config.engine.type` names, without weights.
+
+    Args:
+        config: of the run.
+        hf_config: transformers configuration of the model.
+        stop_token_ids: tokens that end a completion.
+        policy: dtype roles and device.
+
+    Raises:
+        InputError: the engine does not know the architecture.
+    """
+    return _ENGINES[config.engine.type](config, hf_config, tuple(stop_token_ids), policy)

@@ -1,0 +1,148 @@
+"""The few numbers that define a decoder of the Llama / Mistral / Qwen2 / Qwen3 family, read from a transformers configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from betterhalf.errors import InputError
+
+SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+"""`model_type` values the native engine knows."""
+
+SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rope scalings whose frequencies do not depend on the length of the sequence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig:
+    """Sizes and switches of one decoder."""
+
+    architecture: str
+    """transformers `model_type`."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    """Width of the MLP."""
+    num_layers: int
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    """Key and value heads; divides `num_heads`."""
+    head_dim: int
+    rms_eps: float
+    """Added to the mean square in every RMSNorm."""
+    qkv_bias: bool
+    """Bias on the query, key and value projections."""
+    output_bias: bool
+    """Bias on the attention's output projection."""
+    mlp_bias: bool
+    """Bias on the gate, up and down projections."""
+    qk_norm: bool
+    """RMSNorm over each head of queries and keys before rope (Qwen3)."""
+    tied_head: bool
+    """The LM head is the embedding."""
+    windows: tuple[int | None, ...]
+    """For each layer: how many positions, its own included, a token attends to; None attends to all before it."""
+    max_positions: int
+    """Context length: prompt and completion together."""
+    inv_freq: tuple[float, ...]
+    """Rope's inverse frequencies, `head_dim / 2` of them; FP32 values, exact as Python floats."""
+    rope_scaling: float
+    """Factor on cosine and sine (1 but for yarn)."""
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key (or value) heads."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head."""
+        return self.num_heads // self.num_kv_heads
+
+
+def decoder_config(hf_config: Any) -> DecoderConfig:
+    """Read a transformers configuration.
+
+    Raises:
+        InputError: an architecture, activation, or rope scaling that this engine does not compute.
+    """
+    _require_known(hf_config)
+    kind = hf_config.model_type
+    heads = hf_config.num_attention_heads
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
+    inv_freq, scaling = _rope(hf_config, head_dim)
+    attention_bias = bool(getattr(hf_config, "attention_bias", False)) and kind in ("llama", "qwen3")
+    return DecoderConfig(
+        architecture=kind,
+        vocab_size=hf_config.vocab_size,
+        hidden_size=hf_config.hidden_size,
+        intermediate_size=hf_config.intermediate_size,
+        num_layers=hf_config.num_hidden_layers,
+        num_heads=heads,
+        num_kv_heads=hf_config.num_key_value_heads or heads,
+        head_dim=head_dim,
+        rms_eps=hf_config.rms_norm_eps,
+        qkv_bias=attention_bias or kind == "qwen2",
+        output_bias=attention_bias,
+        mlp_bias=kind == "llama" and bool(hf_config.mlp_bias),
+        qk_norm=kind == "qwen3",
+        tied_head=bool(hf_config.tie_word_embeddings),
+        windows=_windows(hf_config),
+        max_positions=hf_config.max_position_embeddings,
+        inv_freq=tuple(inv_freq.tolist()),
+        rope_scaling=scaling,
+    )
+
+
+def _require_known(hf_config: Any) -> None:
+    if hf_config.model_type not in SUPPORTED_ARCHITECTURES:
+        raise InputError(
+            f"the native engine does not know architecture {hf_config.model_type!r}; "
+            f"use a model of {', '.join(SUPPORTED_ARCHITECTURES)}, or another engine.type"
+        )
+    if hf_config.hidden_act != "silu":
+        raise InputError(
+            f"the native engine computes the activation 'silu', not {hf_config.hidden_act!r}; use another engine.type"
+        )
+
+
+def _windows(hf_config: Any) -> tuple[int | None, ...]:
+    """Mistral slides in every layer, Qwen2 and Qwen3 where `layer_types` says so, Llama nowhere."""
+    layers, window = hf_config.num_hidden_layers, getattr(hf_config, "sliding_window", None)
+    if hf_config.model_type == "llama":
+        return (None,) * layers
+    if hf_config.model_type == "mistral":
+        return (window,) * layers
+    return tuple(window if kind == "sliding_attention" else None for kind in hf_config.layer_types)
+
+
+def _rope(hf_config: Any, head_dim: int) -> tuple[Tensor, float]:
+    """Inverse frequencies (FP32, CPU) and the factor on cosine and sine, as transformers computes them."""
+    parameters = hf_config.rope_parameters
+    kind = parameters.get("rope_type", "default")
+    if kind not in SUPPORTED_ROPE_TYPES:
+        raise InputError(
+            f"the native engine does not compute rope scaling {kind!r}; it knows {', '.join(SUPPORTED_ROPE_TYPES)}; "
+            "use another engine.type"
+        )
+    if kind == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
+    inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
+    if inv_freq.shape[0] * 2 != head_dim:
+        raise InputError(
+            f"rope covers {inv_freq.shape[0] * 2} of {head_dim} dimensions of a head, which the native engine does not "
+            "compute; use another engine.type"
+        )
+    return inv_freq, float(scaling)

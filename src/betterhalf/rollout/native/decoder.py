@@ -1,0 +1,133 @@
+"""The decoder itself: prompts in one packed pass, then one token for each active slot. T packed tokens, B slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from betterhalf.precision.half_linear import widened_linear
+from betterhalf.rollout.native.attention import decode_attention, decode_plan, prompt_attention
+from betterhalf.rollout.native.config import DecoderConfig
+from betterhalf.rollout.native.kv_cache import KVCache
+from betterhalf.rollout.native.rounding import Rounding
+from betterhalf.rollout.native.weights import DecoderWeights, LayerWeights
+
+_Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q [T, heads, D], k, v [T, kv_heads, D]) -> [T, heads * D]."""
+
+
+class Decoder:
+    """Forward pass over the weights it was given; it holds no state of any sequence."""
+
+    def __init__(self, config: DecoderConfig, weights: DecoderWeights, rounding: Rounding) -> None:
+        self.config = config
+        self.weights = weights
+        self.rounding = rounding
+        self.inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32, device=weights.norm.device)
+        self._cos = self._sin = torch.empty(0)
+
+    def reserve(self, max_length: int) -> None:
+        """Make rope tables for positions below `max_length`; longer ones replace shorter ones."""
+        if self._cos.shape[0] >= max_length:
+            return
+        positions = torch.arange(max_length, device=self.inv_freq.device)
+        angles = positions[:, None].float() * self.inv_freq
+        self._cos, self._sin = (x.unsqueeze(1) for x in self.rounding.rope_table(angles, self.config.rope_scaling))
+
+    @property
+    def rope_dtype(self) -> torch.dtype:
+        """dtype of the frequencies that rope's angles are computed from."""
+        return self.inv_freq.dtype
+
+    def prefill(self, token_ids: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Run N packed prompts.
+
+        Args:
+            token_ids: int64 [T], prompts end to end.
+            lengths: of each prompt; sum to T.
+
+        Returns:
+            Final hidden state of each prompt's last token [N, hidden], and its keys and values
+            [layers, 2, T, kv_heads, D].
+        """
+        config, device = self.config, token_ids.device
+        positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+        shape = (config.num_layers, 2, token_ids.shape[0], config.num_kv_heads, config.head_dim)
+        saved = torch.empty(shape, dtype=self.rounding.container, device=device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            saved[layer, 0], saved[layer, 1] = k, v
+            return prompt_attention(config, self.rounding, q, k, v, lengths, config.windows[layer])
+
+        hidden = self._forward(token_ids, positions, attend)
+        last = torch.tensor(lengths, device=device).cumsum(0) - 1
+        return self._final_norm(hidden[last]), saved
+
+    def decode(self, token_ids: Tensor, lengths: Tensor, cache: KVCache, attended: int) -> Tensor:
+        """Run the next token of the first B slots and append it to the cache.
+
+        Args:
+            token_ids: int64 [B].
+            lengths: int64 [B], tokens already in each slot; the new one takes this position.
+            cache: holds B slots or more.
+            attended: cached positions to read; above every length.
+
+        Returns:
+            Final hidden states [B, hidden].
+        """
+        plan = decode_plan(self.config, cache, lengths, attended)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache.append(layer, plan.rows, k, v)
+            keys, values = cache.read(layer, q.shape[0], attended)
+            mask = plan.masks[self.config.windows[layer]]
+            return decode_attention(self.config, self.rounding, q, keys, values, mask)
+
+        return self._final_norm(self._forward(token_ids, lengths, attend))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """FP32 logits [B, V]: operands on the half grid, products and sums in FP32, never rounded to half."""
+        head = self.weights.head
+        if head.is_cuda and head.dtype != torch.float32:
+            return torch.mm(hidden, head.t(), out_dtype=torch.float32)
+        return widened_linear(hidden, head, None, torch.float32)
+
+    def _forward(self, token_ids: Tensor, positions: Tensor, attend: _Attend) -> Tensor:
+        hidden = self.weights.embedding[token_ids].to(self.rounding.container)
+        cos, sin = self._cos[positions], self._sin[positions]
+        for index, layer in enumerate(self.weights.layers):
+            hidden = self._attention(index, layer, hidden, cos, sin, attend)
+            hidden = self._mlp(layer, hidden)
+        return hidden
+
+    def _attention(
+        self, index: int, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor, attend: _Attend
+    ) -> Tensor:
+        rounding, config = self.rounding, self.config
+        normed = rounding.rms_norm(hidden, layer.input_norm, config.rms_eps)
+        heads = self._linear(normed, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, config.head_dim))
+        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = rounding.rms_norm(q, layer.q_norm, config.rms_eps)
+            k = rounding.rms_norm(k, layer.k_norm, config.rms_eps)
+        q, k = rounding.rope(q, cos, sin), rounding.rope(k, cos, sin)
+        attended = attend(index, q, rounding.to_kv(k), rounding.to_kv(v))
+        return rounding.add(hidden, self._linear(attended, layer.output, layer.output_bias))
+
+    def _mlp(self, layer: LayerWeights, hidden: Tensor) -> Tensor:
+        rounding = self.rounding
+        normed = rounding.rms_norm(hidden, layer.mlp_norm, self.config.rms_eps)
+        activated = rounding.swiglu(self._linear(normed, layer.gate_up, layer.gate_up_bias))
+        return rounding.add(hidden, self._linear(activated, layer.down, layer.down_bias))
+
+    def _final_norm(self, hidden: Tensor) -> Tensor:
+        return self.rounding.rms_norm(hidden, self.weights.norm, self.config.rms_eps)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A projection whose result is rounded once: by the half kernel itself, or after sums in FP32."""
+        if self.rounding.container != torch.float32:
+            return F.linear(x, weight, bias)
+        return widened_linear(x, weight, bias, self.rounding.dtype).float()

@@ -1,0 +1,234 @@
+"""The native rollout engine: continuous batching over our own decoder, seeded draws, behavior logprobs in FP32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from betterhalf.config.schema import EngineConfig, SamplingConfig
+from betterhalf.errors import EngineError, InputError
+from betterhalf.precision.contract import SideReport
+from betterhalf.precision.formats import dtype_name
+from betterhalf.precision.policy import PrecisionPolicy
+from betterhalf.rollout import sampler
+from betterhalf.rollout.native.config import decoder_config
+from betterhalf.rollout.native.cuda_graphs import DecodeGraphs
+from betterhalf.rollout.native.decoder import Decoder
+from betterhalf.rollout.native.kv_cache import KVCache
+from betterhalf.rollout.native.queue import PromptQueue
+from betterhalf.rollout.native.report import engine_report
+from betterhalf.rollout.native.rounding import Rounding
+from betterhalf.rollout.native.slots import Sampled, SlotTable
+from betterhalf.rollout.native.slots import Sequence as SlotSequence
+from betterhalf.rollout.native.weights import DecoderWeights, Storage
+from betterhalf.types import Completion, GenerateRequest
+
+_MAX_LOGITS = 2**25
+"""FP32 logits held at once (128 MiB); more rows are sampled in parts."""
+_LENGTH_MULTIPLE = 16
+"""Cache lengths are rounded up to this: fused kernels want aligned masks, and fewer lengths mean fewer allocations."""
+
+
+class NativeEngine:
+    """Samples completions from its own copy of the policy; implements `rollout.engine.RolloutEngine`."""
+
+    def __init__(
+        self,
+        hf_config: Any,
+        *,
+        policy: PrecisionPolicy,
+        config: EngineConfig,
+        stop_token_ids: Iterable[int],
+    ) -> None:
+        """Allocate weights for the architecture that a transformers configuration describes; they arrive by `load_weights`.
+
+        Raises:
+            InputError: the architecture is not one the engine computes.
+        """
+        self._policy = policy
+        self._config = config
+        self._shape = decoder_config(hf_config)
+        self._rounding = _rounding(policy, config)
+        self._weights = DecoderWeights(self._shape, _storage(policy))
+        self._decoder = Decoder(self._shape, self._weights, self._rounding)
+        self._stop_lookup = torch.zeros(self._shape.vocab_size, dtype=torch.bool, device=policy.device)
+        self._stop_lookup[[i for i in stop_token_ids if 0 <= i < self._shape.vocab_size]] = True
+        self._policy_version: int | None = None
+        self._table: SlotTable | None = None
+        self._graphs: DecodeGraphs | None = None
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
+        """Replace all weights in place; see `RolloutEngine.load_weights`."""
+        self._policy_version = None
+        self._weights.load(weights)
+        self._policy_version = policy_version
+
+    def report(self) -> SideReport:
+        """What the engine really runs, read from its tensors."""
+        return engine_report(self._decoder, self._policy, self._config)
+
+    def close(self) -> None:
+        """Release the cache and the graphs; weights stay, so the engine can still be used."""
+        self._graphs = None
+        self._table = None
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[GenerateRequest], sampling: SamplingConfig) -> list[tuple[Completion, ...]]:
+        """Sample `group_size` completions for each request; see `RolloutEngine.generate`."""
+        if self._policy_version is None:
+            raise EngineError("the engine holds no weights; call load_weights before generate")
+        sequences = self._sequences(requests, sampling.max_tokens)
+        if not sequences:
+            return [() for _ in requests]
+        table = self._reserve(sequences)
+        queue = PromptQueue(self._decoder, requests, sequences, self._policy.device)
+        found: list[Sampled] = []
+        try:
+            while queue or table.active:
+                found += self._admit(queue, table, sampling.temperature)
+                if table.active:
+                    found += self._step(table, sampling.temperature)
+        except BaseException:
+            # Non-finite keys and values must not outlive the sequence that made them.
+            self.close()
+            raise
+        return self._completions(requests, found)
+
+    def _sequences(self, requests: Sequence[GenerateRequest], max_tokens: int) -> list[SlotSequence]:
+        context, vocabulary = self._shape.max_positions, self._shape.vocab_size
+        sequences = []
+        for index, request in enumerate(requests):
+            length = len(request.token_ids)
+            if not 0 < length < context:
+                raise InputError(
+                    f"prompt {index} has {length} tokens, but the model's context of {context} must hold it and one "
+                    "token more; shorten or drop it"
+                )
+            if not 0 <= min(request.token_ids) <= max(request.token_ids) < vocabulary:
+                raise InputError(
+                    f"prompt {index} holds a token outside the model's vocabulary of {vocabulary}; use the model's own tokenizer"
+                )
+            sequences += [
+                SlotSequence(
+                    request=index,
+                    sibling=sibling,
+                    prompt_length=length,
+                    max_tokens=min(max_tokens, context - length),
+                    key=sampler.sequence_key(request.key, sibling),
+                )
+                for sibling in range(request.group_size)
+            ]
+        return sequences
+
+    def _reserve(self, sequences: list[SlotSequence]) -> SlotTable:
+        """A table and cache that are large enough; the last ones if they are, so that graphs survive."""
+        slots = min(self._config.max_concurrent, len(sequences))
+        length = max(s.prompt_length + s.max_tokens for s in sequences)
+        length = -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+        tokens = max(s.max_tokens for s in sequences)
+        table = self._table
+        if table is None or table.cache.slots < slots or table.cache.max_length < length or table.max_tokens < tokens:
+            self.close()
+            table = self._allocate(slots, length, tokens)
+        table.clear()
+        return table
+
+    def _allocate(self, slots: int, length: int, tokens: int) -> SlotTable:
+        device = self._policy.device
+        dtype = torch.float32 if device.type == "cpu" else self._policy.kv_dtype
+        cache = KVCache(self._shape, slots=slots, max_length=length, dtype=dtype, device=device)
+        self._decoder.reserve(length)
+        self._table = SlotTable(cache, tokens, self._stop_lookup)
+        if self._config.cuda_graphs and device.type == "cuda":
+            self._graphs = DecodeGraphs(self._decoder, self._table)
+        return self._table
+
+    def _admit(self, queue: PromptQueue, table: SlotTable, temperature: float) -> list[Sampled]:
+        """Fill the free slots from the queue and sample the first token of each new sequence."""
+        limit = self._config.max_concurrent - table.active
+        admitted, hidden = queue.take(min(table.free, limit), table.cache, table.active)
+        if not admitted:
+            return []
+        return self._sample(table, table.admit(admitted), hidden, temperature)
+
+    def _step(self, table: SlotTable, temperature: float) -> list[Sampled]:
+        """One token for every active sequence; returns those that ended."""
+        attended = table.longest + 1
+        if self._graphs is not None:
+            hidden = self._graphs.run(attended)
+        else:
+            active = slice(0, table.active)
+            hidden = self._decoder.decode(table.tokens[active], table.lengths[active], table.cache, attended)
+        table.advance()
+        return self._sample(table, slice(0, table.active), hidden, temperature)
+
+    def _sample(self, table: SlotTable, slots: slice, hidden: Tensor, temperature: float) -> list[Sampled]:
+        """Draw a token for each of these slots, a part of them at a time when their logits would take much memory."""
+        uniform = sampler.uniforms(table.keys[slots], table.positions[slots])
+        rows = max(1, _MAX_LOGITS // self._shape.vocab_size)
+        ended, broken = [], []
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            draw = sampler.draw(self._decoder.logits(hidden[part]), uniform[part], temperature)
+            where = slice(slots.start + start, min(slots.start + start + rows, slots.stop))
+            ended.append(table.record(where, draw))
+            broken.append(~draw.finite)
+        events = (torch.cat(ended) | torch.cat(broken)).nonzero().squeeze(1).tolist()
+        if not events:
+            return []
+        self._require_finite(table, slots.start, torch.cat(broken))
+        return table.retire([slots.start + event for event in events])
+
+    def _require_finite(self, table: SlotTable, start: int, broken: Tensor) -> None:
+        if not bool(broken.any()):
+            return
+        slot = start + int(broken.nonzero()[0, 0])
+        sequence, position = table.sequences[slot], int(table.positions[slot]) - 1
+        name = dtype_name(self._rounding.dtype)
+        raise EngineError(
+            f"prompt {sequence.request}, sibling {sequence.sibling}: the logits of completion token {position} are not finite "
+            f"in {name}; run `betterhalf doctor` on this model, or set precision to a format with a wider range"
+        )
+
+    def _completions(self, requests: Sequence[GenerateRequest], found: list[Sampled]) -> list[tuple[Completion, ...]]:
+        version = self._policy_version
+        assert version is not None
+        stops = set(self._stop_lookup.nonzero().squeeze(1).tolist())
+        by_place = {
+            (one.sequence.request, one.sequence.sibling): Completion(
+                token_ids=one.token_ids,
+                behavior_logprobs=one.logprobs,
+                finish_reason="stop" if one.token_ids[-1] in stops else "length",
+                policy_version=version,
+            )
+            for one in found
+        }
+        return [
+            tuple(by_place[index, sibling] for sibling in range(request.group_size))
+            for index, request in enumerate(requests)
+        ]
+
+
+def _rounding(policy: PrecisionPolicy, config: EngineConfig) -> Rounding:
+    widened = policy.fp32_sums(policy.roles.rollout_dtype)
+    return Rounding(
+        mode=config.rounding,
+        dtype=policy.rollout_dtype,
+        container=torch.float32 if widened else policy.rollout_dtype,
+        kv_dtype=policy.kv_dtype,
+    )
+
+
+def _storage(policy: PrecisionPolicy) -> Storage:
+    """On a CPU the head is FP32, for its products are; projections are too where half products have FP32 sums."""
+    widened = policy.fp32_sums(policy.roles.rollout_dtype)
+    return Storage(
+        grid=policy.rollout_dtype,
+        linear=torch.float32 if widened else policy.rollout_dtype,
+        head=torch.float32 if policy.device.type == "cpu" else policy.rollout_dtype,
+        device=policy.device,
+    )
