@@ -196,6 +196,8 @@ TaskConfig = Annotated[ArithmeticTask | MathTask | PerfectibleTask, Field(discri
 class RatioConfig(Section):
     """How one importance ratio enters the loss. Bounds are bounds of the ratio itself (0.8 to 1.28, not 0.2 / 0.28)."""
 
+    shorthand: ClassVar[str | None] = "level"
+
     level: Literal["none", "token", "sequence", "geometric_mean"]
     """Per token; product over the sequence; geometric mean over the sequence; or no ratio (1)."""
     ratio: Literal["current/proximal", "current/behavior", "proximal/behavior"] = "current/proximal"
