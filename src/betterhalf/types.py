@@ -164,7 +164,7 @@ class TrainBatch:
     micro_batches: tuple[MicroBatch, ...]
     """Sequences with a non-zero advantage; may be empty."""
     measure_only: tuple[MicroBatch, ...]
-    """Sequences of zero-advantage groups: no gradient, but their mismatch counts, and so do they in the denominators."""
+    """Sequences of zero-advantage groups: no gradient, but they count in the mismatch and in the denominators."""
     denominators: Denominators
 
     @property

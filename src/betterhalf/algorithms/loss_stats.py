@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossStats:
-    """Sums over tokens, each a float64 scalar tensor on the loss's device, so that counting never waits for the device."""
+    """Sums over tokens, float64 scalar tensors on the device of the loss, so that counting never waits for it."""
 
     loss: Tensor
     """Sum of the losses of micro-batches, each its share of its train batch."""
@@ -40,6 +40,11 @@ class LossStats:
     """Sum of the weight that multiplies the gradient: after truncation, masks and clip."""
     weight_after_squared: Tensor
     """Sum of its squares."""
+
+    @classmethod
+    def empty(cls) -> LossStats:
+        """Statistics of no tokens at all: the neutral element of `+`."""
+        return cls(**{field.name: torch.zeros((), dtype=torch.float64) for field in fields(cls)})
 
     @classmethod
     def count(

@@ -43,14 +43,14 @@ def require_packable(module: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not module._supports_attention_backend or not kinds <= _ATTENTION_TYPES or _has_convolution(module):
         raise InputError(
-            f"architecture {config.model_type!r} mixes positions outside attention ({', '.join(sorted(kinds))}), so packed "
-            "sequences would leak into each other; use a decoder such as llama, mistral, qwen2 or qwen3"
+            f"architecture {config.model_type!r} mixes positions outside attention ({', '.join(sorted(kinds))}), so "
+            "packed sequences would leak into each other; use a decoder such as llama, mistral, qwen2 or qwen3"
         )
     for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, key, None) not in (None, 1, 1.0):
             raise InputError(
-                f"architecture {config.model_type!r} changes its logits ({key}={getattr(config, key)}), which the chunked "
-                "logprobs do not; use a decoder such as llama, mistral, qwen2 or qwen3"
+                f"architecture {config.model_type!r} changes its logits ({key}={getattr(config, key)}), which the "
+                "chunked logprobs do not; use a decoder such as llama, mistral, qwen2 or qwen3"
             )
 
 
@@ -68,7 +68,7 @@ def equal_length_runs(lengths: tuple[int, ...]) -> Iterator[tuple[int, int, int]
 
 
 def _sequence_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    """Causal attention of N equally long sequences: [N, heads, L, D] -> same; a sliding window masks only where it binds."""
+    """Causal attention of N equally long sequences, [N, heads, L, D]; a sliding window masks only where it binds."""
     length = q.shape[-2]
     grouped = q.shape[1] != k.shape[1]
     if window is None or length <= window:
@@ -78,9 +78,7 @@ def _sequence_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: i
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=grouped)
 
 
-def _by_runs(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int | None
-) -> Tensor:
+def _by_runs(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int | None) -> Tensor:
     """Attention within each sequence: q [1, heads, T, D], k and v [1, kv_heads, T, D] -> [1, T, heads, D]."""
     parts = []
     for start, count, length in equal_length_runs(lengths):

@@ -120,5 +120,3 @@ def algorithm_record(algorithm: Algorithm) -> dict[str, Any]:
         "aggregation": algorithm.aggregation,
         "denominator": algorithm.denominator,
     }
-
-

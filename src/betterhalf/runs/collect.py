@@ -78,9 +78,7 @@ def sample_groups(
         return _scored(parts, prompts, siblings)
 
 
-def _scored(
-    parts: Parts, prompts: Sequence[Prompt], siblings: Sequence[tuple[Completion, ...]]
-) -> list[RolloutGroup]:
+def _scored(parts: Parts, prompts: Sequence[Prompt], siblings: Sequence[tuple[Completion, ...]]) -> list[RolloutGroup]:
     flat = [(prompt, completion) for prompt, group in zip(prompts, siblings, strict=True) for completion in group]
     texts = parts.tokenizer.batch_decode([list(c.token_ids) for _, c in flat], skip_special_tokens=True)
     rewards = parts.task.rewards([prompt for prompt, _ in flat], texts, [c.finish_reason for _, c in flat])

@@ -136,7 +136,7 @@ def evaluate(target: str, config: RunConfig, run_dir: str | None) -> dict[str, A
 def _score_with_progress(parts: Parts, config: RunConfig) -> list[PromptScore]:
     count = min(len(parts.task), config.evaluate.max_prompts or len(parts.task))
     prompts = [parts.task.prompt(index) for index in range(count)]
-    with show_progress("evaluate", count, config.logging.console) as bar:
+    with show_progress("evaluate", count, mode=config.logging.console) as bar:
         return score_prompts(parts, prompts, config.evaluate.samples, advance=bar.advance)
 
 

@@ -1,7 +1,7 @@
 """The loop: one step of reinforcement learning after another.
 
-    prompts -> completions -> rewards -> advantages -> packs -> mismatch, before any update -> gradients -> optimizer
-    steps -> weight sync -> metrics
+prompts -> completions -> rewards -> advantages -> packs -> mismatch, before any update -> gradients -> optimizer
+steps -> weight sync -> metrics
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
 
 
 def step_advantages(parts: Parts, collected: Collected) -> list[float]:
-    """One advantage for each rollout: reward, minus the overlong penalty where the preset has one, minus the baseline."""
+    """One advantage for each rollout: reward, with the preset's overlong penalty, minus the baseline."""
     rewards = torch.tensor([group.rewards for group in collected.groups], dtype=torch.float64)
     buffer = parts.algorithm.overlong_tokens(parts.config.sampling.max_tokens)
     if buffer:
@@ -146,27 +146,24 @@ def measure(parts: Parts, batch: StepBatch, step: int) -> Measured:
 class Learned:
     """What one optimizer step did."""
 
-    loss: float
-    stats: LossStats | None
-    """Counts of the loss; None when every group had equal rewards."""
+    stats: LossStats
+    """Loss and counts, summed over the micro-batches."""
     report: OptimReport
 
 
 def learn(parts: Parts, batch: TrainBatch, measured: Measured, step: int) -> Learned:
     """Gradients of one train batch, then its optimizer step."""
     denominators = step_denominators(parts, batch, measured)
-    losses, stats = [], None
+    stats = LossStats.empty()
     for pack in batch.micro_batches:
         proximal = measured.logprobs.get(id(pack))
-        output = parts.trainer.forward_backward(pack, proximal, denominators)
-        losses.append(output.loss.detach())
-        stats = output.stats if stats is None else stats + output.stats
+        stats += parts.trainer.forward_backward(pack, proximal, denominators).stats
     report = parts.trainer.optim_step(learning_rate(parts.config.optimizer, step, parts.config.training.steps))
-    return Learned(loss=float(sum(losses, torch.zeros(()))), stats=stats, report=report)
+    return Learned(stats=stats, report=report)
 
 
 def step_denominators(parts: Parts, batch: TrainBatch, measured: Measured) -> Denominators:
-    """The fixed denominators of a train batch; with `denominator = "kept"`, less what masks reject before any update."""
+    """The fixed denominators of a train batch; with `kept`, less what masks reject before any update."""
     if parts.algorithm.denominator == "all":
         return batch.denominators
     sequences, tokens = 0, 0
@@ -234,8 +231,7 @@ def learning_metrics(parts: Parts, learned: list[Learned], step: int) -> Metrics
     reports = [part.report for part in learned]
     applied = [report for report in reports if not report.skipped]
     offenders = [report.first_offender for report in reports if report.first_offender]
-    stats = [part.stats for part in learned if part.stats is not None]
-    counts = policy_metrics(sum(stats[1:], stats[0]), len(stats)) if stats else {}
+    stats = sum((part.stats for part in learned), LossStats.empty())
     return {
         "optim/loss_scale": parts.trainer.scaler.scale,
         "optim/skipped": float(len(reports) - len(applied)),
@@ -245,9 +241,8 @@ def learning_metrics(parts: Parts, learned: list[Learned], step: int) -> Metrics
         "optim/learning_rate": learning_rate(parts.config.optimizer, step, parts.config.training.steps),
         "optim/underflow_fraction": statistics.fmean(report.underflow_fraction for report in reports),
         "optim/overflow_fraction": max(report.overflow_fraction for report in reports),
-        "policy/loss": statistics.fmean(part.loss for part in learned),
         "policy/version": float(parts.trainer.policy_version),
-        **counts,
+        **policy_metrics(stats, len(learned)),
     }
 
 

@@ -1,8 +1,10 @@
-"""What several trainer processes must agree on. One process agrees with itself; a sharded trainer takes its place here."""
+"""What several trainer processes must agree on; here there is one, and a sharded trainer brings its own."""
 
 from __future__ import annotations
 
 from typing import Protocol
+
+from torch import Tensor
 
 
 class Collective(Protocol):
@@ -11,8 +13,8 @@ class Collective(Protocol):
     rank: int
     world_size: int
 
-    def any(self, flag: bool) -> bool:
-        """True on every rank when it is true on one: all ranks skip an optimizer step, or none does."""
+    def max_(self, values: Tensor) -> None:
+        """Replace `values` by their maximum over the ranks, so that all skip an optimizer step or none does."""
         ...
 
 
@@ -22,6 +24,5 @@ class SingleProcess:
     rank = 0
     world_size = 1
 
-    def any(self, flag: bool) -> bool:
-        """The flag itself."""
-        return flag
+    def max_(self, values: Tensor) -> None:
+        """Nothing to do: the maximum over one rank."""

@@ -10,8 +10,7 @@ mismatch a hundredfold.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,6 @@ class MasterWeights:
         self._compute = dict(module.named_parameters())
         self.shared = compute_dtype == torch.float32
         self.masters: dict[str, nn.Parameter] = {}
-        self._handles: list[Any] = []
         for name, parameter in self._compute.items():
             assert parameter.dtype == torch.float32, f"{name} is not FP32 before casting"
             if self.shared:
@@ -38,10 +36,10 @@ class MasterWeights:
             else:
                 self.masters[name] = nn.Parameter(parameter.detach().clone())
                 parameter.data = parameter.data.to(compute_dtype)
-                self._handles.append(parameter.register_post_accumulate_grad_hook(self._collector(name)))
+                parameter.register_post_accumulate_grad_hook(self._collector(name))  # type: ignore[no-untyped-call]
         self.zero_grad()
 
-    def _collector(self, name: str) -> Any:
+    def _collector(self, name: str) -> Callable[[Tensor], None]:
         master = self.masters[name]
 
         def collect(parameter: Tensor) -> None:

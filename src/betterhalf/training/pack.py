@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -52,7 +52,7 @@ def pack_step(
 def _split_evenly(items: list[int], parts: int) -> list[list[int]]:
     """Contiguous shares whose sizes differ by at most one."""
     edges = [round(k * len(items) / parts) for k in range(parts + 1)]
-    return [items[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [items[a:b] for a, b in pairwise(edges)]
 
 
 def _denominators(rollouts: Sequence[Rollout], max_tokens: int) -> Denominators:
@@ -93,7 +93,8 @@ class _Packer:
         chosen = [self.rollouts[i] for i in indices]
         lengths = [self.length(i) for i in indices]
         starts = [0, *accumulate(lengths)]
-        rows, owner = [], []
+        rows: list[int] = []
+        owner: list[int] = []
         for k, rollout in enumerate(chosen):
             first = starts[k] + len(rollout.prompt.token_ids) - 1
             rows.extend(range(first, first + len(rollout.completion.token_ids)))
@@ -120,5 +121,5 @@ class _Packer:
 def by_rollout(pack: MicroBatch, values_C: torch.Tensor) -> dict[int, list[float]]:
     """Values of each completion token by rollout index, in token order."""
     counts = torch.bincount(pack.sequence_index_C, minlength=pack.num_sequences).tolist()
-    parts = values_C.split(counts)
+    parts = torch.split(values_C, counts)
     return {index: part.tolist() for index, part in zip(pack.rollout_index_S, parts, strict=True)}

@@ -163,7 +163,7 @@ class PolicyTrainer:
             LossScaleError: too many skipped steps in a row at the floor of the loss scale.
         """
         scale = self.scaler.scale
-        found = self.scaler.unscale(self.weights.gradients(), any_rank=self.collective.any)
+        found = self.scaler.unscale(self.weights.gradients(), self.collective.max_)
         grad_norm = float("nan")
         if not found.found_inf:
             masters = self.weights.masters.values()
@@ -228,9 +228,7 @@ class PolicyTrainer:
         """Final hidden state and logits of a two-token sequence."""
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.policy.device)
         positions = torch.arange(2, device=self.policy.device).unsqueeze(0)
-        out = self.module.get_decoder()(
-            input_ids=ids, position_ids=positions, sequence_lengths=(2,), use_cache=False
-        )
+        out = self.module.get_decoder()(input_ids=ids, position_ids=positions, sequence_lengths=(2,), use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
         logprobs, _ = measure_tokens(hidden, self._head_for_products(), ids[0], 1.0, 2)
         return hidden, logprobs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from betterhalf.config.schema import OptimizerConfig
 
@@ -25,7 +26,7 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     return config.learning_rate * (config.min_ratio + (1 - config.min_ratio) * _SHAPES[config.scheduler](progress))
 
 
-_SHAPES = {
+_SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),

@@ -25,13 +25,19 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_CH: Tensor, weight_VH: Tensor, wide_VH: Tensor, targets_C: Tensor, temperature: float, rows: int
+        ctx: Any,
+        hidden_CH: Tensor,
+        weight_VH: Tensor,
+        wide_VH: Tensor,
+        targets_C: Tensor,
+        temperature: float,
+        rows: int,
     ) -> Tensor:
         ctx.save_for_backward(hidden_CH, weight_VH, wide_VH, targets_C)
         ctx.temperature, ctx.rows = temperature, rows
         out = [
             ops.token_logprobs(_logits(hidden, wide_VH), targets, temperature)
-            for hidden, targets in zip(hidden_CH.split(rows), targets_C.split(rows), strict=True)
+            for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True)
         ]
         return torch.cat(out)
 
@@ -104,7 +110,7 @@ def measure_tokens(
     The logprobs equal those of `token_logprobs` bit for bit: same chunks, same products.
     """
     logprobs, entropies = [], []
-    for hidden, targets in zip(hidden_CH.split(rows), targets_C.split(rows), strict=True):
+    for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True):
         logits = _logits(hidden, wide_VH)
         logprobs.append(ops.token_logprobs(logits, targets, temperature))
         entropies.append(ops.entropy(logits, temperature))

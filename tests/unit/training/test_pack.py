@@ -27,7 +27,10 @@ def rollout(prompt: list[int], completion: list[int]) -> Rollout:
 
 def config(*, budget: int = 100, optimizer_steps: int = 1) -> RunConfig:
     return RunConfig.model_validate(
-        {"training": {"tokens_per_micro_batch": budget, "optimizer_steps": optimizer_steps}, "sampling": {"max_tokens": 9}}
+        {
+            "training": {"tokens_per_micro_batch": budget, "optimizer_steps": optimizer_steps},
+            "sampling": {"max_tokens": 9},
+        }
     )
 
 

@@ -1,0 +1,109 @@
+"""The paper's sanity test (arXiv 2510.26788, section 4): every prompt can be learned, so a sound system learns all.
+
+base policy -> perfectible set -> one arm for each precision, identical but for the precision -> verdict
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from betterhalf.config.load import resolved_json
+from betterhalf.config.schema import PerfectibleTask, RunConfig
+from betterhalf.errors import EngineError, LossScaleError
+from betterhalf.metrics.console import progress as show_progress
+from betterhalf.report.page import write_report
+from betterhalf.run_dir import RunDir, default_run_dir, environment, read_json, write_json_atomic
+from betterhalf.runs.assembly import Parts, with_precision
+from betterhalf.runs.evaluate import average_reward, score_prompts
+from betterhalf.runs.perfect import build_perfectible
+from betterhalf.runs.train import run_training
+
+ARM_KEYS = ("passed", "final_accuracy", "mismatch_k3", "mismatch_max_abs", "skipped_steps", "seconds")
+
+
+def sanity(config: RunConfig, run_dir: str | None, resume: bool = False) -> dict[str, Any]:
+    """Build the perfectible set, train every arm on it, and compare.
+
+    Args:
+        config: task, model, sizes; `sanity.arms` names the precisions.
+        run_dir: the run folder; `runs/sanity-<name>-<time>` if absent.
+        resume: keep what the folder already holds: counted prompts, finished arms, an arm's checkpoints.
+
+    Returns:
+        `passed` (whether the first arm did), `k3_ratio` (BF16 over FP16), `arms`, `run_dir`; also in `summary.json`.
+
+    Raises:
+        InputError: bad input, or nothing in the data set is perfectible.
+        RunError: the disk is full, or a reward cannot be computed.
+    """
+    started = time.perf_counter()
+    run = RunDir.create(Path(run_dir) if run_dir else default_run_dir("sanity", config.name), resume=resume)
+    write_json_atomic(run.config, resolved_json(config))
+    write_json_atomic(run.environment, environment())
+    kept = build_perfectible(config, run)
+    arms = {name: run_arm(config, name, kept, run.arm(name)) for name in config.sanity.arms}
+    summary = {
+        "verb": "sanity",
+        "passed": arms[config.sanity.arms[0]]["passed"],
+        "k3_ratio": k3_ratio(arms),
+        "arms": {name: {key: arm.get(key) for key in ARM_KEYS} for name, arm in arms.items()},
+        "reasons": {name: arm["reason"] for name, arm in arms.items() if "reason" in arm},
+        "seconds": time.perf_counter() - started,
+        "run_dir": str(run.path),
+    }
+    write_json_atomic(run.summary, summary)
+    write_report([run.path], run.report)
+    return summary
+
+
+def k3_ratio(arms: dict[str, dict[str, Any]]) -> float | None:
+    """Mean k3 of the BF16 arm over that of the FP16 arm; None unless both ran."""
+    pair = [arms.get(name, {}).get("mismatch_k3") for name in ("bf16", "fp16")]
+    return pair[0] / pair[1] if pair[0] and pair[1] else None
+
+
+def arm_config(config: RunConfig, precision: str, perfectible: Path) -> RunConfig:
+    """The configuration of one arm: the perfectible set as task, and the precision; nothing else differs."""
+    data = with_precision(config, precision).model_dump()
+    base = config.task.base if isinstance(config.task, PerfectibleTask) else config.task
+    data["task"] = {"type": "perfectible", "path": str(perfectible), "base": base.model_dump()}
+    return RunConfig.model_validate(data)
+
+
+def run_arm(config: RunConfig, name: str, perfectible: Path, arm: RunDir) -> dict[str, Any]:
+    """Train one arm and evaluate it; a finished arm is read back, an unfinished one goes on.
+
+    An arm that its own precision brings down (the loss scale at its floor, logprobs that are not finite) has failed
+    the test: that is a result, with its reason, and the other arms still run.
+    """
+    if arm.summary.exists():
+        return read_json(arm.summary)
+    settings = arm_config(config, name, perfectible)
+
+    def final_accuracy(parts: Parts) -> dict[str, Any]:
+        accuracy = evaluate_arm(parts, name)
+        return {"final_accuracy": accuracy, "passed": accuracy >= config.sanity.pass_accuracy}
+
+    try:
+        resume = arm.holds_run
+        return run_training(
+            settings, RunDir.create(arm.path, resume=resume), resume=resume, label=name, after=final_accuracy
+        )
+    except (LossScaleError, EngineError) as error:
+        failed = {"passed": False, "final_accuracy": None, "reason": str(error)}
+        write_json_atomic(arm.summary, failed)
+        return failed
+
+
+def evaluate_arm(parts: Parts, label: str) -> float:
+    """avg@k over the whole perfectible set at temperature 1, from the engine as the last step left it."""
+    config = parts.config
+    sampling = config.sampling.model_copy(update={"temperature": 1.0})
+    at_one = replace(parts, config=config.model_copy(update={"sampling": sampling}))
+    prompts = [parts.task.prompt(index) for index in range(len(parts.task))]
+    with show_progress(f"{label}: final accuracy", len(prompts), mode=config.logging.console) as bar:
+        scores = score_prompts(at_one, prompts, config.sanity.evaluation_samples, advance=bar.advance)
+    return average_reward(scores)

@@ -1,0 +1,225 @@
+"""The trainer: packing changes nothing, FP32 sums over micro-batches, overflow skips on purpose, state comes back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from betterhalf.algorithms.presets import resolve_algorithm
+from betterhalf.config.schema import AlgorithmConfig, RunConfig
+from betterhalf.errors import InputError, LossScaleError
+from betterhalf.models.loading import LoadedModel
+from betterhalf.precision.policy import build_policy
+from betterhalf.training.pack import pack_step
+from betterhalf.training.policy_trainer import PolicyTrainer
+from betterhalf.types import Completion, MicroBatch, Prompt, Rollout
+
+SIZES = {
+    "vocab_size": 31,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+
+def tiny_model(family: str = "llama", **changes: Any) -> LoadedModel:
+    torch.manual_seed(0)
+    hf_config = FAMILIES[family](**{**SIZES, **changes})
+    module = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
+    return LoadedModel(
+        name="tiny", module=module, hf_config=hf_config, tokenizer=None, stop_token_ids=(0,), context_length=64
+    )
+
+
+def settings(preset: str, /, **changes: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "precision": {"preset": preset, **changes.pop("precision", {})},
+            "sampling": {"max_tokens": 16},
+            "training": {"optimizer_steps": 1, "tokens_per_micro_batch": changes.pop("budget", 4096)},
+            "optimizer": {"learning_rate": 1e-2},
+            **changes,
+        }
+    )
+
+
+def trainer_for(config: RunConfig, family: str = "llama", **changes: Any) -> PolicyTrainer:
+    policy = build_policy(config.precision, torch.device("cpu"))
+    algorithm = resolve_algorithm(AlgorithmConfig(preset="pg_seq_is"))
+    return PolicyTrainer(tiny_model(family, **changes), config=config, policy=policy, algorithm=algorithm)
+
+
+def rollouts(count: int = 6) -> list[Rollout]:
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(1, 31, (length,), generator=generator).tolist())
+
+    return [
+        Rollout(
+            prompt=Prompt(prompt_id=str(k), text="", token_ids=ids(3 + k % 3), answer=""),
+            completion=Completion(
+                token_ids=(tokens := ids(2 + 3 * (k % 4))),
+                behavior_logprobs=(-3.4,) * len(tokens),
+                finish_reason="stop",
+                policy_version=0,
+            ),
+            text="",
+            reward=float(k % 2),
+        )
+        for k in range(count)
+    ]
+
+
+def packs(config: RunConfig) -> tuple[MicroBatch, ...]:
+    advantages = [0.5 if k % 2 else -0.5 for k in range(6)]
+    (batch,) = pack_step(rollouts(), advantages, config, step=1, device=torch.device("cpu")).train_batches
+    return batch.micro_batches
+
+
+def gradients(trainer: PolicyTrainer, config: RunConfig) -> dict[str, torch.Tensor]:
+    advantages = [0.5 if k % 2 else -0.5 for k in range(6)]
+    (batch,) = pack_step(rollouts(), advantages, config, step=1, device=torch.device("cpu")).train_batches
+    for pack in batch.micro_batches:
+        trainer.forward_backward(pack, None, batch.denominators)
+    return {name: gradient / trainer.scaler.scale for name, gradient in trainer.weights.gradients()}
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_packed_logprobs_equal_the_module_run_on_each_sequence_alone(family: str) -> None:
+    config = settings("fp32")
+    changes = {"sliding_window": 4} if family == "mistral" else {}
+    plain = tiny_model(family, attn_implementation="eager", **changes).module
+    trainer = trainer_for(config, family, **changes)
+    for pack in packs(config):
+        logprobs, _ = trainer.measure(pack)
+        parts = torch.split(pack.token_ids_T, list(pack.sequence_lengths))
+        alone = [plain(ids.unsqueeze(0)).logits[0].double().log_softmax(-1) for ids in parts]
+        expected = torch.cat(alone)[pack.loss_rows_C].gather(1, pack.target_ids_C[:, None]).squeeze(1)
+        torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_measured_logprobs_are_those_of_training_bit_for_bit(precision: str) -> None:
+    config = settings(precision)
+    trainer = trainer_for(config)
+    for pack in packs(config):
+        assert torch.equal(trainer.measure(pack)[0], trainer.score(pack).detach())
+
+
+def test_gradients_do_not_depend_on_the_micro_batches() -> None:
+    whole, cut = settings("fp32"), settings("fp32", budget=12)
+    assert len(packs(cut)) > len(packs(whole)) == 1
+    expected = gradients(trainer_for(whole), whole)
+    for name, gradient in gradients(trainer_for(cut), cut).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
+
+
+def test_half_gradients_are_close_to_fp32_ones_and_accumulate_in_fp32() -> None:
+    expected = gradients(trainer_for(settings("fp32")), settings("fp32"))
+    config = settings("fp16", budget=12)
+    for name, gradient in gradients(trainer_for(config), config).items():
+        assert gradient.dtype == torch.float32
+        error = (gradient - expected[name]).norm() / expected[name].norm()
+        assert 1e-6 < error < 2e-2, name  # half arithmetic shows, and is small
+
+
+def test_activation_checkpointing_changes_no_bit() -> None:
+    config = settings("fp16")
+    expected = gradients(trainer_for(config), config)
+    saving = config.model_copy(
+        update={"training": config.training.model_copy(update={"activation_checkpointing": True})}
+    )
+    for name, gradient in gradients(trainer_for(saving), saving).items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+def test_an_overflow_skips_the_step_halves_the_scale_keeps_the_version_and_names_the_parameter() -> None:
+    config = settings("fp16", precision={"loss_scale": {"initial": 2.0**40}})
+    trainer = trainer_for(config)
+    before = {name: value.clone() for name, value in trainer.weights.computing()}
+    gradients(trainer, config)
+    report = trainer.optim_step(1e-2)
+    assert report.skipped
+    assert report.first_offender in before
+    assert report.overflow_fraction > 0
+    assert trainer.scaler.scale == 2.0**39
+    assert trainer.policy_version == 0
+    assert all(torch.equal(value, before[name]) for name, value in trainer.weights.computing())
+    assert all(float(gradient.abs().max()) == 0 for _, gradient in trainer.weights.gradients())
+
+
+def test_the_scale_comes_down_until_a_step_is_applied() -> None:
+    config = settings("fp16", precision={"loss_scale": {"initial": 2.0**30}})
+    trainer = trainer_for(config)
+    reports = []
+    while not reports or reports[-1].skipped:
+        gradients(trainer, config)
+        reports.append(trainer.optim_step(1e-2))
+    assert len(reports) > 1
+    assert trainer.policy_version == 1
+    assert trainer.scaler.scale == 2.0 ** (30 - (len(reports) - 1))
+
+
+def test_overflow_at_the_floor_stops_the_run_with_a_reason() -> None:
+    scale = {"initial": 2.0**40, "floor": 2.0**39, "max_skips_at_floor": 2}
+    config = settings("fp16", precision={"loss_scale": scale})
+    trainer = trainer_for(config)
+    with pytest.raises(LossScaleError, match="floor"):
+        for _ in range(5):
+            gradients(trainer, config)
+            trainer.optim_step(1e-2)
+
+
+def test_an_update_moves_masters_and_publishes_their_rounding() -> None:
+    config = settings("fp16")
+    trainer = trainer_for(config)
+    gradients(trainer, config)
+    report = trainer.optim_step(1e-2)
+    assert not report.skipped and report.grad_norm > 0
+    for name, value in trainer.weights.computing():
+        assert torch.equal(value, trainer.weights.masters[name].detach().half())
+
+
+def test_state_comes_back_bit_for_bit_and_goes_on_alike() -> None:
+    config = settings("fp16")
+    first, second = trainer_for(config), trainer_for(config)
+    gradients(first, config)
+    first.optim_step(1e-2)
+    tensors = {kind: {k: v.clone() for k, v in group.items()} for kind, group in first.state_tensors().items()}
+    second.load_state(tensors, first.state_values())
+    for trainer in (first, second):
+        gradients(trainer, config)
+        trainer.optim_step(1e-2)
+    assert second.policy_version == first.policy_version == 2
+    for name, master in first.weights.masters.items():
+        assert torch.equal(master, second.weights.masters[name]), name
+
+
+def test_rope_frequencies_stay_fp32_when_parameters_are_cast() -> None:
+    trainer = trainer_for(settings("bf16"))
+    report = trainer.report()
+    assert report.dtypes["rope"] == "fp32"
+    assert report.dtypes["weights"] == report.dtypes["compute"] == report.dtypes["wire"] == "bf16"
+    assert report.dtypes["lm_head"] == report.dtypes["master"] == report.dtypes["gradients"] == "fp32"
+    frequencies = trainer.module.model.rotary_emb.inv_freq
+    assert torch.equal(frequencies, tiny_model().module.model.rotary_emb.inv_freq)
+
+
+def test_dropout_is_refused() -> None:
+    with pytest.raises(InputError, match="attention_dropout=0.1"):
+        trainer_for(settings("fp32"), attention_dropout=0.1)
+
+
+def test_the_tiny_model_is_what_the_tests_think_it_is() -> None:
+    assert isinstance(tiny_model().module, LlamaForCausalLM)
