@@ -1,10 +1,21 @@
-"""Both sides report what they really run; the contract compares the two."""
+"""Both sides report what they really run; the contract compares the two.
+
+Equality is required of the compute dtype, the dtype of the weights on the wire, the dtype of cached keys and values,
+and of the weights themselves, by digest. The rest is shown, because it explains what mismatch remains.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
+from betterhalf.errors import ContractError, WeightSyncError
 from betterhalf.types import DtypeName
 
 
@@ -20,3 +31,246 @@ class SideReport:
     """Attention backend, how matrix products sum, rounding points, library versions, device."""
     digests: dict[str, str]
     """Unfused Hugging Face parameter name -> digest of the tensor as held."""
+
+
+RowStatus = Literal["equal", "differs", "reported"]
+"""`equal` and `differs` are for what is required; everything else is only `reported`."""
+
+ABSENT = "-"
+"""Shown where a side has no such region."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContractRow:
+    """One region, as both sides report it."""
+
+    region: str
+    trainer: str
+    engine: str
+    status: RowStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contract:
+    """The comparison of one trainer with one engine."""
+
+    rows: tuple[ContractRow, ...]
+    """Required regions first."""
+    first_difference: str | None
+    """The first required region that differs, in words; None if all are equal."""
+    allow_difference: bool
+    """The user asked for an ablation: a difference is shown, not refused."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the run may start."""
+        return self.first_difference is None or self.allow_difference
+
+    def table(self) -> str:
+        """Aligned plain text, at most 100 columns wide."""
+        lines = [_line("region", "trainer", "engine", "status"), _line("-" * 14, "-" * 32, "-" * 32, "-" * 16)]
+        for row in self.rows:
+            lines += _wrapped(row, self._shown_status(row))
+        if self.first_difference is not None:
+            lines += textwrap.wrap(f"first difference: {self.first_difference}", 100)
+        return "\n".join(lines)
+
+    def _shown_status(self, row: ContractRow) -> str:
+        if row.status == "differs" and self.allow_difference:
+            return "differs, allowed"
+        if row.status == "reported" and ABSENT not in (row.trainer, row.engine):
+            return "reported, same" if row.trainer == row.engine else "reported, other"
+        return row.status
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `contract.json`."""
+        return {
+            "ok": self.ok,
+            "allow_difference": self.allow_difference,
+            "first_difference": self.first_difference,
+            "rows": [
+                {"region": row.region, "trainer": row.trainer, "engine": row.engine, "status": row.status}
+                for row in self.rows
+            ],
+        }
+
+
+def compare(trainer: SideReport, engine: SideReport, *, allow_difference: bool) -> Contract:
+    """Compare what both sides report. Every required region must equal the trainer's compute dtype.
+
+    That includes the wire: weights that travel in another format are rounded once more, or less, than those the
+    trainer computes with, even if both ends agree on it.
+    """
+    required = [
+        _dtype_row("compute", trainer.dtypes["compute"], engine.dtypes["compute"], trainer.dtypes["compute"]),
+        _dtype_row("wire", trainer.dtypes["wire"], engine.dtypes["wire"], trainer.dtypes["compute"]),
+        _dtype_row("kv", trainer.dtypes["compute"], engine.dtypes["kv"], trainer.dtypes["compute"]),
+        _weights_row(trainer.digests, engine.digests),
+    ]
+    different = next((row for row in required if row.status == "differs"), None)
+    words = None if different is None else _in_words(different, trainer, engine)
+    rows = (*required, *_reported_rows(trainer, engine))
+    return Contract(rows=rows, first_difference=words, allow_difference=allow_difference)
+
+
+def enforce(contract: Contract) -> None:
+    """Refuse a run whose sides differ without being told to.
+
+    Raises:
+        ContractError: the contract is not `ok`; the message holds the table.
+    """
+    if not contract.ok:
+        raise ContractError(
+            f"trainer and rollout engine differ in precision:\n{contract.table()}\n"
+            "Set the same precision on both sides, as `precision=fp16` does, or precision.allow_difference=true "
+            "if this ablation is intended."
+        )
+
+
+def verify_sync(expected: dict[str, str], held: dict[str, str]) -> None:
+    """Check the engine's weights after a sync against what was sent, by digest.
+
+    Raises:
+        WeightSyncError: naming the first parameter that differs, is missing, or was never sent.
+    """
+    wrong = _differing(expected, held)
+    if wrong:
+        name = wrong[0]
+        raise WeightSyncError(
+            f"after the weight sync {len(wrong)} of {len(expected)} parameters differ in the engine, first {name} "
+            f"(sent {expected.get(name, 'nothing')}, held {held.get(name, 'nothing')}); "
+            "check that the engine loads every parameter and casts none, then resume from the last checkpoint"
+        )
+
+
+def _dtype_row(region: str, trainer: DtypeName, engine: DtypeName, wanted: DtypeName) -> ContractRow:
+    equal = trainer == engine == wanted
+    shown = trainer if trainer == wanted else f"{trainer} (computes in {wanted})"
+    return ContractRow(region=region, trainer=shown, engine=engine, status="equal" if equal else "differs")
+
+
+def _weights_row(trainer: dict[str, str], engine: dict[str, str]) -> ContractRow:
+    wrong = _differing(trainer, engine)
+    held = f"{len(wrong)} differ, first {wrong[0]}" if wrong else _summary(engine)
+    return ContractRow(region="weights", trainer=_summary(trainer), engine=held, status="differs" if wrong else "equal")
+
+
+def _differing(expected: dict[str, str], held: dict[str, str]) -> list[str]:
+    """Names in the order expected, those never expected last."""
+    wrong = [name for name, digest in expected.items() if held.get(name) != digest]
+    return wrong + [name for name in held if name not in expected]
+
+
+def _summary(digests: dict[str, str]) -> str:
+    folded = hashlib.sha256("".join(f"{name}={digests[name]};" for name in sorted(digests)).encode())
+    return f"{len(digests)} tensors {folded.hexdigest()[:12]}"
+
+
+def _in_words(row: ContractRow, trainer: SideReport, engine: SideReport) -> str:
+    if row.region != "weights":
+        return f"{row.region} is {row.trainer} in the trainer and {row.engine} in the engine"
+    name = _differing(trainer.digests, engine.digests)[0]
+    held = engine.digests.get(name, "nothing")
+    return f"weight {name} is {trainer.digests.get(name, 'nothing')} in the trainer and {held} in the engine"
+
+
+def _reported_rows(trainer: SideReport, engine: SideReport) -> list[ContractRow]:
+    """Dtypes that are not required, then facts: what both sides name, then what one names."""
+    mine: dict[str, str] = {**_other_dtypes(trainer), **trainer.facts}
+    theirs: dict[str, str] = {**_other_dtypes(engine), **engine.facts}
+    shared = [region for region in mine if region in theirs]
+    alone = [region for region in (*mine, *theirs) if region not in shared]
+    return [
+        ContractRow(
+            region=region, trainer=mine.get(region, ABSENT), engine=theirs.get(region, ABSENT), status="reported"
+        )
+        for region in (*shared, *alone)
+    ]
+
+
+def _other_dtypes(side: SideReport) -> dict[str, str]:
+    """Not the required regions; `weights` are called `held weights`, beside the row that compares digests."""
+    names = {region: region for region in side.dtypes if region not in ("compute", "wire", "kv")}
+    return {"held weights" if region == "weights" else region: side.dtypes[region] for region in names}
+
+
+def _line(region: str, trainer: str, engine: str, status: str) -> str:
+    return f"{region:<14} {trainer:<32} {engine:<32} {status}".rstrip()
+
+
+def _wrapped(row: ContractRow, status: str) -> list[str]:
+    """The row, its long cells continued on further lines."""
+    columns = [textwrap.wrap(row.region, 14), textwrap.wrap(row.trainer, 32), textwrap.wrap(row.engine, 32), [status]]
+    height = max(len(column) for column in columns)
+    cells = [column + [""] * (height - len(column)) for column in columns]
+    return [_line(*parts) for parts in zip(*cells, strict=True)]
+
+
+_WORDS_AT_ONCE = 2**17
+"""64-bit words digested at once on a CPU: a mebibyte, and its two temporaries, stay in the cache."""
+
+_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+"""Constants of splitmix64 (Steele, Lea and Flood 2014, OOPSLA)."""
+
+
+def weights_digests(weights: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Name -> `tensor_digest` of each tensor, in the order given."""
+    return {name: tensor_digest(tensor) for name, tensor in weights}
+
+
+@torch.no_grad()
+def tensor_digest(tensor: Tensor) -> str:
+    """64-bit checksum of a tensor's raw bits, their positions, its dtype and its shape, as 16 hexadecimal digits.
+
+    Each 64-bit word is mixed with its position (splitmix64, one to one for each position) and the words are added
+    modulo 2^64: a change within one word always shows, any other change shows but for one chance in 2^64. It guards
+    against mistakes, not against forgery. Equal on every device, whatever the strides.
+    """
+    words, tail = _as_words(tensor)
+    at_once = words.numel() if words.is_cuda else _WORDS_AT_ONCE
+    total = _sum_of_mixed(words, 0, max(at_once, 1)) + _sum_of_mixed(tail, words.numel(), 1)
+    header = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode()).digest()
+    return f"{(total + int.from_bytes(header[:8], 'little')) % 2**64:016x}"
+
+
+def _as_words(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 views of the bytes: all whole words, and at most one that is filled up with zeros."""
+    raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    whole = raw.numel() // 8 * 8
+    rest = raw[whole:]
+    tail = torch.cat([rest, rest.new_zeros(8 - rest.numel())]) if rest.numel() else rest
+    head = raw[:whole]
+    if head.data_ptr() % 8 or head.storage_offset() % 8:
+        head = head.clone()
+    return head.view(torch.int64), tail.view(torch.int64)
+
+
+def _sum_of_mixed(words: Tensor, first_position: int, at_once: int) -> int:
+    """Sum modulo 2^64 of the mixed words; `first_position` is the position of the first."""
+    size = min(at_once, words.numel())
+    keys = torch.arange(size, device=words.device) * _signed(_GOLDEN)
+    mixed, shifted = torch.empty_like(keys), torch.empty_like(keys)
+    sums = []
+    for start in range(0, words.numel(), at_once):
+        part = words[start : start + at_once]
+        n = part.numel()
+        offset = _signed((first_position + start) * _GOLDEN)
+        sums.append(_mix(part, keys[:n], offset, mixed[:n], shifted[:n]).sum())
+    return int(torch.stack(sums).sum()) if sums else 0
+
+
+def _mix(words: Tensor, keys: Tensor, offset: int, mixed: Tensor, shifted: Tensor) -> Tensor:
+    """Two rounds of splitmix64 on words + keys + offset, into `mixed`; `shifted` is scratch."""
+    torch.add(words, keys, out=mixed)
+    mixed.add_(offset)
+    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+        # The shift of a signed integer repeats its sign; the mask makes it the unsigned shift, which is one to one.
+        torch.bitwise_right_shift(mixed, shift, out=shifted)
+        shifted.bitwise_and_((1 << (64 - shift)) - 1)
+        mixed.bitwise_xor_(shifted).mul_(_signed(factor))
+    return mixed
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same 64 low bits."""
+    return (value + 2**63) % 2**64 - 2**63

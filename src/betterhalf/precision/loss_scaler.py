@@ -248,7 +248,7 @@ def _unscale(
 
 
 def _inspect_and_divide(name: str, grad: Tensor, scale: float, smallest_normal: float) -> Tensor:
-    """float64 [3]: largest magnitude (NaN if any is), entries not zero, entries not zero but below the smallest normal."""
+    """float64 [3]: largest magnitude (NaN if any is), entries not zero, those of them below the smallest normal."""
     assert grad.dtype == torch.float32, f"the accumulated gradient of {name} is {grad.dtype}, not FP32"
     parts = []
     for piece in _pieces(grad):
