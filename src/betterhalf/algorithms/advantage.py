@@ -19,9 +19,9 @@ def group_advantages(rewards_PG: Tensor, kind: AdvantageKind) -> Tensor:
 
     Args:
         rewards_PG: [P, G], converted to float64.
-        kind: `group_mean` subtracts the mean of the group (Dr. GRPO, arXiv 2503.20783); `group_standardised` divides that
-            by the sample standard deviation (ddof 1) plus 1e-8 (GRPO, arXiv 2402.03300); `leave_one_out` subtracts the
-            mean of the other siblings (RLOO, arXiv 2402.14740); `raw` subtracts nothing.
+        kind: `group_mean` subtracts the mean of the group (Dr. GRPO, arXiv 2503.20783); `group_standardised` divides
+            that by the sample standard deviation (ddof 1) plus 1e-8 (GRPO, arXiv 2402.03300); `leave_one_out` subtracts
+            the mean of the other siblings (RLOO, arXiv 2402.14740); `raw` subtracts nothing.
 
     Returns:
         float32 [P, G].
@@ -43,8 +43,8 @@ def check_group_size(kind: AdvantageKind, group_size: int) -> None:
     """Raise ConfigError when a group of this size has no baseline of this kind."""
     if kind != "raw" and group_size < 2:
         raise ConfigError(
-            f"training.group_size={group_size} makes every advantage of kind {kind} zero; raise training.group_size to 2 or "
-            "more, or set algorithm.advantage=raw."
+            f"training.group_size={group_size} makes every advantage of kind {kind} zero; raise training.group_size "
+            "to 2 or more, or set algorithm.advantage=raw."
         )
 
 
@@ -69,7 +69,7 @@ def overlong_penalty(lengths: Tensor, max_tokens: int, buffer: int) -> Tensor:
     """
     if buffer > max_tokens:
         raise ConfigError(
-            f"algorithm.overlong_buffer={buffer} exceeds sampling.max_tokens={max_tokens}; make it smaller than the limit."
+            f"algorithm.overlong_buffer={buffer} exceeds sampling.max_tokens={max_tokens}; make it smaller than that."
         )
     if buffer == 0:
         return torch.zeros_like(lengths, dtype=torch.float64)

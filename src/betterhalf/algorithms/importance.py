@@ -1,7 +1,7 @@
 """Importance ratios at every level, and what is done to those that are too large or too small.
 
-Everything is FP32 (or float64 when the logprobs are): the log-ratio is summed first, bounded to +-20 once, and only then
-exponentiated.
+Everything is FP32 (or float64 when the logprobs are): the log-ratio is summed first, bounded to +-20 once, and only
+then exponentiated.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ def _proximal(algorithm: Algorithm, proximal_logprobs_C: Tensor | None, current_
         return _at_least_fp32(proximal_logprobs_C).detach()
     if algorithm.needs_proximal:
         raise ValueError(
-            f"algorithm {algorithm.preset} needs proximal_logprobs; measure the trainer's logprobs before the first update."
+            f"algorithm {algorithm.preset} needs proximal_logprobs; measure the trainer's before the first update."
         )
     return current_C.detach()
 

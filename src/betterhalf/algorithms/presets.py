@@ -178,8 +178,8 @@ def _check_together(algorithm: Algorithm) -> None:
     surrogate, correction = algorithm.surrogate, algorithm.correction
     if "none" not in (surrogate.level, correction.level) and surrogate.ratio == "current/behavior":
         raise ConfigError(
-            "algorithm.surrogate already divides by the behavior policy, so algorithm.correction would count the mismatch "
-            'twice; set algorithm.correction.level="none", or algorithm.surrogate.ratio="current/proximal".'
+            "algorithm.surrogate already divides by the behavior policy, so algorithm.correction would count the "
+            'mismatch twice; set algorithm.correction.level="none", or algorithm.surrogate.ratio="current/proximal".'
         )
     if algorithm.overlong_buffer is not None and algorithm.overlong_buffer < 0:
         raise ConfigError(f"algorithm.overlong_buffer={algorithm.overlong_buffer} is negative; use 0 for no penalty.")

@@ -1,4 +1,4 @@
-"""Which choices of a ratio cannot be combined, and what to write instead; one table for each place a ratio stands in."""
+"""Which choices of a ratio cannot be combined, and what to write instead; a table for each place a ratio stands in."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ With pi the trainer's and mu the engine's policy and tokens drawn from mu, the m
 
     k1 = -log_ratio     k2 = log_ratio^2 / 2     k3 = exp(log_ratio) - 1 - log_ratio
 
-estimate KL(mu || pi) (J. Schulman, "Approximating KL divergence", 2020): k1 without bias but signed and noisy, k2 with a
-bias of third order, k3 without bias, never negative, and with little variance.
+estimate KL(mu || pi) (J. Schulman, "Approximating KL divergence", 2020): k1 without bias but signed and noisy, k2 with
+a bias of third order, k3 without bias, never negative, and with little variance.
 """
 
 from __future__ import annotations
