@@ -143,8 +143,8 @@ class SamplingConfig(Section):
         for key, neutral in (("top_p", 1.0), ("top_k", -1), ("min_p", 0.0)):
             if getattr(self, key) != neutral:
                 raise ValueError(
-                    f"sampling.{key}={getattr(self, key)} truncates the distribution sampled from, but the trainer scores the "
-                    f"whole one, which biases every importance ratio; set it to {neutral}"
+                    f"sampling.{key}={getattr(self, key)} truncates the distribution sampled from, but the trainer "
+                    f"scores the whole one, which biases every importance ratio; set it to {neutral}"
                 )
         return self
 
@@ -363,7 +363,7 @@ class RunConfig(Section):
         rollouts = self.training.prompts_per_step * self.training.group_size
         if self.training.optimizer_steps > rollouts:
             raise ValueError(
-                f"training.optimizer_steps={self.training.optimizer_steps} exceeds the {rollouts} rollouts of a step; lower it, "
-                "or raise training.prompts_per_step"
+                f"training.optimizer_steps={self.training.optimizer_steps} exceeds the {rollouts} rollouts of a step; "
+                "lower it, or raise training.prompts_per_step"
             )
         return self

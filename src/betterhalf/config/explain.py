@@ -1,0 +1,171 @@
+"""What is wrong with a configuration, in one plain line for each error: the key, what was given, what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from betterhalf.config import keys
+from betterhalf.config.schema import RunConfig, Section
+
+_Location = tuple[str | int, ...]
+
+
+def explain(error: ValidationError, origins: Mapping[str, str]) -> str:
+    """The message of a ConfigError.
+
+    Args:
+        error: from validating the merged configuration.
+        origins: where each dotted key was set: a file's name, or the command line.
+    """
+    lines = list(dict.fromkeys(_line(details, origins) for details in error.errors(include_url=False)))
+    if len(lines) == 1:
+        return lines[0]
+    return "\n  ".join([f"the configuration has {len(lines)} errors:", *lines])
+
+
+def _line(details: ErrorDetails, origins: Mapping[str, str]) -> str:
+    path = _path(details["loc"])
+    key = ".".join(_names(path))
+    what = _EXPLANATIONS.get(details["type"], _fallback)(details, path)
+    origin = origins.get(key) or next((origins[k] for k in origins if k.startswith(f"{key}.")), None)
+    return f"{what} [{origin}]" if origin and key else what
+
+
+def _path(location: _Location) -> _Location:
+    """Without the tags that the validator adds where a section is one of several types."""
+    path: list[str | int] = []
+    holders: tuple[type[Section], ...] = (RunConfig,)
+    tagged = False
+    for part in location:
+        if tagged:
+            tagged = False
+            continue
+        path.append(part)
+        info = keys.field(holders, str(part))
+        holders = keys.sections(info.annotation) if info else ()
+        tagged = info is not None and keys.type_key(info.annotation) is not None
+    return tuple(path)
+
+
+def _names(path: _Location) -> list[str]:
+    return [str(part) for part in path if not isinstance(part, int)]
+
+
+def _annotation(path: _Location) -> Any:
+    info = keys.find(_names(path))
+    return info.annotation if info else None
+
+
+def _given(details: ErrorDetails, path: _Location) -> str:
+    """`key = value`, as TOML would show it."""
+    return f"{'.'.join(_names(path))} = {toml_value(details['input'])}"
+
+
+def _unknown(details: ErrorDetails, path: _Location) -> str:
+    key = _first_leaf(".".join(_names(path)), details["input"])
+    if keys.find(_names(path)) is not None:
+        section = ".".join(_names(path)[:-1])
+        return f"{key} belongs to another {section}.type than the one chosen. Remove it, or set {section}.type."
+    hint = keys.nearest_key(key)
+    cure = f"Did you mean {hint!r}?" if hint else "`betterhalf config EXPERIMENT` lists the valid keys."
+    return f"unknown key {key!r}. {cure}"
+
+
+def _first_leaf(key: str, value: object) -> str:
+    """A wrong section is best recognised together with a key that it holds."""
+    while isinstance(value, Mapping) and value:
+        name, value = next(iter(value.items()))
+        key = f"{key}.{name}"
+    return key
+
+
+def _missing(details: ErrorDetails, path: _Location) -> str:
+    if isinstance(path[-1], int):
+        return f"{'.'.join(_names(path))} has too few values. Give all of them, separated by commas."
+    info = keys.find(_names(path))
+    meaning = f" ({info.description.split(chr(10))[0].rstrip('.')})" if info and info.description else ""
+    return f"{'.'.join(_names(path))} is required{meaning}. Set it."
+
+
+def _choice(details: ErrorDetails, path: _Location) -> str:
+    allowed = keys.choices(_annotation(path))
+    hint = keys.nearest(details["input"], allowed)
+    cure = f" Did you mean {hint}?" if hint else ""
+    return f"{_given(details, path)} is not one of {', '.join(map(str, allowed))}.{cure}"
+
+
+def _type_tag(details: ErrorDetails, path: _Location) -> str:
+    allowed = [section.model_fields["type"].default for section in keys.sections(_annotation(path))]
+    given = details["input"].get("type") if isinstance(details["input"], Mapping) else details["input"]
+    hint = keys.nearest(given, allowed)
+    cure = f" Did you mean {hint}?" if hint else ""
+    return f"{'.'.join(_names(path))}.type = {toml_value(given)} is not one of {', '.join(allowed)}.{cure}"
+
+
+def _not_a_section(details: ErrorDetails, path: _Location) -> str:
+    holders = keys.sections(_annotation(path))
+    name = ".".join(_names(path))
+    example = next(iter(holders[0].model_fields)) if holders else "key"
+    return f"{_given(details, path)} does not fit: {name} is a section. Set one of its keys, such as {name}.{example}."
+
+
+def _must_be(what: str) -> Callable[[ErrorDetails, _Location], str]:
+    def explanation(details: ErrorDetails, path: _Location) -> str:
+        return f"{_given(details, path)} must be {what.format(**details.get('ctx', {}))}."
+
+    return explanation
+
+
+def _own_words(details: ErrorDetails, path: _Location) -> str:
+    """The schema's validators already say what is wrong and how to cure it."""
+    return str(details["ctx"]["error"])
+
+
+def _fallback(details: ErrorDetails, path: _Location) -> str:
+    return f"{_given(details, path)}: {details['msg']}."
+
+
+_EXPLANATIONS: dict[str, Callable[[ErrorDetails, _Location], str]] = {
+    "extra_forbidden": _unknown,
+    "missing": _missing,
+    "literal_error": _choice,
+    "union_tag_invalid": _type_tag,
+    "union_tag_not_found": _type_tag,
+    "model_type": _not_a_section,
+    "model_attributes_type": _not_a_section,
+    "dict_type": _not_a_section,
+    "value_error": _own_words,
+    "int_type": _must_be("a whole number"),
+    "int_from_float": _must_be("a whole number"),
+    "int_parsing": _must_be("a whole number"),
+    "float_type": _must_be("a number"),
+    "finite_number": _must_be("a finite number"),
+    "bool_type": _must_be("true or false"),
+    "string_type": _must_be("text"),
+    "tuple_type": _must_be("a list"),
+    "too_long": _must_be("a list of {max_length} values"),
+    "greater_than": _must_be("above {gt:g}"),
+    "greater_than_equal": _must_be("at least {ge:g}"),
+    "less_than": _must_be("below {lt:g}"),
+    "less_than_equal": _must_be("at most {le:g}"),
+}
+"""One explanation for each kind of error that the schema can raise."""
+
+
+def toml_value(value: object) -> str:
+    """A value as TOML writes it; absent values as `none`."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    if isinstance(value, Sequence):
+        return f"[{', '.join(toml_value(item) for item in value)}]"
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{key} = {toml_value(item)}' for key, item in value.items())} }}"
+    return str(value)

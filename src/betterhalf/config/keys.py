@@ -1,0 +1,150 @@
+"""The map of valid keys, read off the schema: what a dotted key may hold, and which key is nearest to a wrong one."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from betterhalf.config.schema import RunConfig, Section
+
+_FAMILIAR = {
+    "lr": "optimizer.learning_rate",
+    "model_name_or_path": "model.name",
+    "dtype": "precision.preset",
+    "torch_dtype": "precision.preset",
+    "num_generations": "training.group_size",
+    "rollouts_per_example": "training.group_size",
+    "batch_size": "training.prompts_per_step",
+    "max_steps": "training.steps",
+    "max_new_tokens": "sampling.max_tokens",
+    "max_completion_length": "sampling.max_tokens",
+    "wd": "optimizer.weight_decay",
+    "loss_type": "algorithm.preset",
+    "backend": "engine.type",
+}
+"""Names of other frameworks, too unlike ours for a comparison of letters."""
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, `None` included; the annotation itself if it is no union. Ignores Annotated."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return members(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return tuple(part for member in get_args(annotation) for part in members(member))
+    return (annotation,)
+
+
+def sections(annotation: Any) -> tuple[type[Section], ...]:
+    """The sections a field can hold; none for a plain value."""
+    return tuple(part for part in members(annotation) if isinstance(part, type) and issubclass(part, Section))
+
+
+def is_optional(annotation: Any) -> bool:
+    """Whether a field may be absent."""
+    return type(None) in members(annotation)
+
+
+def is_text(annotation: Any) -> bool:
+    """Whether a field holds free text, so that `name=1e3` means the three characters."""
+    return str in members(annotation)
+
+
+def is_tuple(annotation: Any) -> bool:
+    """Whether a field holds several values, so that commas separate them."""
+    return any(get_origin(part) is tuple for part in members(annotation))
+
+
+def choices(annotation: Any) -> tuple[Any, ...]:
+    """The values of a Literal (of a tuple of them, too); none for anything else."""
+    found: list[Any] = []
+    for part in members(annotation):
+        if get_origin(part) is Literal:
+            found += get_args(part)
+        elif get_origin(part) is tuple:
+            found += choices(get_args(part)[0])
+    return tuple(dict.fromkeys(found))
+
+
+def type_key(annotation: Any) -> str | None:
+    """`type` where a field holds one of several sections, told apart by that key."""
+    return "type" if len(sections(annotation)) > 1 else None
+
+
+def shorthand(annotation: Any) -> str | None:
+    """The key that a bare value of the section sets, as `preset` in `precision=fp16`."""
+    found = sections(annotation)
+    return type_key(annotation) or (found[0].shorthand if found else None)
+
+
+def field(holders: Sequence[type[Section]], key: str) -> FieldInfo | None:
+    """The field `key` of the first of `holders` that has it."""
+    for section in holders:
+        if key in section.model_fields:
+            return section.model_fields[key]
+    return None
+
+
+def find(path: Sequence[str]) -> FieldInfo | None:
+    """The field at a path from the root, in whatever type of section has it; None if there is none."""
+    holders: tuple[type[Section], ...] = (RunConfig,)
+    found = None
+    for key in path:
+        found = field(holders, key)
+        if found is None:
+            return None
+        holders = sections(found.annotation)
+    return found
+
+
+def all_keys() -> tuple[str, ...]:
+    """Every dotted key that holds a value, in the order of the schema."""
+    return tuple(dict.fromkeys(_keys((RunConfig,), "")))
+
+
+def _keys(holders: Sequence[type[Section]], prefix: str) -> Iterator[str]:
+    for section in holders:
+        for name, info in section.model_fields.items():
+            inner = sections(info.annotation)
+            if inner:
+                yield from _keys(inner, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}"
+
+
+def nearest_key(wrong: str) -> str | None:
+    """The valid dotted key most like `wrong`: another section's key of the same name first, then by letters.
+
+    A section's own name counts as a key, so that `optimiser.betas` and `optimiser` both find their way.
+    """
+    if wrong in _FAMILIAR:
+        return _FAMILIAR[wrong]
+    keys = all_keys()
+    leaf = wrong.rpartition(".")[2]
+    for key in keys:
+        if leaf == key.rpartition(".")[2] and key != wrong:
+            return key
+    return _nearest(wrong, [*keys, *_section_names()]) or _nearest_leaf(leaf, keys) or _FAMILIAR.get(leaf)
+
+
+def nearest(wrong: object, allowed: Sequence[object]) -> str | None:
+    """The allowed value most like `wrong`, if any is close."""
+    return _nearest(str(wrong), [str(value) for value in allowed])
+
+
+def _section_names() -> list[str]:
+    return sorted({key.rpartition(".")[0] for key in all_keys() if "." in key})
+
+
+def _nearest(wrong: str, allowed: Sequence[str]) -> str | None:
+    found = difflib.get_close_matches(wrong, allowed, n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def _nearest_leaf(leaf: str, keys: Sequence[str]) -> str | None:
+    found = _nearest(leaf, [key.rpartition(".")[2] for key in keys])
+    return next((key for key in keys if key.rpartition(".")[2] == found), None) if found else None

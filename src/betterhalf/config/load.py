@@ -1,0 +1,210 @@
+"""From an experiment file and `key=value` overrides to one checked configuration, and how two configurations differ.
+
+    schema defaults <- base files, as named by `extends` <- the experiment file <- overrides
+
+Files are sparse TOML: they hold what differs from the layer below. A run folder, or the `config.json` in it, serves as
+an experiment file too: what a machine wrote is JSON, where null survives.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from betterhalf.config import keys
+from betterhalf.config.explain import explain, toml_value
+from betterhalf.config.overrides import expand, parse_overrides
+from betterhalf.config.schema import RunConfig, Section
+from betterhalf.errors import ConfigError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_SHIPPED = (_PACKAGE / "experiments", _PACKAGE.parents[1] / "experiments")
+"""Where the experiment files lie: in an installed package, and in a checkout."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """One key whose value differs between two configurations."""
+
+    key: str
+    """Dotted."""
+    left: Any
+    """JSON value in the first; None also where it has no such key."""
+    right: Any
+    """JSON value in the second."""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {toml_value(self.left)} -> {toml_value(self.right)}"
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of an experiment.
+
+    Args:
+        path: TOML file, run folder, or `config.json`; None starts from the defaults alone. A path below `experiments/`
+            that is not there is looked for among the files that come with the package.
+        overrides: `key=value`, the last one winning; see `config.overrides`.
+
+    Raises:
+        ConfigError: a file is missing or malformed, `extends` goes in a circle, a key is unknown, or a value is wrong.
+            One message names every error.
+    """
+    file = resolve_experiment(path) if path is not None else None
+    layers = _file_layers(file) if file else []
+    layers += [("command line", override) for override in parse_overrides(overrides)]
+    merged, origins = _merge_layers(layers)
+    if "name" not in origins and file and file.suffix == ".toml":
+        merged["name"] = file.stem
+    return _validate(merged, origins)
+
+
+def resolve_experiment(path: str | Path) -> Path:
+    """The file that an EXPERIMENT argument means.
+
+    Raises:
+        ConfigError: there is none; the message names the nearest.
+    """
+    path = Path(path)
+    candidates = [path, path / "config.json", *(root / _below_experiments(path) for root in _SHIPPED)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    hint = _nearest_file(path)
+    cure = f"Did you mean {str(hint)!r}?" if hint else "Name a TOML file, or the folder of a run."
+    raise ConfigError(f"there is no experiment file {str(path)!r}. {cure}")
+
+
+def resolved_json(config: RunConfig) -> dict[str, Any]:
+    """Every setting as plain JSON; `RunConfig.model_validate` gives the same configuration back."""
+    return config.model_dump(mode="json")
+
+
+def config_difference(left: RunConfig, right: RunConfig) -> list[Difference]:
+    """The keys whose values differ, sorted."""
+    a, b = _flat(resolved_json(left)), _flat(resolved_json(right))
+    changed = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+    return [Difference(key=key, left=a.get(key), right=b.get(key)) for key in changed]
+
+
+def same_except(left: RunConfig, right: RunConfig, *prefixes: str) -> bool:
+    """Whether two configurations differ in nothing but the keys at and below `prefixes`."""
+    changed = (difference.key for difference in config_difference(left, right))
+    return all(any(f"{key}.".startswith(f"{prefix}.") for prefix in prefixes) for key in changed)
+
+
+def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """The file and what it extends, base first, each with its name."""
+    resolved = path.resolve()
+    if resolved in above:
+        circle = " -> ".join(file.name for file in (*above[above.index(resolved) :], resolved))
+        raise ConfigError(f"`extends` goes in a circle: {circle}. Remove one of them.")
+    layer = _read(path)
+    base = layer.pop("extends", None)
+    if base is None:
+        return [(str(path), layer)]
+    if not isinstance(base, str):
+        raise ConfigError(f"extends = {toml_value(base)} in {path} is not text. Name one file, relative to this one.")
+    file = path.parent / base
+    if not file.is_file():
+        raise ConfigError(f"{path} extends {base!r}, which is not there. Give its path relative to {path.name}.")
+    return [*_file_layers(file, (*above, resolved)), (str(path), layer)]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A TOML file, or the JSON of a run folder."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        layer = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}). Check the path and its permissions.") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {error}. Correct that place.") from error
+    if not isinstance(layer, dict):
+        raise ConfigError(f"{path} holds no settings. Name the config.json of a run, or a TOML file.")
+    return layer
+
+
+def _merge_layers(layers: Sequence[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """All layers over the defaults, and the layer that set each dotted key."""
+    merged, origins = resolved_json(RunConfig()), {}
+    for source, layer in _joined(layers):
+        merged = _merge(merged, layer)
+        origins.update(dict.fromkeys(_flat(layer), source))
+    return _with_types(merged, RunConfig), origins
+
+
+def _joined(layers: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """Shorthands written out, and neighbours of one source (the overrides) as one layer.
+
+    Were each override a layer of its own, `task.path=a task.type=math` would lose the path when the type changes.
+    """
+    joined: list[tuple[str, dict[str, Any]]] = []
+    for source, layer in layers:
+        if joined and joined[-1][0] == source:
+            joined[-1] = (source, _merge(joined[-1][1], expand(layer)))
+        else:
+            joined.append((source, expand(layer)))
+    return joined
+
+
+def _merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    """`layer` over `base`. A section whose `type` changes starts afresh: the other type's keys would not fit it."""
+    changes_type = "type" in base and layer.get("type", base["type"]) != base["type"]
+    merged = {} if changes_type else dict(base)
+    for key, value in layer.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _with_types(data: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:
+    """Name the default's type in a section of several types that does not name its own."""
+    filled = dict(data)
+    for key, info in section.model_fields.items():
+        value = filled.get(key)
+        if keys.type_key(info.annotation) is None or not isinstance(value, Mapping):
+            continue
+        kind = value.get("type", info.default.type)
+        chosen = [part for part in keys.sections(info.annotation) if part.model_fields["type"].default == kind]
+        filled[key] = {"type": kind} | (_with_types(value, chosen[0]) if chosen else dict(value))
+    return filled
+
+
+def _validate(data: Mapping[str, Any], origins: Mapping[str, str]) -> RunConfig:
+    """Strictly: "12" is no number and true is no 1. As JSON, because only there may a list stand for a tuple."""
+    try:
+        return RunConfig.model_validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        raise ConfigError(explain(error, origins)) from error
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of the leaves; a list is a leaf."""
+    leaves: dict[str, Any] = {}
+    for key, value in data.items():
+        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _below_experiments(path: Path) -> Path:
+    return Path(*path.parts[1:]) if path.parts[:1] == ("experiments",) else path
+
+
+def _nearest_file(path: Path) -> Path | None:
+    """The experiment file whose path reads most like `path`: in the folder named, else below `experiments/`."""
+    roots = [path.parent, Path("experiments"), *_SHIPPED]
+    for root in (root for root in roots if root.is_dir()):
+        files = sorted(root.glob("*.toml") if root == path.parent else root.rglob("*.toml"))
+        close = difflib.get_close_matches(str(path), [str(file) for file in files], n=1, cutoff=0.5)
+        named = [str(file) for file in files if file.stem == path.stem]
+        if named or close:
+            return Path((named or close)[0])
+    return None

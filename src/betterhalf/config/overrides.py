@@ -1,0 +1,105 @@
+"""`key=value` settings, from the command line's text to the nested form that TOML files have."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from betterhalf.config import keys
+from betterhalf.config.schema import RunConfig, Section
+from betterhalf.errors import ConfigError
+
+RUN_DIR_KEY = "run_dir"
+
+_SHORT = {"arms": "sanity.arms"}
+"""Short names, on the command line only."""
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Take `run_dir=PATH` out of the overrides: it says where a run is kept, not what the run is.
+
+    Returns:
+        The last PATH given, or None, and the other overrides in order.
+
+    Raises:
+        ConfigError: an argument is not `key=value`, or PATH is empty.
+    """
+    run_dir, others = None, []
+    for argument in arguments:
+        key, value = _split(argument)
+        if key == RUN_DIR_KEY:
+            if not value:
+                raise ConfigError("run_dir is empty. Write run_dir=PATH.")
+            run_dir = value
+        else:
+            others.append(argument)
+    return run_dir, others
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """Each override as a nested dictionary; later ones win.
+
+    Raises:
+        ConfigError: an override is not `key=value`.
+    """
+    return [_nested(*_split(override)) for override in overrides]
+
+
+def expand(layer: Mapping[str, Any], holders: Sequence[type[Section]] = (RunConfig,)) -> dict[str, Any]:
+    """Write shorthands out, `precision = "fp16"` as `precision.preset`; `"none"` makes an optional value absent."""
+    expanded = {}
+    for key, value in layer.items():
+        info = keys.field(holders, key)
+        expanded[key] = value if info is None else _expand_value(value, info.annotation)
+    return expanded
+
+
+def _expand_value(value: Any, annotation: Any) -> Any:
+    inner = keys.sections(annotation)
+    if isinstance(value, Mapping):
+        return expand(value, inner) if inner else dict(value)
+    short = keys.shorthand(annotation)
+    if isinstance(value, str) and short is not None:
+        return {short: value}
+    return None if value == "none" and keys.is_optional(annotation) else value
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, equals, value = override.partition("=")
+    key = key.strip()
+    if not equals or not key or key.startswith("-"):
+        example = key.lstrip("-") if equals and key.strip("-") else "precision"
+        raise ConfigError(f"{override!r} is not a setting. Write key=value, such as {example}={value or 'fp16'}.")
+    return key, value.strip()
+
+
+def _nested(key: str, text: str) -> dict[str, Any]:
+    path = _SHORT.get(key, key).split(".")
+    info = keys.find(path)
+    while info is not None and (short := keys.shorthand(info.annotation)) is not None:
+        path.append(short)
+        info = keys.find(path)
+    value: Any = _literal(text) if info is None else _value(text, info.annotation)
+    for part in reversed(path):
+        value = {part: value}
+    result: dict[str, Any] = value
+    return result
+
+
+def _value(text: str, annotation: Any) -> Any:
+    """`text` as a field of this annotation would have it; what does not fit stays, for the schema to refuse."""
+    value = _literal(text)
+    if keys.is_tuple(annotation) and not isinstance(value, list):
+        return [_literal(part.strip()) for part in text.split(",")]
+    if keys.is_text(annotation) and not isinstance(value, str):
+        return text
+    return value
+
+
+def _literal(text: str) -> Any:
+    """A TOML value, or the bare text; true and false in any case."""
+    try:
+        return tomllib.loads(f"value = {text.lower() if text.lower() in ('true', 'false') else text}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return text
