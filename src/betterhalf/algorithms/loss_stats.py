@@ -47,11 +47,6 @@ class LossStats:
         return cls(**{field.name: torch.zeros((), dtype=torch.float64) for field in fields(cls)})
 
     @classmethod
-    def empty(cls) -> LossStats:
-        """Statistics of nothing, where a sum starts; adds to those of any device."""
-        return cls(**{field.name: torch.zeros((), dtype=torch.float64) for field in fields(cls)})
-
-    @classmethod
     def count(
         cls,
         *,

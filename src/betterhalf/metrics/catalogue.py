@@ -120,24 +120,33 @@ _OPTIM = (
     Metric(
         "optim/loss_scale",
         "1",
-        "Loss scale of the last optimizer step; 1 where the loss is not scaled.",
+        "Loss scale after the step; 1 where the loss is not scaled.",
         (1.0, None),
         "DESIGN",
     ),
     Metric(
         "optim/skipped", "optimizer steps", "Optimizer steps of this step refused because a gradient was not finite."
     ),
+    Metric("optim/first_offender", "name", "First parameter whose gradient was not finite; null when there was none."),
     Metric("optim/updates_applied", "optimizer steps", "Optimizer steps of this step that changed the weights."),
-    Metric("optim/grad_norm", "1", "Global norm of the unscaled gradient before clipping, mean over applied updates."),
+    Metric(
+        "optim/grad_norm",
+        "1",
+        "Global norm of the unscaled gradient before clipping, mean over applied updates; null without.",
+    ),
     Metric("optim/learning_rate", "1", "Learning rate of the last optimizer step."),
     Metric(
         "optim/underflow_fraction",
         "share",
-        "Non-zero scaled gradient elements below the smallest normal number of the compute dtype.",
+        "Non-zero scaled gradient elements below the smallest normal number of the compute dtype, mean of the step.",
         (None, 0.01),
         "the share at which the doctor calls a model unsafe",
     ),
-    Metric("optim/overflow_fraction", "share", "Gradient elements that are not finite, over all optimizer steps."),
+    Metric(
+        "optim/overflow_fraction",
+        "share",
+        "Gradient elements that are not finite, of the optimizer step with most of them.",
+    ),
 )
 
 _POLICY = (
@@ -207,7 +216,7 @@ CATALOGUE: dict[str, Metric] = {
 """Every metric by name."""
 
 _AREAS = {
-    "mismatch": "Trainer (pi) against engine (mu) at the same weights, before any update; log_ratio is log pi - log mu.",
+    "mismatch": "Trainer (pi) against engine (mu) at equal weights, before any update; log_ratio is log pi - log mu.",
     "optim": "The optimizer, and the health of half-precision gradients.",
     "policy": "The policy and its loss, over the tokens that were trained on.",
     "rollout": "What the engine sampled.",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from betterhalf.algorithms.loss_stats import policy_metrics
+from betterhalf.algorithms.loss_stats import LossStats, policy_metrics
 from betterhalf.algorithms.policy_loss import (
     LossOutput,
     batch_denominators,
@@ -19,6 +19,7 @@ from betterhalf.algorithms.policy_loss import (
 )
 from betterhalf.algorithms.presets import PRESETS, Algorithm, resolve_algorithm
 from betterhalf.config.schema import AlgorithmConfig, RatioConfig
+from betterhalf.metrics.catalogue import check_known
 from betterhalf.types import Denominators
 
 INDEX = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
@@ -121,6 +122,18 @@ def test_loss_metric_is_the_mean_over_train_batches() -> None:
     output, _ = loss_of(PRESETS["grpo"])
     both = output.stats + output.stats
     assert policy_metrics(both, train_batches=2)["policy/loss"] == pytest.approx(output.loss.item())
+
+
+def test_nothing_adds_nothing_and_reports_neutral_values() -> None:
+    output, _ = loss_of(PRESETS["icepop"], mismatch=[9.0] + [1.0] * 7)
+    assert policy_metrics(LossStats.empty() + output.stats) == policy_metrics(output.stats)
+    neutral = {"policy/ess_before": 1.0, "policy/ess_after": 1.0, "policy/ratio/mean": 1.0, "policy/ratio/max": 1.0}
+    nothing = policy_metrics(LossStats.empty())
+    assert nothing == {name: neutral.get(name, 0.0) for name in nothing}
+
+
+def test_every_policy_metric_is_in_the_catalogue() -> None:
+    check_known(policy_metrics(LossStats.empty()))
 
 
 def test_statistics_carry_no_graph() -> None:
