@@ -31,6 +31,20 @@ class LossOutput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Tokens:
+    """What is known of the C completion tokens, at least FP32."""
+
+    current_C: Tensor
+    """With a graph."""
+    proximal_C: Tensor
+    behavior_C: Tensor
+    advantages_C: Tensor
+    """Of the sequence of each token."""
+    index_C: Tensor
+    num_sequences: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Surrogate:
     """The token losses before correction and aggregation."""
 
@@ -72,18 +86,20 @@ def policy_loss(
     Raises:
         ValueError: the algorithm needs `proximal_logprobs_C` and there are none.
     """
-    current_C, behavior_C = _at_least_fp32(current_logprobs_C), _at_least_fp32(behavior_logprobs_C)
-    proximal_C = _proximal(algorithm, proximal_logprobs_C, current_C)
-    advantages_C = advantages_S[sequence_index_C].to(current_C.dtype)
-    where = (sequence_index_C, num_sequences)
-
-    surrogate = _surrogate(algorithm.surrogate, current_C, proximal_C, behavior_C, advantages_C, *where)
-    correction = importance_weights(algorithm.correction, proximal_C, behavior_C, *where)
-    counted_C = _counted(algorithm, proximal_C, behavior_C, advantages_C, *where)
-    share_C = _SHARES[algorithm.aggregation](counted_C, *where, denominators)
-
+    current_C = _at_least_fp32(current_logprobs_C)
+    tokens = _Tokens(
+        current_C=current_C,
+        proximal_C=_proximal(algorithm, proximal_logprobs_C, current_C),
+        behavior_C=_at_least_fp32(behavior_logprobs_C),
+        advantages_C=advantages_S[sequence_index_C].to(current_C.dtype),
+        index_C=sequence_index_C,
+        num_sequences=num_sequences,
+    )
+    surrogate = _surrogate(algorithm.surrogate, tokens)
+    correction = _correction_weights(algorithm.correction, tokens)
+    share_C = _SHARES[algorithm.aggregation](_counted(algorithm, tokens), tokens, denominators)
     loss = (surrogate.loss_C * correction.weight_C.detach() * share_C.to(current_C.dtype)).sum()
-    return LossOutput(loss=loss, stats=_stats(loss, surrogate, correction, *where, denominators.max_tokens))
+    return LossOutput(loss=loss, stats=_stats(loss, surrogate, correction, tokens, denominators.max_tokens))
 
 
 def kept_mask(
@@ -99,11 +115,16 @@ def kept_mask(
 
     Arguments are those of `policy_loss`. All true for an algorithm without masks.
     """
-    proximal_C, behavior_C = _at_least_fp32(proximal_logprobs_C).detach(), _at_least_fp32(behavior_logprobs_C)
-    advantages_C, where = advantages_S[sequence_index_C], (sequence_index_C, num_sequences)
-    surrogate = _surrogate_weights(algorithm.surrogate, proximal_C, proximal_C, behavior_C, advantages_C, *where)
-    correction = importance_weights(algorithm.correction, proximal_C, behavior_C, *where)
-    return surrogate.kept_C & correction.kept_C
+    proximal_C = _at_least_fp32(proximal_logprobs_C).detach()
+    tokens = _Tokens(
+        current_C=proximal_C,
+        proximal_C=proximal_C,
+        behavior_C=_at_least_fp32(behavior_logprobs_C),
+        advantages_C=advantages_S[sequence_index_C],
+        index_C=sequence_index_C,
+        num_sequences=num_sequences,
+    )
+    return _kept(algorithm, tokens)
 
 
 def kept_counts(kept_C: Tensor, sequence_index_C: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
@@ -156,44 +177,37 @@ def _proximal(algorithm: Algorithm, proximal_logprobs_C: Tensor | None, current_
     return current_C.detach()
 
 
-def _surrogate_weights(
-    config: RatioConfig,
-    current_C: Tensor,
-    proximal_C: Tensor,
-    behavior_C: Tensor,
-    advantages_C: Tensor,
-    sequence_index_C: Tensor,
-    num_sequences: int,
-) -> Weights:
+def _surrogate_weights(config: RatioConfig, tokens: _Tokens) -> Weights:
     """The surrogate's ratio, treated, with the tokens dropped that leave the trust region."""
-    anchor_C = behavior_C if config.ratio == "current/behavior" else proximal_C
-    weights = importance_weights(config, current_C, anchor_C, sequence_index_C, num_sequences)
+    anchor_C = tokens.behavior_C if config.ratio == "current/behavior" else tokens.proximal_C
+    weights = importance_weights(config, tokens.current_C, anchor_C, tokens.index_C, tokens.num_sequences)
     if config.probability_gap is None or config.level == "none":
         return weights
-    inside_C = ~leaves_trust_region(config.probability_gap, current_C, behavior_C, advantages_C)
+    inside_C = ~leaves_trust_region(config.probability_gap, tokens.current_C, tokens.behavior_C, tokens.advantages_C)
     return replace(weights, weight_C=weights.weight_C * inside_C, kept_C=weights.kept_C & inside_C)
 
 
-def _surrogate(
-    config: RatioConfig,
-    current_C: Tensor,
-    proximal_C: Tensor,
-    behavior_C: Tensor,
-    advantages_C: Tensor,
-    sequence_index_C: Tensor,
-    num_sequences: int,
-) -> _Surrogate:
+def _correction_weights(config: RatioConfig, tokens: _Tokens) -> Weights:
+    """The constant proximal/behavior ratio, treated."""
+    return importance_weights(config, tokens.proximal_C, tokens.behavior_C, tokens.index_C, tokens.num_sequences)
+
+
+def _kept(algorithm: Algorithm, tokens: _Tokens) -> Tensor:
+    """bool [C]: dropped by neither mask."""
+    surrogate = _surrogate_weights(algorithm.surrogate, tokens)
+    return surrogate.kept_C & _correction_weights(algorithm.correction, tokens).kept_C
+
+
+def _surrogate(config: RatioConfig, tokens: _Tokens) -> _Surrogate:
     """-(weight x advantage), differentiated through the weight or through log pi."""
-    weights = _surrogate_weights(
-        config, current_C, proximal_C, behavior_C, advantages_C, sequence_index_C, num_sequences
-    )
-    nothing_C = torch.zeros_like(weights.kept_C)
+    weights = _surrogate_weights(config, tokens)
+    clipped_C = torch.zeros_like(weights.kept_C)
     if config.level == "none" or config.gradient == "score":
-        loss_C = -(weights.weight_C.detach() * advantages_C) * current_C
-        return _Surrogate(loss_C=loss_C, weights=weights, clipped_C=nothing_C)
-    if config.treatment != "clip":
-        return _Surrogate(loss_C=-weights.weight_C * advantages_C, weights=weights, clipped_C=nothing_C)
-    loss_C, clipped_C = _clipped(config, weights.raw_C, advantages_C)
+        loss_C = -(weights.weight_C.detach() * tokens.advantages_C) * tokens.current_C
+    elif config.treatment == "clip":
+        loss_C, clipped_C = _clipped(config, weights.raw_C, tokens.advantages_C)
+    else:
+        loss_C = -weights.weight_C * tokens.advantages_C
     return _Surrogate(loss_C=loss_C, weights=weights, clipped_C=clipped_C)
 
 
@@ -209,36 +223,27 @@ def _clipped(config: RatioConfig, ratio_C: Tensor, advantages_C: Tensor) -> tupl
     return torch.where(over_C, ceiling_C, loss_C), clipped_C | over_C
 
 
-def _counted(
-    algorithm: Algorithm,
-    proximal_C: Tensor,
-    behavior_C: Tensor,
-    advantages_C: Tensor,
-    sequence_index_C: Tensor,
-    num_sequences: int,
-) -> Tensor:
-    """bool [C]: tokens in the denominator of their sequence's mean."""
-    if algorithm.denominator == "all" or algorithm.aggregation != "sequence_mean":
-        return torch.ones_like(behavior_C, dtype=torch.bool)
-    where = (sequence_index_C, num_sequences)
-    surrogate = _surrogate_weights(algorithm.surrogate, proximal_C, proximal_C, behavior_C, advantages_C, *where)
-    return surrogate.kept_C & importance_weights(algorithm.correction, proximal_C, behavior_C, *where).kept_C
+def _counted(algorithm: Algorithm, tokens: _Tokens) -> Tensor:
+    """bool [C]: tokens in the denominator of their sequence's mean, decided as if no update had been made."""
+    if algorithm.denominator == "all":
+        return torch.ones_like(tokens.index_C, dtype=torch.bool)
+    return _kept(algorithm, replace(tokens, current_C=tokens.proximal_C))
 
 
-def _constant_length(counted_C: Tensor, index_C: Tensor, num_sequences: int, denominators: Denominators) -> Tensor:
+def _constant_length(counted_C: Tensor, tokens: _Tokens, denominators: Denominators) -> Tensor:
     return torch.full_like(counted_C, 1 / (denominators.max_tokens * denominators.sequences), dtype=torch.float64)
 
 
-def _sequence_mean(counted_C: Tensor, index_C: Tensor, num_sequences: int, denominators: Denominators) -> Tensor:
-    counts_S = ops.segment_sum(counted_C.double(), index_C, num_sequences).clamp(min=1)
-    return (1 / (counts_S * denominators.sequences))[index_C]
+def _sequence_mean(counted_C: Tensor, tokens: _Tokens, denominators: Denominators) -> Tensor:
+    counts_S = ops.segment_sum(counted_C.double(), tokens.index_C, tokens.num_sequences).clamp(min=1)
+    return (1 / (counts_S * denominators.sequences))[tokens.index_C]
 
 
-def _token_mean(counted_C: Tensor, index_C: Tensor, num_sequences: int, denominators: Denominators) -> Tensor:
+def _token_mean(counted_C: Tensor, tokens: _Tokens, denominators: Denominators) -> Tensor:
     return torch.full_like(counted_C, 1 / denominators.tokens, dtype=torch.float64)
 
 
-_SHARES: dict[AggregationKind, Callable[[Tensor, Tensor, int, Denominators], Tensor]] = {
+_SHARES: dict[AggregationKind, Callable[[Tensor, _Tokens, Denominators], Tensor]] = {
     "constant_length": _constant_length,
     "sequence_mean": _sequence_mean,
     "token_mean": _token_mean,
@@ -246,10 +251,8 @@ _SHARES: dict[AggregationKind, Callable[[Tensor, Tensor, int, Denominators], Ten
 """Share of the batch's loss that each token's loss has: float64 [C]."""
 
 
-def _stats(
-    loss: Tensor, surrogate: _Surrogate, correction: Weights, index_C: Tensor, num_sequences: int, max_tokens: int
-) -> LossStats:
-    lengths_S = ops.segment_sum(torch.ones_like(index_C), index_C, num_sequences)
+def _stats(loss: Tensor, surrogate: _Surrogate, correction: Weights, tokens: _Tokens, max_tokens: int) -> LossStats:
+    lengths_S = ops.segment_sum(torch.ones_like(tokens.index_C), tokens.index_C, tokens.num_sequences)
     return LossStats.count(
         loss=loss,
         ratio_C=surrogate.weights.raw_C,
@@ -259,5 +262,5 @@ def _stats(
         kept_C=surrogate.weights.kept_C & correction.kept_C,
         truncated_C=surrogate.weights.truncated_C | correction.truncated_C,
         bounded_C=surrogate.weights.bounded_C | correction.bounded_C,
-        long_C=(2 * lengths_S > max_tokens)[index_C],
+        long_C=(2 * lengths_S > max_tokens)[tokens.index_C],
     )

@@ -103,6 +103,14 @@ def test_effective_sample_size_after_masking_counts_the_dropped() -> None:
     assert policy_metrics(output.stats)["policy/ess_after"] == pytest.approx(7 / 8)
 
 
+def test_clipped_tokens_carry_no_weight() -> None:
+    # Ratios 1.5 (clipped for A > 0) and seven of 1: before (1.5 + 7)^2 / (8 (2.25 + 7)), after 7 / 8.
+    output, _ = loss_of(PRESETS["grpo"], drift=[1.5] + [1.0] * 7)
+    metrics = policy_metrics(output.stats)
+    assert metrics["policy/ess_before"] == pytest.approx(8.5**2 / 74)
+    assert metrics["policy/ess_after"] == pytest.approx(7 / 8)
+
+
 def test_everything_masked_leaves_no_effective_sample_and_no_gradient() -> None:
     output, gradient = loss_of(PRESETS["icepop"], mismatch=[9.0] * 8)
     metrics = policy_metrics(output.stats)
