@@ -1,8 +1,8 @@
-"""Seeded sampling: the draw for a token depends on (seed, step, prompt, sibling, position) and its logits, on nothing else.
+"""Seeded sampling: a draw depends on (seed, step, prompt, sibling, position) and the token's logits, on nothing else.
 
-A 64-bit counter is hashed (SplitMix64, Steele, Lea and Flood 2014) to one uniform number for each token, and that number
-is looked up in the cumulative distribution. The distribution is summed in integers, where sums are exact in any
-order: it is monotone on every device, and a token of probability zero has an empty interval that nothing can hit.
+A 64-bit counter is hashed (SplitMix64: Steele, Lea and Flood, OOPSLA 2014) to one uniform number for each token, and
+that number is looked up in the cumulative distribution. The distribution is summed in integers, where sums are exact
+in any order: it is monotone on every device, and a token of probability zero has an empty interval that nothing hits.
 """
 
 from __future__ import annotations

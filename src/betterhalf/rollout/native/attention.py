@@ -61,7 +61,7 @@ def decode_attention(
     batch, scale = q.shape[0], config.head_dim**-0.5
     if q.is_cuda:
         folded = q.view(batch, config.num_kv_heads, config.group, config.head_dim)
-        keys, values = (x.unflatten(0, (batch, -1)).to(q.dtype) for x in (keys, values))
+        keys, values = (x.view(batch, -1, *x.shape[1:]).to(q.dtype) for x in (keys, values))
         out = F.scaled_dot_product_attention(
             folded, keys, values, attn_mask=mask.expand(-1, config.num_kv_heads, config.group, -1), scale=scale
         )
@@ -93,7 +93,7 @@ def prompt_attention(
     parts = []
     for start, stop, length in _equal_runs(lengths):
         # [T, heads, D] -> [N, heads, length, D]
-        q_N, k_N, v_N = (x[start:stop].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
+        q_N, k_N, v_N = (x[start:stop].view(-1, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         parts.append(run(config, rounding, q_N, k_N, v_N, window).transpose(1, 2).flatten(0, 1).flatten(1))
     return rounding.round(torch.cat(parts))
 

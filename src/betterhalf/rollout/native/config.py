@@ -1,4 +1,4 @@
-"""The few numbers that define a decoder of the Llama / Mistral / Qwen2 / Qwen3 family, read from a transformers configuration."""
+"""What defines a decoder of the Llama / Mistral / Qwen2 / Qwen3 family, read from a transformers configuration."""
 
 from __future__ import annotations
 
@@ -119,7 +119,8 @@ def _require_known(hf_config: Any) -> None:
 
 def _windows(hf_config: Any) -> tuple[int | None, ...]:
     """Mistral slides in every layer, Qwen2 and Qwen3 where `layer_types` says so, Llama nowhere."""
-    layers, window = hf_config.num_hidden_layers, getattr(hf_config, "sliding_window", None)
+    layers: int = hf_config.num_hidden_layers
+    window: int | None = getattr(hf_config, "sliding_window", None)
     if hf_config.model_type == "llama":
         return (None,) * layers
     if hf_config.model_type == "mistral":

@@ -5,6 +5,8 @@ A decode step of a small model is hundreds of short kernels; launching them one 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ class DecodeGraphs:
         self._decoder = decoder
         self._table = table
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def run(self, attended: int) -> Tensor:
         """One decode step of all active slots: hidden states [active, hidden], overwritten by the next call.
@@ -55,7 +57,7 @@ class DecodeGraphs:
     def _capture(self, batch: int, attended: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         table, graph = self._table, torch.cuda.CUDAGraph()
         inputs = table.tokens[:batch], table.lengths[:batch]
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):

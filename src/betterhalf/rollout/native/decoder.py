@@ -108,8 +108,8 @@ class Decoder:
     ) -> Tensor:
         rounding, config = self.rounding, self.config
         normed = rounding.rms_norm(hidden, layer.input_norm, config.rms_eps)
-        heads = self._linear(normed, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, config.head_dim))
-        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        heads = self._linear(normed, layer.qkv, layer.qkv_bias).view(hidden.shape[0], -1, config.head_dim)
+        q, k, v = torch.split(heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = rounding.rms_norm(q, layer.q_norm, config.rms_eps)
             k = rounding.rms_norm(k, layer.k_norm, config.rms_eps)

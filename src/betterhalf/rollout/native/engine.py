@@ -43,7 +43,7 @@ class NativeEngine:
         config: EngineConfig,
         stop_token_ids: Iterable[int],
     ) -> None:
-        """Allocate weights for the architecture that a transformers configuration describes; they arrive by `load_weights`.
+        """Allocate weights for the architecture of a transformers configuration; they arrive by `load_weights`.
 
         Raises:
             InputError: the architecture is not one the engine computes.
@@ -110,7 +110,8 @@ class NativeEngine:
                 )
             if not 0 <= min(request.token_ids) <= max(request.token_ids) < vocabulary:
                 raise InputError(
-                    f"prompt {index} holds a token outside the model's vocabulary of {vocabulary}; use the model's own tokenizer"
+                    f"prompt {index} holds a token outside the model's vocabulary of {vocabulary}; "
+                    "use the model's own tokenizer"
                 )
             sequences += [
                 SlotSequence(
@@ -190,8 +191,8 @@ class NativeEngine:
         sequence, position = table.sequences[slot], int(table.positions[slot]) - 1
         name = dtype_name(self._rounding.dtype)
         raise EngineError(
-            f"prompt {sequence.request}, sibling {sequence.sibling}: the logits of completion token {position} are not finite "
-            f"in {name}; run `betterhalf doctor` on this model, or set precision to a format with a wider range"
+            f"prompt {sequence.request}, sibling {sequence.sibling}: the logits of completion token {position} are "
+            f"not finite in {name}; run `betterhalf doctor` on this model, or choose a precision of wider range"
         )
 
     def _completions(self, requests: Sequence[GenerateRequest], found: list[Sampled]) -> list[tuple[Completion, ...]]:

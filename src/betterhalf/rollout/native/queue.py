@@ -89,7 +89,7 @@ class PromptQueue:
         token_ids = [token for request in batch for token in self._requests[request].token_ids]
         lengths = tuple(self._length(request) for request in batch)
         hidden, saved = self._decoder.prefill(torch.tensor(token_ids, device=self._device), lengths)
-        for row, (request, part) in enumerate(zip(batch, saved.split(lengths, dim=2), strict=True)):
+        for row, (request, part) in enumerate(zip(batch, torch.split(saved, list(lengths), dim=2), strict=True)):
             self._prefixes[request] = Prefix(saved=part, hidden=hidden[row])
 
     def _length(self, request: int) -> int:

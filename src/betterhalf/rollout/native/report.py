@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from betterhalf.config.schema import EngineConfig
-from betterhalf.precision.contract import SideReport
+from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.formats import dtype_name
 from betterhalf.precision.policy import PrecisionPolicy
 from betterhalf.rollout.native.decoder import Decoder
@@ -14,20 +14,18 @@ from betterhalf.rollout.native.decoder import Decoder
 
 def engine_report(decoder: Decoder, policy: PrecisionPolicy, config: EngineConfig) -> SideReport:
     """Formats, facts and weight digests of a decoder."""
-    from betterhalf.precision.contract import weights_digests
-
     weights, rounding = decoder.weights, decoder.rounding
-    probe = _probe(decoder)
+    held = weights.grid()
     return SideReport(
         side="engine",
         dtypes={
-            "weights": weights.grid(),
+            "weights": held,
             "compute": dtype_name(rounding.dtype),
             "wire": dtype_name(weights.wire_dtype or policy.wire_dtype),
             "kv": dtype_name(rounding.kv_dtype),
-            "lm_head": dtype_name(decoder.logits(probe).dtype),
+            "lm_head": dtype_name(decoder.logits(_probe(decoder)).dtype),
             "rope": dtype_name(decoder.rope_dtype),
-            "norm": dtype_name(weights.norm.dtype),
+            "norm": held,
         },
         facts=_facts(decoder, policy, config),
         digests=weights_digests(weights.narrowed()),
@@ -41,21 +39,13 @@ def _probe(decoder: Decoder) -> Tensor:
 
 
 def _facts(decoder: Decoder, policy: PrecisionPolicy, config: EngineConfig) -> dict[str, str]:
-    on_cpu = policy.device.type == "cpu"
+    rounding, on_cpu = decoder.rounding, policy.device.type == "cpu"
     return {
         "engine": f"native ({decoder.config.architecture})",
         "attention": "batched products in FP32" if on_cpu else "torch scaled_dot_product_attention",
-        "matmul": _matmul(decoder, policy),
+        "matmul_sums": "fp32" if rounding.widened or rounding.exact else "native",
         "rounding": config.rounding,
         "kv_storage": "FP32 holding values of kv_dtype" if on_cpu else "kv_dtype",
         "torch": torch.__version__,
         "device": str(policy.device),
     }
-
-
-def _matmul(decoder: Decoder, policy: PrecisionPolicy) -> str:
-    if decoder.rounding.exact:
-        return "fp32"
-    if decoder.rounding.widened:
-        return "half operands, FP32 products and sums, rounded once"
-    return "half instructions of the processor" if policy.device.type == "cpu" else "half tensor cores"

@@ -107,7 +107,8 @@ class DecoderWeights:
             missing.discard(name)
         if missing:
             raise EngineError(
-                f"{len(missing)} weights did not arrive at the engine, {min(missing)!r} among them; send every weight on each sync"
+                f"{len(missing)} weights did not arrive at the engine, {min(missing)!r} among them; "
+                "send every weight on each sync"
             )
 
     def _check(self, name: str, tensor: Tensor, missing: set[str]) -> None:
@@ -126,7 +127,7 @@ class DecoderWeights:
         return ((name, view.to(self.storage.grid)) for name, view in self.views.items())
 
     def grid(self) -> DtypeName:
-        """The format the live values really lie on: the rollout dtype, or that of the tensors if any value is off it."""
+        """The format the live values really lie on: the rollout dtype, or the tensor's own if a value is off it."""
         for view in self.views.values():
             if not torch.equal(view.to(self.storage.grid).to(view.dtype), view):
                 return dtype_name(view.dtype)
@@ -172,4 +173,4 @@ def _layer_views(config: DecoderConfig, layer: LayerWeights) -> dict[str, Tensor
 def _split(kind: str, fused: Tensor | None, sizes: list[int], names: list[str]) -> dict[str, Tensor]:
     if fused is None:
         return {}
-    return {f"{name}.{kind}": view for name, view in zip(names, fused.split(sizes), strict=True)}
+    return {f"{name}.{kind}": view for name, view in zip(names, torch.split(fused, sizes), strict=True)}
