@@ -91,7 +91,9 @@ def _find(config: ModelConfig) -> _Source:
     if path.suffix == ".gguf":
         return _gguf(path)
     if _looks_like_path(config.name):
-        raise InputError(f"there is no model folder {config.name!r}; give an existing folder, {_alternatives(config.name)}")
+        raise InputError(
+            f"there is no model folder {config.name!r}; give an existing folder, {_alternatives(config.name)}"
+        )
     if "/" not in config.name:
         raise InputError(f"unknown model {config.name!r}; {_alternatives(config.name)}")
     return _Source(location=config.name, arguments={"revision": config.revision} if config.revision else {})
@@ -121,7 +123,9 @@ def _folder(path: Path) -> _Source:
         raise InputError(f"folder {str(path)!r} holds no config.json; give a folder in transformers format")
     tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if not any((path / name).is_file() for name in tokenizers):
-        raise InputError(f"folder {str(path)!r} holds no tokenizer; save the model's tokenizer there with save_pretrained")
+        raise InputError(
+            f"folder {str(path)!r} holds no tokenizer; save the model's tokenizer there with save_pretrained"
+        )
     return _Source(location=str(path), arguments={})
 
 
@@ -132,7 +136,9 @@ def _looks_like_path(name: str) -> bool:
 def _alternatives(name: str) -> str:
     near = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}A model is {', '.join(map(repr, BUILT_IN))}, a folder, a .gguf file, or a hub name such as 'org/name'"
+    return (
+        f"{hint}A model is {', '.join(map(repr, BUILT_IN))}, a folder, a .gguf file, or a hub name such as 'org/name'"
+    )
 
 
 @contextmanager

