@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from betterhalf.config import keys
+from betterhalf.config.render import toml_value
 from betterhalf.config.schema import RunConfig, Section
 
 _Location = tuple[str | int, ...]
@@ -154,18 +155,3 @@ _EXPLANATIONS: dict[str, Callable[[ErrorDetails, _Location], str]] = {
     "less_than_equal": _must_be("at most {le:g}"),
 }
 """One explanation for each kind of error that the schema can raise."""
-
-
-def toml_value(value: object) -> str:
-    """A value as TOML writes it; absent values as `none`."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
-    if isinstance(value, Sequence):
-        return f"[{', '.join(toml_value(item) for item in value)}]"
-    if isinstance(value, Mapping):
-        return f"{{ {', '.join(f'{key} = {toml_value(item)}' for key, item in value.items())} }}"
-    return str(value)

@@ -19,8 +19,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from betterhalf.config import keys
-from betterhalf.config.explain import explain, toml_value
+from betterhalf.config.explain import explain
 from betterhalf.config.overrides import expand, parse_overrides
+from betterhalf.config.render import toml_value
 from betterhalf.config.schema import RunConfig, Section
 from betterhalf.errors import ConfigError
 
@@ -199,12 +200,12 @@ def _below_experiments(path: Path) -> Path:
 
 
 def _nearest_file(path: Path) -> Path | None:
-    """The experiment file whose path reads most like `path`: in the folder named, else below `experiments/`."""
-    roots = [path.parent, Path("experiments"), *_SHIPPED]
-    for root in (root for root in roots if root.is_dir()):
-        files = sorted(root.glob("*.toml") if root == path.parent else root.rglob("*.toml"))
-        close = difflib.get_close_matches(str(path), [str(file) for file in files], n=1, cutoff=0.5)
-        named = [str(file) for file in files if file.stem == path.stem]
-        if named or close:
-            return Path((named or close)[0])
-    return None
+    """The experiment file whose path reads most like `path`, beside it or below `experiments/`; else one of its name."""
+    beside = {file.name: file for file in sorted(path.parent.glob("*.toml"))}
+    roots = [root for root in (Path("experiments"), *_SHIPPED) if root.is_dir()][:1]
+    below = {str(file.relative_to(root)): file for root in roots for file in sorted(root.rglob("*.toml"))}
+    for files, wanted in ((beside, path.name), (below, str(_below_experiments(path)))):
+        close = difflib.get_close_matches(wanted, files, n=1, cutoff=0.7)
+        if close:
+            return files[close[0]]
+    return next((file for file in below.values() if file.stem == path.stem), None)
