@@ -60,8 +60,8 @@ class Answer:
 
     result: dict[str, Any]
     """For machines."""
-    text: str
-    """The same for people."""
+    show: Callable[[], None]
+    """Prints the same for people."""
     passed: bool = True
     """False for a failed verdict."""
 
@@ -88,7 +88,7 @@ def _sanity(request: Request) -> Answer:
     from betterhalf.runs.sanity import sanity
 
     result = sanity(config, request.run_dir, request.resume)
-    return Answer(result=result, text=sanity_text(result), passed=bool(result["passed"]))
+    return Answer(result=result, show=lambda: _show_sanity(result), passed=bool(result["passed"]))
 
 
 def _train(request: Request) -> Answer:
@@ -96,7 +96,7 @@ def _train(request: Request) -> Answer:
     from betterhalf.runs.train import train
 
     result = train(config, request.run_dir, request.resume)
-    return Answer(result=result, text=listing(result))
+    return Answer(result=result, show=lambda: _show(result))
 
 
 def _evaluate(request: Request) -> Answer:
@@ -105,7 +105,7 @@ def _evaluate(request: Request) -> Answer:
     from betterhalf.runs.evaluate import evaluate
 
     result = evaluate(target, config, request.run_dir)
-    return Answer(result=result, text=listing(result))
+    return Answer(result=result, show=lambda: _show(result))
 
 
 def _report(request: Request) -> Answer:
@@ -115,7 +115,8 @@ def _report(request: Request) -> Answer:
     runs = [RunDir.open(word) for word in request.words]
     folder = runs[0].path if len(runs) == 1 else default_run_dir("report", "comparison")
     path = write_report(runs, RunDir(Path(request.run_dir or folder)).report)
-    return Answer(result={"verb": "report", "report": str(path)}, text=f"report  {path}")
+    result = {"verb": "report", "report": str(path)}
+    return Answer(result=result, show=lambda: _show(result))
 
 
 def _config(request: Request) -> Answer:
@@ -124,17 +125,18 @@ def _config(request: Request) -> Answer:
 
     left, *others = [request.config(word) for word in request.words]
     if not others:
-        return Answer(result=resolved_json(left), text=toml_text(left).rstrip())
+        return Answer(result=resolved_json(left), show=lambda: print(toml_text(left).rstrip()))
     changes = config_difference(left, others[0])
     rows = [{"key": change.key, "left": change.left, "right": change.right} for change in changes]
-    return Answer(result={"differences": rows}, text="\n".join(map(str, changes)) or "no difference")
+    lines = [str(change) for change in changes] or ["no difference"]
+    return Answer(result={"differences": rows}, show=lambda: print(*lines, sep="\n"))
 
 
 def _export(request: Request) -> Answer:
     from betterhalf.runs.export import export
 
     result = export(*request.words)
-    return Answer(result=result, text=listing(result))
+    return Answer(result=result, show=lambda: _show(result))
 
 
 VERBS = {
@@ -208,7 +210,11 @@ def _run(arguments: list[str]) -> int:
     verb = VERBS[name]
     options = _parse(name, verb, rest)
     answer = verb.run(_request(name, verb, options))
-    print(_json_line(answer.result) if options.json else answer.text, flush=True)
+    if options.json:
+        print(_json_line(answer.result))
+    else:
+        answer.show()
+    sys.stdout.flush()
     return EXIT_OK if answer.passed else EXIT_FAILED
 
 
@@ -295,41 +301,24 @@ def _run_config(target: str) -> Path | None:
     return run.config if run.checkpoints.is_dir() and run.config.is_file() else None
 
 
-def sanity_text(result: dict[str, Any]) -> str:
-    """The table of arms, and what follows from it."""
-    head = ("arm", "verdict", "final accuracy", "mean k3", "max |pi - mu|", "skipped steps", "seconds")
-    rows = [head, *((name, *_arm_cells(arm)) for name, arm in result["arms"].items())]
-    lines = [_aligned(rows)]
-    if result.get("k3_ratio") is not None:
-        lines.append(f"mean k3 of BF16 over FP16: {result['k3_ratio']:.1f}")
-    lines += [f"{name}: {reason}" for name, reason in result.get("reasons", {}).items()]
-    return "\n".join([*lines, f"run     {result['run_dir']}", f"report  {Path(result['run_dir']) / 'report.html'}"])
+def _show_sanity(result: dict[str, Any]) -> None:
+    """The table of arms, what follows from it, and where to read on."""
+    from betterhalf.report.verdict import print_verdict
+    from betterhalf.run_dir import RunDir
+
+    print_verdict(result)
+    for name, reason in result.get("reasons", {}).items():
+        print(f"{name}: {reason}")
+    run = RunDir(Path(result["run_dir"]))
+    _show({"run": run.path, "report": run.report})
 
 
-_ARM_FORMATS = {
-    "final_accuracy": ".3f",
-    "mismatch_k3": ".2e",
-    "mismatch_max_abs": ".3g",
-    "skipped_steps": "d",
-    "seconds": ".0f",
-}
-
-
-def _arm_cells(arm: dict[str, Any]) -> tuple[str, ...]:
-    numbers = ["-" if arm.get(key) is None else format(arm[key], style) for key, style in _ARM_FORMATS.items()]
-    return ("pass" if arm["passed"] else "fail", *numbers)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
-    return "\n".join("  ".join(row).rstrip() for row in padded)
-
-
-def listing(result: dict[str, Any]) -> str:
+def _show(result: dict[str, Any]) -> None:
     """Name and value of each plain entry, one to a line."""
-    rows = [(key, _brief(value)) for key, value in result.items() if not isinstance(value, (dict, list))]
-    return _aligned(rows)
+    rows = {key: _brief(value) for key, value in result.items() if not isinstance(value, (dict, list))}
+    width = max(map(len, rows), default=0)
+    for key, value in rows.items():
+        print(f"{key:<{width}}  {value}")
 
 
 def _brief(value: object) -> str:

@@ -140,11 +140,11 @@ def _section_names() -> list[str]:
     return sorted({key.rpartition(".")[0] for key in all_keys() if "." in key})
 
 
-def _nearest(wrong: str, allowed: Sequence[str]) -> str | None:
-    found = difflib.get_close_matches(wrong, allowed, n=1, cutoff=0.6)
+def _nearest(wrong: str, allowed: Sequence[str], cutoff: float = 0.6) -> str | None:
+    found = difflib.get_close_matches(wrong, allowed, n=1, cutoff=cutoff)
     return found[0] if found else None
 
 
 def _nearest_leaf(leaf: str, keys: Sequence[str]) -> str | None:
-    found = _nearest(leaf, [key.rpartition(".")[2] for key in keys])
+    found = _nearest(leaf, [key.rpartition(".")[2] for key in keys], cutoff=0.75)
     return next((key for key in keys if key.rpartition(".")[2] == found), None) if found else None

@@ -200,7 +200,7 @@ def _below_experiments(path: Path) -> Path:
 
 
 def _nearest_file(path: Path) -> Path | None:
-    """The experiment file whose path reads most like `path`, beside it or below `experiments/`; else one of its name."""
+    """The experiment file whose path reads most like `path`, beside it or below `experiments/`, else by name."""
     beside = {file.name: file for file in sorted(path.parent.glob("*.toml"))}
     roots = [root for root in (Path("experiments"), *_SHIPPED) if root.is_dir()][:1]
     below = {str(file.relative_to(root)): file for root in roots for file in sorted(root.rglob("*.toml"))}
