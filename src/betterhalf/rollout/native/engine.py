@@ -89,7 +89,8 @@ class NativeEngine:
         found: list[Sampled] = []
         try:
             while queue or table.active:
-                found += self._admit(queue, table, sampling.temperature)
+                while queue and table.free:
+                    found += self._admit(queue, table, sampling.temperature)
                 if table.active:
                     found += self._step(table, sampling.temperature)
         except BaseException:
@@ -150,10 +151,7 @@ class NativeEngine:
 
     def _admit(self, queue: PromptQueue, table: SlotTable, temperature: float) -> list[Sampled]:
         """Fill the free slots from the queue and sample the first token of each new sequence."""
-        limit = self._config.max_concurrent - table.active
-        admitted, hidden = queue.take(min(table.free, limit), table.cache, table.active)
-        if not admitted:
-            return []
+        admitted, hidden = queue.take(table.free, table.cache, table.active)
         return self._sample(table, table.admit(admitted), hidden, temperature)
 
     def _step(self, table: SlotTable, temperature: float) -> list[Sampled]:

@@ -51,7 +51,7 @@ class PromptQueue:
         return bool(self._waiting)
 
     def take(self, count: int, cache: KVCache, first_slot: int) -> tuple[list[SlotSequence], Tensor]:
-        """Move up to `count` sequences into the cache's slots from `first_slot` on.
+        """Move up to `count` sequences, at least one, into the cache's slots from `first_slot` on.
 
         Returns:
             The sequences, and the final hidden state of each one's prompt [N, hidden].
@@ -65,7 +65,7 @@ class PromptQueue:
             hidden.append(prefix.hidden.expand(number, -1))
             slot += number
             self._release(request, number)
-        return taken, torch.cat(hidden) if hidden else torch.empty(0)
+        return taken, torch.cat(hidden)
 
     def _prefix(self, request: int) -> Prefix:
         if request not in self._prefixes:

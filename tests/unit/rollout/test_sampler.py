@@ -1,0 +1,104 @@
+"""Counter-based random numbers, and the draw made from them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from betterhalf.rollout.sampler import draw, sequence_key, uniforms
+
+SMALLEST = 0.5 * 2.0**-52
+LARGEST = 1.0 - 2.0**-53
+
+
+def test_the_stream_is_splitmix64():
+    # Published outputs of SplitMix64 for seed 1234567.
+    outputs = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    expected = [((output >> 12) + 0.5) / 2**52 for output in outputs]
+    found = uniforms(torch.full((5,), 1234567), torch.arange(5))
+    assert found.dtype == torch.float64
+    assert found.tolist() == expected
+
+
+def test_uniform_numbers_fill_the_open_interval_evenly():
+    keys = torch.tensor([sequence_key((3, step, prompt), 1) for step in range(100) for prompt in range(100)])
+    found = uniforms(keys.repeat_interleave(10), torch.arange(10).repeat(10_000))
+    assert found.min() >= SMALLEST and found.max() <= LARGEST
+    counts = torch.histc(found.float(), bins=64, min=0.0, max=1.0).double()
+    expected = found.numel() / 64
+    # 63 degrees of freedom: 120 is exceeded with probability 2e-5.
+    assert ((counts - expected) ** 2 / expected).sum() < 120
+
+
+def test_neighbouring_positions_and_siblings_are_uncorrelated():
+    keys = torch.tensor([sequence_key((0, 0, 0), sibling) for sibling in range(2000)])
+    grid = uniforms(keys.repeat_interleave(50), torch.arange(50).repeat(2000)).view(2000, 50) - 0.5
+    scale = 12 / grid.numel() ** 0.5
+    assert abs((grid[:, 1:] * grid[:, :-1]).sum()) / grid.numel() ** 0.5 * 12 < 5
+    assert abs((grid[1:] * grid[:-1]).sum()) * scale < 5
+
+
+def test_every_part_of_the_key_makes_another_stream():
+    keys = {sequence_key((a, b, c), d) for a, b, c, d in itertools.product(range(6), repeat=4)}
+    assert len(keys) == 6**4
+    assert all(-(2**63) <= key < 2**63 for key in keys)
+
+
+def test_a_huge_seed_is_accepted():
+    assert sequence_key((2**80 + 1, 0, 0), 0) == sequence_key(((2**80 + 1) % 2**64, 0, 0), 0)
+
+
+def test_draw_inverts_the_cumulative_distribution():
+    logits = torch.tensor([0.5, 0.25, 0.25]).log().expand(6, 3)
+    uniform = torch.tensor([SMALLEST, 0.499, 0.501, 0.749, 0.751, LARGEST], dtype=torch.float64)
+    assert draw(logits, uniform, 1.0).token_ids.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("uniform", [SMALLEST, 0.25, 0.5, LARGEST])
+def test_a_token_of_probability_zero_is_never_drawn(uniform):
+    logits = torch.full((1, 9), -1e4)
+    logits[0, 4] = 3.0
+    assert draw(logits, torch.tensor([uniform], dtype=torch.float64), 1.0).token_ids.item() == 4
+
+
+def test_no_uniform_number_reaches_a_trailing_or_leading_zero_at_a_large_vocabulary():
+    logits = torch.randn(64, 50_000, generator=torch.Generator().manual_seed(0))
+    logits[:, :100] = logits[:, -100:] = -300.0
+    uniform = torch.tensor([SMALLEST, LARGEST], dtype=torch.float64).repeat(32)
+    token_ids = draw(logits, uniform, 1.0).token_ids
+    assert token_ids.min() >= 100 and token_ids.max() < 49_900
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+def test_frequencies_follow_the_tempered_distribution(temperature):
+    row = torch.tensor([1.0, -2.0, 0.3, 0.0, 2.5, -1e9, 1.1, -0.4])
+    count = 40_000
+    uniform = uniforms(torch.full((count,), sequence_key((1, 2, 3), 4)), torch.arange(count))
+    drawn = draw(row.expand(count, -1), uniform, temperature)
+    probabilities = (row.double() / temperature).softmax(-1)
+    counts = torch.bincount(drawn.token_ids, minlength=8).double()
+    assert counts[5] == 0
+    kept = probabilities > 0
+    chi2 = ((counts - count * probabilities)[kept] ** 2 / (count * probabilities[kept])).sum()
+    # 6 degrees of freedom: 30 is exceeded with probability 4e-5.
+    assert chi2 < 30
+    torch.testing.assert_close(drawn.logprobs.double(), probabilities.log()[drawn.token_ids], rtol=0, atol=1e-6)
+
+
+def test_a_row_is_drawn_alike_in_any_batch():
+    logits = 3 * torch.randn(40, 100, generator=torch.Generator().manual_seed(1))
+    uniform = uniforms(torch.arange(40), torch.zeros(40, dtype=torch.int64))
+    together = draw(logits, uniform, 1.0)
+    for row in (0, 17, 39):
+        alone = draw(logits[row : row + 1], uniform[row : row + 1], 1.0)
+        assert alone.token_ids.item() == together.token_ids[row].item()
+        assert alone.logprobs.item() == together.logprobs[row].item()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_logit_that_is_not_finite_marks_its_row_only(bad):
+    logits = torch.zeros(3, 5)
+    logits[1, 2] = bad
+    assert draw(logits, torch.full((3,), 0.5, dtype=torch.float64), 1.0).finite.tolist() == [True, False, True]
