@@ -1,0 +1,76 @@
+"""Every experiment file loads, twins differ in precision only, and the README has a row for each."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from betterhalf.config.load import config_difference, load_config, same_except
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+FILES = sorted(EXPERIMENTS.rglob("*.toml"))
+FP16_TWINS = [file for file in FILES if file.stem.endswith("_fp16")]
+MIXED = [file for file in FILES if file.stem.startswith("train-")]
+
+
+def relative(file: Path) -> str:
+    return str(file.relative_to(EXPERIMENTS))
+
+
+def twin(file: Path) -> Path:
+    return file.with_name(file.name.replace("_fp16", "_bf16"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_every_experiment_loads(file: Path) -> None:
+    assert load_config(file).name == file.stem
+
+
+def test_there_are_twins_and_none_is_alone() -> None:
+    bf16_twins = [file for file in FILES if file.stem.endswith("_bf16")]
+    assert len(FP16_TWINS) >= 10
+    assert sorted(map(twin, FP16_TWINS)) == bf16_twins
+
+
+@pytest.mark.parametrize("file", FP16_TWINS, ids=relative)
+def test_twins_differ_in_precision_only(file: Path) -> None:
+    fp16, bf16 = load_config(file), load_config(twin(file))
+    changed = [(change.key, change.left, change.right) for change in config_difference(fp16, bf16)]
+    assert changed == [("name", file.stem, twin(file).stem), ("precision.preset", "fp16", "bf16")]
+
+
+@pytest.mark.parametrize("file", MIXED, ids=relative)
+def test_mixed_precisions_run_what_their_name_says_and_differ_in_precision_only(file: Path) -> None:
+    trained, sampled = re.fullmatch(r"train-(\w+)_rollout-(\w+)", file.stem).groups()  # type: ignore[union-attr]
+    config = load_config(file)
+    roles = config.precision.roles()
+    assert (roles.compute_dtype, roles.rollout_dtype, roles.kv_dtype) == (trained, sampled, sampled)
+    assert config.precision.allow_difference
+    assert same_except(config, load_config(file.with_name("grpo_fp16.toml")), "precision", "name")
+
+
+@pytest.mark.parametrize("algorithm_file", [f for f in FP16_TWINS if f.parent.parent.name == "ablation"], ids=relative)
+def test_an_ablation_changes_one_axis_besides_precision(algorithm_file: Path) -> None:
+    base = load_config(algorithm_file.with_name("grpo_fp16.toml"))
+    config = load_config(algorithm_file)
+    axes = ("algorithm.preset",), ("engine.rounding",)
+    assert any(same_except(base, config, "name", "precision", *axis) for axis in axes)
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_the_readme_has_one_row_for_every_file(file: Path) -> None:
+    rows = [line for line in (EXPERIMENTS / "README.md").read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+    assert [f"`{relative(file)}`" in row for row in rows].count(True) == 1
+
+
+def test_the_readme_has_no_row_without_a_file() -> None:
+    named = re.findall(r"^\| `([^`]+\.toml)`", (EXPERIMENTS / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(named) == sorted(map(relative, FILES))
+
+
+def test_the_demo_is_the_default_of_the_model_and_task() -> None:
+    """`betterhalf evaluate demo` starts from the schema's defaults: they must be the demo's own task."""
+    assert load_config(None).task == load_config(EXPERIMENTS / "base/demo.toml").task
+    assert load_config(None).model == load_config(EXPERIMENTS / "base/demo.toml").model

@@ -1,0 +1,286 @@
+"""Files, `extends`, overrides: what ends up in the configuration, and what is refused with which words."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from betterhalf.config.load import config_difference, load_config, resolve_experiment, resolved_json, same_except
+from betterhalf.config.render import toml_text
+from betterhalf.config.schema import MathTask, PerfectibleTask, RunConfig
+from betterhalf.errors import ConfigError
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def message(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides)
+    return str(caught.value)
+
+
+def test_no_file_and_no_override_give_the_schema_defaults() -> None:
+    assert load_config(None) == RunConfig()
+
+
+def test_a_file_extends_another_relative_to_itself_and_wins(tmp_path: Path) -> None:
+    write(tmp_path, "base/root.toml", "seed = 1\n[training]\nsteps = 7\ngroup_size = 3\noptimizer_steps = 1\n")
+    write(tmp_path, "base/middle.toml", 'extends = "root.toml"\n[training]\nsteps = 8\n')
+    leaf = write(tmp_path, "run/leaf.toml", 'extends = "../base/middle.toml"\nseed = 5\n')
+    config = load_config(leaf)
+    assert (config.seed, config.training.steps, config.training.group_size) == (5, 8, 3)
+
+
+def test_overrides_win_over_files_and_the_last_one_over_the_others(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.toml", "[training]\nsteps = 7\n")
+    assert load_config(path, ["training.steps=8", "training.steps=9"]).training.steps == 9
+
+
+def test_the_file_names_the_run_unless_it_says_otherwise(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "fast.toml", "")).name == "fast"
+    assert load_config(write(tmp_path, "slow.toml", 'name = "mine"')).name == "mine"
+    assert load_config(tmp_path / "fast.toml", ["name=other"]).name == "other"
+
+
+def test_a_circle_of_extends_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "a.toml", 'extends = "b.toml"')
+    write(tmp_path, "b.toml", 'extends = "c.toml"')
+    write(tmp_path, "c.toml", 'extends = "b.toml"')
+    with pytest.raises(ConfigError, match="circle: b.toml -> c.toml -> b.toml"):
+        load_config(tmp_path / "a.toml")
+
+
+def test_a_missing_base_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.toml", 'extends = "gone.toml"')
+    with pytest.raises(ConfigError, match="a.toml extends 'gone.toml', which is not there"):
+        load_config(path)
+
+
+def test_a_toml_error_is_given_with_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.toml", "seed = 1\nsteps = = 2\n")
+    with pytest.raises(ConfigError, match=r"a.toml is not valid TOML: .*line 2"):
+        load_config(path)
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="a.toml is not valid TOML"):
+        load_config(tmp_path / "a.toml")
+
+
+def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    write(tmp_path, "demo.toml", "")
+    with pytest.raises(ConfigError, match="no experiment file .*Did you mean '.*/demo.toml'"):
+        load_config(tmp_path / "dmo.toml")
+
+
+def test_experiments_of_the_package_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_experiment("experiments/sanity/demo.toml") == resolve_experiment("sanity/demo.toml")
+    assert load_config("experiments/sanity/demo.toml").model.name == "demo"
+
+
+def test_a_local_file_hides_one_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "experiments/sanity/demo.toml", "seed = 77")
+    assert load_config("experiments/sanity/demo.toml").seed == 77
+
+
+def test_a_run_folder_serves_as_an_experiment(tmp_path: Path) -> None:
+    config = load_config(None, ["seed=3", "name=again", "algorithm.overlong_buffer=4"])
+    write(tmp_path, "config.json", json.dumps(resolved_json(config)))
+    assert load_config(tmp_path) == config
+    assert load_config(tmp_path / "config.json", ["seed=4"]).seed == 4
+
+
+def test_json_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no settings"):
+        load_config(write(tmp_path, "config.json", "[1, 2]"))
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("precision=bf16", "precision.preset", "bf16"),
+        ("precision.rollout_dtype=bf16", "precision.rollout_dtype", "bf16"),
+        ("precision.rollout_dtype=none", "precision.rollout_dtype", None),
+        ("algorithm=gspo", "algorithm.preset", "gspo"),
+        ("algorithm.correction=none", "algorithm.correction.level", "none"),
+        ("engine=native", "engine.type", "native"),
+        ("model=3", "model.name", "3"),
+        ("model=org/name", "model.name", "org/name"),
+        ('model="quoted name"', "model.name", "quoted name"),
+        ("model.revision=1e5", "model.revision", "1e5"),
+        ("name=true", "name", "true"),
+        ("optimizer.learning_rate=3e-4", "optimizer.learning_rate", 3e-4),
+        ("optimizer.learning_rate=1", "optimizer.learning_rate", 1.0),
+        ("optimizer.betas=0.8,0.9", "optimizer.betas", [0.8, 0.9]),
+        ("optimizer.betas=[0.8, 0.9]", "optimizer.betas", [0.8, 0.9]),
+        ("arms=bf16", "sanity.arms", ["bf16"]),
+        ("arms=fp16, bf16,fp32", "sanity.arms", ["fp16", "bf16", "fp32"]),
+        ("sanity.arms=fp32", "sanity.arms", ["fp32"]),
+        ("logging.tensorboard=True", "logging.tensorboard", True),
+        ("training.steps=1_000", "training.steps", 1000),
+        ("evaluate.max_prompts=12", "evaluate.max_prompts", 12),
+        ("task.terms=4", "task.terms", 4),
+        ("name=a=b", "name", "a=b"),
+    ],
+)
+def test_overrides_are_read_as_their_key_wants(override: str, key: str, value: Any) -> None:
+    found: Any = resolved_json(load_config(None, [override]))
+    for part in key.split("."):
+        found = found[part]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_shorthand_works_in_files_and_meets_a_table_of_the_base(tmp_path: Path) -> None:
+    write(tmp_path, "base.toml", '[precision]\npreset = "fp32"\nallow_difference = true\n')
+    path = write(tmp_path, "a.toml", 'extends = "base.toml"\nprecision = "bf16"\n')
+    precision = load_config(path).precision
+    assert (precision.preset, precision.allow_difference) == ("bf16", True)
+
+
+def test_a_new_task_type_drops_the_keys_of_the_old(tmp_path: Path) -> None:
+    base = write(tmp_path, "base.toml", '[task]\ntype = "arithmetic"\nterms = 5\nseed = 9\n')
+    for order in (["task.path=x.jsonl", "task.type=math"], ["task=math", "task.path=x.jsonl"]):
+        assert load_config(base, order).task == MathTask(path="x.jsonl")
+
+
+def test_the_same_task_type_keeps_the_keys_of_the_base(tmp_path: Path) -> None:
+    base = write(tmp_path, "base.toml", "[task]\nterms = 5\n")
+    task = load_config(base, ["task=arithmetic", "task.seed=2"]).task
+    assert task.model_dump() == {
+        "type": "arithmetic",
+        "style": "running_sum",
+        "num_prompts": 4096,
+        "seed": 2,
+        "terms": 5,
+    }
+
+
+def test_the_task_inside_a_task_may_leave_its_type_out() -> None:
+    task = load_config(None, ["task=perfectible", "task.path=p.jsonl", "task.base.terms=3"]).task
+    assert isinstance(task, PerfectibleTask)
+    assert task.base.model_dump()["terms"] == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("learning_rate=1", "unknown key 'learning_rate'. Did you mean 'optimizer.learning_rate'?"),
+        ("lr=1", "unknown key 'lr'. Did you mean 'optimizer.learning_rate'?"),
+        ("training.learning_rate=1", "Did you mean 'optimizer.learning_rate'?"),
+        ("optimiser.learning_rate=1", "unknown key 'optimiser.learning_rate'. Did you mean 'optimizer.learning_rate'?"),
+        ("training.stpes=1", "unknown key 'training.stpes'. Did you mean 'training.steps'?"),
+        ("precision.loss_scale.intial=1", "Did you mean 'precision.loss_scale.initial'?"),
+        ("zzz=1", "unknown key 'zzz'. `betterhalf config EXPERIMENT` lists the valid keys."),
+        ("training.steps=0", "training.steps = 0 must be at least 1."),
+        ("training.steps=12.5", "training.steps = 12.5 must be a whole number."),
+        ("training.steps=many", 'training.steps = "many" must be a whole number.'),
+        ("seed=true", "seed = true must be a whole number."),
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate = -1 must be at least 0."),
+        ("optimizer.eps=0", "optimizer.eps = 0 must be above 0."),
+        ("optimizer.eps=nan", "optimizer.eps = nan must be a finite number."),
+        ("precision.loss_scale.backoff_factor=1", "must be below 1."),
+        ("sanity.upper=1.5", "sanity.upper = 1.5 must be at most 1."),
+        ("logging.tensorboard=maybe", 'logging.tensorboard = "maybe" must be true or false.'),
+        ("precision=fp61", 'precision.preset = "fp61" is not one of fp16, bf16, fp32. Did you mean fp16?'),
+        ("arms=fp16,bf61", 'sanity.arms = "bf61" is not one of fp16, bf16, fp32. Did you mean bf16?'),
+        ("algorithm=grop", "Did you mean grpo?"),
+        ("task=mth", 'task.type = "mth" is not one of arithmetic, math, perfectible. Did you mean math?'),
+        ("task=math", "task.path is required"),
+        ("task.path=x", "task.path belongs to another task.type than the one chosen."),
+        ("optimizer.betas=0.9", "optimizer.betas has too few values."),
+        ("optimizer.betas=1,2,3", "optimizer.betas = [1, 2, 3] must be a list of 2 values."),
+        ("mismatch=4", "mismatch is a section. Set one of its keys, such as mismatch.sample_fraction."),
+        ("sampling.top_p=0.9", "truncates the distribution sampled from"),
+        ("training.optimizer_steps=9999", "exceeds the 256 rollouts of a step"),
+        ("precision", "'precision' is not a setting. Write key=value"),
+        ("--seed=3", "Write key=value, such as seed=3."),
+    ],
+)
+def test_wrong_settings_are_refused_in_plain_words(override: str, words: str) -> None:
+    text = message(override)
+    assert words in text
+    assert "\n" not in text
+    assert not any(jargon in text for jargon in ("pydantic", "Input should", "validation error", "type="))
+
+
+def test_every_error_is_reported_at_once_with_where_it_was_set(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.toml", "stpes = 3\n[training]\nsteps = 0\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["seed=-1"])
+    first, *others = str(caught.value).splitlines()
+    assert first == "the configuration has 3 errors:"
+    assert sorted(line.strip() for line in others) == [
+        "seed = -1 must be at least 0. [command line]",
+        f"training.steps = 0 must be at least 1. [{path}]",
+        f"unknown key 'stpes'. Did you mean 'training.steps'? [{path}]",
+    ]
+
+
+def test_differences_name_each_changed_key_once() -> None:
+    left = load_config(None, ["seed=1"])
+    right = load_config(None, ["seed=2", "precision=bf16"])
+    changes = config_difference(left, right)
+    assert [(c.key, c.left, c.right) for c in changes] == [("precision.preset", "fp16", "bf16"), ("seed", 1, 2)]
+    assert str(changes[0]) == 'precision.preset: "fp16" -> "bf16"'
+    assert config_difference(left, left) == []
+
+
+def test_same_except_means_whole_keys() -> None:
+    left = load_config(None)
+    right = load_config(None, ["precision=bf16", "precision.loss_scale.floor=0"])
+    assert same_except(left, right, "precision")
+    assert same_except(left, right, "precision.preset", "precision.loss_scale")
+    assert not same_except(left, right, "precision.loss_scale")
+    assert not same_except(left, right, "prec")
+    assert same_except(left, left)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+rates = st.floats(min_value=1e-12, max_value=1.0)
+ratios = st.none() | st.fixed_dictionaries(
+    {"level": st.sampled_from(["none", "token", "sequence"])},
+    optional={"upper": st.none() | rates, "keep_weight": st.booleans()},
+)
+tasks = st.fixed_dictionaries({"type": st.just("arithmetic")}, optional={"terms": st.integers(2, 16)}) | (
+    st.fixed_dictionaries({"type": st.just("math"), "path": texts})
+)
+configs = st.builds(
+    lambda **parts: RunConfig.model_validate(parts),
+    name=texts,
+    seed=st.integers(0, 2**62),
+    model=st.fixed_dictionaries({"name": texts, "revision": st.none() | texts}),
+    task=tasks | st.fixed_dictionaries({"type": st.just("perfectible"), "path": texts, "base": tasks}),
+    algorithm=st.fixed_dictionaries({"surrogate": ratios, "correction": ratios}),
+    optimizer=st.fixed_dictionaries({"learning_rate": rates, "eps": rates, "betas": st.tuples(rates, rates)}),
+    precision=st.fixed_dictionaries({"preset": st.sampled_from(["fp16", "bf16", "fp32"])}),
+    sanity=st.fixed_dictionaries({"arms": st.lists(st.sampled_from(["fp16", "bf16", "fp32"])).map(tuple)}),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs)
+def test_resolved_json_loads_back_equal(config: RunConfig) -> None:
+    text = json.dumps(resolved_json(config), allow_nan=False)
+    assert RunConfig.model_validate(json.loads(text)) == config
+    assert config_difference(RunConfig.model_validate_json(text, strict=True), config) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs)
+def test_toml_text_loads_back_equal(config: RunConfig) -> None:
+    assert RunConfig.model_validate(tomllib.loads(toml_text(config))) == config
