@@ -121,7 +121,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3, help="timed passes of each side; the median counts")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a pass against FP32")
-    parser.add_argument("--fp16-tokens", type=int, default=64, help="tokens of a pass against torch's slow FP16")
+    parser.add_argument("--fp16-tokens", type=int, default=128, help="tokens of a pass against torch's slow FP16")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON on the last line")
     return parser.parse_args()
 

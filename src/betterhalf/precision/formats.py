@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +83,26 @@ FORMATS: dict[DtypeName, FormatFacts] = {
     "fp32": FormatFacts(significand_bits=24, exponent_bits=8),
 }
 """The formats that betterhalf computes in."""
+
+
+def formats_table() -> str:
+    """The formats as the Markdown table of docs/precision.md; spacings are exact powers of two."""
+    rows = {
+        "significand bits (stored + 1)": [str(facts.significand_bits) for facts in FORMATS.values()],
+        "exponent bits": [str(facts.exponent_bits) for facts in FORMATS.values()],
+        "eps: from 1 to the next number": [_power(facts.eps) for facts in FORMATS.values()],
+        "unit roundoff": [_power(facts.unit_roundoff) for facts in FORMATS.values()],
+        "largest finite": [f"{facts.max:.8g}" for facts in FORMATS.values()],
+        "smallest normal": [_power(facts.min_normal) for facts in FORMATS.values()],
+        "smallest subnormal": [_power(facts.min_subnormal) for facts in FORMATS.values()],
+    }
+    lines = ["| | " + " | ".join(FORMATS) + " |", "|---" * (len(FORMATS) + 1) + "|"]
+    lines += [f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows.items()]
+    return "\n".join(lines)
+
+
+def _power(value: float) -> str:
+    return f"2^{math.frexp(value)[1] - 1} = {value:.4g}"
 
 
 def round_to_format(x: Tensor, target: DtypeName | FormatFacts) -> Tensor:
