@@ -1,0 +1,161 @@
+"""Arithmetic made up on the fly: running sums for the demo model, plain sentences for a chat model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+
+from betterhalf.config.schema import ArithmeticTask
+from betterhalf.tasks.dataset import DatasetTask
+from betterhalf.tasks.draw import draw_int
+from betterhalf.tasks.prompting import chat_prompt, plain_prompt
+from betterhalf.tasks.rewards import TextGrader
+from betterhalf.tasks.task import Tokenizer
+from betterhalf.types import Prompt
+
+END_MARK = "."
+"""Last character of a running sum; the demo model's stop token."""
+
+
+def running_sum_digits(seed: int, index: int, terms: int) -> tuple[int, ...]:
+    """The digits, 1 to 9, of problem `index`."""
+    return tuple(draw_int(1, 9, seed, index, place) for place in range(terms))
+
+
+def running_sum_question(digits: tuple[int, ...]) -> str:
+    """(2, 7, 9) -> `2+7+9=`."""
+    return "+".join(map(str, digits)) + "="
+
+
+def running_sum_solution(digits: tuple[int, ...]) -> str:
+    """(2, 7, 9) -> `7=09,9=18.`: each further digit, and the total so far in two digits (three beyond 99)."""
+    steps = [f"{digit}={total:02d}" for digit, total in zip(digits[1:], list(accumulate(digits))[1:], strict=True)]
+    return ",".join(steps) + END_MARK
+
+
+def solves_running_sum(text: str, answer: str) -> bool:
+    """Whether the text ends with the right total and the end mark; the steps before it are free."""
+    final = re.search(r"=([0-9]+)\.\s*$", text)
+    return final is not None and int(final[1]) == int(answer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningSums:
+    """`2+7+9+1+5+5+4+9=` -> `7=09,9=18,1=19,5=24,5=29,4=33,9=42.`"""
+
+    config: ArithmeticTask
+    tokenizer: Tokenizer
+
+    def __len__(self) -> int:
+        """Problems in the data set."""
+        return self.config.num_prompts
+
+    def prompt(self, index: int) -> Prompt:
+        """Problem `index`; depends on the task's seed and `index` alone."""
+        digits = running_sum_digits(self.config.seed, index, self.config.terms)
+        question = running_sum_question(digits)
+        return plain_prompt(self.tokenizer, f"running_sum/{index}", question, answer=str(sum(digits)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Story:
+    """One pattern of a word problem."""
+
+    text: str
+    """Sentences with the fields name, item, a, b, c."""
+    bounds: tuple[tuple[int, int], ...]
+    """Smallest and largest value of a, b and, for two steps, c; chosen so that no answer is negative."""
+    answer: Callable[..., int]
+    """The numbers to the answer."""
+
+
+STORIES = (
+    Story(
+        text="{name} has {a} {item} and buys {b} more. How many {item} does {name} have now?",
+        bounds=((2, 30), (2, 30)),
+        answer=lambda a, b: a + b,
+    ),
+    Story(
+        text="{name} has {a} {item} and gives {b} of them away. How many {item} does {name} have left?",
+        bounds=((20, 40), (2, 19)),
+        answer=lambda a, b: a - b,
+    ),
+    Story(
+        text="{name} has {a} boxes. Each box holds {b} {item}. How many {item} are there in total?",
+        bounds=((2, 9), (2, 9)),
+        answer=lambda a, b: a * b,
+    ),
+    Story(
+        text="{name} has {a} {item}, finds {b} more, and then loses {c}. How many {item} does {name} have now?",
+        bounds=((10, 30), (2, 20), (2, 10)),
+        answer=lambda a, b, c: a + b - c,
+    ),
+    Story(
+        text="{name} buys {a} bags with {b} {item} each and eats {c} of the {item}. How many {item} are left?",
+        bounds=((3, 6), (4, 9), (2, 10)),
+        answer=lambda a, b, c: a * b - c,
+    ),
+)
+NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas")
+ITEMS = ("apples", "oranges", "cookies", "nuts", "plums", "candies", "pears", "cherries")
+INSTRUCTION = "Think briefly and end with the answer as a number."
+
+
+def word_problem(seed: int, index: int) -> tuple[str, int]:
+    """Text and answer of word problem `index`."""
+    pick = draw_int(0, len(STORIES) * len(NAMES) * len(ITEMS) - 1, seed, index, -1)
+    story = STORIES[pick % len(STORIES)]
+    name = NAMES[pick // len(STORIES) % len(NAMES)]
+    item = ITEMS[pick // (len(STORIES) * len(NAMES))]
+    numbers = [draw_int(low, high, seed, index, place) for place, (low, high) in enumerate(story.bounds)]
+    fields = dict(zip("abc", numbers, strict=False))
+    return f"{story.text.format(name=name, item=item, **fields)} {INSTRUCTION}", story.answer(*numbers)
+
+
+_NUMBER = re.compile(r"(?<![\d.])(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+"""1,234 and 12.50 and -3; the minus of `5-3` is not a sign."""
+
+
+def last_number(text: str) -> float | None:
+    """The last number of a text; None if there is none."""
+    found = _NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def solves_word_problem(text: str, answer: str) -> bool:
+    """Whether the last number of the text is the answer."""
+    return last_number(text) == float(answer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WordProblems:
+    """One or two steps in plain sentences, put to the model through its chat template."""
+
+    config: ArithmeticTask
+    tokenizer: Tokenizer
+
+    def __len__(self) -> int:
+        """Problems in the data set."""
+        return self.config.num_prompts
+
+    def prompt(self, index: int) -> Prompt:
+        """Problem `index`; depends on the task's seed and `index` alone."""
+        question, answer = word_problem(self.config.seed, index)
+        return chat_prompt(self.tokenizer, f"word_problem/{index}", question, answer=str(answer))
+
+
+def build_arithmetic(config: ArithmeticTask, tokenizer: Tokenizer) -> DatasetTask:
+    """The task of `config.style`.
+
+    Raises:
+        InputError: word problems for a tokenizer without a chat template.
+    """
+    if config.style == "running_sum":
+        return DatasetTask(
+            problems=RunningSums(config=config, tokenizer=tokenizer), grader=TextGrader(solves=solves_running_sum)
+        )
+    return DatasetTask(
+        problems=WordProblems(config=config, tokenizer=tokenizer), grader=TextGrader(solves=solves_word_problem)
+    )
