@@ -40,13 +40,14 @@ def widened_linear(x: Tensor, weight_wide: Tensor, bias_wide: Tensor | None, dty
 
 
 def _weight_first(rows: int, weight: Tensor) -> bool:
-    """Whether `weight @ x^T` and a transposing copy measure faster than `F.linear` (by a quarter to a third)."""
-    return (weight.shape[0] >= 2048 and 24 <= rows <= 192) or (weight.numel() >= 2**18 and 2 <= rows <= 4)
+    """Whether `weight @ x^T` and a transposing copy measure faster than `F.linear` on a CPU (by a fifth to a third)."""
+    faster = (weight.shape[0] >= 2048 and 24 <= rows <= 192) or (weight.numel() >= 2**18 and 2 <= rows <= 4)
+    return faster and not weight.is_cuda
 
 
 def _weight_first_product(rows: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     columns = weight @ rows.t() if bias is None else torch.addmm(bias.unsqueeze(1), weight, rows.t())
-    return torch.empty(rows.shape[0], weight.shape[0], dtype=dtype).copy_(columns.t())
+    return rows.new_empty(rows.shape[0], weight.shape[0], dtype=dtype).copy_(columns.t())
 
 
 class Widened:
