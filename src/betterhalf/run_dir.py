@@ -73,9 +73,7 @@ class RunDir:
         if not run.path.is_dir():
             raise InputError(f"{run.path} is not a folder. Name the folder of a run, such as runs/sanity-demo-...")
         if not run.holds_run:
-            raise InputError(
-                f"{run.path} is not a run folder: it has none of {', '.join(_RUN_FILES[:6])}. Name another."
-            )
+            raise InputError(f"{run.path} is no run folder: it has none of {', '.join(_RUN_FILES[:6])}. Name another.")
         return run
 
     @property
@@ -162,8 +160,8 @@ class RunDir:
 
 def default_run_dir(verb: str, name: str) -> Path:
     """`runs/<verb>-<name>-<time>`, local time to the second; numbered when that is taken."""
-    safe_name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
-    base = Path("runs") / f"{verb}-{safe_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
+    base = Path("runs", f"{verb}-{safe}-{time.strftime('%Y%m%d-%H%M%S')}")
     path, number = base, 2
     while path.exists():
         path, number = base.with_name(f"{base.name}-{number}"), number + 1
@@ -274,19 +272,19 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _plain(obj: object) -> object:
+def plain_json(obj: object) -> object:
     """`obj` as JSON can hold it: non-finite numbers become None, tuples lists, paths text."""
     if isinstance(obj, float):
         return obj if math.isfinite(obj) else None
     if isinstance(obj, Mapping):
-        return {str(key): _plain(value) for key, value in obj.items()}
+        return {str(key): plain_json(value) for key, value in obj.items()}
     if isinstance(obj, (list, tuple)):
-        return [_plain(value) for value in obj]
+        return [plain_json(value) for value in obj]
     return str(obj) if isinstance(obj, Path) else obj
 
 
 def _dumps(obj: object, indent: int | None = None) -> str:
-    return json.dumps(_plain(obj), indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(plain_json(obj), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def _parse_object(line: bytes) -> dict[str, Any] | None:
