@@ -214,7 +214,7 @@ class PolicyTrainer:
             dtypes={region: dtype_name(tensor.dtype) for region, tensor in kinds.items()},
             facts={
                 "attention": self.attention,
-                "matmul_sums": "fp32" if self.policy.fp32_sums(self.policy.roles.compute_dtype) else "native",
+                "matmul_sums": self._matmul_sums(),
                 "rounding": "transformers",
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
@@ -222,6 +222,10 @@ class PolicyTrainer:
             },
             digests=weights_digests(self.weights.computing()),
         )
+
+    def _matmul_sums(self) -> str:
+        compute = self.policy.roles.compute_dtype
+        return "fp32" if compute == "fp32" or self.policy.fp32_sums(compute) else "native"
 
     @torch.no_grad()
     def _probe(self) -> tuple[Tensor, Tensor]:
