@@ -32,6 +32,7 @@ from betterhalf.types import DtypeName, MicroBatch
 
 LOSS_SCALE = 2.0**16
 Pass = Callable[[], Any]
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,25 +95,25 @@ def one_sequence(token_ids_T: Tensor) -> MicroBatch:
     )
 
 
-def take_turns(ours: Pass, peer: Pass, tokens: int, repeats: int) -> tuple[float, float]:
+def take_turns(ours: Pass, peer: Pass, tokens: int, repeats: int, clock: Clock) -> tuple[float, float]:
     """Median tokens per second of both, measured alternately after one warm-up each."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(repeats + 1):
         for times, run in zip(seconds, (ours, peer), strict=True):
-            start = time.perf_counter()
+            start = clock()
             run()
             if turn:
-                times.append(time.perf_counter() - start)
+                times.append(clock() - start)
     return tokens / statistics.median(seconds[0]), tokens / statistics.median(seconds[1])
 
 
-def measure(model: LoadedModel, dtype: DtypeName, tokens: int, repeats: int, target: float) -> Row:
+def measure(model: LoadedModel, dtype: DtypeName, tokens: int, target: float, repeats: int, clock: Clock) -> Row:
     """One row: our FP16 pass against the peer in `dtype`."""
     generator = torch.Generator().manual_seed(0)
     token_ids_T = torch.randint(0, model.hf_config.vocab_size, (tokens,), generator=generator)
     peer = peer_pass(copy.deepcopy(model), token_ids_T, dtype)
     ours = our_pass(copy.deepcopy(model), token_ids_T)
-    mine, theirs = take_turns(ours, peer, tokens, repeats)
+    mine, theirs = take_turns(ours, peer, tokens, repeats, clock)
     return Row(what=f"fp16 pass vs torch {dtype}, {tokens} tokens", ours=mine, peer=theirs, target=target)
 
 
@@ -122,6 +123,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="timed passes of each side; the median counts")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a pass against FP32")
     parser.add_argument("--fp16-tokens", type=int, default=128, help="tokens of a pass against torch's slow FP16")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="count processor seconds: for a busy machine, with --threads 1"
+    )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON on the last line")
     return parser.parse_args()
 
@@ -129,11 +133,12 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
+    clock = time.process_time if args.processor_time else time.perf_counter
     model = load_model(ModelConfig(name="smollm2"))
     print(f"{'what':<40} {'ours tok/s':>10} {'peer tok/s':>10} {'ratio':>7} {'target':>7}")
     rows = []
     for dtype, tokens, target in (("fp32", args.tokens, 0.75), ("fp16", args.fp16_tokens, 15.0)):
-        row = measure(model, dtype, tokens, args.repeats, target)  # type: ignore[arg-type]
+        row = measure(model, dtype, tokens, target, args.repeats, clock)  # type: ignore[arg-type]
         rows.append(row)
         print(f"{row.what:<40} {row.ours:>10.1f} {row.peer:>10.1f} {row.ratio:>7.2f} {row.target:>7.2f}", flush=True)
     if args.json:
