@@ -3,16 +3,17 @@
 
     .venv/bin/python scripts/make_demo_model.py [FOLDER]
 
-writes config.json, generation_config.json, tokenizer.json, tokenizer_config.json and model.safetensors (FP32) to FOLDER,
-by default the one inside the package. It takes some two minutes on two cores.
+writes config.json, generation_config.json, tokenizer.json, tokenizer_config.json and model.safetensors (FP32) to
+FOLDER, by default the one inside the package. It takes some two minutes.
 
-The model learns `2+7+9+1+5+5+4+9=` -> `7=09,9=18,1=19,5=24,5=29,4=33,9=42.` from solutions in which every running total is
-wrong with probability 0.07, by a random last digit, and the sum goes on from the wrong total. So it knows the arithmetic, and
-imitates slips that are independent of the problem: it solves 0.93^7 = 60% of almost every prompt, and reinforcement
-learning has something it can remove from all of them.
+The model learns `2+7+9+1+5+5+4+9=` -> `7=09,9=18,1=19,5=24,5=29,4=33,9=42.` from solutions in which every running
+total is wrong with probability 0.07, by a random last digit, and the sum goes on from the wrong total. So it knows the
+arithmetic, and imitates slips that do not depend on the problem: it solves almost every prompt 0.93^7 = 60% of the
+time, and reinforcement learning has something that it can remove from all of them.
 
-The same machine gives the same file: seed, number of steps, threads and algorithms are fixed. Another processor or another
-version of torch may sum in another order, and then weights differ in their last bits, and by more after 1,000 steps.
+The same machine gives the same file: seed, number of steps and algorithms are fixed, and one thread does all sums in
+one order. Another processor or another version of torch may sum in another order; after 1,500 steps the weights then
+differ, though not in what they can do.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ class Recipe:
     """How the model is trained."""
 
     seed: int = 0
-    threads: int = 2
-    steps: int = 1200
+    threads: int = 1
+    """One is nearly as fast as two at this size, and its sums have one order."""
+    steps: int = 1500
     batch_size: int = 32
     learning_rate: float = 2e-3
     weight_decay: float = 0.0

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from betterhalf.config.schema import TaskConfig
+from betterhalf.config.schema import PerfectibleTask, TaskConfig
 from betterhalf.tasks.arithmetic import build_arithmetic
+from betterhalf.tasks.math import build_math
+from betterhalf.tasks.perfectible_task import restrict
 from betterhalf.tasks.task import Task, Tokenizer
-
-_BUILDERS: dict[str, Callable[[Any, Tokenizer], Task]] = {
-    "arithmetic": build_arithmetic,
-}
 
 
 def build_task(config: TaskConfig, tokenizer: Tokenizer) -> Task:
@@ -22,3 +20,14 @@ def build_task(config: TaskConfig, tokenizer: Tokenizer) -> Task:
         MissingExtraError: the data set is on the hub and `datasets` is not installed.
     """
     return _BUILDERS[config.type](config, tokenizer)
+
+
+def _build_perfectible(config: PerfectibleTask, tokenizer: Tokenizer) -> Task:
+    return restrict(config, build_task(config.base, tokenizer))
+
+
+_BUILDERS: dict[str, Callable[[Any, Tokenizer], Task]] = {
+    "arithmetic": build_arithmetic,
+    "math": build_math,
+    "perfectible": _build_perfectible,
+}

@@ -13,11 +13,11 @@ def draw_int(low: int, high: int, *key: int) -> int:
 
 
 @lru_cache(maxsize=8)
-def shuffled(size: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """A permutation of range(size), determined by (seed, epoch)."""
+def shuffled(size: int, seed: int, turn: int) -> tuple[int, ...]:
+    """A permutation of range(size), determined by (seed, turn)."""
 
     def sort_key(index: int) -> bytes:
-        return hashlib.blake2b(f"{seed},{epoch},{index}".encode(), digest_size=16).digest()
+        return hashlib.blake2b(f"{seed},{turn},{index}".encode(), digest_size=16).digest()
 
     return tuple(sorted(range(size), key=sort_key))
 
@@ -25,4 +25,4 @@ def shuffled(size: int, seed: int, epoch: int) -> tuple[int, ...]:
 def stream(size: int, position: int, count: int, seed: int) -> list[int]:
     """Indices `position` to `position + count` of an endless stream: one shuffle of range(size) after another."""
     places = (divmod(place, size) for place in range(position, position + count))
-    return [shuffled(size, seed, epoch)[offset] for epoch, offset in places]
+    return [shuffled(size, seed, turn)[offset] for turn, offset in places]

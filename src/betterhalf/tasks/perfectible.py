@@ -1,0 +1,187 @@
+"""The perfectible set: prompts that the base policy solves sometimes (arXiv 2510.26788, section 4.1).
+
+A policy can learn to solve every one of them, so a sound system must. The file `perfectible.jsonl` starts with its
+provenance; one row for each prompt tried follows, added as they are counted, so that an interrupted count goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from betterhalf.errors import InputError
+from betterhalf.run_dir import append_jsonl, plain_json, read_jsonl
+
+SAME_DATA_KEYS = frozenset({"path", "reward_seconds", "reward_workers"})
+"""Task settings that may differ between counting and training: a moved file holds the same problems."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerfectibleResult:
+    """What the filter kept."""
+
+    kept: tuple[int, ...]
+    """Positions in `solved_counts`, in order; at least one."""
+    too_easy: int
+    """Prompts solved more often than `upper`."""
+    too_hard: int
+    """Prompts solved less often than `lower`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What a perfectible set was made from: the first line of its file."""
+
+    model: str
+    """As the user named it."""
+    weights_digest: str
+    """Of the weights that sampled."""
+    task: dict[str, Any]
+    """Configuration of the base task."""
+    seed: int
+    """Of the sampling."""
+    candidates: int
+    """Prompts to try: 0 to candidates - 1 of the base task."""
+    samples: int
+    """Completions of each."""
+    lower: float
+    """Smallest share solved that is kept."""
+    upper: float
+    """Largest share solved that is kept."""
+    temperature: float
+    """Of the sampling."""
+    max_tokens: int
+    """Length limit of a completion."""
+    engine_dtype: str
+    """Format the engine computed in."""
+    versions: dict[str, str]
+    """Versions of the packages that matter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolvedRow:
+    """How often one prompt was solved."""
+
+    index: int
+    """In the base task."""
+    prompt_id: str
+    solved: int
+    samples: int
+
+
+def select(solved_counts: Sequence[int], samples: int, lower: float, upper: float) -> PerfectibleResult:
+    """Keep prompts solved between `lower` and `upper` of the time, both included.
+
+    Raises:
+        InputError: nothing is kept; the message says how many were too easy and too hard.
+    """
+    # Half a solution of tolerance is too much, none lets 0.2 * 40 > 8 happen in floating point.
+    fewest, most = lower * samples - 1e-6, upper * samples + 1e-6
+    too_easy = sum(count > most for count in solved_counts)
+    too_hard = sum(count < fewest for count in solved_counts)
+    kept = tuple(index for index, count in enumerate(solved_counts) if fewest <= count <= most)
+    if not kept:
+        raise InputError(
+            f"none of {len(solved_counts)} prompts is perfectible: {too_easy} too easy (solved over {upper:.0%} of the "
+            f"time), {too_hard} too hard (under {lower:.0%}); take {_cure(too_easy, too_hard)}, or widen sanity.lower and "
+            "sanity.upper"
+        )
+    return PerfectibleResult(kept=kept, too_easy=too_easy, too_hard=too_hard)
+
+
+def _cure(too_easy: int, too_hard: int) -> str:
+    if too_easy and too_hard:
+        return "another task or model, or more sanity.candidates"
+    return "a harder task" if too_easy else "an easier task, a stronger model, or a larger sampling.max_tokens"
+
+
+def open_perfectible(path: Path, provenance: Provenance) -> list[SolvedRow]:
+    """Start the file, or read back what an interrupted count left: its rows so far; a torn last line is dropped.
+
+    Raises:
+        InputError: the file was made from something else (named), or is damaged.
+        RunError: the disk is full.
+    """
+    header = {"provenance": plain_json(asdict(provenance))}
+    if not read_jsonl(path):
+        append_jsonl(path, header)
+        return []
+    found, rows = read_perfectible(path)
+    _require_same(path, plain_json(asdict(found)), header["provenance"])
+    return rows
+
+
+def append_solved(path: Path, row: SolvedRow) -> None:
+    """Add one prompt's count.
+
+    Raises:
+        RunError: the disk is full; the rows before are untouched.
+    """
+    append_jsonl(path, asdict(row))
+
+
+def read_perfectible(path: Path) -> tuple[Provenance, list[SolvedRow]]:
+    """Provenance and rows, which may be incomplete.
+
+    Raises:
+        InputError: there is no such file, or it is not a perfectible set.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no perfectible set {path}; make one with `betterhalf sanity`, or check task.path")
+    objects = read_jsonl(path)
+    try:
+        provenance = Provenance(**objects[0]["provenance"])
+        rows = [SolvedRow(**row) for row in objects[1:]]
+    except (IndexError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is not a perfectible set ({error}); make one with `betterhalf sanity`, or check task.path"
+        ) from error
+    _require_order(path, rows)
+    return provenance, rows
+
+
+def read_kept(path: Path) -> tuple[Provenance, list[SolvedRow]]:
+    """Provenance, and the rows of the prompts kept, of a finished file.
+
+    Raises:
+        InputError: as `read_perfectible`; or the count is unfinished; or nothing is kept.
+    """
+    provenance, rows = read_perfectible(path)
+    if len(rows) < provenance.candidates:
+        raise InputError(
+            f"{path} is unfinished: {len(rows)} of {provenance.candidates} prompts are counted; finish it with "
+            "`betterhalf sanity ... --resume`"
+        )
+    result = select([row.solved for row in rows], provenance.samples, provenance.lower, provenance.upper)
+    return provenance, [rows[index] for index in result.kept]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignored: frozenset[str] = frozenset()) -> list[str]:
+    """`key: old -> new` for each differing key, nested ones dotted."""
+    found = []
+    for key in [name for name in {**old, **new} if name not in ignored]:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += [f"{key}.{line}" for line in differences(before, after, ignored)]
+        elif before != after:
+            found.append(f"{key}: {before!r} -> {after!r}")
+    return found
+
+
+def _require_same(path: Path, old: Any, new: Any) -> None:
+    found = differences(old, new)
+    if found:
+        raise InputError(
+            f"{path} was counted under other circumstances ({'; '.join(found)}); restore them, or choose another run_dir"
+        )
+
+
+def _require_order(path: Path, rows: Sequence[SolvedRow]) -> None:
+    """Rows are prompts 0, 1, 2, ...: a gap means that the file was edited or two runs wrote to it."""
+    for expected, row in enumerate(rows):
+        if row.index != expected:
+            raise InputError(
+                f"{path} has prompt {row.index} where prompt {expected} belongs; delete the file and count again"
+            )
