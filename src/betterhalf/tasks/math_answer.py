@@ -7,8 +7,9 @@ import re
 
 _THINK_END = "</think>"
 _BOX = re.compile(r"\\f?boxed\s*\{")
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _SAME_LOOK = (
-    (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[!,;:]|[\s$]"), ""),
+    (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[!,;:]|[$]|(?<!\d)\s+|\s+(?!\d)"), ""),
     (re.compile(r"\\[dt]frac"), r"\\frac"),
     (re.compile(r"\\(?:text|mbox|mathrm)\{([^{}]*)\}"), r"\1"),
     (re.compile(r"\.$"), ""),
@@ -33,12 +34,10 @@ def last_boxed(text: str) -> str | None:
     if not found:
         return None
     start, depth = found[-1].end(), 1
-    for place in range(start, len(text)):
-        if text[place - 1] == "\\":
-            continue
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
+    for brace in _BRACES.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return text[start:place].strip() or None
+            return text[start : brace.start()].strip() or None
     return None
 
 

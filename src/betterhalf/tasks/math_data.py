@@ -68,15 +68,16 @@ def _field(row: dict[str, Any], name: str, number: int, source: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value.strip():
-        found = (
-            "is not text" if name in row else f"is missing (there are: {', '.join(sorted(map(str, row))) or 'none'})"
+        found = "holds no text" if name in row else "is missing"
+        raise InputError(
+            f"{source}, row {number}: the field `{name}` {found}; each row needs `problem` and `answer`, "
+            f"and this one has {', '.join(map(repr, row)) or 'nothing'}"
         )
-        raise InputError(f"{source}, row {number}: the field `{name}` {found}; each row needs `problem` and `answer`")
     return value
 
 
 def _data_set_rows(path: str, split: str) -> list[MathRow]:
-    if Path(path).suffix in (".jsonl", ".json") or path.startswith((".", "/", "~")) and not Path(path).is_dir():
+    if not Path(path).is_dir() and (Path(path).suffix in (".jsonl", ".json") or path.startswith((".", "/", "~"))):
         raise InputError(f"there is no data file {path!r}; check task.path")
     return [_row(row, number, path) for number, row in enumerate(_load_data_set(path, split), start=1)]
 
@@ -93,8 +94,8 @@ def _load_data_set(path: str, split: str) -> Iterable[Any]:
         rows: Iterable[Any] = load_dataset(path, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"data set {path!r}, split {split!r}, cannot be loaded ({_first_line(error)}); check task.path and task.split, "
-            "or give a JSONL file"
+            f"data set {path!r}, split {split!r}, cannot be loaded ({_first_line(error)}); "
+            "check task.path and task.split, or give a JSONL file"
         ) from error
     return rows
 

@@ -57,7 +57,7 @@ class MathGrader:
     def close(self) -> None:
         """End the workers, busy or not."""
         if self._pool is not None:
-            self._pool.stop()
+            self._pool.stop()  # type: ignore[no-untyped-call]
             self._pool.join()
             self._pool = None
 

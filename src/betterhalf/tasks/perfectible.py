@@ -77,7 +77,7 @@ def select(solved_counts: Sequence[int], samples: int, lower: float, upper: floa
     Raises:
         InputError: nothing is kept; the message says how many were too easy and too hard.
     """
-    # Half a solution of tolerance is too much, none lets 0.2 * 40 > 8 happen in floating point.
+    # Without the tolerance a bound such as 0.55 * 20 = 11.000000000000002 would drop a prompt that meets it exactly.
     fewest, most = lower * samples - 1e-6, upper * samples + 1e-6
     too_easy = sum(count > most for count in solved_counts)
     too_hard = sum(count < fewest for count in solved_counts)
@@ -85,8 +85,8 @@ def select(solved_counts: Sequence[int], samples: int, lower: float, upper: floa
     if not kept:
         raise InputError(
             f"none of {len(solved_counts)} prompts is perfectible: {too_easy} too easy (solved over {upper:.0%} of the "
-            f"time), {too_hard} too hard (under {lower:.0%}); take {_cure(too_easy, too_hard)}, or widen sanity.lower and "
-            "sanity.upper"
+            f"time), {too_hard} too hard (under {lower:.0%}); take {_cure(too_easy, too_hard)}, or widen "
+            "sanity.lower and sanity.upper"
         )
     return PerfectibleResult(kept=kept, too_easy=too_easy, too_hard=too_hard)
 
@@ -174,7 +174,8 @@ def _require_same(path: Path, old: Any, new: Any) -> None:
     found = differences(old, new)
     if found:
         raise InputError(
-            f"{path} was counted under other circumstances ({'; '.join(found)}); restore them, or choose another run_dir"
+            f"{path} was counted under other circumstances ({'; '.join(found)}); "
+            "restore them, or choose another run_dir"
         )
 
 
