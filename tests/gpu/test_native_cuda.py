@@ -1,0 +1,174 @@
+"""The native engine on a CUDA device: equal to the CPU in FP32, graphs equal to plain launches, half close to FP32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from betterhalf.config.schema import RunConfig, SamplingConfig
+from betterhalf.precision.contract import weights_digests
+from betterhalf.precision.policy import build_policy
+from betterhalf.rollout.build import build_engine
+from betterhalf.rollout.sampler import draw, sequence_key, uniforms
+from betterhalf.types import GenerateRequest
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 640,
+    "initializer_range": 0.1,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "mistral_sliding": MistralConfig(**SIZES, sliding_window=7),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+}
+SAMPLING = SamplingConfig(max_tokens=20)
+
+
+def module_of(family: str) -> Any:
+    torch.manual_seed(5)
+    return AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32).eval()
+
+
+def engine_of(module: Any, precision: str, device: str = "cuda", **settings: Any) -> Any:
+    config = RunConfig.model_validate({"precision": {"preset": precision}, "engine": settings})
+    policy = build_policy(config.precision, torch.device(device))
+    engine = build_engine(config, module.config, (3, 50), policy)
+    sent = ((name, p.detach().to(device, policy.wire_dtype)) for name, p in module.named_parameters())
+    engine.load_weights(sent, policy_version=0)
+    return engine
+
+
+def requests(lengths: tuple[int, ...] = (12, 3, 12, 40, 1)) -> list[GenerateRequest]:
+    return [
+        GenerateRequest(token_ids=tuple((5 * i + 7 * k) % 101 for k in range(n)), group_size=4, key=(2, 5, i))
+        for i, n in enumerate(lengths)
+    ]
+
+
+def gap(module: Any, found: list[Any]) -> torch.Tensor:
+    """FP32 module on the CPU minus engine, over all sampled tokens, float64."""
+    parts = []
+    for request, group in zip(requests(), found, strict=True):
+        for completion in group:
+            with torch.no_grad():
+                logits = module(torch.tensor([request.token_ids + completion.token_ids])).logits[0]
+            logprobs = logits[len(request.token_ids) - 1 : -1].double().log_softmax(-1)
+            chosen = logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+            parts.append(chosen - torch.tensor(completion.behavior_logprobs, dtype=torch.float64))
+    return torch.cat(parts)
+
+
+@pytest.fixture(autouse=True)
+def full_fp32_products() -> Any:
+    """TF32 keeps ten bits of each operand, which is not FP32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_fp32_on_the_device_equals_the_transformers_module(family):
+    module = module_of(family)
+    difference = gap(module, engine_of(module, "fp32").generate(requests(), SAMPLING))
+    assert (difference.exp() - 1 - difference).mean() < 1e-9
+
+
+@pytest.mark.parametrize("mode", ["engine", "aligned"])
+@pytest.mark.parametrize(("precision", "bound"), [("fp16", 2e-4), ("bf16", 2e-2)])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_half_on_the_device_stays_close_to_fp32(family, precision, bound, mode):
+    module = module_of(family)
+    difference = gap(module, engine_of(module, precision, rounding=mode).generate(requests(), SAMPLING))
+    assert 0 < (difference.exp() - 1 - difference).mean() < bound
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_graphs_give_what_plain_launches_give(family, precision):
+    module = module_of(family)
+    graphs = engine_of(module, precision, cuda_graphs=True, max_concurrent=6)
+    plain = engine_of(module, precision, cuda_graphs=False, max_concurrent=6)
+    found, expected = graphs.generate(requests(), SAMPLING), plain.generate(requests(), SAMPLING)
+    assert graphs._graphs is not None and plain._graphs is None
+    if precision == "fp32":
+        assert [[c.token_ids for c in g] for g in found] == [[c.token_ids for c in g] for g in expected]
+    assert gap(module, found).abs().mean() < 2 * gap(module, expected).abs().mean() + 1e-6
+
+
+def test_graphs_follow_new_weights_and_are_kept(monkeypatch):
+    module, other = module_of("llama"), module_of("llama")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(parameter.flip(0))
+    engine = engine_of(module, "fp16")
+    engine.generate(requests(), SAMPLING)
+    captured = engine._graphs
+    sent = [(name, p.detach().to("cuda", torch.float16)) for name, p in other.named_parameters()]
+    engine.load_weights(sent, policy_version=1)
+    found = engine.generate(requests(), SAMPLING)
+    assert engine._graphs is captured
+    assert gap(other, found).abs().max() < 0.1
+    assert engine.report().digests == weights_digests(sent)
+
+
+def test_a_longer_request_makes_a_larger_cache():
+    module = module_of("llama")
+    engine = engine_of(module, "fp32")
+    short = engine.generate(requests(), SAMPLING)
+    engine.generate(requests((500, 300)), SamplingConfig(max_tokens=100))
+    assert engine.generate(requests(), SAMPLING)[0][0].token_ids == short[0][0].token_ids
+
+
+def test_fp32_tokens_equal_those_of_the_cpu():
+    module = module_of("qwen3")
+    on_cpu = engine_of(module, "fp32", "cpu").generate(requests(), SAMPLING)
+    on_gpu = engine_of(module, "fp32").generate(requests(), SAMPLING)
+    assert [[c.token_ids for c in g] for g in on_gpu] == [[c.token_ids for c in g] for g in on_cpu]
+
+
+def test_random_numbers_equal_those_of_the_cpu():
+    keys = torch.tensor([sequence_key((1, 2, 3), sibling) for sibling in range(1000)])
+    positions = torch.arange(1000)
+    assert torch.equal(uniforms(keys.cuda(), positions.cuda()).cpu(), uniforms(keys, positions))
+
+
+def test_no_device_draw_has_probability_zero():
+    logits = torch.randn(256, 50_000, generator=torch.Generator().manual_seed(0))
+    logits[:, :100] = logits[:, -100:] = -300.0
+    uniform = torch.tensor([0.5 * 2.0**-52, 1 - 2.0**-53], dtype=torch.float64).repeat(128)
+    token_ids = draw(logits.cuda(), uniform.cuda(), 1.0).token_ids
+    assert token_ids.min() >= 100 and token_ids.max() < 49_900
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_logits_are_fp32_and_never_rounded_to_half(precision):
+    engine = engine_of(module_of("llama"), precision)
+    decoder = engine._decoder
+    hidden = torch.randn(7, 128, device="cuda").to(decoder.rounding.dtype)
+    with torch.inference_mode():
+        logits = decoder.logits(hidden)
+    exact = hidden.double() @ decoder.weights.head.double().t()
+    assert logits.dtype == torch.float32
+    assert (logits.double() - exact).abs().max() < 1e-4 * exact.abs().max()
+    assert engine.report().dtypes["lm_head"] == "fp32"
+    assert engine.report().facts["matmul_sums"] == "native"
