@@ -161,9 +161,14 @@ def _differing(expected: dict[str, str], held: dict[str, str]) -> list[str]:
     return wrong + [name for name in held if name not in expected]
 
 
-def _summary(digests: dict[str, str]) -> str:
+def folded_digest(digests: dict[str, str]) -> str:
+    """One digest of all weights: 12 hexadecimal digits over the sorted names and their digests."""
     folded = hashlib.sha256("".join(f"{name}={digests[name]};" for name in sorted(digests)).encode())
-    return f"{len(digests)} tensors {folded.hexdigest()[:12]}"
+    return folded.hexdigest()[:12]
+
+
+def _summary(digests: dict[str, str]) -> str:
+    return f"{len(digests)} tensors {folded_digest(digests)}"
 
 
 def _in_words(row: ContractRow, trainer: SideReport, engine: SideReport) -> str:

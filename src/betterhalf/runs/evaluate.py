@@ -12,6 +12,7 @@ from typing import Any
 
 from betterhalf.config.load import resolved_json
 from betterhalf.config.schema import RunConfig
+from betterhalf.errors import CheckpointError
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.run_dir import RunDir, append_jsonl, default_run_dir, environment, read_json, write_json_atomic
 from betterhalf.runs.assembly import Parts, assemble
@@ -179,7 +180,7 @@ def newest_checkpoint(run_path: str) -> tuple[Path, checkpoint.Checkpoint]:
     """
     path = checkpoint.latest(RunDir.open(run_path).checkpoints)
     if path is None:
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"run {run_path} has no checkpoint yet; let it reach one (training.checkpoint_every), or name a model"
         )
     return path, checkpoint.load(path)

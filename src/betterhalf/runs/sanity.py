@@ -6,6 +6,7 @@ base policy -> perfectible set -> one arm for each precision, identical but for 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def sanity(config: RunConfig, run_dir: str | None, resume: bool = False) -> dict
     write_json_atomic(run.config, resolved_json(config))
     write_json_atomic(run.environment, environment())
     kept = build_perfectible(config, run)
-    arms = {name: run_arm(config, name, kept, run.arm(name)) for name in config.sanity.arms}
+    arms: dict[str, dict[str, Any]] = {name: run_arm(config, name, kept, run.arm(name)) for name in config.sanity.arms}
     summary = {
         "verb": "sanity",
         "passed": arms[config.sanity.arms[0]]["passed"],
@@ -59,7 +60,7 @@ def sanity(config: RunConfig, run_dir: str | None, resume: bool = False) -> dict
     return summary
 
 
-def k3_ratio(arms: dict[str, dict[str, Any]]) -> float | None:
+def k3_ratio(arms: Mapping[str, dict[str, Any]]) -> float | None:
     """Mean k3 of the BF16 arm over that of the FP16 arm; None unless both ran."""
     pair = [arms.get(name, {}).get("mismatch_k3") for name in ("bf16", "fp16")]
     return pair[0] / pair[1] if pair[0] and pair[1] else None

@@ -1,0 +1,97 @@
+"""Build the perfectible set: count how often the base policy solves each candidate prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from betterhalf.config.schema import PerfectibleTask, PrecisionConfig, RunConfig
+from betterhalf.metrics.console import PhaseProgress
+from betterhalf.metrics.console import progress as show_progress
+from betterhalf.precision.contract import folded_digest
+from betterhalf.run_dir import RunDir, environment, plain_json
+from betterhalf.runs.assembly import Parts, assemble
+from betterhalf.runs.evaluate import score_prompts
+from betterhalf.runs.weight_sync import sync_weights
+from betterhalf.tasks.perfectible import (
+    Provenance,
+    SolvedRow,
+    append_solved,
+    open_perfectible,
+    read_kept,
+)
+
+PERFECTIBLE_STEP = 2**31 - 2
+"""Stands in for the step in the random key, so that counting never draws what training or evaluation draws."""
+
+_PROMPTS_AT_ONCE = 16
+"""Prompts counted between two writes: what a kill can cost."""
+
+
+def build_perfectible(config: RunConfig, run: RunDir) -> Path:
+    """The perfectible set of `config.task`, counted by the base policy in FP32 so that it belongs to no arm.
+
+    An interrupted count goes on. A task that is a perfectible set already is used as it is.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        InputError: nothing is perfectible, or the folder holds a count made under other circumstances.
+    """
+    if isinstance(config.task, PerfectibleTask):
+        read_kept(Path(config.task.path).expanduser())
+        return Path(config.task.path).expanduser().resolve()
+    path = run.perfectible.resolve()
+    parts = assemble(config.model_copy(update={"precision": PrecisionConfig(preset="fp32")}))
+    try:
+        _count(parts, path)
+    finally:
+        parts.close()
+    read_kept(path)
+    return path
+
+
+def _count(parts: Parts, path: Path) -> None:
+    """Count the candidates that the file does not hold yet."""
+    config = parts.config
+    candidates = min(config.sanity.candidates, len(parts.task))
+    sync_weights(parts)
+    digest = folded_digest(parts.engine.report().digests)
+    done = len(open_perfectible(path, _provenance(parts, candidates, digest)))
+    label = f"perfectible set: {candidates} prompts x {config.sanity.samples}"
+    with show_progress(label, candidates, mode=config.logging.console) as bar:
+        bar.advance(done)
+        for start in range(done, candidates, _PROMPTS_AT_ONCE):
+            _count_some(parts, path, range(start, min(start + _PROMPTS_AT_ONCE, candidates)), bar)
+
+
+def _count_some(parts: Parts, path: Path, indices: range, bar: PhaseProgress) -> None:
+    prompts = [parts.task.prompt(index) for index in indices]
+    samples = parts.config.sanity.samples
+    scores = score_prompts(parts, prompts, samples, step=PERFECTIBLE_STEP, first_index=indices.start)
+    for index, score in zip(indices, scores, strict=True):
+        append_solved(
+            path, SolvedRow(index=index, prompt_id=score.prompt_id, solved=score.solved, samples=score.samples)
+        )
+    bar.advance(len(indices))
+
+
+def _provenance(parts: Parts, candidates: int, digest: str) -> Provenance:
+    config = parts.config
+    packages = environment()["packages"]
+    task = plain_json(config.task.model_dump())
+    assert isinstance(task, dict)
+    return Provenance(
+        model=config.model.name,
+        weights_digest=digest,
+        task=task,
+        seed=config.seed,
+        candidates=candidates,
+        samples=config.sanity.samples,
+        lower=config.sanity.lower,
+        upper=config.sanity.upper,
+        temperature=config.sampling.temperature,
+        max_tokens=config.sampling.max_tokens,
+        engine_dtype=config.precision.roles().rollout_dtype,
+        versions={name: packages[name] for name in ("betterhalf", "torch", "transformers") if name in packages},
+    )
