@@ -1,4 +1,4 @@
-"""The whole engine against float64 arithmetic that rounds exactly at the points of docs/engines.md, and nowhere else."""
+"""The whole engine against float64 arithmetic that rounds at the points of docs/engines.md, and nowhere else."""
 
 from __future__ import annotations
 

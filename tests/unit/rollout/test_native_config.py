@@ -62,7 +62,7 @@ def test_head_size_may_differ_from_its_share_of_the_hidden_size():
 
 
 def test_an_unknown_architecture_is_refused_with_those_that_are_known():
-    with pytest.raises(InputError, match="'gpt2'; use a model of llama, mistral, qwen2, qwen3"):
+    with pytest.raises(InputError, match="'gpt2'; use a model of one of llama, mistral, qwen2, qwen3"):
         decoder_config(GPT2Config())
 
 

@@ -109,11 +109,11 @@ def _require_known(hf_config: Any) -> None:
     if hf_config.model_type not in SUPPORTED_ARCHITECTURES:
         raise InputError(
             f"the native engine does not know architecture {hf_config.model_type!r}; "
-            f"use a model of {', '.join(SUPPORTED_ARCHITECTURES)}, or another engine.type"
+            f"use a model of one of {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
     if hf_config.hidden_act != "silu":
         raise InputError(
-            f"the native engine computes the activation 'silu', not {hf_config.hidden_act!r}; use another engine.type"
+            f"the native engine computes the activation 'silu', not {hf_config.hidden_act!r}; use a model that has 'silu'"
         )
 
 
@@ -134,8 +134,8 @@ def _rope(hf_config: Any, head_dim: int) -> tuple[Tensor, float]:
     kind = parameters.get("rope_type", "default")
     if kind not in SUPPORTED_ROPE_TYPES:
         raise InputError(
-            f"the native engine does not compute rope scaling {kind!r}; it knows {', '.join(SUPPORTED_ROPE_TYPES)}; "
-            "use another engine.type"
+            f"the native engine does not compute rope scaling {kind!r}; "
+            f"use a model with one of {', '.join(SUPPORTED_ROPE_TYPES)}"
         )
     if kind == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
@@ -144,6 +144,6 @@ def _rope(hf_config: Any, head_dim: int) -> tuple[Tensor, float]:
     if inv_freq.shape[0] * 2 != head_dim:
         raise InputError(
             f"rope covers {inv_freq.shape[0] * 2} of {head_dim} dimensions of a head, which the native engine does not "
-            "compute; use another engine.type"
+            "compute; use a model whose rope covers whole heads"
         )
     return inv_freq, float(scaling)

@@ -91,9 +91,11 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """FP32 logits [B, V]: operands on the half grid, products and sums in FP32, never rounded to half."""
         head = self.weights.head
-        if head.is_cuda and head.dtype != torch.float32:
-            return torch.mm(hidden, head.t(), out_dtype=torch.float32)
-        return widened_linear(hidden, head, None, torch.float32)
+        if not head.is_cuda:
+            return widened_linear(hidden, head, None, torch.float32)
+        if self.rounding.exact:
+            return F.linear(hidden, head)
+        return torch.mm(hidden, head.t(), out_dtype=torch.float32)
 
     def _forward(self, token_ids: Tensor, positions: Tensor, attend: _Attend) -> Tensor:
         hidden = self.weights.embedding[token_ids].to(self.rounding.container)
@@ -128,6 +130,6 @@ class Decoder:
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A projection whose result is rounded once: by the half kernel itself, or after sums in FP32."""
-        if self.rounding.container != torch.float32:
+        if x.is_cuda or self.rounding.container != torch.float32:
             return F.linear(x, weight, bias)
         return widened_linear(x, weight, bias, self.rounding.dtype).float()
