@@ -266,3 +266,10 @@ def test_buckets_cover_what_is_asked_and_little_more():
     assert batch_bucket(33, 40) == 40
     assert [length_bucket(n, 4096) for n in (1, 256, 257, 3000)] == [256, 256, 512, 4096]
     assert length_bucket(40, 64) == 64
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_larger_cache_left_by_earlier_requests_changes_no_bit(make_engine, precision):
+    used, fresh, sampling = make_engine(precision), make_engine(precision), SamplingConfig(max_tokens=10)
+    used.generate(requests(count=12, lengths=(25, 30)), SamplingConfig(max_tokens=30))
+    assert used.generate(requests(), sampling) == fresh.generate(requests(), sampling)

@@ -113,7 +113,7 @@ def _require_known(hf_config: Any) -> None:
         )
     if hf_config.hidden_act != "silu":
         raise InputError(
-            f"the native engine computes the activation 'silu', not {hf_config.hidden_act!r}; use a model that has 'silu'"
+            f"the native engine computes the activation 'silu', not {hf_config.hidden_act!r}; use a model with it"
         )
 
 
