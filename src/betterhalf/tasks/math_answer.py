@@ -6,7 +6,7 @@ import logging
 import re
 
 _THINK_END = "</think>"
-_BOX = re.compile(r"\\f?boxed\s*\{")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _SAME_LOOK = (
     (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[!,;:]|[$]|(?<!\d)\s+|\s+(?!\d)"), ""),

@@ -77,7 +77,7 @@ def select(solved_counts: Sequence[int], samples: int, lower: float, upper: floa
     Raises:
         InputError: nothing is kept; the message says how many were too easy and too hard.
     """
-    # Without the tolerance a bound such as 0.55 * 20 = 11.000000000000002 would drop a prompt that meets it exactly.
+    # Without tolerance, upper = 0.29 of 100 samples is 28.999999999999996 and drops a prompt solved 29 times.
     fewest, most = lower * samples - 1e-6, upper * samples + 1e-6
     too_easy = sum(count > most for count in solved_counts)
     too_hard = sum(count < fewest for count in solved_counts)

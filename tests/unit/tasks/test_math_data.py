@@ -1,0 +1,133 @@
+"""Rows of problems: what is read, and what is refused with its row number."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from betterhalf.config.schema import MathTask
+from betterhalf.errors import InputError, MissingExtraError
+from betterhalf.tasks.build import build_task
+from betterhalf.tasks.math import INSTRUCTION, render
+from betterhalf.tasks.math_data import MathRow, load_rows
+
+
+class PlainTokenizer:
+    """Bytes as ids; 1 in front as a special token."""
+
+    chat_template: str | None = None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [1] * add_special_tokens + list(text.encode())
+
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any:
+        return f"<{conversation[0]['content']}>"
+
+
+def write(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(text, encoding="utf-8")
+    return str(file)
+
+
+def test_rows_keep_their_order_and_numbers_become_text(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"problem": "1+1?", "answer": 2, "level": 1}\n\n{"answer": "\\\\frac12", "problem": "p"}\n')
+    assert load_rows(path, "train") == [
+        MathRow(problem="1+1?", answer="2"),
+        MathRow(problem="p", answer="\\frac12"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("{not json", "row 3, is not JSON"),
+        ('["problem", "answer"]', "row 3, is a list"),
+        ('{"problem": "p"}', "row 3: the field `answer` is missing.*this one has 'problem'"),
+        ('{"answer": "1"}', "row 3: the field `problem` is missing"),
+        ('{"problem": "p", "answer": null}', "row 3: the field `answer` holds no text"),
+        ('{"problem": " ", "answer": "1"}', "row 3: the field `problem` holds no text"),
+        ('{"problem": "p", "answer": true}', "row 3: the field `answer` holds no text"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line(tmp_path: Path, bad: str, message: str) -> None:
+    path = write(tmp_path, f'{{"problem": "p", "answer": "1"}}\n\n{bad}\n')
+    with pytest.raises(InputError, match=message):
+        load_rows(path, "train")
+
+
+@pytest.mark.parametrize("text", ["", "\n\n"])
+def test_an_empty_file_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError, match="is empty"):
+        load_rows(write(tmp_path, text), "train")
+
+
+@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "org/missing.json"])
+def test_a_missing_file_is_not_looked_for_on_the_hub(path: str) -> None:
+    with pytest.raises(InputError, match="there is no data file"):
+        load_rows(path, "train")
+
+
+def test_a_hub_name_without_datasets_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtraError, match=r"betterhalf\[hub\]"):
+        load_rows("org/name", "train")
+
+
+def test_a_hub_name_or_folder_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def load_dataset(path: str, split: str) -> list[dict[str, str]]:
+        return [{"problem": path, "answer": split}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert load_rows("org/name", "test") == [MathRow(problem="org/name", answer="test")]
+    assert load_rows(str(tmp_path), "test") == [MathRow(problem=str(tmp_path), answer="test")]
+
+
+def test_a_data_set_that_cannot_be_loaded_is_an_input_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(path: str, split: str) -> None:
+        raise ValueError("Unknown split\nlong trace")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(InputError, match=r"split 'tset', cannot be loaded \(Unknown split\)"):
+        load_rows("org/name", "tset")
+
+
+R1 = (
+    "<\uff5cbegin\u2581of\u2581sentence\uff5c><\uff5cUser\uff5c>1+1 {x}? Please reason step by step, and put "
+    "your final answer within \\boxed{}.<\uff5cAssistant\uff5c><think>\n"
+)
+QWEN = (
+    "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+    "<|im_start|>user\n1+1 {x}?<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+@pytest.mark.parametrize(("template", "text"), [("r1_distill", R1), ("qwen_math", QWEN)])
+def test_templates_equal_the_ones_written_by_hand(template: str, text: str) -> None:
+    assert render(template, "1+1 {x}?") == text
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "special"),
+    [("none", "1+1 {x}?", True), ("chat", f"<1+1 {{x}}? {INSTRUCTION}>", False), ("r1_distill", R1, False)],
+)
+def test_each_template_makes_its_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: Any, text: str, special: bool
+) -> None:
+    monkeypatch.setattr(PlainTokenizer, "chat_template", "yes")
+    path = write(tmp_path, json.dumps({"problem": "1+1 {x}?", "answer": "2"}))
+    task = build_task(MathTask(path=path, template=template), PlainTokenizer())
+    prompt = task.prompt(0)
+    assert (prompt.text, prompt.answer, prompt.prompt_id) == (text, "2", "math/0")
+    assert prompt.token_ids == (1,) * special + tuple(text.encode())
+
+
+def test_a_chat_template_that_is_missing_is_found_when_the_task_is_built(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"problem": "p", "answer": "1"}')
+    with pytest.raises(InputError, match="no chat template"):
+        build_task(MathTask(path=path), PlainTokenizer())
