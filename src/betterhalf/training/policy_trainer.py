@@ -18,7 +18,7 @@ from betterhalf.models.attention import attention_name, use_packed_attention
 from betterhalf.models.loading import LoadedModel
 from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.formats import dtype_name
-from betterhalf.precision.half_linear import use_half_linear
+from betterhalf.precision.half_linear import Widened, use_half_linear
 from betterhalf.precision.loss_scaler import LossScaler, build_loss_scaler
 from betterhalf.precision.policy import PrecisionPolicy
 from betterhalf.training.distributed import Collective, SingleProcess
@@ -79,7 +79,7 @@ class PolicyTrainer:
             self.module.train()
         self.scaler: LossScaler = build_loss_scaler(config.precision.loss_scale, policy.roles.compute_dtype)
         self.optimizer = self._build_optimizer()
-        self._head_cache: tuple[int, Tensor] | None = None
+        self._head_wide = Widened(self._head())
 
     def _build_optimizer(self) -> torch.optim.AdamW:
         settings = self.config.optimizer
@@ -113,11 +113,7 @@ class PolicyTrainer:
     def _head_for_products(self) -> Tensor:
         """The head as its products use it: on a CPU widened to FP32, once for each update of the weights."""
         weight = self._head().detach()
-        if weight.is_cuda or weight.dtype == torch.float32:
-            return weight
-        if self._head_cache is None or self._head_cache[0] != weight._version:
-            self._head_cache = (weight._version, weight.float())
-        return self._head_cache[1]
+        return weight if weight.is_cuda or weight.dtype == torch.float32 else self._head_wide()
 
     @property
     def _rows(self) -> int:
