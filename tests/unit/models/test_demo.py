@@ -1,0 +1,137 @@
+"""The demo model inside the package: small, readable by transformers, and right about 60% of the time."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from betterhalf.config.schema import ArithmeticTask, ModelConfig
+from betterhalf.models import loading
+from betterhalf.models.loading import LoadedModel, load_model
+from betterhalf.tasks.arithmetic import running_sum_digits, running_sum_question, running_sum_solution
+from betterhalf.tasks.build import build_task
+from betterhalf.types import FinishReason
+
+FOLDER = Path(loading.__file__).parent / "demo"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "make_demo_model.py"
+PROMPTS, SIBLINGS = 64, 8
+
+
+@pytest.fixture(scope="module")
+def demo() -> LoadedModel:
+    return load_model(ModelConfig(name="demo"))
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_demo_model", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def rewards(demo: LoadedModel, *, sample: bool, siblings: int) -> Tensor:
+    """Rewards [prompts, siblings] of the first prompts, sampled by transformers with a fixed seed."""
+    task = build_task(ArithmeticTask(), demo.tokenizer)
+    prompts = [task.prompt(index) for index in range(PROMPTS) for _ in range(siblings)]
+    token_ids = torch.tensor([prompt.token_ids for prompt in prompts])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        out = demo.module.generate(
+            token_ids, attention_mask=torch.ones_like(token_ids), max_new_tokens=40, do_sample=sample
+        )
+    completions = out[:, token_ids.shape[1] :]
+    stopped = (completions == demo.stop_token_ids[0]).any(1).tolist()
+    reasons: list[FinishReason] = ["stop" if stop else "length" for stop in stopped]
+    texts = demo.tokenizer.batch_decode(completions.tolist(), skip_special_tokens=True)
+    return torch.tensor(task.rewards(prompts, texts, reasons)).view(PROMPTS, siblings)
+
+
+def test_the_files_are_small_and_complete() -> None:
+    sizes = {file.name: file.stat().st_size for file in FOLDER.iterdir() if file.is_file()}
+    expected = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
+    assert expected <= sizes.keys()
+    assert sum(sizes.values()) < 5_000_000
+
+
+def test_it_has_half_a_million_weights_in_fp32(demo: LoadedModel) -> None:
+    assert 500_000 * 0.9 < sum(weight.numel() for weight in demo.module.parameters()) < 2_000_000
+    assert {weight.dtype for weight in demo.module.parameters()} == {torch.float32}
+
+
+def test_the_end_mark_is_the_only_stop_token(demo: LoadedModel) -> None:
+    assert demo.stop_token_ids == (demo.tokenizer.convert_tokens_to_ids("."),)
+
+
+@pytest.mark.parametrize("text", ["2+7+9+1+5+5+4+9=", "7=09,9=18,1=19,5=24,5=29,4=33,9=42.", "0123456789", ""])
+def test_the_tokenizer_round_trips_one_token_a_character(demo: LoadedModel, text: str) -> None:
+    token_ids = demo.tokenizer.encode(text)
+    assert len(token_ids) == len(text)
+    assert demo.tokenizer.decode(token_ids, skip_special_tokens=True) == text
+
+
+def test_characters_it_lacks_become_unknown_one_by_one(demo: LoadedModel) -> None:
+    unknown = demo.tokenizer.unk_token_id
+    one, nine = demo.tokenizer.convert_tokens_to_ids(["1", "9"])
+    assert demo.tokenizer.encode("1 a\n9") == [one, unknown, unknown, unknown, nine]
+
+
+def test_it_solves_60_percent_when_sampled_and_nearly_all_when_greedy(demo: LoadedModel) -> None:
+    """0.93^7 = 0.60; 512 completions have a standard error of 0.022."""
+    assert 0.52 < rewards(demo, sample=True, siblings=SIBLINGS).mean().item() < 0.68
+    assert rewards(demo, sample=False, siblings=1).mean().item() > 0.96
+
+
+def test_groups_have_something_to_compare(demo: LoadedModel) -> None:
+    """Of 8 siblings at 60%, 98% of the groups hold right ones and wrong ones."""
+    solved = rewards(demo, sample=True, siblings=SIBLINGS).mean(1)
+    assert ((solved > 0) & (solved < 1)).float().mean().item() > 0.9
+
+
+def test_the_script_trains_on_the_task_as_it_is_written(script: ModuleType, demo: LoadedModel) -> None:
+    digits = torch.tensor([running_sum_digits(0, index, 8) for index in range(20)])
+    totals = script.sample_totals(digits, 0.0, torch.Generator())
+    texts = demo.tokenizer.batch_decode(script.encode(digits, totals).tolist(), skip_special_tokens=True)
+    rows = [tuple(row) for row in digits.tolist()]
+    assert texts == [running_sum_question(row) + running_sum_solution(row) for row in rows]
+
+
+def test_slips_change_the_last_digit_of_a_total_and_are_carried_on(script: ModuleType) -> None:
+    digits = torch.randint(1, 10, (4000, 8), generator=torch.Generator().manual_seed(0))
+    totals = script.sample_totals(digits, 0.07, torch.Generator().manual_seed(1))
+    before = torch.cat([digits[:, :1], totals[:, :-1]], 1)
+    right = before + digits[:, 1:]
+    slipped = totals != right
+    assert torch.equal(totals // 10, right // 10)
+    # 28,000 steps: 0.07 with a standard error of 0.0015.
+    assert abs(slipped.float().mean().item() - 0.07) < 0.006
+
+
+def test_the_script_makes_the_tokenizer_and_the_shape_in_the_package(
+    script: ModuleType, demo: LoadedModel, tmp_path: Path
+) -> None:
+    script.make_tokenizer().save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_text() == (FOLDER / name).read_text()
+    config = script.make_config()
+    for key in ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "initializer_range"):
+        assert getattr(config, key) == getattr(demo.hf_config, key)
+
+
+def test_a_recipe_gives_the_same_weights_twice(script: ModuleType) -> None:
+    threads = torch.get_num_threads()
+    try:
+        first, second = (script.train(script.Recipe(steps=3)).state_dict() for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+    assert all(torch.equal(first[name], second[name]) for name in first)
