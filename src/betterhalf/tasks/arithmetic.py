@@ -37,7 +37,7 @@ def running_sum_solution(digits: tuple[int, ...]) -> str:
 
 def solves_running_sum(text: str, answer: str) -> bool:
     """Whether the text ends with the right total and the end mark; the steps before it are free."""
-    final = re.search(r"=([0-9]+)\.\s*$", text)
+    final = re.search(r"=([0-9]{1,9})\.\s*$", text)
     return final is not None and int(final[1]) == int(answer)
 
 
@@ -74,33 +74,34 @@ class Story:
 STORIES = (
     Story(
         text="{name} has {a} {item} and buys {b} more. How many {item} does {name} have now?",
-        bounds=((2, 30), (2, 30)),
+        bounds=((2, 9), (2, 9)),
         answer=lambda a, b: a + b,
     ),
     Story(
         text="{name} has {a} {item} and gives {b} of them away. How many {item} does {name} have left?",
-        bounds=((20, 40), (2, 19)),
+        bounds=((6, 10), (1, 5)),
         answer=lambda a, b: a - b,
     ),
     Story(
         text="{name} has {a} boxes. Each box holds {b} {item}. How many {item} are there in total?",
-        bounds=((2, 9), (2, 9)),
+        bounds=((2, 5), (2, 5)),
         answer=lambda a, b: a * b,
     ),
     Story(
         text="{name} has {a} {item}, finds {b} more, and then loses {c}. How many {item} does {name} have now?",
-        bounds=((10, 30), (2, 20), (2, 10)),
+        bounds=((5, 10), (2, 9), (1, 4)),
         answer=lambda a, b, c: a + b - c,
     ),
     Story(
         text="{name} buys {a} bags with {b} {item} each and eats {c} of the {item}. How many {item} are left?",
-        bounds=((3, 6), (4, 9), (2, 10)),
+        bounds=((2, 4), (2, 5), (1, 3)),
         answer=lambda a, b, c: a * b - c,
     ),
 )
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas")
 ITEMS = ("apples", "oranges", "cookies", "nuts", "plums", "candies", "pears", "cherries")
-INSTRUCTION = "Think briefly and end with the answer as a number."
+INSTRUCTION = "Answer in one short sentence."
+"""Keeps a small model from rambling: most completions of SmolLM2-135M then end within 40 tokens."""
 
 
 def word_problem(seed: int, index: int) -> tuple[str, int]:

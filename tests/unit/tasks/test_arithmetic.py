@@ -71,6 +71,7 @@ def test_question_and_solution_equal_the_ones_written_by_hand() -> None:
         (SOLUTION + "9=43.", False),
         ("", False),
         (".", False),
+        ("=" + "9" * 5000 + ".", False),  # more digits than int() takes
     ],
 )
 def test_a_running_sum_is_right_when_its_last_total_is(text: str, right: bool) -> None:
