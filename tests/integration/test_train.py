@@ -35,7 +35,10 @@ ALWAYS = {
     *(f"mismatch/{n}" for n in ("slope_per_1k", "ess_fraction", "chi2_token", "pearson", "tokens")),
     *(f"optim/{n}" for n in ("loss_scale", "skipped", "grad_norm", "learning_rate")),
     *(f"optim/{n}" for n in ("underflow_fraction", "overflow_fraction", "first_offender")),
-    *(f"policy/{n}" for n in ("entropy/mean", "clip_fraction", "mask_fraction", "truncate_fraction", "loss", "version")),
+    *(
+        f"policy/{n}"
+        for n in ("entropy/mean", "clip_fraction", "mask_fraction", "truncate_fraction", "loss", "version")
+    ),
     *(f"rollout/{n}" for n in ("reward/mean", "reward/std", "length/mean", "length/max")),
     *(f"rollout/{n}" for n in ("truncated_fraction", "zero_advantage_fraction")),
     *(f"time/{n}_seconds" for n in ("step", "generate", "reward", "measure", "train", "sync")),

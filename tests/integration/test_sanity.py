@@ -1,0 +1,136 @@
+"""The sanity test end to end, small: a perfectible set, arms that differ in precision only, a verdict, a resume."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from betterhalf.config.load import config_difference
+from betterhalf.config.schema import RunConfig
+from betterhalf.errors import InputError
+from betterhalf.run_dir import RunDir, read_json, read_jsonl
+from betterhalf.runs import sanity as sanity_module
+from betterhalf.runs.perfect import build_perfectible
+from betterhalf.runs.sanity import sanity
+from betterhalf.tasks.perfectible import read_kept
+
+Configured = Callable[..., RunConfig]
+SMALL_SANITY = {"candidates": 24, "samples": 10, "evaluation_samples": 4, "pass_accuracy": 0.3}
+
+
+@pytest.fixture(scope="module")
+def sanity_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One small sanity run, shared by the tests that only look at it."""
+    folder = tmp_path_factory.mktemp("sanity") / "run"
+    config = RunConfig.model_validate(
+        {
+            "name": "small",
+            "task": {"type": "arithmetic", "num_prompts": 64},
+            "sampling": {"max_tokens": 40},
+            "training": {"steps": 2, "prompts_per_step": 4, "group_size": 4, "optimizer_steps": 2},
+            "optimizer": {"learning_rate": 1e-4},
+            "sanity": SMALL_SANITY,
+            "logging": {"console": "quiet"},
+        }
+    )
+    sanity(config, str(folder))
+    return folder
+
+
+def test_the_answer_has_the_promised_shape(sanity_run: Path) -> None:
+    summary = read_json(sanity_run / "summary.json")
+    assert summary["passed"] is True
+    assert list(summary["arms"]) == ["fp16", "bf16"]
+    for arm in summary["arms"].values():
+        assert set(arm) == {
+            "passed",
+            "final_accuracy",
+            "mismatch_k3",
+            "mismatch_max_abs",
+            "skipped_steps",
+            "seconds",
+        }
+        assert 0 < arm["final_accuracy"] <= 1
+    ratio = summary["arms"]["bf16"]["mismatch_k3"] / summary["arms"]["fp16"]["mismatch_k3"]
+    assert summary["k3_ratio"] == pytest.approx(ratio)
+    assert summary["k3_ratio"] > 20
+    assert (sanity_run / "report.html").is_file()
+
+
+def test_the_arms_differ_in_precision_only(sanity_run: Path) -> None:
+    fp16, bf16 = (
+        RunConfig.model_validate(read_json(sanity_run / "arms" / name / "config.json")) for name in ("fp16", "bf16")
+    )
+    assert [change.key for change in config_difference(fp16, bf16)] == ["precision.preset"]
+
+
+def test_the_arms_start_from_the_same_weights_and_draw_the_same_prompts(sanity_run: Path) -> None:
+    first = {
+        name: [
+            row["prompt_id"] for row in read_jsonl(sanity_run / "arms" / name / "rollouts.jsonl") if row["step"] == 1
+        ]
+        for name in ("fp16", "bf16")
+    }
+    assert first["fp16"] == first["bf16"] != []
+
+
+def test_arms_train_on_kept_prompts_only(sanity_run: Path) -> None:
+    provenance, kept = read_kept(sanity_run / "perfectible.jsonl")
+    assert provenance.engine_dtype == "fp32"
+    assert all(2 <= row.solved <= 8 for row in kept)
+    names = {row.prompt_id for row in kept}
+    assert 0 < len(names) <= 24
+    for arm in ("fp16", "bf16"):
+        seen = {row["prompt_id"] for row in read_jsonl(sanity_run / "arms" / arm / "rollouts.jsonl")}
+        assert seen <= names
+
+
+def test_a_finished_run_resumes_without_training_again(sanity_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("a finished arm was trained again")
+
+    before = read_json(sanity_run / "summary.json")
+    monkeypatch.setattr(sanity_module, "run_training", forbidden)
+    config = RunConfig.model_validate(read_json(sanity_run / "config.json"))
+    after = sanity(config, str(sanity_run), resume=True)
+    assert after["arms"] == before["arms"]
+
+
+def test_an_interrupted_count_goes_on_and_gives_the_same_set(small_config: Configured, tmp_path: Path) -> None:
+    config = small_config(sanity=SMALL_SANITY)
+    whole = build_perfectible(config, RunDir.create(tmp_path / "whole", resume=False))
+    lines = whole.read_text().splitlines(keepends=True)
+    half = RunDir.create(tmp_path / "half", resume=False)
+    half.perfectible.write_text("".join(lines[:17]) + lines[17][:20])  # header, 16 rows, a torn one
+    build_perfectible(config, half)
+    assert half.perfectible.read_text() == whole.read_text()
+
+
+def test_nothing_perfectible_says_how_many_were_too_easy_and_too_hard(small_config: Configured, tmp_path: Path) -> None:
+    config = small_config(sanity={**SMALL_SANITY, "lower": 0.99, "upper": 1.0, "candidates": 6})
+    with pytest.raises(InputError, match=r"none of 6 prompts is perfectible: 0 too easy .* 6 too hard"):
+        sanity(config, str(tmp_path / "run"))
+
+
+def test_a_failed_first_arm_fails_the_command(betterhalf: Callable[..., object], tmp_path: Path) -> None:
+    ended = betterhalf(
+        "sanity",
+        "sanity.candidates=8",
+        "sanity.samples=6",
+        "sanity.lower=0",
+        "sanity.upper=1",
+        "sanity.pass_accuracy=1.0",
+        "sanity.evaluation_samples=4",
+        "training.steps=1",
+        "training.prompts_per_step=4",
+        "arms=fp16",
+        f"run_dir={tmp_path / 'run'}",
+        "--json",
+    )
+    answer = json.loads(ended.stdout.splitlines()[-1])  # type: ignore[attr-defined]
+    assert ended.returncode == 1  # type: ignore[attr-defined]
+    assert answer["passed"] is False
+    assert answer["k3_ratio"] is None
