@@ -146,7 +146,7 @@ def _power_ticks(low: float, high: float, base: int, count: int) -> list[float]:
         powers = [m * 10.0**p for p in range(first - 1, last + 1) for m in _MANTISSAS]
         return [value for value in powers if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
     stride = max(1, math.ceil((last - first + 1) / (count + 1)))
-    return [float(base) ** p for p in range(first, last + 1) if (p - first) % stride == 0]
+    return [float(base) ** p for p in range(first, last + 1) if p % stride == 0]
 
 
 def _log_label(value: float) -> str:

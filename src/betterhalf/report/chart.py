@@ -21,6 +21,8 @@ STYLES = 6
 """Distinct colours; series beyond that reuse them."""
 
 _LABEL_GAP = 14
+_COLUMN = 60
+"""Labels further apart than this across cannot touch."""
 _MARKERS_PER_LINE = 4
 _MAX_POINTS = 800
 
@@ -78,8 +80,9 @@ def draw(chart: Chart) -> str | None:
         return None
     across = steps_axis([step for line in chart.lines for step in line.steps], start=LEFT, end=RIGHT)
     parts = [_band(chart.band, axis), _grid(axis), _step_labels(across)]
-    parts += [_series(line, chart.smooth, across, axis) for line in chart.lines]
-    parts.append(_end_labels(chart, across, axis))
+    inked = [axis.pixel(value) for value in values if can_draw(chart.scale, value)]
+    parts += [_series(chart, line, across, axis) for line in chart.lines]
+    parts += [_end_labels(chart, across, axis), _band_label(chart.band, axis, inked)]
     return svg(chart.key, chart.title, _description(chart), "".join(parts))
 
 
@@ -104,6 +107,17 @@ def moving_average(values: Sequence[float], window: int) -> list[float]:
         near = [v for v in values[max(0, index - half) : index + half + 1] if math.isfinite(v)]
         means.append(sum(near) / len(near) if math.isfinite(value) else math.nan)
     return means
+
+
+def smoothed(chart: Chart, line: Line) -> list[float]:
+    """The values drawn bold: their moving average, geometric on a logarithmic axis, where a lone spike would rule it."""
+    window = smoothing_window(len(line.values)) if chart.smooth else 1
+    if window == 1:
+        return list(line.values)
+    if chart.scale == "linear":
+        return moving_average(line.values, window)
+    logs = [math.log(value) if can_draw(chart.scale, value) else math.nan for value in line.values]
+    return [math.exp(mean) for mean in moving_average(logs, window)]
 
 
 def smoothing_window(count: int) -> int:
@@ -175,7 +189,29 @@ def _band(band: tuple[float | None, float | None] | None, axis: Axis) -> str:
         for bound in band
         if bound is not None and axis.low < bound < axis.high
     )
-    return f'<rect class="band" x="{LEFT}" y="{top:.1f}" width="{RIGHT - LEFT}" height="{bottom - top:.1f}"/>{edges}'
+    rect = f'<rect class="band" x="{LEFT}" y="{top:.1f}" width="{RIGHT - LEFT}" height="{bottom - top:.1f}"/>'
+    return rect + edges
+
+
+def _band_label(band: tuple[float | None, float | None] | None, axis: Axis, inked: Sequence[float]) -> str:
+    """The band in words, at the height within it that is furthest from the data."""
+    if band is None:
+        return ""
+    top = axis.pixel(axis.high if band[1] is None else band[1]) + 15
+    bottom = axis.pixel(axis.low if band[0] is None else band[0]) - 6
+    if bottom < top:
+        return ""
+    heights = [top + (bottom - top) * share / 8 for share in range(9)]
+    y = max(heights, key=lambda height: min(abs(height - 4 - ink) for ink in inked))
+    return f'<text class="bandname" x="{LEFT + 6}" y="{y:.1f}">{escape(_band_words(band, axis))}</text>'
+
+
+def _band_words(band: tuple[float | None, float | None], axis: Axis) -> str:
+    low, high = band
+    if low is not None and high is not None:
+        return f"healthy: {axis.label(low)} to {axis.label(high)}"
+    bound = high if high is not None else low
+    return "" if bound is None else f"healthy: {'below' if low is None else 'above'} {axis.label(bound)}"
 
 
 def _grid(axis: Axis) -> str:
@@ -198,11 +234,10 @@ def _step_labels(across: Axis) -> str:
     return "".join(parts)
 
 
-def _series(line: Line, smooth: bool, across: Axis, axis: Axis) -> str:
-    window = smoothing_window(len(line.values)) if smooth else 1
-    shown = segments(line, axis.scale, across, axis, moving_average(line.values, window))
+def _series(chart: Chart, line: Line, across: Axis, axis: Axis) -> str:
+    shown = segments(line, axis.scale, across, axis, smoothed(chart, line))
     parts = []
-    if window > 1:
+    if chart.smooth and smoothing_window(len(line.values)) > 1:
         parts += [_path(points, "raw") for points in segments(line, axis.scale, across, axis, line.values)]
     parts += [_path(points, "line") for points in shown]
     parts += [marker(line.style, *point) for point in _marker_points(shown, line.style)]
@@ -235,10 +270,18 @@ def _cross(mark: Mark, across: Axis, axis: Axis) -> str:
 def _end_labels(chart: Chart, across: Axis, axis: Axis) -> str:
     ends = []
     for line in chart.lines:
-        window = smoothing_window(len(line.values)) if chart.smooth else 1
-        points = [p for s in segments(line, axis.scale, across, axis, moving_average(line.values, window)) for p in s]
+        points = [p for stretch in segments(line, axis.scale, across, axis, smoothed(chart, line)) for p in stretch]
         if line.tag and points:
             ends.append((line, points[-1]))
+    return "".join(_label_column([end for end in ends if round(end[1][0] / _COLUMN) == c]) for c in _columns(ends))
+
+
+def _columns(ends: list[tuple[Line, Point]]) -> list[int]:
+    return sorted({round(point[0] / _COLUMN) for _, point in ends})
+
+
+def _label_column(ends: list[tuple[Line, Point]]) -> str:
+    """Labels of lines that end at about the same step, moved apart."""
     heights = spread([point[1] for _, point in ends], _LABEL_GAP, TOP, BOTTOM)
     return "".join(
         f'<text class="end {style_class(line.style)}" x="{point[0] + 8:.1f}" y="{y + 4:.1f}">{escape(line.tag)}</text>'

@@ -170,7 +170,8 @@ def _skips(arm: Arm, scales: Sequence[float]) -> tuple[Mark, ...]:
 def _with_text(spec: FigureSpec, arms: Sequence[Arm], image: str) -> Figure:
     longest = max(len(arm.steps) for arm in arms)
     window = smoothing_window(longest) if spec.smooth else 1
-    smoothed = f" Bold: mean of {window} steps; faint: each step." if window > 1 else ""
+    mean = "mean" if spec.scale == "linear" else "geometric mean"
+    smoothed = f" Bold: {mean} of {window} steps; faint: each step." if window > 1 else ""
     return Figure(
         key=spec.key,
         title=spec.title,

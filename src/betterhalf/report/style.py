@@ -18,15 +18,15 @@ h3{font-size:1rem;margin:0}h4{font-size:.9rem;margin:0 0 .4em}
 p{margin:.5em 0;max-width:76ch}.lead,.note,small,figcaption,.unit{color:var(--soft)}
 .lead{margin:0;overflow-wrap:anywhere}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92rem}
-caption{text-align:left;font-weight:600;padding:.3em 0}
+.side{display:flex;flex-wrap:wrap;gap:8px 56px}caption{text-align:left;font-weight:600;padding:.3em 0}
 th,td{padding:.35em .8em .35em 0;text-align:left;border-bottom:1px solid var(--rule);vertical-align:top}
 td{white-space:nowrap}tr>th:first-child{font-weight:600}
 .scroll{overflow-x:auto;max-width:100%}
 .verdict{font-size:1rem}.verdict td:not(.passed,.failed,.incomplete),.verdict th:not(:first-child){text-align:right}
 .verdict th:nth-child(3),.verdict .passed,.verdict .failed,.verdict .incomplete{text-align:left!important}
 .verdict th,.verdict td{padding-right:1.4em;white-space:nowrap}
-.passed,.status-equal,.status-ok{color:var(--ok);font-weight:600}.failed,.status-different{color:var(--bad);font-weight:600}
-.incomplete,.status-allowed{color:var(--wait);font-weight:600}
+.passed,.status-equal{color:var(--ok);font-weight:600}.failed,.status-differs{color:var(--bad);font-weight:600}
+.incomplete{color:var(--wait);font-weight:600}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:.3em 1.6em;margin:0 0 .8em;padding:0}
 .legend li{display:flex;align-items:center;gap:.5em;overflow-wrap:anywhere}.swatch{width:34px;height:12px;flex:none}
 .grid-of{display:grid;gap:16px;grid-template-columns:repeat(auto-fill,minmax(min(100%,370px),1fr))}
@@ -39,6 +39,9 @@ details table{font-size:.78rem;margin-top:.4em}details td,details th{padding:.2e
 svg text{font:13px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;fill:var(--ink)}
 svg .tick{fill:var(--soft);font-size:12.5px;font-variant-numeric:tabular-nums}
 .grid{stroke:var(--rule);stroke-width:1}.zero,.axis{stroke:var(--soft)}.band{fill:var(--band)}
+svg .bandname{fill:var(--edge);font-size:12px}
+.end,.bandname{paint-order:stroke;stroke:var(--card);stroke-width:3px;stroke-linejoin:round}
+.contract td{white-space:normal;min-width:4em;max-width:32ch;overflow-wrap:anywhere}
 .edge{stroke:var(--edge);stroke-width:1.2;stroke-dasharray:2 3}
 .line,.raw{fill:none;stroke:var(--c);stroke-linejoin:round;stroke-linecap:round}.line{stroke-width:2}
 .raw{stroke-width:1;opacity:.35}.m{fill:var(--c);stroke:var(--card);stroke-width:1}
@@ -60,6 +63,7 @@ font:13.5px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .t4{background:rgba(var(--heat),.8)}
 .notice{padding:.6em 1em;border-left:4px solid var(--wait);background:var(--card);border-radius:6px}
 @media(max-width:600px){
-body{padding:14px 12px 40px}h1{font-size:1.3rem}.verdict{font-size:.9rem}figure{padding:12px 10px 8px}}
+body{padding:14px 12px 40px}h1{font-size:1.3rem}.verdict{font-size:.88rem}.verdict th{white-space:normal}
+.verdict th,.verdict td{padding-right:.8em}figure{padding:12px 10px 8px}}
 @media print{figure,.sample{break-inside:avoid}details{display:none}}
 """

@@ -39,12 +39,13 @@ def verdicts(data: ReportData) -> str:
 def contracts(arms: Sequence[Arm]) -> str:
     """What trainer and engine reported, one table for each arm that recorded it."""
     tables = [(arm.name, _contract_rows(arm.contract)) for arm in arms]
-    return "".join(
+    shown = "".join(
         f"<div class=scroll><table class=contract><caption>{escape(name)}</caption>"
         f"<tr><th>region</th><th>trainer</th><th>engine</th><th>status</th></tr>{''.join(rows)}</table></div>"
         for name, rows in tables
         if rows
     )
+    return f"<div class=side>{shown}</div>" if shown else ""
 
 
 def config_differences(arms: Sequence[Arm]) -> str:
@@ -100,7 +101,7 @@ def _steps(arm: Arm) -> str:
     planned = (arm.config.get("training") or {}).get("steps")
     if isinstance(planned, int) and done < planned:
         return f"stopped after {done} of {planned} steps" if done else f"no step of {planned} recorded"
-    return f"{done} steps" if done else "no steps recorded"
+    return f"{done} step{'s' if done > 1 else ''}" if done else "no steps recorded"
 
 
 def _verdict(title: str, summary: Mapping[str, Any], several: bool) -> str:

@@ -86,8 +86,7 @@ def _ratio_sentence(ratio: float | None) -> str:
     shown = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
     return (
         f"k3 ratio BF16 / FP16: {shown}. Sampling and training policy differ that many times more in BF16. "
-        f"FP16 has {bits} more mantissa bits, and k3 grows with the square of the rounding error, so about {expected} is "
-        "expected."
+        f"FP16 has {bits} more mantissa bits, and k3 grows as the squared rounding error: expect about {expected}."
     )
 
 
