@@ -1,0 +1,146 @@
+"""The trainer and whole runs on a CUDA device: FP32 equal to the CPU, half close to FP32, the contract kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from betterhalf.algorithms.presets import resolve_algorithm
+from betterhalf.config.schema import AlgorithmConfig, LossScaleConfig, RunConfig
+from betterhalf.models.loading import LoadedModel
+from betterhalf.precision.contract import weights_digests
+from betterhalf.precision.loss_scaler import build_loss_scaler
+from betterhalf.precision.policy import build_policy
+from betterhalf.run_dir import RunDir, read_json, read_jsonl
+from betterhalf.runs.train import run_training
+from betterhalf.training.pack import pack_step
+from betterhalf.training.policy_trainer import PolicyTrainer
+from betterhalf.types import Completion, Prompt, Rollout
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+}
+
+
+def trainer_on(device: str, precision: str, **changes: Any) -> tuple[PolicyTrainer, RunConfig]:
+    """A tiny random trainer; the same weights on every device."""
+    torch.manual_seed(0)
+    kind = MistralConfig if "sliding_window" in changes else LlamaConfig
+    hf_config = kind(**SIZES, **changes)
+    module = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
+    model = LoadedModel(
+        name="tiny", module=module, hf_config=hf_config, tokenizer=None, stop_token_ids=(0,), context_length=256
+    )
+    config = RunConfig.model_validate(
+        {
+            "precision": {"preset": precision},
+            "training": {"optimizer_steps": 1, "tokens_per_micro_batch": 100},
+            "sampling": {"max_tokens": 16},
+        }
+    )
+    policy = build_policy(config.precision, torch.device(device))
+    algorithm = resolve_algorithm(AlgorithmConfig(preset="pg_seq_is"))
+    return PolicyTrainer(model, config=config, policy=policy, algorithm=algorithm), config
+
+
+def rollouts() -> list[Rollout]:
+    """Sequences of different lengths."""
+    return [
+        Rollout(
+            prompt=Prompt(prompt_id="", text="", token_ids=tuple(range(1, 4 + k)), answer=""),
+            completion=Completion(
+                token_ids=tuple(range(20, 25 + k)),
+                behavior_logprobs=(-4.6,) * (5 + k),
+                finish_reason="stop",
+                policy_version=0,
+            ),
+            text="",
+            reward=float(k % 2),
+        )
+        for k in range(9)
+    ]
+
+
+def learned(device: str, precision: str, **changes: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logprobs of all completion tokens and the unscaled gradients, on the CPU."""
+    trainer, config = trainer_on(device, precision, **changes)
+    advantages = [1.0 if k % 2 else -1.0 for k in range(9)]
+    (batch,) = pack_step(rollouts(), advantages, config, step=1, device=torch.device(device)).train_batches
+    logprobs = torch.cat([trainer.measure(pack)[0] for pack in batch.micro_batches]).cpu()
+    for pack in batch.micro_batches:
+        assert torch.equal(trainer.measure(pack)[0], trainer.score(pack).detach())
+        trainer.forward_backward(pack, None, batch.denominators)
+    return logprobs, {name: (g / trainer.scaler.scale).cpu() for name, g in trainer.weights.gradients()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 5}, {"tie_word_embeddings": True}])
+def test_fp32_equals_the_cpu(changes: dict[str, Any]) -> None:
+    cpu_logprobs, cpu_gradients = learned("cpu", "fp32", **changes)
+    logprobs, gradients = learned("cuda", "fp32", **changes)
+    torch.testing.assert_close(logprobs, cpu_logprobs, rtol=1e-4, atol=1e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, cpu_gradients[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp16", 2e-2), ("bf16", 1e-1)])
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 5}])
+def test_half_gradients_are_close_to_fp32(precision: str, bound: float, changes: dict[str, Any]) -> None:
+    _, expected = learned("cuda", "fp32", **changes)
+    _, gradients = learned("cuda", precision, **changes)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - expected[name]).norm() <= bound * expected[name].norm(), name
+
+
+def test_digests_are_those_of_the_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {str(k): torch.randn(1000 + k, generator=generator).half() for k in range(3)}
+    on_gpu = ((name, tensor.cuda()) for name, tensor in tensors.items())
+    assert weights_digests(on_gpu) == weights_digests(tensors.items())
+
+
+def test_the_scaler_finds_an_overflow_on_the_device() -> None:
+    scaler = build_loss_scaler(LossScaleConfig(), "fp16")
+    gradients = [("a", torch.ones(8, device="cuda")), ("b", torch.full((8,), float("inf"), device="cuda"))]
+    report = scaler.unscale(gradients)
+    assert report.found_inf
+    assert report.first_offender == "b"
+    assert gradients[0][1].tolist() == [2.0**-16] * 8
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_a_whole_run_keeps_the_contract(precision: str, tmp_path: Path) -> None:
+    config = RunConfig.model_validate(
+        {
+            "device": "cuda",
+            "precision": {"preset": precision},
+            "sampling": {"max_tokens": 40},
+            "training": {"steps": 3, "prompts_per_step": 8, "group_size": 8, "optimizer_steps": 2},
+            "optimizer": {"learning_rate": 1e-4},
+            "logging": {"console": "quiet"},
+        }
+    )
+    run = RunDir.create(tmp_path / "run", resume=False)
+    run_training(config, run, resume=False, label=precision)
+    assert read_json(run.contract)["ok"] is True
+    rows = read_jsonl(run.metrics)
+    bound = {"fp16": 1e-5, "bf16": 1e-3, "fp32": 1e-8}[precision]
+    assert all(0 <= row["mismatch/k3/mean"] < bound for row in rows)
+    assert rows[-1]["policy/version"] + sum(row["optim/skipped"] for row in rows) == 6
