@@ -70,7 +70,7 @@ def steps_axis(steps: Iterable[int], *, start: float, end: float) -> Axis:
     seen = list(steps)
     low, high = min(seen), max(seen)
     if low == high:
-        return Axis(scale="linear", low=low - 1, high=high + 1, start=start, end=end)
+        return Axis(scale="linear", low=low - 0.5, high=high + 0.5, start=start, end=end)
     return Axis(scale="linear", low=low, high=high, start=start, end=end)
 
 

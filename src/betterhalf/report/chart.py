@@ -110,7 +110,7 @@ def moving_average(values: Sequence[float], window: int) -> list[float]:
 
 
 def smoothed(chart: Chart, line: Line) -> list[float]:
-    """The values drawn bold: their moving average, geometric on a logarithmic axis, where a lone spike would rule it."""
+    """The values drawn bold: a moving average, geometric on a logarithmic axis lest a lone spike rule it."""
     window = smoothing_window(len(line.values)) if chart.smooth else 1
     if window == 1:
         return list(line.values)

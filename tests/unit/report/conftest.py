@@ -1,0 +1,157 @@
+"""Synthetic run folders with the shape and the size of numbers of real ones."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from betterhalf.run_dir import RunDir, append_jsonl, write_json_atomic
+
+MakeRun = Callable[..., RunDir]
+
+K3 = {"fp16": 5e-8, "bf16": 4e-6, "fp32": 1e-13}
+GAP = {"fp16": 8e-4, "bf16": 9e-3, "fp32": 1e-6}
+
+
+def metrics_row(step: int, precision: str, rng: random.Random) -> dict[str, Any]:
+    """One step of a run that learns, with one overflow at step 9 in FP16."""
+    grown = 1 - math.exp(-step / 18)
+    scaled = precision == "fp16"
+    return {
+        "step": step,
+        "rollout/reward/mean": min(1.0, 0.6 + 0.36 * grown + rng.gauss(0, 0.025)),
+        "rollout/length/mean": 34.8 + rng.gauss(0, 0.15),
+        "mismatch/k3/mean": K3[precision] * math.exp(rng.gauss(0, 0.3)) * (1 + grown),
+        "mismatch/prob_gap/max": GAP[precision] * (0.5 + rng.random()),
+        "mismatch/prob_gap/min": -GAP[precision] * (0.5 + rng.random()),
+        "mismatch/ess_fraction": 1 - K3[precision] * 100,
+        "optim/loss_scale": (65536.0 if step < 9 else 32768.0) if scaled else 1.0,
+        "optim/skipped": 1.0 if scaled and step == 9 else 0.0,
+        "optim/grad_norm": 0.4 * math.exp(rng.gauss(0, 0.25)),
+        "policy/entropy/mean": 0.32 * math.exp(-step / 60) + rng.gauss(0, 0.004),
+        "time/step_seconds": 1.31,
+        "time/generate_seconds": 0.4,
+        "time/reward_seconds": 0.01,
+        "time/measure_seconds": 0.27,
+        "time/train_seconds": 0.57,
+        "time/sync_seconds": 0.04,
+    }
+
+
+def rollout_row(step: int, precision: str, rng: random.Random) -> dict[str, Any]:
+    """One rollout of the running-sum task, with text tokens."""
+    tokens = list("7=09,9=18,1=19,5=24,5=29,4=33,9=42.")
+    behavior = [-abs(rng.expovariate(3)) for _ in tokens]
+    noise = math.sqrt(2 * K3[precision])
+    return {
+        "step": step,
+        "prompt": "2+7+9+1+5+5+4+9=",
+        "completion": "".join(tokens),
+        "reward": float(rng.random() < 0.8),
+        "tokens": tokens,
+        "behavior_logprobs": behavior,
+        "trainer_logprobs": [min(0.0, value + rng.gauss(0, noise)) for value in behavior],
+    }
+
+
+def config(precision: str, steps: int) -> dict[str, Any]:
+    """A resolved configuration, shortened."""
+    return {
+        "name": "demo",
+        "seed": 0,
+        "model": {"name": "demo"},
+        "precision": {"preset": precision, "loss_scale": {"initial": 65536.0}},
+        "task": {"type": "arithmetic"},
+        "algorithm": {"preset": "grpo"},
+        "optimizer": {"learning_rate": 1e-4},
+        "training": {"steps": steps, "prompts_per_step": 32, "group_size": 8},
+    }
+
+
+def contract(precision: str) -> dict[str, Any]:
+    """What both sides report when they agree, rope tables apart."""
+    same = ("weights", "compute", "wire", "kv", "lm_head", "norm")
+    rows = [{"region": region, "trainer": precision, "engine": precision, "status": "equal"} for region in same]
+    return {"rows": [*rows, {"region": "attention", "trainer": "sdpa", "engine": "native", "status": "reported"}]}
+
+
+ENVIRONMENT = {
+    "time": "2026-01-02T03:04:05+00:00",
+    "python": "3.11.4",
+    "cpu": "Example CPU @ 2.5GHz",
+    "cores": 2,
+    "memory_gib": 7.8,
+    "gpus": [],
+    "packages": {"betterhalf": "0.1.0", "torch": "2.13.0", "transformers": "5.19.0"},
+    "git": {"commit": "0123456789abcdef", "dirty": True},
+}
+
+
+def fill_run(path: Path, precision: str = "fp16", *, steps: int = 65, seed: int = 0) -> RunDir:
+    """Write a whole train run below `path`."""
+    run, rng = RunDir.create(path, resume=False), random.Random(f"{precision}{seed}")
+    write_json_atomic(run.config, config(precision, steps))
+    write_json_atomic(run.environment, ENVIRONMENT)
+    write_json_atomic(run.contract, contract(precision))
+    for step in range(1, steps + 1):
+        append_jsonl(run.metrics, metrics_row(step, precision, rng))
+        append_jsonl(run.rollouts, rollout_row(step, precision, rng))
+    return run
+
+
+SUMMARY = {
+    "passed": True,
+    "k3_ratio": 79.6,
+    "arms": {
+        "fp16": {
+            "passed": True,
+            "final_accuracy": 0.9731,
+            "mismatch_k3": 5.02e-8,
+            "mismatch_max_abs": 1.19e-3,
+            "skipped_steps": 1,
+            "seconds": 85.2,
+        },
+        "bf16": {
+            "passed": True,
+            "final_accuracy": 0.9689,
+            "mismatch_k3": 4.0e-6,
+            "mismatch_max_abs": 1.33e-2,
+            "skipped_steps": 0,
+            "seconds": 86.9,
+        },
+    },
+}
+
+
+def fill_sanity(path: Path, arms: tuple[str, ...] = ("fp16", "bf16"), *, steps: int = 65) -> RunDir:
+    """Write a sanity run with its arms below `path`."""
+    run = RunDir.create(path, resume=False)
+    for name in arms:
+        fill_run(run.arm(name).path, name, steps=steps)
+    write_json_atomic(run.environment, ENVIRONMENT)
+    write_json_atomic(run.config, config("fp16", steps))
+    write_json_atomic(run.summary, SUMMARY)
+    return run
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """Makes a train run in a fresh folder."""
+    return lambda name="run", precision="fp16", **sizes: fill_run(tmp_path / name, precision, **sizes)
+
+
+@pytest.fixture
+def make_sanity(tmp_path: Path) -> MakeRun:
+    """Makes a sanity run in a fresh folder."""
+    return lambda name="sanity", **sizes: fill_sanity(tmp_path / name, **sizes)
+
+
+@pytest.fixture
+def summary() -> dict[str, Any]:
+    """The summary of the sanity run."""
+    return SUMMARY

@@ -1,0 +1,228 @@
+"""The page: self-contained, complete, safe, and truthful about what is missing."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from betterhalf.errors import InputError, RunError
+from betterhalf.report.data import load
+from betterhalf.report.figures import FIGURES
+from betterhalf.report.page import render, write_report
+from betterhalf.report.timing import phase_seconds
+from betterhalf.report.tokens import sample_evenly, token_pairs
+from betterhalf.run_dir import RunDir, append_jsonl, write_json_atomic
+
+MakeRun = Callable[..., RunDir]
+
+
+class Outline(HTMLParser):
+    """Tags, ids, attributes and text of a page; fails on tags that do not nest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        self.ids += [value for name, value in attrs if name == "id" and value]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += f" {data}"
+
+
+def outline(page: str) -> Outline:
+    parser = Outline()
+    parser.feed(page)
+    parser.close()
+    assert parser.open == []
+    parser.text = " ".join(parser.text.split())
+    return parser
+
+
+def report(*runs: RunDir) -> Outline:
+    return outline(render(load(runs)))
+
+
+def test_a_sanity_page_has_verdict_figures_contract_differences_and_samples(make_sanity: MakeRun) -> None:
+    page = report(make_sanity())
+    for expected in (
+        "fp16 0.973 \u2713 passed 5.02e-08 1.19e-03 1 85",
+        "bf16 0.969 \u2713 passed 4.00e-06 1.33e-02 0 87",
+        "k3 ratio BF16 / FP16: 80.",
+        "kv bf16 bf16 equal",
+        "attention sdpa native reported",
+        "setting fp16 bf16 precision.preset fp16 bf16",
+        "model demo \u00b7 task arithmetic \u00b7 algorithm grpo",
+        "Example CPU @ 2.5GHz \u00b7 2 cores",
+        "commit 0123456789 with changes",
+        "fp16, step 65, reward",
+        "fp16 65 steps",
+    ):
+        assert expected in page.text
+    titles = [spec.title for spec in FIGURES] + ["Time of a step", "Token probabilities", "Token gap"]
+    assert all(title in page.text for title in titles)
+    assert "Not recorded" not in page.text
+
+
+def test_the_page_loads_nothing_runs_nothing_and_has_unique_ids(make_sanity: MakeRun, tmp_path: Path) -> None:
+    path = write_report([make_sanity()], tmp_path / "out" / "report.html")
+    text = path.read_text()
+    page = outline(text)
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert not [pair for pair in page.attributes if pair[0] in ("src", "href", "onload", "onclick")]
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert len(page.ids) == len(set(page.ids))
+    assert "prefers-color-scheme:dark" in text
+    assert "width=device-width" in text
+
+
+def test_every_figure_names_a_title_and_a_description_that_exist(make_sanity: MakeRun) -> None:
+    page = report(make_sanity())
+    named = [value.split() for name, value in page.attributes if name == "aria-labelledby"]
+    assert len(named) == page.tags.count("figure") == 11
+    assert all(identifier in page.ids for pair in named for identifier in pair)
+
+
+def test_several_runs_are_overlaid_under_letters(make_run: MakeRun) -> None:
+    page = report(make_run("first-long-name", "fp16", steps=20), make_run("second-long-name", "bf16", steps=10))
+    assert "A first-long-name 20 steps B second-long-name 10 steps" in page.text
+    assert "training.steps 20 10" in page.text
+
+
+def test_arms_of_several_sanity_runs_keep_their_run_in_the_name(make_sanity: MakeRun) -> None:
+    page = report(make_sanity("one", steps=3), make_sanity("two", steps=3))
+    assert "A one / fp16" in page.text
+    assert "D two / bf16" in page.text
+
+
+def test_a_run_that_stopped_before_its_first_step_says_so(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", resume=False)
+    write_json_atomic(run.config, {"training": {"steps": 65}})
+    page = report(run)
+    assert "No step is recorded yet" in page.text
+    assert "no step of 65 recorded" in page.text
+    assert "No summary" in page.text
+
+
+def test_a_run_that_stopped_early_shows_what_it_has(make_run: MakeRun) -> None:
+    run = make_run(steps=65)
+    lines = run.metrics.read_bytes().splitlines(keepends=True)
+    run.metrics.write_bytes(b"".join(lines[:30]) + lines[30][:40])
+    page = report(run)
+    assert "stopped after 30 of 65 steps" in page.text
+    assert page.tags.count("figure") == 11
+
+
+def test_metrics_that_were_not_recorded_are_listed(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", resume=False)
+    for step in (1, 2):
+        append_jsonl(run.metrics, {"step": step, "rollout/reward/mean": 0.5, "mismatch/k3/mean": math.nan})
+    page = report(run)
+    assert page.tags.count("figure") == 1
+    assert "Not recorded: Mismatch k3, Largest pi \u2212 mu" in page.text
+
+
+def test_text_of_models_and_names_cannot_become_markup(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'"
+    run = RunDir.create(tmp_path / "a&b<i>", resume=False)
+    write_json_atomic(run.config, {"model": {"name": evil}, evil: evil})
+    write_json_atomic(run.contract, {"rows": [dict.fromkeys(("region", "trainer", "engine", "status"), evil)]})
+    write_json_atomic(run.summary, {"passed": True, "arms": {evil: {"passed": True}}})
+    write_json_atomic(run.environment, {"cpu": evil, "gpus": [evil]})
+    append_jsonl(run.metrics, {"step": 1, "rollout/reward/mean": 0.5, "optim/skipped": 1.0, "optim/loss_scale": 2.0})
+    row = {"step": 1, "prompt": evil, "completion": evil, "reward": 1.0, "tokens": [evil]}
+    append_jsonl(run.rollouts, row | {"trainer_logprobs": [-0.1], "behavior_logprobs": [-0.2]})
+    page = report(run)
+    assert not {"script", "img", "i"} & set(page.tags)
+    assert "onerror" not in dict(page.attributes)
+    assert "<script>alert(1)</script>" in page.text
+
+
+def test_a_folder_that_is_not_a_run_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="run folder"):
+        write_report([tmp_path], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_damaged_metrics_file_is_bad_input_with_its_line(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(steps=3)
+    lines = run.metrics.read_text().splitlines()
+    run.metrics.write_text("\n".join([lines[0], "oops", lines[2]]) + "\n")
+    with pytest.raises(InputError, match="line 2"):
+        write_report([run], tmp_path / "report.html")
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "report.html"
+    out.write_text("old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    run = make_run(steps=2)
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(RunError, match="disk is full"):
+        write_report([run], out)
+    assert out.read_text() == "old"
+
+
+def test_a_train_run_shows_its_summary_as_a_table(make_run: MakeRun) -> None:
+    run = make_run(steps=2)
+    write_json_atomic(run.summary, {"verb": "train", "last_reward": 0.8125, "precision": {"kv_dtype": "fp16"}})
+    text = report(run).text
+    assert "last_reward 0.8125" in text
+    assert "precision.kv_dtype fp16" in text
+
+
+def test_phases_add_up_to_the_step() -> None:
+    row: dict[str, Any] = {"time/step_seconds": 2.0, "time/generate_seconds": 0.5, "time/train_seconds": 1.0}
+    arm = type("FakeArm", (), {"finite": lambda _, name: [row[name]] if name in row else []})()
+    seconds = phase_seconds(arm)
+    assert seconds == {"generate": 0.5, "reward": 0, "measure": 0, "train": 1.0, "sync": 0, "other": 0.5}
+
+
+def test_token_pairs_are_probabilities_of_tokens_scored_on_both_sides(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", resume=False)
+    half, quarter = math.log(0.5), math.log(0.25)
+    append_jsonl(run.rollouts, {"step": 1, "trainer_logprobs": [half, None], "behavior_logprobs": [quarter, half]})
+    append_jsonl(run.rollouts, {"step": 1, "trainer_logprobs": None, "behavior_logprobs": [quarter]})
+    pairs = list(token_pairs(load([run]).arms[0]))
+    assert [(pair.mu, pair.pi) for pair in pairs] == [pytest.approx((0.25, 0.5))]
+    assert len(sample_evenly(pairs * 2500, 1000)) == 834
+
+
+def test_tokens_are_shaded_by_their_gap_only_when_they_are_text(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", resume=False)
+    columns = {"trainer_logprobs": [-0.5, -0.5], "behavior_logprobs": [-0.5, -0.6]}
+    base = {"step": 1, "prompt": "p", "completion": "ab", "reward": 1.0, **columns}
+    append_jsonl(run.rollouts, base | {"tokens": ["a", "b"]})
+    shaded = render(load([run]))
+    assert '<span class="t0" title="mu 0.606531, pi 0.606531">a</span>' in shaded
+    assert '<span class="t4" title="mu 0.548812, pi 0.606531">b</span>' in shaded
+    run.rollouts.unlink()
+    append_jsonl(run.rollouts, base | {"tokens": [17, 18]})
+    assert '<span class="prompt">p</span>ab</pre>' in render(load([run]))

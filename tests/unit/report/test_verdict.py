@@ -1,0 +1,58 @@
+"""The verdict: rows and sentences, on the terminal within 80 columns."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from typing import Any
+
+from betterhalf.report.verdict import print_verdict, verdict_rows, verdict_sentences
+
+
+def test_rows_hold_the_summary_in_order(summary: dict[str, Any]) -> None:
+    assert verdict_rows(summary) == [
+        ("fp16", "0.973", "passed", "5.02e-08", "1.19e-03", "1", "85"),
+        ("bf16", "0.969", "passed", "4.00e-06", "1.33e-02", "0", "87"),
+    ]
+
+
+def test_an_arm_that_did_not_finish_shows_dashes() -> None:
+    rows = verdict_rows({"arms": {"fp16": {"passed": None, "mismatch_k3": math.nan}, "bf16": None}})
+    assert rows == [("fp16", "-", "incomplete", *["-"] * 4), ("bf16", "-", "incomplete", *["-"] * 4)]
+
+
+def test_the_ratio_is_explained_and_learning_is_not_oversold(summary: dict[str, Any]) -> None:
+    ratio, learning = verdict_sentences(summary)
+    assert ratio.startswith("k3 ratio BF16 / FP16: 80.")
+    assert "about 64" in ratio
+    assert learning == "Both arms learned: here the gap shows in the mismatch, not in the learning."
+
+
+def test_the_sentence_on_learning_follows_the_verdicts(summary: dict[str, Any]) -> None:
+    cases = {
+        (True, False): "FP16 learned the perfectible set and BF16 did not.",
+        (False, True): "BF16 learned the perfectible set and FP16 did not.",
+        (False, False): "Neither arm learned the perfectible set.",
+        (True, None): "An arm is incomplete, so learning cannot be compared.",
+    }
+    for (fp16, bf16), expected in cases.items():
+        changed = copy.deepcopy(summary)
+        changed["arms"]["fp16"]["passed"], changed["arms"]["bf16"]["passed"] = fp16, bf16
+        assert verdict_sentences(changed)[1] == expected
+
+
+def test_a_missing_ratio_is_said_and_a_single_arm_has_no_comparison(summary: dict[str, Any]) -> None:
+    assert verdict_sentences(summary | {"k3_ratio": None})[0] == "The k3 ratio could not be formed."
+    assert verdict_sentences({"arms": {"fp16": {"passed": True}}, "k3_ratio": None}) == []
+
+
+def test_the_terminal_table_is_complete_within_80_columns(summary: dict[str, Any]) -> None:
+    stream = io.StringIO()
+    print_verdict(summary, stream)
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(stream.getvalue().split())
+    assert "arm final accuracy verdict mean k3 max |pi-mu| skipped seconds" in text
+    assert "fp16 0.973 passed 5.02e-08 1.19e-03 1 85" in text
+    assert "not in the learning." in text
