@@ -21,7 +21,7 @@ class Arm:
     name: str
     """Full name: of the arm, or of the run folder."""
     tag: str
-    """Short name for the end of a line in a figure: the name itself where it is short, else a letter."""
+    """Short name for the end of a line in a figure: see `_tags`."""
     index: int
     """Position on the page; decides colour, dash and marker."""
     rows: list[dict[str, Any]]
@@ -72,8 +72,8 @@ def load(runs: Sequence[RunDir | Path | str]) -> ReportData:
     opened = [RunDir.open(folder.path) for folder in folders]
     titles = [_folder_name(run) for run in opened]
     named = [pair for run, title in zip(opened, titles, strict=True) for pair in _arms_of(run, title, len(opened) > 1)]
-    long_names = any(len(name) > _TAG_LENGTH for name, _ in named)
-    arms = [_read_arm(run, name, index, long_names) for index, (name, run) in enumerate(named)]
+    tags = _tags([name for name, _ in named])
+    arms = [_read_arm(run, name, tags[index], index) for index, (name, run) in enumerate(named)]
     environments = [*(_optional(run.environment) for run in opened), *(arm.environment for arm in arms), {}]
     return ReportData(
         titles=titles,
@@ -92,10 +92,17 @@ def _arms_of(run: RunDir, title: str, several: bool) -> list[tuple[str, RunDir]]
     return [(f"{title} / {name}" if several else name, run.arm(name)) for name in names]
 
 
-def _read_arm(run: RunDir, name: str, index: int, long_names: bool) -> Arm:
+def _tags(names: list[str]) -> list[str]:
+    """The names themselves where all are short; else letters, or nothing for a lone run, which needs no telling apart."""
+    if all(len(name) <= _TAG_LENGTH for name in names):
+        return names
+    return [ascii_uppercase[index % 26] if len(names) > 1 else "" for index in range(len(names))]
+
+
+def _read_arm(run: RunDir, name: str, tag: str, index: int) -> Arm:
     return Arm(
         name=name,
-        tag=ascii_uppercase[index % 26] if long_names else name,
+        tag=tag,
         index=index,
         rows=read_jsonl(run.metrics),
         rollouts=read_jsonl(run.rollouts),

@@ -81,8 +81,8 @@ def _subject(arms: Sequence[Arm]) -> str:
 
 
 def _no_verdict(arms: Sequence[Arm]) -> str:
-    steps = max((len(arm.steps) for arm in arms), default=0)
-    return f"<p class=notice>No summary: the run has not finished, or it stopped early, after {steps} steps.</p>"
+    steps = max((step for arm in arms for step in arm.steps), default=0)
+    return f"<p class=notice>No summary: not finished, or stopped early. Last recorded step: {steps or 'none'}.</p>"
 
 
 def _figures(arms: Sequence[Arm]) -> str:

@@ -87,7 +87,7 @@ def legend(arms: Sequence[Arm]) -> str:
     """Name, colour, dash and marker of each arm."""
     items = []
     for arm in arms:
-        tag = f"<b>{escape(arm.tag)}</b> " if arm.tag != arm.name else ""
+        tag = f"<b>{escape(arm.tag)}</b> " if arm.tag not in ("", arm.name) else ""
         swatch = (
             f'<svg viewBox="0 0 34 12" class="{style_class(arm.index)} swatch" aria-hidden="true">'
             f'<path class="line" d="M0 6L34 6"/>{marker(arm.index, 17, 6)}</svg>'
