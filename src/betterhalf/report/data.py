@@ -93,7 +93,7 @@ def _arms_of(run: RunDir, title: str, several: bool) -> list[tuple[str, RunDir]]
 
 
 def _tags(names: list[str]) -> list[str]:
-    """The names themselves where all are short; else letters, or nothing for a lone run, which needs no telling apart."""
+    """The names themselves where all are short; else letters, or nothing for a lone run."""
     if all(len(name) <= _TAG_LENGTH for name in names):
         return names
     return [ascii_uppercase[index % 26] if len(names) > 1 else "" for index in range(len(names))]
