@@ -49,6 +49,19 @@ class MasterWeights:
 
         return collect
 
+    def second_use(self, parameter: nn.Parameter) -> Tensor:
+        """A leaf on the same storage whose gradient is collected on its own.
+
+        autograd would add the half gradients of a parameter used twice (an embedding tied to the head) in half, before
+        anyone can widen them.
+        """
+        if self.shared:
+            return parameter
+        (name,) = [name for name, own in self._compute.items() if own is parameter]
+        alias = nn.Parameter(parameter.detach())
+        alias.register_post_accumulate_grad_hook(self._collector(name))  # type: ignore[no-untyped-call]
+        return alias
+
     def zero_grad(self) -> None:
         """Set every FP32 gradient to zero; allocated once, so that an optimizer step without rollouts still has one."""
         for master in self.masters.values():

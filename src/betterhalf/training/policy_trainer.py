@@ -18,6 +18,7 @@ from betterhalf.models.attention import attention_name, use_packed_attention
 from betterhalf.models.loading import LoadedModel
 from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.formats import dtype_name
+from betterhalf.precision.half_embedding import use_half_embedding
 from betterhalf.precision.half_linear import Widened, use_half_linear
 from betterhalf.precision.loss_scaler import LossScaler, build_loss_scaler
 from betterhalf.precision.policy import PrecisionPolicy
@@ -37,8 +38,6 @@ class OptimReport:
     """First parameter with a non-finite gradient, when skipped."""
     grad_norm: float
     """Global norm of the unscaled gradient before clipping; NaN when skipped."""
-    loss_scale: float
-    """Loss scale this step's gradients were computed with."""
     underflow_fraction: float
     """Share of non-zero scaled gradient entries below the compute format's smallest normal number."""
     overflow_fraction: float
@@ -71,6 +70,7 @@ class PolicyTrainer:
         _require_no_dropout(self.module)
         self.weights = MasterWeights(self.module, policy.compute_dtype)
         use_half_linear(self.module, policy)
+        use_half_embedding(self.module, policy)
         sums = policy.fp32_sums(policy.roles.compute_dtype)
         self.attention = attention_name(policy.device, fp32_sums=sums)
         use_packed_attention(self.module, self.attention)
@@ -79,7 +79,8 @@ class PolicyTrainer:
             self.module.train()
         self.scaler: LossScaler = build_loss_scaler(config.precision.loss_scale, policy.roles.compute_dtype)
         self.optimizer = self._build_optimizer()
-        self._head_wide = Widened(self._head())
+        self._head = self._head_weight()
+        self._head_wide = Widened(self._head)
 
     def _build_optimizer(self) -> torch.optim.AdamW:
         settings = self.config.optimizer
@@ -105,19 +106,20 @@ class PolicyTrainer:
         hidden_TH: Tensor = out.last_hidden_state[0]
         return hidden_TH.index_select(0, micro.loss_rows_C)
 
-    def _head(self) -> Tensor:
-        """The head's weight: [V, H]."""
-        weight: Tensor = self.module.get_output_embeddings().weight
-        return weight
+    def _head_weight(self) -> Tensor:
+        """The head's weight, [V, H]: a leaf of its own also when it is tied to the embedding."""
+        weight: torch.nn.Parameter = self.module.get_output_embeddings().weight
+        tied = weight is self.module.get_input_embeddings().weight
+        return self.weights.second_use(weight) if tied else weight
 
     def _head_for_products(self) -> Tensor:
         """The head as its products use it: on a CPU widened to FP32, once for each update of the weights."""
-        weight = self._head().detach()
+        weight = self._head.detach()
         return weight if weight.is_cuda or weight.dtype == torch.float32 else self._head_wide()
 
     @property
     def _rows(self) -> int:
-        return rows_per_chunk(self._head().shape[0], self.config.training.logits_mib)
+        return rows_per_chunk(self._head.shape[0], self.config.training.logits_mib)
 
     @torch.no_grad()
     def measure(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -131,7 +133,7 @@ class PolicyTrainer:
         hidden = self._hidden_rows(micro)
         temperature = self.config.sampling.temperature
         head = self._head_for_products()
-        return token_logprobs(hidden, self._head(), head, micro.target_ids_C, temperature, self._rows)
+        return token_logprobs(hidden, self._head, head, micro.target_ids_C, temperature, self._rows)
 
     # -- learning
 
@@ -158,7 +160,6 @@ class PolicyTrainer:
         Raises:
             LossScaleError: too many skipped steps in a row at the floor of the loss scale.
         """
-        scale = self.scaler.scale
         found = self.scaler.unscale(self.weights.gradients(), self.collective.max_)
         grad_norm = float("nan")
         if not found.found_inf:
@@ -175,7 +176,6 @@ class PolicyTrainer:
             skipped=found.found_inf,
             first_offender=found.first_offender,
             grad_norm=grad_norm,
-            loss_scale=scale,
             underflow_fraction=found.underflow_fraction,
             overflow_fraction=found.overflow_fraction,
         )
@@ -253,7 +253,7 @@ class PolicyTrainer:
         self.weights.load(tensors["model"])
         for name, master in self.weights.masters.items():
             state = {
-                key.removesuffix(f"/{name}"): value.clone()
+                key.removesuffix(f"/{name}"): value.to(master.device, copy=True)
                 for key, value in tensors["optimizer"].items()
                 if key.endswith(f"/{name}")
             }

@@ -134,6 +134,15 @@ def test_half_gradients_are_close_to_fp32_ones_and_accumulate_in_fp32() -> None:
         assert 1e-6 < error < 2e-2, name  # half arithmetic shows, and is small
 
 
+def test_a_tied_head_and_embedding_are_summed_in_fp32() -> None:
+    config = settings("fp16")
+    trainer = trainer_for(config)
+    gradient = gradients(trainer, config)["model.embed_tokens.weight"] * trainer.scaler.scale
+    # two half gradients, each rounded once, added in FP32: the sum is no longer on the half grid
+    assert not torch.equal(gradient, gradient.half().float())
+    assert trainer.weights.masters.keys() == dict(trainer.module.named_parameters()).keys()
+
+
 def test_activation_checkpointing_changes_no_bit() -> None:
     config = settings("fp16")
     expected = gradients(trainer_for(config), config)

@@ -1,0 +1,69 @@
+"""Half embeddings on a CPU whose gradient is summed in FP32 and rounded once.
+
+torch's CPU backward of an embedding adds the gradients of equal tokens one after another in their own dtype: in FP16 a
+sum of ones stops at 2048, in BF16 at 256. A token occurs hundreds of times in a pack, so that loses bits for good.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from betterhalf.precision.policy import PrecisionPolicy
+
+
+class _HalfEmbeddingFunction(torch.autograd.Function):
+    """weight [V, H] in half, token ids [...] -> [..., H]; gradient by an FP32 sum for each row, rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_VH: Tensor, token_ids: Tensor, padding_idx: int | None) -> Tensor:
+        ctx.save_for_backward(token_ids)
+        ctx.shape, ctx.dtype, ctx.padding_idx = weight_VH.shape, weight_VH.dtype, padding_idx
+        return F.embedding(token_ids, weight_VH)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (token_ids,) = ctx.saved_tensors
+        rows = grad_outputs[0].reshape(-1, ctx.shape[1]).float()
+        total = torch.zeros(ctx.shape, dtype=torch.float32, device=rows.device)
+        total.index_add_(0, token_ids.reshape(-1), rows)
+        if ctx.padding_idx is not None:
+            total[ctx.padding_idx] = 0
+        return total.to(ctx.dtype), None, None
+
+
+class HalfEmbedding(nn.Module):
+    """Takes the place of an `nn.Embedding` with half weights: same parameter, same name, same padding rule."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        """Adopt the very parameter of `embedding`."""
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.padding_idx = embedding.padding_idx
+        self.weight = embedding.weight
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """int64 [...] -> half [..., H]."""
+        out = _HalfEmbeddingFunction.apply(self.weight, token_ids, self.padding_idx)  # type: ignore[no-untyped-call]
+        assert isinstance(out, Tensor)
+        return out
+
+
+def use_half_embedding(module: nn.Module, policy: PrecisionPolicy) -> int:
+    """Replace, in place, every `nn.Embedding` inside `module` that holds a half compute dtype on a CPU.
+
+    Returns:
+        How many were replaced; 0 on a GPU, whose kernel sums in FP32, and in FP32.
+    """
+    if policy.device.type != "cpu" or policy.roles.compute_dtype == "fp32":
+        return 0
+    count = 0
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Embedding and child.weight.dtype == policy.compute_dtype:
+                setattr(parent, name, HalfEmbedding(child))
+                count += 1
+    return count
