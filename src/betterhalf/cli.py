@@ -186,8 +186,7 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; never raises but for `--help` and `--version`, which exit."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # OpenMP threads that spin while they wait make a run on a busy machine tens of times slower (docs/LOG.md). Read when
-    # torch is first imported.
+    # Read when torch is first imported: threads that spin while they wait stall each other on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _run(arguments)

@@ -11,6 +11,7 @@
         +-- RewardError                     exit 3   a reward is not a finite number
         +-- WeightSyncError                 exit 3   the engine does not hold the weights it was sent
         +-- LossScaleError                  exit 3   the loss scale is at its floor and still overflows
+        +-- NumericsError                   exit 3   the trainer's logprobs are not finite
 
 Each message is one sentence of what is wrong and one of how to cure it. The command line prints the
 message alone, without a traceback, and exits with `exit_code`.
@@ -67,3 +68,7 @@ class WeightSyncError(RunError):
 
 class LossScaleError(RunError):
     """The loss scale reached its floor and gradients still overflow."""
+
+
+class NumericsError(RunError):
+    """The trainer's logprobs are NaN or infinite: the forward pass left the range of its format."""

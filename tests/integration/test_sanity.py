@@ -12,10 +12,13 @@ from betterhalf.config.load import config_difference
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import InputError
 from betterhalf.run_dir import RunDir, read_json, read_jsonl
+from betterhalf.runs import loop
 from betterhalf.runs import sanity as sanity_module
+from betterhalf.runs.assembly import Parts
 from betterhalf.runs.perfect import build_perfectible
 from betterhalf.runs.sanity import sanity
 from betterhalf.tasks.perfectible import read_kept
+from betterhalf.types import StepBatch
 
 Configured = Callable[..., RunConfig]
 SMALL_SANITY = {"candidates": 24, "samples": 10, "evaluation_samples": 4, "pass_accuracy": 0.3}
@@ -134,3 +137,45 @@ def test_a_failed_first_arm_fails_the_command(betterhalf: Callable[..., object],
     assert ended.returncode == 1  # type: ignore[attr-defined]
     assert answer["passed"] is False
     assert answer["k3_ratio"] is None
+
+
+def test_resuming_with_other_settings_is_refused_and_changes_nothing(sanity_run: Path) -> None:
+    before = (sanity_run / "config.json").read_text()
+    saved = RunConfig.model_validate(read_json(sanity_run / "config.json"))
+    laxer = saved.model_copy(update={"sanity": saved.sanity.model_copy(update={"pass_accuracy": 0.1})})
+    with pytest.raises(InputError, match=r"sanity\.pass_accuracy"):
+        sanity(laxer, str(sanity_run), resume=True)
+    assert (sanity_run / "config.json").read_text() == before
+
+
+def test_an_arm_its_own_precision_brings_down_is_a_failed_arm_and_the_others_still_run(
+    small_config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.measure
+
+    def broken_in_fp16(parts: Parts, batch: StepBatch, step: int) -> loop.Measured:
+        measured = real(parts, batch, step)
+        if parts.policy.roles.compute_dtype == "fp16" and step == 2:
+            next(iter(measured.logprobs.values()))[0] = float("nan")
+        return measured
+
+    monkeypatch.setattr(loop, "measure", broken_in_fp16)
+    summary = sanity(small_config(sanity={**SMALL_SANITY, "pass_accuracy": 0.1}), str(tmp_path / "run"))
+    assert summary["passed"] is False
+    assert "trainer logprobs are not finite" in summary["reasons"]["fp16"]
+    assert summary["arms"]["fp16"]["mismatch_k3"] > 0  # of the step that was measured
+    assert summary["arms"]["bf16"]["passed"] is True
+    assert summary["k3_ratio"] > 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"arms": []}, "at least 1"),
+        ({"arms": ["fp16", "fp16"]}, "names an arm twice"),
+        ({"lower": 0.9, "upper": 0.1}, "exceeds sanity.upper"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RunConfig.model_validate({"sanity": settings})

@@ -48,6 +48,14 @@ def check_group_size(kind: AdvantageKind, group_size: int) -> None:
         )
 
 
+def check_overlong_buffer(buffer: int, max_tokens: int) -> None:
+    """Raise ConfigError when the overlong buffer is longer than a completion can be."""
+    if buffer > max_tokens:
+        raise ConfigError(
+            f"algorithm.overlong_buffer={buffer} exceeds sampling.max_tokens={max_tokens}; make it smaller than that."
+        )
+
+
 def zero_advantage_groups(advantages_PG: Tensor) -> Tensor:
     """bool [P]: groups that cannot change the weights, whose forward and backward pass can be left out without loss."""
     return (advantages_PG == 0).all(dim=1)
@@ -67,10 +75,7 @@ def overlong_penalty(lengths: Tensor, max_tokens: int, buffer: int) -> Tensor:
     Raises:
         ConfigError: the buffer is longer than the limit.
     """
-    if buffer > max_tokens:
-        raise ConfigError(
-            f"algorithm.overlong_buffer={buffer} exceeds sampling.max_tokens={max_tokens}; make it smaller than that."
-        )
+    check_overlong_buffer(buffer, max_tokens)
     if buffer == 0:
         return torch.zeros_like(lengths, dtype=torch.float64)
     return ((max_tokens - buffer - lengths.double()) / buffer).clamp(-1.0, 0.0)

@@ -309,7 +309,7 @@ class EvaluateConfig(Section):
 class SanityConfig(Section):
     """The paper's sanity test: a perfectible set, then one arm for each precision."""
 
-    arms: tuple[DtypeName, ...] = ("fp16", "bf16")
+    arms: tuple[DtypeName, ...] = Field(("fp16", "bf16"), min_length=1)
     """Precisions to run; the first decides the exit status."""
     candidates: int = Field(320, ge=1)
     """Prompts tried for the perfectible set."""
@@ -323,6 +323,14 @@ class SanityConfig(Section):
     """Final accuracy an arm must reach."""
     evaluation_samples: int = Field(8, ge=1)
     """Completions of each prompt in the final evaluation (avg@8)."""
+
+    @model_validator(mode="after")
+    def _make_sense(self) -> Self:
+        if len(set(self.arms)) < len(self.arms):
+            raise ValueError(f"sanity.arms={','.join(self.arms)} names an arm twice; name each precision once")
+        if self.lower > self.upper:
+            raise ValueError(f"sanity.lower={self.lower} exceeds sanity.upper={self.upper}; swap them")
+        return self
 
 
 class LoggingConfig(Section):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from betterhalf import ops
-from betterhalf.errors import EngineError, RunError
+from betterhalf.errors import EngineError, NumericsError, RunError
 
 _SERIES_BELOW = 0.02
 """Under this, exp(d) - 1 - d is summed as a series: the subtraction would lose the digits it is there for."""
@@ -123,7 +123,10 @@ def _checked(trainer_logprobs: Tensor, behavior_logprobs: Tensor) -> tuple[Tenso
         behavior_logprobs, EngineError, "behavior", "look for overflow in the engine, or run it with precision=fp32"
     )
     _refuse_non_finite(
-        trainer_logprobs, RunError, "trainer", "look for overflow in the forward pass, or train with precision=fp32"
+        trainer_logprobs,
+        NumericsError,
+        "trainer",
+        "look for overflow in the forward pass, or train with precision=fp32",
     )
     return trainer_logprobs.detach().double(), behavior_logprobs.detach().double()
 

@@ -26,10 +26,14 @@ _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 """Layer types whose only exchange between positions goes through the registered attention function."""
 
 
-def attention_name(device: torch.device, *, fp32_sums: bool) -> str:
-    """Which registered implementation to use for trainer attention on this device."""
+def attention_name(device: torch.device, head_dim: int, *, fp32_sums: bool) -> str:
+    """Which registered implementation to use for trainer attention on this device.
+
+    Flash attention needs an Ampere GPU or newer and a head dimension that is a multiple of 8 up to 256.
+    """
     if device.type == "cuda":
-        return "betterhalf_packed_varlen"
+        flash = torch.cuda.get_device_capability(device) >= (8, 0) and head_dim % 8 == 0 and head_dim <= 256
+        return "betterhalf_packed_varlen" if flash else "betterhalf_packed"
     return "betterhalf_packed_fp32_sums" if fp32_sums else "betterhalf_packed"
 
 

@@ -101,6 +101,23 @@ def formats_table() -> str:
     return "\n".join(lines)
 
 
+def narrowest_format(x: Tensor) -> DtypeName:
+    """The format whose grid all values of `x` lie on, whatever dtype holds them; of two, the coarser.
+
+    A few dozen values computed in one format do not lie on another's grid by chance, so this tells what a computation
+    was rounded to, also where half values are kept in FP32 tensors. Zeros and non-finite values tell nothing; with
+    fewer than 16 others the answer is the tensor's dtype.
+    """
+    telling = x[x.isfinite() & (x != 0)]
+    if telling.numel() < 16:
+        return dtype_name(x.dtype)
+    halves: tuple[DtypeName, ...] = ("bf16", "fp16")
+    for name in halves:
+        if torch.equal(telling.to(torch_dtype(name)).to(x.dtype), telling):
+            return name
+    return "fp32"
+
+
 def _power(value: float) -> str:
     return f"2^{math.frexp(value)[1] - 1} = {value:.4g}"
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from betterhalf.algorithms.advantage import check_group_size
+from betterhalf.algorithms.advantage import check_group_size, check_overlong_buffer
 from betterhalf.algorithms.presets import Algorithm, resolve_algorithm
 from betterhalf.config.schema import RunConfig
-from betterhalf.errors import ConfigError, InputError
+from betterhalf.errors import ConfigError, InputError, MissingExtraError
 from betterhalf.models.loading import LoadedModel, load_model
 from betterhalf.precision.policy import PrecisionPolicy, build_policy
 from betterhalf.rollout.build import build_engine
@@ -61,6 +62,8 @@ def assemble(config: RunConfig) -> Parts:
     """
     algorithm = resolve_algorithm(config.algorithm)
     check_group_size(algorithm.advantage, config.training.group_size)
+    check_overlong_buffer(algorithm.overlong_tokens(config.sampling.max_tokens), config.sampling.max_tokens)
+    require_logging(config)
     policy = build_policy(config.precision, choose_device(config))
     model = load_model(config.model)
     task = build_task(config.task, model.tokenizer)
@@ -80,6 +83,19 @@ def assemble(config: RunConfig) -> Parts:
         trainer=trainer,
         engine=engine,
     )
+
+
+def require_logging(config: RunConfig) -> None:
+    """Refuse TensorBoard events without the package before the run has left anything on disk.
+
+    Raises:
+        MissingExtraError: `tensorboard` is not installed.
+    """
+    if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise MissingExtraError(
+            "logging.tensorboard=true needs the package tensorboard; install it with "
+            "`pip install 'betterhalf[tensorboard]'`"
+        )
 
 
 def check_context(model: LoadedModel, task: Task, config: RunConfig) -> None:

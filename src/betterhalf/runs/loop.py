@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from betterhalf.algorithms.advantage import group_advantages, overlong_penalty
+from betterhalf.algorithms.advantage import group_advantages, overlong_penalty, zero_advantage_groups
 from betterhalf.algorithms.loss_stats import LossStats, policy_metrics
 from betterhalf.algorithms.policy_loss import batch_denominators, kept_counts, kept_mask
 from betterhalf.diagnostics.logprob_gap import mismatch_metrics
@@ -64,14 +64,14 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Trainer logprobs and entropies at the weights that sampled, by pack; a pack that was not measured is absent."""
+    """Trainer logprobs and entropies at the weights that sampled, by pack."""
 
     logprobs: dict[int, Tensor]
-    """id of the pack -> float32 [C]."""
+    """id of the pack -> float32 [C], for all packs chosen for the mismatch or needed as anchor."""
     entropies: dict[int, Tensor]
     """id of the pack -> float32 [C]."""
     packs: tuple[MicroBatch, ...]
-    """The measured packs."""
+    """The packs the mismatch is taken over: all, or a seeded sample."""
 
 
 def train_steps(parts: Parts, progress: Progress, on_step: Callable[[StepResult], None]) -> Progress:
@@ -103,7 +103,7 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
         **learning_metrics(parts, learned, step),
         **clock.metrics(_PHASES),
         "system/tokens_per_second": sum(len(r.completion.token_ids) for r in collected.rollouts) / clock.total(),
-        "system/peak_memory_gib": peak_memory_gib(),
+        "system/peak_memory_gib": peak_memory_gib(parts.policy.device),
     }
     return StepResult(
         progress=Progress(step=step, position=collected.position),
@@ -126,14 +126,15 @@ def step_advantages(parts: Parts, collected: Collected) -> list[float]:
 def measure(parts: Parts, batch: StepBatch, step: int) -> Measured:
     """Trainer logprobs of the whole step at the weights that sampled it, in the very packs that will train.
 
-    In half precision another packing would round differently, and the first importance ratio would not be 1. What the
-    algorithm reads of the proximal policy is always measured; beyond that a seeded sample of packs.
+    In half precision another packing would round differently, and the first importance ratio would not be 1. The
+    mismatch is taken over a seeded sample of packs (all of them by default); what the algorithm reads of the proximal
+    policy is scored besides, but stays out of the mismatch: trained packs alone would bias it.
     """
-    needed = {id(pack) for pack in _packs_with_proximal(parts, batch)}
     count = max(1, round(parts.config.mismatch.sample_fraction * len(batch.packs)))
     chosen = random.Random(f"measure-{parts.config.seed}-{step}").sample(range(len(batch.packs)), count)
-    packs = tuple(pack for i, pack in enumerate(batch.packs) if i in set(chosen) or id(pack) in needed)
-    scores = {id(pack): parts.trainer.measure(pack) for pack in packs}
+    packs = tuple(batch.packs[i] for i in sorted(chosen))
+    wanted = {id(pack): pack for pack in (*packs, *_packs_with_proximal(parts, batch))}
+    scores = {key: parts.trainer.measure(pack) for key, pack in wanted.items()}
     return Measured(
         logprobs={key: logprobs for key, (logprobs, _) in scores.items()},
         entropies={key: entropy for key, (_, entropy) in scores.items()},
@@ -208,7 +209,7 @@ def mismatch(measured: Measured) -> Metrics:
         torch.cat(offsets),
         offset,
     )
-    entropy = torch.cat(list(measured.entropies.values())).double().mean()
+    entropy = torch.cat([measured.entropies[id(pack)] for pack in measured.packs]).double().mean()
     return {**metrics, "policy/entropy/mean": float(entropy)}
 
 
@@ -218,14 +219,14 @@ def rollout_metrics(parts: Parts, collected: Collected, advantages: list[float])
     rewards = [rollout.reward for rollout in rollouts]
     lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
     size = parts.config.training.group_size
-    zero = [not any(advantages[start : start + size]) for start in range(0, len(advantages), size)]
+    zero = zero_advantage_groups(torch.tensor(advantages).view(-1, size))
     return {
         "rollout/reward/mean": statistics.fmean(rewards),
         "rollout/reward/std": statistics.pstdev(rewards),
         "rollout/length/mean": statistics.fmean(lengths),
         "rollout/length/max": float(max(lengths)),
         "rollout/truncated_fraction": statistics.fmean(r.completion.finish_reason == "length" for r in rollouts),
-        "rollout/zero_advantage_fraction": statistics.fmean(zero),
+        "rollout/zero_advantage_fraction": float(zero.double().mean()),
         "rollout/reward_timeouts": float(collected.timeouts),
         "rollout/groups_dropped": float(collected.dropped),
     }

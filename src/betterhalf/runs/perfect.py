@@ -8,7 +8,7 @@ from betterhalf.config.schema import PerfectibleTask, PrecisionConfig, RunConfig
 from betterhalf.metrics.console import PhaseProgress
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.precision.contract import folded_digest
-from betterhalf.run_dir import RunDir, environment, plain_json
+from betterhalf.run_dir import RunDir, environment, plain_json, truncate_jsonl
 from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.evaluate import score_prompts
 from betterhalf.runs.weight_sync import sync_weights
@@ -58,6 +58,10 @@ def _count(parts: Parts, path: Path) -> None:
     sync_weights(parts)
     digest = folded_digest(parts.engine.report().digests)
     done = len(open_perfectible(path, _provenance(parts, candidates, digest)))
+    if done < candidates:
+        # Logits depend a little on what is batched together, so a block that was cut off is counted again, whole.
+        done -= done % _PROMPTS_AT_ONCE
+        truncate_jsonl(path, lambda row: row.get("index", -1) < done)
     label = f"perfectible set: {candidates} prompts x {config.sanity.samples}"
     with show_progress(label, candidates, mode=config.logging.console) as bar:
         bar.advance(done)

@@ -13,14 +13,14 @@ from typing import Any
 
 from betterhalf.config.load import resolved_json
 from betterhalf.config.schema import PerfectibleTask, RunConfig
-from betterhalf.errors import EngineError, LossScaleError
+from betterhalf.errors import EngineError, LossScaleError, NumericsError
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, default_run_dir, environment, read_json, write_json_atomic
 from betterhalf.runs.assembly import Parts, with_precision
 from betterhalf.runs.evaluate import average_reward, score_prompts
 from betterhalf.runs.perfect import build_perfectible
-from betterhalf.runs.train import run_training
+from betterhalf.runs.train import require_same_config, run_training, summarise
 
 ARM_KEYS = ("passed", "final_accuracy", "mismatch_k3", "mismatch_max_abs", "skipped_steps", "seconds")
 
@@ -42,6 +42,8 @@ def sanity(config: RunConfig, run_dir: str | None, resume: bool = False) -> dict
     """
     started = time.perf_counter()
     run = RunDir.create(Path(run_dir) if run_dir else default_run_dir("sanity", config.name), resume=resume)
+    if run.config.exists():
+        require_same_config(run, config)
     write_json_atomic(run.config, resolved_json(config))
     write_json_atomic(run.environment, environment())
     kept = build_perfectible(config, run)
@@ -88,15 +90,17 @@ def run_arm(config: RunConfig, name: str, perfectible: Path, arm: RunDir) -> dic
         accuracy = evaluate_arm(parts, name)
         return {"final_accuracy": accuracy, "passed": accuracy >= config.sanity.pass_accuracy}
 
+    started = time.perf_counter()
     try:
         resume = arm.holds_run
         return run_training(
             settings, RunDir.create(arm.path, resume=resume), resume=resume, label=name, after=final_accuracy
         )
-    except (LossScaleError, EngineError) as error:
+    except (LossScaleError, EngineError, NumericsError) as error:
         failed = {"passed": False, "final_accuracy": None, "reason": str(error)}
-        write_json_atomic(arm.summary, failed)
-        return failed
+        measured = summarise(arm, settings) if arm.metrics.exists() else {}
+        write_json_atomic(arm.summary, measured | failed | {"seconds": time.perf_counter() - started})
+        return read_json(arm.summary)
 
 
 def evaluate_arm(parts: Parts, label: str) -> float:

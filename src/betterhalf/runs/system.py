@@ -8,9 +8,9 @@ import sys
 import torch
 
 
-def peak_memory_gib() -> float:
-    """Largest memory held so far in GiB: of the GPU's allocator where there is one, else resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory held so far in GiB: of the GPU's allocator on a GPU, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -63,13 +63,13 @@ def run_training(
 ) -> dict[str, Any]:
     """Train in `run`; `after` may look at the trained policy and add to the summary (an arm's final accuracy)."""
     started = time.perf_counter()
-    if resume:
-        _require_same_config(run, config)
+    if run.config.exists():
+        require_same_config(run, config)
     parts = assemble(config)
     try:
         progress = _restore(parts, run) if resume else Progress()
         contract = sync_weights(parts)
-        if not resume:
+        if not run.config.exists():
             _write_head(run, parts, contract)
         with Console(config.logging.console, total_steps=config.training.steps, label=label) as console:
             console.note(contract.table())
@@ -82,10 +82,8 @@ def run_training(
     return summary
 
 
-def _require_same_config(run: RunDir, config: RunConfig) -> None:
+def require_same_config(run: RunDir, config: RunConfig) -> None:
     """Refuse to continue a run under another configuration."""
-    if not run.config.exists():
-        raise InputError(f"{run.path} stopped before it wrote its configuration; start it again without --resume")
     saved = RunConfig.model_validate(read_json(run.config))
     changes = config_difference(saved, config)
     if changes:
@@ -97,10 +95,10 @@ def _require_same_config(run: RunDir, config: RunConfig) -> None:
 
 
 def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:
-    """What is known before the first step."""
-    write_json_atomic(run.config, resolved_json(parts.config))
-    write_json_atomic(run.environment, environment() | {"algorithm": algorithm_record(parts.algorithm)})
+    """What is known before the first step; the configuration last, so that with it the head is whole."""
     write_json_atomic(run.contract, contract.to_json())
+    write_json_atomic(run.environment, environment() | {"algorithm": algorithm_record(parts.algorithm)})
+    write_json_atomic(run.config, resolved_json(parts.config))
 
 
 def _train_and_record(parts: Parts, run: RunDir, progress: Progress, console: Console) -> None:
@@ -139,11 +137,11 @@ def _checkpoint_due(config: RunConfig, step: int) -> bool:
 
 
 def save_checkpoint(parts: Parts, run: RunDir, progress: Progress) -> None:
-    """Everything the next step depends on. Sampling, shuffling and data order are functions of (seed, step, position),
+    """Everything the next step depends on.
 
-    so there is no generator whose state would have to be kept.
+    Sampling, shuffling and data order are functions of (seed, step, position): no generator has a state to be kept.
     """
-    values = {"trainer": parts.trainer.state_values(), "position": progress.position, "seed": parts.config.seed}
+    values = {"trainer": parts.trainer.state_values(), "position": progress.position}
     tensors = parts.trainer.state_tensors()
     saved = checkpoint.Checkpoint(step=progress.step, tensors=tensors, values=values)
     checkpoint.save(run.checkpoints, saved, keep=parts.config.training.keep_checkpoints)

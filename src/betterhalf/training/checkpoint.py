@@ -71,6 +71,8 @@ def _write_files(partial: Path, checkpoint: Checkpoint) -> None:
         save_file(tensors, partial / f"{name}.safetensors", metadata={"format": "pt"})
     state = {"step": checkpoint.step, **checkpoint.values}
     (partial / "state.json").write_text(json.dumps(state, indent=1))
+    for path in partial.iterdir():
+        _sync(path)
     manifest = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
     _write_synced(partial / "manifest.json", json.dumps(manifest, indent=1))
 
@@ -79,6 +81,12 @@ def _write_synced(path: Path, text: str) -> None:
     with path.open("w") as file:
         file.write(text)
         file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    """Force a finished file to the disk: after a power loss a checkpoint that has its name is whole."""
+    with path.open("rb") as file:
         os.fsync(file.fileno())
 
 

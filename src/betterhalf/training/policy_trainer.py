@@ -17,14 +17,14 @@ from betterhalf.errors import InputError
 from betterhalf.models.attention import attention_name, use_packed_attention
 from betterhalf.models.loading import LoadedModel
 from betterhalf.precision.contract import SideReport, weights_digests
-from betterhalf.precision.formats import dtype_name
+from betterhalf.precision.formats import dtype_name, narrowest_format
 from betterhalf.precision.half_embedding import use_half_embedding
 from betterhalf.precision.half_linear import Widened, use_half_linear
 from betterhalf.precision.loss_scaler import LossScaler, build_loss_scaler
 from betterhalf.precision.policy import PrecisionPolicy
 from betterhalf.training.distributed import Collective, SingleProcess
 from betterhalf.training.master_weights import MasterWeights
-from betterhalf.training.token_scores import measure_tokens, rows_per_chunk, token_logprobs
+from betterhalf.training.token_scores import head_logits, measure_tokens, rows_per_chunk, token_logprobs
 from betterhalf.types import Denominators, MicroBatch
 
 
@@ -72,7 +72,7 @@ class PolicyTrainer:
         use_half_linear(self.module, policy)
         use_half_embedding(self.module, policy)
         sums = policy.fp32_sums(policy.roles.compute_dtype)
-        self.attention = attention_name(policy.device, fp32_sums=sums)
+        self.attention = attention_name(policy.device, _head_dim(self.module.config), fp32_sums=sums)
         use_packed_attention(self.module, self.attention)
         if config.training.activation_checkpointing:
             self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -187,7 +187,7 @@ class PolicyTrainer:
         return self.weights.on_the_wire(self.policy.wire_dtype)
 
     def report(self) -> SideReport:
-        """What the trainer really runs, read from its live tensors and a forward pass over two tokens."""
+        """What the trainer really runs, read from its live tensors and a forward pass over a few tokens."""
         hidden, logits = self._probe()
         computing = dict(self.weights.computing())
         _, wired = next(self.wire_weights())
@@ -204,10 +204,12 @@ class PolicyTrainer:
             "norm": norms[0] if norms else hidden,
             "master": master,
             "gradients": gradient,
+            "optimizer": next((state["exp_avg"] for state in self.optimizer.state.values()), master),
         }
         return SideReport(
             side="trainer",
-            dtypes={region: dtype_name(tensor.dtype) for region, tensor in kinds.items()},
+            dtypes={region: dtype_name(tensor.dtype) for region, tensor in kinds.items()}
+            | {"compute": narrowest_format(hidden)},
             facts={
                 "attention": self.attention,
                 "matmul_sums": self._matmul_sums(),
@@ -225,13 +227,12 @@ class PolicyTrainer:
 
     @torch.no_grad()
     def _probe(self) -> tuple[Tensor, Tensor]:
-        """Final hidden state and logits of a two-token sequence."""
-        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.policy.device)
-        positions = torch.arange(2, device=self.policy.device).unsqueeze(0)
-        out = self.module.get_decoder()(input_ids=ids, position_ids=positions, sequence_lengths=(2,), use_cache=False)
+        """Final hidden states and logits of the first few ids of the vocabulary."""
+        count = min(8, self._head.shape[0])
+        ids = torch.arange(count, device=self.policy.device).unsqueeze(0)
+        out = self.module.get_decoder()(input_ids=ids, position_ids=ids, sequence_lengths=(count,), use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
-        logprobs, _ = measure_tokens(hidden, self._head_for_products(), ids[0], 1.0, 2)
-        return hidden, logprobs
+        return hidden, head_logits(hidden, self._head_for_products())
 
     # -- state
 
@@ -261,6 +262,11 @@ class PolicyTrainer:
                 self.optimizer.state[master] = state
         self.scaler.load_state_dict(values["loss_scaler"])
         self.policy_version = int(values["policy_version"])
+
+
+def _head_dim(hf_config: Any) -> int:
+    given = getattr(hf_config, "head_dim", None)
+    return int(given or hf_config.hidden_size // hf_config.num_attention_heads)
 
 
 def _require_no_dropout(module: Any) -> None:

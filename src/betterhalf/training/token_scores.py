@@ -1,8 +1,9 @@
 """Logprobs and entropy of completion tokens from final hidden states, in FP32, a chunk of rows at a time.
 
 No [tokens, vocabulary] tensor is ever alive: rows are processed in chunks that fit a memory budget, and the backward
-pass computes a chunk's logits again. Operands of the head are on the half grid; logits, softmax, and their gradients
-are FP32 (MiniMax-M1, arXiv 2506.13585, traced its gap between engines to the precision of the head).
+pass computes a chunk's logits again. Operands of the head are on the half grid; logits and softmax are FP32
+(MiniMax-M1, arXiv 2506.13585, traced its gap between engines to the precision of the head). The logits' gradient is
+FP32 on a CPU; on a GPU it is rounded to half for its products, whose sums are FP32.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden_CH, weight_VH, wide_VH, targets_C)
         ctx.temperature, ctx.rows = temperature, rows
         out = [
-            ops.token_logprobs(_logits(hidden, wide_VH), targets, temperature)
+            ops.token_logprobs(head_logits(hidden, wide_VH), targets, temperature)
             for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True)
         ]
         return torch.cat(out)
@@ -49,7 +50,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, hidden_CH.shape[0], ctx.rows):
             part = slice(start, start + ctx.rows)
             grad_logits = _grad_logits(
-                _logits(hidden_CH[part], wide_VH), targets_C[part], grad_outputs[0][part], ctx.temperature
+                head_logits(hidden_CH[part], wide_VH), targets_C[part], grad_outputs[0][part], ctx.temperature
             )
             grad_hidden[part] = _product(grad_logits, wide_VH)
             if grad_weight is not None:
@@ -58,7 +59,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_hidden, rounded, None, None, None, None
 
 
-def _logits(hidden_CH: Tensor, wide_VH: Tensor) -> Tensor:
+def head_logits(hidden_CH: Tensor, wide_VH: Tensor) -> Tensor:
     """FP32 logits. On a GPU half operands with FP32 sums and results; on a CPU the widened operands' FP32 product."""
     if hidden_CH.dtype == wide_VH.dtype == torch.float32 or not hidden_CH.is_cuda:
         return hidden_CH.float() @ wide_VH.t()
@@ -111,7 +112,7 @@ def measure_tokens(
     """
     logprobs, entropies = [], []
     for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True):
-        logits = _logits(hidden, wide_VH)
+        logits = head_logits(hidden, wide_VH)
         logprobs.append(ops.token_logprobs(logits, targets, temperature))
         entropies.append(ops.entropy(logits, temperature))
     return torch.cat(logprobs), torch.cat(entropies)

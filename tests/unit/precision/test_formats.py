@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from betterhalf.precision.formats import FORMATS, FormatFacts, dtype_name, round_to_format, torch_dtype
+from betterhalf.precision.formats import (
+    FORMATS,
+    FormatFacts,
+    dtype_name,
+    narrowest_format,
+    round_to_format,
+    torch_dtype,
+)
 from betterhalf.types import DtypeName
 
 NAMES: list[DtypeName] = ["fp16", "bf16", "fp32"]
@@ -154,3 +161,14 @@ def test_formats_wider_than_fp32_are_refused(bits: tuple[int, int]) -> None:
 def test_half_input_is_refused() -> None:
     with pytest.raises(AssertionError, match="FP32 and FP64"):
         round_to_format(torch.ones(2, dtype=torch.float16), "fp16")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
+def test_the_grid_of_live_values_is_recognised_in_any_container(name: str, dtype: torch.dtype) -> None:
+    values = torch.randn(64, generator=torch.Generator().manual_seed(0)).to(dtype).float()
+    values[::7] = 0
+    values[3] = float("inf")
+    assert narrowest_format(values) == name
+    assert narrowest_format(torch.zeros(64, dtype=dtype)) == name  # zeros tell nothing

@@ -7,23 +7,23 @@ from torch import Tensor
 
 from betterhalf.config.schema import EngineConfig
 from betterhalf.precision.contract import SideReport, weights_digests
-from betterhalf.precision.formats import dtype_name
+from betterhalf.precision.formats import dtype_name, narrowest_format
 from betterhalf.precision.policy import PrecisionPolicy
 from betterhalf.rollout.native.decoder import Decoder
 
 
 def engine_report(decoder: Decoder, policy: PrecisionPolicy, config: EngineConfig) -> SideReport:
     """Formats, facts and weight digests of a decoder."""
-    weights, rounding = decoder.weights, decoder.rounding
-    held = weights.grid()
+    weights = decoder.weights
+    held, (hidden, cached) = weights.grid(), _probe(decoder)
     return SideReport(
         side="engine",
         dtypes={
             "weights": held,
-            "compute": dtype_name(rounding.dtype),
+            "compute": narrowest_format(hidden),
             "wire": dtype_name(weights.wire_dtype or policy.wire_dtype),
-            "kv": dtype_name(rounding.kv_dtype),
-            "lm_head": dtype_name(decoder.logits(_probe(decoder)).dtype),
+            "kv": narrowest_format(cached),
+            "lm_head": dtype_name(decoder.logits(hidden).dtype),
             "rope": dtype_name(decoder.rope_dtype),
             "norm": held,
         },
@@ -32,10 +32,12 @@ def engine_report(decoder: Decoder, policy: PrecisionPolicy, config: EngineConfi
     )
 
 
-def _probe(decoder: Decoder) -> Tensor:
-    """One hidden state of zeros."""
-    hidden = decoder.config.hidden_size
-    return torch.zeros(1, hidden, dtype=decoder.rounding.container, device=decoder.weights.norm.device)
+@torch.inference_mode()
+def _probe(decoder: Decoder) -> tuple[Tensor, Tensor]:
+    """Final hidden state and cached keys and values of a prompt of a few ids: what the engine really rounds to."""
+    count = min(8, decoder.weights.embedding.shape[0])
+    decoder.reserve(count)
+    return decoder.prefill(torch.arange(count, device=decoder.weights.norm.device), (count,))
 
 
 def _facts(decoder: Decoder, policy: PrecisionPolicy, config: EngineConfig) -> dict[str, str]:
