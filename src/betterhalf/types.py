@@ -39,9 +39,6 @@ PresetName = Literal[
 FinishReason = Literal["stop", "length"]
 """Why sampling ended: a stop token (itself part of the completion), or the length limit."""
 
-Verdict = Literal["pass", "fail", "incomplete"]
-"""Outcome of one arm of a sanity run."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:

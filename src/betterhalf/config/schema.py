@@ -52,7 +52,7 @@ class PrecisionRoles(Section):
 
 
 class LossScaleConfig(Section):
-    """Loss scaling; used when `compute_dtype` is fp16, ignored otherwise."""
+    """Loss scaling when `compute_dtype` is fp16; other formats have no scale and use `max_skips_at_floor` alone."""
 
     initial: float = Field(2.0**16, gt=0)
     """First loss scale."""

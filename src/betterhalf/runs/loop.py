@@ -44,7 +44,7 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SampledRollout:
+class KeptRollout:
     """A rollout kept for people to read, with its per-token columns."""
 
     rollout: Rollout
@@ -59,7 +59,7 @@ class StepResult:
 
     progress: Progress
     metrics: Metrics
-    samples: tuple[SampledRollout, ...]
+    kept: tuple[KeptRollout, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,7 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
     return StepResult(
         progress=Progress(step=step, position=collected.position),
         metrics=metrics,
-        samples=keep_samples(parts, collected.rollouts, advantages, measured, step),
+        kept=keep_rollouts(parts, collected.rollouts, advantages, measured, step),
     )
 
 
@@ -252,9 +252,9 @@ def learning_metrics(parts: Parts, learned: list[Learned], step: int) -> Metrics
     }
 
 
-def keep_samples(
+def keep_rollouts(
     parts: Parts, rollouts: list[Rollout], advantages: list[float], measured: Measured, step: int
-) -> tuple[SampledRollout, ...]:
+) -> tuple[KeptRollout, ...]:
     """A seeded choice of rollouts with their per-token columns."""
     count = min(parts.config.logging.rollouts_per_step, len(rollouts))
     chosen = sorted(random.Random(f"keep-{parts.config.seed}-{step}").sample(range(len(rollouts)), count))
@@ -263,5 +263,5 @@ def keep_samples(
         if set(pack.rollout_index_S) & set(chosen):
             scores.update(by_rollout(pack, measured.logprobs[id(pack)]))
     return tuple(
-        SampledRollout(rollout=rollouts[i], advantage=advantages[i], trainer_logprobs=scores.get(i)) for i in chosen
+        KeptRollout(rollout=rollouts[i], advantage=advantages[i], trainer_logprobs=scores.get(i)) for i in chosen
     )

@@ -25,7 +25,7 @@ from betterhalf.run_dir import (
     write_json_atomic,
 )
 from betterhalf.runs.assembly import Parts, algorithm_record, assemble
-from betterhalf.runs.loop import Progress, SampledRollout, StepResult, train_steps
+from betterhalf.runs.loop import Progress, KeptRollout, StepResult, train_steps
 from betterhalf.runs.weight_sync import sync_weights
 from betterhalf.training import checkpoint
 
@@ -109,8 +109,8 @@ def _train_and_record(parts: Parts, run: RunDir, progress: Progress, console: Co
     def record(result: StepResult) -> None:
         step = result.progress.step
         sinks.write(step, result.metrics)
-        for sample in result.samples:
-            run.append_rollout(rollout_row(step, sample))
+        for kept in result.kept:
+            run.append_rollout(rollout_row(step, kept, parts.tokenizer))
         console.update(step, result.metrics)
         if result.metrics["optim/first_offender"]:
             console.note(_skip_note(step, result))
@@ -161,9 +161,9 @@ def _restore(parts: Parts, run: RunDir) -> Progress:
     return progress
 
 
-def rollout_row(step: int, sample: SampledRollout) -> dict[str, Any]:
+def rollout_row(step: int, kept: KeptRollout, tokenizer: Any) -> dict[str, Any]:
     """One row of `rollouts.jsonl`."""
-    rollout = sample.rollout
+    rollout = kept.rollout
     return {
         "step": step,
         "prompt_id": rollout.prompt.prompt_id,
@@ -171,12 +171,13 @@ def rollout_row(step: int, sample: SampledRollout) -> dict[str, Any]:
         "completion": rollout.text,
         "answer": rollout.prompt.answer,
         "reward": rollout.reward,
-        "advantage": sample.advantage,
+        "advantage": kept.advantage,
         "finish_reason": rollout.completion.finish_reason,
         "policy_version": rollout.completion.policy_version,
-        "tokens": list(rollout.completion.token_ids),
+        "token_ids": list(rollout.completion.token_ids),
+        "tokens": [tokenizer.decode([token_id]) for token_id in rollout.completion.token_ids],
         "behavior_logprobs": list(rollout.completion.behavior_logprobs),
-        "trainer_logprobs": sample.trainer_logprobs,
+        "trainer_logprobs": kept.trainer_logprobs,
     }
 
 

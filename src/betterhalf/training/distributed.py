@@ -10,9 +10,6 @@ from torch import Tensor
 class Collective(Protocol):
     """The ranks of one trainer."""
 
-    rank: int
-    world_size: int
-
     def max_(self, values: Tensor) -> None:
         """Replace `values` by their maximum over the ranks, so that all skip an optimizer step or none does."""
         ...
@@ -20,9 +17,6 @@ class Collective(Protocol):
 
 class SingleProcess:
     """A trainer in one process."""
-
-    rank = 0
-    world_size = 1
 
     def max_(self, values: Tensor) -> None:
         """Nothing to do: the maximum over one rank."""

@@ -28,8 +28,6 @@ class DecodePlan:
 
     rows: Tensor
     """int64 [B * kv_heads]: where the new keys and values go."""
-    attended: int
-    """Positions of the cache that are read."""
     masks: dict[int | None, Tensor]
     """For each sliding window (None: all): what each slot may see. CPU: FP32 [B * kv_heads, 1, attended], 0 or
     -inf. GPU: bool [B, 1, 1, attended]."""
@@ -44,7 +42,7 @@ def decode_plan(config: DecoderConfig, cache: KVCache, lengths: Tensor, attended
         if window is not None:
             visible &= index > lengths[:, None] - window
         masks[window] = _as_mask(visible, config.num_kv_heads)
-    return DecodePlan(rows=cache.rows(lengths), attended=attended, masks=masks)
+    return DecodePlan(rows=cache.rows(lengths), masks=masks)
 
 
 def _as_mask(visible: Tensor, kv_heads: int) -> Tensor:
