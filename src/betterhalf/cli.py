@@ -110,7 +110,8 @@ def _evaluate(request: Request) -> Answer:
 
 def _report(request: Request) -> Answer:
     from betterhalf.report.page import write_report
-    from betterhalf.run_dir import RunDir, default_run_dir
+    from betterhalf.run_dir import RunDir
+    from betterhalf.runs.folder import default_run_dir
 
     runs = [RunDir.open(word) for word in request.words]
     folder = runs[0].path if len(runs) == 1 else default_run_dir("report", "comparison")
@@ -133,9 +134,11 @@ def _config(request: Request) -> Answer:
 
 
 def _export(request: Request) -> Answer:
+    run, directory = request.words
+    _run_config(run)
     from betterhalf.runs.export import export
 
-    result = export(*request.words)
+    result = export(run, directory)
     return Answer(result=result, show=lambda: _show(result))
 
 
@@ -293,14 +296,18 @@ def _request(name: str, verb: Verb, options: argparse.Namespace) -> Request:
 
 
 def _run_config(target: str) -> Path | None:
-    """The configuration that a run folder was made with; None for a model (whose folder has a config.json as well)."""
+    """The configuration that a run folder was made with; None for a model.
+
+    Raises:
+        InputError: a sanity run, which holds several policies.
+    """
     from betterhalf.run_dir import RunDir
 
     run = RunDir(Path(target))
     if run.arm_names():
         arm = run.arm(run.arm_names()[0])
         raise InputError(f"{target} holds a sanity run. Name one of its arms, such as {arm.path}.")
-    return run.config if run.checkpoints.is_dir() and run.config.is_file() else None
+    return run.config if run.configured else None
 
 
 def _show_sanity(result: dict[str, Any]) -> None:

@@ -8,11 +8,9 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -52,7 +50,8 @@ class RunDir:
             raise InputError(f"{run.path} holds no run to resume. Leave out --resume, or name the right run_dir.")
         if not resume and run.holds_run:
             raise InputError(
-                f"{run.path} already holds a run. Continue it with --resume, or choose another run_dir=PATH."
+                f"{run.path} already holds a run. Continue it with --resume (train and sanity), or choose another "
+                "run_dir=PATH."
             )
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -80,6 +79,11 @@ class RunDir:
     def holds_run(self) -> bool:
         """Whether any file of a run is there."""
         return any((self.path / name).exists() for name in _RUN_FILES)
+
+    @property
+    def configured(self) -> bool:
+        """Whether its config.json is that of a run; the folder of a model has a file of that name as well."""
+        return self.config.is_file() and (self.environment.is_file() or self.checkpoints.is_dir())
 
     @property
     def config(self) -> Path:
@@ -156,16 +160,6 @@ class RunDir:
     def append_rollout(self, row: Mapping[str, Any]) -> None:
         """Add one rollout to `rollouts.jsonl`."""
         append_jsonl(self.rollouts, row)
-
-
-def default_run_dir(verb: str, name: str) -> Path:
-    """`runs/<verb>-<name>-<time>`, local time to the second; numbered when that is taken."""
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
-    base = Path("runs", f"{verb}-{safe}-{time.strftime('%Y%m%d-%H%M%S')}")
-    path, number = base, 2
-    while path.exists():
-        path, number = base.with_name(f"{base.name}-{number}"), number + 1
-    return path
 
 
 def write_json_atomic(path: Path, obj: object) -> None:
@@ -338,8 +332,8 @@ def _write_or_undo(fd: int, line: bytes, size: int) -> None:
         raise
 
 
-def _write_error(path: Path, error: OSError) -> InputError | RunError:
-    """The error to raise for a failed write; out of space is a matter of run time, the rest of the path given."""
+def _write_error(path: Path, error: OSError) -> RunError:
+    """The error to raise for a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RunError(
             f"disk is full: {path} could not be written; what was written before is intact. "

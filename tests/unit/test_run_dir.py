@@ -16,13 +16,13 @@ from betterhalf.errors import InputError, RunError
 from betterhalf.run_dir import (
     RunDir,
     append_jsonl,
-    default_run_dir,
     environment,
     read_json,
     read_jsonl,
     truncate_jsonl,
     write_json_atomic,
 )
+from betterhalf.runs.folder import default_run_dir
 
 
 def no_space(*_: object, **__: object) -> int:

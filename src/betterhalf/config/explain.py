@@ -148,6 +148,7 @@ _EXPLANATIONS: dict[str, Callable[[ErrorDetails, _Location], str]] = {
     "bool_type": _must_be("true or false"),
     "string_type": _must_be("text"),
     "tuple_type": _must_be("a list"),
+    "too_short": _must_be("a list of at least {min_length}"),
     "too_long": _must_be("a list of {max_length} values"),
     "greater_than": _must_be("above {gt:g}"),
     "greater_than_equal": _must_be("at least {ge:g}"),

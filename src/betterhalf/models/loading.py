@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers.utils import logging as hf_logging
 from betterhalf.config.schema import ModelConfig
 from betterhalf.errors import InputError, MissingExtraError
 from betterhalf.models.attention import require_packable
+from betterhalf.run_dir import RunDir
 
 BUILT_IN = ("demo", "smollm2")
 """Names that need neither hub nor path."""
@@ -55,16 +56,29 @@ def load_model(config: ModelConfig) -> LoadedModel:
     """Load weights (FP32), tokenizer and stop tokens.
 
     Raises:
-        InputError: no such model, not a decoder whose sequences can be packed, or no tokenizer.
+        InputError: no such model, damaged files, not a decoder whose sequences can be packed, or no tokenizer.
         MissingExtraError: `smollm2` or a GGUF file without the extra `[smollm2]`.
     """
     source = _find(config)
     with _quiet(), _explained(config.name):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)
-        module = AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.float32, **source.arguments)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=torch.float32, output_loading_info=True, **source.arguments
+        )
+    module, info = loaded
+    _require_whole(config.name, info["missing_keys"])
     module.config.__dict__.pop("quantization_config", None)
     require_packable(module)
     return _assemble(config.name, module, tokenizer)
+
+
+def _require_whole(name: str, missing: Collection[str]) -> None:
+    """transformers fills weights that a file lacks with random numbers, and only warns."""
+    if missing:
+        raise InputError(
+            f"model {name!r} lacks weights of its architecture ({len(missing)}, {min(missing)!r} among them); restore "
+            "its files, or name another model"
+        )
 
 
 def _assemble(name: str, module: Any, tokenizer: Any) -> LoadedModel:
@@ -91,11 +105,9 @@ def _find(config: ModelConfig) -> _Source:
     if path.suffix == ".gguf":
         return _gguf(path)
     if _looks_like_path(config.name):
-        raise InputError(
-            f"there is no model folder {config.name!r}; give an existing folder, {_alternatives(config.name)}"
-        )
+        raise InputError(f"there is no model folder {config.name!r}. {_alternatives(config.name)}")
     if "/" not in config.name:
-        raise InputError(f"unknown model {config.name!r}; {_alternatives(config.name)}")
+        raise InputError(f"unknown model {config.name!r}. {_alternatives(config.name)}")
     return _Source(location=config.name, arguments={"revision": config.revision} if config.revision else {})
 
 
@@ -121,6 +133,8 @@ def _gguf(path: Path) -> _Source:
 def _folder(path: Path) -> _Source:
     if not (path / "config.json").is_file():
         raise InputError(f"folder {str(path)!r} holds no config.json; give a folder in transformers format")
+    if RunDir(path).configured:
+        raise InputError(f"folder {str(path)!r} is a run; turn it into a model with `betterhalf export {path} DIR`")
     tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if not any((path / name).is_file() for name in tokenizers):
         raise InputError(
@@ -135,9 +149,9 @@ def _looks_like_path(name: str) -> bool:
 
 def _alternatives(name: str) -> str:
     near = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = f"Did you mean {near[0]!r}? " if near else ""
     return (
-        f"{hint}A model is {', '.join(map(repr, BUILT_IN))}, a folder, a .gguf file, or a hub name such as 'org/name'"
+        f"{hint}A model is {', '.join(map(repr, BUILT_IN))}, a folder, a .gguf file, or a hub name such as 'org/name'."
     )
 
 
@@ -148,12 +162,15 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except MissingExtraError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"model {name!r} cannot be loaded ({cause}); check the name, the revision and the network "
-            "(HF_HUB_OFFLINE=1 forbids the hub), or give a local folder"
-        ) from error
+    except Exception as error:  # torn files raise what their parsers please
+        cause = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise InputError(f"model {name!r} cannot be loaded ({cause.rstrip('.')}); {_cure(name)}") from error
+
+
+def _cure(name: str) -> str:
+    if Path(name).expanduser().exists() or name in BUILT_IN:
+        return "restore its files, as `save_pretrained` writes them, or name another model"
+    return "check the name, the revision and the network (HF_HUB_OFFLINE=1 forbids the hub), or give a local folder"
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from betterhalf.errors import RunError
+from betterhalf.errors import InputError
 from betterhalf.report.data import Arm, ReportData, load
 from betterhalf.report.figures import Figure, step_figures
 from betterhalf.report.style import STYLE
@@ -25,7 +25,7 @@ def write_report(runs: Sequence[RunDir | Path | str], out: Path) -> Path:
     A run that stopped early, or recorded only some metrics, gives a page that says so.
 
     Raises:
-        InputError: a folder is not a run folder, or a file in it is damaged.
+        InputError: a folder is not a run folder, a file in it is damaged, or the folder of `out` cannot be made.
         RunError: `out` cannot be written; a page that was there before is untouched.
     """
     out = Path(out)
@@ -33,8 +33,8 @@ def write_report(runs: Sequence[RunDir | Path | str], out: Path) -> Path:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(
-            f"{out.parent} cannot be made ({error.strerror}). Choose another place for the report."
+        raise InputError(
+            f"{out.parent} cannot be made ({error.strerror}). Choose another folder with run_dir=PATH."
         ) from error
     write_text_atomic(out, text)
     return out

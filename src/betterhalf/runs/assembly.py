@@ -108,10 +108,11 @@ def check_context(model: LoadedModel, task: Task, config: RunConfig) -> None:
     longest = max((task.prompt(index) for index in indices), key=lambda prompt: len(prompt.token_ids))
     room = model.context_length - len(longest.token_ids)
     if room < config.sampling.max_tokens:
+        planned = f" and sampling.max_tokens={config.sampling.max_tokens}" if room > 0 else ""
+        cure = f"Set sampling.max_tokens={room} or less" if room > 0 else "Shorten or drop the prompt"
         raise InputError(
-            f"prompt {longest.prompt_id!r} has {len(longest.token_ids)} tokens, and with sampling.max_tokens="
-            f"{config.sampling.max_tokens} exceeds the model's context of {model.context_length}; "
-            + (f"set sampling.max_tokens to {room} or less" if room > 0 else "shorten the prompt")
+            f"the model's context of {model.context_length} is too short for prompt {longest.prompt_id!r} of "
+            f"{len(longest.token_ids)} tokens{planned}. {cure}, or choose a model with a longer context."
         )
 
 

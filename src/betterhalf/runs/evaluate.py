@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from betterhalf.config.load import resolved_json
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import CheckpointError
 from betterhalf.metrics.console import progress as show_progress
-from betterhalf.run_dir import RunDir, append_jsonl, default_run_dir, environment, read_json, write_json_atomic
+from betterhalf.run_dir import RunDir, append_jsonl, environment, write_json_atomic
 from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.collect import sample_groups
+from betterhalf.runs.folder import run_folder
 from betterhalf.runs.stopwatch import Stopwatch
 from betterhalf.runs.weight_sync import sync_weights
 from betterhalf.training import checkpoint
@@ -102,16 +103,22 @@ def evaluate(target: str, config: RunConfig, run_dir: str | None) -> dict[str, A
     """Evaluate a model, or the newest checkpoint of a run, on a task.
 
     Args:
-        target: MODEL, or the folder of a run (then `config` should be the run's own; see `config_for`).
+        target: MODEL, or the folder of a run (then `config` should be the run's own).
         config: task, sampling, precision and `evaluate` settings.
         run_dir: where `evaluation.jsonl` and `summary.json` go; `runs/evaluate-<name>-<time>` if absent.
     """
     started = time.perf_counter()
-    run = RunDir.create(Path(run_dir) if run_dir else default_run_dir("evaluate", Path(target).name), resume=False)
-    config = _with_target(config, target)
+    with run_folder(run_dir, "evaluate", Path(target).name) as run:
+        summary = {"verb": "evaluate", "target": target, **_evaluate_in(run, _with_target(config, target), target)}
+        summary |= {"seconds": time.perf_counter() - started, "run_dir": str(run.path)}
+        write_json_atomic(run.summary, summary)
+        return summary
+
+
+def _evaluate_in(run: RunDir, config: RunConfig, target: str) -> dict[str, Any]:
     parts = assemble(config)
     try:
-        if is_run(target):
+        if RunDir(Path(target)).configured:
             load_trained(parts, target)
         contract = sync_weights(parts)
         write_json_atomic(run.config, resolved_json(config))
@@ -121,17 +128,8 @@ def evaluate(target: str, config: RunConfig, run_dir: str | None) -> dict[str, A
     finally:
         parts.close()
     for score in scores:
-        row = {name: getattr(score, name) for name in PromptScore.__slots__}
-        append_jsonl(run.path / "evaluation.jsonl", row)
-    summary = {
-        "verb": "evaluate",
-        "target": target,
-        **evaluation_summary(scores),
-        "seconds": time.perf_counter() - started,
-        "run_dir": str(run.path),
-    }
-    write_json_atomic(run.summary, summary)
-    return summary
+        append_jsonl(run.path / "evaluation.jsonl", asdict(score))
+    return evaluation_summary(scores)
 
 
 def _score_with_progress(parts: Parts, config: RunConfig) -> list[PromptScore]:
@@ -141,19 +139,9 @@ def _score_with_progress(parts: Parts, config: RunConfig) -> list[PromptScore]:
         return score_prompts(parts, prompts, config.evaluate.samples, advance=bar.advance)
 
 
-def is_run(target: str) -> bool:
-    """Whether a target is a run folder rather than a model."""
-    return (Path(target) / "checkpoints").is_dir() and (Path(target) / "config.json").is_file()
-
-
-def config_for(run_path: str) -> RunConfig:
-    """The configuration a run was made with."""
-    return RunConfig.model_validate(read_json(RunDir.open(run_path).config))
-
-
 def _with_target(config: RunConfig, target: str) -> RunConfig:
     data = config.model_dump()
-    if not is_run(target):
+    if not RunDir(Path(target)).configured:
         data["model"] = {"name": target}
     data["sampling"]["temperature"] = config.evaluate.temperature
     return RunConfig.model_validate(data)
@@ -166,7 +154,7 @@ def load_trained(parts: Parts, run_path: str) -> int:
         CheckpointError: there is none, it is corrupted, or it belongs to another model.
     """
     path, saved = newest_checkpoint(run_path)
-    checkpoint.require_names(path, set(parts.trainer.weights.masters), set(saved.tensors["model"]))
+    checkpoint.require_parameters(path, parts.trainer.weights.masters, saved.tensors["model"])
     parts.trainer.weights.load(saved.tensors["model"])
     parts.trainer.policy_version = int(saved.values["trainer"]["policy_version"])
     return saved.step

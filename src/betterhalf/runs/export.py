@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
-from betterhalf.errors import InputError
-from betterhalf.models.loading import load_model
+from betterhalf.config.load import load_config
+from betterhalf.errors import InputError, RunError
+from betterhalf.models.loading import LoadedModel, load_model
 from betterhalf.precision.formats import torch_dtype
-from betterhalf.runs.evaluate import config_for, newest_checkpoint
+from betterhalf.run_dir import RunDir
+from betterhalf.runs.evaluate import newest_checkpoint
 from betterhalf.training import checkpoint
 
 
@@ -16,26 +20,41 @@ def export(run: str, directory: str) -> dict[str, Any]:
     """Write weights (in the dtype the engine sampled with, rounded once), configuration and tokenizer.
 
     Raises:
-        InputError: the directory is not empty, or the run has no checkpoint.
+        InputError: the directory is not a new or empty folder, or the run has no checkpoint.
+        RunError: the disk is full or cannot be written; then nothing is left behind.
     """
     target = Path(directory)
-    if target.exists() and any(target.iterdir()):
-        raise InputError(f"{directory} is not empty; name a new folder, so that nothing is overwritten")
-    config = config_for(run)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"{directory} is not an empty folder; name a new one, so that nothing is overwritten")
+    config = load_config(RunDir.open(run).config)
     path, saved = newest_checkpoint(run)
     model = load_model(config.model)
-    checkpoint.require_names(path, set(dict(model.module.named_parameters())), set(saved.tensors["model"]))
+    checkpoint.require_parameters(path, dict(model.module.named_parameters()), saved.tensors["model"])
     name = config.precision.roles().rollout_dtype
-    weights = {key: master.to(torch_dtype(name)) for key, master in saved.tensors["model"].items()}
     for key, parameter in model.module.named_parameters():
-        parameter.data = weights[key]
+        parameter.data = saved.tensors["model"][key].to(torch_dtype(name))
     model.module.config.dtype = torch_dtype(name)
-    model.module.save_pretrained(target)
-    model.tokenizer.save_pretrained(target)
+    _save(model, target)
     return {
         "verb": "export",
         "directory": str(target),
         "step": saved.step,
         "dtype": name,
-        "parameters": sum(tensor.numel() for tensor in weights.values()),
+        "parameters": sum(tensor.numel() for tensor in saved.tensors["model"].values()),
     }
+
+
+def _save(model: LoadedModel, target: Path) -> None:
+    """All files or none: they appear under the folder's name once they are complete."""
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        model.module.save_pretrained(partial)
+        model.tokenizer.save_pretrained(partial)
+        os.replace(partial, target)
+    except Exception as error:  # safetensors raises its own class for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(
+            f"{target} cannot be written ({error}); free disk space, check its permissions, or name another folder"
+        ) from error

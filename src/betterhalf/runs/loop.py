@@ -91,6 +91,7 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
     batch = pack_step(collected.rollouts, advantages, parts.config, step, parts.policy.device)
     with clock("measure"):
         measured = measure(parts, batch, step)
+        gaps = mismatch(measured)
     version = parts.trainer.policy_version
     with clock("train"):
         learned = [learn(parts, train_batch, measured, step) for train_batch in batch.train_batches]
@@ -99,7 +100,7 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
             sync_weights(parts)
     metrics: Metrics = {
         **rollout_metrics(parts, collected, advantages),
-        **mismatch(measured),
+        **gaps,
         **learning_metrics(parts, learned, step),
         **clock.metrics(_PHASES),
         "system/tokens_per_second": sum(len(r.completion.token_ids) for r in collected.rollouts) / clock.total(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from betterhalf.config.schema import PerfectibleTask, PrecisionConfig, RunConfig
-from betterhalf.metrics.console import PhaseProgress
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.precision.contract import folded_digest
 from betterhalf.run_dir import RunDir, environment, plain_json, truncate_jsonl
@@ -39,7 +38,7 @@ def build_perfectible(config: RunConfig, run: RunDir) -> Path:
         InputError: nothing is perfectible, or the folder holds a count made under other circumstances.
     """
     if isinstance(config.task, PerfectibleTask):
-        read_kept(Path(config.task.path).expanduser())
+        assemble(config).close()  # finds what is wrong with it before an arm starts
         return Path(config.task.path).expanduser().resolve()
     path = run.perfectible.resolve()
     parts = assemble(config.model_copy(update={"precision": PrecisionConfig(preset="fp32")}))
@@ -56,8 +55,8 @@ def _count(parts: Parts, path: Path) -> None:
     config = parts.config
     candidates = min(config.sanity.candidates, len(parts.task))
     sync_weights(parts)
-    digest = folded_digest(parts.engine.report().digests)
-    done = len(open_perfectible(path, _provenance(parts, candidates, digest)))
+    provenance = _provenance(parts, candidates, folded_digest(parts.engine.report().digests))
+    done = len(open_perfectible(path, provenance)) if path.exists() else 0
     if done < candidates:
         # Logits depend a little on what is batched together, so a block that was cut off is counted again, whole.
         done -= done % _PROMPTS_AT_ONCE
@@ -66,18 +65,21 @@ def _count(parts: Parts, path: Path) -> None:
     with show_progress(label, candidates, mode=config.logging.console) as bar:
         bar.advance(done)
         for start in range(done, candidates, _PROMPTS_AT_ONCE):
-            _count_some(parts, path, range(start, min(start + _PROMPTS_AT_ONCE, candidates)), bar)
+            _count_some(parts, range(start, min(start + _PROMPTS_AT_ONCE, candidates)), path, provenance)
+            bar.advance(min(_PROMPTS_AT_ONCE, candidates - start))
 
 
-def _count_some(parts: Parts, path: Path, indices: range, bar: PhaseProgress) -> None:
+def _count_some(parts: Parts, indices: range, path: Path, provenance: Provenance) -> None:
+    """Count some candidates, then write them down; the first ones start the file."""
     prompts = [parts.task.prompt(index) for index in indices]
     samples = parts.config.sanity.samples
     scores = score_prompts(parts, prompts, samples, step=PERFECTIBLE_STEP, first_index=indices.start)
+    if not path.exists():
+        open_perfectible(path, provenance)
     for index, score in zip(indices, scores, strict=True):
         append_solved(
             path, SolvedRow(index=index, prompt_id=score.prompt_id, solved=score.solved, samples=score.samples)
         )
-    bar.advance(len(indices))
 
 
 def _provenance(parts: Parts, candidates: int, digest: str) -> Provenance:

@@ -13,12 +13,13 @@ from typing import Any
 
 from betterhalf.config.load import resolved_json
 from betterhalf.config.schema import PerfectibleTask, RunConfig
-from betterhalf.errors import EngineError, LossScaleError, NumericsError
+from betterhalf.errors import ContractError, EngineError, LossScaleError, NumericsError
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.report.page import write_report
-from betterhalf.run_dir import RunDir, default_run_dir, environment, read_json, write_json_atomic
+from betterhalf.run_dir import RunDir, environment, read_json, write_json_atomic
 from betterhalf.runs.assembly import Parts, with_precision
 from betterhalf.runs.evaluate import average_reward, score_prompts
+from betterhalf.runs.folder import run_folder
 from betterhalf.runs.perfect import build_perfectible
 from betterhalf.runs.train import require_same_config, run_training, summarise
 
@@ -40,13 +41,19 @@ def sanity(config: RunConfig, run_dir: str | None, resume: bool = False) -> dict
         InputError: bad input, or nothing in the data set is perfectible.
         RunError: the disk is full, or a reward cannot be computed.
     """
+    require_one_precision(config)
+    with run_folder(run_dir, "sanity", config.name, resume=resume) as run:
+        return _sanity_in(run, config)
+
+
+def _sanity_in(run: RunDir, config: RunConfig) -> dict[str, Any]:
     started = time.perf_counter()
-    run = RunDir.create(Path(run_dir) if run_dir else default_run_dir("sanity", config.name), resume=resume)
     if run.config.exists():
         require_same_config(run, config)
-    write_json_atomic(run.config, resolved_json(config))
-    write_json_atomic(run.environment, environment())
     kept = build_perfectible(config, run)
+    # Not before the set stands: a count that kept nothing can go on with other bounds.
+    write_json_atomic(run.environment, environment())
+    write_json_atomic(run.config, resolved_json(config))
     arms: dict[str, dict[str, Any]] = {name: run_arm(config, name, kept, run.arm(name)) for name in config.sanity.arms}
     summary = {
         "verb": "sanity",
@@ -60,6 +67,23 @@ def sanity(config: RunConfig, run_dir: str | None, resume: bool = False) -> dict
     write_json_atomic(run.summary, summary)
     write_report([run.path], run.report)
     return summary
+
+
+def require_one_precision(config: RunConfig) -> None:
+    """Refuse, before hours of counting, arms that the contract would refuse later.
+
+    Raises:
+        ContractError: a role set by hand differs from an arm's precision without `precision.allow_difference`.
+    """
+    for name in config.sanity.arms:
+        roles = with_precision(config, name).precision.roles()
+        used = {key: getattr(roles, key) for key in ("compute_dtype", "rollout_dtype", "wire_dtype", "kv_dtype")}
+        if len(set(used.values())) > 1 and not config.precision.allow_difference:
+            listed = ", ".join(f"{key} {dtype}" for key, dtype in used.items())
+            raise ContractError(
+                f"trainer and rollout engine would differ in precision in the arm {name} ({listed}); leave out the "
+                "precision.*_dtype settings, or set precision.allow_difference=true if this ablation is intended"
+            )
 
 
 def k3_ratio(arms: Mapping[str, dict[str, Any]]) -> float | None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from betterhalf.config.load import config_difference, resolved_json
+from betterhalf.config.load import config_difference, load_config, resolved_json
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import InputError
 from betterhalf.metrics.console import Console
@@ -17,15 +16,14 @@ from betterhalf.precision.contract import Contract
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import (
     RunDir,
-    default_run_dir,
     environment,
-    read_json,
     read_jsonl,
     truncate_jsonl,
     write_json_atomic,
 )
 from betterhalf.runs.assembly import Parts, algorithm_record, assemble
-from betterhalf.runs.loop import Progress, KeptRollout, StepResult, train_steps
+from betterhalf.runs.folder import run_folder
+from betterhalf.runs.loop import KeptRollout, Progress, StepResult, train_steps
 from betterhalf.runs.weight_sync import sync_weights
 from betterhalf.training import checkpoint
 
@@ -47,10 +45,10 @@ def train(config: RunConfig, run_dir: str | None, resume: bool) -> dict[str, Any
     """
     if resume and run_dir is None:
         raise InputError("--resume needs the folder of the run to continue; add run_dir=PATH")
-    run = RunDir.create(Path(run_dir) if run_dir else default_run_dir("train", config.name), resume=resume)
-    summary = run_training(config, run, resume=resume, label=config.name)
-    write_report([run.path], run.report)
-    return summary
+    with run_folder(run_dir, "train", config.name, resume=resume) as run:
+        summary = run_training(config, run, resume=resume, label=config.name)
+        write_report([run.path], run.report)
+        return summary
 
 
 def run_training(
@@ -84,8 +82,7 @@ def run_training(
 
 def require_same_config(run: RunDir, config: RunConfig) -> None:
     """Refuse to continue a run under another configuration."""
-    saved = RunConfig.model_validate(read_json(run.config))
-    changes = config_difference(saved, config)
+    changes = config_difference(load_config(run.config), config)
     if changes:
         lines = "\n".join(f"  {change}" for change in changes)
         raise InputError(
@@ -153,7 +150,7 @@ def _restore(parts: Parts, run: RunDir) -> Progress:
     progress = Progress()
     if path is not None:
         saved = checkpoint.load(path)
-        checkpoint.require_names(path, set(parts.trainer.weights.masters), set(saved.tensors["model"]))
+        checkpoint.require_parameters(path, parts.trainer.weights.masters, saved.tensors["model"])
         parts.trainer.load_state(saved.tensors, saved.values["trainer"])
         progress = Progress(step=saved.step, position=int(saved.values["position"]))
     truncate_jsonl(run.metrics, progress.step)

@@ -6,13 +6,14 @@ provenance; one row for each prompt tried follows, added as they are counted, so
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from betterhalf.errors import InputError
-from betterhalf.run_dir import append_jsonl, plain_json, read_jsonl
+from betterhalf.run_dir import append_jsonl, plain_json, read_jsonl, write_text_atomic
 
 SAME_DATA_KEYS = frozenset({"path", "reward_seconds", "reward_workers"})
 """Task settings that may differ between counting and training: a moved file holds the same problems."""
@@ -86,7 +87,7 @@ def select(solved_counts: Sequence[int], samples: int, lower: float, upper: floa
         raise InputError(
             f"none of {len(solved_counts)} prompts is perfectible: {too_easy} too easy (solved over {upper:.0%} of the "
             f"time), {too_hard} too hard (under {lower:.0%}); take {_cure(too_easy, too_hard)}, or widen "
-            "sanity.lower and sanity.upper"
+            "sanity.lower and sanity.upper (in the same run_dir, --resume keeps the counts)"
         )
     return PerfectibleResult(kept=kept, too_easy=too_easy, too_hard=too_hard)
 
@@ -100,6 +101,8 @@ def _cure(too_easy: int, too_hard: int) -> str:
 def open_perfectible(path: Path, provenance: Provenance) -> list[SolvedRow]:
     """Start the file, or read back what an interrupted count left: its rows so far; a torn last line is dropped.
 
+    Counts stay good under other bounds, and when more candidates are asked for: then the provenance is replaced.
+
     Raises:
         InputError: the file was made from something else (named), or is damaged.
         RunError: the disk is full.
@@ -109,8 +112,17 @@ def open_perfectible(path: Path, provenance: Provenance) -> list[SolvedRow]:
         append_jsonl(path, header)
         return []
     found, rows = read_perfectible(path)
-    _require_same(path, plain_json(asdict(found)), header["provenance"])
+    settled = replace(found, **_filter_of(provenance)) if provenance.candidates >= len(rows) else found
+    _require_same(path, plain_json(asdict(settled)), header["provenance"])
+    if settled != found:
+        lines = [header, *map(asdict, rows)]
+        write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
     return rows
+
+
+def _filter_of(provenance: Provenance) -> dict[str, Any]:
+    """What decides which prompts are tried and kept, but not how often one is solved."""
+    return {"candidates": provenance.candidates, "lower": provenance.lower, "upper": provenance.upper}
 
 
 def append_solved(path: Path, row: SolvedRow) -> None:

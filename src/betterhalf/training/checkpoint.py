@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,15 +140,21 @@ def _cure(path: Path) -> str:
     return "delete that folder to start the run again from step 1"
 
 
-def require_names(path: Path, expected: set[str], found: set[str]) -> None:
-    """Check that a checkpoint holds exactly the model's parameters.
+def require_parameters(path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Check that a checkpoint holds exactly the model's parameters, in their shapes.
 
     Raises:
-        CheckpointError: a parameter is missing or unknown; the message names the first.
+        CheckpointError: a parameter is missing, unknown or of another shape; the message names the first.
     """
-    for problem, names in (("lacks", expected - found), ("holds an unknown", found - expected)):
+    shared = expected.keys() & found.keys()
+    reshaped = {name for name in shared if expected[name].shape != found[name].shape}
+    for problem, names in (
+        ("lacks", expected.keys() - found.keys()),
+        ("holds an unknown", found.keys() - expected.keys()),
+        ("holds another shape of", reshaped),
+    ):
         if names:
             raise CheckpointError(
                 f"checkpoint {path} {problem} parameter {min(names)!r}: it was made by another model; "
-                "resume with the model it was made with"
+                "name the model it was made with"
             )

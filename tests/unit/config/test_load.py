@@ -197,6 +197,7 @@ def test_the_task_inside_a_task_may_leave_its_type_out() -> None:
         ("sanity.upper=1.5", "sanity.upper = 1.5 must be at most 1."),
         ("logging.tensorboard=maybe", 'logging.tensorboard = "maybe" must be true or false.'),
         ("precision=fp61", 'precision.preset = "fp61" is not one of fp16, bf16, fp32. Did you mean fp16?'),
+        ("arms=[]", "sanity.arms = [] must be a list of at least 1."),
         ("arms=fp16,bf61", 'sanity.arms = "bf61" is not one of fp16, bf16, fp32. Did you mean bf16?'),
         ("algorithm=grop", "Did you mean grpo?"),
         ("task=mth", 'task.type = "mth" is not one of arithmetic, math, perfectible. Did you mean math?'),
@@ -268,7 +269,9 @@ configs = st.builds(
     algorithm=st.fixed_dictionaries({"surrogate": ratios, "correction": ratios}),
     optimizer=st.fixed_dictionaries({"learning_rate": rates, "eps": rates, "betas": st.tuples(rates, rates)}),
     precision=st.fixed_dictionaries({"preset": st.sampled_from(["fp16", "bf16", "fp32"])}),
-    sanity=st.fixed_dictionaries({"arms": st.lists(st.sampled_from(["fp16", "bf16", "fp32"])).map(tuple)}),
+    sanity=st.fixed_dictionaries(
+        {"arms": st.lists(st.sampled_from(["fp16", "bf16", "fp32"]), min_size=1, unique=True).map(tuple)}
+    ),
 )
 
 

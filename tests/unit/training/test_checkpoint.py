@@ -72,8 +72,15 @@ def test_a_full_disk_leaves_older_checkpoints_alone(tmp_path: Path, monkeypatch:
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
-def test_another_model_s_checkpoint_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="lacks parameter 'b'"):
-        checkpoint.require_names(Path("x"), {"a", "b"}, {"a"})
-    with pytest.raises(CheckpointError, match="unknown parameter 'c'"):
-        checkpoint.require_names(Path("x"), {"a"}, {"a", "c"})
+@pytest.mark.parametrize(
+    ("expected", "found", "message"),
+    [
+        ({"a": 1, "b": 1}, {"a": 1}, "lacks parameter 'b'"),
+        ({"a": 1}, {"a": 1, "c": 1}, "unknown parameter 'c'"),
+        ({"a": 1, "b": 2}, {"a": 1, "b": 3}, "another shape of parameter 'b'.*name the model"),
+    ],
+)
+def test_another_model_s_checkpoint_is_refused(expected: dict[str, int], found: dict[str, int], message: str) -> None:
+    tensors = [{name: torch.zeros(size) for name, size in sizes.items()} for sizes in (expected, found)]
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.require_parameters(Path("x"), *tensors)

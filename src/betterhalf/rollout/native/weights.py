@@ -122,6 +122,10 @@ class DecoderWeights:
                 "load the engine from the trainer's configuration"
             )
 
+    def first_non_finite(self) -> str | None:
+        """Name of the first weight that holds NaN or infinity; None if all are finite."""
+        return next((name for name, view in self.views.items() if not bool(view.isfinite().all())), None)
+
     def narrowed(self) -> Iterable[tuple[str, Tensor]]:
         """Each weight as held, in the rollout dtype; exact, because every value lies on that grid."""
         return ((name, view.to(self.storage.grid)) for name, view in self.views.items())

@@ -1,0 +1,47 @@
+"""Where a run is kept: a folder made before anything expensive, and gone again if nothing came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from betterhalf.run_dir import RunDir
+
+
+def default_run_dir(verb: str, name: str) -> Path:
+    """`runs/<verb>-<name>-<time>`, local time to the second; numbered when that is taken."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
+    base = Path("runs", f"{verb}-{safe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    path, number = base, 2
+    while path.exists():
+        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return path
+
+
+@contextmanager
+def run_folder(run_dir: str | None, verb: str, name: str, *, resume: bool = False) -> Iterator[RunDir]:
+    """The folder at `run_dir`, or `runs/<verb>-<name>-<time>`.
+
+    Bad input is often found only when model and data are read. If nothing was written by then, the folders made here
+    are removed, so that a corrected command finds the place free.
+
+    Raises:
+        InputError: as `RunDir.create`.
+    """
+    path = Path(run_dir) if run_dir else default_run_dir(verb, name)
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield RunDir.create(path, resume=resume)
+    finally:
+        _remove_empty(made)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove the folders, innermost first, up to the first that holds something."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
