@@ -71,14 +71,15 @@ class RunDir:
         run = cls(Path(path))
         if not run.path.is_dir():
             raise InputError(f"{run.path} is not a folder. Name the folder of a run, such as runs/sanity-demo-...")
-        if not run.holds_run:
-            raise InputError(f"{run.path} is no run folder: it has none of {', '.join(_RUN_FILES[:6])}. Name another.")
+        # A model's folder has a config.json as well.
+        if not any((run.path / name).exists() for name in _RUN_FILES[1:]):
+            raise InputError(f"{run.path} is no run folder: it has none of {', '.join(_RUN_FILES[1:6])}. Name another.")
         return run
 
     @property
     def holds_run(self) -> bool:
         """Whether any file of a run is there."""
-        return any((self.path / name).exists() for name in _RUN_FILES)
+        return any(os.path.exists(self.path / name) for name in _RUN_FILES)
 
     @property
     def configured(self) -> bool:

@@ -75,7 +75,7 @@ def test_sanity_runs_the_demo_from_any_folder(
     assert (config.name, config.sanity.arms, config.training.steps, run_dir, resume) == (
         "demo",
         ("fp16",),
-        65,
+        load_config("experiments/sanity/demo.toml").training.steps,
         None,
         False,
     )
@@ -137,7 +137,7 @@ def test_report_goes_to_the_run_or_to_run_dir(
     monkeypatch.chdir(tmp_path)
     for name in "AB":
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "metrics.jsonl").write_text("")
     assert cli.main(["report", *words]) == 0
     runs, path = calls[0]
     assert [str(run.path) for run in runs] == [word for word in words if "=" not in word]

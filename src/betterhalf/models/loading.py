@@ -60,7 +60,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
         MissingExtraError: `smollm2` or a GGUF file without the extra `[smollm2]`.
     """
     source = _find(config)
-    with _quiet(), _explained(config.name):
+    with quiet(), _explained(config.name):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.location, dtype=torch.float32, output_loading_info=True, **source.arguments
@@ -174,8 +174,8 @@ def _cure(name: str) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the loading bars of transformers: our own output is the only one on the terminal."""
+def quiet() -> Iterator[None]:
+    """Silence the bars and notes of transformers: our own output is the only one on the terminal."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ from typing import Any
 
 from betterhalf.config.load import load_config
 from betterhalf.errors import InputError, RunError
-from betterhalf.models.loading import LoadedModel, load_model
+from betterhalf.models.loading import LoadedModel, load_model, quiet
 from betterhalf.precision.formats import torch_dtype
 from betterhalf.run_dir import RunDir
 from betterhalf.runs.evaluate import newest_checkpoint
@@ -47,14 +47,16 @@ def export(run: str, directory: str) -> dict[str, Any]:
 def _save(model: LoadedModel, target: Path) -> None:
     """All files or none: they appear under the folder's name once they are complete."""
     partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        model.module.save_pretrained(partial)
-        model.tokenizer.save_pretrained(partial)
+    except OSError as error:
+        raise InputError(f"{target} cannot be made ({error.strerror}); name another folder") from error
+    try:
+        with quiet():
+            model.module.save_pretrained(partial)
+            model.tokenizer.save_pretrained(partial)
         os.replace(partial, target)
     except Exception as error:  # safetensors raises its own class for a full disk
         shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(
-            f"{target} cannot be written ({error}); free disk space, check its permissions, or name another folder"
-        ) from error
+        raise RunError(f"{target} cannot be written ({error}); free disk space, or name another folder") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,7 @@ def run_folder(run_dir: str | None, verb: str, name: str, *, resume: bool = Fals
         InputError: as `RunDir.create`.
     """
     path = Path(run_dir) if run_dir else default_run_dir(verb, name)
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
     try:
         yield RunDir.create(path, resume=resume)
     finally:

@@ -13,7 +13,7 @@ from torch import Tensor
 from betterhalf.algorithms.policy_loss import LossOutput, policy_loss
 from betterhalf.algorithms.presets import Algorithm
 from betterhalf.config.schema import RunConfig
-from betterhalf.errors import InputError
+from betterhalf.errors import InputError, NumericsError
 from betterhalf.models.attention import attention_name, use_packed_attention
 from betterhalf.models.loading import LoadedModel
 from betterhalf.precision.contract import SideReport, weights_digests
@@ -187,7 +187,11 @@ class PolicyTrainer:
         return self.weights.on_the_wire(self.policy.wire_dtype)
 
     def report(self) -> SideReport:
-        """What the trainer really runs, read from its live tensors and a forward pass over a few tokens."""
+        """What the trainer really runs, read from its live tensors and a forward pass over a few tokens.
+
+        Raises:
+            NumericsError: it computes NaN or infinity, which lie on no format's grid.
+        """
         hidden, logits = self._probe()
         computing = dict(self.weights.computing())
         _, wired = next(self.wire_weights())
@@ -232,6 +236,11 @@ class PolicyTrainer:
         ids = torch.arange(count, device=self.policy.device).unsqueeze(0)
         out = self.module.get_decoder()(input_ids=ids, position_ids=ids, sequence_lengths=(count,), use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
+        if not bool(hidden.isfinite().all()):
+            raise NumericsError(
+                f"the trainer's hidden states are not finite in {self.policy.roles.compute_dtype}; check the model's "
+                "files for NaN, or train in a wider range with precision=bf16 or precision=fp32"
+            )
         return hidden, head_logits(hidden, self._head_for_products())
 
     # -- state

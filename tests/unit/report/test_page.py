@@ -119,6 +119,7 @@ def test_arms_of_several_sanity_runs_keep_their_run_in_the_name(make_sanity: Mak
 
 def test_a_run_that_stopped_before_its_first_step_says_so(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path / "run", resume=False)
+    write_json_atomic(run.environment, {})
     write_json_atomic(run.config, {"training": {"steps": 65}})
     page = report(run)
     assert "No step is recorded yet" in page.text

@@ -187,13 +187,9 @@ class NativeEngine:
             return
         slot = start + int(broken.nonzero()[0, 0])
         sequence, position = table.sequences[slot], int(table.positions[slot]) - 1
-        name = dtype_name(self._rounding.dtype)
-        weight = self._weights.first_non_finite()
-        culprit = f", for the weight {weight} is not" if weight else ""
         raise EngineError(
             f"prompt {sequence.request}, sibling {sequence.sibling}: the logits of completion token {position} are "
-            f"not finite in {name}{culprit}; check the model's files, or choose a wider range, as precision=bf16 or "
-            "precision=fp32 has"
+            f"not finite in {dtype_name(self._rounding.dtype)}: {self._weights.why_not_finite()}"
         )
 
     def _completions(self, requests: Sequence[GenerateRequest], found: list[Sampled]) -> list[tuple[Completion, ...]]:

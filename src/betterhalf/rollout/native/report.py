@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from betterhalf.config.schema import EngineConfig
+from betterhalf.errors import EngineError
 from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.formats import dtype_name, narrowest_format
 from betterhalf.precision.policy import PrecisionPolicy
@@ -13,7 +14,11 @@ from betterhalf.rollout.native.decoder import Decoder
 
 
 def engine_report(decoder: Decoder, policy: PrecisionPolicy, config: EngineConfig) -> SideReport:
-    """Formats, facts and weight digests of a decoder."""
+    """Formats, facts and weight digests of a decoder.
+
+    Raises:
+        EngineError: it computes NaN or infinity, which lie on no format's grid.
+    """
     weights = decoder.weights
     held, (hidden, cached) = weights.grid(), _probe(decoder)
     return SideReport(
@@ -37,7 +42,11 @@ def _probe(decoder: Decoder) -> tuple[Tensor, Tensor]:
     """Final hidden state and cached keys and values of a prompt of a few ids: what the engine really rounds to."""
     count = min(8, decoder.weights.embedding.shape[0])
     decoder.reserve(count)
-    return decoder.prefill(torch.arange(count, device=decoder.weights.norm.device), (count,))
+    hidden, cached = decoder.prefill(torch.arange(count, device=decoder.weights.norm.device), (count,))
+    if not bool(hidden.isfinite().all()):
+        name = dtype_name(decoder.rounding.dtype)
+        raise EngineError(f"the engine's hidden states are not finite in {name}: {decoder.weights.why_not_finite()}")
+    return hidden, cached
 
 
 def _facts(decoder: Decoder, policy: PrecisionPolicy, config: EngineConfig) -> dict[str, str]:

@@ -122,9 +122,15 @@ class DecoderWeights:
                 "load the engine from the trainer's configuration"
             )
 
-    def first_non_finite(self) -> str | None:
-        """Name of the first weight that holds NaN or infinity; None if all are finite."""
-        return next((name for name, view in self.views.items() if not bool(view.isfinite().all())), None)
+    def why_not_finite(self) -> str:
+        """For an error message: where NaN or infinity comes from, and the cure."""
+        for name, view in self.views.items():
+            if not bool(view.isfinite().all()):
+                return (
+                    f"the weight {name} holds NaN or infinity; restore the model's files, or, if it is only too "
+                    "large for fp16, set precision=bf16 or precision=fp32"
+                )
+        return "the weights are finite, so values overflow on the way; set precision=bf16 or precision=fp32"
 
     def narrowed(self) -> Iterable[tuple[str, Tensor]]:
         """Each weight as held, in the rollout dtype; exact, because every value lies on that grid."""
