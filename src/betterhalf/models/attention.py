@@ -95,84 +95,66 @@ def _by_runs(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: f
     return torch.cat(parts).unsqueeze(0)
 
 
-def _require_no_dropout(dropout: float) -> None:
-    if dropout:
-        raise InputError(f"attention_dropout={dropout} would make pi random; set it to 0 in the model's configuration")
+def _widened(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int | None) -> Tensor:
+    """As `_by_runs`, on operands widened to FP32; the result is rounded once to the query's dtype."""
+    return _by_runs(q.float(), k.float(), v.float(), lengths, scale, window).to(q.dtype)
 
 
-def packed_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    sequence_lengths: tuple[int, ...],
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """transformers attention function: query [1, heads, T, D], key and value [1, kv_heads, T, D] -> [1, T, heads, D].
-
-    Raises:
-        InputError: the model asks for attention dropout.
-    """
-    _require_no_dropout(dropout)
-    return _by_runs(query, key, value, sequence_lengths, scaling, sliding_window), None
-
-
-def packed_attention_fp32_sums(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    sequence_lengths: tuple[int, ...],
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """As `packed_attention`, on operands widened to FP32; the result is rounded once to the query's dtype."""
-    _require_no_dropout(dropout)
-    wide = _by_runs(query.float(), key.float(), value.float(), sequence_lengths, scaling, sliding_window)
-    return wide.to(query.dtype), None
-
-
-def packed_attention_varlen(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    sequence_lengths: tuple[int, ...],
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """As `packed_attention`, in one call of torch's variable-length flash attention; FP32 tensors go run by run."""
-    _require_no_dropout(dropout)
-    if query.dtype == torch.float32:
-        return _by_runs(query, key, value, sequence_lengths, scaling, sliding_window), None
-    # Imported here: the module loads CUDA kernels and does not exist in CPU-only builds of older torch.
+def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int | None) -> Tensor:
+    """As `_by_runs`, in one call of torch's variable-length flash attention; FP32 tensors go run by run."""
+    if q.dtype == torch.float32:
+        return _by_runs(q, k, v, lengths, scale, window)
+    # Imported here: the module loads CUDA kernels.
     from torch.nn.attention.varlen import varlen_attn
 
-    offsets = torch.tensor([0, *accumulate(sequence_lengths)], dtype=torch.int32, device=query.device)
-    longest = max(sequence_lengths)
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    if k.shape[1] != q.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    window = (sliding_window - 1, 0) if sliding_window else (-1, 0)
-    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scaling, window_size=window)
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=q.device)
+    longest, siblings = max(lengths), q.shape[1] // k.shape[1]
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+    if siblings > 1:
+        k, v = (x.repeat_interleave(siblings, dim=1) for x in (k, v))
+    left = window - 1 if window else -1
+    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(left, 0))
     assert isinstance(out, Tensor)
-    return out.unsqueeze(0), None
+    return out.unsqueeze(0)
 
 
-_IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, None]]] = {
+AttentionFunction = Callable[..., tuple[Tensor, None]]
+
+
+def _for_transformers(kernel: Callable[..., Tensor]) -> AttentionFunction:
+    """A kernel with the signature that transformers calls: query [1, heads, T, D], key and value [1, kv_heads, T, D].
+
+    Besides transformers' own keywords it takes `sequence_lengths`, passed through the model's forward. The returned
+    function gives [1, T, heads, D], and raises InputError when the model asks for attention dropout.
+    """
+
+    def attend(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float,
+        sequence_lengths: tuple[int, ...],
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        if dropout:
+            raise InputError(
+                f"attention_dropout={dropout} would make pi random; set it to 0 in the model's configuration"
+            )
+        return kernel(query, key, value, sequence_lengths, scaling, sliding_window), None
+
+    return attend
+
+
+packed_attention = _for_transformers(_by_runs)
+packed_attention_fp32_sums = _for_transformers(_widened)
+packed_attention_varlen = _for_transformers(_varlen)
+
+_IMPLEMENTATIONS: dict[str, AttentionFunction] = {
     "betterhalf_packed": packed_attention,
     "betterhalf_packed_fp32_sums": packed_attention_fp32_sums,
     "betterhalf_packed_varlen": packed_attention_varlen,
