@@ -87,7 +87,8 @@ def require_same_config(run: RunDir, config: RunConfig) -> None:
         lines = "\n".join(f"  {change}" for change in changes)
         raise InputError(
             f"{run.path} was started with another configuration:\n{lines}\n"
-            "Resume with the same experiment and overrides, or start a new run in another run_dir"
+            f"Resume with the same experiment and overrides (naming {run.path} as the experiment takes its own), or "
+            "start a new run in another run_dir"
         )
 
 
@@ -154,6 +155,11 @@ def _restore(parts: Parts, run: RunDir) -> Progress:
         parts.trainer.load_state(saved.tensors, saved.values["trainer"])
         progress = Progress(step=saved.step, position=int(saved.values["position"]))
     truncate_jsonl(run.metrics, progress.step)
+    if (found := len(read_jsonl(run.metrics))) < progress.step:
+        raise InputError(
+            f"{run.metrics} holds {found} of the {progress.step} steps before the checkpoint; restore it, or delete "
+            f"{run.checkpoints} to start the run again from step 1"
+        )
     truncate_jsonl(run.rollouts, progress.step)
     return progress
 
