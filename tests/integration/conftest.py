@@ -11,9 +11,17 @@ from typing import Any
 
 import pytest
 
+from betterhalf import cli
 from betterhalf.config.schema import RunConfig
 
+Ends = Callable[..., str]
+
 ROOT = Path(__file__).parents[2]
+SMOKE = str(ROOT / "experiments" / "smoke" / "demo.toml")
+ONE_STEP = (
+    *("training.steps=1", "training.prompts_per_step=2", "training.group_size=2", "training.optimizer_steps=1"),
+    "logging.console=quiet",
+)
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -51,3 +59,28 @@ def betterhalf() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def ends(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Ends:
+    """Run a command in this process; check its status and that it says one thing, and return what it said."""
+    monkeypatch.delenv("BETTERHALF_TRACEBACK", raising=False)
+
+    def run(status: int, *arguments: str | Path) -> str:
+        capsys.readouterr()
+        found = cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert found == status, err
+        assert "Traceback" not in err
+        if status in (2, 3):
+            assert [number for number, line in enumerate(err.splitlines()) if line.startswith("error: ")] == [0]
+            assert out == ""
+        return err
+
+    return run
+
+
+@pytest.fixture
+def train(ends: Ends, tmp_path: Path) -> Ends:
+    """One small training step in `run`, or in the run_dir given last."""
+    return lambda status, *more: ends(status, "train", SMOKE, *ONE_STEP, f"run_dir={tmp_path / 'run'}", *more)
