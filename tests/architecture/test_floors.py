@@ -107,7 +107,8 @@ def test_the_root_package_imports_nothing() -> None:
 
 def test_no_module_imports_itself_in_a_circle() -> None:
     graph = {name: own_modules(file) - {name} for name, file in MODULES.items()}
-    list(graphlib.TopologicalSorter(graph).static_order())
+    # static_order raises CycleError, which names the circle
+    assert set(graphlib.TopologicalSorter(graph).static_order()) == set(MODULES)
 
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if "." in m and package(m) in TORCH_FREE))
