@@ -127,7 +127,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(train: Ends, tmp_path: Path) ->
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert "already holds a run. Continue it with --resume" in train(2)
     message = train(2, "--resume", "optimizer.learning_rate=0.5")
-    assert "optimizer.learning_rate: 0.0001 -> 0.5" in message and "naming" in message
+    assert "optimizer.learning_rate: 0.0002 -> 0.5" in message and "naming" in message
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 

@@ -162,7 +162,7 @@ def test_config_shows_a_run_as_it_was_and_how_two_differ(run: Path, verb: Verb) 
     changes = {row["key"]: (row["left"], row["right"]) for row in verb("config", DEMO, run)["differences"]}
     expected: dict[str, tuple[object, object]] = {
         "logging.console": ("auto", "quiet"),
-        "optimizer.learning_rate": (1e-4, 1e-3),
+        "optimizer.learning_rate": (2e-4, 1e-3),
         "training.group_size": (8, 4),
         "training.prompts_per_step": (16, 4),
         "training.steps": (12, 2),
