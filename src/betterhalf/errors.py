@@ -8,10 +8,12 @@
     +-- MissingExtraError   (ImportError)   exit 2   an optional dependency is not installed
     +-- RunError            (RuntimeError)  exit 3   failure while running
         +-- EngineError                     exit 3   the rollout engine failed or returned nonsense
+        |   +-- EngineDiedError             exit 3   the engine's process ended; a new one can take over
         +-- RewardError                     exit 3   a reward is not a finite number
         +-- WeightSyncError                 exit 3   the engine does not hold the weights it was sent
         +-- LossScaleError                  exit 3   the loss scale is at its floor and still overflows
         +-- NumericsError                   exit 3   the trainer's logprobs are not finite
+        +-- WatchdogError                   exit 3   the watchdog stopped the run
 
 Each message is one sentence of what is wrong and one of how to cure it. The command line prints the
 message alone, without a traceback, and exits with `exit_code`.
@@ -58,6 +60,10 @@ class EngineError(RunError):
     """The rollout engine failed, or returned values that cannot be right."""
 
 
+class EngineDiedError(EngineError):
+    """The engine's process ended, or does not answer; `RolloutEngine.restart` makes a new one."""
+
+
 class RewardError(RunError):
     """A reward is NaN, infinite, or there is one too many or too few."""
 
@@ -72,3 +78,7 @@ class LossScaleError(RunError):
 
 class NumericsError(RunError):
     """The trainer's logprobs are NaN or infinite: the forward pass left the range of its format."""
+
+
+class WatchdogError(RunError):
+    """A watchdog level with the action `stop` fired; the message says which, and by how much."""

@@ -7,18 +7,50 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from betterhalf.types import DtypeName, PresetName
+from betterhalf.config.diagnostics import (
+    DoctorConfig,
+    EvaluateConfig,
+    MismatchConfig,
+    ProbeConfig,
+    SanityConfig,
+    WatchdogConfig,
+    WatchdogLevel,
+)
+from betterhalf.config.engine import EngineConfig, NativeEngineConfig, SamplingConfig, VllmEngineConfig
+from betterhalf.config.precision import LossScaleConfig, PrecisionConfig, PrecisionRoles
+from betterhalf.config.section import Section
+from betterhalf.types import PresetName
 
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values cannot change, no silent coercion of strings."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
-    shorthand: ClassVar[str | None] = None
+__all__ = [
+    "AlgorithmConfig",
+    "ArithmeticTask",
+    "DoctorConfig",
+    "EngineConfig",
+    "EvaluateConfig",
+    "LoggingConfig",
+    "LossScaleConfig",
+    "MathTask",
+    "MismatchConfig",
+    "ModelConfig",
+    "NativeEngineConfig",
+    "OptimizerConfig",
+    "PerfectibleTask",
+    "PrecisionConfig",
+    "PrecisionRoles",
+    "ProbeConfig",
+    "RatioConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "SanityConfig",
+    "Section",
+    "TaskConfig",
+    "TrainingConfig",
+    "VllmEngineConfig",
+    "WatchdogConfig",
+    "WatchdogLevel",
+]
 
 
 class ModelConfig(Section):
@@ -32,130 +64,13 @@ class ModelConfig(Section):
     """Branch, tag or commit, when `name` is a hub name."""
 
 
-class PrecisionRoles(Section):
-    """Each dtype role, resolved; see DESIGN vocabulary."""
-
-    master_dtype: DtypeName
-    """Weights the optimizer holds, and its states."""
-    compute_dtype: DtypeName
-    """Forward and backward of the trainer."""
-    wire_dtype: DtypeName
-    """Weights on their way to the rollout engine."""
-    rollout_dtype: DtypeName
-    """Computation of the rollout engine."""
-    kv_dtype: DtypeName
-    """Keys and values the engine caches."""
-    logits_dtype: DtypeName
-    """Logits and everything after them."""
-    reduce_dtype: DtypeName
-    """Accumulation of gradients over micro-batches and ranks."""
-
-
-class LossScaleConfig(Section):
-    """Loss scaling when `compute_dtype` is fp16; other formats have no scale and use `max_skips_at_floor` alone."""
-
-    initial: float = Field(2.0**16, gt=0)
-    """First loss scale."""
-    growth_factor: float = Field(2.0, gt=1)
-    """Multiplies the scale after `growth_interval` clean optimizer steps."""
-    backoff_factor: float = Field(0.5, gt=0, lt=1)
-    """Multiplies the scale when gradients overflow."""
-    growth_interval: int = Field(400, ge=1)
-    """Clean optimizer steps before the scale grows. PyTorch's 2000 is never reached in a short RL run."""
-    floor: float = Field(1.0, ge=0)
-    """The scale never falls below this; 0 means no floor."""
-    hysteresis: int = Field(1, ge=1)
-    """Overflows in a row before the scale is lowered; the step is skipped each time."""
-    max_skips_at_floor: int = Field(10, ge=1)
-    """Skipped optimizer steps in a row at the floor before the run stops."""
-
-
-class PrecisionConfig(Section):
-    """One precision for both sides; roles can be set one by one for an ablation."""
-
-    shorthand: ClassVar[str | None] = "preset"
-
-    preset: DtypeName = "fp16"
-    """Sets compute, wire, rollout and KV dtype at once."""
-    compute_dtype: DtypeName | None = None
-    """Override for the trainer."""
-    rollout_dtype: DtypeName | None = None
-    """Override for the engine; wire and KV follow it."""
-    wire_dtype: DtypeName | None = None
-    """Override for weights on the wire."""
-    kv_dtype: DtypeName | None = None
-    """Override for the engine's cache."""
-    allow_difference: bool = False
-    """Run although trainer and engine differ in precision (an ablation)."""
-    half_matmul: Literal["auto", "native", "fp32_sums"] = "auto"
-    """How half matrix products are computed on a CPU: by the processor's own half instructions (`native`), or with
-    operands and results on the half grid and sums in FP32 (`fp32_sums`, as tensor cores do). `auto`: `fp32_sums` for
-    FP16, `native` for BF16. On a GPU always native."""
-    loss_scale: LossScaleConfig = LossScaleConfig()
-    """Loss scaling."""
-
-    def roles(self) -> PrecisionRoles:
-        """The dtype of every role; wire and KV follow the rollout dtype unless set."""
-        rollout = self.rollout_dtype or self.preset
-        return PrecisionRoles(
-            master_dtype="fp32",
-            compute_dtype=self.compute_dtype or self.preset,
-            wire_dtype=self.wire_dtype or rollout,
-            rollout_dtype=rollout,
-            kv_dtype=self.kv_dtype or rollout,
-            logits_dtype="fp32",
-            reduce_dtype="fp32",
-        )
-
-
-class EngineConfig(Section):
-    """The rollout engine."""
-
-    shorthand: ClassVar[str | None] = "type"
-
-    type: Literal["native"] = "native"
-    """Which engine samples."""
-    rounding: Literal["engine", "aligned"] = "engine"
-    """`engine` rounds where production engines do; `aligned` rounds where the trainer does, which brings the two
-    several times closer."""
-    max_concurrent: int = Field(256, ge=1)
-    """Sequences decoded at once: slots of the KV cache."""
-    cuda_graphs: bool = True
-    """On a GPU, capture decode steps as CUDA graphs."""
-
-
-class SamplingConfig(Section):
-    """How completions are drawn for training."""
-
-    temperature: float = Field(1.0, gt=0)
-    """Logits are divided by this, on both sides, before the log-softmax."""
-    max_tokens: int = Field(64, ge=1)
-    """Length limit of a completion."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Must stay 1 for training: the trainer does not apply the same truncation."""
-    top_k: int = -1
-    """Must stay -1 for training."""
-    min_p: float = Field(0.0, ge=0, le=1)
-    """Must stay 0 for training."""
-
-    @model_validator(mode="after")
-    def _refuse_truncated_sampling(self) -> Self:
-        for key, neutral in (("top_p", 1.0), ("top_k", -1), ("min_p", 0.0)):
-            if getattr(self, key) != neutral:
-                raise ValueError(
-                    f"sampling.{key}={getattr(self, key)} truncates the distribution sampled from, but the trainer "
-                    f"scores the whole one, which biases every importance ratio; set it to {neutral}"
-                )
-        return self
-
-
 class ArithmeticTask(Section):
     """Arithmetic made up on the fly."""
 
     type: Literal["arithmetic"] = "arithmetic"
-    style: Literal["running_sum", "word_problem"] = "running_sum"
+    style: Literal["running_sum", "word_problem", "auto"] = "running_sum"
     """`running_sum`: eight digits summed step by step, the demo model's task. `word_problem`: plain sentences for a
-    chat model."""
+    chat model. `auto`: word problems if the tokenizer has a chat template, else running sums."""
     num_prompts: int = Field(4096, ge=1)
     """Size of the data set; the i-th prompt depends on `seed` and i alone."""
     seed: int = 0
@@ -288,51 +203,6 @@ class TrainingConfig(Section):
     """Older checkpoints are deleted."""
 
 
-class MismatchConfig(Section):
-    """Measurement of the gap between trainer and engine."""
-
-    sample_fraction: float = Field(1.0, gt=0, le=1)
-    """Share of the step's packs that is measured; a seeded sample when below 1."""
-
-
-class EvaluateConfig(Section):
-    """How `evaluate` samples."""
-
-    samples: int = Field(8, ge=1)
-    """Completions of each prompt: the k of avg@k and pass@k."""
-    max_prompts: int | None = Field(None, ge=1)
-    """Evaluate on the first so many prompts; all if absent."""
-    temperature: float = Field(1.0, gt=0)
-    """Sampling temperature."""
-
-
-class SanityConfig(Section):
-    """The paper's sanity test: a perfectible set, then one arm for each precision."""
-
-    arms: tuple[DtypeName, ...] = Field(("fp16", "bf16"), min_length=1)
-    """Precisions to run; the first decides the exit status."""
-    candidates: int = Field(320, ge=1)
-    """Prompts tried for the perfectible set."""
-    samples: int = Field(40, ge=1)
-    """Completions of each candidate by the base policy (the paper: 40)."""
-    lower: float = Field(0.2, ge=0, le=1)
-    """Keep prompts solved at least this often."""
-    upper: float = Field(0.8, ge=0, le=1)
-    """Keep prompts solved at most this often."""
-    pass_accuracy: float = Field(0.95, ge=0, le=1)
-    """Final accuracy an arm must reach."""
-    evaluation_samples: int = Field(8, ge=1)
-    """Completions of each prompt in the final evaluation (avg@8)."""
-
-    @model_validator(mode="after")
-    def _make_sense(self) -> Self:
-        if len(set(self.arms)) < len(self.arms):
-            raise ValueError(f"sanity.arms={','.join(self.arms)} names an arm twice; name each precision once")
-        if self.lower > self.upper:
-            raise ValueError(f"sanity.lower={self.lower} exceeds sanity.upper={self.upper}; swap them")
-        return self
-
-
 class LoggingConfig(Section):
     """What is shown and kept."""
 
@@ -355,7 +225,7 @@ class RunConfig(Section):
     """Where trainer and engine live; `auto` takes a GPU when there is one."""
     model: ModelConfig = ModelConfig()
     precision: PrecisionConfig = PrecisionConfig()
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = NativeEngineConfig()
     task: TaskConfig = ArithmeticTask()
     sampling: SamplingConfig = SamplingConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
@@ -364,6 +234,9 @@ class RunConfig(Section):
     mismatch: MismatchConfig = MismatchConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     sanity: SanityConfig = SanityConfig()
+    probe: ProbeConfig = ProbeConfig()
+    doctor: DoctorConfig = DoctorConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")

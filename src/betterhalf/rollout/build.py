@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from betterhalf.config.schema import RunConfig
+from betterhalf.config.schema import NativeEngineConfig, RunConfig
 from betterhalf.precision.policy import PrecisionPolicy
 from betterhalf.rollout.engine import RolloutEngine
 from betterhalf.rollout.native.engine import NativeEngine
@@ -16,6 +16,7 @@ _Builder = Callable[[RunConfig, Any, tuple[int, ...], PrecisionPolicy], RolloutE
 def _native(
     config: RunConfig, hf_config: Any, stop_token_ids: tuple[int, ...], policy: PrecisionPolicy
 ) -> RolloutEngine:
+    assert isinstance(config.engine, NativeEngineConfig)
     return NativeEngine(hf_config, policy=policy, config=config.engine, stop_token_ids=stop_token_ids)
 
 

@@ -21,6 +21,23 @@ class RolloutEngine(Protocol):
         Raises:
             InputError: a prompt leaves no room for a single token in the model's context.
             EngineError: a behavior logprob is not finite.
+            EngineDiedError: the engine's process ended; `restart`, load the weights, and ask again: the same requests
+                give the same completions.
+        """
+        ...
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        """log mu of each given token but the first, at temperature 1, as the engine's prefill computes it.
+
+        Args:
+            sequences: token ids, each of at least two.
+
+        Returns:
+            For each sequence one float less than it has tokens.
+
+        Raises:
+            InputError: a sequence is longer than the model's context.
+            EngineError: a logprob is not finite.
         """
         ...
 
@@ -34,6 +51,23 @@ class RolloutEngine(Protocol):
 
     def report(self) -> SideReport:
         """What the engine really runs, digests of the weights as held included."""
+        ...
+
+    def sleep(self) -> None:
+        """Free the device for the trainer, if both share it and the engine can; `generate` and `load_weights` need
+        `wake` first. Weights survive. Calling it twice is harmless."""
+        ...
+
+    def wake(self) -> None:
+        """Undo `sleep`; harmless when awake."""
+        ...
+
+    def restart(self) -> None:
+        """After an `EngineDiedError`: a new engine in the old one's place, without weights until `load_weights`.
+
+        Raises:
+            EngineError: it cannot be started, or the engine has no process of its own that could die.
+        """
         ...
 
     def close(self) -> None:

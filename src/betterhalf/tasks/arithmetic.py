@@ -153,7 +153,10 @@ def build_arithmetic(config: ArithmeticTask, tokenizer: Tokenizer) -> DatasetTas
     Raises:
         InputError: word problems for a tokenizer without a chat template.
     """
-    if config.style == "running_sum":
+    style = config.style
+    if style == "auto":
+        style = "word_problem" if tokenizer.chat_template else "running_sum"
+    if style == "running_sum":
         return DatasetTask(
             problems=RunningSums(config=config, tokenizer=tokenizer), grader=TextGrader(solves=solves_running_sum)
         )

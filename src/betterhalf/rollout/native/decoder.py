@@ -15,6 +15,16 @@ from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.native.rounding import Rounding
 from betterhalf.rollout.native.weights import DecoderWeights, LayerWeights
 
+Tap = Callable[[str, int | None, Tensor], Tensor]
+"""(operation of `OPERATIONS`, layer or None outside of layers, its result [T, ...]) -> what the next one reads."""
+
+OPERATIONS = (
+    *("embedding", "attention_norm", "queries", "keys", "values", "rotated_queries", "rotated_keys", "attention"),
+    *("attention_output", "attention_residual", "mlp_norm", "gate_up", "swiglu", "down", "mlp_residual", "final_norm"),
+)
+"""Every operation that a tap sees, in the order of computation. Shapes: heads are [T, heads, D], `gate_up` is
+[T, 2 * intermediate], everything else [T, width]."""
+
 _Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, heads, D], k, v [T, kv_heads, D]) -> [T, heads * D]."""
 
@@ -28,6 +38,8 @@ class Decoder:
         self.rounding = rounding
         self.inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32, device=weights.norm.device)
         self._cos = self._sin = torch.empty(0)
+        self.tap: Tap | None = None
+        """Sees, and may replace, the result of every operation; None in normal use."""
 
     def reserve(self, max_length: int) -> None:
         """Make rope tables for positions below `max_length`; longer ones replace shorter ones."""
@@ -66,6 +78,16 @@ class Decoder:
         last = torch.tensor(lengths, device=device).cumsum(0) - 1
         return self._final_norm(hidden[last]), saved
 
+    def hidden_rows(self, token_ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Final hidden states [T, hidden] of all rows of N packed sequences, computed as `prefill` does."""
+        config = self.config
+        positions = torch.cat([torch.arange(length, device=token_ids.device) for length in lengths])
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return prompt_attention(config, self.rounding, q, k, v, lengths, config.windows[layer])
+
+        return self._final_norm(self._forward(token_ids, positions, attend))
+
     def decode(self, token_ids: Tensor, lengths: Tensor, cache: KVCache, attended: int) -> Tensor:
         """Run the next token of the first B slots and append it to the cache.
 
@@ -98,35 +120,43 @@ class Decoder:
         return torch.mm(hidden, head.t(), out_dtype=torch.float32)
 
     def _forward(self, token_ids: Tensor, positions: Tensor, attend: _Attend) -> Tensor:
-        hidden = self.weights.embedding[token_ids].to(self.rounding.container)
+        hidden = self._tapped("embedding", None, self.weights.embedding[token_ids].to(self.rounding.container))
         cos, sin = self._cos[positions], self._sin[positions]
         for index, layer in enumerate(self.weights.layers):
             hidden = self._attention(index, layer, hidden, cos, sin, attend)
-            hidden = self._mlp(layer, hidden)
+            hidden = self._mlp(index, layer, hidden)
         return hidden
+
+    def _tapped(self, operation: str, layer: int | None, value: Tensor) -> Tensor:
+        return value if self.tap is None else self.tap(operation, layer, value)
 
     def _attention(
         self, index: int, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor, attend: _Attend
     ) -> Tensor:
-        rounding, config = self.rounding, self.config
-        normed = rounding.rms_norm(hidden, layer.input_norm, config.rms_eps)
+        rounding, config, tap = self.rounding, self.config, self._tapped
+        normed = tap("attention_norm", index, rounding.rms_norm(hidden, layer.input_norm, config.rms_eps))
         heads = self._linear(normed, layer.qkv, layer.qkv_bias).view(hidden.shape[0], -1, config.head_dim)
         q, k, v = torch.split(heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        q, k, v = tap("queries", index, q), tap("keys", index, k), tap("values", index, v)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = rounding.rms_norm(q, layer.q_norm, config.rms_eps)
             k = rounding.rms_norm(k, layer.k_norm, config.rms_eps)
-        q, k = rounding.rope(q, cos, sin), rounding.rope(k, cos, sin)
-        attended = attend(index, q, rounding.to_kv(k), rounding.to_kv(v))
-        return rounding.add(hidden, self._linear(attended, layer.output, layer.output_bias))
+        q = tap("rotated_queries", index, rounding.rope(q, cos, sin))
+        k = tap("rotated_keys", index, rounding.rope(k, cos, sin))
+        attended = tap("attention", index, attend(index, q, rounding.to_kv(k), rounding.to_kv(v)))
+        output = tap("attention_output", index, self._linear(attended, layer.output, layer.output_bias))
+        return tap("attention_residual", index, rounding.add(hidden, output))
 
-    def _mlp(self, layer: LayerWeights, hidden: Tensor) -> Tensor:
-        rounding = self.rounding
-        normed = rounding.rms_norm(hidden, layer.mlp_norm, self.config.rms_eps)
-        activated = rounding.swiglu(self._linear(normed, layer.gate_up, layer.gate_up_bias))
-        return rounding.add(hidden, self._linear(activated, layer.down, layer.down_bias))
+    def _mlp(self, index: int, layer: LayerWeights, hidden: Tensor) -> Tensor:
+        rounding, tap = self.rounding, self._tapped
+        normed = tap("mlp_norm", index, rounding.rms_norm(hidden, layer.mlp_norm, self.config.rms_eps))
+        gate_up = tap("gate_up", index, self._linear(normed, layer.gate_up, layer.gate_up_bias))
+        activated = tap("swiglu", index, rounding.swiglu(gate_up))
+        down = tap("down", index, self._linear(activated, layer.down, layer.down_bias))
+        return tap("mlp_residual", index, rounding.add(hidden, down))
 
     def _final_norm(self, hidden: Tensor) -> Tensor:
-        return self.rounding.rms_norm(hidden, self.weights.norm, self.config.rms_eps)
+        return self._tapped("final_norm", None, self.rounding.rms_norm(hidden, self.weights.norm, self.config.rms_eps))
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A projection whose result is rounded once: by the half kernel itself, or after sums in FP32."""

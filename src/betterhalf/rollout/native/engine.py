@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from betterhalf.config.schema import EngineConfig, SamplingConfig
+from betterhalf import ops
+from betterhalf.config.schema import NativeEngineConfig, SamplingConfig
 from betterhalf.errors import EngineError, InputError
 from betterhalf.precision.contract import SideReport
 from betterhalf.precision.formats import dtype_name
@@ -40,7 +41,7 @@ class NativeEngine:
         hf_config: Any,
         *,
         policy: PrecisionPolicy,
-        config: EngineConfig,
+        config: NativeEngineConfig,
         stop_token_ids: Iterable[int],
     ) -> None:
         """Allocate weights for the architecture of a transformers configuration; they arrive by `load_weights`.
@@ -67,9 +68,45 @@ class NativeEngine:
         self._weights.load(weights)
         self._policy_version = policy_version
 
+    @torch.inference_mode()
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        """log mu of each given token but the first; see `RolloutEngine.score`."""
+        if self._policy_version is None:
+            raise EngineError("the engine holds no weights; call load_weights before score")
+        return [self._score_one(index, tuple(token_ids)) for index, token_ids in enumerate(sequences)]
+
+    def _score_one(self, index: int, token_ids: tuple[int, ...]) -> tuple[float, ...]:
+        if not 1 < len(token_ids) <= self._shape.max_positions:
+            raise InputError(
+                f"sequence {index} has {len(token_ids)} tokens; the engine scores 2 to {self._shape.max_positions}, "
+                "the model's context; shorten or drop it"
+            )
+        self._decoder.reserve(len(token_ids))
+        tokens = torch.tensor(token_ids, device=self._policy.device)
+        hidden = self._decoder.hidden_rows(tokens, (len(token_ids),))[:-1]
+        rows = max(1, _MAX_LOGITS // self._shape.vocab_size)
+        parts = zip(torch.split(hidden, rows), torch.split(tokens[1:], rows), strict=True)
+        logprobs = torch.cat([ops.token_logprobs(self._decoder.logits(part), taken) for part, taken in parts])
+        if not bool(logprobs.isfinite().all()):
+            raise EngineError(
+                f"sequence {index}: its logprobs are not finite in {dtype_name(self._rounding.dtype)}: "
+                f"{self._weights.why_not_finite()}"
+            )
+        return tuple(logprobs.tolist())
+
     def report(self) -> SideReport:
         """What the engine really runs, read from its tensors."""
         return engine_report(self._decoder, self._policy, self._config)
+
+    def sleep(self) -> None:
+        """Nothing: cache and graphs are small beside the trainer's activations, and making them anew costs more."""
+
+    def wake(self) -> None:
+        """Nothing; see `sleep`."""
+
+    def restart(self) -> None:
+        """Refused: this engine lives in the run's own process."""
+        raise EngineError("the native engine has no process of its own to start again; resume from a checkpoint")
 
     def close(self) -> None:
         """Release the cache and the graphs; weights stay, so the engine can still be used."""
@@ -211,7 +248,7 @@ class NativeEngine:
         ]
 
 
-def _rounding(policy: PrecisionPolicy, config: EngineConfig) -> Rounding:
+def _rounding(policy: PrecisionPolicy, config: NativeEngineConfig) -> Rounding:
     widened = policy.fp32_sums(policy.roles.rollout_dtype)
     return Rounding(
         mode=config.rounding,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from betterhalf.config.schema import EngineConfig
+from betterhalf.config.schema import NativeEngineConfig
 from betterhalf.errors import EngineError
 from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.formats import dtype_name, narrowest_format
@@ -13,7 +13,7 @@ from betterhalf.precision.policy import PrecisionPolicy
 from betterhalf.rollout.native.decoder import Decoder
 
 
-def engine_report(decoder: Decoder, policy: PrecisionPolicy, config: EngineConfig) -> SideReport:
+def engine_report(decoder: Decoder, policy: PrecisionPolicy, config: NativeEngineConfig) -> SideReport:
     """Formats, facts and weight digests of a decoder.
 
     Raises:
@@ -49,7 +49,7 @@ def _probe(decoder: Decoder) -> tuple[Tensor, Tensor]:
     return hidden, cached
 
 
-def _facts(decoder: Decoder, policy: PrecisionPolicy, config: EngineConfig) -> dict[str, str]:
+def _facts(decoder: Decoder, policy: PrecisionPolicy, config: NativeEngineConfig) -> dict[str, str]:
     rounding, on_cpu = decoder.rounding, policy.device.type == "cpu"
     return {
         "engine": f"native ({decoder.config.architecture})",

