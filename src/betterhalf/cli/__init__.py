@@ -1,0 +1,6 @@
+"""The command line: `main`, and the visible table of verbs."""
+
+from betterhalf.cli.entry import main
+from betterhalf.cli.verbs import VERBS
+
+__all__ = ["VERBS", "main"]

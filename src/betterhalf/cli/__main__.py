@@ -1,0 +1,8 @@
+"""`python -m betterhalf.cli`."""
+
+import sys
+
+from betterhalf.cli.entry import main
+
+if __name__ == "__main__":
+    sys.exit(main())

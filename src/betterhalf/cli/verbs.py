@@ -1,0 +1,222 @@
+"""The table of verbs. Each is a function that imports what it needs when it is called: `--help` must answer at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from betterhalf.cli.request import Answer, Option, Request, Verb
+from betterhalf.errors import InputError
+
+DEMO = "experiments/sanity/demo.toml"
+"""What `sanity` runs unless told otherwise; it comes with the package."""
+
+PROBE = "experiments/base/probe.toml"
+"""Where `probe` and `doctor` of a model start from."""
+
+RESUME = Option(name="resume", help="continue the run that run_dir holds")
+
+
+def _sanity(request: Request) -> Answer:
+    config = request.config(request.words[0] if request.words else DEMO)
+    from betterhalf.runs.sanity import sanity
+
+    result = sanity(config, request.run_dir, request.options["resume"])
+    return Answer(result=result, show=lambda: _show_sanity(result), passed=bool(result["passed"]))
+
+
+def _train(request: Request) -> Answer:
+    config = request.config(request.words[0])
+    from betterhalf.runs.train import train
+
+    result = train(config, request.run_dir, request.options["resume"])
+    return Answer(result=result, show=lambda: _show(result))
+
+
+def _evaluate(request: Request) -> Answer:
+    target = request.words[0]
+    config = request.config(_run_config(target))
+    from betterhalf.runs.evaluate import evaluate
+
+    result = evaluate(target, config, request.run_dir)
+    return Answer(result=result, show=lambda: _show(result))
+
+
+def _probe(request: Request) -> Answer:
+    dump = request.options["from_dump"]
+    target = request.words[0] if request.words else None
+    if target is None and dump is None:
+        raise InputError("probe takes MODEL, got nothing. Name a model or a run, or give --from-dump FILE.")
+    config = request.config((_run_config(target) if target else None) or PROBE)
+    from betterhalf.runs.probe import probe, probe_json
+
+    flags = {name: bool(request.options[name]) for name in ("gradient", "localize")}
+    result = probe(target, config, request.run_dir, from_dump=dump, **flags)
+    return Answer(result=probe_json(result), show=lambda: _show_probe(result))
+
+
+def _doctor(request: Request) -> Answer:
+    target = request.words[0]
+    config = request.config(_run_config(target) or PROBE)
+    from betterhalf.runs.doctor import doctor, doctor_json
+
+    result = doctor(target, config, request.run_dir)
+    return Answer(result=doctor_json(result), show=lambda: _show_doctor(result), passed=bool(result["passed"]))
+
+
+def _report(request: Request) -> Answer:
+    from betterhalf.report.page import write_report
+    from betterhalf.run_dir import RunDir
+    from betterhalf.runs.folder import default_run_dir
+
+    runs = [RunDir.open(word) for word in request.words]
+    folder = runs[0].path if len(runs) == 1 else default_run_dir("report", "comparison")
+    path = write_report(runs, RunDir(Path(request.run_dir or folder)).report)
+    result = {"verb": "report", "report": str(path)}
+    return Answer(result=result, show=lambda: _show(result))
+
+
+def _config(request: Request) -> Answer:
+    from betterhalf.config.load import config_difference, resolved_json
+    from betterhalf.config.render import toml_text
+
+    left, *others = [request.config(word) for word in request.words]
+    if not others:
+        return Answer(result=resolved_json(left), show=lambda: print(toml_text(left).rstrip()))
+    changes = config_difference(left, others[0])
+    rows = [{"key": change.key, "left": change.left, "right": change.right} for change in changes]
+    lines = [str(change) for change in changes] or ["no difference"]
+    return Answer(result={"differences": rows}, show=lambda: print(*lines, sep="\n"))
+
+
+def _export(request: Request) -> Answer:
+    run, directory = request.words
+    _run_config(run)
+    from betterhalf.runs.export import export
+
+    result = export(run, directory)
+    return Answer(result=result, show=lambda: _show(result))
+
+
+def _run_config(target: str) -> Path | None:
+    """The configuration that a run folder was made with; None for a model.
+
+    Raises:
+        InputError: a sanity run, which holds several policies.
+    """
+    from betterhalf.run_dir import RunDir
+
+    run = RunDir(Path(target))
+    if run.arm_names():
+        arm = run.arm(run.arm_names()[0])
+        raise InputError(f"{target} holds a sanity run. Name one of its arms, such as {arm.path}.")
+    return run.config if run.configured else None
+
+
+def _show_sanity(result: dict[str, Any]) -> None:
+    """The table of arms, what follows from it, and where to read on."""
+    from betterhalf.report.verdict import print_verdict
+
+    print_verdict(result)
+    for name, reason in result.get("reasons", {}).items():
+        print(f"{name}: {reason}")
+    _show_folder(result)
+
+
+def _show_probe(result: dict[str, Any]) -> None:
+    from betterhalf.report.localize_text import show_localize
+    from betterhalf.report.matrix import show_probe
+
+    show_probe(result)
+    if result.get("localize"):
+        show_localize(result["localize"])
+    _show_folder(result)
+
+
+def _show_doctor(result: dict[str, Any]) -> None:
+    from betterhalf.report.doctor_text import show_doctor
+
+    show_doctor(result)
+    _show_folder(result)
+
+
+def _show_folder(result: dict[str, Any]) -> None:
+    """Where everything is, and the page to look at."""
+    from betterhalf.run_dir import RunDir
+
+    run = RunDir(Path(result["run_dir"]))
+    _show({"run": run.path, "report": run.report})
+
+
+def _show(result: dict[str, Any]) -> None:
+    """Name and value of each plain entry, one to a line."""
+    rows = {key: _brief(value) for key, value in result.items() if not isinstance(value, (dict, list))}
+    width = max(map(len, rows), default=0)
+    for key, value in rows.items():
+        print(f"{key:<{width}}  {value}")
+
+
+def _brief(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+VERBS = {
+    "sanity": Verb(
+        run=_sanity,
+        words="[EXPERIMENT]",
+        num_words=(0, 1),
+        help="the paper's sanity test: perfectible set, one arm for each precision, verdict and report",
+        options=(RESUME,),
+    ),
+    "train": Verb(
+        run=_train,
+        words="EXPERIMENT",
+        num_words=(1, 1),
+        help="one RL fine-tuning run; with run_dir=RUN, --resume continues it",
+        options=(RESUME,),
+    ),
+    "doctor": Verb(
+        run=_doctor,
+        words="MODEL|RUN",
+        num_words=(1, 1),
+        help="range census forward and backward, mismatch matrix, and which precision to train in",
+    ),
+    "probe": Verb(
+        run=_probe,
+        words="MODEL|RUN",
+        num_words=(0, 1),
+        help="how far sampling and training policy are apart, for every pair of precisions, without training",
+        options=(
+            Option(name="from-dump", value="FILE", help="analyse rollouts of another framework (JSONL, docs/probe.md)"),
+            Option(name="gradient", help="also what the mismatch does to the policy gradient"),
+            Option(name="localize", help="also the first layer and operation where trainer and engine part"),
+        ),
+    ),
+    "evaluate": Verb(
+        run=_evaluate,
+        words="MODEL|RUN",
+        num_words=(1, 1),
+        help="avg@k and pass@k, sampled by the rollout engine",
+    ),
+    "report": Verb(
+        run=_report,
+        words="RUN [RUN ...]",
+        num_words=(1, sys.maxsize),
+        help="one self-contained HTML page with plots, from run folders",
+        settings=False,
+    ),
+    "config": Verb(
+        run=_config,
+        words="EXPERIMENT [OTHER]",
+        num_words=(1, 2),
+        help="the resolved configuration; with two, their difference",
+    ),
+    "export": Verb(
+        run=_export,
+        words="RUN DIR",
+        num_words=(2, 2),
+        help="a Hugging Face folder that transformers and vLLM load",
+        settings=False,
+    ),
+}
