@@ -27,6 +27,9 @@ _SERIES_BELOW = 0.02
 _SERIES = tuple(1 / math.factorial(power) for power in range(9, 1, -1))
 """Coefficients of d^9 to d^2; what follows is below 1e-17 of the sum."""
 
+PROBABILITY_EDGES = (0.0, 1e-3, 1e-2, 0.1, 0.5, 0.9, 0.99, 1.0)
+"""Edges of the bins by mu. Rounding moves rare tokens most, and the bulk of a trained policy lies above 0.9."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GapBin:
@@ -107,6 +110,20 @@ def mismatch_bins(
     return tuple(bins)
 
 
+def position_edges(max_length: int) -> tuple[float, ...]:
+    """Edges of the bins by position: 0, 1, 2, 4, ... up to the first power of two that is no less than `max_length`."""
+    return (0.0, *(2.0**power for power in range(max(0, (max_length - 1).bit_length()) + 1)))
+
+
+def ess_fraction(sequence_log_ratio_S: Tensor) -> float:
+    """(sum w)^2 / (S sum w^2) of the weights w = exp(d), between 1/S and 1.
+
+    In log space: exp(d) of a long sequence need not be finite.
+    """
+    d_S = sequence_log_ratio_S.double()
+    return math.exp(float(2 * d_S.logsumexp(0) - (2 * d_S).logsumexp(0))) / len(d_S)
+
+
 def completion_positions(sequence_index_C: Tensor) -> Tensor:
     """int64 [C]: position of each token within its completion, from 0; the tokens of a sequence stand together."""
     places_C = torch.arange(len(sequence_index_C), device=sequence_index_C.device)
@@ -162,7 +179,7 @@ def _sequence_metrics(d_S: Tensor, lengths_S: Tensor) -> dict[str, float]:
         "sequence_log_ratio/p1": _quantile(d_S, 0.01),
         "sequence_log_ratio/p99": _quantile(d_S, 0.99),
         "slope_per_1k": 1000 * _slope(lengths_S, d_S),
-        "ess_fraction": _ess_fraction(d_S),
+        "ess_fraction": ess_fraction(d_S),
     }
 
 
@@ -180,11 +197,6 @@ def _slope(lengths_S: Tensor, d_S: Tensor) -> float:
         return float(d_S.mean() / lengths_S[0])
     centred_S = lengths_S - lengths_S.mean()
     return float((centred_S * d_S).sum() / centred_S.square().sum())
-
-
-def _ess_fraction(d_S: Tensor) -> float:
-    """(sum w)^2 / (S sum w^2) of the weights w = exp(d), in log space: exp(d) of a long sequence need not be finite."""
-    return math.exp(float(2 * d_S.logsumexp(0) - (2 * d_S).logsumexp(0))) / len(d_S)
 
 
 def _pearson(x: Tensor, y: Tensor) -> float:

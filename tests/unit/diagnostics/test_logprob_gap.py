@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from betterhalf.diagnostics.logprob_gap import completion_positions, k3, mismatch_bins, mismatch_metrics
+from betterhalf.diagnostics.logprob_gap import (
+    PROBABILITY_EDGES,
+    completion_positions,
+    k3,
+    mismatch_bins,
+    mismatch_metrics,
+    position_edges,
+)
 from betterhalf.errors import EngineError, RunError
 from betterhalf.metrics.catalogue import CATALOGUE
 
@@ -167,3 +174,19 @@ def test_the_last_bin_includes_its_upper_edge_and_an_empty_one_is_zero() -> None
 
 def test_positions_start_again_in_every_completion() -> None:
     assert completion_positions(torch.tensor([0, 0, 0, 1, 3, 3])).tolist() == [0, 1, 2, 0, 0, 1]
+
+
+def test_position_edges_are_powers_of_two_that_hold_the_last_position() -> None:
+    assert position_edges(1) == (0, 1)
+    assert position_edges(4) == (0, 1, 2, 4)
+    assert position_edges(5) == (0, 1, 2, 4, 8)
+    assert position_edges(64)[-1] == 64
+
+
+def test_the_usual_bins_leave_no_token_out() -> None:
+    behavior = torch.tensor([-30.0, -5.0, -1.0, -0.05, -1e-4, 0.0], dtype=torch.float64)
+    positions = completion_positions(torch.zeros(6, dtype=torch.int64))
+    by_probability = mismatch_bins(behavior, behavior, behavior.exp(), PROBABILITY_EDGES)
+    by_position = mismatch_bins(behavior, behavior, positions, position_edges(6))
+    assert [b.tokens for b in by_probability] == [1, 1, 0, 1, 0, 1, 2]
+    assert [b.tokens for b in by_position] == [1, 1, 2, 2]
