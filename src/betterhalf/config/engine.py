@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from betterhalf.config.section import Section
 
@@ -50,7 +50,14 @@ class VllmEngineConfig(Section):
     """Times in one step that a died engine is started again before the run gives up."""
 
 
-EngineConfig = Annotated[NativeEngineConfig | VllmEngineConfig, Field(discriminator="type")]
+def _native_unless_named(given: Any) -> Any:
+    """The engine's settings, those of the native engine where no `type` is given."""
+    return {"type": "native", **given} if isinstance(given, dict) else given
+
+
+EngineConfig = Annotated[
+    NativeEngineConfig | VllmEngineConfig, Field(discriminator="type"), BeforeValidator(_native_unless_named)
+]
 """The rollout engine."""
 
 
