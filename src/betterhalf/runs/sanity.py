@@ -13,10 +13,11 @@ from typing import Any
 
 from betterhalf.config.load import resolved_json
 from betterhalf.config.schema import PerfectibleTask, RunConfig
+from betterhalf.environment import environment
 from betterhalf.errors import ContractError, EngineError, LossScaleError, NumericsError
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.report.page import write_report
-from betterhalf.run_dir import RunDir, environment, read_json, write_json_atomic
+from betterhalf.run_dir import RunDir, read_json, write_json_atomic
 from betterhalf.runs.assembly import Parts, with_precision
 from betterhalf.runs.evaluate import average_reward, score_prompts
 from betterhalf.runs.folder import run_folder

@@ -9,6 +9,7 @@ from typing import Any
 
 from betterhalf.config.load import config_difference, load_config, resolved_json
 from betterhalf.config.schema import RunConfig
+from betterhalf.environment import environment
 from betterhalf.errors import InputError
 from betterhalf.metrics.console import Console
 from betterhalf.metrics.sinks import JsonlSink, MetricSink, Sinks, TensorBoardSink
@@ -16,7 +17,6 @@ from betterhalf.precision.contract import Contract
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import (
     RunDir,
-    environment,
     read_jsonl,
     truncate_jsonl,
     write_json_atomic,
