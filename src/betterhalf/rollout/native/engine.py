@@ -61,6 +61,11 @@ class NativeEngine:
         self._table: SlotTable | None = None
         self._graphs: DecodeGraphs | None = None
 
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder itself, whose `tap` sees every operation."""
+        return self._decoder
+
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
         """Replace all weights in place; see `RolloutEngine.load_weights`."""
