@@ -1,0 +1,99 @@
+"""How far one gradient is from another, and what sequence importance weights do to a batch.
+
+Sums are in float64, a piece of one tensor at a time: no gradient is ever held in float64 as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from betterhalf import ops
+
+_PIECE = 2**20
+"""Entries compared at once: their float64 copies take 8 MiB each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientGap:
+    """One gradient against a reference; NaN where either is not finite or the reference is zero everywhere."""
+
+    relative_error: float
+    """||g - reference|| / ||reference||, over all parameters together."""
+    cosine: float
+    """Of the angle between the two."""
+    zeroed_fraction: float
+    """Share of the reference's non-zero entries that are exactly zero in the gradient."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSpread:
+    """The sequence importance weights w = exp(sum over tokens of log pi - log mu) of one batch."""
+
+    ess_fraction: float
+    """(sum w)^2 / (S sum w^2): 1 when all are equal, 1/S when one outweighs the rest."""
+    max_weight: float
+
+
+@torch.no_grad()
+def gradient_gap(
+    gradients: Iterable[tuple[str, Tensor]], reference: Mapping[str, Tensor], *, scale: float = 1.0
+) -> GradientGap:
+    """Compare two gradients of the same parameters.
+
+    Args:
+        gradients: (name, accumulated gradient, still multiplied by the loss scale). Zeros are counted here, before
+            anything is divided, so that they are those of the half backward pass.
+        reference: name -> gradient that is not scaled; the same names.
+        scale: what `gradients` are divided by, in float64.
+
+    Raises:
+        ValueError: the names differ.
+    """
+    rows, names = [], []
+    for name, gradient in gradients:
+        if name not in reference:
+            raise ValueError(f"the reference has no gradient of {name}; compare gradients of the same model.")
+        names.append(name)
+        rows.extend(_sums(gradient, reference[name], scale))
+    if len(names) != len(reference):
+        raise ValueError(f"{len(names)} gradients against {len(reference)}; compare gradients of the same model.")
+    return _gap(torch.stack(rows).sum(0).tolist())
+
+
+def weight_spread(sequence_log_ratio_S: Tensor) -> WeightSpread:
+    """Spread of the weights exp(log-ratio), the log-ratio bounded as in the loss (`ops.bounded_exp`): [S], S >= 1."""
+    weights_S, _ = ops.bounded_exp(sequence_log_ratio_S.double())
+    ess = float(weights_S.sum().square() / weights_S.square().sum())
+    return WeightSpread(ess_fraction=ess / len(weights_S), max_weight=float(weights_S.max()))
+
+
+def _sums(gradient: Tensor, reference: Tensor, scale: float) -> list[Tensor]:
+    """Of each piece, float64 [6]: |g - r|^2, |g|^2, |r|^2, g.r, non-zero entries of r, those of them zero in g."""
+    pieces = zip(torch.split(gradient.reshape(-1), _PIECE), torch.split(reference.reshape(-1), _PIECE), strict=True)
+    return [_piece_sums(own, wanted, scale) for own, wanted in pieces]
+
+
+def _piece_sums(own: Tensor, wanted: Tensor, scale: float) -> Tensor:
+    nonzero = wanted != 0
+    zeroed = (nonzero & (own == 0)).sum()
+    g, r = own.double() / scale, wanted.double()
+    difference = g - r
+    return torch.stack([difference @ difference, g @ g, r @ r, g @ r, nonzero.sum().double(), zeroed.double()])
+
+
+def _gap(sums: list[float]) -> GradientGap:
+    difference, own, wanted, product, nonzero, zeroed = sums
+    if not (math.isfinite(own) and wanted > 0):
+        return GradientGap(relative_error=math.nan, cosine=math.nan, zeroed_fraction=math.nan)
+    # A gradient that vanished has no direction; sqrt(x * x) is exactly x, so that equal gradients have cosine 1.
+    cosine = product / math.sqrt(own * wanted) if own > 0 else 0.0
+    return GradientGap(
+        relative_error=math.sqrt(difference / wanted),
+        cosine=max(-1.0, min(1.0, cosine)),
+        zeroed_fraction=zeroed / nonzero,
+    )
