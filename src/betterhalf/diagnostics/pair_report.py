@@ -1,0 +1,190 @@
+"""Everything `probe.json` says of one (trainer dtype, rollout dtype) pair.
+
+Axes: C completion tokens, S sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from betterhalf import ops
+from betterhalf.diagnostics.bootstrap import bootstrap_intervals
+from betterhalf.diagnostics.budget import Budget, fit_budget
+from betterhalf.diagnostics.logprob_gap import (
+    PROBABILITY_EDGES,
+    GapBin,
+    completion_positions,
+    k3,
+    mismatch_bins,
+    mismatch_metrics,
+    position_edges,
+)
+
+MAX_POINTS = 1000
+"""Tokens in the scatter; `tokens.parquet` has them all."""
+
+_SIGNIFICANT = 9
+"""Digits of a probability in the scatter: FP32 has no more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """One quantity and its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairReport:
+    """One pair, measured; or, with `error`, why it could not be: its numbers are NaN then and its series empty."""
+
+    train: str
+    """Trainer dtype; `dump` for trainer logprobs that a file gave."""
+    rollout: str
+    """Rollout dtype; `dump` where a file does not say which."""
+    seconds: float
+    """Scoring these rollouts with this trainer; sampling, and building the trainer, are counted apart."""
+    k3: float = math.nan
+    """Mean over tokens, in nats."""
+    k3_ci: tuple[float, float] = (math.nan, math.nan)
+    """Its confidence interval."""
+    mean_abs: float = math.nan
+    """Mean of abs(pi - mu), in probability."""
+    max_abs: float = math.nan
+    """Largest abs(pi - mu)."""
+    sequence_kl: float = math.nan
+    """KL(mu, pi) of a whole completion in nats: the mean over completions of the summed token k3, which by the chain
+    rule is unbiased, and far less noisy than k3 of the sums."""
+    slope_per_1k: float = math.nan
+    """Least-squares slope of the sequence log-ratio against length, in nats per 1,000 tokens."""
+    tokens: int = 0
+    """C."""
+    metrics: dict[str, Estimate]
+    """Every `mismatch/` metric, by its name without that area."""
+    budget: Budget | None = None
+    """Length up to which sequence weights are of use."""
+    points: tuple[tuple[float, float], ...] = ()
+    """(mu, pi) of at most `MAX_POINTS` tokens, evenly thinned."""
+    completions: tuple[tuple[int, float], ...] = ()
+    """(length, sequence log-ratio) of each completion."""
+    by_position: tuple[GapBin, ...] = ()
+    """Bins by position in the completion."""
+    by_probability: tuple[GapBin, ...] = ()
+    """Bins by mu."""
+    error: str | None = None
+    """Why there is nothing else."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The pair as `probe.json` holds it; a failed one has its dtypes, seconds and error only."""
+        if self.error is not None:
+            return {"train": self.train, "rollout": self.rollout, "seconds": self.seconds, "error": self.error}
+        fields = asdict(self)
+        del fields["error"]
+        return fields
+
+
+def failed_pair(train: str, rollout: str, error: str, *, seconds: float = 0.0) -> PairReport:
+    """A pair of which nothing is known but why."""
+    return PairReport(train=train, rollout=rollout, seconds=seconds, metrics={}, error=error)
+
+
+def pair_report(
+    train: str,
+    rollout: str,
+    trainer_logprobs_C: Tensor,
+    behavior_logprobs_C: Tensor,
+    sequence_index_C: Tensor,
+    num_sequences: int,
+    *,
+    seconds: float,
+    bootstrap: int,
+    confidence: float,
+    seed: int,
+    cluster_index_S: Tensor | None = None,
+) -> PairReport:
+    """Measure one pair.
+
+    Args:
+        train: trainer dtype.
+        rollout: rollout dtype.
+        trainer_logprobs_C: [C], log pi at the weights that sampled.
+        behavior_logprobs_C: [C], log mu.
+        sequence_index_C: int64 [C], which completion each token belongs to; its tokens stand together, in order.
+        num_sequences: S; each has at least one token.
+        seconds: what scoring cost.
+        bootstrap: resamples behind the intervals.
+        confidence: their level.
+        seed: of the resamples.
+        cluster_index_S: int64 [S], which prompt each completion continues; see `bootstrap_intervals`.
+
+    Raises:
+        EngineError: behavior logprobs are not finite.
+        NumericsError: trainer logprobs are not finite.
+        ValueError: there are no tokens.
+    """
+    trainer_C, behavior_C = trainer_logprobs_C.detach().double(), behavior_logprobs_C.detach().double()
+    values = mismatch_metrics(trainer_C, behavior_C, sequence_index_C, num_sequences)
+    intervals = bootstrap_intervals(
+        trainer_C,
+        behavior_C,
+        sequence_index_C,
+        num_sequences,
+        resamples=bootstrap,
+        confidence=confidence,
+        seed=seed,
+        cluster_index_S=cluster_index_S,
+    )
+    d_C = ops.log_ratio(trainer_C, behavior_C)
+    return PairReport(
+        train=train,
+        rollout=rollout,
+        seconds=seconds,
+        k3=values["mismatch/k3/mean"],
+        k3_ci=intervals["mismatch/k3/mean"],
+        mean_abs=values["mismatch/prob_gap/mean_abs"],
+        max_abs=max(abs(values["mismatch/prob_gap/max"]), abs(values["mismatch/prob_gap/min"])),
+        sequence_kl=float(k3(d_C).sum()) / num_sequences,
+        slope_per_1k=values["mismatch/slope_per_1k"],
+        tokens=d_C.numel(),
+        metrics=_estimates(values, intervals),
+        budget=fit_budget(d_C, sequence_index_C, num_sequences),
+        points=_points(behavior_C, trainer_C),
+        completions=_completions(d_C, sequence_index_C, num_sequences),
+        by_position=_by_position(trainer_C, behavior_C, sequence_index_C),
+        by_probability=mismatch_bins(trainer_C, behavior_C, behavior_C.exp(), PROBABILITY_EDGES),
+    )
+
+
+def _estimates(values: dict[str, float], intervals: dict[str, tuple[float, float]]) -> dict[str, Estimate]:
+    return {
+        name.removeprefix("mismatch/"): Estimate(value=value, low=intervals[name][0], high=intervals[name][1])
+        for name, value in values.items()
+    }
+
+
+def _points(behavior_C: Tensor, trainer_C: Tensor) -> tuple[tuple[float, float], ...]:
+    count = min(MAX_POINTS, len(behavior_C))
+    chosen = torch.linspace(0, len(behavior_C) - 1, count, dtype=torch.float64).round().long()
+    pairs = zip(behavior_C[chosen].exp().tolist(), trainer_C[chosen].exp().tolist(), strict=True)
+    return tuple((_short(mu), _short(pi)) for mu, pi in pairs)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.{_SIGNIFICANT}g}")
+
+
+def _completions(d_C: Tensor, sequence_index_C: Tensor, num_sequences: int) -> tuple[tuple[int, float], ...]:
+    lengths = torch.bincount(sequence_index_C, minlength=num_sequences).tolist()
+    return tuple(zip(lengths, ops.segment_sum(d_C, sequence_index_C, num_sequences).tolist(), strict=True))
+
+
+def _by_position(trainer_C: Tensor, behavior_C: Tensor, sequence_index_C: Tensor) -> tuple[GapBin, ...]:
+    positions_C = completion_positions(sequence_index_C)
+    return mismatch_bins(trainer_C, behavior_C, positions_C, position_edges(int(positions_C.max()) + 1))
