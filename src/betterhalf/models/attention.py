@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from betterhalf.errors import InputError
+from betterhalf.precision.island_hooks import round_through
 
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 """Layer types whose only exchange between positions goes through the registered attention function."""
@@ -124,8 +125,9 @@ AttentionFunction = Callable[..., tuple[Tensor, None]]
 def _for_transformers(kernel: Callable[..., Tensor]) -> AttentionFunction:
     """A kernel with the signature that transformers calls: query [1, heads, T, D], key and value [1, kv_heads, T, D].
 
-    Besides transformers' own keywords it takes `sequence_lengths`, passed through the model's forward. The returned
-    function gives [1, T, heads, D], and raises InputError when the model asks for attention dropout.
+    Besides transformers' own keywords it takes `sequence_lengths`, passed through the model's forward, and `cached_as`
+    from an FP32 island: the grid of the engine's cache, to which keys and values are rounded. The returned function
+    gives [1, T, heads, D], and raises InputError when the model asks for attention dropout.
     """
 
     def attend(
@@ -139,12 +141,15 @@ def _for_transformers(kernel: Callable[..., Tensor]) -> AttentionFunction:
         sequence_lengths: tuple[int, ...],
         dropout: float = 0.0,
         sliding_window: int | None = None,
+        cached_as: torch.dtype | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         if dropout:
             raise InputError(
                 f"attention_dropout={dropout} would make pi random; set it to 0 in the model's configuration"
             )
+        if cached_as is not None:
+            key, value = round_through(key, cached_as), round_through(value, cached_as)
         return kernel(query, key, value, sequence_lengths, scaling, sliding_window), None
 
     return attend

@@ -1,7 +1,7 @@
 """Both sides report what they really run; the contract compares the two.
 
 Equality is required of the compute dtype, the dtype of the weights on the wire, the dtype of cached keys and values,
-and of the weights themselves, by digest. The rest is shown, because it explains what mismatch remains.
+the FP32 islands, and the weights themselves, by digest. The rest is shown: it explains what mismatch remains.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from betterhalf.errors import ContractError, WeightSyncError
+from betterhalf.precision.islands import NONE
 from betterhalf.types import DtypeName
 
 
@@ -28,7 +29,8 @@ class SideReport:
     """Region -> format. Trainer: weights, compute, wire, lm_head, rope, norm, master, gradients, optimizer.
     Engine: weights, compute, wire, kv, lm_head, rope, norm."""
     facts: dict[str, str]
-    """Attention backend, how matrix products sum, rounding points, library versions, device."""
+    """Attention backend, how matrix products sum, rounding points, library versions, device; under `fp32_modules` the
+    FP32 islands, `none` if it is missing."""
     digests: dict[str, str]
     """Unfused Hugging Face parameter name -> digest of the tensor as held."""
 
@@ -106,6 +108,7 @@ def compare(trainer: SideReport, engine: SideReport, *, allow_difference: bool) 
         _dtype_row("wire", trainer.dtypes["wire"], engine.dtypes["wire"], trainer.dtypes["compute"]),
         _dtype_row("kv", trainer.dtypes["compute"], engine.dtypes["kv"], trainer.dtypes["compute"]),
         _weights_row(trainer.digests, engine.digests),
+        *_island_rows(trainer, engine),
     ]
     different = next((row for row in required if row.status == "differs"), None)
     words = None if different is None else _in_words(different, trainer, engine)
@@ -155,6 +158,18 @@ def _weights_row(trainer: dict[str, str], engine: dict[str, str]) -> ContractRow
     return ContractRow(region="weights", trainer=_summary(trainer), engine=held, status="differs" if wrong else "equal")
 
 
+_ISLANDS = "fp32_modules"
+"""The fact that names a side's FP32 islands."""
+
+
+def _island_rows(trainer: SideReport, engine: SideReport) -> list[ContractRow]:
+    """One required row when a side has FP32 islands, else none."""
+    mine, theirs = (side.facts.get(_ISLANDS, NONE) for side in (trainer, engine))
+    if mine == theirs == NONE:
+        return []
+    return [ContractRow(region="islands", trainer=mine, engine=theirs, status="equal" if mine == theirs else "differs")]
+
+
 def _differing(expected: dict[str, str], held: dict[str, str]) -> list[str]:
     """Names in the order expected, those never expected last."""
     wrong = [name for name, digest in expected.items() if held.get(name) != digest]
@@ -173,7 +188,8 @@ def _summary(digests: dict[str, str]) -> str:
 
 def _in_words(row: ContractRow, trainer: SideReport, engine: SideReport) -> str:
     if row.region != "weights":
-        return f"{row.region} is {row.trainer} in the trainer and {row.engine} in the engine"
+        verb = "are" if row.region == "islands" else "is"
+        return f"{row.region} {verb} {row.trainer} in the trainer and {row.engine} in the engine"
     name = _differing(trainer.digests, engine.digests)[0]
     held = engine.digests.get(name, "nothing")
     return f"weight {name} is {trainer.digests.get(name, 'nothing')} in the trainer and {held} in the engine"
@@ -181,8 +197,7 @@ def _in_words(row: ContractRow, trainer: SideReport, engine: SideReport) -> str:
 
 def _reported_rows(trainer: SideReport, engine: SideReport) -> list[ContractRow]:
     """Dtypes that are not required, then facts: what both sides name, then what one names."""
-    mine: dict[str, str] = {**_other_dtypes(trainer), **trainer.facts}
-    theirs: dict[str, str] = {**_other_dtypes(engine), **engine.facts}
+    mine, theirs = _reported(trainer), _reported(engine)
     shared = [region for region in mine if region in theirs]
     alone = [region for region in (*mine, *theirs) if region not in shared]
     return [
@@ -191,6 +206,10 @@ def _reported_rows(trainer: SideReport, engine: SideReport) -> list[ContractRow]
         )
         for region in (*shared, *alone)
     ]
+
+
+def _reported(side: SideReport) -> dict[str, str]:
+    return _other_dtypes(side) | {fact: value for fact, value in side.facts.items() if fact != _ISLANDS}
 
 
 def _other_dtypes(side: SideReport) -> dict[str, str]:

@@ -8,6 +8,7 @@ import torch
 
 from betterhalf.config.schema import PrecisionConfig, PrecisionRoles
 from betterhalf.precision.formats import torch_dtype
+from betterhalf.precision.islands import Islands, resolve_islands
 from betterhalf.types import DtypeName
 
 
@@ -20,6 +21,8 @@ class PrecisionPolicy:
     device: torch.device
     half_matmul: str
     """`auto`, `native` or `fp32_sums`; see `PrecisionConfig.half_matmul`."""
+    fp32_modules: tuple[str, ...] = ()
+    """Patterns of FP32 islands; see `PrecisionConfig.fp32_modules`."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -41,6 +44,15 @@ class PrecisionPolicy:
         """Cached keys and values."""
         return torch_dtype(self.roles.kv_dtype)
 
+    def islands(self, num_layers: int, name: DtypeName) -> Islands:
+        """The FP32 islands of a model of so many layers that computes in `name`; none in FP32.
+
+        Raises:
+            InputError: a pattern matches no module that can be an island, in whatever format.
+        """
+        found = resolve_islands(self.fp32_modules, num_layers)
+        return found if name != "fp32" else resolve_islands((), num_layers)
+
     def fp32_sums(self, name: DtypeName) -> bool:
         """Whether matrix products of this format run on half-grid operands with sums in FP32 (CPU only)."""
         if self.device.type != "cpu" or name == "fp32":
@@ -57,4 +69,6 @@ def _has_bf16_instructions() -> bool:
 
 def build_policy(config: PrecisionConfig, device: torch.device) -> PrecisionPolicy:
     """Resolve the configuration's roles for one device."""
-    return PrecisionPolicy(roles=config.roles(), device=device, half_matmul=config.half_matmul)
+    return PrecisionPolicy(
+        roles=config.roles(), device=device, half_matmul=config.half_matmul, fp32_modules=config.fp32_modules
+    )

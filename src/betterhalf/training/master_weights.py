@@ -4,6 +4,9 @@ The module computes on parameters in the compute dtype; the optimizer holds FP32
 is rounded once, by the backward pass of one micro-batch, and at once added to the master's FP32 gradient; a half sum
 over micro-batches would lose the small ones. With an FP32 compute dtype the two are the same tensors.
 
+Parameters of FP32 islands compute in FP32 tensors, so that their gradients are FP32, but their values are rounded to
+the compute dtype all the same: what travels to the engine, and every digest, is as without islands.
+
 Parameters are cast by name. Casting the module would round rope's inverse frequencies too, which alone raises the
 mismatch a hundredfold.
 """
@@ -15,18 +18,22 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from betterhalf.precision.islands import Islands
+
 
 class MasterWeights:
     """The masters of one module, by unfused Hugging Face name, in the module's order."""
 
-    def __init__(self, module: nn.Module, compute_dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module, compute_dtype: torch.dtype, islands: Islands | None = None) -> None:
         """Keep the module's FP32 parameters as masters and turn the module's own into `compute_dtype`.
 
         Args:
             module: FP32 parameters, on their final device.
             compute_dtype: dtype of forward and backward.
+            islands: modules whose parameters hold values of `compute_dtype` in FP32 tensors; none by default.
         """
         self._compute = dict(module.named_parameters())
+        self._compute_dtype = compute_dtype
         self.shared = compute_dtype == torch.float32
         self.masters: dict[str, nn.Parameter] = {}
         for name, parameter in self._compute.items():
@@ -35,7 +42,8 @@ class MasterWeights:
                 self.masters[name] = parameter
             else:
                 self.masters[name] = nn.Parameter(parameter.detach().clone())
-                parameter.data = parameter.data.to(compute_dtype)
+                rounded = parameter.data.to(compute_dtype)
+                parameter.data = rounded.float() if islands and islands.hold(name) else rounded
                 parameter.register_post_accumulate_grad_hook(self._collector(name))  # type: ignore[no-untyped-call]
         self.zero_grad()
 
@@ -78,10 +86,11 @@ class MasterWeights:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Copy the masters to the computing parameters, rounded once."""
+        """Copy the masters to the computing parameters, rounded once to the compute dtype."""
         if not self.shared:
             for name, parameter in self._compute.items():
-                parameter.copy_(self.masters[name])
+                master = self.masters[name]
+                parameter.copy_(master if parameter.dtype == self._compute_dtype else master.to(self._compute_dtype))
 
     @torch.no_grad()
     def on_the_wire(self, wire_dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -90,9 +99,9 @@ class MasterWeights:
             yield name, master.detach().to(wire_dtype)
 
     def computing(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, parameter as the module computes with it)."""
+        """(name, parameter as the module computes with it, in the compute dtype: exact for an island's, too)."""
         for name, parameter in self._compute.items():
-            yield name, parameter.detach()
+            yield name, parameter.detach().to(self._compute_dtype)
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:

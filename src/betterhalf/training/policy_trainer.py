@@ -20,6 +20,7 @@ from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.formats import dtype_name, narrowest_format
 from betterhalf.precision.half_embedding import use_half_embedding
 from betterhalf.precision.half_linear import Widened, use_half_linear
+from betterhalf.precision.island_hooks import use_islands
 from betterhalf.precision.loss_scaler import LossScaler, build_loss_scaler
 from betterhalf.precision.policy import PrecisionPolicy
 from betterhalf.training.distributed import Collective, SingleProcess
@@ -59,7 +60,7 @@ class PolicyTrainer:
         """Take over `model.module` (its parameters change dtype) and build optimizer and loss scaler.
 
         Raises:
-            InputError: the model has dropout, which would make pi random.
+            InputError: the model has dropout, which would make pi random, or lacks an FP32 island of the configuration.
         """
         self.config = config
         self.policy = policy
@@ -68,7 +69,9 @@ class PolicyTrainer:
         self.policy_version = 0
         self.module = model.module.to(policy.device)
         _require_no_dropout(self.module)
-        self.weights = MasterWeights(self.module, policy.compute_dtype)
+        self.islands = policy.islands(self.module.config.num_hidden_layers, policy.roles.compute_dtype)
+        use_islands(self.module, self.islands, policy.compute_dtype)
+        self.weights = MasterWeights(self.module, policy.compute_dtype, self.islands)
         use_half_linear(self.module, policy)
         use_half_embedding(self.module, policy)
         sums = policy.fp32_sums(policy.roles.compute_dtype)
@@ -218,6 +221,7 @@ class PolicyTrainer:
                 "attention": self.attention,
                 "matmul_sums": self._matmul_sums(),
                 "rounding": "transformers",
+                "fp32_modules": self.islands.described(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 "device": str(self.policy.device),
@@ -239,7 +243,8 @@ class PolicyTrainer:
         if not bool(hidden.isfinite().all()):
             raise NumericsError(
                 f"the trainer's hidden states are not finite in {self.policy.roles.compute_dtype}; check the model's "
-                "files for NaN, or train in a wider range with precision=bf16 or precision=fp32"
+                "files for NaN, or train in a wider range with precision=bf16 or precision=fp32, or make the modules "
+                "that overflow FP32 islands with precision.fp32_modules"
             )
         return hidden, head_logits(hidden, self._head_for_products())
 

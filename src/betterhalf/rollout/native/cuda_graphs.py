@@ -38,7 +38,8 @@ class DecodeGraphs:
     def __init__(self, decoder: Decoder, table: SlotTable) -> None:
         self._decoder = decoder
         self._table = table
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Any]] = {}
+        """Graph, its result, and the rope tables it reads: the decoder may make longer ones meanwhile."""
         self._pool: Any = None
 
     def run(self, attended: int) -> Tensor:
@@ -50,11 +51,11 @@ class DecodeGraphs:
         key = (batch_bucket(table.active, table.cache.slots), length_bucket(attended, table.cache.max_length))
         if key not in self._graphs:
             self._graphs[key] = self._capture(*key)
-        graph, hidden = self._graphs[key]
+        graph, hidden, _ = self._graphs[key]
         graph.replay()
         return hidden[: table.active]
 
-    def _capture(self, batch: int, attended: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, batch: int, attended: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Any]:
         table, graph = self._table, torch.cuda.CUDAGraph()
         inputs = table.tokens[:batch], table.lengths[:batch]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -66,4 +67,4 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=self._pool):
             hidden = self._decoder.decode(*inputs, table.cache, attended)
         self._pool = self._pool or graph.pool()
-        return graph, hidden
+        return graph, hidden, self._decoder.rope_tables

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from betterhalf.precision.half_linear import widened_linear
+from betterhalf.precision.islands import Islands, resolve_islands
 from betterhalf.rollout.native.attention import decode_attention, decode_plan, prompt_attention
 from betterhalf.rollout.native.config import DecoderConfig
 from betterhalf.rollout.native.kv_cache import KVCache
-from betterhalf.rollout.native.rounding import Rounding
+from betterhalf.rollout.native.rounding import Rounding, layer_roundings
 from betterhalf.rollout.native.weights import DecoderWeights, LayerWeights
 
 Tap = Callable[[str, int | None, Tensor], Tensor]
@@ -23,31 +24,46 @@ OPERATIONS = (
     *("attention_output", "attention_residual", "mlp_norm", "gate_up", "swiglu", "down", "mlp_residual", "final_norm"),
 )
 """Every operation that a tap sees, in the order of computation. Shapes: heads are [T, heads, D], `gate_up` is
-[T, 2 * intermediate], everything else [T, width]."""
+[T, 2 * intermediate], everything else [T, width]. Values are in the container, those of FP32 islands and of the
+residual stream behind them in FP32."""
 
 _Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, heads, D], k, v [T, kv_heads, D]) -> [T, heads * D]."""
+
+_RopeTable = tuple[Tensor, Tensor]
+"""Cosine and sine."""
 
 
 class Decoder:
     """Forward pass over the weights it was given; it holds no state of any sequence."""
 
-    def __init__(self, config: DecoderConfig, weights: DecoderWeights, rounding: Rounding) -> None:
+    def __init__(
+        self, config: DecoderConfig, weights: DecoderWeights, rounding: Rounding, islands: Islands | None = None
+    ) -> None:
         self.config = config
         self.weights = weights
         self.rounding = rounding
+        """Of everything outside FP32 islands."""
+        self.islands = islands or resolve_islands((), config.num_layers)
+        self._layers = layer_roundings(rounding, self.islands)
         self.inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32, device=weights.norm.device)
-        self._cos = self._sin = torch.empty(0)
+        self.rope_tables: tuple[_RopeTable, _RopeTable] = ((torch.empty(0),) * 2,) * 2
+        """For attention in half, and in an FP32 island; each [positions, 1, D]."""
         self.tap: Tap | None = None
         """Sees, and may replace, the result of every operation; None in normal use."""
 
     def reserve(self, max_length: int) -> None:
         """Make rope tables for positions below `max_length`; longer ones replace shorter ones."""
-        if self._cos.shape[0] >= max_length:
+        if self.rope_tables[0][0].shape[0] >= max_length:
             return
         positions = torch.arange(max_length, device=self.inv_freq.device)
         angles = positions[:, None].float() * self.inv_freq
-        self._cos, self._sin = (x.unsqueeze(1) for x in self.rounding.rope_table(angles, self.config.rope_scaling))
+        half = self._rope_table(self.rounding, angles)
+        self.rope_tables = half, self._rope_table(self.rounding.in_fp32(), angles) if self.islands.attention else half
+
+    def _rope_table(self, rounding: Rounding, angles: Tensor) -> _RopeTable:
+        cos, sin = rounding.rope_table(angles, self.config.rope_scaling)
+        return cos.unsqueeze(1), sin.unsqueeze(1)
 
     @property
     def rope_dtype(self) -> torch.dtype:
@@ -68,11 +84,12 @@ class Decoder:
         config, device = self.config, token_ids.device
         positions = torch.cat([torch.arange(length, device=device) for length in lengths])
         shape = (config.num_layers, 2, token_ids.shape[0], config.num_kv_heads, config.head_dim)
-        saved = torch.empty(shape, dtype=self.rounding.container, device=device)
+        dtype = torch.promote_types(self.rounding.container, self.rounding.kv_dtype)
+        saved = torch.empty(shape, dtype=dtype, device=device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             saved[layer, 0], saved[layer, 1] = k, v
-            return prompt_attention(config, self.rounding, q, k, v, lengths, config.windows[layer])
+            return prompt_attention(config, self._layers[layer].attention, q, k, v, lengths, config.windows[layer])
 
         hidden = self._forward(token_ids, positions, attend)
         last = torch.tensor(lengths, device=device).cumsum(0) - 1
@@ -84,7 +101,7 @@ class Decoder:
         positions = torch.cat([torch.arange(length, device=token_ids.device) for length in lengths])
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return prompt_attention(config, self.rounding, q, k, v, lengths, config.windows[layer])
+            return prompt_attention(config, self._layers[layer].attention, q, k, v, lengths, config.windows[layer])
 
         return self._final_norm(self._forward(token_ids, positions, attend))
 
@@ -106,7 +123,7 @@ class Decoder:
             cache.append(layer, plan.rows, k, v)
             keys, values = cache.read(layer, q.shape[0], attended)
             mask = plan.masks[self.config.windows[layer]]
-            return decode_attention(self.config, self.rounding, q, keys, values, mask)
+            return decode_attention(self.config, self._layers[layer].attention, q, keys, values, mask)
 
         return self._final_norm(self._forward(token_ids, lengths, attend))
 
@@ -121,45 +138,57 @@ class Decoder:
 
     def _forward(self, token_ids: Tensor, positions: Tensor, attend: _Attend) -> Tensor:
         hidden = self._tapped("embedding", None, self.weights.embedding[token_ids].to(self.rounding.container))
-        cos, sin = self._cos[positions], self._sin[positions]
+        rope = self._rope_at(positions)
         for index, layer in enumerate(self.weights.layers):
-            hidden = self._attention(index, layer, hidden, cos, sin, attend)
+            hidden = self._attention(index, layer, hidden, rope[self.islands.layers[index].attention], attend)
             hidden = self._mlp(index, layer, hidden)
         return hidden
+
+    def _rope_at(self, positions: Tensor) -> tuple[_RopeTable, _RopeTable]:
+        """`rope_tables`, each [T, 1, D]."""
+        (cos, sin), (cos_wide, sin_wide) = self.rope_tables
+        half = cos[positions], sin[positions]
+        return half, (cos_wide[positions], sin_wide[positions]) if self.islands.attention else half
 
     def _tapped(self, operation: str, layer: int | None, value: Tensor) -> Tensor:
         return value if self.tap is None else self.tap(operation, layer, value)
 
-    def _attention(
-        self, index: int, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor, attend: _Attend
-    ) -> Tensor:
-        rounding, config, tap = self.rounding, self.config, self._tapped
-        normed = tap("attention_norm", index, rounding.rms_norm(hidden, layer.input_norm, config.rms_eps))
-        heads = self._linear(normed, layer.qkv, layer.qkv_bias).view(hidden.shape[0], -1, config.head_dim)
+    def _attention(self, index: int, layer: LayerWeights, hidden: Tensor, rope: _RopeTable, attend: _Attend) -> Tensor:
+        part, config, tap = self._layers[index], self.config, self._tapped
+        rounding = part.attention
+        normed = tap("attention_norm", index, self._norm(part.stream_in, rounding, hidden, layer.input_norm))
+        heads = _linear(rounding, normed, layer.qkv, layer.qkv_bias).view(hidden.shape[0], -1, config.head_dim)
         q, k, v = torch.split(heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         q, k, v = tap("queries", index, q), tap("keys", index, k), tap("values", index, v)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = rounding.rms_norm(q, layer.q_norm, config.rms_eps)
             k = rounding.rms_norm(k, layer.k_norm, config.rms_eps)
-        q = tap("rotated_queries", index, rounding.rope(q, cos, sin))
-        k = tap("rotated_keys", index, rounding.rope(k, cos, sin))
+        q = tap("rotated_queries", index, rounding.rope(q, *rope))
+        k = tap("rotated_keys", index, rounding.rope(k, *rope))
         attended = tap("attention", index, attend(index, q, rounding.to_kv(k), rounding.to_kv(v)))
-        output = tap("attention_output", index, self._linear(attended, layer.output, layer.output_bias))
-        return tap("attention_residual", index, rounding.add(hidden, output))
+        output = tap("attention_output", index, _linear(part.output, attended, layer.output, layer.output_bias))
+        return tap("attention_residual", index, part.stream_mid.add(hidden, output))
 
     def _mlp(self, index: int, layer: LayerWeights, hidden: Tensor) -> Tensor:
-        rounding, tap = self.rounding, self._tapped
-        normed = tap("mlp_norm", index, rounding.rms_norm(hidden, layer.mlp_norm, self.config.rms_eps))
-        gate_up = tap("gate_up", index, self._linear(normed, layer.gate_up, layer.gate_up_bias))
-        activated = tap("swiglu", index, rounding.swiglu(gate_up))
-        down = tap("down", index, self._linear(activated, layer.down, layer.down_bias))
-        return tap("mlp_residual", index, rounding.add(hidden, down))
+        part, tap = self._layers[index], self._tapped
+        normed = tap("mlp_norm", index, self._norm(part.stream_mid, part.mlp, hidden, layer.mlp_norm))
+        gate_up = tap("gate_up", index, _linear(part.mlp, normed, layer.gate_up, layer.gate_up_bias))
+        activated = tap("swiglu", index, part.mlp.swiglu(gate_up))
+        down = tap("down", index, _linear(part.down, activated, layer.down, layer.down_bias))
+        return tap("mlp_residual", index, part.stream_out.add(hidden, down))
 
     def _final_norm(self, hidden: Tensor) -> Tensor:
-        return self._tapped("final_norm", None, self.rounding.rms_norm(hidden, self.weights.norm, self.config.rms_eps))
+        stream = self._layers[-1].stream_out
+        return self._tapped("final_norm", None, self._norm(stream, self.rounding, hidden, self.weights.norm))
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """A projection whose result is rounded once: by the half kernel itself, or after sums in FP32."""
-        if x.is_cuda or self.rounding.container != torch.float32:
-            return F.linear(x, weight, bias)
-        return widened_linear(x, weight, bias, self.rounding.dtype).float()
+    def _norm(self, stream: Rounding, reader: Rounding, hidden: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm of the residual stream; a half result is widened for an island, an FP32 one rounded once for half."""
+        normed = stream.rms_norm(hidden, weight, self.config.rms_eps)
+        return normed if stream is reader else reader.round(normed)
+
+
+def _linear(rounding: Rounding, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A projection whose result is rounded once: by the half kernel itself, or after sums in FP32; not in an island."""
+    if x.is_cuda or rounding.container != torch.float32:
+        return F.linear(x.to(rounding.container), weight, bias)
+    return widened_linear(x, weight, bias, rounding.dtype).float()

@@ -47,14 +47,15 @@ class NativeEngine:
         """Allocate weights for the architecture of a transformers configuration; they arrive by `load_weights`.
 
         Raises:
-            InputError: the architecture is not one the engine computes.
+            InputError: the architecture is not one the engine computes, or lacks an FP32 island of the configuration.
         """
         self._policy = policy
         self._config = config
         self._shape = decoder_config(hf_config)
         self._rounding = _rounding(policy, config)
-        self._weights = DecoderWeights(self._shape, _storage(policy))
-        self._decoder = Decoder(self._shape, self._weights, self._rounding)
+        islands = policy.islands(self._shape.num_layers, policy.roles.rollout_dtype)
+        self._weights = DecoderWeights(self._shape, _storage(policy), islands)
+        self._decoder = Decoder(self._shape, self._weights, self._rounding, islands)
         self._stop_lookup = torch.zeros(self._shape.vocab_size, dtype=torch.bool, device=policy.device)
         self._stop_lookup[[i for i in stop_token_ids if 0 <= i < self._shape.vocab_size]] = True
         self._policy_version: int | None = None

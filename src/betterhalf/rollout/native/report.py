@@ -56,6 +56,7 @@ def _facts(decoder: Decoder, policy: PrecisionPolicy, config: NativeEngineConfig
         "attention": "batched products in FP32" if on_cpu else "torch scaled_dot_product_attention",
         "matmul_sums": "fp32" if rounding.widened or rounding.exact else "native",
         "rounding": config.rounding,
+        "fp32_modules": decoder.islands.described(),
         "kv_storage": "FP32 holding values of kv_dtype" if on_cpu else "kv_dtype",
         "torch": torch.__version__,
         "device": str(policy.device),

@@ -2,16 +2,21 @@
 
 Activations live in a `container`: the rollout dtype itself, or, on a CPU whose half products have FP32 sums, FP32
 tensors whose values lie on the half grid. Both hold the same numbers. docs/engines.md has the table of points.
+
+An FP32 island has a Rounding of its own that rounds nothing but keys and values; `LayerRounding` says which part of a
+layer uses which.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from betterhalf.precision.islands import Islands, LayerIslands
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +30,10 @@ class Rounding:
     """dtype of the tensors that hold activations."""
     kv_dtype: torch.dtype
     """The grid of cached keys and values."""
+
+    def in_fp32(self) -> Rounding:
+        """What an FP32 island uses: the cache keeps its grid, nothing else rounds."""
+        return replace(self, dtype=torch.float32, container=torch.float32)
 
     @property
     def exact(self) -> bool:
@@ -45,7 +54,7 @@ class Rounding:
     def round(self, x: Tensor) -> Tensor:
         """To the nearest value of the grid, in the container."""
         if self.exact:
-            return x
+            return x.to(self.container)
         return x.to(self.dtype).to(self.container)
 
     def to_kv(self, x: Tensor) -> Tensor:
@@ -95,3 +104,23 @@ class Rounding:
     def add(self, residual: Tensor, branch: Tensor) -> Tensor:
         """The residual stream: one rounded sum in both modes."""
         return self.round(residual + branch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRounding:
+    """How each part of one layer rounds, in the order of computation; `LayerIslands` says what the parts are."""
+
+    stream_in: Rounding
+    attention: Rounding
+    output: Rounding
+    stream_mid: Rounding
+    mlp: Rounding
+    down: Rounding
+    stream_out: Rounding
+
+
+def layer_roundings(half: Rounding, islands: Islands) -> tuple[LayerRounding, ...]:
+    """For each layer: `half` but for its FP32 islands and the residual stream from the first of them on."""
+    choice = (half, half.in_fp32())
+    parts = [field.name for field in fields(LayerIslands)]
+    return tuple(LayerRounding(**{part: choice[getattr(layer, part)] for part in parts}) for layer in islands.layers)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from betterhalf.errors import EngineError
 from betterhalf.precision.formats import dtype_name
+from betterhalf.precision.islands import Islands, LayerIslands, resolve_islands
 from betterhalf.rollout.native.config import DecoderConfig
 from betterhalf.types import DtypeName
 
@@ -23,7 +24,7 @@ _HEAD = "lm_head.weight"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """One layer. Norm weights are FP32 tensors; projections have the dtype they are multiplied in."""
+    """One layer. Norm weights are FP32 tensors; projections have the dtype they are multiplied in: FP32 in islands."""
 
     input_norm: Tensor
     """[hidden]."""
@@ -67,7 +68,8 @@ class Storage:
 class DecoderWeights:
     """All weights of a decoder, zero until `load`."""
 
-    def __init__(self, config: DecoderConfig, storage: Storage) -> None:
+    def __init__(self, config: DecoderConfig, storage: Storage, islands: Islands | None = None) -> None:
+        islands = islands or resolve_islands((), config.num_layers)
         self.storage = storage
         self.wire_dtype: torch.dtype | None = None
         """dtype of the tensors of the last `load`; None before the first."""
@@ -76,7 +78,7 @@ class DecoderWeights:
         self.embedding = storage.empty(*table, dtype=storage.head if config.tied_head else None)
         self.head = self.embedding if config.tied_head else storage.empty(*table, dtype=storage.head)
         self.norm = storage.empty(config.hidden_size, dtype=torch.float32)
-        self.layers = [_empty_layer(config, storage) for _ in range(config.num_layers)]
+        self.layers = [_empty_layer(config, storage, layer) for layer in islands.layers]
         self.views = self._name_views(config)
         """Hugging Face name -> view of the tensor as held."""
 
@@ -130,7 +132,10 @@ class DecoderWeights:
                     f"the weight {name} holds NaN or infinity; restore the model's files, or, if it is only too "
                     "large for fp16, set precision=bf16 or precision=fp32"
                 )
-        return "the weights are finite, so values overflow on the way; set precision=bf16 or precision=fp32"
+        return (
+            "the weights are finite, so values overflow on the way; set precision=bf16 or precision=fp32, or make the "
+            "modules that overflow FP32 islands with precision.fp32_modules"
+        )
 
     def narrowed(self) -> Iterable[tuple[str, Tensor]]:
         """Each weight as held, in the rollout dtype; exact, because every value lies on that grid."""
@@ -144,22 +149,26 @@ class DecoderWeights:
         return dtype_name(self.storage.grid)
 
 
-def _empty_layer(config: DecoderConfig, storage: Storage) -> LayerWeights:
+def _empty_layer(config: DecoderConfig, storage: Storage, islands: LayerIslands) -> LayerWeights:
     hidden, width, wide = config.hidden_size, config.intermediate_size, torch.float32
+    qkv, output, gate_up, down = (
+        wide if is_island else storage.linear
+        for is_island in (islands.attention, islands.output, islands.mlp, islands.down)
+    )
     qkv_rows = config.query_size + 2 * config.kv_size
     return LayerWeights(
         input_norm=storage.empty(hidden, dtype=wide),
-        qkv=storage.empty(qkv_rows, hidden),
-        qkv_bias=storage.empty(qkv_rows) if config.qkv_bias else None,
+        qkv=storage.empty(qkv_rows, hidden, dtype=qkv),
+        qkv_bias=storage.empty(qkv_rows, dtype=qkv) if config.qkv_bias else None,
         q_norm=storage.empty(config.head_dim, dtype=wide) if config.qk_norm else None,
         k_norm=storage.empty(config.head_dim, dtype=wide) if config.qk_norm else None,
-        output=storage.empty(hidden, config.query_size),
-        output_bias=storage.empty(hidden) if config.output_bias else None,
+        output=storage.empty(hidden, config.query_size, dtype=output),
+        output_bias=storage.empty(hidden, dtype=output) if config.output_bias else None,
         mlp_norm=storage.empty(hidden, dtype=wide),
-        gate_up=storage.empty(2 * width, hidden),
-        gate_up_bias=storage.empty(2 * width) if config.mlp_bias else None,
-        down=storage.empty(hidden, width),
-        down_bias=storage.empty(hidden) if config.mlp_bias else None,
+        gate_up=storage.empty(2 * width, hidden, dtype=gate_up),
+        gate_up_bias=storage.empty(2 * width, dtype=gate_up) if config.mlp_bias else None,
+        down=storage.empty(hidden, width, dtype=down),
+        down_bias=storage.empty(hidden, dtype=down) if config.mlp_bias else None,
     )
 
 

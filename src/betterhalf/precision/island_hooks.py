@@ -1,0 +1,111 @@
+"""Make modules of a transformers decoder FP32 islands, by hooks: no module is cast or replaced.
+
+Each island's input is widened before it computes; its parameters are FP32 tensors already (`MasterWeights`). A norm
+that reads an FP32 residual hands on FP32; where a half module reads that, the norm's result is rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from betterhalf.errors import InputError
+from betterhalf.precision.islands import Islands, LayerIslands
+
+_CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+"""What a pre-norm decoder layer consists of; with other norms, other tensors would have to be widened."""
+
+
+def use_islands(module: Any, islands: Islands, half: torch.dtype) -> None:
+    """Hook the islands into a transformers causal language model.
+
+    Args:
+        module: the model; its islands' parameters are FP32 tensors.
+        islands: resolved for its number of layers.
+        half: compute dtype of everything else.
+
+    Raises:
+        InputError: the architecture has no such modules, or its layers are not pre-norm decoder layers.
+    """
+    if not islands:
+        return
+    decoder = module.get_decoder()
+    for name in islands.names:
+        _require_island(module, name)
+    for layer, wide in zip(decoder.layers, islands.layers, strict=True):
+        _hook_layer(layer, wide, decoder.rotary_emb, half)
+    if islands.stream_out:
+        _round_result(decoder.norm, half)
+
+
+def _require_island(module: Any, name: str) -> None:
+    try:
+        module.get_submodule(name)
+        layer = module.get_submodule(".".join(name.split(".")[:3]))
+        known = {child for child, _ in layer.named_children()} == _CHILDREN
+    except AttributeError:
+        known = False
+    if not known:
+        raise InputError(
+            f"precision.fp32_modules: {name!r} cannot be an FP32 island in architecture "
+            f"{module.config.model_type!r}; use a decoder such as llama, mistral, qwen2 or qwen3, or precision=bf16"
+        )
+
+
+def _hook_layer(layer: Any, wide: LayerIslands, rotary: nn.Module, half: torch.dtype) -> None:
+    widened = (
+        (layer, wide.stream_in),
+        (layer.self_attn.o_proj, wide.output),
+        (layer.mlp, wide.mlp),
+        (layer.mlp.down_proj, wide.down),
+    )
+    for part, is_wide in widened:
+        if is_wide:
+            part.register_forward_pre_hook(_widen_input)
+    if wide.attention:
+        layer.self_attn.register_forward_pre_hook(_widen_attention(rotary, half), with_kwargs=True)
+    if wide.stream_in and not wide.attention:
+        _round_result(layer.input_layernorm, half)
+    if wide.stream_mid and not wide.mlp:
+        _round_result(layer.post_attention_layernorm, half)
+
+
+def _widen_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0].float(), *args[1:])
+
+
+def _widen_attention(rotary: nn.Module, half: torch.dtype) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Hidden states and rope's tables in FP32; keys and values on the grid of the engine's cache."""
+
+    def widen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden = kwargs["hidden_states"].float()
+        tables = rotary(hidden, position_ids=kwargs["position_ids"])
+        return args, kwargs | {"hidden_states": hidden, "position_embeddings": tables, "cached_as": half}
+
+    return widen
+
+
+def _round_result(norm: nn.Module, half: torch.dtype) -> None:
+    norm.register_forward_hook(lambda _module, _args, out: out.to(half))
+
+
+class _RoundThrough(torch.autograd.Function):
+    """x rounded to the grid of `dtype`, in its own dtype; the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
+
+
+def round_through(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of `dtype` in a tensor of the dtype of `x`, with the gradient of the identity."""
+    out = _RoundThrough.apply(x, dtype)  # type: ignore[no-untyped-call]
+    assert isinstance(out, Tensor)
+    return out
