@@ -49,6 +49,18 @@ class GapBin:
     """Mean of abs(pi - mu)."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GapProfile:
+    """What the means of a step hide: where in the completions, and at which probabilities, the mismatch sits."""
+
+    by_probability: tuple[GapBin, ...]
+    """Bins of mu, with the edges `PROBABILITY_EDGES`."""
+    by_position: tuple[GapBin, ...]
+    """Bins of the position in the completion, with the edges `position_edges`."""
+    completions: tuple[tuple[int, float], ...]
+    """[S] (length, summed log-ratio) of each sequence with tokens."""
+
+
 def k3(log_ratio: Tensor) -> Tensor:
     """exp(d) - 1 - d elementwise in float64, accurate to the last digits for any d: any shape, unchanged."""
     d = log_ratio.double()
@@ -122,6 +134,35 @@ def ess_fraction(sequence_log_ratio_S: Tensor) -> float:
     """
     d_S = sequence_log_ratio_S.double()
     return math.exp(float(2 * d_S.logsumexp(0) - (2 * d_S).logsumexp(0))) / len(d_S)
+
+
+def gap_profile(
+    trainer_logprobs_C: Tensor,
+    behavior_logprobs_C: Tensor,
+    sequence_index_C: Tensor,
+    num_sequences: int,
+    max_length: int,
+) -> GapProfile:
+    """The mismatch by probability, by position and by completion.
+
+    Args:
+        trainer_logprobs_C, behavior_logprobs_C, sequence_index_C, num_sequences: as `mismatch_metrics`.
+        max_length: no completion is longer than this.
+
+    Raises:
+        EngineError, RunError, ValueError: as `mismatch_metrics`.
+    """
+    trainer_C, behavior_C = _checked(trainer_logprobs_C, behavior_logprobs_C)
+    positions_C = completion_positions(sequence_index_C)
+    d_C = ops.log_ratio(trainer_C, behavior_C)
+    lengths_S = ops.segment_sum(torch.ones_like(sequence_index_C), sequence_index_C, num_sequences)
+    d_S = ops.segment_sum(d_C, sequence_index_C, num_sequences)
+    present_S = lengths_S > 0
+    return GapProfile(
+        by_probability=mismatch_bins(trainer_C, behavior_C, behavior_C.exp(), PROBABILITY_EDGES),
+        by_position=mismatch_bins(trainer_C, behavior_C, positions_C, position_edges(max_length)),
+        completions=tuple(zip(lengths_S[present_S].tolist(), d_S[present_S].tolist(), strict=True)),
+    )
 
 
 def completion_positions(sequence_index_C: Tensor) -> Tensor:

@@ -116,6 +116,36 @@ _MISMATCH = (
     Metric("mismatch/tokens", "tokens", "Tokens that were measured."),
 )
 
+_LOGNORMAL = "lognormal algebra, docs/mismatch.md"
+
+_BUDGET = (
+    Metric("budget/sigma2", "nats^2", "Variance of the token log-ratio around its mean."),
+    Metric(
+        "budget/correlation",
+        "1",
+        "tau: variance of the completions' summed log-ratio over that of independent tokens (1 when independent).",
+    ),
+    Metric(
+        "budget/predicted_ess",
+        "share",
+        "Effective sample size predicted for the step's lengths: 1 / mean(exp(L sigma2 tau)).",
+        (0.5, None),
+        _VERL + f": above 0.5 good; the prediction is {_LOGNORMAL}",
+    ),
+    Metric(
+        "budget/observed_ess",
+        "share",
+        "Effective sample size that the completions weighted by pi/mu really have; never below 1 / completions.",
+        (0.3, None),
+        _VERL + ": below 0.3 bad, above 0.5 good",
+    ),
+    Metric(
+        "budget/max_length",
+        "tokens",
+        "Length at which the predicted effective sample size falls to 0.5; null when there is no mismatch at all.",
+    ),
+)
+
 _OPTIM = (
     Metric(
         "optim/loss_scale",
@@ -211,12 +241,13 @@ _SYSTEM = (
 )
 
 CATALOGUE: dict[str, Metric] = {
-    metric.name: metric for area in (_MISMATCH, _OPTIM, _POLICY, _ROLLOUT, _TIME, _SYSTEM) for metric in area
+    metric.name: metric for area in (_MISMATCH, _BUDGET, _OPTIM, _POLICY, _ROLLOUT, _TIME, _SYSTEM) for metric in area
 }
 """Every metric by name."""
 
 _AREAS = {
     "mismatch": "Trainer (pi) against engine (mu) at equal weights, before any update; log_ratio is log pi - log mu.",
+    "budget": "What the mismatch leaves of the effective sample size, by length: predicted from tokens, and observed.",
     "optim": "The optimizer, and the health of half-precision gradients.",
     "policy": "The policy and its loss, over the tokens that were trained on.",
     "rollout": "What the engine sampled.",

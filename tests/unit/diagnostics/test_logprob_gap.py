@@ -14,6 +14,7 @@ from torch import Tensor
 from betterhalf.diagnostics.logprob_gap import (
     PROBABILITY_EDGES,
     completion_positions,
+    gap_profile,
     k3,
     mismatch_bins,
     mismatch_metrics,
@@ -190,3 +191,14 @@ def test_the_usual_bins_leave_no_token_out() -> None:
     by_position = mismatch_bins(behavior, behavior, positions, position_edges(6))
     assert [b.tokens for b in by_probability] == [1, 1, 0, 1, 0, 1, 2]
     assert [b.tokens for b in by_position] == [1, 1, 2, 2]
+
+
+def test_a_profile_holds_every_token_and_every_completion() -> None:
+    behavior = torch.tensor([-5.0, -1.0, -0.05, -1e-4], dtype=torch.float64)
+    d = torch.tensor([0.1, -0.2, 0.03, 0.0], dtype=torch.float64)
+    found = gap_profile(behavior + d, behavior, torch.tensor([0, 0, 0, 2]), 3, max_length=4)
+    assert [b.tokens for b in found.by_probability] == [0, 1, 0, 1, 0, 1, 1]
+    assert [b.tokens for b in found.by_position] == [2, 1, 1]
+    assert found.by_position[1].log_ratio_mean == pytest.approx(-0.2)
+    assert [length for length, _ in found.completions] == [3, 1]
+    assert [value for _, value in found.completions] == pytest.approx([-0.07, 0.0])
