@@ -1,25 +1,24 @@
-"""Forward and backward pass of SmolLM2-135M on a CPU: our FP16 (half grid, FP32 sums) against torch's FP16 and FP32.
+"""Forward and backward pass of SmolLM2-135M on a CPU: ours in FP16, BF16 and FP32 against transformers under torch.
 
     python benchmarks/train_pass.py [--json]
 
 Ours is the trainer's own pass: packed attention, FP32 logprobs in chunks, half gradients added to FP32 masters. The
-peers are the plain transformers module, in torch's own FP16 and in FP32, with its own loss. Same weights, same
-tokens, every token has a loss; the two sides take turns after a warm-up, and medians are compared. Weights are not
-updated between passes, so the widening of the weights that follows each update is not in the numbers.
+peers are the plain transformers module in one dtype, with its own loss. Same weights, same tokens, every token has a
+loss; the sides take turns after a warm-up, and medians are compared. Weights are not updated between passes, so the
+widening of the weights that follows each update is not in the numbers.
+
+The last row compares our FP16 pass with the matrix products alone, in FP32, each at the best speed that this machine
+reaches for its shape in the same run: the share of the peak.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from side_by_side import Action, Row, Table, parser, seconds_of, take_turns
 from torch import Tensor
 
 from betterhalf.algorithms.presets import resolve_algorithm
@@ -31,32 +30,22 @@ from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import DtypeName, MicroBatch
 
 LOSS_SCALE = 2.0**16
-Pass = Callable[[], Any]
-Clock = Callable[[], float]
+
+PAIRS: tuple[tuple[DtypeName, DtypeName, float], ...] = (
+    ("fp16", "fp16", 20.0),
+    ("fp16", "fp32", 0.90),
+    ("bf16", "bf16", 1.0),
+    ("fp32", "fp32", 0.95),
+)
+"""Our format, the peer's, and the ratio aimed at."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One comparison, in tokens per second."""
-
-    what: str
-    ours: float
-    peer: float
-    target: float
-
-    @property
-    def ratio(self) -> float:
-        return self.ours / self.peer
-
-    def as_json(self) -> dict[str, str | float]:
-        return {"what": self.what, "ours": self.ours, "peer": self.peer, "ratio": self.ratio, "target": self.target}
-
-
-def our_pass(model: LoadedModel, token_ids_T: Tensor) -> Pass:
-    """The trainer's forward and backward pass in FP16."""
-    config = RunConfig(precision=PrecisionConfig(preset="fp16"))
+def our_pass(model: LoadedModel, token_ids_T: Tensor, dtype: DtypeName) -> Action:
+    """The trainer's forward and backward pass."""
+    config = RunConfig(precision=PrecisionConfig(preset=dtype))
     policy = build_policy(config.precision, torch.device("cpu"))
-    trainer = PolicyTrainer(model, config=config, policy=policy, algorithm=resolve_algorithm(AlgorithmConfig()))
+    copied = LoadedModel(**{name: getattr(model, name) for name in model.__slots__} | {"module": duplicate(model)})
+    trainer = PolicyTrainer(copied, config=config, policy=policy, algorithm=resolve_algorithm(AlgorithmConfig()))
     micro = one_sequence(token_ids_T)
 
     def run() -> None:
@@ -65,9 +54,9 @@ def our_pass(model: LoadedModel, token_ids_T: Tensor) -> Pass:
     return run
 
 
-def peer_pass(model: LoadedModel, token_ids_T: Tensor, dtype: DtypeName) -> Pass:
+def peer_pass(model: LoadedModel, token_ids_T: Tensor, dtype: DtypeName) -> Action:
     """The plain transformers module and its own loss, in one dtype."""
-    module = model.module
+    module = duplicate(model)
     for parameter in module.parameters():
         parameter.data = parameter.data.to(torch_dtype(dtype))
     ids = token_ids_T.unsqueeze(0)
@@ -77,6 +66,11 @@ def peer_pass(model: LoadedModel, token_ids_T: Tensor, dtype: DtypeName) -> Pass
         module.zero_grad(set_to_none=True)
 
     return run
+
+
+def duplicate(model: LoadedModel) -> Any:
+    """The module with weights of its own."""
+    return copy.deepcopy(model.module)
 
 
 def one_sequence(token_ids_T: Tensor) -> MicroBatch:
@@ -95,54 +89,57 @@ def one_sequence(token_ids_T: Tensor) -> MicroBatch:
     )
 
 
-def take_turns(ours: Pass, peer: Pass, tokens: int, repeats: int, clock: Clock) -> tuple[float, float]:
-    """Median tokens per second of both, measured alternately after one warm-up each."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for turn in range(repeats + 1):
-        for times, run in zip(seconds, (ours, peer), strict=True):
-            start = clock()
-            run()
-            if turn:
-                times.append(clock() - start)
-    return tokens / statistics.median(seconds[0]), tokens / statistics.median(seconds[1])
+def products(model: LoadedModel, tokens: int) -> dict[tuple[int, int, int], int]:
+    """(m, k, n) -> how often an [m, k] x [k, n] product occurs in a forward and backward pass over all weights."""
+    shapes: dict[tuple[int, int, int], int] = {}
+    embedding = model.module.get_input_embeddings().weight
+    weights = [p for p in model.module.parameters() if p.ndim == 2 and p is not embedding]
+    for out, into in [tuple(weight.shape) for weight in (*weights, model.module.get_output_embeddings().weight)]:
+        for shape in ((tokens, into, out), (tokens, out, into), (out, tokens, into)):
+            shapes[shape] = shapes.get(shape, 0) + 1
+    return shapes
 
 
-def measure(model: LoadedModel, dtype: DtypeName, tokens: int, target: float, repeats: int, clock: Clock) -> Row:
-    """One row: our FP16 pass against the peer in `dtype`."""
+def peak_seconds(shapes: dict[tuple[int, int, int], int], repeats: int) -> float:
+    """Seconds that all products would take in FP32, each at its own median speed and nothing else."""
+    total = 0.0
+    for (m, k, n), count in shapes.items():
+        left, right, out = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
+        torch.mm(left, right, out=out)
+        times = [seconds_of(lambda: torch.mm(left, right, out=out)) for _ in range(2 * repeats + 1)]  # noqa: B023
+        total += count * statistics.median(times)
+    return total
+
+
+def random_tokens(model: LoadedModel, count: int) -> Tensor:
+    """Ids drawn evenly from the vocabulary."""
     generator = torch.Generator().manual_seed(0)
-    token_ids_T = torch.randint(0, model.hf_config.vocab_size, (tokens,), generator=generator)
-    peer = peer_pass(copy.deepcopy(model), token_ids_T, dtype)
-    ours = our_pass(copy.deepcopy(model), token_ids_T)
-    mine, theirs = take_turns(ours, peer, tokens, repeats, clock)
-    return Row(what=f"fp16 pass vs torch {dtype}, {tokens} tokens", ours=mine, peer=theirs, target=target)
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3, help="timed passes of each side; the median counts")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of a pass against FP32")
-    parser.add_argument("--fp16-tokens", type=int, default=128, help="tokens of a pass against torch's slow FP16")
-    parser.add_argument(
-        "--processor-time", action="store_true", help="count processor seconds: for a busy machine, with --threads 1"
-    )
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON on the last line")
-    return parser.parse_args()
+    return torch.randint(0, model.hf_config.vocab_size, (count,), generator=generator)
 
 
 def main() -> None:
-    args = arguments()
+    made = parser(__doc__)
+    made.add_argument("--tokens", type=int, default=512, help="tokens of a pass")
+    made.add_argument("--fp16-tokens", type=int, default=128, help="tokens of a pass against torch's slow FP16")
+    args = made.parse_args()
     torch.set_num_threads(args.threads)
-    clock = time.process_time if args.processor_time else time.perf_counter
     model = load_model(ModelConfig(name="smollm2"))
-    print(f"{'what':<40} {'ours tok/s':>10} {'peer tok/s':>10} {'ratio':>7} {'target':>7}")
-    rows = []
-    for dtype, tokens, target in (("fp32", args.tokens, 0.75), ("fp16", args.fp16_tokens, 15.0)):
-        row = measure(model, dtype, tokens, target, args.repeats, clock)  # type: ignore[arg-type]
-        rows.append(row)
-        print(f"{row.what:<40} {row.ours:>10.1f} {row.peer:>10.1f} {row.ratio:>7.2f} {row.target:>7.2f}", flush=True)
-    if args.json:
-        print(json.dumps({"rows": [row.as_json() for row in rows]}))
+    table = Table("tokens/s")
+    for ours, peer, target in PAIRS:
+        tokens = args.fp16_tokens if peer == "fp16" else args.tokens
+        ids = random_tokens(model, tokens)
+        sides = our_pass(model, ids, ours), peer_pass(model, ids, peer)
+        mine, theirs = take_turns(*sides, repeats=args.repeats)
+        what = f"{ours} pass vs transformers {peer}, {tokens} tokens"
+        table.add(Row(what=what, ours=tokens / mine, peer=tokens / theirs, target=target))
+    ids, shapes = random_tokens(model, args.tokens), products(model, args.tokens)
+    ours_fp16 = our_pass(model, ids, "fp16")
+    ours_fp16()
+    turns = [(seconds_of(ours_fp16), peak_seconds(shapes, args.repeats)) for _ in range(args.repeats)]
+    mine, peak = (statistics.median(times) for times in zip(*turns, strict=True))
+    what = f"fp16 pass vs its FP32 matrix products alone, {args.tokens} tokens"
+    table.add(Row(what=what, ours=args.tokens / mine, peer=args.tokens / peak, target=0.75))
+    table.end(args.json)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,97 @@
+"""What every benchmark shares: two sides that take turns in one run, medians, a table, one JSON line.
+
+The machines are noisy, so only ratios of one run count, and the two sides alternate after a warm-up. A ratio above 1
+always means that ours is better, whether the numbers are speeds or seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Action = Callable[[], Any]
+Better = Literal["higher", "lower"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One comparison."""
+
+    what: str
+    ours: float
+    peer: float
+    target: float
+    """Smallest ratio that is good enough."""
+    better: Better = "higher"
+    """`higher` for speeds, `lower` for seconds and bytes."""
+
+    @property
+    def ratio(self) -> float:
+        """Above 1: ours is better."""
+        return self.ours / self.peer if self.better == "higher" else self.peer / self.ours
+
+    def as_json(self) -> dict[str, str | float]:
+        """The row as the last line of output has it."""
+        return {"what": self.what, "ours": self.ours, "peer": self.peer, "ratio": self.ratio, "target": self.target}
+
+
+def seconds_of(action: Action, clock: Callable[[], float] = time.perf_counter) -> float:
+    """How long one call takes."""
+    start = clock()
+    action()
+    return clock() - start
+
+
+def take_turns(
+    *sides: Action, repeats: int, clock: Callable[[], float] = time.perf_counter, warm_up: int = 1
+) -> tuple[float, ...]:
+    """Median seconds of each side, measured alternately after `warm_up` calls of each."""
+    for _ in range(warm_up):
+        for side in sides:
+            side()
+    taken = [[seconds_of(side, clock) for side in sides] for _ in range(repeats)]
+    return tuple(statistics.median(times) for times in zip(*taken, strict=True))
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A command line with the options that all benchmarks have."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--threads", type=int, default=2)
+    made.add_argument("--repeats", type=int, default=3, help="timed turns of each side; medians count")
+    made.add_argument("--json", action="store_true", help="print the rows as JSON on the last line")
+    return made
+
+
+class Table:
+    """Rows, printed as they come."""
+
+    def __init__(self, unit: str) -> None:
+        """`unit` says what the numbers are, as in `tokens/s`."""
+        self.rows: list[Row] = []
+        print(f"{'what (' + unit + ')':<58} {'ours':>10} {'peer':>10} {'ratio':>8} {'target':>7}", flush=True)
+
+    def add(self, row: Row) -> None:
+        """Print and keep a row."""
+        self.rows.append(row)
+        met = "" if row.ratio >= row.target else "  below"
+        numbers = f"{_short(row.ours):>10} {_short(row.peer):>10} {row.ratio:>8.3g} {row.target:>7.3g}"
+        print(f"{row.what:<58} {numbers}{met}", flush=True)
+
+    def end(self, as_json: bool) -> None:
+        """The JSON line, if asked for."""
+        if as_json:
+            print_rows(self.rows)
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """All rows as one JSON object."""
+    print(json.dumps({"rows": [row.as_json() for row in rows]}), flush=True)
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"
