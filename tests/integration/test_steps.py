@@ -121,12 +121,13 @@ def test_a_sample_of_the_mismatch_is_not_biased_by_what_trains(build: Callable[.
     collected = collect_groups(parts, 1, 0, Stopwatch())
     advantages = loop.step_advantages(parts, collected)
     batch = pack_step(collected.rollouts, advantages, parts.config, 1, parts.policy.device)
-    measured = loop.measure(parts, batch, 1)
+    measured = loop.with_anchors(parts, batch, loop.measure(parts, batch, 1))
     trained = {id(pack) for b in batch.train_batches for pack in b.micro_batches}
     assert trained <= set(measured.logprobs)  # the anchor of every trained pack
     assert len(measured.packs) == round(0.4 * len(batch.packs))
     tokens = sum(pack.target_ids_C.numel() for pack in measured.packs)
-    assert loop.mismatch(measured)["mismatch/tokens"] == tokens
+    gap = loop.mismatch(measured, parts.config.sampling.max_tokens)
+    assert gap.metrics["mismatch/tokens"] == sum(b.tokens for b in gap.profile.by_position) == tokens
 
 
 def test_an_overlong_buffer_beyond_the_limit_is_found_before_anything_runs(small_config: Configured) -> None:

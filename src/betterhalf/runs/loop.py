@@ -1,7 +1,7 @@
 """The loop: one step of reinforcement learning after another.
 
-prompts -> completions -> rewards -> advantages -> packs -> mismatch, before any update -> gradients -> optimizer
-steps -> weight sync -> metrics
+prompts -> completions -> rewards -> advantages -> packs -> mismatch and watchdog, before any update -> gradients ->
+optimizer steps -> weight sync -> metrics
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,11 +17,14 @@ from torch import Tensor
 from betterhalf.algorithms.advantage import group_advantages, overlong_penalty, zero_advantage_groups
 from betterhalf.algorithms.loss_stats import LossStats, policy_metrics
 from betterhalf.algorithms.policy_loss import batch_denominators, kept_counts, kept_mask
-from betterhalf.diagnostics.logprob_gap import mismatch_metrics
+from betterhalf.diagnostics.budget import budget_metrics, fit_budget
+from betterhalf.diagnostics.logprob_gap import GapProfile, gap_profile, mismatch_metrics
+from betterhalf.runs import watchdog
 from betterhalf.runs.assembly import Parts
 from betterhalf.runs.collect import Collected, collect_groups
 from betterhalf.runs.stopwatch import Stopwatch
 from betterhalf.runs.system import peak_memory_gib
+from betterhalf.runs.watchdog import Alarm, WatchState
 from betterhalf.runs.weight_sync import sync_weights
 from betterhalf.training.pack import by_rollout, pack_step
 from betterhalf.training.policy_trainer import OptimReport
@@ -41,6 +44,8 @@ class Progress:
     """Last finished step."""
     position: int = 0
     """Prompts consumed."""
+    watch: WatchState = field(default_factory=WatchState)
+    """What the watchdog has counted and done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +64,10 @@ class StepResult:
 
     progress: Progress
     metrics: Metrics
+    profile: GapProfile
+    """The mismatch by probability, position and completion."""
+    alarms: tuple[Alarm, ...]
+    """What the watchdog found before the update."""
     kept: tuple[KeptRollout, ...]
 
 
@@ -74,6 +83,15 @@ class Measured:
     """The packs the mismatch is taken over: all, or a seeded sample."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gap:
+    """How far trainer and engine are apart, before any update."""
+
+    metrics: Metrics
+    """`mismatch/*`, `budget/*` and the entropy, over all measured tokens."""
+    profile: GapProfile
+
+
 def train_steps(parts: Parts, progress: Progress, on_step: Callable[[StepResult], None]) -> Progress:
     """Run the steps after `progress` up to `training.steps`, telling `on_step` of each when it is complete."""
     while progress.step < parts.config.training.steps:
@@ -87,28 +105,36 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
     """One rollout batch and its optimizer steps."""
     step, clock = progress.step + 1, Stopwatch()
     collected = collect_groups(parts, step, progress.position, clock)
+    parts.engine.sleep()
     advantages = step_advantages(parts, collected)
     batch = pack_step(collected.rollouts, advantages, parts.config, step, parts.policy.device)
     with clock("measure"):
         measured = measure(parts, batch, step)
-        gaps = mismatch(measured)
+        gap = mismatch(measured, parts.config.sampling.max_tokens)
+    before = {**rollout_metrics(parts, collected, advantages), **gap.metrics}
+    watch = watchdog.check(parts.config.watchdog.levels, progress.watch, step, before)
+    parts = apply_watch(parts, watch.state)
+    with clock("measure"):
+        measured = with_anchors(parts, batch, measured)
     version = parts.trainer.policy_version
+    rate = watch.state.learning_rate_factor * learning_rate(parts.config.optimizer, step, parts.config.training.steps)
     with clock("train"):
-        learned = [learn(parts, train_batch, measured, step) for train_batch in batch.train_batches]
+        learned = [learn(parts, train_batch, measured, rate) for train_batch in batch.train_batches]
     if parts.trainer.policy_version > version:
         with clock("sync"):
             sync_weights(parts)
     metrics: Metrics = {
-        **rollout_metrics(parts, collected, advantages),
-        **gaps,
-        **learning_metrics(parts, learned, step),
+        **before,
+        **learning_metrics(parts, learned, rate),
         **clock.metrics(_PHASES),
         "system/tokens_per_second": sum(len(r.completion.token_ids) for r in collected.rollouts) / clock.total(),
         "system/peak_memory_gib": peak_memory_gib(parts.policy.device),
     }
     return StepResult(
-        progress=Progress(step=step, position=collected.position),
+        progress=Progress(step=step, position=collected.position, watch=watch.state),
         metrics=metrics,
+        profile=gap.profile,
+        alarms=watch.alarms,
         kept=keep_rollouts(parts, collected.rollouts, advantages, measured, step),
     )
 
@@ -125,22 +151,43 @@ def step_advantages(parts: Parts, collected: Collected) -> list[float]:
 
 
 def measure(parts: Parts, batch: StepBatch, step: int) -> Measured:
-    """Trainer logprobs of the whole step at the weights that sampled it, in the very packs that will train.
+    """Trainer logprobs at the weights that sampled the step, in the very packs that will train.
 
     In half precision another packing would round differently, and the first importance ratio would not be 1. The
-    mismatch is taken over a seeded sample of packs (all of them by default); what the algorithm reads of the proximal
-    policy is scored besides, but stays out of the mismatch: trained packs alone would bias it.
+    mismatch is taken over a seeded sample of packs (all of them by default).
     """
     count = max(1, round(parts.config.mismatch.sample_fraction * len(batch.packs)))
     chosen = random.Random(f"measure-{parts.config.seed}-{step}").sample(range(len(batch.packs)), count)
-    packs = tuple(batch.packs[i] for i in sorted(chosen))
-    wanted = {id(pack): pack for pack in (*packs, *_packs_with_proximal(parts, batch))}
-    scores = {key: parts.trainer.measure(pack) for key, pack in wanted.items()}
-    return Measured(
-        logprobs={key: logprobs for key, (logprobs, _) in scores.items()},
-        entropies={key: entropy for key, (_, entropy) in scores.items()},
-        packs=packs,
+    nothing = Measured(logprobs={}, entropies={}, packs=tuple(batch.packs[i] for i in sorted(chosen)))
+    return _scored(parts, nothing, nothing.packs)
+
+
+def with_anchors(parts: Parts, batch: StepBatch, measured: Measured) -> Measured:
+    """`measured` with what the algorithm reads of the proximal policy besides.
+
+    That stays out of the mismatch: trained packs alone would bias it.
+    """
+    return _scored(parts, measured, _packs_with_proximal(parts, batch))
+
+
+def _scored(parts: Parts, measured: Measured, packs: tuple[MicroBatch, ...]) -> Measured:
+    """`measured` with the trainer's scores of `packs`, each scored once."""
+    missing = [pack for pack in packs if id(pack) not in measured.logprobs]
+    scores = {id(pack): parts.trainer.measure(pack) for pack in missing}
+    return replace(
+        measured,
+        logprobs=measured.logprobs | {key: logprobs for key, (logprobs, _) in scores.items()},
+        entropies=measured.entropies | {key: entropy for key, (_, entropy) in scores.items()},
     )
+
+
+def apply_watch(parts: Parts, state: WatchState) -> Parts:
+    """The parts as the watchdog wants them: with its mask, once that is on."""
+    if not state.masked:
+        return parts
+    # The loss is computed by the trainer, the denominators by the loop: both read the algorithm.
+    parts.trainer.algorithm = watchdog.masked(parts.algorithm)
+    return replace(parts, algorithm=parts.trainer.algorithm)
 
 
 def _packs_with_proximal(parts: Parts, batch: StepBatch) -> tuple[MicroBatch, ...]:
@@ -161,14 +208,14 @@ class Learned:
     report: OptimReport
 
 
-def learn(parts: Parts, batch: TrainBatch, measured: Measured, step: int) -> Learned:
+def learn(parts: Parts, batch: TrainBatch, measured: Measured, rate: float) -> Learned:
     """Gradients of one train batch, then its optimizer step."""
     denominators = step_denominators(parts, batch, measured)
     stats = LossStats.empty()
     for pack in batch.micro_batches:
         proximal = measured.logprobs.get(id(pack))
         stats += parts.trainer.forward_backward(pack, proximal, denominators).stats
-    report = parts.trainer.optim_step(learning_rate(parts.config.optimizer, step, parts.config.training.steps))
+    report = parts.trainer.optim_step(rate)
     return Learned(stats=stats, report=report)
 
 
@@ -198,20 +245,22 @@ def step_denominators(parts: Parts, batch: TrainBatch, measured: Measured) -> De
     )
 
 
-def mismatch(measured: Measured) -> Metrics:
-    """`mismatch/*` and the entropy, over all measured tokens, before any update."""
+def mismatch(measured: Measured, max_tokens: int) -> Gap:
+    """How far trainer and engine are apart, over all measured tokens, before any update."""
     offsets, offset = [], 0
     for pack in measured.packs:
         offsets.append(pack.sequence_index_C + offset)
         offset += pack.num_sequences
-    metrics = mismatch_metrics(
-        torch.cat([measured.logprobs[id(pack)] for pack in measured.packs]),
-        torch.cat([pack.behavior_logprobs_C for pack in measured.packs]),
-        torch.cat(offsets),
-        offset,
-    )
+    trainer_C = torch.cat([measured.logprobs[id(pack)] for pack in measured.packs])
+    behavior_C = torch.cat([pack.behavior_logprobs_C for pack in measured.packs])
+    index_C = torch.cat(offsets)
     entropy = torch.cat([measured.entropies[id(pack)] for pack in measured.packs]).double().mean()
-    return {**metrics, "policy/entropy/mean": float(entropy)}
+    metrics = mismatch_metrics(trainer_C, behavior_C, index_C, offset)
+    budget = fit_budget(trainer_C.double() - behavior_C.double(), index_C, offset)
+    return Gap(
+        metrics={**metrics, **budget_metrics(budget), "policy/entropy/mean": float(entropy)},
+        profile=gap_profile(trainer_C, behavior_C, index_C, offset, max_tokens),
+    )
 
 
 def rollout_metrics(parts: Parts, collected: Collected, advantages: list[float]) -> Metrics:
@@ -233,7 +282,7 @@ def rollout_metrics(parts: Parts, collected: Collected, advantages: list[float])
     }
 
 
-def learning_metrics(parts: Parts, learned: list[Learned], step: int) -> Metrics:
+def learning_metrics(parts: Parts, learned: list[Learned], rate: float) -> Metrics:
     """`optim/*` and `policy/*` over the optimizer steps of one step."""
     reports = [part.report for part in learned]
     applied = [report for report in reports if not report.skipped]
@@ -245,7 +294,7 @@ def learning_metrics(parts: Parts, learned: list[Learned], step: int) -> Metrics
         "optim/updates_applied": float(len(applied)),
         "optim/first_offender": offenders[0] if offenders else None,
         "optim/grad_norm": statistics.fmean(r.grad_norm for r in applied) if applied else None,
-        "optim/learning_rate": learning_rate(parts.config.optimizer, step, parts.config.training.steps),
+        "optim/learning_rate": rate,
         "optim/underflow_fraction": statistics.fmean(report.underflow_fraction for report in reports),
         "optim/overflow_fraction": max(report.overflow_fraction for report in reports),
         "policy/version": float(parts.trainer.policy_version),

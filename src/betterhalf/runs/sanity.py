@@ -14,7 +14,7 @@ from typing import Any
 from betterhalf.config.load import resolved_json
 from betterhalf.config.schema import PerfectibleTask, RunConfig
 from betterhalf.environment import environment
-from betterhalf.errors import ContractError, EngineError, LossScaleError, NumericsError
+from betterhalf.errors import ContractError, EngineError, LossScaleError, NumericsError, WatchdogError
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, read_json, write_json_atomic
@@ -23,6 +23,7 @@ from betterhalf.runs.evaluate import average_reward, score_prompts
 from betterhalf.runs.folder import run_folder
 from betterhalf.runs.perfect import build_perfectible
 from betterhalf.runs.train import require_same_config, run_training, summarise
+from betterhalf.runs.watchdog import require_sound_levels
 
 ARM_KEYS = ("passed", "final_accuracy", "mismatch_k3", "mismatch_max_abs", "skipped_steps", "seconds")
 
@@ -43,6 +44,7 @@ def sanity(config: RunConfig, run_dir: str | None, resume: bool = False) -> dict
         RunError: the disk is full, or a reward cannot be computed.
     """
     require_one_precision(config)
+    require_sound_levels(config)
     with run_folder(run_dir, "sanity", config.name, resume=resume) as run:
         return _sanity_in(run, config)
 
@@ -102,13 +104,13 @@ def arm_config(config: RunConfig, precision: str, perfectible: Path) -> RunConfi
 
 
 def run_arm(config: RunConfig, name: str, perfectible: Path, arm: RunDir) -> dict[str, Any]:
-    """Train one arm and evaluate it; a finished arm is read back, an unfinished one goes on.
+    """Train one arm and evaluate it; a finished arm is read back, an unfinished or stopped one goes on.
 
-    An arm that its own precision brings down (the loss scale at its floor, logprobs that are not finite) has failed
-    the test: that is a result, with its reason, and the other arms still run.
+    An arm that its own precision brings down (the loss scale at its floor, logprobs that are not finite, a mismatch at
+    which the watchdog stops) has failed the test: that is a result, with its reason, and the other arms still run.
     """
-    if arm.summary.exists():
-        return read_json(arm.summary)
+    if arm.summary.exists() and "stopped" not in (summary := read_json(arm.summary)):
+        return summary
     settings = arm_config(config, name, perfectible)
 
     def final_accuracy(parts: Parts) -> dict[str, Any]:
@@ -121,9 +123,11 @@ def run_arm(config: RunConfig, name: str, perfectible: Path, arm: RunDir) -> dic
         return run_training(
             settings, RunDir.create(arm.path, resume=resume), resume=resume, label=name, after=final_accuracy
         )
-    except (LossScaleError, EngineError, NumericsError) as error:
+    except (LossScaleError, EngineError, NumericsError, WatchdogError) as error:
         failed = {"passed": False, "final_accuracy": None, "reason": str(error)}
         measured = summarise(arm, settings) if arm.metrics.exists() else {}
+        if isinstance(error, WatchdogError):
+            measured = read_json(arm.summary)
         write_json_atomic(arm.summary, measured | failed | {"seconds": time.perf_counter() - started})
         return read_json(arm.summary)
 

@@ -5,25 +5,22 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from betterhalf.config.load import config_difference, load_config, resolved_json
 from betterhalf.config.schema import RunConfig
 from betterhalf.environment import environment
-from betterhalf.errors import InputError
+from betterhalf.errors import InputError, WatchdogError
 from betterhalf.metrics.console import Console
 from betterhalf.metrics.sinks import JsonlSink, MetricSink, Sinks, TensorBoardSink
 from betterhalf.precision.contract import Contract
 from betterhalf.report.page import write_report
-from betterhalf.run_dir import (
-    RunDir,
-    read_jsonl,
-    truncate_jsonl,
-    write_json_atomic,
-)
+from betterhalf.run_dir import RunDir, append_jsonl, read_jsonl, truncate_jsonl, write_json_atomic
 from betterhalf.runs.assembly import Parts, algorithm_record, assemble
 from betterhalf.runs.folder import run_folder
 from betterhalf.runs.loop import KeptRollout, Progress, StepResult, train_steps
+from betterhalf.runs.watchdog import Alarm, Stopped, WatchState, require_sound_levels
 from betterhalf.runs.weight_sync import sync_weights
 from betterhalf.training import checkpoint
 
@@ -61,6 +58,7 @@ def run_training(
 ) -> dict[str, Any]:
     """Train in `run`; `after` may look at the trained policy and add to the summary (an arm's final accuracy)."""
     started = time.perf_counter()
+    require_sound_levels(config)
     if run.config.exists():
         require_same_config(run, config)
     parts = assemble(config)
@@ -69,6 +67,10 @@ def run_training(
         contract = sync_weights(parts)
         if not run.config.exists():
             _write_head(run, parts, contract)
+        # A resumed run may have other watchdog levels; its own configuration must name those in force.
+        write_json_atomic(run.config, resolved_json(config))
+        # A run under way has no result: that it was stopped once is in watchdog.jsonl.
+        run.summary.unlink(missing_ok=True)
         with Console(config.logging.console, total_steps=config.training.steps, label=label) as console:
             console.note(contract.table())
             _train_and_record(parts, run, progress, console)
@@ -81,8 +83,12 @@ def run_training(
 
 
 def require_same_config(run: RunDir, config: RunConfig) -> None:
-    """Refuse to continue a run under another configuration."""
-    changes = config_difference(load_config(run.config), config)
+    """Refuse to continue a run under another configuration; only the watchdog's levels may change.
+
+    They decide when a run ends, and a stopped run must be able to go on; what they changed so far is in the checkpoint.
+    """
+    found = config_difference(load_config(run.config), config)
+    changes = [change for change in found if not change.key.startswith("watchdog.")]
     if changes:
         lines = "\n".join(f"  {change}" for change in changes)
         raise InputError(
@@ -93,23 +99,26 @@ def require_same_config(run: RunDir, config: RunConfig) -> None:
 
 
 def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:
-    """What is known before the first step; the configuration last, so that with it the head is whole."""
+    """What is known before the first step, but for the configuration: with it, which comes last, the head is whole."""
     write_json_atomic(run.contract, contract.to_json())
     write_json_atomic(run.environment, environment() | {"algorithm": algorithm_record(parts.algorithm)})
-    write_json_atomic(run.config, resolved_json(parts.config))
 
 
 def _train_and_record(parts: Parts, run: RunDir, progress: Progress, console: Console) -> None:
     """The loop, with everything it leaves on disk and on the terminal."""
     extras: list[MetricSink] = [TensorBoardSink(run.tensorboard)] if parts.config.logging.tensorboard else []
     sinks = Sinks(JsonlSink(run.append_metrics), extras, warn=console.note)
+    finished = progress
 
     def record(result: StepResult) -> None:
-        step = result.progress.step
+        nonlocal finished
+        finished, step = result.progress, result.progress.step
         sinks.write(step, result.metrics)
+        append_jsonl(run.mismatch, {"step": step, **asdict(result.profile)})
         for kept in result.kept:
             run.append_rollout(rollout_row(step, kept, parts.tokenizer))
         console.update(step, result.metrics)
+        _record_alarms(run, console, result.alarms)
         if result.metrics["optim/first_offender"]:
             console.note(_skip_note(step, result))
         if _checkpoint_due(parts.config, step):
@@ -117,8 +126,32 @@ def _train_and_record(parts: Parts, run: RunDir, progress: Progress, console: Co
 
     try:
         train_steps(parts, progress, record)
+    except Stopped as stopped:
+        _record_alarms(run, console, stopped.watch.alarms, measured=stopped.measured)
+        save_checkpoint(parts, run, finished)
+        raise _stop(parts, run, stopped.stop) from stopped
     finally:
         sinks.close()
+
+
+def _record_alarms(run: RunDir, console: Console, alarms: tuple[Alarm, ...], **more: Any) -> None:
+    """A row for each alarm, a stop with what was `measured`; a note for those that are news."""
+    for alarm in alarms:
+        append_jsonl(run.watchdog, asdict(alarm) | (more if alarm.action == "stop" else {}))
+        if alarm.fresh:
+            console.note(f"step {alarm.step}: watchdog ({alarm.action}): {alarm.reason}")
+
+
+def _stop(parts: Parts, run: RunDir, stop: Alarm) -> WatchdogError:
+    """Leave a summary of the steps that were finished, and say how to go on."""
+    summary = summarise(run, parts.config) | {"stopped": f"step {stop.step}: {stop.reason}", "stopped_step": stop.step}
+    write_json_atomic(run.summary, summary)
+    return WatchdogError(
+        f"the watchdog stopped the run in step {stop.step}: {stop.reason}. Nothing of that step was learned; "
+        f"{run.path} holds the {stop.step - 1} finished before it, and watchdog.jsonl what was measured. See where "
+        f"trainer and engine part with `betterhalf doctor {run.path}` and `betterhalf probe {run.path} --localize`; go "
+        "on with --resume once the cause is gone, or with other watchdog.levels, which a resumed run may change"
+    )
 
 
 def _skip_note(step: int, result: StepResult) -> str:
@@ -139,7 +172,11 @@ def save_checkpoint(parts: Parts, run: RunDir, progress: Progress) -> None:
 
     Sampling, shuffling and data order are functions of (seed, step, position): no generator has a state to be kept.
     """
-    values = {"trainer": parts.trainer.state_values(), "position": progress.position}
+    values = {
+        "trainer": parts.trainer.state_values(),
+        "position": progress.position,
+        "watch": progress.watch.to_json(),
+    }
     tensors = parts.trainer.state_tensors()
     saved = checkpoint.Checkpoint(step=progress.step, tensors=tensors, values=values)
     checkpoint.save(run.checkpoints, saved, keep=parts.config.training.keep_checkpoints)
@@ -153,14 +190,18 @@ def _restore(parts: Parts, run: RunDir) -> Progress:
         saved = checkpoint.load(path)
         checkpoint.require_parameters(path, parts.trainer.weights.masters, saved.tensors["model"])
         parts.trainer.load_state(saved.tensors, saved.values["trainer"])
-        progress = Progress(step=saved.step, position=int(saved.values["position"]))
+        watch = WatchState.from_json(saved.values.get("watch", {}))
+        progress = Progress(step=saved.step, position=int(saved.values["position"]), watch=watch)
     truncate_jsonl(run.metrics, progress.step)
     if (found := len(read_jsonl(run.metrics))) < progress.step:
         raise InputError(
             f"{run.metrics} holds {found} of the {progress.step} steps before the checkpoint; restore it, or delete "
             f"{run.checkpoints} to start the run again from step 1"
         )
-    truncate_jsonl(run.rollouts, progress.step)
+    for path in (run.rollouts, run.mismatch):
+        truncate_jsonl(path, progress.step)
+    # That the run was once stopped stays on record; other alarms come again with their steps.
+    truncate_jsonl(run.watchdog, lambda row: row["action"] == "stop" or row["step"] <= progress.step)
     return progress
 
 
@@ -187,18 +228,24 @@ def rollout_row(step: int, kept: KeptRollout, tokenizer: Any) -> dict[str, Any]:
 def summarise(run: RunDir, config: RunConfig) -> dict[str, Any]:
     """The run in a few numbers, over all its steps, those before a resume included."""
     rows = read_jsonl(run.metrics)
-    gaps = [abs(row[f"mismatch/prob_gap/{side}"]) for row in rows for side in ("max", "min")]
     return {
         "verb": "train",
         "name": config.name,
         "precision": config.precision.roles().model_dump(),
         "algorithm": config.algorithm.preset,
         "steps": len(rows),
+        **(_totals(rows) if rows else {}),
+        "run_dir": str(run.path),
+    }
+
+
+def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    gaps = [abs(row[f"mismatch/prob_gap/{side}"]) for row in rows for side in ("max", "min")]
+    return {
         "first_reward": rows[0]["rollout/reward/mean"],
         "last_reward": statistics.fmean(row["rollout/reward/mean"] for row in rows[-10:]),
         "mismatch_k3": statistics.fmean(row["mismatch/k3/mean"] for row in rows),
         "mismatch_max_abs": max(gaps),
         "skipped_steps": int(sum(row["optim/skipped"] for row in rows)),
         "policy_version": int(rows[-1]["policy/version"]),
-        "run_dir": str(run.path),
     }
