@@ -1,7 +1,6 @@
-"""Line charts as inline SVG: raw and smoothed lines, healthy band, markers, names at the ends of lines.
+"""Line charts over steps as inline SVG: raw and smoothed lines, healthy band, events, names at the ends of lines.
 
-A series is told from another by dash and marker as well as by colour; each chart carries a title and a description
-for screen readers. Colours come from CSS, so that one drawing serves light and dark pages.
+A series is told from another by dash and marker as well as by colour.
 """
 
 from __future__ import annotations
@@ -12,31 +11,41 @@ from dataclasses import dataclass
 from html import escape
 
 from betterhalf.report.axis import Axis, Scale, can_draw, fit, step_ticks, steps_axis
-
-WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 54, 392, 12, 216
-"""Edges of the plot area in pixels of the view box."""
-
-STYLES = 6
-"""Distinct colours; series beyond that reuse them."""
+from betterhalf.report.canvas import (
+    BOTTOM,
+    LEFT,
+    RIGHT,
+    TOP,
+    Band,
+    Point,
+    across_labels,
+    band_area,
+    band_label,
+    grid,
+    line_path,
+    marker,
+    rule,
+    spread,
+    style_class,
+    svg,
+)
 
 _LABEL_GAP = 14
 _COLUMN = 60
 """Labels further apart than this across cannot touch."""
 _MARKERS_PER_LINE = 4
-_MAX_POINTS = 800
-
-Point = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """An event on a line, drawn as a cross."""
+    """An event: a cross on the line, or a flag from top to bottom of the plot."""
 
     step: int
-    value: float
+    value: float = math.nan
+    """Height of the cross; a flag has none."""
     text: str
     """Shown on hovering, and read out."""
+    flag: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +62,8 @@ class Line:
     values: Sequence[float]
     """One for each step; NaN breaks the line."""
     marks: tuple[Mark, ...] = ()
+    second: bool = False
+    """Drawn thin and dotted, beside another line of the same series."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +75,12 @@ class Chart:
     title: str
     scale: Scale
     lines: tuple[Line, ...]
-    band: tuple[float | None, float | None] | None = None
+    band: Band | None = None
     """Healthy range, shaded; None on a side means no bound there."""
     include: tuple[float, ...] = ()
     """Values the vertical axis must reach."""
+    rules: tuple[tuple[float, str], ...] = ()
+    """Bounds and their names, drawn where the axis reaches them."""
     smooth: bool = False
     """Draw a moving average over the faint raw line."""
 
@@ -79,24 +92,12 @@ def draw(chart: Chart) -> str | None:
     if axis is None:
         return None
     across = steps_axis([step for line in chart.lines for step in line.steps], start=LEFT, end=RIGHT)
-    parts = [_band(chart.band, axis), _grid(axis), _step_labels(across)]
+    parts = [band_area(chart.band, axis), grid(axis), _step_labels(across)]
+    parts += [rule(axis, value, text) for value, text in chart.rules]
     inked = [axis.pixel(value) for value in values if can_draw(chart.scale, value)]
     parts += [_series(chart, line, across, axis) for line in chart.lines]
-    parts += [_end_labels(chart, across, axis), _band_label(chart.band, axis, inked)]
+    parts += [_end_labels(chart, across, axis), band_label(chart.band, axis, inked)]
     return svg(chart.key, chart.title, _description(chart), "".join(parts))
-
-
-def svg(key: str, title: str, description: str, body: str, height: int = HEIGHT) -> str:
-    """An accessible `<svg>` around `body`."""
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="{key}-t {key}-d">'
-        f'<title id="{key}-t">{escape(title)}</title><desc id="{key}-d">{escape(description)}</desc>{body}</svg>'
-    )
-
-
-def style_class(index: int) -> str:
-    """CSS class of the series at `index`."""
-    return f"s{index % STYLES}"
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
@@ -125,20 +126,6 @@ def smoothing_window(count: int) -> int:
     return 1 if count < 15 else 2 * (count // 24) + 3
 
 
-def marker(style: int, x: float, y: float, size: float = 3.2) -> str:
-    """A small filled shape that belongs to the series `style`: circle, square, triangle, diamond."""
-    shape = style % 4
-    if shape == 0:
-        return f'<circle class="m" cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}"/>'
-    corners = {
-        1: ((-1, -1), (1, -1), (1, 1), (-1, 1)),
-        2: ((0, -1.3), (1.2, 1), (-1.2, 1)),
-        3: ((0, -1.4), (1.4, 0), (0, 1.4), (-1.4, 0)),
-    }[shape]
-    points = " ".join(f"{x + dx * size * 0.9:.1f},{y + dy * size * 0.9:.1f}" for dx, dy in corners)
-    return f'<polygon class="m" points="{points}"/>'
-
-
 def segments(line: Line, scale: Scale, across: Axis, axis: Axis, values: Sequence[float]) -> list[list[Point]]:
     """Pixel positions of the unbroken stretches of a line."""
     stretches: list[list[Point]] = [[]]
@@ -150,104 +137,19 @@ def segments(line: Line, scale: Scale, across: Axis, axis: Axis, values: Sequenc
     return [stretch for stretch in stretches if stretch]
 
 
-def thin(points: list[Point], limit: int = _MAX_POINTS) -> list[Point]:
-    """At most about `limit` points that keep every visible extreme: lowest and highest of each bucket, in order."""
-    if len(points) <= limit:
-        return points
-    size = math.ceil(len(points) / (limit // 2))
-    kept = []
-    for start in range(0, len(points), size):
-        bucket = points[start : start + size]
-        extremes = {min(bucket, key=lambda p: p[1]), max(bucket, key=lambda p: p[1])}
-        kept += sorted(extremes)
-    return kept
-
-
-def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """`positions` moved as little as needed to lie `gap` apart within [low, high]; their order is kept."""
-    order = sorted(range(len(positions)), key=lambda i: positions[i])
-    placed = list(positions)
-    floor = low
-    for index in order:
-        placed[index] = max(placed[index], floor)
-        floor = placed[index] + gap
-    ceiling = high
-    for index in reversed(order):
-        placed[index] = min(placed[index], ceiling)
-        ceiling = placed[index] - gap
-    return placed
-
-
-def _band(band: tuple[float | None, float | None] | None, axis: Axis) -> str:
-    if band is None:
-        return ""
-    low = axis.low if band[0] is None else band[0]
-    high = axis.high if band[1] is None else band[1]
-    top, bottom = axis.pixel(high), axis.pixel(low)
-    edges = "".join(
-        f'<line class="edge" x1="{LEFT}" x2="{RIGHT}" y1="{axis.pixel(bound):.1f}" y2="{axis.pixel(bound):.1f}"/>'
-        for bound in band
-        if bound is not None and axis.low < bound < axis.high
-    )
-    rect = f'<rect class="band" x="{LEFT}" y="{top:.1f}" width="{RIGHT - LEFT}" height="{bottom - top:.1f}"/>'
-    return rect + edges
-
-
-def _band_label(band: tuple[float | None, float | None] | None, axis: Axis, inked: Sequence[float]) -> str:
-    """The band in words, at the height within it that is furthest from the data."""
-    if band is None:
-        return ""
-    top = axis.pixel(axis.high if band[1] is None else band[1]) + 15
-    bottom = axis.pixel(axis.low if band[0] is None else band[0]) - 6
-    if bottom < top:
-        return ""
-    heights = [top + (bottom - top) * share / 8 for share in range(9)]
-    y = max(heights, key=lambda height: min(abs(height - 4 - ink) for ink in inked))
-    return f'<text class="bandname" x="{LEFT + 6}" y="{y:.1f}">{escape(_band_words(band, axis))}</text>'
-
-
-def _band_words(band: tuple[float | None, float | None], axis: Axis) -> str:
-    low, high = band
-    if low is not None and high is not None:
-        return f"healthy: {axis.label(low)} to {axis.label(high)}"
-    bound = high if high is not None else low
-    return "" if bound is None else f"healthy: {'below' if low is None else 'above'} {axis.label(bound)}"
-
-
-def _grid(axis: Axis) -> str:
-    parts = []
-    for tick in axis.ticks():
-        y = axis.pixel(tick)
-        zero = " zero" if tick == 0 else ""
-        parts.append(f'<line class="grid{zero}" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{axis.label(tick)}</text>')
-    return "".join(parts)
-
-
 def _step_labels(across: Axis) -> str:
-    parts = [f'<line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>']
-    for step in step_ticks(across):
-        x = across.pixel(step)
-        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{BOTTOM}" y2="{BOTTOM + 4}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{BOTTOM + 17}" text-anchor="middle">{step}</text>')
-    parts.append(f'<text class="tick" x="{WIDTH - 4}" y="{BOTTOM + 17}" text-anchor="end">step</text>')
-    return "".join(parts)
+    return across_labels([(across.pixel(step), str(step)) for step in step_ticks(across)], "step")
 
 
 def _series(chart: Chart, line: Line, across: Axis, axis: Axis) -> str:
     shown = segments(line, axis.scale, across, axis, smoothed(chart, line))
-    parts = []
+    parts = [_flag(mark, across) for mark in line.marks if mark.flag]
     if chart.smooth and smoothing_window(len(line.values)) > 1:
-        parts += [_path(points, "raw") for points in segments(line, axis.scale, across, axis, line.values)]
-    parts += [_path(points, "line") for points in shown]
+        parts += [line_path(points, "raw") for points in segments(line, axis.scale, across, axis, line.values)]
+    parts += [line_path(points, "line second" if line.second else "line") for points in shown]
     parts += [marker(line.style, *point) for point in _marker_points(shown, line.style)]
     parts += [_cross(mark, across, axis) for mark in line.marks if can_draw(axis.scale, mark.value)]
     return f'<g class="{style_class(line.style)}">{"".join(parts)}</g>'
-
-
-def _path(points: list[Point], kind: str) -> str:
-    moves = "L".join(f"{x:.1f} {y:.1f}" for x, y in thin(points))
-    return f'<path class="{kind}" d="M{moves}"/>'
 
 
 def _marker_points(stretches: list[list[Point]], style: int) -> list[Point]:
@@ -265,6 +167,14 @@ def _cross(mark: Mark, across: Axis, axis: Axis) -> str:
     x, y = across.pixel(mark.step), axis.pixel(mark.value)
     arms = f"M{x - 4:.1f} {y - 4:.1f}l8 8m0 -8l-8 8"
     return f'<g class="mark"><title>{escape(mark.text)}</title><path d="{arms}"/></g>'
+
+
+def _flag(mark: Mark, across: Axis) -> str:
+    """A pole at the step with a pennant at its head."""
+    x = across.pixel(mark.step)
+    side = -9 if x > RIGHT - 12 else 9
+    shape = f"M{x:.1f} {BOTTOM}V{TOP - 6}l{side} 4l{-side} 4"
+    return f'<g class="flag"><title>{escape(mark.text)}</title><path d="{shape}"/></g>'
 
 
 def _end_labels(chart: Chart, across: Axis, axis: Axis) -> str:
@@ -299,4 +209,5 @@ def _description(chart: Chart) -> str:
                 f"{line.name}: {len(finite)} steps, first {finite[0]:.4g}, last {finite[-1]:.4g}, "
                 f"lowest {min(finite):.4g}, highest {max(finite):.4g}."
             )
+        sentences += [f"{mark.text}." for mark in line.marks]
     return " ".join(sentences)

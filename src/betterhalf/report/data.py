@@ -9,6 +9,8 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from betterhalf.errors import InputError
+from betterhalf.report.fields import number
 from betterhalf.run_dir import RunDir, read_json, read_jsonl
 
 _TAG_LENGTH = 6
@@ -28,6 +30,10 @@ class Arm:
     """`metrics.jsonl`, in step order."""
     rollouts: list[dict[str, Any]]
     """`rollouts.jsonl`."""
+    mismatch: list[dict[str, Any]]
+    """`mismatch.jsonl`: bins and completions of each step."""
+    watchdog: list[dict[str, Any]]
+    """`watchdog.jsonl`: its events."""
     config: dict[str, Any]
     """`config.json`; empty if absent, as are the next three."""
     contract: dict[str, Any]
@@ -41,11 +47,29 @@ class Arm:
 
     def values(self, name: str) -> list[float]:
         """The metric `name` at each of `steps`; NaN where it is missing, null or no number."""
-        return [_number(row.get(name)) for row in self.rows if "step" in row]
+        return [number(row.get(name)) for row in self.rows if "step" in row]
 
     def finite(self, name: str) -> list[float]:
         """The finite values of the metric `name`."""
         return [value for value in self.values(name) if math.isfinite(value)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """A folder that `probe` or `doctor` wrote: one measurement, without steps."""
+
+    name: str
+    """Of the folder."""
+    index: int
+    """Position on the page, which makes the keys of its figures unique."""
+    result: dict[str, Any]
+    """`probe.json` or `doctor.json`; empty if damaged."""
+    damage: str
+    """What is wrong with that file; empty if nothing is."""
+    config: dict[str, Any]
+    """`config.json`; empty if absent, as are the next two."""
+    contract: dict[str, Any]
+    environment: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +82,10 @@ class ReportData:
     """Run folder name -> its `summary.json`, of runs that have one."""
     arms: list[Arm]
     """All arms of all runs."""
+    probes: list[Study]
+    """Folders with a `probe.json`."""
+    doctors: list[Study]
+    """Folders with a `doctor.json`."""
     environment: dict[str, Any]
     """Of the first run that recorded one."""
 
@@ -71,17 +99,47 @@ def load(runs: Sequence[RunDir | Path | str]) -> ReportData:
     folders = [run if isinstance(run, RunDir) else RunDir(Path(run)) for run in runs]
     opened = [RunDir.open(folder.path) for folder in folders]
     titles = [_folder_name(run) for run in opened]
-    named = [pair for run, title in zip(opened, titles, strict=True) for pair in _arms_of(run, title, len(opened) > 1)]
+    probes, doctors = (_studies(opened, file) for file in ("probe.json", "doctor.json"))
+    runs_of_steps = [run for run in opened if _has_steps(run)]
+    named = [pair for run in runs_of_steps for pair in _arms_of(run, _folder_name(run), len(runs_of_steps) > 1)]
     tags = _tags([name for name, _ in named])
     arms = [_read_arm(run, name, tags[index], index) for index, (name, run) in enumerate(named)]
     environments = [*(_optional(run.environment) for run in opened), *(arm.environment for arm in arms), {}]
     return ReportData(
         titles=titles,
-        summaries={
-            title: _optional(run.summary) for run, title in zip(opened, titles, strict=True) if run.summary.exists()
-        },
+        summaries={_folder_name(run): _optional(run.summary) for run in runs_of_steps if run.summary.exists()},
         arms=arms,
+        probes=probes,
+        doctors=doctors,
         environment=next((found for found in environments if found), {}),
+    )
+
+
+def _has_steps(run: RunDir) -> bool:
+    """Whether the folder is shown as a run: it is, unless it only holds what `probe` or `doctor` wrote."""
+    only_studied = any((run.path / name).exists() for name in ("probe.json", "doctor.json"))
+    return run.metrics.exists() or run.arms.is_dir() or not only_studied
+
+
+def _studies(opened: Sequence[RunDir], file: str) -> list[Study]:
+    return [_read_study(run, run.path / file, index) for index, run in enumerate(opened) if (run.path / file).exists()]
+
+
+def _read_study(run: RunDir, path: Path, index: int) -> Study:
+    """A damaged result is shown as such: the rest of the page still serves."""
+    result, damage = {}, ""
+    try:
+        result = read_json(path)
+    except InputError as error:
+        damage = str(error)
+    return Study(
+        name=_folder_name(run),
+        index=index,
+        result=result,
+        damage=damage,
+        config=_optional(run.config),
+        contract=_optional(run.contract),
+        environment=_optional(run.environment),
     )
 
 
@@ -106,6 +164,8 @@ def _read_arm(run: RunDir, name: str, tag: str, index: int) -> Arm:
         index=index,
         rows=read_jsonl(run.metrics),
         rollouts=read_jsonl(run.rollouts),
+        mismatch=read_jsonl(run.path / "mismatch.jsonl"),
+        watchdog=read_jsonl(run.path / "watchdog.jsonl"),
         config=_optional(run.config),
         contract=_optional(run.contract),
         environment=_optional(run.environment),
@@ -119,10 +179,6 @@ def _folder_name(run: RunDir) -> str:
 
 def _optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

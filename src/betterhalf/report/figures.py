@@ -9,8 +9,11 @@ from html import escape
 
 from betterhalf.metrics.catalogue import CATALOGUE
 from betterhalf.report.axis import Scale
+from betterhalf.report.canvas import Band
 from betterhalf.report.chart import Chart, Line, Mark, draw, smoothing_window
 from betterhalf.report.data import Arm
+from betterhalf.report.events import RESTARTS, event_marks, watchdog_bounds
+from betterhalf.report.markup import Figure, header_row, scroll
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +31,11 @@ class FigureSpec:
     include: tuple[float, ...] = ()
     smooth: bool = False
     show_band: bool = False
-    """Shade the healthy band that the catalogue gives the first metric."""
+    """Shade the healthy band that the catalogue gives the metrics, and draw the watchdog's bounds."""
+    second_dotted: bool = False
+    """Draw all metrics but the first thin and dotted."""
+    events_of: tuple[str, ...] = ()
+    """Further metrics whose events are flagged here."""
 
 
 FIGURES = (
@@ -39,6 +46,7 @@ FIGURES = (
         metrics=("rollout/reward/mean",),
         include=(0.0, 1.0),
         smooth=True,
+        events_of=(RESTARTS,),
         caption="Healthy: rises, then stays up. A fall without recovery is a collapse.",
     ),
     FigureSpec(
@@ -58,6 +66,7 @@ FIGURES = (
         unit="probability, both signs",
         metrics=("mismatch/prob_gap/max", "mismatch/prob_gap/min"),
         include=(0.0,),
+        show_band=True,
         caption="The most that trainer (pi) and engine (mu) disagree on any sampled token, above and below zero. "
         "Healthy: narrow and symmetric.",
     ),
@@ -67,7 +76,40 @@ FIGURES = (
         unit="share of completions",
         metrics=("mismatch/ess_fraction",),
         include=(0.0, 1.0),
+        show_band=True,
         caption="What is left of the sample once completions are weighted by pi / mu. Healthy: close to 1.",
+    ),
+    FigureSpec(
+        key="budget",
+        title="Budget",
+        unit="effective sample size, share of completions",
+        metrics=("budget/predicted_ess", "budget/observed_ess"),
+        include=(0.0, 1.0),
+        show_band=True,
+        second_dotted=True,
+        caption="Solid: predicted at the current length from the variance and correlation of the token log-ratio; "
+        "dotted: observed in the step. Healthy: above the floor, and the two close to each other.",
+    ),
+    FigureSpec(
+        key="usable",
+        title="Usable length",
+        unit="tokens until the predicted sample size falls to the floor",
+        metrics=("budget/max_length", "rollout/length/mean"),
+        scale="log10",
+        second_dotted=True,
+        caption="Solid: the longest completion that the mismatch leaves room for; dotted: the mean length now. "
+        "Healthy: far above it.",
+    ),
+    FigureSpec(
+        key="slope-steps",
+        title="Slope of the log-ratio",
+        unit="nats per 1,000 tokens",
+        metrics=("mismatch/slope_per_1k",),
+        include=(0.0,),
+        show_band=True,
+        smooth=True,
+        caption="Least-squares slope of a completion's log-ratio against its length, from one step's completions: "
+        "noisy where they are few, short or of equal length. Healthy: around zero.",
     ),
     FigureSpec(
         key="scale",
@@ -107,20 +149,6 @@ FIGURES = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """A drawn figure with the text around it."""
-
-    key: str
-    title: str
-    unit: str
-    image: str
-    """The `<svg>`."""
-    caption: str
-    numbers: str
-    """The same data as an HTML table."""
-
-
 def step_figures(arms: Sequence[Arm]) -> tuple[list[Figure], list[str]]:
     """The figures over steps that have data, and the titles of those that have none."""
     drawn, missing = [], []
@@ -134,16 +162,31 @@ def step_figures(arms: Sequence[Arm]) -> tuple[list[Figure], list[str]]:
 
 
 def _chart(spec: FigureSpec, arms: Sequence[Arm]) -> Chart:
-    band = CATALOGUE[spec.metrics[0]].band if spec.show_band else None
     return Chart(
         key=spec.key,
         title=f"{spec.title} ({spec.unit})",
         scale=spec.scale,
         lines=tuple(_line(spec, arm, index) for arm in arms for index in range(len(spec.metrics))),
-        band=band,
+        band=_band(spec.metrics) if spec.show_band else None,
+        rules=_rules(spec, arms),
         include=spec.include,
         smooth=spec.smooth,
     )
+
+
+def _band(metrics: Sequence[str]) -> Band | None:
+    """The tightest of the bands that the catalogue gives any of the metrics."""
+    bands = [known.band for name in metrics if (known := CATALOGUE.get(name)) and known.band]
+    lows = [low for low, _ in bands if low is not None]
+    highs = [high for _, high in bands if high is not None]
+    return (max(lows, default=None), min(highs, default=None)) if bands else None
+
+
+def _rules(spec: FigureSpec, arms: Sequence[Arm]) -> tuple[tuple[float, str], ...]:
+    """The watchdog's bounds, each once though several arms share it."""
+    if not spec.show_band:
+        return ()
+    return tuple(dict.fromkeys(rule for arm in arms for rule in watchdog_bounds(arm, spec.metrics)))
 
 
 def _line(spec: FigureSpec, arm: Arm, index: int) -> Line:
@@ -155,8 +198,15 @@ def _line(spec: FigureSpec, arm: Arm, index: int) -> Line:
         style=arm.index,
         steps=arm.steps,
         values=values,
-        marks=_skips(arm, values) if spec.key == "scale" else (),
+        marks=_marks(spec, arm, values) if index == 0 else (),
+        second=spec.second_dotted and index > 0,
     )
+
+
+def _marks(spec: FigureSpec, arm: Arm, values: Sequence[float]) -> tuple[Mark, ...]:
+    every = [name for other in FIGURES for name in (*other.metrics, *other.events_of)]
+    skips = _skips(arm, values) if spec.key == "scale" else ()
+    return (*skips, *event_marks(arm, (*spec.metrics, *spec.events_of), every))
 
 
 def _skips(arm: Arm, scales: Sequence[float]) -> tuple[Mark, ...]:
@@ -172,17 +222,18 @@ def _with_text(spec: FigureSpec, arms: Sequence[Arm], image: str) -> Figure:
     window = smoothing_window(longest) if spec.smooth else 1
     mean = "mean" if spec.scale == "linear" else "geometric mean"
     smoothed = f" Bold: {mean} of {window} steps; faint: each step." if window > 1 else ""
+    flagged = " A flag marks an event; see Events." if 'class="flag"' in image else ""
     return Figure(
         key=spec.key,
         title=spec.title,
         unit=spec.unit,
         image=image,
-        caption=spec.caption + smoothed,
-        numbers=_numbers(spec.metrics, arms),
+        caption=spec.caption + smoothed + flagged,
+        numbers=_numbers(spec, arms),
     )
 
 
-def _numbers(metrics: Sequence[str], arms: Sequence[Arm]) -> str:
+def _numbers(spec: FigureSpec, arms: Sequence[Arm]) -> str:
     """First, last, mean, lowest and highest of each metric and arm, as an HTML table."""
     statistics: tuple[tuple[str, Callable[[list[float]], float]], ...] = (
         ("first", lambda v: v[0]),
@@ -191,12 +242,13 @@ def _numbers(metrics: Sequence[str], arms: Sequence[Arm]) -> str:
         ("lowest", min),
         ("highest", max),
     )
-    head = "".join(f"<th>{name}</th>" for name, _ in statistics)
     rows = []
-    for metric in metrics:
+    for metric in spec.metrics:
         for arm in arms:
             finite = arm.finite(metric)
             cells = "".join(f"<td>{function(finite):.4g}</td>" for _, function in statistics) if finite else ""
-            rows.append(f"<tr><th>{escape(arm.name)}</th>{cells or '<td colspan=5>not recorded</td>'}</tr>")
+            cells = cells or "<td colspan=5>not recorded</td>"
+            rows.append(f'<tr><th scope="row">{escape(arm.name)}</th>{cells}</tr>')
         rows.append(f'<tr class="note"><td colspan=6><code>{metric}</code></td></tr>')
-    return f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+    head = header_row(["", *(name for name, _ in statistics)])
+    return scroll(f"<table class=numeric>{head}{''.join(rows)}</table>", spec.title)

@@ -7,8 +7,14 @@ from html import escape
 from pathlib import Path
 
 from betterhalf.errors import InputError
-from betterhalf.report.data import Arm, ReportData, load
-from betterhalf.report.figures import Figure, step_figures
+from betterhalf.report.data import Arm, ReportData, Study, load
+from betterhalf.report.doctor_page import doctor_section
+from betterhalf.report.events import events_table
+from betterhalf.report.fields import mapping
+from betterhalf.report.figures import step_figures
+from betterhalf.report.markup import figures, note, notice, section
+from betterhalf.report.mismatch import mismatch_figures
+from betterhalf.report.probe_page import probe_section
 from betterhalf.report.style import STYLE
 from betterhalf.report.tables import config_differences, contracts, environment_line, legend, verdicts
 from betterhalf.report.timing import timing_figure
@@ -43,19 +49,20 @@ def write_report(runs: Sequence[RunDir | Path | str], out: Path) -> Path:
 def render(data: ReportData) -> str:
     """The whole page as text."""
     title = ", ".join(data.titles)
+    folders: list[Arm | Study] = [*data.arms, *data.probes, *data.doctors]
+    several = len(data.titles) > 1
     body = "".join(
         [
             f"<header><p class=lead>betterhalf report</p><h1>{escape(title)}</h1>"
-            f"<p class=lead>{_subject(data.arms)}</p></header>",
-            _section("Verdict", verdicts(data) or _no_verdict(data.arms)),
-            _figures(data.arms),
-            _section("Precision contract", contracts(data.arms) or "<p>No contract recorded.</p>"),
-            _section(
-                "Settings that differ" if len(data.arms) > 1 else "Settings",
-                config_differences(data.arms),
-            ),
-            _section("Completions", _samples(data.arms)),
-            _section("Environment", f"<p class=note>{environment_line(data.environment)}</p>"),
+            f"<p class=lead>{_subject(folders)}</p></header><main>",
+            *(doctor_section(study, several) for study in data.doctors),
+            *(probe_section(study, several) for study in data.probes),
+            _runs(data) if data.arms else "",
+            section("Precision contract", contracts(folders) or "<p>No contract recorded.</p>"),
+            section("Settings that differ" if len(folders) > 1 else "Settings", config_differences(folders)),
+            section("Completions", _samples(data.arms)) if data.arms else "",
+            section("Environment", f"<p class=note>{environment_line(data.environment)}</p>"),
+            "</main>",
         ]
     )
     return (
@@ -66,43 +73,39 @@ def render(data: ReportData) -> str:
     )
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
+def _runs(data: ReportData) -> str:
+    """Verdict, figures and events of the runs, all overlaid."""
+    return (
+        section("Verdict", verdicts(data) or _no_verdict(data.arms))
+        + section("Figures", _figures(data.arms))
+        + section("Events", events_table(data.arms))
+    )
 
 
-def _subject(arms: Sequence[Arm]) -> str:
-    """Model, task and algorithm, when all arms share them."""
+def _subject(folders: Sequence[Arm | Study]) -> str:
+    """Model, task and algorithm, when all folders share them."""
     parts = []
-    for section, key in (("model", "name"), ("task", "type"), ("algorithm", "preset")):
-        values = {str((arm.config.get(section) or {}).get(key)) for arm in arms if arm.config}
+    for group, key in (("model", "name"), ("task", "type"), ("algorithm", "preset")):
+        found = [mapping(folder.config, group).get(key) for folder in folders if folder.config]
+        values = {str(value) for value in found if value is not None}
         if len(values) == 1:
-            parts.append(f"{section} {escape(values.pop())}")
+            parts.append(f"{group} {escape(values.pop())}")
     return " \u00b7 ".join(parts)
 
 
 def _no_verdict(arms: Sequence[Arm]) -> str:
     steps = max((step for arm in arms for step in arm.steps), default=0)
-    return f"<p class=notice>No summary: not finished, or stopped early. Last recorded step: {steps or 'none'}.</p>"
+    return notice(f"No summary: not finished, or stopped early. Last recorded step: {steps or 'none'}.")
 
 
 def _figures(arms: Sequence[Arm]) -> str:
     if not any(arm.steps for arm in arms):
-        notice = "<p class=notice>No step is recorded yet, so there is nothing to draw.</p>"
-        return _section("Figures", legend(arms) + notice)
+        return legend(arms) + notice("No step is recorded yet, so there is nothing to draw.")
     drawn, missing = step_figures(arms)
     timing = timing_figure(arms)
-    drawn += [timing] if timing else []
-    drawn += token_figures(arms)
-    absent = f"<p class=note>Not recorded: {escape(', '.join(missing))}.</p>" if missing else ""
-    return _section("Figures", f"{legend(arms)}<div class=grid-of>{''.join(map(_figure, drawn))}</div>{absent}")
-
-
-def _figure(figure: Figure) -> str:
-    return (
-        f'<figure id="{figure.key}"><h3>{escape(figure.title)}</h3><p class=unit>{escape(figure.unit)}</p>'
-        f"{figure.image}<figcaption>{escape(figure.caption)}</figcaption>"
-        f"<details><summary>Numbers</summary>{figure.numbers}</details></figure>"
-    )
+    drawn += [*mismatch_figures(arms), *([timing] if timing else []), *token_figures(arms)]
+    absent = note(f"Not recorded: {', '.join(missing)}.") if missing else ""
+    return legend(arms) + figures(drawn) + absent
 
 
 def _samples(arms: Sequence[Arm]) -> str:

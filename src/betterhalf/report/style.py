@@ -4,11 +4,12 @@ STYLE = """
 :root{color-scheme:light dark;--bg:#ffffff;--card:#f7f8fa;--ink:#1b1f24;--soft:#59636e;--rule:#d9dee4;--band:#2da44e1f;
 --edge:#1a7f37;--ok:#1a7f37;--bad:#c11f2d;--wait:#8a6100;--s0:#0064c8;--s1:#c2410c;--s2:#0b7d5d;--s3:#8b3fb8;--s4:#9a6b00;
 --s5:#4b5563;--p0:#0064c8;--p1:#8b3fb8;--p2:#c2410c;--p3:#0b7d5d;--p4:#9a6b00;--p5:#a3adb8;--q5:#1b1f24;--q:#ffffff;
---heat:194,65,12}
+--heat:194,65,12;--h0:#e3f1e6;--h1:#eef3d8;--h2:#fdf0c8;--h3:#fbd3a6;--h4:#f5a48c}
 @media(prefers-color-scheme:dark){:root{--bg:#0f1318;--card:#171c23;--ink:#e6eaef;--soft:#9aa5b1;--rule:#2c343e;
 --band:#3fb95026;--edge:#56d364;--ok:#56d364;--bad:#ff7b72;--wait:#e3b341;--s0:#58a6ff;--s1:#ff9a52;--s2:#3fcf9f;
 --s3:#d2a8ff;--s4:#e3b341;--s5:#b1bac4;--p0:#58a6ff;--p1:#d2a8ff;--p2:#ff9a52;--p3:#3fcf9f;--p4:#e3b341;--p5:#6e7a87;
---q5:#0f1318;--q:#0f1318;--heat:255,154,82}}
+--q5:#0f1318;--q:#0f1318;--heat:255,154,82;--h0:#123524;
+--h1:#2c3a14;--h2:#4a3b0a;--h3:#64330f;--h4:#7d2320}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1320px;padding:20px 16px 48px;background:var(--bg);color:var(--ink);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;-webkit-text-size-adjust:100%}
@@ -21,7 +22,28 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92re
 .side{display:flex;flex-wrap:wrap;gap:8px 56px}caption{text-align:left;font-weight:600;padding:.3em 0}
 th,td{padding:.35em .8em .35em 0;text-align:left;border-bottom:1px solid var(--rule);vertical-align:top}
 td{white-space:nowrap}tr>th:first-child{font-weight:600}
-.scroll{overflow-x:auto;max-width:100%}
+.scroll{overflow-x:auto;max-width:100%;margin:.4em 0}
+.numeric td,.numeric th:not(:first-child){text-align:right}.numeric .note td{text-align:left}
+:focus-visible{outline:2px solid var(--s0);outline-offset:2px}
+.part{margin:1.6em 0 .4em;font-size:1.05rem}h4{margin-top:1.2em}
+.heat{border-collapse:separate;border-spacing:4px;font-size:1rem}.heat caption{font-weight:400;color:var(--soft);
+font-size:.9rem}.heat th{border:0;padding:.4em .8em}.heat td{border:3px solid transparent;border-radius:8px;
+padding:.5em .9em;min-width:8.5em;text-align:center}.heat td b,.heat td small{display:block}
+.heat small{font-size:.78rem}
+.heat td.none{color:var(--soft);border:1px dashed var(--rule);white-space:normal;max-width:18em}
+.heat td.same,.heatkey i.same{border:3px solid var(--ink)}
+.h0{background:var(--h0)}.h1{background:var(--h1)}.h2{background:var(--h2)}.h3{background:var(--h3)}
+.h4{background:var(--h4)}
+.heat .h0 small,.heat .h1 small,.heat .h2 small,.heat .h3 small,.heat .h4 small{color:var(--ink)}
+.heatkey{font-size:.82rem;color:var(--soft)}.heatkey i{width:22px;height:14px;border-radius:4px;flex:none;
+border:1px solid var(--rule)}
+.cards{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(100%,270px),1fr));margin:.8em 0}
+.card{padding:12px 14px;background:var(--card);border:1px solid var(--rule);border-left:5px solid var(--soft);
+border-radius:10px;overflow-wrap:anywhere}.card ul{margin:.4em 0;padding-left:1.2em}.card p{font-size:.88rem}
+.passed-card{border-left-color:var(--ok)}.failed-card{border-left-color:var(--bad)}
+.incomplete-card{border-left-color:var(--wait)}.card h3{font-size:1.1rem;display:flex;gap:.6em}
+.copy{padding:12px 14px;background:var(--card);border:1px solid var(--rule);border-radius:8px;white-space:pre;
+overflow-x:auto;user-select:all}
 .verdict{font-size:1rem}.verdict td:not(.passed,.failed,.incomplete),.verdict th:not(:first-child){text-align:right}
 .verdict th:nth-child(3),.verdict .passed,.verdict .failed,.verdict .incomplete{text-align:left!important}
 .verdict th,.verdict td{padding-right:1.4em;white-space:nowrap}
@@ -32,12 +54,17 @@ td{white-space:nowrap}tr>th:first-child{font-weight:600}
 .grid-of{display:grid;gap:16px;grid-template-columns:repeat(auto-fill,minmax(min(100%,370px),1fr))}
 figure{margin:0;padding:14px 14px 10px;background:var(--card);border:1px solid var(--rule);border-radius:10px;
 display:flex;flex-direction:column;min-width:0}
+figure .legend{font-size:.85rem;margin:.4em 0 0}
 figure>svg{width:100%;height:auto;display:block}.unit{font-size:.85rem;margin:0 0 .5em}
 figcaption{font-size:.85rem;line-height:1.4;margin-top:.4em}
 details{margin-top:auto;padding-top:.5em;font-size:.82rem;overflow-x:auto}summary{cursor:pointer;color:var(--soft)}
 details table{font-size:.78rem;margin-top:.4em}details td,details th{padding:.2em .7em .2em 0}
 svg text{font:13px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;fill:var(--ink)}
 svg .tick{fill:var(--soft);font-size:12.5px;font-variant-numeric:tabular-nums}
+svg .rulename{fill:var(--wait);font-size:12px}.rule{stroke:var(--wait);stroke-width:1.4;stroke-dasharray:8 3}
+.rulename{paint-order:stroke;stroke:var(--card);stroke-width:3px;stroke-linejoin:round}
+.pole{stroke:var(--wait);stroke-width:2}.flag path{fill:var(--wait);stroke:var(--wait);stroke-width:1.2}
+.casing{fill:none;stroke:var(--card);stroke-width:5;stroke-linecap:round}
 .grid{stroke:var(--rule);stroke-width:1}.zero,.axis{stroke:var(--soft)}.band{fill:var(--band)}
 svg .bandname{fill:var(--edge);font-size:12px}
 .end,.bandname{paint-order:stroke;stroke:var(--card);stroke-width:3px;stroke-linejoin:round}
@@ -49,6 +76,7 @@ svg .bandname{fill:var(--edge);font-size:12px}
 .mark path{fill:none;stroke:var(--bad);stroke-width:2}
 .cloud{fill:none;stroke:var(--c);opacity:.6;stroke-width:1}.dots{stroke-width:3;stroke-linecap:round}
 .s0{--c:var(--s0)}.s1{--c:var(--s1)}.s2{--c:var(--s2)}.s3{--c:var(--s3)}.s4{--c:var(--s4)}.s5{--c:var(--s5)}
+.line.second{stroke-width:1.3;stroke-dasharray:1.5 3.5!important}
 .s1 .line{stroke-dasharray:7 3.5}.s2 .line{stroke-dasharray:2 4}.s3 .line{stroke-dasharray:9 3 2 3}
 .s4 .line{stroke-dasharray:14 4}.s5 .line{stroke-dasharray:5 3 1 3 1 3}
 .p0{fill:var(--p0)}.p1{fill:var(--p1)}.p2{fill:var(--p2)}.p3{fill:var(--p3)}.p4{fill:var(--p4)}.p5{fill:var(--p5)}

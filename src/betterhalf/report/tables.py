@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from betterhalf.report.chart import marker, style_class
-from betterhalf.report.data import Arm, ReportData, flatten
+from betterhalf.report.data import Arm, ReportData, Study, flatten
+from betterhalf.report.markup import header_row, scroll
+from betterhalf.report.markup import legend as series_legend
 from betterhalf.report.verdict import COLUMNS, verdict_rows, verdict_sentences
 
 _KEY_SETTINGS = (
@@ -36,19 +37,19 @@ def verdicts(data: ReportData) -> str:
     return "".join(_verdict(title, summary, several) for title, summary in data.summaries.items())
 
 
-def contracts(arms: Sequence[Arm]) -> str:
-    """What trainer and engine reported, one table for each arm that recorded it."""
+def contracts(arms: Sequence[Arm | Study]) -> str:
+    """What trainer and engine reported, one table for each arm or study that recorded it."""
     tables = [(arm.name, _contract_rows(arm.contract)) for arm in arms]
+    head = header_row(["region", "trainer", "engine", "status"])
     shown = "".join(
-        f"<div class=scroll><table class=contract><caption>{escape(name)}</caption>"
-        f"<tr><th>region</th><th>trainer</th><th>engine</th><th>status</th></tr>{''.join(rows)}</table></div>"
+        scroll(f"<table class=contract><caption>{escape(name)}</caption>{head}{''.join(rows)}</table>", "contract")
         for name, rows in tables
         if rows
     )
     return f"<div class=side>{shown}</div>" if shown else ""
 
 
-def config_differences(arms: Sequence[Arm]) -> str:
+def config_differences(arms: Sequence[Arm | Study]) -> str:
     """The settings in which the arms differ; of a single arm, the settings that matter most."""
     configs = [flatten(arm.config) for arm in arms if arm.config]
     names = [arm.name for arm in arms if arm.config]
@@ -61,7 +62,7 @@ def config_differences(arms: Sequence[Arm]) -> str:
     rows = [(key, [_plain(config.get(key)) for config in configs]) for key in keys]
     rows = [row for row in rows if len(set(row[1])) > 1]
     if not rows:
-        return "<p>The arms have the same configuration.</p>"
+        return "<p>The configurations are the same.</p>"
     return _table(["setting", *names], rows)
 
 
@@ -85,15 +86,11 @@ def environment_line(environment: Mapping[str, Any]) -> str:
 
 def legend(arms: Sequence[Arm]) -> str:
     """Name, colour, dash and marker of each arm."""
-    items = []
+    entries = []
     for arm in arms:
         tag = f"<b>{escape(arm.tag)}</b> " if arm.tag not in ("", arm.name) else ""
-        swatch = (
-            f'<svg viewBox="0 0 34 12" class="{style_class(arm.index)} swatch" aria-hidden="true">'
-            f'<path class="line" d="M0 6L34 6"/>{marker(arm.index, 17, 6)}</svg>'
-        )
-        items.append(f"<li>{swatch}{tag}{escape(arm.name)} <small>{_steps(arm)}</small></li>")
-    return f"<ul class=legend>{''.join(items)}</ul>"
+        entries.append((arm.index, f"{tag}{escape(arm.name)} <small>{_steps(arm)}</small>"))
+    return series_legend(entries)
 
 
 def _steps(arm: Arm) -> str:
@@ -109,9 +106,9 @@ def _verdict(title: str, summary: Mapping[str, Any], several: bool) -> str:
     if not summary.get("arms"):
         return heading + _summary(summary)
     rows = "".join(_verdict_row(row) for row in verdict_rows(summary))
-    head = "".join(f"<th>{escape(column)}</th>" for column in COLUMNS)
+    head = header_row(COLUMNS)
     sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict_sentences(summary))
-    return f"{heading}<div class=scroll><table class=verdict><tr>{head}</tr>{rows}</table></div>{sentences}"
+    return heading + scroll(f"<table class=verdict>{head}{rows}</table>", "verdict") + sentences
 
 
 def _verdict_row(row: tuple[str, ...]) -> str:
@@ -119,7 +116,7 @@ def _verdict_row(row: tuple[str, ...]) -> str:
         f'<td class="{cell}">{_SYMBOLS[cell]} {cell}</td>' if cell in _SYMBOLS else f"<td>{escape(cell)}</td>"
         for cell in row[1:]
     )
-    return f"<tr><th>{escape(row[0])}</th>{cells}</tr>"
+    return f'<tr><th scope="row">{escape(row[0])}</th>{cells}</tr>'
 
 
 def _summary(summary: Mapping[str, Any]) -> str:
@@ -129,7 +126,7 @@ def _summary(summary: Mapping[str, Any]) -> str:
 
 def _contract_rows(contract: Mapping[str, Any]) -> list[str]:
     return [
-        f"<tr><th>{_text(row, 'region')}</th><td>{_text(row, 'trainer')}</td><td>{_text(row, 'engine')}</td>"
+        f"<tr><th scope=row>{_text(row, 'region')}</th><td>{_text(row, 'trainer')}</td><td>{_text(row, 'engine')}</td>"
         f'<td class="status-{_text(row, "status")}">{_text(row, "status")}</td></tr>'
         for row in contract.get("rows") or []
         if isinstance(row, Mapping)
@@ -142,12 +139,12 @@ def _text(row: Mapping[str, Any], key: str) -> str:
 
 
 def _table(head: Iterable[str], rows: Iterable[tuple[str, list[str]]]) -> str:
-    header = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join(
-        f"<tr><th><code>{escape(key)}</code></th>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
+        f"<tr><th scope=row><code>{escape(key)}</code></th>"
+        f"{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
         for key, values in rows
     )
-    return f"<div class=scroll><table><tr>{header}</tr>{body}</table></div>"
+    return scroll(f"<table>{header_row(list(head))}{body}</table>", "settings")
 
 
 def _plain(value: object) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from html import escape
 
 from betterhalf.report.axis import Axis, fit
-from betterhalf.report.chart import svg
+from betterhalf.report.canvas import svg
 from betterhalf.report.data import Arm
-from betterhalf.report.figures import Figure
+from betterhalf.report.markup import Figure, table
 
 _PHASES = ("generate", "reward", "measure", "train", "sync")
 _NAMES = (*_PHASES, "other")
@@ -97,9 +97,5 @@ def _words(seconds: dict[str, float]) -> str:
 
 
 def _numbers(bars: list[tuple[Arm, dict[str, float]]]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in _NAMES)
-    rows = "".join(
-        f"<tr><th>{escape(arm.name)}</th>{''.join(f'<td>{value:.3f}</td>' for value in seconds.values())}</tr>"
-        for arm, seconds in bars
-    )
-    return f"<table><tr><th></th>{head}</tr>{rows}</table>"
+    rows = [[arm.name, *(f"{value:.3f}" for value in seconds.values())] for arm, seconds in bars]
+    return table(["", *_NAMES], rows)

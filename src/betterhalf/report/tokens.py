@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from betterhalf.report.axis import Axis, fit
-from betterhalf.report.chart import BOTTOM, LEFT, RIGHT, TOP, WIDTH, style_class, svg
+from betterhalf.report.canvas import style_class
 from betterhalf.report.data import Arm
-from betterhalf.report.figures import Figure
+from betterhalf.report.markup import Figure, table
+from betterhalf.report.plot import Plot, Series, draw_plot
 
-_POINTS_PER_ARM = 1000
+_POINTS_PER_CLOUD = 1000
 _SAMPLES_PER_ARM = 2
 _SHADES = 4
 
@@ -28,32 +28,65 @@ class TokenPair:
     """By the trainer, at the same weights."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cloud:
+    """The tokens of one run, or of one pair of precisions."""
+
+    name: str
+    style: int
+    pairs: Sequence[TokenPair]
+
+    @property
+    def largest_gap(self) -> float:
+        """Largest abs(pi - mu); 0 without tokens."""
+        return max((abs(pair.pi - pair.mu) for pair in self.pairs), default=0.0)
+
+
 def token_figures(arms: Sequence[Arm]) -> list[Figure]:
     """The scatter of pi against mu, and of their gap; none when no arm kept per-token columns."""
-    clouds = [(arm, sample_evenly(list(token_pairs(arm)), _POINTS_PER_ARM)) for arm in arms]
-    clouds = [(arm, pairs) for arm, pairs in clouds if pairs]
-    if not clouds:
-        return []
-    kept = f"Tokens of the rollouts kept, evenly thinned to {_POINTS_PER_ARM} an arm; each arm has its own shape."
-    return [
-        Figure(
-            key="tokens",
-            title="Token probabilities",
-            unit="pi (up) against mu (across)",
-            image=_scatter("tokens", "Token probabilities, pi against mu", clouds, gap=False),
-            caption=f"Healthy: every token on the diagonal. {kept}",
-            numbers=_gap_table(clouds),
-        ),
-        Figure(
-            key="token-gap",
-            title="Token gap",
-            unit="pi \u2212 mu (up) against mu (across)",
-            image=_scatter("token-gap", "Token gap, pi minus mu, against mu", clouds, gap=True),
-            caption="The distance to that diagonal, enlarged. Healthy: a thin cloud around zero, widest where mu is "
-            "neither 0 nor 1.",
-            numbers=_gap_table(clouds),
-        ),
-    ]
+    clouds = [Cloud(name=arm.name, style=arm.index, pairs=_kept(arm)) for arm in arms]
+    shapes = "each arm has its own shape"
+    kept = f"Tokens of the rollouts kept, evenly thinned to {_POINTS_PER_CLOUD} an arm; {shapes}."
+    drawn = [scatter_figure("tokens", "Token probabilities", clouds, kept), gap_figure("token-gap", clouds)]
+    return [figure for figure in drawn if figure is not None]
+
+
+def scatter_figure(key: str, title: str, clouds: Sequence[Cloud], note: str = "", legend: str = "") -> Figure | None:
+    """pi against mu, with the diagonal; None without tokens."""
+    image = draw_plot(
+        Plot(
+            key=key,
+            title=f"{title}, pi against mu",
+            series=_series(clouds, gap=False),
+            across_name="mu",
+            across_range=(0.0, 1.0),
+            include=(0.0, 1.0),
+            guide=((0.0, 0.0), (1.0, 1.0)),
+        )
+    )
+    unit = "pi (up) against mu (across)"
+    caption = f"Healthy: every token on the diagonal. {note}".strip()
+    return _figure(key, title, unit, image, caption, clouds, legend)
+
+
+def gap_figure(key: str, clouds: Sequence[Cloud], legend: str = "") -> Figure | None:
+    """pi - mu against mu; None without tokens."""
+    image = draw_plot(
+        Plot(
+            key=key,
+            title="Token gap, pi minus mu, against mu",
+            series=_series(clouds, gap=True),
+            across_name="mu",
+            across_range=(0.0, 1.0),
+            include=(0.0,),
+            guide=((0.0, 0.0), (1.0, 0.0)),
+        )
+    )
+    unit = "pi \u2212 mu (up) against mu (across)"
+    caption = (
+        "The distance to the diagonal, enlarged. Healthy: a thin cloud around zero, widest where mu is neither 0 nor 1."
+    )
+    return _figure(key, "Token gap", unit, image, caption, clouds, legend)
 
 
 def token_pairs(arm: Arm) -> Iterator[TokenPair]:
@@ -79,59 +112,44 @@ def _logprob_columns(row: dict[str, Any]) -> tuple[list[float | None], list[floa
     return row.get("trainer_logprobs") or [], row.get("behavior_logprobs") or []
 
 
-def _scatter(key: str, title: str, clouds: list[tuple[Arm, list[TokenPair]]], *, gap: bool) -> str:
-    gaps = [pair.pi - pair.mu if gap else pair.pi for _, pairs in clouds for pair in pairs]
-    across = Axis(scale="linear", low=0.0, high=1.0, start=LEFT, end=RIGHT)
-    axis = fit(gaps, scale="linear", start=BOTTOM, end=TOP, include=(0.0,) if gap else (0.0, 1.0))
-    assert axis is not None  # every pair is finite
-    parts = [_frame(across, axis)]
-    y0, y1 = (axis.pixel(0.0), axis.pixel(0.0)) if gap else (axis.pixel(0.0), axis.pixel(1.0))
-    parts.append(f'<line class="edge" x1="{LEFT}" y1="{y0:.1f}" x2="{RIGHT}" y2="{y1:.1f}"/>')
-    # The widest cloud lies at the bottom, so that it does not bury the narrow one.
-    for arm, pairs in sorted(clouds, key=lambda cloud: -max(abs(pair.pi - pair.mu) for pair in cloud[1])):
-        points = [(across.pixel(pair.mu), axis.pixel(pair.pi - pair.mu if gap else pair.pi)) for pair in pairs]
-        parts.append(f'<g class="{style_class(arm.index)}">{_cloud(points, arm.index)}</g>')
-    return svg(key, title, " ".join(_cloud_words(arm, pairs) for arm, pairs in clouds), "".join(parts))
+def _kept(arm: Arm) -> list[TokenPair]:
+    return sample_evenly(list(token_pairs(arm)), _POINTS_PER_CLOUD)
 
 
-def _frame(across: Axis, axis: Axis) -> str:
-    parts = []
-    for tick in axis.ticks():
-        y = axis.pixel(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{axis.label(tick)}</text>')
-    for tick in across.ticks():
-        x = across.pixel(tick)
-        parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{BOTTOM + 17}" text-anchor="middle">{across.label(tick)}</text>'
+def _series(clouds: Sequence[Cloud], *, gap: bool) -> tuple[Series, ...]:
+    """The widest cloud lies at the bottom, so that it does not bury the narrow one."""
+    ordered = sorted(clouds, key=lambda cloud: cloud.largest_gap, reverse=True)
+    return tuple(
+        Series(
+            name=cloud.name,
+            style=cloud.style,
+            points=[(pair.mu, pair.pi - pair.mu if gap else pair.pi) for pair in cloud.pairs],
         )
-    parts.append(f'<text class="tick" x="{WIDTH - 4}" y="{BOTTOM + 17}" text-anchor="end">mu</text>')
-    return "".join(parts)
+        for cloud in ordered
+    )
 
 
-def _cloud(points: list[tuple[float, float]], index: int) -> str:
-    """All points as one path: dots, squares, plus signs or crosses."""
-    shapes = ("h0", "m-1.2 -1.2h2.4v2.4h-2.4z", "m-2 0h4m-2 -2v4", "m-2 -2l4 4m-4 0l4 -4")
-    shape = index % len(shapes)
-    path = "".join(f"M{x:.1f} {y:.1f}{shapes[shape]}" for x, y in points)
-    return f'<path class="cloud {"dots" if shape == 0 else "open"}" d="{path}"/>'
+def _figure(
+    key: str, title: str, unit: str, image: str | None, caption: str, clouds: Sequence[Cloud], legend: str
+) -> Figure | None:
+    if image is None:
+        return None
+    return Figure(
+        key=key, title=title, unit=unit, image=image, caption=caption, numbers=_gap_table(clouds), legend=legend
+    )
 
 
-def _cloud_words(arm: Arm, pairs: list[TokenPair]) -> str:
-    worst = max(abs(pair.pi - pair.mu) for pair in pairs)
-    return f"{arm.name}: {len(pairs)} tokens, largest gap {worst:.3g}."
+def _gap_table(clouds: Sequence[Cloud]) -> str:
+    rows = [
+        [cloud.name, str(len(cloud.pairs)), f"{_mean_gap(cloud):.3g}", f"{cloud.largest_gap:.3g}"]
+        for cloud in clouds
+        if cloud.pairs
+    ]
+    return table(["", "tokens shown", "mean |gap|", "largest |gap|"], rows)
 
 
-def _gap_table(clouds: list[tuple[Arm, list[TokenPair]]]) -> str:
-    rows = []
-    for arm, pairs in clouds:
-        gaps = [abs(pair.pi - pair.mu) for pair in pairs]
-        mean = math.fsum(gaps) / len(gaps)
-        rows.append(
-            f"<tr><th>{escape(arm.name)}</th><td>{len(gaps)}</td><td>{mean:.3g}</td><td>{max(gaps):.3g}</td></tr>"
-        )
-    head = "<tr><th></th><th>tokens shown</th><th>mean |gap|</th><th>largest |gap|</th></tr>"
-    return f"<table>{head}{''.join(rows)}</table>"
+def _mean_gap(cloud: Cloud) -> float:
+    return math.fsum(abs(pair.pi - pair.mu) for pair in cloud.pairs) / len(cloud.pairs)
 
 
 def _arm_samples(arm: Arm) -> str:

@@ -8,21 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from betterhalf.report.chart import (
-    BOTTOM,
-    LEFT,
-    RIGHT,
-    TOP,
-    Chart,
-    Line,
-    Mark,
-    draw,
-    moving_average,
-    smoothed,
-    smoothing_window,
-    spread,
-    thin,
-)
+from betterhalf.report.canvas import BOTTOM, LEFT, RIGHT, TOP, spread, thin
+from betterhalf.report.chart import Chart, Line, Mark, draw, moving_average, smoothed, smoothing_window
 
 
 def line(values: list[float], style: int = 0, tag: str = "fp16", marks: tuple[Mark, ...] = ()) -> Line:

@@ -1,0 +1,201 @@
+"""The range census of a doctor: headroom by layer and kind, the worst modules, the window of loss scales."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from betterhalf.report.axis import Axis
+from betterhalf.report.canvas import LEFT, RIGHT, svg
+from betterhalf.report.fields import Point, mappings, number
+from betterhalf.report.markup import Figure, legend, shown, table
+from betterhalf.report.plot import Plot, Series, draw_plot
+
+KINDS = ("forward", "input", "backward", "weight", "gradient")
+"""What is measured of a module; also the order of styles."""
+
+_WATCH_BITS = 2.0
+"""Headroom below which the doctor says watch."""
+_WORST = 12
+_MAX_SCALE = 2.0**24
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One module and kind of the census."""
+
+    module: str
+    kind: str
+    max_abs: float
+    headroom: float
+    """Bits to the largest finite value; negative infinity where a value is not finite."""
+    subnormal: float
+    """Share of values."""
+    zero: float
+    """Share of values."""
+    finite: bool
+
+
+def read_census(census: Mapping[str, Any]) -> list[Row]:
+    """The census of one precision, in model order."""
+    return [_read(row) for row in mappings(census, "modules")]
+
+
+def headroom_figure(key: str, dtype: str, rows: Sequence[Row]) -> Figure | None:
+    """Least headroom of each layer, a line for each kind; None without a finite number."""
+    shapes = _by_layer(rows)
+    lines = [(KINDS.index(kind), kind, points) for kind, points in shapes.items() if kind in KINDS and points]
+    series = tuple(Series(name=kind, style=style, points=points, joined=True) for style, kind, points in lines)
+    image = draw_plot(
+        Plot(
+            key=key,
+            title=f"Headroom by layer in {dtype} (bits)",
+            series=series,
+            across_name="layer",
+            across_range=_layer_range(rows),
+            across_ticks=_layer_ticks(rows),
+            include=(0.0, 4.0),
+            rules=((_WATCH_BITS, "watch"), (0.0, "limit")),
+        )
+    )
+    if image is None:
+        return None
+    overflowing = sum(not row.finite for row in rows)
+    lost = f" {overflowing} entries are not finite: they stand at the bottom." if overflowing else ""
+    return Figure(
+        key=key,
+        title=f"Headroom, {dtype}",
+        unit="bits to the largest finite value, least of each layer",
+        image=image,
+        legend=legend((style, escape(kind)) for style, kind, _ in lines),
+        caption=f"Healthy: above {_WATCH_BITS:g} bits; at 0 the format is full. Left of layer 0 stands what comes before the layers, right of the last what "
+        f"follows them.{lost}",
+        numbers=worst_table(rows),
+    )
+
+
+def worst_table(rows: Sequence[Row]) -> str:
+    """The entries with the least headroom, least first."""
+    worst = sorted(rows, key=lambda row: row.headroom)[:_WORST]
+    head = ["module", "kind", "largest magnitude", "headroom, bits", "subnormal", "zero", "finite"]
+    return table(head, [_cells(row) for row in worst]) if worst else ""
+
+
+def window_figure(key: str, dtype: str, census: Mapping[str, Any]) -> Figure | None:
+    """Which loss scales are safe, and which is used; None when the census does not say."""
+    largest, used = number(census.get("largest_safe_loss_scale")), number(census.get("loss_scale"))
+    if not largest > 0:
+        return None
+    with_scale, without = number(census.get("zeroed_fraction")), number(census.get("zeroed_fraction_unscaled"))
+    words = f"Scales of 1 to {largest:g} keep every gradient finite; the run starts at {shown(used, 'g')}."
+    if largest < 1:
+        words = f"No scale of 1 or more keeps the gradients finite; the largest that does is {largest:g}."
+    return Figure(
+        key=key,
+        title=f"Loss-scale window, {dtype}",
+        unit="loss scale, powers of two",
+        image=svg(key, f"Loss-scale window in {dtype}", words, _window(largest, used), height=112),
+        caption=f"{words} Gradients that are zero in {dtype} and not in FP32: {shown(with_scale, '.2%')} with "
+        f"that scale, {shown(without, '.2%')} without.",
+        numbers=table(
+            ["", "value"],
+            [
+                ["largest safe loss scale", shown(largest, "g")],
+                ["loss scale", shown(used, "g")],
+                ["zeroed with it", shown(with_scale, ".3%")],
+                ["zeroed without", shown(without, ".3%")],
+            ],
+        ),
+    )
+
+
+def _read(row: Mapping[str, Any]) -> Row:
+    finite = row.get("finite") is not False
+    headroom = number(row.get("headroom_bits"))
+    return Row(
+        module=str(row.get("module") or "?"),
+        kind=str(row.get("kind") or "?"),
+        max_abs=number(row.get("max_abs")),
+        headroom=headroom if finite and math.isfinite(headroom) else (math.inf if finite else -math.inf),
+        subnormal=number(row.get("subnormal_fraction")),
+        zero=number(row.get("zero_fraction")),
+        finite=finite,
+    )
+
+
+def _cells(row: Row) -> list[str]:
+    shares = [shown(share, ".2%") for share in (row.subnormal, row.zero)]
+    return [
+        row.module,
+        row.kind,
+        shown(row.max_abs),
+        shown(row.headroom, ".1f"),
+        *shares,
+        "yes" if row.finite else "no",
+    ]
+
+
+def _by_layer(rows: Sequence[Row]) -> dict[str, list[Point]]:
+    """Kind -> (layer, least headroom), ascending; overflow stands just below the axis's zero."""
+    least: dict[tuple[str, float], float] = {}
+    for place, row in zip(_places(rows), rows, strict=True):
+        if row.headroom < math.inf:
+            value = max(row.headroom, -1.0)
+            least[row.kind, place] = min(value, least.get((row.kind, place), math.inf))
+    return {kind: sorted((place, low) for (k, place), low in least.items() if k == kind) for kind in KINDS}
+
+
+def _places(rows: Sequence[Row]) -> list[float]:
+    """The layer of each row; -1 before the first layer, one beyond the last after it."""
+    layers = [_layer(row.module) for row in rows]
+    numbered = [layer for layer in layers if layer is not None]
+    if not numbered:
+        return [float(index) for index in range(len(rows))]
+    seen, places = False, []
+    for layer in layers:
+        seen = seen or layer is not None
+        outside = max(numbered) + 1.0 if seen else -1.0
+        places.append(outside if layer is None else float(layer))
+    return places
+
+
+def _layer(module: str) -> int | None:
+    found = _LAYER.search(module)
+    return int(found.group(1)) if found else None
+
+
+def _layer_range(rows: Sequence[Row]) -> tuple[float, float]:
+    places = _places(rows) or [0.0]
+    return min(places) - 0.5, max(places) + 0.5
+
+
+def _layer_ticks(rows: Sequence[Row]) -> tuple[tuple[float, str], ...]:
+    layers = sorted({layer for row in rows if (layer := _layer(row.module)) is not None})
+    every = max(1, math.ceil(len(layers) / 8))
+    return tuple((float(layer), str(layer)) for layer in layers[::every])
+
+
+def _window(largest: float, used: float) -> str:
+    """A bar of the safe scales on an axis of powers of two, and a pole where the loss scale stands."""
+    across = Axis(scale="log2", low=min(1.0, largest) / 4, high=max(_MAX_SCALE, largest), start=LEFT, end=RIGHT)
+    left, right = across.pixel(1.0), across.pixel(largest)
+    bar = f'<rect class="band" x="{left:.1f}" y="34" width="{max(0.0, right - left):.1f}" height="30"/>'
+    name = f'<text class="bandname" x="{left + 6:.1f}" y="53">{"safe" if right > left + 40 else ""}</text>'
+    ticks = "".join(
+        f'<line class="axis" x1="{across.pixel(t):.1f}" x2="{across.pixel(t):.1f}" y1="72" y2="76"/>'
+        f'<text class="tick" x="{across.pixel(t):.1f}" y="90" text-anchor="middle">{across.label(t)}</text>'
+        for t in across.ticks()
+    )
+    axis = f'<line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="72" y2="72"/>{ticks}'
+    return bar + name + axis + (_used(across, used) if used > 0 else "")
+
+
+def _used(across: Axis, used: float) -> str:
+    x = across.pixel(used)
+    text = f'<text class="rulename" x="{x:.1f}" y="20" text-anchor="middle">used: {across.label(used)}</text>'
+    return f'<line class="pole" x1="{x:.1f}" x2="{x:.1f}" y1="26" y2="72"/>{text}'

@@ -1,0 +1,127 @@
+"""What happened in a run besides steps: the watchdog's actions and restarts of the engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from betterhalf.report.chart import Mark
+from betterhalf.report.data import Arm
+from betterhalf.report.fields import mapping, mappings, number
+from betterhalf.report.markup import shown, table
+
+RESTARTS = "rollout/engine_restarts"
+_FALLBACK = "mismatch/k3/mean"
+"""Where events of metrics without a figure are marked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One event, or the same on several steps in a row."""
+
+    first: int
+    last: int
+    """The steps from first to last."""
+    metric: str
+    action: str
+    value: float
+    """Of the first step."""
+    bound: float
+    reason: str
+
+
+def events_of(arm: Arm) -> list[Event]:
+    """The watchdog's events and the engine's restarts, in step order; repetitions on consecutive steps are one."""
+    rows = sorted([*_watchdog(arm), *_restarts(arm)], key=lambda event: event.first)
+    merged: list[Event] = []
+    for event in rows:
+        index = next((i for i, old in enumerate(merged) if _continues(old, event)), None)
+        if index is None:
+            merged.append(event)
+        else:
+            merged[index] = _extended(merged[index], event)
+    return merged
+
+
+def event_marks(arm: Arm, metrics: Sequence[str], all_metrics: Sequence[str]) -> tuple[Mark, ...]:
+    """Flags for a figure of `metrics`: their events, and on the mismatch's figure those no figure (of `all_metrics`)
+    has a place for."""
+    return tuple(
+        Mark(step=event.first, text=f"{arm.name}, {_steps(event)}: {event.action}, {event.metric}", flag=True)
+        for event in events_of(arm)
+        if event.metric in metrics or (event.metric not in all_metrics and _FALLBACK in metrics)
+    )
+
+
+def events_table(arms: Sequence[Arm]) -> str:
+    """All events as a table; nothing when nothing happened."""
+    rows = [_row(arm, event) for arm in arms for event in events_of(arm)]
+    head = ["run", "step", "action", "metric", "value", "bound", "reason"]
+    return table(head, rows, numeric=False) if rows else ""
+
+
+def watchdog_bounds(arm: Arm, metrics: Sequence[str]) -> list[tuple[float, str]]:
+    """The bounds that the run's configuration sets on any of `metrics`, with the action they lead to."""
+    levels = [level for level in mappings(mapping(arm.config, "watchdog"), "levels") if level.get("metric") in metrics]
+    bounds = [(number(level.get(side)), str(level.get("action"))) for level in levels for side in ("below", "above")]
+    return [(value, f"watchdog: {action}") for value, action in bounds if math.isfinite(value)]
+
+
+def _watchdog(arm: Arm) -> list[Event]:
+    return [
+        Event(
+            first=int(step),
+            last=int(step),
+            metric=str(row.get("metric") or "?"),
+            action=str(row.get("action") or "?"),
+            value=number(row.get("value")),
+            bound=number(row.get("bound")),
+            reason=str(row.get("reason") or ""),
+        )
+        for row in arm.watchdog
+        if math.isfinite(step := number(row.get("step")))
+    ]
+
+
+def _restarts(arm: Arm) -> list[Event]:
+    """The count of restarts may be of the step or since the start: a step counts when it is above the one before."""
+    events, before = [], 0.0
+    for step, count in zip(arm.steps, arm.values(RESTARTS), strict=True):
+        if count > before:
+            events.append(_restart(step, count))
+        before = count if math.isfinite(count) else before
+    return events
+
+
+def _restart(step: int, count: float) -> Event:
+    reason = "the engine's process ended; a new one took the current weights and the step went on"
+    return Event(
+        first=step, last=step, metric=RESTARTS, action="engine restarted", value=count, bound=math.nan, reason=reason
+    )
+
+
+def _continues(old: Event, new: Event) -> bool:
+    same = (old.metric, old.action, old.bound) == (new.metric, new.action, new.bound)
+    return same and new.first - old.last <= 1
+
+
+def _extended(old: Event, new: Event) -> Event:
+    return Event(
+        first=old.first,
+        last=new.last,
+        metric=old.metric,
+        action=old.action,
+        value=old.value,
+        bound=old.bound,
+        reason=old.reason,
+    )
+
+
+def _row(arm: Arm, event: Event) -> list[str]:
+    numbers = [shown(event.value, ".4g"), shown(event.bound, ".4g")]
+    return [arm.name, _steps(event).removeprefix("step "), event.action, event.metric, *numbers, event.reason]
+
+
+def _steps(event: Event) -> str:
+    return f"step {event.first}" if event.first == event.last else f"step {event.first} to {event.last}"

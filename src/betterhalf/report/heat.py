@@ -1,0 +1,51 @@
+"""The mismatch matrix as a table whose cells are shaded by the decade of k3; every cell also says its number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from betterhalf.report.markup import header_row, scroll, shown
+from betterhalf.report.pairs import Pair, dtypes
+
+_EDGES = (1e-9, 1e-7, 1e-5, 1e-3)
+"""Where a cell's shade changes; the last is the healthy bound of k3."""
+_SHADES = ("below 1e-9", "to 1e-7", "to 1e-5", "to 1e-3", "above: out of band")
+
+
+def heat_table(pairs: Sequence[Pair], confidence: float = math.nan) -> str:
+    """Trainer dtypes down, rollout dtypes across; nothing when there is no pair."""
+    if not pairs:
+        return ""
+    cells = {(pair.train, pair.rollout): pair for pair in pairs}
+    rollouts = dtypes([pair.rollout for pair in pairs])
+    rows = "".join(
+        f'<tr><th scope="row">{escape(train)}</th>{"".join(_cell(cells.get((train, name))) for name in rollouts)}</tr>'
+        for train in dtypes([pair.train for pair in pairs])
+    )
+    level = f", {100 * confidence:g}% interval" if math.isfinite(confidence) else ", confidence interval"
+    caption = f"<caption>Mismatch k3, nats a token{level}. Rows: trainer; columns: rollout engine.</caption>"
+    head = header_row(["trainer \\ rollout", *rollouts])
+    return scroll(f"<table class=heat>{caption}{head}{rows}</table>", "mismatch matrix") + _key()
+
+
+def shade(k3: float) -> int:
+    """0 to 4: how many of the edges k3 has reached."""
+    return sum(k3 >= edge for edge in _EDGES)
+
+
+def _cell(pair: Pair | None) -> str:
+    if pair is None:
+        return '<td class="none">not measured</td>'
+    if pair.error:
+        return f'<td class="none">failed<small>{escape(pair.error)}</small></td>'
+    low, high = pair.interval
+    interval = f"{shown(low, '.2g')} to {shown(high, '.2g')}" if math.isfinite(low) and math.isfinite(high) else ""
+    same = " same" if pair.train == pair.rollout else ""
+    return f'<td class="h{shade(pair.k3)}{same}"><b>{pair.k3:.2e}</b><small>{interval}</small></td>'
+
+
+def _key() -> str:
+    items = "".join(f'<li><i class="h{index}"></i>{escape(text)}</li>' for index, text in enumerate(_SHADES))
+    return f'<ul class="legend heatkey">{items}<li><i class="same"></i>same precision on both sides</li></ul>'

@@ -1,0 +1,79 @@
+"""The (trainer dtype, rollout dtype) pairs of a probe or a doctor, as the page shows them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from betterhalf.report.fields import mapping, mappings, number
+
+_STYLES = {"fp16": 0, "bf16": 1, "fp32": 2}
+"""The same colour, dash and marker for a precision on every page."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One measured pair, or one that could not be measured."""
+
+    train: str
+    """Trainer dtype."""
+    rollout: str
+    """Rollout dtype."""
+    k3: float
+    """Mean over tokens, in nats; NaN where it was not measured."""
+    interval: tuple[float, float]
+    """Its confidence interval; NaN where absent."""
+    error: str
+    """Why it could not be measured; empty if it was."""
+    style: int
+    """Colour, dash and marker."""
+    row: Mapping[str, Any]
+    """The pair as it stands in the file."""
+
+    @property
+    def name(self) -> str:
+        """The precision of both sides, or of trainer and engine."""
+        return self.train if self.train == self.rollout else f"{self.train} / {self.rollout}"
+
+    def value(self, key: str) -> float:
+        """The number at `key`; NaN where there is none."""
+        return number(self.row.get(key))
+
+    def budget(self, key: str) -> float:
+        """The number at `key` of its budget; NaN where there is none."""
+        return number(mapping(self.row, "budget").get(key))
+
+
+def read_pairs(tree: Mapping[str, Any], key: str) -> list[Pair]:
+    """The pairs listed at `key`, in order."""
+    return [_read(row, index) for index, row in enumerate(mappings(tree, key))]
+
+
+def matched(pairs: Sequence[Pair]) -> list[Pair]:
+    """Measured pairs with one precision on both sides; all measured ones when there is none such."""
+    measured = [pair for pair in pairs if not pair.error]
+    return [pair for pair in measured if pair.train == pair.rollout] or measured
+
+
+def dtypes(names: Sequence[str]) -> list[str]:
+    """Each name once: FP16, BF16, FP32 first, then others as they come."""
+    return sorted(dict.fromkeys(names), key=lambda name: _STYLES.get(name, len(_STYLES)))
+
+
+def _read(row: Mapping[str, Any], index: int) -> Pair:
+    train, rollout = (str(row.get(key) or "?") for key in ("train", "rollout"))
+    bounds = row.get("k3_ci")
+    low, high = bounds if isinstance(bounds, (list, tuple)) and len(bounds) == 2 else (None, None)
+    k3 = number(row.get("k3"))
+    error = str(row.get("error") or "")
+    return Pair(
+        train=train,
+        rollout=rollout,
+        k3=k3,
+        interval=(number(low), number(high)),
+        error=error or ("" if math.isfinite(k3) else "no number was recorded"),
+        style=_STYLES.get(train, index) if train == rollout else index,
+        row=row,
+    )

@@ -1,0 +1,167 @@
+"""What `probe` found, as a section of the page: the matrix, the offline figure, budget, seconds, gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from betterhalf.report.data import Study, flatten
+from betterhalf.report.fields import mapping, mappings, number
+from betterhalf.report.heat import heat_table
+from betterhalf.report.localize_figures import localize_part
+from betterhalf.report.markup import figures, note, notice, part, section, shown, table
+from betterhalf.report.pairs import Pair, read_pairs
+from betterhalf.report.probe_figures import probe_figures
+
+_BITS_APART = 3
+"""Mantissa bits that FP16 has more than BF16."""
+
+
+def probe_section(study: Study, several: bool) -> str:
+    """The whole section of one probe folder; `several` puts its name into the heading."""
+    title = f"Mismatch: {study.name}" if several else "Mismatch"
+    if study.damage:
+        return section(title, notice(study.damage))
+    pairs = read_pairs(study.result, "pairs")
+    confidence = number(study.result.get("confidence"))
+    prefix = f"probe{study.index}-"
+    content = [
+        note(_subject(study.result)),
+        matrix_part(pairs, confidence, number(study.result.get("bf16_over_fp16"))),
+        figures(probe_figures(prefix, pairs)),
+        part("Every pair", pair_table(pairs) + _quantities(pairs)) if pairs else "",
+        part("Budget", budget_table(pairs)),
+        part("What it does to the gradient", _gradient(mapping(study.result, "gradient"))),
+        part("First divergence", localize_part(prefix, mapping(study.result, "localize"))),
+        part("Seconds", _seconds(mapping(study.result, "seconds"))),
+    ]
+    return section(title, "".join(content))
+
+
+def matrix_part(pairs: Sequence[Pair], confidence: float, ratio: float) -> str:
+    """The heat table, what failed, and the ratio of BF16 to FP16 in a sentence."""
+    if not pairs:
+        return notice("No pair is recorded: the measurement did not finish, or stopped before its first pair.")
+    failed = "".join(notice(f"{pair.name}: {pair.error}") for pair in pairs if pair.error)
+    return heat_table(pairs, confidence) + failed + f"<p>{escape(_ratio_sentence(ratio))}</p>"
+
+
+def pair_table(pairs: Sequence[Pair]) -> str:
+    """The numbers that the command prints, a row for each measured pair."""
+    head = ["trainer / rollout", "k3", "mean |gap|", "max |gap|", "sequence KL", "slope per 1k", "tokens", "seconds"]
+    rows = [
+        [
+            f"{pair.train} / {pair.rollout}",
+            *(shown(pair.value(key)) for key in ("k3", "mean_abs", "max_abs", "sequence_kl", "slope_per_1k")),
+            shown(pair.value("tokens"), ",.0f"),
+            shown(pair.value("seconds"), ".1f"),
+        ]
+        for pair in pairs
+        if not pair.error
+    ]
+    return table(head, rows) if rows else ""
+
+
+def budget_table(pairs: Sequence[Pair]) -> str:
+    """Variance and correlation of the token log-ratio, and how long completions may be; nothing when absent."""
+    columns: tuple[tuple[str, str, str], ...] = (
+        ("sigma\u00b2", "sigma2", ".3g"),
+        ("correlation", "correlation", ".3g"),
+        ("predicted ESS", "predicted_ess", ".4f"),
+        ("observed ESS", "observed_ess", ".4f"),
+        ("usable length, tokens", "max_length", ",.0f"),
+    )
+    rows = [
+        [f"{pair.train} / {pair.rollout}", *(shown(pair.budget(key), spec) for _, key, spec in columns)]
+        for pair in pairs
+        if mapping(pair.row, "budget")
+    ]
+    if not rows:
+        return ""
+    explained = note(
+        "Effective sample size (ESS) as a share of the completions: predicted from the variance of the token log-ratio "
+        "and its correlation, and observed. The usable length is where the prediction falls to the floor."
+    )
+    return explained + table(["trainer / rollout", *(title for title, _, _ in columns)], rows)
+
+
+def _subject(result: Mapping[str, Any]) -> str:
+    facts = (("target", ""), ("engine", " engine"), ("completions", " completions"), ("max_tokens", " tokens at most"))
+    parts = [f"{result[key]}{word}" for key, word in facts if isinstance(result.get(key), (int, float, str))]
+    return " \u00b7 ".join(parts)
+
+
+def _ratio_sentence(ratio: float) -> str:
+    if not math.isfinite(ratio):
+        return "The ratio of BF16 to FP16 was not formed: it takes both matched pairs."
+    number_shown = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
+    return (
+        f"k3 of the BF16 pair is {number_shown} times that of the FP16 pair. FP16 has {_BITS_APART} more mantissa "
+        f"bits, and k3 grows as the squared rounding error: expect about {4**_BITS_APART}."
+    )
+
+
+def _quantities(pairs: Sequence[Pair]) -> str:
+    """Every quantity of every pair with its interval, folded away."""
+    measured = [pair for pair in pairs if mapping(pair.row, "metrics")]
+    names = list(dict.fromkeys(name for pair in measured for name in mapping(pair.row, "metrics")))
+    if not names:
+        return ""
+    rows = [[name, *(_interval(mapping(mapping(pair.row, "metrics"), name)) for pair in measured)] for name in names]
+    head = ["quantity", *(f"{pair.train} / {pair.rollout}" for pair in measured)]
+    return f"<details><summary>Every quantity with its interval</summary>{table(head, rows)}</details>"
+
+
+def _interval(metric: Mapping[str, Any]) -> str:
+    value, low, high = (number(metric.get(key)) for key in ("value", "low", "high"))
+    bounds = f" [{shown(low)}, {shown(high)}]" if math.isfinite(low) and math.isfinite(high) else ""
+    return shown(value, ".4g") + bounds
+
+
+def _seconds(seconds: Mapping[str, Any]) -> str:
+    rows = [[key.replace(".", ", "), shown(number(value), ".1f")] for key, value in flatten(seconds).items()]
+    return table(["what", "seconds"], rows) if rows else ""
+
+
+def _gradient(gradient: Mapping[str, Any]) -> str:
+    """Two tables: the trainer's rounding, and the importance weights."""
+    if not gradient:
+        return ""
+    facts = (
+        f"{shown(number(gradient.get('completions')), '.0f')} completions, advantages: {gradient.get('advantages')}."
+    )
+    return (
+        note(f"The policy gradient of one batch, against the FP32 trainer's on the same tokens. {facts}")
+        + _columns(mappings(gradient, "rows"), _ROUNDING)
+        + _columns(mappings(gradient, "weights"), _WEIGHTS)
+    )
+
+
+Column = tuple[str, Callable[[Mapping[str, Any]], str]]
+
+
+def _as(key: str, spec: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda row: shown(number(row.get(key)), spec)
+
+
+_ROUNDING: tuple[Column, ...] = (
+    ("trainer", lambda row: str(row.get("train", "?"))),
+    ("loss scale", _as("loss_scale", "g")),
+    ("relative error", _as("relative_error", ".2%")),
+    ("cosine", _as("cosine", ".6f")),
+    ("entries lost to zero", _as("zeroed_fraction", ".2%")),
+    ("overflow", lambda row: "yes" if row.get("overflow") else "no"),
+)
+_WEIGHTS: tuple[Column, ...] = (
+    ("weights of rollouts in", lambda row: str(row.get("rollout", "?"))),
+    ("relative change", _as("relative_change", ".2%")),
+    ("cosine", _as("cosine", ".6f")),
+    ("effective sample size", _as("ess_fraction", ".3f")),
+)
+
+
+def _columns(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> str:
+    cells = [[read(row) for _, read in columns] for row in rows]
+    return table([title for title, _ in columns], cells) if cells else ""
