@@ -102,7 +102,7 @@ def _allowed(num_layers: int) -> Iterator[str]:
 def _require_match(pattern: str, allowed: tuple[str, ...], num_layers: int) -> None:
     if any(fnmatchcase(name, pattern) for name in allowed):
         return
-    near = difflib.get_close_matches(pattern, allowed, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(pattern, allowed, n=1, cutoff=0.7)
     meant = f"did you mean {near[0]}? " if near else ""
     raise InputError(
         f"precision.fp32_modules names {pattern!r}, which is no module of this model of {num_layers} layers that can "

@@ -66,6 +66,7 @@ def assemble(config: RunConfig) -> Parts:
     require_logging(config)
     policy = build_policy(config.precision, choose_device(config))
     model = load_model(config.model)
+    check_islands(model, config, policy)
     task = build_task(config.task, model.tokenizer)
     try:
         check_context(model, task, config)
@@ -95,6 +96,20 @@ def require_logging(config: RunConfig) -> None:
         raise MissingExtraError(
             "logging.tensorboard=true needs the package tensorboard; install it with "
             "`pip install 'betterhalf[tensorboard]'`"
+        )
+
+
+def check_islands(model: LoadedModel, config: RunConfig, policy: PrecisionPolicy) -> None:
+    """Refuse FP32 islands that the model does not have, or the engine cannot compute, before an engine is started.
+
+    Raises:
+        InputError: names the nearest module, or the engine.
+    """
+    islands = policy.islands(model.hf_config.num_hidden_layers, policy.roles.compute_dtype)
+    if islands and config.engine.type != "native" and not config.precision.allow_difference:
+        raise InputError(
+            f"engine.type={config.engine.type} computes every module in the rollout dtype, so it has no FP32 islands "
+            f"({islands.described()}); set engine.type=native, or drop precision.fp32_modules and set precision=bf16."
         )
 
 

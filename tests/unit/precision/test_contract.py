@@ -193,6 +193,32 @@ def test_different_missing_and_unknown_weights_are_refused(held: dict[str, str])
     assert ("lm_head.weight" if len(held) == 3 else "model.norm.weight") in contract.first_difference
 
 
+def with_islands(trainer: str | None, engine: str | None) -> subject.Contract:
+    pair = sides()
+    for side, names in zip(pair, (trainer, engine), strict=True):
+        side.facts.update({} if names is None else {"fp32_modules": names})
+    return compare(*pair, allow_difference=False)
+
+
+@pytest.mark.parametrize(("trainer", "engine"), [("none", "none"), ("none", None), (None, None)])
+def test_sides_without_islands_have_no_row_for_them(trainer: str | None, engine: str | None) -> None:
+    contract = with_islands(trainer, engine)
+    assert contract.ok and not {"islands", "fp32_modules"} & set(statuses(contract))
+
+
+def test_equal_islands_are_a_required_row_that_passes() -> None:
+    contract = with_islands("model.layers.1.mlp", "model.layers.1.mlp")
+    assert contract.ok and statuses(contract)["islands"] == "equal" and "fp32_modules" not in statuses(contract)
+
+
+@pytest.mark.parametrize("engine", [None, "none", "model.layers.2.mlp"])
+def test_islands_of_the_trainer_alone_or_elsewhere_in_the_engine_are_refused(engine: str | None) -> None:
+    contract = with_islands("model.layers.1.mlp", engine)
+    assert not contract.ok and statuses(contract)["islands"] == "differs"
+    held = engine or "none"
+    assert contract.first_difference == f"islands are model.layers.1.mlp in the trainer and {held} in the engine"
+
+
 def test_other_regions_are_reported_and_never_refused() -> None:
     contract = compare(*sides(engine_lm_head="fp16", engine_rope="fp16", engine_weights="fp32"), allow_difference=False)
     assert contract.ok

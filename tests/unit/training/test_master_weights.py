@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
+from betterhalf.precision.contract import weights_digests
+from betterhalf.precision.islands import resolve_islands
 from betterhalf.training.master_weights import MasterWeights
 
 
@@ -62,3 +65,67 @@ def test_buffers_are_never_cast() -> None:
     MasterWeights(layer, torch.float16)
     assert layer.inv_freq.dtype == torch.float32
     assert layer.weight.dtype == torch.float16
+
+
+class Block(nn.Module):
+    """A model of one layer as far as names go: an island's parameter and one outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": nn.Linear(1, 1, bias=False)})])})
+        self.head = nn.Linear(1, 1, bias=False)
+
+    @property
+    def island(self) -> nn.Linear:
+        return self.get_submodule("model.layers.0.mlp")  # type: ignore[return-value]
+
+
+ISLAND = "model.layers.0.mlp.weight"
+
+
+def block_of_fine_weights() -> Block:
+    block = Block()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.fill_(1 + 2.0**-14)
+    return block
+
+
+def island_weights(dtype: torch.dtype = torch.float16) -> tuple[Block, MasterWeights]:
+    block = block_of_fine_weights()
+    return block, MasterWeights(block, dtype, resolve_islands(["model.layers.0.mlp"], 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_island_s_weights_are_half_values_in_fp32_tensors_before_and_after_publishing(dtype: torch.dtype) -> None:
+    block, weights = island_weights(dtype)
+    assert block.island.weight.dtype == torch.float32 and block.island.weight.item() == 1.0
+    assert block.head.weight.dtype == dtype
+    with torch.no_grad():
+        weights.masters[ISLAND].fill_(1.3)
+    weights.publish()
+    assert block.island.weight.dtype == torch.float32
+    assert block.island.weight.item() == torch.tensor(1.3).to(dtype).item()
+
+
+def test_an_island_s_gradient_is_never_rounded_to_half() -> None:
+    block, weights = island_weights()
+    fine = torch.tensor([[1 + 2.0**-20]])
+    for _ in range(2):
+        (block.island(fine) * 2.0**20).sum().backward()
+    assert dict(weights.gradients())[ISLAND].item() == 2.0**21 * (1 + 2.0**-20)  # beyond half in range and in precision
+    assert block.island.weight.grad is None
+
+
+def test_digests_and_wire_do_not_know_of_islands() -> None:
+    _, with_island = island_weights()
+    without = MasterWeights(block_of_fine_weights(), torch.float16)
+    assert weights_digests(with_island.computing()) == weights_digests(without.computing())
+    sent, expected = dict(with_island.on_the_wire(torch.float16)), dict(without.on_the_wire(torch.float16))
+    assert sent.keys() == expected.keys() and all(torch.equal(sent[name], expected[name]) for name in sent)
+    assert with_island.masters[ISLAND].item() == 1 + 2.0**-14
+
+
+def test_fp32_masters_with_islands_are_still_the_module_s_own_parameters() -> None:
+    block, weights = island_weights(torch.float32)
+    assert weights.shared and weights.masters[ISLAND] is block.island.weight
