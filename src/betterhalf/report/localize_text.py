@@ -34,7 +34,7 @@ def show_localize(result: Mapping[str, Any], stream: TextIO | None = None, *, wi
     tokens, prompt = result["tokens"], result["prompt_length"]
     out.print(Text(f"First divergence in {result['dtype']}, one sequence of {prompt} + {tokens - prompt} tokens"))
     for sentence in localize_sentences(result):
-        out.print(Text(sentence))
+        out.print(Text(sentence), soft_wrap=True)
     out.print(_growth_table(result))
 
 

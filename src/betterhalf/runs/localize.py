@@ -28,10 +28,12 @@ from betterhalf.diagnostics.divergence import (
     growth,
 )
 from betterhalf.errors import InputError
+from betterhalf.rollout.build import build_engine
 from betterhalf.rollout.native.decoder import Decoder
 from betterhalf.rollout.native.engine import NativeEngine
+from betterhalf.runs.assembly import with_precision
 from betterhalf.runs.engine_trace import decoded_trace, whole_trace
-from betterhalf.runs.subject import Subject, engine_in, trainer_in
+from betterhalf.runs.subject import Subject, policy_in, rounded_weights, trainer_in
 from betterhalf.runs.trainer_trace import trainer_logits, trainer_trace
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import DtypeName
@@ -65,10 +67,8 @@ def localize(subject: Subject, token_ids: Sequence[int], prompt_length: int, *, 
         InputError: an architecture the native engine does not compute, or a sequence without prompt or completion.
     """
     subject = _with_native_engine(subject)
-    trainer = trainer_in(subject, dtype)
-    with engine_in(subject, dtype) as engine:
-        assert isinstance(engine, NativeEngine)
-        return localize_pair(trainer, engine.decoder, token_ids, prompt_length, dtype=dtype)
+    engine, trainer = _engine_unchecked(subject, dtype), trainer_in(subject, dtype)
+    return localize_pair(trainer, engine.decoder, token_ids, prompt_length, dtype=dtype)
 
 
 def localize_pair(
@@ -122,6 +122,15 @@ def _with_native_engine(subject: Subject) -> Subject:
         return subject
     config = subject.config.model_copy(update={"engine": NativeEngineConfig()})
     return dataclasses.replace(subject, config=config)
+
+
+def _engine_unchecked(subject: Subject, dtype: DtypeName) -> NativeEngine:
+    """An engine with the subject's weights that nothing has run on: where values overflow is what we are to find."""
+    model, policy = subject.model, policy_in(subject, dtype)
+    engine = build_engine(with_precision(subject.config, dtype), model.hf_config, model.stop_token_ids, policy)
+    assert isinstance(engine, NativeEngine)
+    engine.load_weights(rounded_weights(model, policy.wire_dtype), policy_version=0)
+    return engine
 
 
 def _replayed(decoder: Decoder, token_ids: Sequence[int], prompt_length: int) -> tuple[int, ...]:
