@@ -17,7 +17,7 @@ from betterhalf.errors import InputError, RunError
 
 _RUN_FILES = (
     *("config.json", "environment.json", "contract.json", "metrics.jsonl", "rollouts.jsonl", "summary.json"),
-    *("perfectible.jsonl", "checkpoints", "arms", "mismatch.jsonl", "watchdog.jsonl"),
+    *("perfectible.jsonl", "checkpoints", "arms", "mismatch.jsonl", "watchdog.jsonl", "doctor.json"),
 )
 
 
@@ -120,6 +120,11 @@ class RunDir:
     def perfectible(self) -> Path:
         """Prompts that the base policy solves sometimes."""
         return self.path / "perfectible.jsonl"
+
+    @property
+    def probe(self) -> Path:
+        """The mismatch of every pair that `probe` measured."""
+        return self.path / "probe.json"
 
     @property
     def checkpoints(self) -> Path:

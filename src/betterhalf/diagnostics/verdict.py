@@ -1,0 +1,304 @@
+"""The doctor's verdicts: which precision is safe for a model, why, and which modules are to blame.
+
+    unsafe   a forward value is not finite, or no loss scale of 1 or more keeps the gradients finite with less than 1%
+             of the non-zero FP32 gradients turned to zero, or the pair of trainer and engine cannot be run
+    watch    less than two bits of headroom, or the mismatch of the matched pair outside its band
+    ok       neither
+
+Every threshold is a constant of this module; docs/doctor.md lists them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from betterhalf.diagnostics.budget import ESS_FLOOR, Budget, predict_ess
+from betterhalf.diagnostics.numerics import BACKWARD_KINDS, Census, ModuleRange, Spot
+from betterhalf.metrics.catalogue import CATALOGUE, Band
+from betterhalf.types import DtypeName
+
+MIN_HEADROOM_BITS = 2.0
+"""Below this the next batch, or a few steps of training, may overflow: watch."""
+
+MAX_ZEROED_FRACTION = 0.01
+"""Share of the non-zero FP32 gradients that a precision may turn to zero at its best loss scale: else unsafe."""
+
+MIN_PREDICTED_ESS = ESS_FLOOR
+"""Predicted share of effective samples at the configured response length: below it, watch."""
+
+BANDED_METRICS = ("k3/mean", "prob_gap/max", "prob_gap/min", "ess_fraction")
+"""Metrics of the mismatch whose bands, those of `metrics.catalogue`, count. Others are too noisy in a small sample."""
+
+MAX_AGREEING_K3 = 1e-6
+"""Mean k3 of the FP32 pair, in nats: above it, engine and trainer do not compute the same model."""
+
+MAX_AGREEING_LOG_RATIO = 1e-2
+"""Largest abs(log_ratio) of one token in the FP32 pair, in nats: above it likewise."""
+
+MAX_MODULES = 10
+"""Modules that a verdict names."""
+
+PREFERENCE: tuple[DtypeName, ...] = ("fp16", "bf16", "fp32")
+"""Order in which precisions are recommended."""
+
+VerdictName = Literal["ok", "watch", "unsafe"]
+
+_RESIDUAL = re.compile(r"\.layers\.\d+$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What is to be expected of one precision."""
+
+    verdict: VerdictName
+    reasons: tuple[str, ...]
+    """Sentences with the numbers; at least one."""
+    modules: tuple[str, ...]
+    """Modules to blame, worst first; empty when there are none."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The verdict as in `doctor.json`."""
+        return {"verdict": self.verdict, "reasons": list(self.reasons), "modules": list(self.modules)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairFinding:
+    """The mismatch of one matched pair, or why there is none."""
+
+    values: Mapping[str, float]
+    """Mismatch metrics by name, without `mismatch/`; empty when the pair failed."""
+    budget: Budget | None
+    response_length: int
+    """Configured length limit of a completion, where the effective sample size is predicted."""
+    failure: str | None = None
+    """What the trainer or the engine said when it gave up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """Whether engine and trainer compute the same model where nothing rounds."""
+
+    agrees: bool
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As in `doctor.json`."""
+        return {"agrees": self.agrees, "reason": self.reason}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Finding:
+    """One thing that speaks against a precision."""
+
+    reason: str
+    modules: tuple[str, ...] = ()
+
+
+def judge(census: Census, pair: PairFinding | None) -> Verdict:
+    """The verdict on one precision, from its range census and, when measured, the mismatch of its matched pair."""
+    unsafe = [*_overflow(census), *_no_loss_scale(census), *_failure(census, pair)]
+    if unsafe:
+        return _verdict("unsafe", unsafe)
+    watch = [*_headroom(census), *_mismatch(pair)]
+    if watch:
+        return _verdict("watch", watch)
+    return Verdict(verdict="ok", reasons=tuple(_all_well(census, pair)), modules=())
+
+
+def engine_agreement(pair: PairFinding | None) -> Agreement:
+    """Whether the FP32 pair is as close as FP32 rounding leaves it; a larger gap is a bug, not rounding."""
+    if pair is None or pair.failure is not None:
+        return Agreement(agrees=True, reason=_unknown_agreement(pair))
+    k3, largest = pair.values["k3/mean"], pair.values["log_ratio/max_abs"]
+    numbers = f"in FP32 k3 is {k3:.2g} and the largest |log ratio| of a token {largest:.2g}"
+    if k3 <= MAX_AGREEING_K3 and largest <= MAX_AGREEING_LOG_RATIO:
+        return Agreement(agrees=True, reason=f"Engine and trainer compute the same model: {numbers}.")
+    return Agreement(
+        agrees=False,
+        reason=f"BUG: engine and trainer do not compute the same model: {numbers}, where rounding explains at most "
+        f"{MAX_AGREEING_K3:g} and {MAX_AGREEING_LOG_RATIO:g}. Find the operation that differs with "
+        "`betterhalf probe MODEL --localize`.",
+    )
+
+
+def recommend(verdicts: Mapping[DtypeName, Verdict]) -> DtypeName:
+    """The first precision that is ok, in the order FP16, BF16, FP32; else the first to watch; else FP32."""
+    for wanted in ("ok", "watch"):
+        for name in PREFERENCE:
+            if name in verdicts and verdicts[name].verdict == wanted:
+                return name
+    return "fp32"
+
+
+def overflowing(census: Census) -> tuple[Spot, ...]:
+    """Where values really leave the format: the first place, then whatever does not fit by its FP32 size, worst first.
+
+    Forward places when the forward pass is not finite, else backward ones; empty when both are.
+    """
+    first = census.first_forward or census.first_backward
+    if first is None:
+        return ()
+    backward = first.kind in BACKWARD_KINDS
+    others = [row for row in census.ranges if row.headroom_bits < 0 and _is_backward(row) == backward]
+    # In the forward direction the residual stream carries on what a branch has put into it.
+    own = [row for row in others if backward or not _is_residual(row.spot)]
+    spots = [first, *(row.spot for row in sorted(own, key=lambda row: row.headroom_bits))]
+    return tuple(dict.fromkeys(spots))
+
+
+# -- against a precision
+
+
+def _overflow(census: Census) -> list[_Finding]:
+    """The first value that is not finite, and what else would overflow by its own FP32 magnitude."""
+    first = census.first_forward
+    if first is None:
+        return []
+    row = _row(census, first)
+    reached = f" reaches {row.max_abs:.3g} in FP32 and" if row and math.isfinite(row.max_abs) else ""
+    reason = (
+        f"Forward, {first}{reached} is not finite in {census.dtype.upper()}, which ends at {census.max:g}; "
+        "it is the first such value."
+    )
+    return [_Finding(reason=reason, modules=tuple(spot.module for spot in overflowing(census)))]
+
+
+def _no_loss_scale(census: Census) -> list[_Finding]:
+    """Gradients that overflow at every loss scale, or that drown at the best one."""
+    if census.first_forward is not None:
+        return []
+    if census.first_backward is not None:
+        return [_gradient_overflow(census, census.first_backward)]
+    lost, safe = census.zeroed_fraction, census.largest_safe_loss_scale
+    if lost is None or lost < MAX_ZEROED_FRACTION:
+        return []
+    reason = (
+        f"Backward, {lost:.1%} of the non-zero FP32 gradients turn to zero in {census.dtype.upper()} even at the "
+        f"largest safe loss scale, {_power(safe)}; the limit is {MAX_ZEROED_FRACTION:.0%}."
+    )
+    return [_Finding(reason=reason, modules=census.zeroed_modules)]
+
+
+def _gradient_overflow(census: Census, first: Spot) -> _Finding:
+    row = _row(census, first)
+    reached = f" reaches {row.max_abs:.3g} in FP32 and" if row and math.isfinite(row.max_abs) else ""
+    reason = (
+        f"Backward, {first}{reached} is not finite in {census.dtype.upper()}, which ends at {census.max:g}, although "
+        "every forward value is: no loss scale of 1 or more keeps the gradients finite."
+    )
+    return _Finding(reason=reason, modules=tuple(spot.module for spot in overflowing(census)))
+
+
+def _failure(census: Census, pair: PairFinding | None) -> list[_Finding]:
+    if pair is None or pair.failure is None:
+        return []
+    reason = f"The matched pair cannot be run in {census.dtype.upper()}: {pair.failure.rstrip('.')}."
+    return [_Finding(reason=reason)]
+
+
+# -- to watch
+
+
+def _headroom(census: Census) -> list[_Finding]:
+    """What has less than two bits left, forward and, at loss scale 1, backward; the lowest named."""
+    found = []
+    for direction, backward in (("Forward", False), ("Backward, at loss scale 1,", True)):
+        low = [r for r in census.ranges if _is_backward(r) == backward and r.headroom_bits < MIN_HEADROOM_BITS]
+        if low:
+            worst = min(low, key=lambda row: row.headroom_bits)
+            reason = (
+                f"{direction} {worst.spot} reaches {worst.max_abs:.3g}: {worst.headroom_bits:.1f} bits below the end "
+                f"of {census.dtype.upper()} at {census.max:g}, under {MIN_HEADROOM_BITS:g}."
+            )
+            found.append(_Finding(reason=reason, modules=_worst_first(low)))
+    return found
+
+
+def _mismatch(pair: PairFinding | None) -> list[_Finding]:
+    """Metrics of the matched pair outside their bands, and an effective sample size that will not last."""
+    if pair is None or pair.failure is not None:
+        return []
+    found = []
+    for name in BANDED_METRICS:
+        metric = CATALOGUE[f"mismatch/{name}"]
+        value = pair.values.get(name)
+        if value is not None and not metric.healthy(value):
+            reason = f"{metric.name} of the matched pair is {value:.3g}, outside its band ({_band(metric.band)})."
+            found.append(_Finding(reason=reason))
+    if pair.budget is not None:
+        ess = predict_ess(pair.budget, pair.response_length)
+        if ess < MIN_PREDICTED_ESS:
+            reason = (
+                f"At {pair.response_length} tokens the predicted effective sample size is {ess:.2f} of the batch, "
+                f"under {MIN_PREDICTED_ESS:g}; it lasts to {pair.budget.max_length:.0f} tokens."
+            )
+            found.append(_Finding(reason=reason))
+    return found
+
+
+# -- nothing to complain of
+
+
+def _all_well(census: Census, pair: PairFinding | None) -> list[str]:
+    forward = [row for row in census.ranges if not _is_backward(row)]
+    worst = min(forward, key=lambda row: row.headroom_bits)
+    reasons = [
+        f"Forward, {worst.spot} comes closest to the end of {census.dtype.upper()}: {worst.max_abs:.3g}, "
+        f"{worst.headroom_bits:.1f} bits of headroom."
+    ]
+    if census.loss_scale > 1.0 or census.zeroed_fraction_unscaled:
+        reasons.append(
+            f"Backward, gradients stay finite up to a loss scale of {_power(census.largest_safe_loss_scale)}, where "
+            f"{census.zeroed_fraction or 0.0:.2%} of them turn to zero ({census.zeroed_fraction_unscaled or 0.0:.2%} "
+            "without a loss scale)."
+        )
+    if pair is not None and pair.budget is not None:
+        ess = predict_ess(pair.budget, pair.response_length)
+        reasons.append(
+            f"The mismatch of the matched pair is k3 {pair.values['k3/mean']:.2g}; predicted effective sample size "
+            f"{ess:.2f} at {pair.response_length} tokens."
+        )
+    return reasons
+
+
+def _verdict(name: VerdictName, findings: list[_Finding]) -> Verdict:
+    modules = dict.fromkeys(module for finding in findings for module in finding.modules)
+    reasons = tuple(finding.reason for finding in findings)
+    return Verdict(verdict=name, reasons=reasons, modules=tuple(modules)[:MAX_MODULES])
+
+
+def _row(census: Census, spot: Spot) -> ModuleRange | None:
+    return next((row for row in census.ranges if row.spot == spot), None)
+
+
+def _worst_first(rows: list[ModuleRange]) -> tuple[str, ...]:
+    return tuple(row.spot.module for row in sorted(rows, key=lambda row: row.headroom_bits))
+
+
+def _is_backward(row: ModuleRange) -> bool:
+    return row.spot.kind in BACKWARD_KINDS
+
+
+def _is_residual(spot: Spot) -> bool:
+    """What a decoder layer hands on, and the sum in its middle, which is the input of its second norm."""
+    return bool(_RESIDUAL.search(spot.module)) or (spot.kind == "input" and "norm" in spot.module)
+
+
+def _power(scale: float | None) -> str:
+    return f"2^{math.log2(scale):.0f}" if scale else "none"
+
+
+def _band(band: Band | None) -> str:
+    lower, upper = band or (None, None)
+    if lower is None:
+        return f"at most {upper:g}"
+    return f"at least {lower:g}" if upper is None else f"{lower:g} to {upper:g}"
+
+
+def _unknown_agreement(pair: PairFinding | None) -> str:
+    why = pair.failure if pair else "it was not measured"
+    return f"Unknown: the FP32 pair gave no numbers ({(why or '').rstrip('.')})."
