@@ -49,6 +49,18 @@ def pack_step(
     return StepBatch(train_batches=train_batches)
 
 
+def pack_measured(rollouts: Sequence[Rollout], config: RunConfig, device: torch.device) -> tuple[MicroBatch, ...]:
+    """Packs for scoring alone, laid out as those that train; all sequences are sorted by length first.
+
+    Args:
+        rollouts: [S]; `rollout_index_S` of the packs counts in this order.
+        config: `training.tokens_per_micro_batch`.
+        device: where the tensors go.
+    """
+    make = _Packer(rollouts, [0.0] * len(rollouts), config.training.tokens_per_micro_batch, device)
+    return make.micro_batches(sorted(range(len(rollouts)), key=make.length))
+
+
 def _split_evenly(items: list[int], parts: int) -> list[list[int]]:
     """Contiguous shares whose sizes differ by at most one."""
     edges = [round(k * len(items) / parts) for k in range(parts + 1)]
