@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from betterhalf import ops
+from betterhalf.diagnostics.logprob_gap import ess_fraction
 
 _PIECE = 2**20
 """Entries compared at once: their float64 copies take 8 MiB each."""
@@ -66,10 +67,9 @@ def gradient_gap(
 
 
 def weight_spread(sequence_log_ratio_S: Tensor) -> WeightSpread:
-    """Spread of the weights exp(log-ratio), the log-ratio bounded as in the loss (`ops.bounded_exp`): [S], S >= 1."""
-    weights_S, _ = ops.bounded_exp(sequence_log_ratio_S.double())
-    ess = float(weights_S.sum().square() / weights_S.square().sum())
-    return WeightSpread(ess_fraction=ess / len(weights_S), max_weight=float(weights_S.max()))
+    """Spread of the weights exp(log-ratio), the log-ratio bounded to +-20 as in the loss: [S], S >= 1."""
+    bounded_S = sequence_log_ratio_S.double().clamp(-ops.LOG_RATIO_BOUND, ops.LOG_RATIO_BOUND)
+    return WeightSpread(ess_fraction=ess_fraction(bounded_S), max_weight=math.exp(float(bounded_S.max())))
 
 
 def _sums(gradient: Tensor, reference: Tensor, scale: float) -> list[Tensor]:
