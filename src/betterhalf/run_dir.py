@@ -17,7 +17,7 @@ from betterhalf.errors import InputError, RunError
 
 _RUN_FILES = (
     *("config.json", "environment.json", "contract.json", "metrics.jsonl", "rollouts.jsonl", "summary.json"),
-    *("perfectible.jsonl", "checkpoints", "arms", "mismatch.jsonl", "watchdog.jsonl", "doctor.json"),
+    *("perfectible.jsonl", "checkpoints", "arms", "mismatch.jsonl", "watchdog.jsonl", "probe.json", "doctor.json"),
 )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from betterhalf.config.section import Section
 from betterhalf.types import DtypeName
@@ -51,6 +51,9 @@ class LossScaleConfig(Section):
 PairName = Annotated[str, Field(pattern="^(fp16|bf16|fp32)/(fp16|bf16|fp32)$")]
 """`TRAINER/ROLLOUT`."""
 
+PAIR_NAMES = tuple(f"{train}/{rollout}" for train in get_args(DtypeName) for rollout in get_args(DtypeName))
+"""All nine."""
+
 PrecisionPairs = Literal["full", "matched"] | tuple[PairName, ...]
 """Which (trainer dtype, rollout dtype) pairs the probe measures."""
 
@@ -86,6 +89,20 @@ class PrecisionConfig(Section):
     pairs: PrecisionPairs = "full"
     """What `probe` measures: every trainer dtype with every rollout dtype (`full`), only equal ones (`matched`), or a
     list of `TRAINER/ROLLOUT` such as `fp32/bf16,bf16/bf16`."""
+
+    @field_validator("pairs", mode="before")
+    @classmethod
+    def _known_pairs(cls, value: Any) -> Any:
+        names = value if isinstance(value, (list, tuple)) else (value,)
+        if len(names) == 1 and names[0] in ("full", "matched"):
+            return names[0]
+        for name in names:
+            if name not in PAIR_NAMES:
+                raise ValueError(
+                    f"precision.pairs = {name!r} is neither full nor matched nor a list of TRAINER/ROLLOUT; write "
+                    "precision.pairs=fp16/fp16,bf16/bf16, for example"
+                )
+        return tuple(names)
 
     def roles(self) -> PrecisionRoles:
         """The dtype of every role; wire and KV follow the rollout dtype unless set."""
