@@ -1,0 +1,126 @@
+"""Peak memory of a training pass for 1k, 4k and 16k tokens with a vocabulary of 150k: free of their product.
+
+    python benchmarks/memory.py [--json]
+
+A two-layer decoder with a large head, FP16; each size in a process of its own, whose peak resident memory is read at
+the end. The peer is what FP32 logits of all tokens would add: tokens x vocabulary x 4 bytes, once. The last row is the
+growth from the smallest to the largest pass, per token, against the activations of the layers alone.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+import torch
+from side_by_side import Row, Table, parser
+from train_pass import LOSS_SCALE, one_sequence
+
+VOCABULARY, HIDDEN, LAYERS = 150_000, 64, 2
+SIZES = (1024, 4096, 16384)
+
+
+def peak_gib() -> float:
+    """Peak resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def one_pass(tokens: int) -> None:
+    """Run one pass and print the peak before and after it, in GiB."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from betterhalf.algorithms.presets import resolve_algorithm
+    from betterhalf.config.schema import AlgorithmConfig, RunConfig
+    from betterhalf.models.loading import LoadedModel
+    from betterhalf.precision.policy import build_policy
+    from betterhalf.training.policy_trainer import PolicyTrainer
+
+    torch.manual_seed(0)
+    hf = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=2 * HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+    )
+    module = LlamaForCausalLM(hf).eval()
+    model = LoadedModel(
+        name="wide head", module=module, hf_config=hf, tokenizer=None, stop_token_ids=(), context_length=32768
+    )
+    config = RunConfig()
+    policy = build_policy(config.precision, torch.device("cpu"))
+    trainer = PolicyTrainer(model, config=config, policy=policy, algorithm=resolve_algorithm(AlgorithmConfig()))
+    warm = one_sequence(torch.randint(0, VOCABULARY, (64,)))
+    (-trainer.score(warm).mean() * LOSS_SCALE).backward()
+    before = peak_gib()
+    lengths = (256,) * (tokens // 256)
+    micro = packed(lengths)
+    (-trainer.score(micro).mean() * LOSS_SCALE).backward()
+    print(before, peak_gib())
+
+
+def packed(lengths: tuple[int, ...]):  # type: ignore[no-untyped-def]
+    """Sequences of random tokens end to end, every token but each first one with a loss."""
+    from dataclasses import replace
+
+    single = one_sequence(torch.randint(0, VOCABULARY, (lengths[0],)))
+    count, length = len(lengths), lengths[0]
+    starts = torch.arange(count).repeat_interleave(length - 1) * length
+    return replace(
+        single,
+        token_ids_T=torch.randint(0, VOCABULARY, (count * length,)),
+        position_ids_T=single.position_ids_T.repeat(count),
+        sequence_lengths=lengths,
+        loss_rows_C=single.loss_rows_C.repeat(count) + starts,
+        target_ids_C=torch.randint(0, VOCABULARY, (count * (length - 1),)),
+        sequence_index_C=torch.arange(count).repeat_interleave(length - 1),
+        behavior_logprobs_C=torch.zeros(count * (length - 1)),
+        advantages_S=torch.ones(count),
+        rollout_index_S=tuple(range(count)),
+    )
+
+
+def added_gib(tokens: int) -> float:
+    """What a pass adds to the peak, in a fresh process."""
+    command = [sys.executable, __file__, "--one-pass", str(tokens)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    before, after = map(float, done.stdout.split()[-2:])
+    return after - before
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--one-pass", type=int, help="used inside: run one pass of so many tokens")
+    args = made.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.one_pass:
+        one_pass(args.one_pass)
+        return
+    table = Table("GiB added by the pass, against FP32 logits of all tokens")
+    added = {tokens: added_gib(tokens) for tokens in SIZES}
+    for tokens, mine in added.items():
+        logits = tokens * VOCABULARY * 4 / 2**30
+        table.add(
+            Row(what=f"{tokens} tokens, vocabulary {VOCABULARY}", ours=mine, peer=logits, target=0.0, better="lower")
+        )
+    small, large = SIZES[0], SIZES[-1]
+    growth = (added[large] - added[small]) / (large - small) * 2**20
+    logits_growth = VOCABULARY * 4 / 2**10
+    table.add(
+        Row(
+            what=f"growth from {small} to {large}, KiB a token",
+            ours=growth,
+            peer=logits_growth,
+            target=10,
+            better="lower",
+        )
+    )
+    table.end(args.json)
+
+
+if __name__ == "__main__":
+    main()

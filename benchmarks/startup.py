@@ -1,0 +1,44 @@
+"""How soon the command line answers, and what importing each package costs.
+
+    python benchmarks/startup.py [--json]
+
+Processor seconds of whole processes, medians, so that a busy machine does not count. The peer of each row is a bound.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+
+from side_by_side import Row, Table, parser
+
+COMMANDS: tuple[tuple[str, list[str], float], ...] = (
+    ("betterhalf --help", ["-m", "betterhalf.cli", "--help"], 0.5),
+    ("betterhalf config demo", ["-m", "betterhalf.cli", "config", "experiments/base/demo.toml"], 1.0),
+    ("import betterhalf.config.schema", ["-c", "import betterhalf.config.schema"], 0.5),
+    ("import betterhalf.report.page", ["-c", "import betterhalf.report.page"], 0.5),
+)
+"""What, the arguments of Python, and the seconds it may take."""
+
+
+def processor_seconds(arguments: list[str]) -> float:
+    """Of one process, user and system."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> None:
+    args = parser(__doc__).parse_args()
+    table = Table("processor seconds against the bound")
+    for what, arguments, bound in COMMANDS:
+        taken = statistics.median(processor_seconds(arguments) for _ in range(args.repeats))
+        table.add(Row(what=what, ours=taken, peer=bound, target=1.0, better="lower"))
+    table.end(args.json)
+
+
+if __name__ == "__main__":
+    main()
