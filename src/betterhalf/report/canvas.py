@@ -116,7 +116,7 @@ def across_labels(ticks: Sequence[tuple[float, str]], name: str) -> str:
 
 
 def rule(axis: Axis, value: float, text: str, *, outside: bool = False) -> str:
-    """A dashed horizontal line at `value`, its name above, or beside the plot; nothing where the axis does not reach."""
+    """A dashed horizontal line at `value`, its name above or beside it; nothing where the axis does not reach."""
     if not axis.low <= value <= axis.high:
         return ""
     y = axis.pixel(value)

@@ -66,15 +66,15 @@ def headroom_figure(key: str, dtype: str, rows: Sequence[Row]) -> Figure | None:
     if image is None:
         return None
     overflowing = sum(not row.finite for row in rows)
-    lost = f" {overflowing} entries are not finite: they stand at the bottom." if overflowing else ""
+    lost = f" Not finite, drawn below the limit: {overflowing}." if overflowing else ""
     return Figure(
         key=key,
         title=f"Headroom, {dtype}",
         unit="bits to the largest finite value, least of each layer",
         image=image,
         legend=legend((style, escape(kind)) for style, kind, _ in lines),
-        caption=f"Healthy: above {_WATCH_BITS:g} bits; at 0 the format is full. Left of layer 0 stands what comes before the layers, right of the last what "
-        f"follows them.{lost}",
+        caption=f"Healthy: above {_WATCH_BITS:g} bits; at 0 the format is full. Left of layer 0 stands what comes "
+        f"before the layers, right of the last what follows them.{lost}",
         numbers=worst_table(rows),
     )
 
@@ -134,7 +134,7 @@ def _cells(row: Row) -> list[str]:
         row.module,
         row.kind,
         shown(row.max_abs),
-        shown(row.headroom, ".1f"),
+        shown(row.headroom, ".1f") if row.finite else "none",
         *shares,
         "yes" if row.finite else "no",
     ]

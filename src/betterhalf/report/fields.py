@@ -9,9 +9,15 @@ from typing import Any
 Point = tuple[float, float]
 
 
+_LARGEST = 1e100
+"""Nothing a run measures is as large; up to here, squares and sums stay finite."""
+
+
 def number(value: object) -> float:
-    """`value` as a float; NaN when it is no number (a boolean is none)."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    """`value` as a float; NaN when it is no number (a boolean is none), or too large to be a measurement."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
+        return math.nan
+    return float(value)
 
 
 def mapping(tree: object, key: str) -> Mapping[str, Any]:

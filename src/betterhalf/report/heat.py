@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from betterhalf.report.markup import header_row, scroll, shown
+from betterhalf.report.markup import header_row, note, scroll
 from betterhalf.report.pairs import Pair, dtypes
 
 _EDGES = (1e-9, 1e-7, 1e-5, 1e-3)
@@ -15,24 +15,31 @@ _SHADES = ("below 1e-9", "to 1e-7", "to 1e-5", "to 1e-3", "above: out of band")
 
 
 def heat_table(pairs: Sequence[Pair], confidence: float = math.nan) -> str:
-    """Trainer dtypes down, rollout dtypes across; nothing when there is no pair."""
+    """Trainer dtypes down, rollout dtypes across, or one row of matched pairs; nothing when there is no pair."""
     if not pairs:
         return ""
-    cells = {(pair.train, pair.rollout): pair for pair in pairs}
     rollouts = dtypes([pair.rollout for pair in pairs])
     rows = "".join(
-        f'<tr><th scope="row">{escape(train)}</th>{"".join(_cell(cells.get((train, name))) for name in rollouts)}</tr>'
-        for train in dtypes([pair.train for pair in pairs])
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(_cell(row.get(rollout)) for rollout in rollouts)}</tr>'
+        for name, row in _rows(pairs)
     )
     level = f", {100 * confidence:g}% interval" if math.isfinite(confidence) else ", confidence interval"
-    caption = f"<caption>Mismatch k3, nats a token{level}. Rows: trainer; columns: rollout engine.</caption>"
-    head = header_row(["trainer \\ rollout", *rollouts])
-    return scroll(f"<table class=heat>{caption}{head}{rows}</table>", "mismatch matrix") + _key()
+    lead = note(f"Mismatch k3, nats a token{level}. Rows: precision of the trainer; columns: of the rollout engine.")
+    matrix = f"<table class=heat>{header_row(['', *rollouts])}{rows}</table>"
+    return lead + scroll(matrix, "mismatch k3, trainer by rollout precision") + _key()
 
 
 def shade(k3: float) -> int:
     """0 to 4: how many of the edges k3 has reached."""
     return sum(k3 >= edge for edge in _EDGES)
+
+
+def _rows(pairs: Sequence[Pair]) -> list[tuple[str, dict[str, Pair]]]:
+    """Name and pairs, by rollout dtype, of each row."""
+    if all(pair.train == pair.rollout for pair in pairs):
+        return [("matched", {pair.rollout: pair for pair in pairs})]
+    trains = dtypes([pair.train for pair in pairs])
+    return [(train, {pair.rollout: pair for pair in pairs if pair.train == train}) for train in trains]
 
 
 def _cell(pair: Pair | None) -> str:
@@ -41,7 +48,7 @@ def _cell(pair: Pair | None) -> str:
     if pair.error:
         return f'<td class="none">failed<small>{escape(pair.error)}</small></td>'
     low, high = pair.interval
-    interval = f"{shown(low, '.2g')} to {shown(high, '.2g')}" if math.isfinite(low) and math.isfinite(high) else ""
+    interval = f"{low:.1e} to {high:.1e}" if math.isfinite(low) and math.isfinite(high) else ""
     same = " same" if pair.train == pair.rollout else ""
     return f'<td class="h{shade(pair.k3)}{same}"><b>{pair.k3:.2e}</b><small>{interval}</small></td>'
 

@@ -58,7 +58,7 @@ def render(data: ReportData) -> str:
             *(doctor_section(study, several) for study in data.doctors),
             *(probe_section(study, several) for study in data.probes),
             _runs(data) if data.arms else "",
-            section("Precision contract", contracts(folders) or "<p>No contract recorded.</p>"),
+            section("Precision contract", contracts(folders) or ("<p>No contract recorded.</p>" if data.arms else "")),
             section("Settings that differ" if len(folders) > 1 else "Settings", config_differences(folders)),
             section("Completions", _samples(data.arms)) if data.arms else "",
             section("Environment", f"<p class=note>{environment_line(data.environment)}</p>"),

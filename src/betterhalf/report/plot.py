@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from betterhalf.report.axis import Axis, Scale, can_draw, fit
 from betterhalf.report.canvas import (
@@ -32,6 +33,8 @@ from betterhalf.report.canvas import (
 _MAX_MARKERS = 40
 _TICK_GAP = 34
 """Pixels that a label of the horizontal axis needs."""
+_LABEL_WIDTH = 125
+"""Pixels that the band's label takes at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +68,8 @@ class Plot:
     """Values the vertical axis must reach."""
     across_range: tuple[float, float] | None = None
     """Ends of the horizontal axis; fitted to the points if absent."""
+    across_include: tuple[float, ...] = ()
+    """Values that a fitted horizontal axis must reach."""
     across_ticks: tuple[tuple[float, str], ...] | None = None
     """Places and texts on the horizontal axis; round numbers if absent."""
     band: Band | None = None
@@ -89,7 +94,7 @@ def draw_plot(plot: Plot) -> str | None:
     parts += [_guide(plot.guide, across, axis)]
     lone = len(plot.series) == 1
     parts += [_series(series, across, axis, lone) for series in plot.series]
-    parts += [band_label(plot.band, axis, [axis.pixel(y) for _, y in kept])]
+    parts += [band_label(plot.band, axis, _inked(plot, across, axis))]
     return svg(plot.key, plot.title, _description(plot), "".join(parts))
 
 
@@ -110,9 +115,26 @@ def _drawable(series: Series, scale: Scale) -> list[Point]:
     return [(x, y) for x, y in series.points if math.isfinite(x) and can_draw(scale, y)]
 
 
+def _inked(plot: Plot, across: Axis, axis: Axis) -> list[float]:
+    """Heights, in pixels, that points and lines take up where the band's label may stand; of all points if none do."""
+    heights, everywhere = [], []
+    for series in plot.series:
+        pixels = [(across.pixel(x), axis.pixel(y)) for x, y in _drawable(series, axis.scale)]
+        everywhere += [y for _, y in pixels]
+        between = (
+            [_between(a, b, share / 8) for a, b in pairwise(pixels) for share in range(8)] if series.joined else []
+        )
+        heights += [y for x, y in (*pixels, *between) if x < LEFT + _LABEL_WIDTH]
+    return heights or everywhere
+
+
+def _between(start: Point, end: Point, share: float) -> Point:
+    return start[0] + share * (end[0] - start[0]), start[1] + share * (end[1] - start[1])
+
+
 def _across(plot: Plot, values: Sequence[float]) -> Axis:
     if plot.across_range is None:
-        axis = fit(values, scale="linear", start=LEFT, end=RIGHT)
+        axis = fit(values, scale="linear", start=LEFT, end=RIGHT, include=plot.across_include)
         assert axis is not None  # the caller has at least one point, and its coordinates are finite
         return axis
     low, high = plot.across_range
@@ -171,11 +193,12 @@ def _series(series: Series, across: Axis, axis: Axis, lone: bool) -> str:
 
 
 def _fit_line(series: Series, points: Sequence[Point], across: Axis, axis: Axis) -> str:
-    """The straight line from the first to the last point, with a casing that lifts it off the cloud."""
+    """From the first to the last x, or from 0 where there is one x only; a casing lifts the line off the cloud."""
     if series.fit is None or not all(map(math.isfinite, series.fit)):
         return ""
     slope, intercept = series.fit
-    ends = [min(x for x, _ in points), max(x for x, _ in points)]
+    low, high = min(x for x, _ in points), max(x for x, _ in points)
+    ends = [low if low < high else max(0.0, across.low), high]
     pixels = [(across.pixel(x), axis.pixel(intercept + slope * x)) for x in ends]
     return line_path(pixels, "casing") + line_path(pixels, "line")
 

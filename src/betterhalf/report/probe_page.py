@@ -54,7 +54,8 @@ def pair_table(pairs: Sequence[Pair]) -> str:
     rows = [
         [
             f"{pair.train} / {pair.rollout}",
-            *(shown(pair.value(key)) for key in ("k3", "mean_abs", "max_abs", "sequence_kl", "slope_per_1k")),
+            *(shown(pair.value(key), ".2e") for key in ("k3", "mean_abs", "max_abs", "sequence_kl")),
+            shown(pair.value("slope_per_1k"), "+.3g"),
             shown(pair.value("tokens"), ",.0f"),
             shown(pair.value("seconds"), ".1f"),
         ]
@@ -71,10 +72,13 @@ def budget_table(pairs: Sequence[Pair]) -> str:
         ("correlation", "correlation", ".3g"),
         ("predicted ESS", "predicted_ess", ".4f"),
         ("observed ESS", "observed_ess", ".4f"),
-        ("usable length, tokens", "max_length", ",.0f"),
     )
     rows = [
-        [f"{pair.train} / {pair.rollout}", *(shown(pair.budget(key), spec) for _, key, spec in columns)]
+        [
+            f"{pair.train} / {pair.rollout}",
+            *(shown(pair.budget(key), spec) for _, key, spec in columns),
+            _tokens(pair.budget("max_length")),
+        ]
         for pair in pairs
         if mapping(pair.row, "budget")
     ]
@@ -84,7 +88,11 @@ def budget_table(pairs: Sequence[Pair]) -> str:
         "Effective sample size (ESS) as a share of the completions: predicted from the variance of the token log-ratio "
         "and its correlation, and observed. The usable length is where the prediction falls to the floor."
     )
-    return explained + table(["trainer / rollout", *(title for title, _, _ in columns)], rows)
+    return explained + table(["trainer / rollout", *(title for title, _, _ in columns), "usable length, tokens"], rows)
+
+
+def _tokens(length: float) -> str:
+    return shown(length, ",.0f" if length < 1e6 else ".1e")
 
 
 def _subject(result: Mapping[str, Any]) -> str:

@@ -42,6 +42,7 @@ def slope_figure(key: str, groups: Sequence[Completions], caption: str = "") -> 
             series=tuple(map(_series, sorted(groups, key=_width, reverse=True))),
             across_name="tokens",
             include=(0.0,),
+            across_include=(0.0,),
             wedge=_wedge(),
         )
     )

@@ -2,7 +2,7 @@
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#ffffff;--card:#f7f8fa;--ink:#1b1f24;--soft:#59636e;--rule:#d9dee4;--band:#2da44e1f;
---edge:#1a7f37;--ok:#1a7f37;--bad:#c11f2d;--wait:#8a6100;--s0:#0064c8;--s1:#c2410c;--s2:#0b7d5d;--s3:#8b3fb8;--s4:#9a6b00;
+--edge:#1a7f37;--ok:#1a7f37;--bad:#c11f2d;--wait:#8a6100;--s0:#0064c8;--s1:#c2410c;--s2:#0b7d5d;--s3:#8b3fb8;--s4:#8a6100;
 --s5:#4b5563;--p0:#0064c8;--p1:#8b3fb8;--p2:#c2410c;--p3:#0b7d5d;--p4:#9a6b00;--p5:#a3adb8;--q5:#1b1f24;--q:#ffffff;
 --heat:194,65,12;--h0:#e3f1e6;--h1:#eef3d8;--h2:#fdf0c8;--h3:#fbd3a6;--h4:#f5a48c}
 @media(prefers-color-scheme:dark){:root{--bg:#0f1318;--card:#171c23;--ink:#e6eaef;--soft:#9aa5b1;--rule:#2c343e;
@@ -23,11 +23,13 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92re
 th,td{padding:.35em .8em .35em 0;text-align:left;border-bottom:1px solid var(--rule);vertical-align:top}
 td{white-space:nowrap}tr>th:first-child{font-weight:600}
 .scroll{overflow-x:auto;max-width:100%;margin:.4em 0}
-.numeric td,.numeric th:not(:first-child){text-align:right}.numeric .note td{text-align:left}
+.numeric td,.numeric th:not(:first-child){text-align:right}.numeric th:first-child{white-space:nowrap}
+.numeric .note td{text-align:left}
 :focus-visible{outline:2px solid var(--s0);outline-offset:2px}
 .part{margin:1.6em 0 .4em;font-size:1.05rem}h4{margin-top:1.2em}
-.heat{border-collapse:separate;border-spacing:4px;font-size:1rem}.heat caption{font-weight:400;color:var(--soft);
-font-size:.9rem}.heat th{border:0;padding:.4em .8em}.heat td{border:3px solid transparent;border-radius:8px;
+.heat{border-collapse:separate;border-spacing:4px;font-size:1rem}
+.heat th{border:0;padding:.4em .6em;text-align:center;vertical-align:middle}
+.heat td{border:3px solid transparent;border-radius:8px;
 padding:.5em .9em;min-width:8.5em;text-align:center}.heat td b,.heat td small{display:block}
 .heat small{font-size:.78rem}
 .heat td.none{color:var(--soft);border:1px dashed var(--rule);white-space:normal;max-width:18em}
@@ -92,6 +94,7 @@ font:13.5px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .notice{padding:.6em 1em;border-left:4px solid var(--wait);background:var(--card);border-radius:6px}
 @media(max-width:600px){
 body{padding:14px 12px 40px}h1{font-size:1.3rem}.verdict{font-size:.88rem}.verdict th{white-space:normal}
-.verdict th,.verdict td{padding-right:.8em}figure{padding:12px 10px 8px}}
+.verdict th,.verdict td{padding-right:.8em}.heat td{padding:.4em .3em;min-width:5.6em;white-space:normal}
+.heat th{padding:.3em .3em .3em 0}figure{padding:12px 10px 8px}}
 @media print{figure,.sample{break-inside:avoid}details{display:none}}
 """
