@@ -24,6 +24,11 @@ def dtype_name(dtype: torch.dtype) -> DtypeName:
     return _NAMES[dtype]
 
 
+def dtype_keyword(name: DtypeName) -> str:
+    """The format's name where a library takes torch's dtype names as text, without the prefix."""
+    return str(_TORCH_DTYPES[name]).removeprefix("torch.")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FormatFacts:
     """An IEEE 754 style binary format: one sign bit, subnormal numbers, infinities. At most as wide as FP32."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from betterhalf.config.schema import NativeEngineConfig, RunConfig
+from betterhalf.config.schema import NativeEngineConfig, RunConfig, VllmEngineConfig
 from betterhalf.precision.policy import PrecisionPolicy
 from betterhalf.rollout.engine import RolloutEngine
 from betterhalf.rollout.native.engine import NativeEngine
+from betterhalf.rollout.vllm.engine import VllmEngine
+from betterhalf.rollout.vllm.options import check_sampling
 
 _Builder = Callable[[RunConfig, Any, tuple[int, ...], PrecisionPolicy], RolloutEngine]
 
@@ -20,7 +22,19 @@ def _native(
     return NativeEngine(hf_config, policy=policy, config=config.engine, stop_token_ids=stop_token_ids)
 
 
-_ENGINES: dict[str, _Builder] = {"native": _native}
+def _vllm(config: RunConfig, hf_config: Any, stop_token_ids: tuple[int, ...], policy: PrecisionPolicy) -> RolloutEngine:
+    assert isinstance(config.engine, VllmEngineConfig)
+    check_sampling(config.sampling)
+    return VllmEngine(
+        hf_config,
+        policy=policy,
+        config=config.engine,
+        stop_token_ids=stop_token_ids,
+        seed=config.seed,
+    )
+
+
+_ENGINES: dict[str, _Builder] = {"native": _native, "vllm": _vllm}
 """`engine.type` -> builder."""
 
 
@@ -36,6 +50,7 @@ def build_engine(
         policy: dtype roles and device.
 
     Raises:
-        InputError: the engine does not know the architecture.
+        InputError: the engine does not know the architecture, or cannot do what is asked.
+        MissingExtraError: the engine is not installed.
     """
     return _ENGINES[config.engine.type](config, hf_config, tuple(stop_token_ids), policy)

@@ -1,0 +1,278 @@
+"""The run's side of vLLM: starts it in a process of its own, asks it, checks what it answers.
+
+vLLM is never imported here. A broken installation, a crash or a leak of vLLM stays in the child; when that ends, the
+run makes a new one, loads the weights and asks again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from betterhalf.config.schema import SamplingConfig, VllmEngineConfig
+from betterhalf.errors import EngineDiedError, EngineError, InputError, MissingExtraError
+from betterhalf.precision.contract import SideReport
+from betterhalf.precision.formats import dtype_name
+from betterhalf.precision.policy import PrecisionPolicy
+from betterhalf.rollout.sampler import sequence_key
+from betterhalf.rollout.vllm import options, transfer
+from betterhalf.rollout.vllm.process import ServerProcess
+from betterhalf.rollout.vllm.refusals import INSTALL
+from betterhalf.types import Completion, GenerateRequest
+
+_PROBE_TOKENS = 8
+
+
+class VllmEngine:
+    """Samples completions with the real vLLM; implements `rollout.engine.RolloutEngine`.
+
+    The process starts when it is first needed (some 10 seconds), so that bad input elsewhere wastes none.
+    """
+
+    def __init__(
+        self,
+        hf_config: Any,
+        *,
+        policy: PrecisionPolicy,
+        config: VllmEngineConfig,
+        stop_token_ids: Iterable[int],
+        seed: int = 0,
+        module: str = "betterhalf.rollout.vllm.server",
+    ) -> None:
+        """Look at everything that can be judged without vLLM.
+
+        Args:
+            hf_config: transformers configuration of the model.
+            policy: dtype roles and device.
+            config: of the engine.
+            stop_token_ids: tokens that end a completion.
+            seed: vLLM's own; draws depend on the requests' keys alone.
+            module: what the child runs.
+
+        Raises:
+            InputError: vLLM cannot do what is asked.
+            MissingExtraError: it is not installed.
+        """
+        options.check_supported(policy)
+        _require_installed()
+        self._hf_config, self._policy, self._config, self._seed = hf_config, policy, config, seed
+        self._stops = tuple(sorted(i for i in set(stop_token_ids) if 0 <= i < hf_config.vocab_size))
+        self._module = module
+        self._context = options.context_length(hf_config)
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._process: ServerProcess | None = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._died: str | None = None
+        self._asleep = False
+        self._policy_version: int | None = None
+        self._wire: torch.dtype | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of vLLM's process, if it runs."""
+        return self._process.pid if self._process else None
+
+    # -- the process
+
+    def _start(self) -> ServerProcess:
+        """The process, started if it is not there yet."""
+        if self._died is not None:
+            raise EngineDiedError(self._died)
+        if self._process is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="betterhalf-vllm-")
+            folder = Path(self._folder.name)
+            try:
+                options.write_model(folder, self._hf_config)
+                variables = options.environment(self._config, self._policy)
+                self._process = ServerProcess(self._module, variables, folder / "vllm.log")
+                llm = options.llm_options(folder, self._hf_config, self._config, self._policy, self._seed)
+                self._shapes = self._ask_started("start", seconds=self._config.start_seconds, options=llm)
+            except BaseException:
+                self.close()
+                raise
+        return self._process
+
+    def _ask(self, verb: str, **values: Any) -> Any:
+        self._start()
+        return self._ask_started(verb, **values)
+
+    def _ask_started(self, verb: str, **values: Any) -> Any:
+        assert self._process is not None
+        try:
+            return self._process.ask(verb, **values)
+        except EngineDiedError as error:
+            self._died = str(error)
+            self._policy_version = None
+            raise
+
+    def restart(self) -> None:
+        """End what is left of the old process and start a new one; see `RolloutEngine.restart`."""
+        self.close()
+        self._died = None
+        self._start()
+
+    def close(self) -> None:
+        """End the process and drop its files."""
+        self._policy_version, self._asleep = None, False
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    # -- sampling and scoring
+
+    def generate(self, requests: Sequence[GenerateRequest], sampling: SamplingConfig) -> list[tuple[Completion, ...]]:
+        """Sample `group_size` completions for each request; see `RolloutEngine.generate`."""
+        options.check_sampling(sampling)
+        version = self._require_weights("generate")
+        self._check_prompts(requests)
+        places = [(index, sibling) for index, request in enumerate(requests) for sibling in range(request.group_size)]
+        if not places:
+            return [() for _ in requests]
+        self.wake()
+        sampled = self._ask(
+            "generate",
+            requests=[self._wanted(requests[index], sibling, sampling.max_tokens) for index, sibling in places],
+            temperature=sampling.temperature,
+            stop_token_ids=self._stops,
+        )
+        found = {place: self._completion(place, one, version) for place, one in zip(places, sampled, strict=True)}
+        return [
+            tuple(found[index, sibling] for sibling in range(request.group_size))
+            for index, request in enumerate(requests)
+        ]
+
+    def _wanted(self, request: GenerateRequest, sibling: int, max_tokens: int) -> tuple[tuple[int, ...], int, int]:
+        """Prompt, length limit, and a seed: 63 bits, for vLLM reads -1 as none."""
+        room = self._context - len(request.token_ids)
+        return request.token_ids, min(max_tokens, room), sequence_key(request.key, sibling) & (2**63 - 1)
+
+    def _check_prompts(self, requests: Sequence[GenerateRequest]) -> None:
+        vocabulary = self._hf_config.vocab_size
+        for index, request in enumerate(requests):
+            length = len(request.token_ids)
+            if not 0 < length < self._context:
+                raise InputError(
+                    f"prompt {index} has {length} tokens, but the model's context of {self._context} must hold it and "
+                    "one token more; shorten or drop it"
+                )
+            _require_in_vocabulary(f"prompt {index}", request.token_ids, vocabulary)
+
+    def _completion(
+        self, place: tuple[int, int], sampled: tuple[tuple[int, ...], tuple[float, ...], bool], version: int
+    ) -> Completion:
+        token_ids, logprobs, stopped = sampled
+        bad = next((i for i, logprob in enumerate(logprobs) if not math.isfinite(logprob)), None)
+        if bad is not None or not token_ids:
+            raise EngineError(
+                f"prompt {place[0]}, sibling {place[1]}: the logprob of completion token {bad or 0} is not finite in "
+                f"{self._policy.roles.rollout_dtype}; {_NOT_FINITE}"
+            )
+        return Completion(
+            token_ids=token_ids,
+            behavior_logprobs=logprobs,
+            finish_reason="stop" if stopped else "length",
+            policy_version=version,
+        )
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        """log mu of each given token but the first; see `RolloutEngine.score`."""
+        self._require_weights("score")
+        for index, token_ids in enumerate(sequences):
+            if not 1 < len(token_ids) <= self._context:
+                raise InputError(
+                    f"sequence {index} has {len(token_ids)} tokens; the engine scores 2 to {self._context}, "
+                    "the model's context; shorten or drop it"
+                )
+            _require_in_vocabulary(f"sequence {index}", token_ids, self._hf_config.vocab_size)
+        if not sequences:
+            return []
+        self.wake()
+        scores: list[tuple[float, ...]] = self._ask("score", sequences=[tuple(ids) for ids in sequences])
+        for index, logprobs in enumerate(scores):
+            if not all(map(math.isfinite, logprobs)):
+                raise EngineError(
+                    f"sequence {index}: its logprobs are not finite in {self._policy.roles.rollout_dtype}; "
+                    f"{_NOT_FINITE}"
+                )
+        return scores
+
+    def _require_weights(self, verb: str) -> int:
+        if self._died is not None:
+            raise EngineDiedError(self._died)
+        if self._policy_version is None:
+            raise EngineError(f"the engine holds no weights; call load_weights before {verb}")
+        return self._policy_version
+
+    # -- weights
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
+        """Replace all weights, in place; see `RolloutEngine.load_weights`."""
+        self._start()
+        self.wake()
+        self._policy_version = None
+        arriving = transfer.checked(weights, self._shapes)
+        if options.transfers_by_handle(self._config, self._policy):
+            self._wire = transfer.send_handles(self._ask, arriving, self._policy.device)
+        else:
+            self._wire = transfer.send_file(self._ask, arriving)
+        self._policy_version = policy_version
+
+    def report(self) -> SideReport:
+        """What vLLM really runs, read in its process from live tensors while a few tokens pass through.
+
+        Raises:
+            EngineError: it computes NaN or infinity, which lie on no format's grid.
+        """
+        self.wake()
+        count = min(_PROBE_TOKENS, self._hf_config.vocab_size, self._context)
+        found = self._ask("report", token_ids=tuple(range(count)))
+        if not found["finite"]:
+            raise EngineError(
+                f"the engine's hidden states are not finite in {self._policy.roles.rollout_dtype}; {_NOT_FINITE}"
+            )
+        wire = self._policy.roles.wire_dtype if self._wire is None else dtype_name(self._wire)
+        facts = found["facts"] | {"batch_invariant": "on" if self._config.batch_invariant else "off"}
+        return SideReport(side="engine", dtypes=found["dtypes"] | {"wire": wire}, facts=facts, digests=found["digests"])
+
+    # -- sharing a GPU
+
+    def sleep(self) -> None:
+        """Weights to the host and no cache, on a GPU that the trainer shares; nothing on a CPU."""
+        shared = self._policy.device.type == "cuda" and self._config.sleep == "auto"
+        if shared and self._process is not None and not self._asleep and self._died is None:
+            self._ask("sleep")
+            self._asleep = True
+
+    def wake(self) -> None:
+        """Undo `sleep`; `generate`, `score`, `load_weights` and `report` do so themselves."""
+        if self._asleep:
+            self._ask("wake")
+            self._asleep = False
+
+
+_NOT_FINITE = (
+    "values leave the range of the format; set precision=bf16 or precision=fp32, or check the model's files for NaN"
+)
+
+
+def _require_in_vocabulary(what: str, token_ids: Sequence[int], vocabulary: int) -> None:
+    if not 0 <= min(token_ids) <= max(token_ids) < vocabulary:
+        raise InputError(
+            f"{what} holds a token outside the model's vocabulary of {vocabulary}; use the model's own tokenizer"
+        )
+
+
+def _require_installed() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingExtraError(f"engine.type=vllm needs vLLM, which is not installed. {INSTALL}")

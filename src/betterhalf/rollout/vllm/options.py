@@ -1,0 +1,154 @@
+"""How vLLM is started for a run: keyword arguments of its `LLM`, environment, and the model's configuration file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from betterhalf.config.schema import SamplingConfig, VllmEngineConfig
+from betterhalf.errors import ConfigError, InputError
+from betterhalf.precision.formats import dtype_keyword
+from betterhalf.precision.policy import PrecisionPolicy
+
+_GIB = 2**30
+_BLOCK = 128
+"""Tokens in a block of vLLM's CPU cache, the largest of any platform."""
+
+_MIN_TEMPERATURE = 0.01
+"""Below this vLLM samples at another temperature than it is told to."""
+
+
+def check_supported(policy: PrecisionPolicy) -> None:
+    """Refuse what vLLM cannot do, before anything is started.
+
+    Raises:
+        InputError: a KV dtype of its own, or FP32 islands.
+    """
+    roles = policy.roles
+    if roles.kv_dtype != roles.rollout_dtype:
+        raise ConfigError(
+            f"vLLM keeps keys and values in the dtype it computes in, {roles.rollout_dtype}, not in {roles.kv_dtype}; "
+            "drop precision.kv_dtype, or set engine=native"
+        )
+    if policy.fp32_modules:
+        raise InputError(
+            "vLLM computes all modules in one dtype, so precision.fp32_modules cannot be applied in it; "
+            "empty it, or set engine=native"
+        )
+
+
+def check_sampling(sampling: SamplingConfig) -> None:
+    """Refuse a temperature that vLLM would replace without a word the trainer could hear.
+
+    Raises:
+        ConfigError: it is below 0.01.
+    """
+    if sampling.temperature < _MIN_TEMPERATURE:
+        raise ConfigError(
+            f"vLLM samples at temperature {_MIN_TEMPERATURE} when told {sampling.temperature:g}; set "
+            f"sampling.temperature to {_MIN_TEMPERATURE} or more, or engine=native"
+        )
+
+
+def write_model(folder: Path, hf_config: Any) -> None:
+    """`config.json`, all that vLLM needs to build the model; weights and tokens come from the run."""
+    data = hf_config.to_dict()
+    data.pop("quantization_config", None)
+    data["architectures"] = data.get("architectures") or _architectures(hf_config.model_type)
+    (folder / "config.json").write_text(json.dumps(data, default=str), encoding="utf-8")
+
+
+def _architectures(model_type: str) -> list[str]:
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if name is None:
+        raise InputError(
+            f"the model's type {model_type!r} names no causal language model of transformers; choose another model"
+        )
+    return [name]
+
+
+def llm_options(
+    folder: Path, hf_config: Any, config: VllmEngineConfig, policy: PrecisionPolicy, seed: int
+) -> dict[str, Any]:
+    """Keyword arguments of `vllm.LLM`; plain values, so that they travel."""
+    on_cpu = policy.device.type == "cpu"
+    options: dict[str, Any] = {
+        "model": str(folder),
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": dtype_keyword(policy.roles.rollout_dtype),
+        "kv_cache_dtype": "auto",
+        # One more than the context: vLLM samples a token behind each prompt it scores, but never computes with it.
+        "max_model_len": context_length(hf_config) + 1,
+        "max_num_seqs": config.max_concurrent,
+        "enforce_eager": not uses_compile(config, policy),
+        "generation_config": "vllm",
+        # Logprobs of the tempered distribution that is sampled from.
+        "logprobs_mode": "processed_logprobs",
+        "enable_prefix_caching": config.prefix_caching,
+        # Cascade attention sums in another order, and on some GPUs wrongly (vLLM issue 22103).
+        "disable_cascade_attn": True,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "seed": seed,
+        "disable_log_stats": True,
+        "worker_extension_cls": "betterhalf.rollout.vllm.worker.BetterhalfWorker",
+    }
+    if config.head_dtype == "fp32":
+        options["hf_overrides"] = {"head_dtype": dtype_keyword("fp32")}
+    if on_cpu:
+        return options | {"kv_cache_memory_bytes": _cache_bytes(hf_config, config, policy)}
+    options["gpu_memory_utilization"] = config.gpu_memory_utilization
+    options["enable_sleep_mode"] = config.sleep == "auto"
+    if transfers_by_handle(config, policy):
+        options["weight_transfer_config"] = {"backend": "ipc"}
+    return options
+
+
+def uses_compile(config: VllmEngineConfig, policy: PrecisionPolicy) -> bool:
+    """Whether vLLM compiles: as told, else on a GPU only."""
+    return policy.device.type != "cpu" if config.compile is None else config.compile
+
+
+def transfers_by_handle(config: VllmEngineConfig, policy: PrecisionPolicy) -> bool:
+    """Whether weights go through vLLM's weight-transfer API (CUDA IPC: both on the same GPU) rather than a file."""
+    return policy.device.type == "cuda" and config.tensor_parallel_size == 1
+
+
+def context_length(hf_config: Any) -> int:
+    """Positions the model can attend over."""
+    length: int = hf_config.max_position_embeddings
+    return length
+
+
+def _cache_bytes(hf_config: Any, config: VllmEngineConfig, policy: PrecisionPolicy) -> int:
+    """Memory for keys and values on a CPU: as much as can be used at once, at most `engine.kv_cache_gib`."""
+    allowed = int(config.kv_cache_gib * _GIB)
+    heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    token = 2 * hf_config.num_hidden_layers * heads * head_dim * policy.rollout_dtype.itemsize
+    blocks = -(-(context_length(hf_config) + 1) // _BLOCK) + 1
+    needed: int = (config.max_concurrent * blocks + 1) * _BLOCK * token
+    return min(allowed, needed)
+
+
+def environment(config: VllmEngineConfig, policy: PrecisionPolicy) -> dict[str, str]:
+    """Variables of the child: everything in one process, offline, silent about us."""
+    variables = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if config.batch_invariant:
+        variables["VLLM_BATCH_INVARIANT"] = "1"
+    if policy.device.type == "cpu" and not uses_compile(config, policy):
+        # vLLM's sampler compiles its ranking of tokens at the first request, whatever `enforce_eager` says; on a CPU
+        # that calls a C++ compiler and takes longer than the start.
+        variables["TORCHDYNAMO_DISABLE"] = "1"
+    return variables

