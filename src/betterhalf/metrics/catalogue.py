@@ -224,6 +224,13 @@ _ROLLOUT = (
     Metric(
         "rollout/groups_dropped", "groups", "Groups replaced by dynamic sampling since their rewards were all equal."
     ),
+    Metric(
+        "rollout/engine_restarts",
+        "restarts",
+        "Times the engine's process died in the step and a new one sampled the same completions.",
+        (None, 0.0),
+        "by definition: a healthy engine does not die",
+    ),
 )
 
 _TIME = (

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from betterhalf.runs.assembly import Parts
+from betterhalf.runs.recovery import Restarts, restarts_of, surviving
 from betterhalf.runs.stopwatch import Stopwatch
+from betterhalf.runs.weight_sync import revive
 from betterhalf.tasks.rewards import check_rewards
 from betterhalf.types import Completion, GenerateRequest, Prompt, Rollout, RolloutGroup
 
@@ -23,6 +25,8 @@ class Collected:
     """Groups thrown away by dynamic sampling because all their rewards were equal."""
     timeouts: int
     """Rewards that ran out of time in this step."""
+    restarts: int = 0
+    """Times the engine died while sampling and was started again."""
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -42,9 +46,10 @@ def collect_groups(parts: Parts, step: int, position: int, clock: Stopwatch) -> 
     useful: list[RolloutGroup] = []
     flat: list[RolloutGroup] = []
     timeouts_before = parts.task.timeouts
+    restarts, size = restarts_of(parts.config), parts.config.training.group_size
     for _ in range(rounds):
         prompts = parts.task.prompts(position, wanted, parts.config.seed)
-        for group in sample_groups(parts, prompts, parts.config.training.group_size, step, len(useful + flat), clock):
+        for group in sample_groups(parts, prompts, size, step, len(useful + flat), clock, restarts):
             (useful if len(set(group.rewards)) > 1 or not parts.algorithm.dynamic_sampling else flat).append(group)
         position += wanted
         if len(useful) >= wanted:
@@ -55,15 +60,26 @@ def collect_groups(parts: Parts, step: int, position: int, clock: Stopwatch) -> 
         position=position,
         dropped=len(useful) + len(flat) - len(groups),
         timeouts=parts.task.timeouts - timeouts_before,
+        restarts=restarts.count,
     )
 
 
 def sample_groups(
-    parts: Parts, prompts: Sequence[Prompt], group_size: int, step: int, first_index: int, clock: Stopwatch
+    parts: Parts,
+    prompts: Sequence[Prompt],
+    group_size: int,
+    step: int,
+    first_index: int,
+    clock: Stopwatch,
+    restarts: Restarts | None = None,
 ) -> list[RolloutGroup]:
     """Completions and rewards for some prompts; (seed, step, index) determines every draw.
 
+    When the engine's process dies, a new one samples the same completions; `restarts` counts and limits that, by
+    default for this call alone.
+
     Raises:
+        EngineDiedError: it dies again and again.
         RewardError: a reward is not finite, or their number is wrong.
     """
     with clock("generate"):
@@ -73,9 +89,13 @@ def sample_groups(
             )
             for index, prompt in enumerate(prompts)
         ]
-        siblings = parts.engine.generate(requests, parts.config.sampling)
+        siblings = _generate(parts, requests, restarts or restarts_of(parts.config))
     with clock("reward"):
         return _scored(parts, prompts, siblings)
+
+
+def _generate(parts: Parts, requests: list[GenerateRequest], restarts: Restarts) -> list[tuple[Completion, ...]]:
+    return surviving(lambda: parts.engine.generate(requests, parts.config.sampling), lambda: revive(parts), restarts)
 
 
 def _scored(parts: Parts, prompts: Sequence[Prompt], siblings: Sequence[tuple[Completion, ...]]) -> list[RolloutGroup]:

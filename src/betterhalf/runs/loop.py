@@ -279,6 +279,7 @@ def rollout_metrics(parts: Parts, collected: Collected, advantages: list[float])
         "rollout/zero_advantage_fraction": float(zero.double().mean()),
         "rollout/reward_timeouts": float(collected.timeouts),
         "rollout/groups_dropped": float(collected.dropped),
+        "rollout/engine_restarts": float(collected.restarts),
     }
 
 

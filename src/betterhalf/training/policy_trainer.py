@@ -125,10 +125,13 @@ class PolicyTrainer:
         return rows_per_chunk(self._head.shape[0], self.config.training.logits_mib)
 
     @torch.no_grad()
-    def measure(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Trainer logprobs and entropy of each completion token, float32 [C], at the current weights."""
+    def measure(self, micro: MicroBatch, temperature: float | None = None) -> tuple[Tensor, Tensor]:
+        """Trainer logprobs and entropy of each completion token, float32 [C], at the current weights.
+
+        `temperature` is that of the run's sampling unless given.
+        """
         hidden = self._hidden_rows(micro)
-        temperature = self.config.sampling.temperature
+        temperature = self.config.sampling.temperature if temperature is None else temperature
         return measure_tokens(hidden, self._head_for_products(), micro.target_ids_C, temperature, self._rows)
 
     def score(self, micro: MicroBatch) -> Tensor:

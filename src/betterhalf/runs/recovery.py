@@ -1,0 +1,64 @@
+"""Go on when the engine's process dies: a new one takes its place, gets the current weights, and is asked again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from betterhalf.config.schema import RunConfig, VllmEngineConfig
+from betterhalf.errors import EngineDiedError
+
+_T = TypeVar("_T")
+
+
+class Restarts:
+    """Counts the restarts of one step, and tells the user of each."""
+
+    def __init__(self, limit: int, tell: Callable[[str], None] | None = None) -> None:
+        """Allow `limit` restarts; notes go to `tell`, by default to standard error."""
+        self.limit = limit
+        self.count = 0
+        self._tell = tell or _to_standard_error
+
+    def note(self, error: EngineDiedError) -> None:
+        """One more.
+
+        Raises:
+            EngineDiedError: it is one too many.
+        """
+        if self.count >= self.limit:
+            raise EngineDiedError(
+                f"the engine died {self.count + 1} times in one step (engine.max_restarts={self.limit}); {error}"
+            ) from error
+        self.count += 1
+        self._tell(f"note: {error}\nStarting the engine again ({self.count} of {self.limit}); no step is lost.")
+
+
+def restarts_of(config: RunConfig) -> Restarts:
+    """As many as `engine.max_restarts` allows; none for an engine without a process of its own."""
+    return Restarts(config.engine.max_restarts if isinstance(config.engine, VllmEngineConfig) else 0)
+
+
+def surviving(action: Callable[[], _T], revive: Callable[[], object], restarts: Restarts) -> _T:
+    """The result of `action`; when the engine dies in it, `revive` and do it again.
+
+    `revive` may find the new engine dead as well: that counts like another death.
+
+    Raises:
+        EngineDiedError: it died once more than `restarts` allows.
+    """
+    dead = False
+    while True:
+        try:
+            if dead:
+                revive()
+                dead = False
+            return action()
+        except EngineDiedError as error:
+            restarts.note(error)
+            dead = True
+
+
+def _to_standard_error(message: str) -> None:
+    print(message, file=sys.stderr)

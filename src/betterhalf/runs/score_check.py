@@ -1,0 +1,73 @@
+"""Score the same tokens on both sides: weights that arrived but are not used show here, and nowhere else.
+
+An engine may hold the right tensors and multiply by stale copies of them, or read stale keys and values. Digests cannot
+see that; logprobs can.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from betterhalf.errors import WeightSyncError
+from betterhalf.precision.formats import FORMATS
+from betterhalf.precision.policy import PrecisionPolicy
+from betterhalf.runs.assembly import Parts
+from betterhalf.types import MicroBatch
+
+_TOKENS = 32
+_ROUNDOFFS = 64
+"""The tolerance in units of roundoff of the coarser format; rounding alone makes up to about a tenth of it."""
+_FLOOR = 1e-3
+"""Nats; where both formats are fine, other orders of summation still differ."""
+
+
+def tolerance(policy: PrecisionPolicy) -> float:
+    """Mean absolute difference of logprobs, in nats, that rounding may make: max(1e-3, 64 unit roundoffs)."""
+    formats = (policy.roles.compute_dtype, policy.roles.rollout_dtype)
+    return max(_FLOOR, _ROUNDOFFS * max(FORMATS[name].unit_roundoff for name in formats))
+
+
+def score_difference(parts: Parts) -> float:
+    """Mean absolute difference between trainer and engine logprobs of a fixed prompt, in nats, at temperature 1."""
+    hf_config = parts.trainer.module.config
+    token_ids = fixed_tokens(hf_config.vocab_size, min(_TOKENS, hf_config.max_position_embeddings))
+    behavior = torch.tensor(parts.engine.score([token_ids])[0], dtype=torch.float64)
+    logprobs, _ = parts.trainer.measure(_whole(token_ids, parts.policy.device), temperature=1.0)
+    return float((logprobs.double().cpu() - behavior).abs().mean())
+
+
+def check_scores(parts: Parts) -> None:
+    """Refuse an engine that scores otherwise than the trainer does, beyond rounding.
+
+    Raises:
+        WeightSyncError: the mean difference exceeds `tolerance`, or is not a number.
+    """
+    difference, allowed = score_difference(parts), tolerance(parts.policy)
+    if not difference <= allowed:
+        raise WeightSyncError(
+            f"after the weight sync the engine scores a prompt {difference:.3g} nats per token apart from the trainer "
+            f"(rounding makes at most {allowed:.3g}), although it holds the same weights: it computes with stale "
+            "copies or a stale cache, or its model differs; use engine=native, and report this with the model's name"
+        )
+
+
+def fixed_tokens(vocab_size: int, count: int) -> tuple[int, ...]:
+    """`count` token ids, the same every time, scattered over the vocabulary."""
+    return tuple((1009 * (i + 1) * (i + 2) // 2) % vocab_size for i in range(count))
+
+
+def _whole(token_ids: tuple[int, ...], device: torch.device) -> MicroBatch:
+    """One sequence, of which every token but the first is scored."""
+    count = len(token_ids)
+    tokens, positions = torch.tensor(token_ids, device=device), torch.arange(count, device=device)
+    return MicroBatch(
+        token_ids_T=tokens,
+        position_ids_T=positions,
+        sequence_lengths=(count,),
+        loss_rows_C=positions[:-1],
+        target_ids_C=tokens[1:],
+        sequence_index_C=torch.zeros_like(positions[1:]),
+        behavior_logprobs_C=torch.zeros(count - 1, device=device),
+        advantages_S=torch.zeros(1, device=device),
+        rollout_index_S=(0,),
+    )
