@@ -20,6 +20,7 @@ STYLES = 6
 """Distinct colours; series beyond that reuse them."""
 
 _MAX_POINTS = 800
+_NAME_GAP = 13
 
 Point = tuple[float, float]
 Band = tuple[float | None, float | None]
@@ -115,14 +116,16 @@ def across_labels(ticks: Sequence[tuple[float, str]], name: str) -> str:
     return "".join(parts)
 
 
-def rule(axis: Axis, value: float, text: str, *, outside: bool = False) -> str:
-    """A dashed horizontal line at `value`, its name above or beside it; nothing where the axis does not reach."""
-    if not axis.low <= value <= axis.high:
-        return ""
-    y = axis.pixel(value)
-    place = f'x="{RIGHT + 4}" y="{y + 4:.1f}"' if outside else f'x="{RIGHT - 4}" y="{y - 5:.1f}" text-anchor="end"'
-    line = f'<line class="rule" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    return f'{line}<text class="rulename" {place}>{escape(text)}</text>'
+def rules(axis: Axis, bounds: Sequence[tuple[float, str]], *, outside: bool = False) -> str:
+    """Dashed horizontal lines with their names above, or beside the plot; those that the axis reaches."""
+    reached = [(axis.pixel(value), text) for value, text in bounds if axis.low <= value <= axis.high]
+    places = spread([y + (4 if outside else -5) for y, _ in reached], _NAME_GAP, TOP + 4, BOTTOM + 8)
+    across = f'x="{RIGHT + 4}"' if outside else f'x="{RIGHT - 4}" text-anchor="end"'
+    return "".join(
+        f'<line class="rule" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text class="rulename" {across} y="{place:.1f}">{escape(text)}</text>'
+        for (y, text), place in zip(reached, places, strict=True)
+    )
 
 
 def band_area(band: Band | None, axis: Axis) -> str:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from betterhalf.report.axis import Axis
+from betterhalf.report.axis import Axis, superscript
 from betterhalf.report.canvas import LEFT, RIGHT, svg
 from betterhalf.report.fields import Point, mappings, number
 from betterhalf.report.markup import Figure, legend, shown, table
-from betterhalf.report.plot import Plot, Series, draw_plot
+from betterhalf.report.plot import Plot, Series, draw_plot, whole_ticks
 
 KINDS = ("forward", "input", "backward", "weight", "gradient")
 """What is measured of a module; also the order of styles."""
@@ -58,7 +58,7 @@ def headroom_figure(key: str, dtype: str, rows: Sequence[Row]) -> Figure | None:
             series=series,
             across_name="layer",
             across_range=_layer_range(rows),
-            across_ticks=_layer_ticks(rows),
+            across_ticks=whole_ticks(layer for row in rows if (layer := _layer(row.module)) is not None),
             include=(0.0, 4.0),
             rules=((_WATCH_BITS, "watch"), (0.0, "limit")),
         )
@@ -92,9 +92,9 @@ def window_figure(key: str, dtype: str, census: Mapping[str, Any]) -> Figure | N
     if not largest > 0:
         return None
     with_scale, without = number(census.get("zeroed_fraction")), number(census.get("zeroed_fraction_unscaled"))
-    words = f"Scales of 1 to {largest:g} keep every gradient finite; the run starts at {shown(used, 'g')}."
+    words = f"Scales of 1 to {_scale(largest)} keep every gradient finite; the run starts at {_scale(used)}."
     if largest < 1:
-        words = f"No scale of 1 or more keeps the gradients finite; the largest that does is {largest:g}."
+        words = f"No scale of 1 or more keeps the gradients finite; the largest that does is {_scale(largest)}."
     return Figure(
         key=key,
         title=f"Loss-scale window, {dtype}",
@@ -105,8 +105,8 @@ def window_figure(key: str, dtype: str, census: Mapping[str, Any]) -> Figure | N
         numbers=table(
             ["", "value"],
             [
-                ["largest safe loss scale", shown(largest, "g")],
-                ["loss scale", shown(used, "g")],
+                ["largest safe loss scale", _scale(largest)],
+                ["loss scale", _scale(used)],
                 ["zeroed with it", shown(with_scale, ".3%")],
                 ["zeroed without", shown(without, ".3%")],
             ],
@@ -174,10 +174,10 @@ def _layer_range(rows: Sequence[Row]) -> tuple[float, float]:
     return min(places) - 0.5, max(places) + 0.5
 
 
-def _layer_ticks(rows: Sequence[Row]) -> tuple[tuple[float, str], ...]:
-    layers = sorted({layer for row in rows if (layer := _layer(row.module)) is not None})
-    every = max(1, math.ceil(len(layers) / 8))
-    return tuple((float(layer), str(layer)) for layer in layers[::every])
+def _scale(value: float) -> str:
+    """As a power of two where it is one."""
+    exact = value > 0 and math.frexp(value)[0] == 0.5
+    return f"2{superscript(math.frexp(value)[1] - 1)}" if exact else shown(value, ".3g")
 
 
 def _window(largest: float, used: float) -> str:

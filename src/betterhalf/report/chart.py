@@ -24,7 +24,7 @@ from betterhalf.report.canvas import (
     grid,
     line_path,
     marker,
-    rule,
+    rules,
     spread,
     style_class,
     svg,
@@ -93,7 +93,7 @@ def draw(chart: Chart) -> str | None:
         return None
     across = steps_axis([step for line in chart.lines for step in line.steps], start=LEFT, end=RIGHT)
     parts = [band_area(chart.band, axis), grid(axis), _step_labels(across)]
-    parts += [rule(axis, value, text) for value, text in chart.rules]
+    parts.append(rules(axis, chart.rules))
     inked = [axis.pixel(value) for value in values if can_draw(chart.scale, value)]
     parts += [_series(chart, line, across, axis) for line in chart.lines]
     parts += [_end_labels(chart, across, axis), band_label(chart.band, axis, inked)]

@@ -17,6 +17,8 @@ from betterhalf.report.probe_page import matrix_part, pair_table
 _SYMBOLS = {"ok": "\u2713", "watch": "!", "unsafe": "\u2717"}
 _CLASSES = {"ok": "passed", "watch": "incomplete", "unsafe": "failed"}
 _MODULES_SHOWN = 8
+_ROOMY_BITS = 64.0
+"""A census with so much headroom holds no news, and is folded away."""
 
 
 def doctor_section(study: Study, several: bool) -> str:
@@ -91,7 +93,12 @@ def _census_of(prefix: str, dtype: str, census: Mapping[str, Any]) -> str:
         window_figure(f"{prefix}{dtype}-window", dtype, census),
     )
     drawn: list[Figure] = [figure for figure in made if figure]
-    return figures(drawn) + f"<h4>Least headroom in {escape(dtype)}</h4>" + worst_table(rows)
+    shown_part = figures(drawn) + f"<h4>Least headroom in {escape(dtype)}</h4>" + worst_table(rows)
+    least = min(row.headroom for row in rows)
+    if least < _ROOMY_BITS:
+        return shown_part
+    summary = f"<summary>Census of {escape(dtype)}: least headroom {shown(least, '.0f')} bits</summary>"
+    return f"<details>{summary}{shown_part}</details>"
 
 
 def _islands(islands: Mapping[str, Any]) -> str:

@@ -85,13 +85,7 @@ def _watchdog(arm: Arm) -> list[Event]:
 
 
 def _restarts(arm: Arm) -> list[Event]:
-    """The count of restarts may be of the step or since the start: a step counts when it is above the one before."""
-    events, before = [], 0.0
-    for step, count in zip(arm.steps, arm.values(RESTARTS), strict=True):
-        if count > before:
-            events.append(_restart(step, count))
-        before = count if math.isfinite(count) else before
-    return events
+    return [_restart(step, count) for step, count in zip(arm.steps, arm.values(RESTARTS), strict=True) if count > 0]
 
 
 def _restart(step: int, count: float) -> Event:

@@ -24,7 +24,10 @@ def heat_table(pairs: Sequence[Pair], confidence: float = math.nan) -> str:
         for name, row in _rows(pairs)
     )
     level = f", {100 * confidence:g}% interval" if math.isfinite(confidence) else ", confidence interval"
-    lead = note(f"Mismatch k3, nats a token{level}. Rows: precision of the trainer; columns: of the rollout engine.")
+    sides = "Rows: precision of the trainer; columns: of the rollout engine."
+    if all(pair.train == pair.rollout for pair in pairs):
+        sides = "Trainer and rollout engine in the same precision."
+    lead = note(f"Mismatch k3, nats a token{level}. {sides}")
     matrix = f"<table class=heat>{header_row(['', *rollouts])}{rows}</table>"
     return lead + scroll(matrix, "mismatch k3, trainer by rollout precision") + _key()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from betterhalf.report.fields import mapping, mappings, number
 from betterhalf.report.markup import Figure, figures, legend, notice, shown, table
-from betterhalf.report.plot import Plot, Series, draw_plot
+from betterhalf.report.plot import Plot, Series, draw_plot, whole_ticks
 
 COMPARISONS = {
     "trainer_engine": "trainer against engine",
@@ -55,11 +56,12 @@ def _place(first: Mapping[str, Any]) -> str:
 
 
 def _growth(prefix: str, rows: Sequence[Mapping[str, Any]]) -> Figure | None:
+    layers = [number(row.get("layer")) for row in rows]
     series = tuple(
         Series(
             name=words,
             style=style,
-            points=[(number(row.get("layer")), number(row.get(key))) for row in rows if row.get("layer") is not None],
+            points=[(layer, number(row.get(key))) for layer, row in zip(layers, rows, strict=True)],
             joined=True,
         )
         for style, (key, words) in enumerate(COMPARISONS.items())
@@ -70,6 +72,7 @@ def _growth(prefix: str, rows: Sequence[Mapping[str, Any]]) -> Figure | None:
             title="Growth of the difference by layer (relative)",
             series=series,
             across_name="layer",
+            across_ticks=whole_ticks(int(layer) for layer in layers if math.isfinite(layer)),
             scale="log10",
         )
     )

@@ -52,8 +52,8 @@ def read_pairs(tree: Mapping[str, Any], key: str) -> list[Pair]:
 
 
 def matched(pairs: Sequence[Pair]) -> list[Pair]:
-    """Measured pairs with one precision on both sides; all measured ones when there is none such."""
-    measured = [pair for pair in pairs if not pair.error]
+    """Measured pairs with one precision on both sides, FP16 first; all measured ones when there is none such."""
+    measured = sorted((pair for pair in pairs if not pair.error), key=lambda pair: pair.style)
     return [pair for pair in measured if pair.train == pair.rollout] or measured
 
 

@@ -6,7 +6,7 @@ The same drawing serves the scatter of pi against mu, log-ratio against length, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,12 +25,13 @@ from betterhalf.report.canvas import (
     grid,
     line_path,
     marker,
-    rule,
+    rules,
     style_class,
     svg,
 )
 
 _MAX_MARKERS = 40
+_WHOLE_TICKS = 8
 _TICK_GAP = 34
 """Pixels that a label of the horizontal axis needs."""
 _LABEL_WIDTH = 125
@@ -90,12 +91,18 @@ def draw_plot(plot: Plot) -> str | None:
         return None
     across = _across(plot, [x for x, _ in kept])
     parts = [band_area(plot.band, axis), _wedge(plot.wedge, across, axis), grid(axis), _labels(plot, across)]
-    parts += [rule(axis, value, text, outside=True) for value, text in plot.rules]
+    parts.append(rules(axis, plot.rules, outside=True))
     parts += [_guide(plot.guide, across, axis)]
     lone = len(plot.series) == 1
     parts += [_series(series, across, axis, lone) for series in plot.series]
     parts += [band_label(plot.band, axis, _inked(plot, across, axis))]
     return svg(plot.key, plot.title, _description(plot), "".join(parts))
+
+
+def whole_ticks(values: Iterable[int]) -> tuple[tuple[float, str], ...]:
+    """Ticks at whole numbers, such as layers: about eight of the values, from the first on."""
+    ordered = sorted(set(values))
+    return tuple((float(value), str(value)) for value in ordered[:: max(1, math.ceil(len(ordered) / _WHOLE_TICKS))])
 
 
 def least_squares(points: Sequence[Point]) -> tuple[float, float]:

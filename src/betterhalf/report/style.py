@@ -21,6 +21,7 @@ p{margin:.5em 0;max-width:76ch}.lead,.note,small,figcaption,.unit{color:var(--so
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92rem}
 .side{display:flex;flex-wrap:wrap;gap:8px 56px}caption{text-align:left;font-weight:600;padding:.3em 0}
 th,td{padding:.35em .8em .35em 0;text-align:left;border-bottom:1px solid var(--rule);vertical-align:top}
+tr:first-child>th{vertical-align:bottom}
 td{white-space:nowrap}tr>th:first-child{font-weight:600}
 .scroll{overflow-x:auto;max-width:100%;margin:.4em 0}
 .numeric td,.numeric th:not(:first-child){text-align:right}.numeric th:first-child{white-space:nowrap}
@@ -31,6 +32,7 @@ td{white-space:nowrap}tr>th:first-child{font-weight:600}
 .heat th{border:0;padding:.4em .6em;text-align:center;vertical-align:middle}
 .heat td{border:3px solid transparent;border-radius:8px;
 padding:.5em .9em;min-width:8.5em;text-align:center}.heat td b,.heat td small{display:block}
+.heat td b{white-space:nowrap}.heat tr:first-child td{min-width:0;padding:0}
 .heat small{font-size:.78rem}
 .heat td.none{color:var(--soft);border:1px dashed var(--rule);white-space:normal;max-width:18em}
 .heat td.same,.heatkey i.same{border:3px solid var(--ink)}
@@ -53,7 +55,7 @@ overflow-x:auto;user-select:all}
 .incomplete{color:var(--wait);font-weight:600}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:.3em 1.6em;margin:0 0 .8em;padding:0}
 .legend li{display:flex;align-items:center;gap:.5em;overflow-wrap:anywhere}.swatch{width:34px;height:12px;flex:none}
-.grid-of{display:grid;gap:16px;grid-template-columns:repeat(auto-fill,minmax(min(100%,370px),1fr))}
+.grid-of{display:grid;gap:16px;margin:.8em 0;grid-template-columns:repeat(auto-fill,minmax(min(100%,370px),1fr))}
 figure{margin:0;padding:14px 14px 10px;background:var(--card);border:1px solid var(--rule);border-radius:10px;
 display:flex;flex-direction:column;min-width:0}
 figure .legend{font-size:.85rem;margin:.4em 0 0}
@@ -94,7 +96,7 @@ font:13.5px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .notice{padding:.6em 1em;border-left:4px solid var(--wait);background:var(--card);border-radius:6px}
 @media(max-width:600px){
 body{padding:14px 12px 40px}h1{font-size:1.3rem}.verdict{font-size:.88rem}.verdict th{white-space:normal}
-.verdict th,.verdict td{padding-right:.8em}.heat td{padding:.4em .3em;min-width:5.6em;white-space:normal}
+.verdict th,.verdict td{padding-right:.8em}.heat td{padding:.4em .2em;min-width:5em;white-space:normal}
 .heat th{padding:.3em .3em .3em 0}figure{padding:12px 10px 8px}}
 @media print{figure,.sample{break-inside:avoid}details{display:none}}
 """

@@ -56,7 +56,7 @@ def test_a_doctor_page_has_cards_config_census_and_islands(tmp_path: Path) -> No
         "\u2713 Engine and trainer agree.",
         "Not finite, drawn below the limit: 1.",
         "model.layers.3.mlp.down_proj forward - none",
-        "Scales of 1 to 262144 keep every gradient finite; the run starts at 65536.",
+        "Scales of 1 to 2\u00b9\u2078 keep every gradient finite; the run starts at 2\u00b9\u2076.",
         "FP32 for model.layers.3.mlp.down_proj : \u2713 cures it",
     ):
         assert expected in page.text
