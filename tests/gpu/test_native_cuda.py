@@ -10,6 +10,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from betterhalf.config.schema import RunConfig, SamplingConfig
+from betterhalf.errors import EngineError
 from betterhalf.precision.contract import weights_digests
 from betterhalf.precision.policy import build_policy
 from betterhalf.rollout.build import build_engine
@@ -48,8 +49,9 @@ def module_of(family: str) -> Any:
     return AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32).eval()
 
 
-def engine_of(module: Any, precision: str, device: str = "cuda", **settings: Any) -> Any:
-    config = RunConfig.model_validate({"precision": {"preset": precision}, "engine": settings})
+def engine_of(module: Any, precision: str, device: str = "cuda", islands: tuple[str, ...] = (), **settings: Any) -> Any:
+    section = {"preset": precision, "fp32_modules": islands}
+    config = RunConfig.model_validate({"precision": section, "engine": {"type": "native", **settings}})
     policy = build_policy(config.precision, torch.device(device))
     engine = build_engine(config, module.config, (3, 50), policy)
     sent = ((name, p.detach().to(device, policy.wire_dtype)) for name, p in module.named_parameters())
@@ -113,6 +115,42 @@ def test_graphs_give_what_plain_launches_give(family, precision):
     if precision == "fp32":
         assert [[c.token_ids for c in g] for g in found] == [[c.token_ids for c in g] for g in expected]
     assert gap(module, found).abs().mean() < 2 * gap(module, expected).abs().mean() + 1e-6
+
+
+DOWN = "model.layers.1.mlp.down_proj"
+ISLANDS = [DOWN, "model.layers.1.mlp", "model.layers.1.self_attn.o_proj", "model.layers.1.self_attn", "model.layers.1"]
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize(("precision", "bound"), [("fp16", 2e-4), ("bf16", 2e-2)])
+@pytest.mark.parametrize("island", ISLANDS)
+def test_islands_stay_as_close_to_fp32_and_keep_the_cache_in_half(island, precision, bound, graphs):
+    module = module_of("qwen3")
+    engine = engine_of(module, precision, islands=(island,), cuda_graphs=graphs)
+    difference = gap(module, engine.generate(requests(), SAMPLING))
+    assert 0 < (difference.exp() - 1 - difference).mean() < bound
+    report = engine.report()
+    assert report.facts["fp32_modules"] == island and report.dtypes["kv"] == report.dtypes["compute"] == precision
+    assert engine._weights.layers[1].down.dtype == (engine._weights.storage.grid if "attn" in island else torch.float32)
+    assert engine._table.cache.data.dtype == engine._weights.storage.grid
+
+
+def test_an_island_cures_an_overflow():
+    module = module_of("llama")
+    with torch.no_grad():
+        module.get_submodule(DOWN).weight.mul_(1e5)
+    with pytest.raises(EngineError, match="not finite"):
+        engine_of(module, "fp16").generate(requests(), SAMPLING)
+    difference = gap(module, engine_of(module, "fp16", islands=(DOWN,)).generate(requests(), SAMPLING))
+    assert (difference.exp() - 1 - difference).mean() < 1e-3
+
+
+def test_graphs_survive_longer_rope_tables_made_while_scoring():
+    module = module_of("llama")
+    engine = engine_of(module, "fp32")
+    before = engine.generate(requests(), SAMPLING)
+    engine.score([tuple(k % 101 for k in range(600))])
+    assert engine.generate(requests(), SAMPLING) == before
 
 
 def test_graphs_follow_new_weights_and_are_kept(monkeypatch):

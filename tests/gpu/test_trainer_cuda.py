@@ -39,7 +39,9 @@ SIZES: dict[str, Any] = {
 }
 
 
-def trainer_on(device: str, precision: str, **changes: Any) -> tuple[PolicyTrainer, RunConfig]:
+def trainer_on(
+    device: str, precision: str, islands: tuple[str, ...] = (), **changes: Any
+) -> tuple[PolicyTrainer, RunConfig]:
     """A tiny random trainer; the same weights on every device."""
     torch.manual_seed(0)
     kind = MistralConfig if "sliding_window" in changes else LlamaConfig
@@ -50,7 +52,7 @@ def trainer_on(device: str, precision: str, **changes: Any) -> tuple[PolicyTrain
     )
     config = RunConfig.model_validate(
         {
-            "precision": {"preset": precision},
+            "precision": {"preset": precision, "fp32_modules": islands},
             "training": {"optimizer_steps": 1, "tokens_per_micro_batch": 100},
             "sampling": {"max_tokens": 16},
         }
@@ -97,6 +99,19 @@ def test_fp32_equals_the_cpu(changes: dict[str, Any]) -> None:
     torch.testing.assert_close(logprobs, cpu_logprobs, rtol=1e-4, atol=1e-4)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, cpu_gradients[name], rtol=1e-3, atol=1e-5)
+
+
+ISLANDS = ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn", "model.layers.0", "model.layers.*"]
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp16", 2e-2), ("bf16", 1e-1)])
+@pytest.mark.parametrize("island", ISLANDS)
+def test_gradients_with_islands_are_close_to_fp32(precision: str, bound: float, island: str) -> None:
+    _, expected = learned("cuda", "fp32")
+    _, gradients = learned("cuda", precision, islands=(island,))
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - expected[name]).norm() <= bound * expected[name].norm(), name
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp16", 2e-2), ("bf16", 1e-1)])

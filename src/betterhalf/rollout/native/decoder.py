@@ -190,5 +190,5 @@ class Decoder:
 def _linear(rounding: Rounding, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A projection whose result is rounded once: by the half kernel itself, or after sums in FP32; not in an island."""
     if x.is_cuda or rounding.container != torch.float32:
-        return F.linear(x.to(rounding.container), weight, bias)
+        return F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, bias)
     return widened_linear(x, weight, bias, rounding.dtype).float()

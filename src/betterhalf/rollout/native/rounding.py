@@ -54,7 +54,7 @@ class Rounding:
     def round(self, x: Tensor) -> Tensor:
         """To the nearest value of the grid, in the container."""
         if self.exact:
-            return x.to(self.container)
+            return x if x.dtype == self.container else x.to(self.container)
         return x.to(self.dtype).to(self.container)
 
     def to_kv(self, x: Tensor) -> Tensor:
