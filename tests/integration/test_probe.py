@@ -153,14 +153,15 @@ def test_the_temperature_of_a_dump_is_that_of_its_scores(probe: Probe, tmp_path:
 
 
 def test_people_get_a_matrix(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from betterhalf.report.matrix import show_probe
+    from betterhalf.report.matrix import WIDTH, show_probe
 
     show_probe(read_json(measured / "probe.json"))
     out = capsys.readouterr().out
     assert "k3 in nats per token, with its 95% interval" in out
     assert out.count("fp16/bf16") == 1 and "slope_per_1k" in out
     assert "k3 ratio BF16 / FP16" in out and "seconds: load" in out
-    assert all(len(line) <= 110 for line in out.splitlines() if not line.startswith("seconds"))
+    assert "\u2026" not in out, "a number is cut off"
+    assert all(len(line) <= WIDTH for line in out.splitlines() if not line.startswith(("seconds", "k3 ratio")))
 
 
 @pytest.mark.parametrize(

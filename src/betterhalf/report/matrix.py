@@ -15,7 +15,7 @@ from rich.text import Text
 
 from betterhalf.metrics.catalogue import CATALOGUE
 
-WIDTH = 110
+WIDTH = 118
 """Columns, unless the terminal is wider."""
 
 _EXPECTED_RATIO = 64
@@ -47,10 +47,12 @@ def show_probe(result: Mapping[str, Any], stream: TextIO | None = None) -> None:
     out.print(Text(_head(result)))
     out.print(_matrix(pairs, level))
     out.print(_rows(pairs))
-    for rollout in dict.fromkeys(pair["rollout"] for pair in pairs):
-        out.print(_quantities([pair for pair in pairs if pair["rollout"] == rollout], rollout, level))
+    for block in _blocks(pairs):
+        out.print(_quantities(block, level))
+    if result.get("gradient"):
+        _print_gradient(out, result["gradient"])
     for sentence in probe_sentences(result):
-        out.print(Text(sentence))
+        out.print(Text(sentence), soft_wrap=True)
 
 
 def probe_sentences(result: Mapping[str, Any]) -> list[str]:
@@ -92,15 +94,39 @@ def _rows(pairs: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _quantities(pairs: Sequence[Mapping[str, Any]], rollout: str, level: str) -> Table:
-    """Every mismatch quantity with its interval, for the trainers that scored one rollout."""
-    title = f"every quantity of the {rollout} rollouts, with its {level} interval"
-    table = _table(title, "mismatch/", [f"trainer {pair['train']}" for pair in pairs])
+def _blocks(pairs: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """What fits side by side: up to three pairs, or those of one rollout dtype."""
+    if len(pairs) <= 3:
+        return [list(pairs)] if pairs else []
+    rollouts = dict.fromkeys(pair["rollout"] for pair in pairs)
+    return [[pair for pair in pairs if pair["rollout"] == rollout] for rollout in rollouts]
+
+
+def _quantities(pairs: Sequence[Mapping[str, Any]], level: str) -> Table:
+    """Every mismatch quantity with its interval."""
+    names = [f"{pair['train']}/{pair['rollout']}" for pair in pairs]
+    table = _table(f"every quantity, with its {level} interval", "mismatch/", names)
     for name in (name.removeprefix("mismatch/") for name in CATALOGUE if name.startswith("mismatch/")):
         metrics = [(pair.get("metrics") or {}).get(name) for pair in pairs]
         if name != "tokens" and any(metrics):
             table.add_row(name, *(_with_interval(m["value"], m["low"], m["high"]) if m else "-" for m in metrics))
     return table
+
+
+def _print_gradient(out: Console, gradient: Mapping[str, Any]) -> None:
+    """The section `gradient`: each trainer against the FP32 trainer, and what sequence weights do to the gradient."""
+    columns = ["loss scale", "relative error", "cosine", "zeroed"]
+    table = _table("policy gradient against that of the FP32 trainer", "trainer", columns)
+    for row in gradient.get("rows", []):
+        error = "overflow" if row.get("relative_error") is None else _number(row["relative_error"], ".2%")
+        scale, cosine = _number(row.get("loss_scale"), "g"), _number(row.get("cosine"), ".6f")
+        table.add_row(row["train"], scale, error, cosine, _number(row.get("zeroed_fraction"), ".2%"))
+    out.print(table)
+    table = _table("with raw sequence weights", "rollout", ["relative change", "cosine", "ESS"])
+    for row in gradient.get("weights", []):
+        spread = [_number(row.get(key), spec) for key, spec in (("cosine", ".6f"), ("ess_fraction", ".4f"))]
+        table.add_row(row["rollout"], _number(row.get("relative_change"), ".2%"), *spread)
+    out.print(table)
 
 
 def _table(title: str, first: str, columns: Sequence[str]) -> Table:
