@@ -30,14 +30,21 @@ def explain(error: ValidationError, origins: Mapping[str, str]) -> str:
 
 def _line(details: ErrorDetails, origins: Mapping[str, str]) -> str:
     path = _path(details["loc"])
-    key = ".".join(_names(path))
     what = _EXPLANATIONS.get(details["type"], _fallback)(details, path)
-    origin = origins.get(key) or next((origins[k] for k in origins if k.startswith(f"{key}.")), None)
-    return f"{what} [{origin}]" if origin and key else what
+    origin = _origin(_names(path), origins)
+    return f"{what} [{origin}]" if origin else what
+
+
+def _origin(names: list[str], origins: Mapping[str, str]) -> str | None:
+    """Where the key was set, a key in it, or the list that holds it."""
+    key = ".".join(names)
+    inside = (origins[k] for k in origins if key and k.startswith(f"{key}."))
+    around = (".".join(names[:end]) for end in range(len(names) - 1, 0, -1))
+    return origins.get(key) or next(inside, None) or next((origins[k] for k in around if k in origins), None)
 
 
 def _path(location: _Location) -> _Location:
-    """Without the tags that the validator adds where a section is one of several types."""
+    """Without the tags that the validator adds where a field takes one of several forms."""
     path: list[str | int] = []
     holders: tuple[type[Section], ...] = (RunConfig,)
     tagged = False
@@ -46,14 +53,27 @@ def _path(location: _Location) -> _Location:
             tagged = False
             continue
         path.append(part)
-        info = keys.field(holders, str(part))
-        holders = keys.sections(info.annotation) if info else ()
-        tagged = info is not None and keys.type_key(info.annotation) is not None
+        if isinstance(part, int):
+            continue
+        info = keys.field(holders, part)
+        holders = keys.sections(info.annotation) or keys.items(info.annotation) if info else ()
+        tagged = info is not None and keys.alternatives(info.annotation) > 1
     return tuple(path)
 
 
 def _names(path: _Location) -> list[str]:
     return [str(part) for part in path if not isinstance(part, int)]
+
+
+def _key(path: _Location) -> str:
+    """Dotted, with the position in a list of sections: `watchdog.levels[0].metric`."""
+    key = ""
+    for end, part in enumerate(path):
+        if not isinstance(part, int):
+            key += f".{part}" if key else part
+        elif keys.items(_annotation(path[:end])):
+            key += f"[{part}]"
+    return key
 
 
 def _annotation(path: _Location) -> Any:
@@ -63,10 +83,15 @@ def _annotation(path: _Location) -> Any:
 
 def _given(details: ErrorDetails, path: _Location) -> str:
     """`key = value`, as TOML would show it."""
-    return f"{'.'.join(_names(path))} = {toml_value(details['input'])}"
+    return f"{_key(path)} = {toml_value(details['input'])}"
 
 
 def _unknown(details: ErrorDetails, path: _Location) -> str:
+    held = keys.items(_annotation(path[:-1])) if len(path) > 1 else ()
+    if held:
+        hint = keys.nearest(path[-1], list(held[0].model_fields))
+        cure = f"Did you mean {hint!r}?" if hint else f"It takes {', '.join(held[0].model_fields)}."
+        return f"unknown key {_key(path)!r}. {cure}"
     key = _first_leaf(".".join(_names(path)), details["input"])
     if keys.find(_names(path)) is not None:
         section = ".".join(_names(path)[:-1])
@@ -86,10 +111,10 @@ def _first_leaf(key: str, value: object) -> str:
 
 def _missing(details: ErrorDetails, path: _Location) -> str:
     if isinstance(path[-1], int):
-        return f"{'.'.join(_names(path))} has too few values. Give all of them, separated by commas."
+        return f"{_key(path)} has too few values. Give all of them, separated by commas."
     info = keys.find(_names(path))
     meaning = f" ({info.description.split(chr(10))[0].rstrip('.')})" if info and info.description else ""
-    return f"{'.'.join(_names(path))} is required{meaning}. Set it."
+    return f"{_key(path)} is required{meaning}. Set it."
 
 
 def _choice(details: ErrorDetails, path: _Location) -> str:
@@ -108,8 +133,8 @@ def _type_tag(details: ErrorDetails, path: _Location) -> str:
 
 
 def _not_a_section(details: ErrorDetails, path: _Location) -> str:
-    holders = keys.sections(_annotation(path))
-    name = ".".join(_names(path))
+    annotation = _annotation(path)
+    holders, name = keys.sections(annotation) or keys.items(annotation), _key(path)
     example = next(iter(holders[0].model_fields)) if holders else "key"
     return f"{_given(details, path)} does not fit: {name} is a section. Set one of its keys, such as {name}.{example}."
 

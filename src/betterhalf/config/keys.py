@@ -44,6 +44,12 @@ def sections(annotation: Any) -> tuple[type[Section], ...]:
     return tuple(part for part in members(annotation) if isinstance(part, type) and issubclass(part, Section))
 
 
+def items(annotation: Any) -> tuple[type[Section], ...]:
+    """The sections a field can hold a list of; none for anything else."""
+    lists = [part for part in members(annotation) if get_origin(part) is tuple]
+    return tuple(section for part in lists for section in sections(get_args(part)[0]))
+
+
 def is_optional(annotation: Any) -> bool:
     """Whether a field may be absent."""
     return type(None) in members(annotation)
@@ -57,6 +63,17 @@ def is_text(annotation: Any) -> bool:
 def is_tuple(annotation: Any) -> bool:
     """Whether a field holds several values, so that commas separate them."""
     return any(get_origin(part) is tuple for part in members(annotation))
+
+
+def holds_text(annotation: Any) -> bool:
+    """Whether a field holds several free texts."""
+    lists = [part for part in members(annotation) if get_origin(part) is tuple]
+    return any(is_text(get_args(part)[0]) for part in lists)
+
+
+def alternatives(annotation: Any) -> int:
+    """In how many forms a field can be given; an absent value is no form."""
+    return len([part for part in members(annotation) if part is not type(None)])
 
 
 def choices(annotation: Any) -> tuple[Any, ...]:
@@ -90,14 +107,17 @@ def field(holders: Sequence[type[Section]], key: str) -> FieldInfo | None:
 
 
 def find(path: Sequence[str]) -> FieldInfo | None:
-    """The field at a path from the root, in whatever type of section has it; None if there is none."""
+    """The field at a path from the root, in whatever type of section has it; None if there is none.
+
+    Positions in lists are left out of the path: `watchdog.levels.metric`.
+    """
     holders: tuple[type[Section], ...] = (RunConfig,)
     found = None
     for key in path:
         found = field(holders, key)
         if found is None:
             return None
-        holders = sections(found.annotation)
+        holders = sections(found.annotation) or items(found.annotation)
     return found
 
 
@@ -117,14 +137,18 @@ def _keys(holders: Sequence[type[Section]], prefix: str) -> Iterator[str]:
 
 
 def nearest_key(wrong: str) -> str | None:
-    """The valid dotted key most like `wrong`: another section's key of the same name first, then by letters.
+    """The valid dotted key most like `wrong`: the same name but for a letter or two in the same section, then another
+    section's key of the same name, then by letters.
 
     A section's own name counts as a key, so that `optimiser.betas` and `optimiser` both find their way.
     """
     if wrong in _FAMILIAR:
         return _FAMILIAR[wrong]
     keys = all_keys()
-    leaf = wrong.rpartition(".")[2]
+    section, _, leaf = wrong.rpartition(".")
+    beside = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
+    if (near := _nearest(leaf, list(beside), cutoff=0.85)) is not None:
+        return beside[near]
     for key in keys:
         if leaf == key.rpartition(".")[2] and key != wrong:
             return key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -90,16 +91,26 @@ def _nested(key: str, text: str) -> dict[str, Any]:
 def _value(text: str, annotation: Any) -> Any:
     """`text` as a field of this annotation would have it; what does not fit stays, for the schema to refuse."""
     value = _literal(text)
+    if keys.items(annotation):
+        return [value] if isinstance(value, dict) else value
     if keys.is_tuple(annotation) and not isinstance(value, list):
-        return [_literal(part.strip()) for part in text.split(",")]
+        parts = [part.strip() for part in text.split(",")]
+        return parts if keys.holds_text(annotation) else [_literal(part) for part in parts]
     if keys.is_text(annotation) and not isinstance(value, str):
         return text
     return value
 
 
 def _literal(text: str) -> Any:
-    """A TOML value, or the bare text; true and false in any case."""
+    """A TOML value, a JSON list or object, or the bare text; true and false in any case."""
     try:
         return tomllib.loads(f"value = {text.lower() if text.lower() in ('true', 'false') else text}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):
+        return _json_literal(text) if text.startswith(("[", "{")) else text
+
+
+def _json_literal(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
         return text

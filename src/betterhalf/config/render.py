@@ -1,4 +1,7 @@
-"""Configurations as TOML, for people to read and to keep."""
+"""Configurations as TOML, for people to read and to keep.
+
+Sections are tables, lists of sections arrays of tables; TOML has no null, so absent values are left out.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +27,31 @@ def toml_value(value: object) -> str:
     if isinstance(value, Sequence):
         return f"[{', '.join(toml_value(item) for item in value)}]"
     if isinstance(value, Mapping):
-        return f"{{ {', '.join(f'{key} = {toml_value(item)}' for key, item in value.items())} }}"
+        present = [f"{key} = {toml_value(item)}" for key, item in value.items() if item is not None]
+        return f"{{ {', '.join(present)} }}" if present else "{}"
     return str(value)
 
 
 def _lines(section: Mapping[str, Any], name: str) -> Iterator[str]:
-    inner = {key: value for key, value in section.items() if isinstance(value, Mapping)}
+    """The plain values of a section below its header, then the sections in it; the root has no header."""
+    inner = {key: value for key, value in section.items() if isinstance(value, Mapping) or _is_array(value)}
     plain = {key: value for key, value in section.items() if key not in inner and value is not None}
     if name and plain:
         yield from ("", f"[{name}]")
     for key, value in plain.items():
         yield f"{key} = {toml_value(value)}"
     for key, value in inner.items():
-        yield from _lines(value, f"{name}.{key}" if name else key)
+        path = f"{name}.{key}" if name else key
+        if isinstance(value, Mapping):
+            yield from _lines(value, path)
+        for item in value if _is_array(value) else ():
+            yield from ("", f"[[{path}]]")
+            yield from (f"{leaf} = {toml_value(held)}" for leaf, held in item.items() if held is not None)
+
+
+def _is_array(value: object) -> bool:
+    """Whether a value is a list of sections; an empty list is a plain value."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
 
 
 def _quoted(text: str) -> str:

@@ -108,12 +108,13 @@ def check(levels: Sequence[WatchdogLevel], state: WatchState, step: int, measure
     counts: dict[str, int] = {}
     alarms: list[Alarm] = []
     for level in levels:
-        value = float(measured[level.metric])
-        bound = broken_bound(level, value)
+        # What an engine did not measure in this step is not judged.
+        value = measured.get(level.metric)
+        bound = None if value is None else broken_bound(level, value)
         count = 0 if bound is None else state.counts.get(level_name(level), 0) + 1
         counts[level_name(level)] = count
         # A mask that is on has nothing more to switch on.
-        if bound is None or count % level.steps or (level.action == "mask" and state.masked):
+        if value is None or bound is None or count % level.steps or (level.action == "mask" and state.masked):
             continue
         state = _ACTIONS[level.action](state)
         alarms.append(_alarm(level, state, step, value, bound, count))
@@ -196,7 +197,7 @@ def require_sound_levels(config: RunConfig) -> None:
 
 def _why_not_watched(metric: str) -> str:
     if metric in CATALOGUE:
-        return "is known only after the update. Watch one of mismatch/*, budget/* and rollout/*."
+        return "is not watched before the update. Choose one of mismatch/*, budget/* and rollout/*."
     near = get_close_matches(metric, WATCHED, n=1, cutoff=0.5)
     cure = f"Did you mean {near[0]!r}?" if near else "docs/metrics.md lists mismatch/*, budget/* and rollout/*."
     return f"is no metric that can be watched. {cure}"

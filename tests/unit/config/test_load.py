@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from betterhalf.config.load import config_difference, load_config, resolve_experiment, resolved_json, same_except
 from betterhalf.config.render import toml_text
-from betterhalf.config.schema import MathTask, PerfectibleTask, RunConfig
+from betterhalf.config.schema import MathTask, PerfectibleTask, RunConfig, WatchdogLevel
 from betterhalf.errors import ConfigError
 
 
@@ -135,6 +135,13 @@ def test_json_that_is_no_object_is_refused(tmp_path: Path) -> None:
         ("evaluate.max_prompts=12", "evaluate.max_prompts", 12),
         ("task.terms=4", "task.terms", 4),
         ("name=a=b", "name", "a=b"),
+        ("precision.pairs=matched", "precision.pairs", "matched"),
+        ("precision.pairs=fp32/bf16", "precision.pairs", ["fp32/bf16"]),
+        ("precision.pairs=fp32/bf16,bf16/bf16", "precision.pairs", ["fp32/bf16", "bf16/bf16"]),
+        ("precision.fp32_modules=model.layers.3.mlp, 4", "precision.fp32_modules", ["model.layers.3.mlp", "4"]),
+        ("precision.fp32_modules=[]", "precision.fp32_modules", []),
+        ("watchdog.levels=[]", "watchdog.levels", []),
+        ("engine=vllm", "engine.type", "vllm"),
     ],
 )
 def test_overrides_are_read_as_their_key_wants(override: str, key: str, value: Any) -> None:
@@ -143,6 +150,31 @@ def test_overrides_are_read_as_their_key_wants(override: str, key: str, value: A
         found = found[part]
     assert found == value
     assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        'watchdog.levels=[{metric = "mismatch/k3/mean", above = 0.1, action = "stop"}]',
+        'watchdog.levels=[{"metric": "mismatch/k3/mean", "above": 0.1, "below": null, "action": "stop"}]',
+        'watchdog.levels={metric = "mismatch/k3/mean", above = 0.1, action = "stop"}',
+    ],
+)
+def test_a_list_of_sections_is_taken_as_toml_as_json_and_one_alone(override: str) -> None:
+    expected = WatchdogLevel(metric="mismatch/k3/mean", above=0.1, action="stop")
+    assert load_config(None, [override]).watchdog.levels == (expected,)
+
+
+def test_a_file_replaces_the_whole_list_of_sections(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.toml", '[[watchdog.levels]]\nmetric = "budget/predicted_ess"\nbelow = 0.2\n')
+    assert load_config(path).watchdog.levels == (WatchdogLevel(metric="budget/predicted_ess", below=0.2),)
+
+
+def test_an_error_in_a_list_of_sections_is_given_with_its_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.toml", '[[watchdog.levels]]\nmetric = "budget/predicted_ess"\nbelow = "x"\n')
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value) == f'watchdog.levels[0].below = "x" must be a number. [{path}]'
 
 
 def test_shorthand_works_in_files_and_meets_a_table_of_the_base(tmp_path: Path) -> None:
@@ -205,6 +237,19 @@ def test_the_task_inside_a_task_may_leave_its_type_out() -> None:
         ("task.path=x", "task.path belongs to another task.type than the one chosen."),
         ("optimizer.betas=0.9", "optimizer.betas has too few values."),
         ("optimizer.betas=1,2,3", "optimizer.betas = [1, 2, 3] must be a list of 2 values."),
+        ("precision.pairs=mathced", "precision.pairs = 'mathced' is neither full nor matched nor a list"),
+        ("precision.pairs=fp32/bf61", "write precision.pairs=fp16/fp16,bf16/bf16"),
+        ("engine=vlm", 'engine.type = "vlm" is not one of native, vllm. Did you mean vllm?'),
+        ("engine.kv_cache_gib=3", "engine.kv_cache_gib belongs to another engine.type than the one chosen."),
+        ("watchdog.level=[]", "unknown key 'watchdog.level'. Did you mean 'watchdog.levels'?"),
+        ("watchdog.levels=3", "watchdog.levels = 3 must be a list."),
+        ("watchdog.levels=[3]", "watchdog.levels[0] = 3 does not fit"),
+        ("watchdog.levels={above=1}", "watchdog.levels[0].metric is required"),
+        ('watchdog.levels={metric="a"}', "has no bound; set below or above"),
+        ('watchdog.levels={metric="a",abov=1,below=1}', "unknown key 'watchdog.levels[0].abov'. Did you mean 'above'?"),
+        ('watchdog.levels={metric="a",zzz=1,below=1}', "It takes metric, below, above, steps, action."),
+        ('watchdog.levels={metric="a",below=1,steps=0}', "watchdog.levels[0].steps = 0 must be at least 1."),
+        ('watchdog.levels={metric="a",below=1,action="stpo"}', "Did you mean stop?"),
         ("mismatch=4", "mismatch is a section. Set one of its keys, such as mismatch.sample_fraction."),
         ("sampling.top_p=0.9", "truncates the distribution sampled from"),
         ("training.optimizer_steps=9999", "exceeds the 256 rollouts of a step"),
@@ -241,6 +286,12 @@ def test_differences_name_each_changed_key_once() -> None:
     assert config_difference(left, left) == []
 
 
+def test_a_difference_in_a_list_of_sections_shows_both() -> None:
+    (change,) = config_difference(load_config(None), load_config(None, ["watchdog.levels=[]"]))
+    assert change.key == "watchdog.levels"
+    assert str(change).endswith('{ metric = "mismatch/k3/mean", above = 0.5, steps = 1, action = "stop" }] -> []')
+
+
 def test_same_except_means_whole_keys() -> None:
     left = load_config(None)
     right = load_config(None, ["precision=bf16", "precision.loss_scale.floor=0"])
@@ -260,6 +311,9 @@ ratios = st.none() | st.fixed_dictionaries(
 tasks = st.fixed_dictionaries({"type": st.just("arithmetic")}, optional={"terms": st.integers(2, 16)}) | (
     st.fixed_dictionaries({"type": st.just("math"), "path": texts})
 )
+levels = st.fixed_dictionaries(
+    {"metric": texts, "below": rates}, optional={"above": st.none() | rates, "steps": st.integers(1, 9)}
+)
 configs = st.builds(
     lambda **parts: RunConfig.model_validate(parts),
     name=texts,
@@ -268,7 +322,15 @@ configs = st.builds(
     task=tasks | st.fixed_dictionaries({"type": st.just("perfectible"), "path": texts, "base": tasks}),
     algorithm=st.fixed_dictionaries({"surrogate": ratios, "correction": ratios}),
     optimizer=st.fixed_dictionaries({"learning_rate": rates, "eps": rates, "betas": st.tuples(rates, rates)}),
-    precision=st.fixed_dictionaries({"preset": st.sampled_from(["fp16", "bf16", "fp32"])}),
+    precision=st.fixed_dictionaries(
+        {"preset": st.sampled_from(["fp16", "bf16", "fp32"])},
+        optional={
+            "pairs": st.sampled_from(["full", "matched", ("fp16/bf16",)]),
+            "fp32_modules": st.lists(texts, max_size=2).map(tuple),
+        },
+    ),
+    engine=st.fixed_dictionaries({"type": st.sampled_from(["native", "vllm"])}),
+    watchdog=st.fixed_dictionaries({"levels": st.lists(levels, max_size=3).map(tuple)}),
     sanity=st.fixed_dictionaries(
         {"arms": st.lists(st.sampled_from(["fp16", "bf16", "fp32"]), min_size=1, unique=True).map(tuple)}
     ),
