@@ -174,6 +174,14 @@ class StepView:
             "tokens/s",
             self._cell("system/tokens_per_second", ",.0f"),
         )
+        table.add_row(
+            "predicted ESS",
+            self._cell("budget/predicted_ess", ".3f"),
+            "observed",
+            self._cell("budget/observed_ess", ".3f"),
+            "max length",
+            self._cell("budget/max_length", ",.0f"),
+        )
         return table
 
     def _bar(self) -> Table:

@@ -153,3 +153,23 @@ def test_sparkline_runs_from_lowest_to_highest_block() -> None:
 def test_durations_and_numbers_are_written_for_people() -> None:
     assert [duration(s) for s in (8.2, 69, 7500, math.nan)] == ["8s", "1m09s", "2h05m", "-"]
     assert [number(v, ".1e") for v in (None, math.inf, 2e-8)] == ["-", "inf", "2.0e-08"]
+
+
+def test_the_panel_shows_the_budget() -> None:
+    view = StepView(total_steps=9, label="fp16")
+    view.add(1, {**METRICS, "budget/predicted_ess": 0.97, "budget/observed_ess": 0.9412, "budget/max_length": 21422.6})
+    row = next(line for line in panel_text(view).splitlines() if "predicted ESS" in line)
+    assert row.split() == [
+        "\u2502",
+        "predicted",
+        "ESS",
+        "0.970",
+        "observed",
+        "0.941",
+        "max",
+        "length",
+        "21,423",
+        "\u2502",
+    ]
+    view.add(2, {**METRICS, "budget/max_length": math.inf})
+    assert "max length  inf" in panel_text(view)
