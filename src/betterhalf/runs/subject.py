@@ -23,7 +23,7 @@ from betterhalf.precision.policy import PrecisionPolicy, build_policy
 from betterhalf.rollout.build import build_engine
 from betterhalf.rollout.engine import RolloutEngine
 from betterhalf.run_dir import RunDir
-from betterhalf.runs.assembly import check_context, choose_device, with_precision
+from betterhalf.runs.assembly import check_context, check_islands, choose_device, with_precision
 from betterhalf.runs.evaluate import newest_checkpoint
 from betterhalf.tasks.build import build_task
 from betterhalf.tasks.task import Task
@@ -59,13 +59,15 @@ def open_subject(target: str, config: RunConfig) -> Iterator[Subject]:
     """Load a model, or the newest checkpoint of a run (then `config` is the run's own).
 
     Raises:
-        InputError: unknown or damaged model, no tokenizer, or prompts longer than its context.
+        InputError: unknown or damaged model, no tokenizer, prompts longer than its context, or FP32 islands that it
+            does not have.
         MissingExtraError: the model or the data needs a package that is not installed.
     """
     is_run = RunDir(Path(target)).configured
     if not is_run:
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": target})})
     model = load_model(config.model)
+    check_islands(model, config, build_policy(config.precision, choose_device(config)))
     if is_run:
         _load_trained(model, target)
     task = build_task(config.task, model.tokenizer)
