@@ -15,25 +15,31 @@ from betterhalf.runs.assembly import Parts
 from betterhalf.types import MicroBatch
 
 _TOKENS = 32
-_ROUNDOFFS = 64
-"""The tolerance in units of roundoff of the coarser format; rounding alone makes up to about a tenth of it."""
+_ROUNDOFFS, _RELATIVE = 64, 16
+"""The tolerance in units of roundoff of the coarser format: absolute, and relative to the mean logprob, whose rounding
+errors grow with it. Rounding alone makes up to about a fifth of it (docs/engines.md has the measurements)."""
 _FLOOR = 1e-3
 """Nats; where both formats are fine, other orders of summation still differ."""
 
 
-def tolerance(policy: PrecisionPolicy) -> float:
-    """Mean absolute difference of logprobs, in nats, that rounding may make: max(1e-3, 64 unit roundoffs)."""
+def tolerance(policy: PrecisionPolicy, mean_logprob: float) -> float:
+    """Mean absolute difference of logprobs, in nats, that rounding may make.
+
+    The largest of 1e-3, 64 unit roundoffs, and 16 unit roundoffs times the mean absolute logprob.
+    """
     formats = (policy.roles.compute_dtype, policy.roles.rollout_dtype)
-    return max(_FLOOR, _ROUNDOFFS * max(FORMATS[name].unit_roundoff for name in formats))
+    roundoff = max(FORMATS[name].unit_roundoff for name in formats)
+    return max(_FLOOR, roundoff * max(_ROUNDOFFS, _RELATIVE * abs(mean_logprob)))
 
 
-def score_difference(parts: Parts) -> float:
-    """Mean absolute difference between trainer and engine logprobs of a fixed prompt, in nats, at temperature 1."""
+def score_difference(parts: Parts) -> tuple[float, float]:
+    """Mean absolute difference of trainer and engine logprobs of a fixed prompt at temperature 1, and the trainer's
+    mean logprob, in nats."""
     hf_config = parts.trainer.module.config
     token_ids = fixed_tokens(hf_config.vocab_size, min(_TOKENS, hf_config.max_position_embeddings))
     behavior = torch.tensor(parts.engine.score([token_ids])[0], dtype=torch.float64)
     logprobs, _ = parts.trainer.measure(_whole(token_ids, parts.policy.device), temperature=1.0)
-    return float((logprobs.double().cpu() - behavior).abs().mean())
+    return float((logprobs.double().cpu() - behavior).abs().mean()), float(logprobs.double().mean())
 
 
 def check_scores(parts: Parts) -> None:
@@ -42,7 +48,8 @@ def check_scores(parts: Parts) -> None:
     Raises:
         WeightSyncError: the mean difference exceeds `tolerance`, or is not a number.
     """
-    difference, allowed = score_difference(parts), tolerance(parts.policy)
+    difference, mean_logprob = score_difference(parts)
+    allowed = tolerance(parts.policy, mean_logprob)
     if not difference <= allowed:
         raise WeightSyncError(
             f"after the weight sync the engine scores a prompt {difference:.3g} nats per token apart from the trainer "

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-from betterhalf.rollout.vllm.backend import VllmBackend
 from betterhalf.rollout.vllm.refusals import NotInstalled, Refusal, reason
 
 Handler = Callable[..., Any]
@@ -61,7 +60,11 @@ def watch_parent(parent: int) -> None:
 def main(handlers: Mapping[str, Handler] | None = None) -> None:
     """Serve on the file descriptor that the command line names."""
     watch_parent(int(sys.argv[2]))
-    serve(Connection(int(sys.argv[1])), handlers or VllmBackend().handlers())
+    if handlers is None:
+        from betterhalf.rollout.vllm.backend import VllmBackend
+
+        handlers = VllmBackend().handlers()
+    serve(Connection(int(sys.argv[1])), handlers)
     # vLLM's helpers and atexit hooks have nothing left to save, and some wait for each other.
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,0 +1,124 @@
+"""Life and death of the child process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from betterhalf.errors import EngineDiedError, EngineError, InputError, MissingExtraError
+from betterhalf.rollout.vllm.process import ServerProcess
+
+Start = Callable[..., ServerProcess]
+
+
+def runs(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def ends_within(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not runs(pid)
+
+
+def test_it_answers_in_order_and_sees_its_environment(start: Start) -> None:
+    process = start(SHOWN="yes")
+    assert process.ask("echo", a=1) == {"a": 1}
+    assert process.ask("setting", name="SHOWN") == "yes"
+    assert process.ask("echo", a=(2, 3)) == {"a": (2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("verb", "values", "error", "words"),
+    [
+        ("fail", {"message": "out of luck"}, EngineError, "vLLM failed: out of luck"),
+        ("refuse", {}, InputError, "not this model"),
+        ("missing", {}, MissingExtraError, "no vLLM here"),
+    ],
+)
+def test_an_error_is_raised_here_and_the_next_question_is_answered(
+    start: Start, verb: str, values: dict[str, str], error: type[Exception], words: str
+) -> None:
+    process = start()
+    with pytest.raises(error, match=words):
+        process.ask(verb, **values)
+    assert process.ask("echo", a=1) == {"a": 1}
+
+
+@pytest.mark.parametrize(("how", "words"), [(-signal.SIGKILL, "signal SIGKILL"), (7, "exit status 7")])
+def test_a_death_tells_how_and_quotes_the_log(start: Start, how: int, words: str) -> None:
+    process = start()
+    with pytest.raises(EngineDiedError, match=f"{words}.*before it answered 'die'(.|\n)*last words"):
+        process.ask("die", how=int(how))
+    with pytest.raises(EngineDiedError):
+        process.ask("echo")
+
+
+def test_no_answer_in_time_is_an_error_that_ends_the_process(start: Start) -> None:
+    process = start()
+    process.ask("echo")
+    with pytest.raises(EngineError, match=r"within 0\.1 seconds; allow more with engine\.start_seconds"):
+        process.ask("nap", seconds=0.1)
+    assert ends_within(process.pid, 10)
+
+
+def test_close_ends_it_and_may_be_repeated(start: Start) -> None:
+    process = start()
+    process.ask("echo")
+    process.close()
+    assert not runs(process.pid)
+    process.close()
+
+
+def test_an_interrupted_question_ends_the_process(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = start()
+    process.ask("echo")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process, "_wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        process.ask("echo")
+    assert ends_within(process.pid, 10)
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from betterhalf.rollout.vllm.process import ServerProcess
+process = ServerProcess("fake_vllm_server", {}, Path(sys.argv[1]))
+process.ask("echo")
+print(process.pid, flush=True)
+if sys.argv[2] == "busy":
+    process._connection.send(("nap", {}))
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("doing", ["idle", "busy"])
+def test_it_does_not_outlive_a_killed_parent(fake_module: str, tmp_path: object, doing: str) -> None:
+    command = [sys.executable, "-c", PARENT, f"{tmp_path}/log", doing]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert runs(child)
+        parent.kill()
+    try:
+        assert ends_within(child, 10)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
