@@ -20,7 +20,15 @@ from typing import Any
 
 _BEHAVIOR = ("sampling_per_token_logps", "logprobs")
 _OWN_WORDS = ("tool_mask", "env_mask")
+_MASKS = ("prompt_mask", "completion_mask")
 _PASSED_ON = ("prompt_id", "finish_reason", "temperature", "rollout_dtype", "trainer_dtype")
+
+
+_COLUMNS = {
+    *("prompt_ids", "completion_ids", "logprob_token_ids", "old_per_token_logps"),
+    *(*_BEHAVIOR, *_OWN_WORDS, *_MASKS, *_PASSED_ON),
+}
+"""All that matters of a batch; images, rewards and the like may have any shape."""
 
 
 def is_trl(record: Mapping[str, Any]) -> bool:
@@ -43,7 +51,9 @@ def trl_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not (completions and isinstance(completions[0], list)):
         return [dict(record)]
     count = len(completions)
-    columns = {key: _column(key, value, count) for key, value in record.items() if value is not None}
+    columns = {
+        key: _column(key, value, count) for key, value in record.items() if key in _COLUMNS and value is not None
+    }
     return [{key: column[index] for key, column in columns.items()} for index in range(count)]
 
 

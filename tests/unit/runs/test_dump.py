@@ -180,6 +180,8 @@ def test_trl_trainer_inputs_lose_their_padding(tmp_path: Path) -> None:
         "sampling_per_token_logps": [[-1.0, -2.0, 0.0], [-3.0, 0.0, 0.0]],
         "old_per_token_logps": [[-1.5, -2.5, -9.0], [-3.5, -9.0, -9.0]],
         "advantages": [0.5, -0.5],
+        "num_items_in_batch": 3,
+        "pixel_values": [[0.5]] * 7,
     }
     lines = dump_of(tmp_path, inputs).lines
     assert [line.prompt_token_ids for line in lines] == [(5,), (3, 4, 5)]
