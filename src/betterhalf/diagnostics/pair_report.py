@@ -130,16 +130,10 @@ def pair_report(
         ValueError: there are no tokens.
     """
     trainer_C, behavior_C = trainer_logprobs_C.detach().double(), behavior_logprobs_C.detach().double()
-    values = mismatch_metrics(trainer_C, behavior_C, sequence_index_C, num_sequences)
+    data = (trainer_C, behavior_C, sequence_index_C, num_sequences)
+    values = mismatch_metrics(*data)
     intervals = bootstrap_intervals(
-        trainer_C,
-        behavior_C,
-        sequence_index_C,
-        num_sequences,
-        resamples=bootstrap,
-        confidence=confidence,
-        seed=seed,
-        cluster_index_S=cluster_index_S,
+        *data, resamples=bootstrap, confidence=confidence, seed=seed, cluster_index_S=cluster_index_S
     )
     d_C = ops.log_ratio(trainer_C, behavior_C)
     return PairReport(
