@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,23 @@ def test_an_engine_that_died_is_started_once_more(subject: Subject, monkeypatch:
     monkeypatch.setattr(pairs_module, "sample_groups_of", dying)
     (report,) = measure_pairs(subject, [("fp32", "fp32")], prompts=subject.prompts(1), group_size=2)
     assert report.error is None and len(tried) == 2
+
+
+def test_one_trainer_lives_at_a_time(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[int] = []
+    trainers: list[weakref.ref[Any]] = []
+    real = pairs_module.trainer_in
+
+    def counted(subject: Subject, dtype: DtypeName) -> Any:
+        alive.append(sum(trainer() is not None for trainer in trainers))
+        trainer = real(subject, dtype)
+        trainers.append(weakref.ref(trainer.module))
+        return trainer
+
+    monkeypatch.setattr(pairs_module, "trainer_in", counted)
+    pairs: list[tuple[DtypeName, DtypeName]] = [("fp16", "fp32"), ("bf16", "fp32"), ("fp32", "fp32")]
+    measure_pairs(subject, pairs, prompts=subject.prompts(1), group_size=2)
+    assert alive == [0, 0, 0]
 
 
 def test_a_pair_that_fails_loses_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
