@@ -242,7 +242,7 @@ class VllmEngine:
                 f"the engine's hidden states are not finite in {self._policy.roles.rollout_dtype}; {_NOT_FINITE}"
             )
         wire = self._policy.roles.wire_dtype if self._wire is None else dtype_name(self._wire)
-        facts = found["facts"] | {"batch_invariant": "on" if self._config.batch_invariant else "off"}
+        facts = found["facts"] | {"kernels": "batch-invariant" if self._config.batch_invariant else "ordinary"}
         return SideReport(side="engine", dtypes=found["dtypes"] | {"wire": wire}, facts=facts, digests=found["digests"])
 
     # -- sharing a GPU
