@@ -158,7 +158,7 @@ def test_people_get_a_matrix(measured: Path, capsys: pytest.CaptureFixture[str])
     show_probe(read_json(measured / "probe.json"))
     out = capsys.readouterr().out
     assert "k3 in nats per token, with its 95% interval" in out
-    assert out.count("fp16/bf16") == 1 and "slope_per_1k" in out
+    assert out.count("fp16/bf16") == 2 and out.count("slope_per_1k") == 3
     assert "k3 ratio BF16 / FP16" in out and "seconds: load" in out
     assert "\u2026" not in out, "a number is cut off"
     assert all(len(line) <= WIDTH for line in out.splitlines() if not line.startswith(("seconds", "k3 ratio")))
