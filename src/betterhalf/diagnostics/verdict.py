@@ -142,12 +142,14 @@ def overflowing(census: Census) -> tuple[Spot, ...]:
     first = census.first_forward or census.first_backward
     if first is None:
         return ()
-    backward = first.kind in BACKWARD_KINDS
-    others = [row for row in census.ranges if row.headroom_bits < 0 and _is_backward(row) == backward]
-    # In the forward direction the residual stream carries on what a branch has put into it.
-    own = [row for row in others if backward or not _is_residual(row.spot)]
-    spots = [first, *(row.spot for row in sorted(own, key=lambda row: row.headroom_bits))]
-    return tuple(dict.fromkeys(spots))
+    others = _tight(census, 0.0, backward=first.kind in BACKWARD_KINDS)
+    return tuple(dict.fromkeys([first, *(row.spot for row in others)]))
+
+
+def cramped(census: Census) -> tuple[Spot, ...]:
+    """Places with too little headroom, forward and then backward, the worst of each first."""
+    rows = [row for backward in (False, True) for row in _tight(census, MIN_HEADROOM_BITS, backward=backward)]
+    return tuple(row.spot for row in rows)
 
 
 # -- against a precision
@@ -206,15 +208,15 @@ def _failure(census: Census, pair: PairFinding | None) -> list[_Finding]:
 def _headroom(census: Census) -> list[_Finding]:
     """What has less than two bits left, forward and, at loss scale 1, backward; the lowest named."""
     found = []
-    for direction, backward in (("Forward", False), ("Backward, at loss scale 1,", True)):
-        low = [r for r in census.ranges if _is_backward(r) == backward and r.headroom_bits < MIN_HEADROOM_BITS]
+    for direction, backward in (("Forward,", False), ("Backward, at loss scale 1,", True)):
+        low = _tight(census, MIN_HEADROOM_BITS, backward=backward)
         if low:
-            worst = min(low, key=lambda row: row.headroom_bits)
+            worst = low[0]
             reason = (
                 f"{direction} {worst.spot} reaches {worst.max_abs:.3g}: {worst.headroom_bits:.1f} bits below the end "
                 f"of {census.dtype.upper()} at {census.max:g}, under {MIN_HEADROOM_BITS:g}."
             )
-            found.append(_Finding(reason=reason, modules=_worst_first(low)))
+            found.append(_Finding(reason=reason, modules=tuple(row.spot.module for row in low)))
     return found
 
 
@@ -275,8 +277,14 @@ def _row(census: Census, spot: Spot) -> ModuleRange | None:
     return next((row for row in census.ranges if row.spot == spot), None)
 
 
-def _worst_first(rows: list[ModuleRange]) -> tuple[str, ...]:
-    return tuple(row.spot.module for row in sorted(rows, key=lambda row: row.headroom_bits))
+def _tight(census: Census, bits: float, *, backward: bool) -> list[ModuleRange]:
+    """Rows of one direction with less headroom than `bits`, worst first.
+
+    Forward, the residual stream carries on what a branch has put into it: its rows count only where no branch's do.
+    """
+    low = [row for row in census.ranges if row.headroom_bits < bits and _is_backward(row) == backward]
+    branches = [row for row in low if backward or not _is_residual(row.spot)]
+    return sorted(branches or low, key=lambda row: row.headroom_bits)
 
 
 def _is_backward(row: ModuleRange) -> bool:

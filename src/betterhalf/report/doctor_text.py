@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -49,9 +50,13 @@ def _print_verdicts(out: Console, verdicts: Mapping[str, Any]) -> None:
         word = str(verdict["verdict"])
         out.print(Text.assemble("\n", (f"{name}  {word}", _STYLES.get(word, ""))))
         for reason in verdict["reasons"]:
-            out.print(Text(f"  {reason}"))
+            out.print(_indented(reason))
         if verdict["modules"]:
-            out.print(Text(f"  modules: {', '.join(verdict['modules'])}"))
+            out.print(_indented(f"Modules: {', '.join(verdict['modules'])}."))
+
+
+def _indented(text: str) -> Padding:
+    return Padding(Text(text), (0, 0, 0, 2))
 
 
 def _print_census(out: Console, census: Mapping[str, Any]) -> None:

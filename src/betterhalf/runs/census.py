@@ -158,7 +158,8 @@ class _Watcher:
     def _after(self, name: str, part: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if not _is_floating(output):
             return
-        self._recent.append(output)
+        # Detached: an output whose hook leads back to itself would keep the whole graph for ever.
+        self._recent.append(output.detach())
         self._see(name, "forward", output.detach())
         if output.requires_grad:
             _on_gradient(output, partial(self._gradient, name, "backward"))

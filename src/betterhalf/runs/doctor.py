@@ -3,7 +3,7 @@
 1. Sample a few completions in every precision.
 2. Census: how large values get, forward and backward, and what each precision does with them.
 3. Mismatch of every matched pair, on the same completions.
-4. A verdict for each precision, FP32 islands where FP16 is unsafe, and a configuration to start from.
+4. A verdict for each precision, FP32 islands where FP16 lacks range, and a configuration to start from.
 
 `doctor.json` is written anew after each of these, so that what is measured is on disk whatever fails later.
 """
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from betterhalf.diagnostics.verdict import (
     Agreement,
     PairFinding,
     Verdict,
+    cramped,
     engine_agreement,
     judge,
+    overflowing,
     recommend,
 )
 from betterhalf.environment import environment
@@ -74,7 +77,7 @@ def doctor(target: str, config: RunConfig, run_dir: str | None) -> dict[str, Any
         MissingExtraError: a package is not installed.
     """
     started = time.perf_counter()
-    with run_folder(run_dir, "doctor", Path(target).name) as run, open_subject(target, _plain(config)) as subject:
+    with run_folder(run_dir, "doctor", Path(target).name) as run, _opened(target, config) as subject:
         write_json_atomic(run.config, resolved_json(subject.config))
         write_json_atomic(run.environment, environment())
         with show_progress("doctor", _PHASES, mode=config.logging.console) as bar:
@@ -153,7 +156,7 @@ class _Record(Recorder):
 
 def _examine(known: _Examination) -> dict[str, Any]:
     prompts = known.subject.prompts(known.subject.config.doctor.prompts)
-    samples = _sample(_shortened(known.subject), _PAIRS, prompts, _Record(known))
+    samples = _sample(_sampling(known.subject), _PAIRS, prompts, _Record(known))
     batch = _census_batch(known.subject, prompts, samples)
     truth = reference(known.subject, batch)
     known.bar.advance()
@@ -161,13 +164,13 @@ def _examine(known: _Examination) -> dict[str, Any]:
         known.censuses[dtype] = take_census(known.subject, dtype, batch, truth)
         known.bar.advance()
         known.write()
-    known.reports = score_pairs(_shortened(known.subject), _PAIRS, samples, _Record(known))
+    known.reports = score_pairs(_sampling(known.subject), _PAIRS, samples, _Record(known))
     known.write()
     known.agreement = engine_agreement(known.finding("fp32"))
     known.verdicts = {dtype: judge(known.censuses[dtype], known.finding(dtype)) for dtype in PREFERENCE}
     known.recommended = recommend(known.verdicts)
     known.write()
-    if known.verdicts["fp16"].verdict == "unsafe":
+    if overflowing(known.censuses["fp16"]) or cramped(known.censuses["fp16"]):
         known.islands = _islands(known, batch, truth, prompts)
         known.recommended = _with_cure(known)
         known.write()
@@ -210,7 +213,7 @@ def _islands(known: _Examination, batch: CensusBatch, truth: Reference, prompts:
         alone = judge(census, None)
         if alone.verdict == "unsafe":
             return alone
-        report = _pair_of(_shortened(subject), census.dtype, prompts)
+        report = _pair_of(_sampling(subject), census.dtype, prompts)
         return judge(census, _finding(report, subject.config.sampling.max_tokens))
 
     return find_islands(known.subject, batch, truth, known.censuses["fp16"], judged)
@@ -248,9 +251,20 @@ def _plain(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"precision": precision})
 
 
-def _shortened(subject: Subject) -> Subject:
-    """The subject with the doctor's own length limit, if that is shorter than training's."""
-    config = subject.config
+def _shortened(config: RunConfig) -> RunConfig:
+    """With the doctor's own length limit, if that is shorter than training's."""
     limit = min(config.doctor.max_tokens, config.sampling.max_tokens)
-    sampling = config.sampling.model_copy(update={"max_tokens": limit})
-    return dataclasses.replace(subject, config=config.model_copy(update={"sampling": sampling}))
+    return config.model_copy(update={"sampling": config.sampling.model_copy(update={"max_tokens": limit})})
+
+
+def _sampling(subject: Subject) -> Subject:
+    """The subject as it is sampled from."""
+    return dataclasses.replace(subject, config=_shortened(subject.config))
+
+
+@contextmanager
+def _opened(target: str, config: RunConfig) -> Iterator[Subject]:
+    """The subject with training's length limit; its prompts need room for the doctor's completions alone."""
+    with open_subject(target, _shortened(_plain(config))) as opened:
+        restored = opened.config.model_copy(update={"sampling": config.sampling})
+        yield dataclasses.replace(opened, config=restored)

@@ -1,26 +1,26 @@
-"""FP32 islands for a model that half precision cannot hold: proposed from where it overflows, and tried.
+"""FP32 islands for a model that half precision cannot hold, or only just: proposed from where it overflows, and tried.
 
-An island computes in FP32 what is around it in half (`precision.fp32_modules`). Starting from none, each round makes
-islands of the places that overflow, runs the real passes again, and looks for what overflows next.
+An island computes in FP32 while what is around it is half (`precision.fp32_modules`). Each round makes islands of the
+places that overflow, runs the real passes again, and looks for what overflows, or has too little headroom, next.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from betterhalf.diagnostics.numerics import Census, Spot
-from betterhalf.diagnostics.verdict import Verdict, overflowing
+from betterhalf.diagnostics.verdict import Verdict, cramped, overflowing
 from betterhalf.runs.census import CensusBatch, Reference, take_census
 from betterhalf.runs.subject import Subject
 
 MAX_ROUNDS = 8
 """Times that islands are added before the search gives up."""
 
-_PLACE = re.compile(r"(?P<layer>.*\.layers\.\d+)(\.(?P<part>self_attn|mlp)(\.(?P<leaf>.+))?)?")
+_PLACE = re.compile(r"(?P<layer>.*?\.layers\.\d+)(\.((?P<part>self_attn|mlp)(\.(?P<leaf>.+))?|.+))?")
 _NARROW = ("down_proj", "o_proj")
 """Projections that can be islands of their own: they write to the residual stream."""
 
@@ -32,7 +32,7 @@ class Islands:
     modules: tuple[str, ...]
     """For `precision.fp32_modules`; empty when no island can cover the first overflow."""
     cures: bool
-    """Whether nothing overflows with them, and no gradient is lost beyond the limit."""
+    """Whether they make the precision better; see `find_islands`."""
     reason: str
     verdict: Verdict
     """The precision's verdict with the islands."""
@@ -69,48 +69,50 @@ def islands_for(spot: Spot) -> Iterator[str]:
 def find_islands(
     subject: Subject, batch: CensusBatch, truth: Reference, census: Census, judge: Callable[[Subject, Census], Verdict]
 ) -> Islands:
-    """Add islands until nothing overflows, for at most `MAX_ROUNDS` rounds or half of the layers.
+    """Add islands until nothing overflows or comes close, for at most `MAX_ROUNDS` rounds or half of the layers.
+
+    They cure an overflow when the precision is no longer unsafe, and want of headroom when it is ok.
 
     Args:
         subject: its own islands, if any, are kept.
         batch: tokens of the census.
         truth: their FP32 magnitudes.
-        census: of the unsafe precision, without further islands.
+        census: of the precision in want of them, without further islands.
         judge: the verdict on a subject with islands and its census; may measure the pair.
     """
     modules = tuple(subject.config.precision.fp32_modules)
     most = max(1, subject.model.hf_config.num_hidden_layers // 2)
-    tried = 0
-    while tried < MAX_ROUNDS and overflowing(census):
-        grown = _grown(modules, overflowing(census))
+    sufficient = ("ok", "watch") if overflowing(census) else ("ok",)
+    for _ in range(MAX_ROUNDS):
+        grown = _grown(modules, overflowing(census) or cramped(census))
         if grown == modules or _layers(grown) > most:
             break
-        modules, tried = grown, tried + 1
+        modules = grown
         census = take_census(with_islands(subject, modules), census.dtype, batch, truth)
     verdict = judge(with_islands(subject, modules), census)
-    cures = verdict.verdict != "unsafe"
-    return Islands(
-        modules=modules,
-        cures=cures,
-        reason=_reason(modules, census, verdict, most) if not cures else _cured(modules, verdict),
-        verdict=verdict,
-        census=census,
-    )
+    cures = verdict.verdict in sufficient
+    reason = _cured(modules, verdict) if cures else _not_cured(modules, verdict, most)
+    return Islands(modules=modules, cures=cures, reason=reason, verdict=verdict, census=census)
 
 
 def _grown(modules: tuple[str, ...], spots: tuple[Spot, ...]) -> tuple[str, ...]:
     """One more island, or a wider one, for each place; islands inside another are dropped."""
     chosen = dict.fromkeys(modules)
     for spot in spots:
-        for island in islands_for(spot):
-            if not any(_covers(held, island) for held in chosen):
-                chosen[island] = None
-                break
+        # What overflows although an earlier island covers it needs a wider one; one of this round is not tried yet.
+        wider = (island for island in islands_for(spot) if not _covered(modules, island))
+        island = next(wider, None)
+        if island is not None and not _covered(chosen, island):
+            chosen[island] = None
     return tuple(one for one in chosen if not any(other != one and _covers(other, one) for other in chosen))
 
 
 def _covers(island: str, module: str) -> bool:
     return module == island or module.startswith(f"{island}.")
+
+
+def _covered(islands: Iterable[str], module: str) -> bool:
+    return any(_covers(island, module) for island in islands)
 
 
 def _layers(modules: tuple[str, ...]) -> int:
@@ -123,12 +125,12 @@ def _cured(modules: tuple[str, ...], verdict: Verdict) -> str:
     return f"With {_named(modules)} in FP32 the precision is {verdict.verdict}: {verdict.reasons[0]}"
 
 
-def _reason(modules: tuple[str, ...], census: Census, verdict: Verdict, most: int) -> str:
+def _not_cured(modules: tuple[str, ...], verdict: Verdict, most: int) -> str:
     if not modules:
-        return f"No island covers {census.first_forward or census.first_backward or 'what is lost'}."
+        return f"No island covers it, or islands in more than {most} layers would be needed."
     return (
-        f"With {_named(modules)} in FP32 the precision is still unsafe: {verdict.reasons[0]} The search ends after "
-        f"{MAX_ROUNDS} rounds, at islands in {most} layers, or where no wider island is left."
+        f"With {_named(modules)} in FP32 the precision is still {verdict.verdict}: {verdict.reasons[0]} The search "
+        f"ends after {MAX_ROUNDS} rounds, at islands in {most} layers, or where no wider island is left."
     )
 
 

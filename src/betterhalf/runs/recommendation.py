@@ -26,7 +26,7 @@ def config_text(
     """
     if recommended is None:
         return ""
-    cured = islands is not None and islands.cures and verdicts[recommended].verdict == "unsafe"
+    cured = islands is not None and islands.cures and recommended == "fp16" and verdicts["fp16"].verdict != "ok"
     census = islands.census if islands and cured else censuses[recommended]
     return "\n".join(_lines(subject, recommended, verdicts, census, islands if cured else None)) + "\n"
 
