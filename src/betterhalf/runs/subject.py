@@ -23,7 +23,7 @@ from betterhalf.precision.policy import PrecisionPolicy, build_policy
 from betterhalf.rollout.build import build_engine
 from betterhalf.rollout.engine import RolloutEngine
 from betterhalf.run_dir import RunDir
-from betterhalf.runs.assembly import check_context, check_islands, choose_device, with_precision
+from betterhalf.runs.assembly import check_context, check_islands, choose_device
 from betterhalf.runs.evaluate import newest_checkpoint
 from betterhalf.tasks.build import build_task
 from betterhalf.tasks.task import Task
@@ -79,15 +79,21 @@ def open_subject(target: str, config: RunConfig) -> Iterator[Subject]:
         subject.close()
 
 
+def config_in(subject: Subject, dtype: DtypeName) -> RunConfig:
+    """The subject's settings with every role in one format: overrides of single roles are for runs."""
+    roles = dict.fromkeys(("compute_dtype", "rollout_dtype", "wire_dtype", "kv_dtype"))
+    precision = subject.config.precision.model_copy(update={"preset": dtype, **roles})
+    return subject.config.model_copy(update={"precision": precision})
+
+
 def policy_in(subject: Subject, dtype: DtypeName) -> PrecisionPolicy:
     """Every role in one format, on the device of the configuration."""
-    config = with_precision(subject.config, dtype)
-    return build_policy(config.precision, choose_device(config))
+    return build_policy(config_in(subject, dtype).precision, choose_device(subject.config))
 
 
 def trainer_in(subject: Subject, dtype: DtypeName) -> PolicyTrainer:
     """A trainer in `dtype` on its own copy of the weights."""
-    config = with_precision(subject.config, dtype)
+    config = config_in(subject, dtype)
     model = dataclasses.replace(subject.model, module=copy.deepcopy(subject.model.module))
     algorithm = resolve_algorithm(config.algorithm)
     return PolicyTrainer(model, config=config, policy=policy_in(subject, dtype), algorithm=algorithm)
@@ -103,7 +109,7 @@ def engine_in(subject: Subject, dtype: DtypeName) -> Iterator[RolloutEngine]:
     """
     policy = policy_in(subject, dtype)
     model = subject.model
-    engine = build_engine(with_precision(subject.config, dtype), model.hf_config, model.stop_token_ids, policy)
+    engine = build_engine(config_in(subject, dtype), model.hf_config, model.stop_token_ids, policy)
     try:
         engine.load_weights(rounded_weights(model, policy.wire_dtype), policy_version=0)
         sent = rounded_weights(model, policy.rollout_dtype)
