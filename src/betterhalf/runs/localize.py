@@ -31,9 +31,8 @@ from betterhalf.errors import InputError
 from betterhalf.rollout.build import build_engine
 from betterhalf.rollout.native.decoder import Decoder
 from betterhalf.rollout.native.engine import NativeEngine
-from betterhalf.runs.assembly import with_precision
 from betterhalf.runs.engine_trace import decoded_trace, whole_trace
-from betterhalf.runs.subject import Subject, policy_in, rounded_weights, trainer_in
+from betterhalf.runs.subject import Subject, config_in, policy_in, rounded_weights, trainer_in
 from betterhalf.runs.trainer_trace import trainer_logits, trainer_trace
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import DtypeName
@@ -127,7 +126,7 @@ def _with_native_engine(subject: Subject) -> Subject:
 def _engine_unchecked(subject: Subject, dtype: DtypeName) -> NativeEngine:
     """An engine with the subject's weights that nothing has run on: where values overflow is what we are to find."""
     model, policy = subject.model, policy_in(subject, dtype)
-    engine = build_engine(with_precision(subject.config, dtype), model.hf_config, model.stop_token_ids, policy)
+    engine = build_engine(config_in(subject, dtype), model.hf_config, model.stop_token_ids, policy)
     assert isinstance(engine, NativeEngine)
     engine.load_weights(rounded_weights(model, policy.wire_dtype), policy_version=0)
     return engine
