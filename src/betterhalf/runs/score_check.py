@@ -6,6 +6,8 @@ see that; logprobs can.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from betterhalf.errors import WeightSyncError
@@ -45,10 +47,15 @@ def score_difference(parts: Parts) -> tuple[float, float]:
 def check_scores(parts: Parts) -> None:
     """Refuse an engine that scores otherwise than the trainer does, beyond rounding.
 
+    A trainer whose own logprobs are not finite says nothing about the engine; the step's measurement names it.
+
     Raises:
-        WeightSyncError: the mean difference exceeds `tolerance`, or is not a number.
+        WeightSyncError: the mean difference exceeds `tolerance`.
+        EngineError: the engine's logprobs are not finite.
     """
     difference, mean_logprob = score_difference(parts)
+    if not math.isfinite(mean_logprob):
+        return
     allowed = tolerance(parts.policy, mean_logprob)
     if not difference <= allowed:
         raise WeightSyncError(

@@ -13,6 +13,7 @@ from betterhalf.precision.policy import build_policy
 from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.score_check import check_scores, fixed_tokens, score_difference, tolerance
 from betterhalf.runs.weight_sync import sync_weights
+from betterhalf.types import MicroBatch
 
 
 @pytest.fixture(params=["fp16", "bf16", "fp32"])
@@ -40,6 +41,14 @@ def test_a_score_that_is_no_number_is_refused(parts: Parts, monkeypatch: pytest.
     monkeypatch.setattr(parts.engine, "score", lambda sequences: [(float("nan"),) * (len(sequences[0]) - 1)])
     with pytest.raises(WeightSyncError):
         check_scores(parts)
+
+
+def test_a_trainer_that_is_not_finite_is_left_to_the_step(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(micro: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((micro.num_tokens - 1,), float("nan")), torch.zeros(1)
+
+    monkeypatch.setattr(parts.trainer, "measure", measure)
+    check_scores(parts)
 
 
 @pytest.mark.parametrize(
