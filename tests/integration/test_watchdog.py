@@ -34,11 +34,11 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"step-{step:06d}" / "model.safetensors")
 
 
-def perturb(parts: Parts) -> None:
-    """Noise, half as large as the weights, on all that the native engine holds."""
+def perturb(parts: Parts, size: float = 0.5) -> None:
+    """Noise, `size` times as large as the weights, on all that the native engine holds."""
     generator = torch.Generator().manual_seed(0)
     for view in parts.engine._weights.views.values():  # type: ignore[attr-defined]
-        noise = torch.randn(view.shape, generator=generator) * view.float().std(correction=0) / 2
+        noise = torch.randn(view.shape, generator=generator) * view.float().std(correction=0) * size
         view.add_(noise.to(view.dtype))
 
 
@@ -152,14 +152,15 @@ def test_an_interrupted_run_keeps_mask_learning_rate_and_counts(
     assert fired == [(2, "mask"), (3, "halve_learning_rate"), (6, "halve_learning_rate")]
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "reinforce"])
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
 def test_the_mask_works_in_the_step_that_switches_it_on(
     algorithm: str, small_config: Configured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     fractions, collect = {}, loop.collect_groups
 
     def collect_perturbed(parts: Parts, *more: Any) -> Any:
-        perturb(parts)
+        # Little enough that some completions are still right: what has no advantage is not trained on, nor masked.
+        perturb(parts, 0.2)
         return collect(parts, *more)
 
     for action in ("warn", "mask"):
@@ -167,16 +168,16 @@ def test_the_mask_works_in_the_step_that_switches_it_on(
             algorithm={"preset": algorithm},
             # Few packs are measured: the rest must be scored once the mask asks for the proximal policy.
             mismatch={"sample_fraction": 0.3},
-            training={"tokens_per_micro_batch": 120},
-            watchdog={"levels": [{"metric": "mismatch/k3/mean", "above": 1e-2, "action": action}]},
+            training={"tokens_per_micro_batch": 120, "prompts_per_step": 12, "steps": 1},
+            watchdog={"levels": [{**ALWAYS, "action": action}]},
         )
         with monkeypatch.context() as patched:
             patched.setattr(loop, "collect_groups", collect_perturbed)
             run = RunDir.create(tmp_path / action, resume=False)
             run_training(config, run, resume=False, label="x")
         fractions[action] = [row["policy/mask_fraction"] for row in read_jsonl(run.metrics)]
-    assert fractions["warn"] == [0, 0]
-    assert min(fractions["mask"]) > 0.05
+    assert fractions["warn"] == [0]
+    assert min(fractions["mask"]) > 0
 
 
 def test_levels_that_cannot_act_are_refused_before_anything_is_loaded(
