@@ -71,7 +71,7 @@ class ProbeConfig(Section):
 
 
 class DoctorConfig(Section):
-    """How much `doctor` looks at; its thresholds are in docs/mismatch.md."""
+    """How much `doctor` looks at; its thresholds are in docs/doctor.md."""
 
     prompts: int = Field(4, ge=1)
     """Prompts for the range census and the mismatch sample."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -31,16 +31,19 @@ def show_doctor(result: Mapping[str, Any], stream: TextIO | None = None, *, widt
     out = Console(file=stream or sys.stdout, width=width, highlight=False)
     agreement = result.get("engine_agrees")
     if agreement:
-        out.print(Text(str(agreement["reason"]), style="" if agreement["agrees"] else "bold red"))
+        style = "" if agreement["agrees"] else "bold red"
+        out.print(Text(f"engine and trainer  {'agree' if agreement['agrees'] else 'DISAGREE'}", style=style))
+        _print_indented(out, str(agreement["reason"]))
     _print_verdicts(out, result.get("verdicts") or {})
     _print_census(out, result.get("census") or {})
     _print_mismatch(out, result.get("mismatch") or [])
     islands = result.get("islands")
     if islands:
         word = "cure it" if islands["cures"] else "do not cure it"
-        out.print(Text(f"FP32 islands {word}. {islands['reason']}\n"))
+        out.print(Text(f"FP32 islands {word}:"))
+        _print_indented(out, islands["reason"])
     if result.get("recommended"):
-        out.print(Text(f"Recommended: {result['recommended']}", style="bold"))
+        out.print(Text(f"\nRecommended: {result['recommended']}", style="bold"))
         # Pasted text must keep its lines.
         print(result.get("config", ""), file=out.file)
 
@@ -50,13 +53,14 @@ def _print_verdicts(out: Console, verdicts: Mapping[str, Any]) -> None:
         word = str(verdict["verdict"])
         out.print(Text.assemble("\n", (f"{name}  {word}", _STYLES.get(word, ""))))
         for reason in verdict["reasons"]:
-            out.print(_indented(reason))
+            _print_indented(out, reason)
         if verdict["modules"]:
-            out.print(_indented(f"Modules: {', '.join(verdict['modules'])}."))
+            _print_indented(out, f"Modules: {', '.join(verdict['modules'])}.")
 
 
-def _indented(text: str) -> Padding:
-    return Padding(Text(text), (0, 0, 0, 2))
+def _print_indented(out: Console, text: str) -> None:
+    for line in textwrap.wrap(text, out.width - 2, break_long_words=False, break_on_hyphens=False):
+        out.print(Text(f"  {line}"))
 
 
 def _print_census(out: Console, census: Mapping[str, Any]) -> None:
@@ -70,6 +74,7 @@ def _print_census(out: Console, census: Mapping[str, Any]) -> None:
             lost = f"{100 * (row['subnormal_fraction'] + row['zero_fraction']):.1f}%"
             cells = (row["module"], _KIND_WORDS[row["kind"]], _number(row["max_abs"], ".3g"))
             table.add_row(*cells, _number(row["headroom_bits"], ".1f"), lost)
+    out.print()
     out.print(table)
     out.print(Text("lost: share of the non-zero values that are subnormal or zero in this format."))
 
@@ -94,6 +99,7 @@ def _print_mismatch(out: Console, pairs: Iterable[Mapping[str, Any]]) -> None:
         k3 = f"{_number(pair['k3'], '.2e')}  [{_number(low, '.1e')}, {_number(high, '.1e')}]"
         table.add_row(name, k3, _number(pair["max_abs"], ".2e"), str(pair["tokens"]))
     if table.row_count:
+        out.print()
         out.print(table)
 
 

@@ -91,7 +91,8 @@ def find_islands(
         census = take_census(with_islands(subject, modules), census.dtype, batch, truth)
     verdict = judge(with_islands(subject, modules), census)
     cures = verdict.verdict in sufficient
-    reason = _cured(modules, verdict) if cures else _not_cured(modules, verdict, most)
+    name = census.dtype.upper()
+    reason = _cured(name, modules, verdict) if cures else _not_cured(name, modules, verdict, most)
     return Islands(modules=modules, cures=cures, reason=reason, verdict=verdict, census=census)
 
 
@@ -121,15 +122,15 @@ def _layers(modules: tuple[str, ...]) -> int:
     return len({place["layer"] for place in places if place})
 
 
-def _cured(modules: tuple[str, ...], verdict: Verdict) -> str:
-    return f"With {_named(modules)} in FP32 the precision is {verdict.verdict}: {verdict.reasons[0]}"
+def _cured(name: str, modules: tuple[str, ...], verdict: Verdict) -> str:
+    return f"With {_named(modules)} in FP32, {name} is {verdict.verdict}: {verdict.reasons[0]}"
 
 
-def _not_cured(modules: tuple[str, ...], verdict: Verdict, most: int) -> str:
+def _not_cured(name: str, modules: tuple[str, ...], verdict: Verdict, most: int) -> str:
     if not modules:
         return f"No island covers it, or islands in more than {most} layers would be needed."
     return (
-        f"With {_named(modules)} in FP32 the precision is still {verdict.verdict}: {verdict.reasons[0]} The search "
+        f"With {_named(modules)} in FP32, {name} is still {verdict.verdict}: {verdict.reasons[0]} The search "
         f"ends after {MAX_ROUNDS} rounds, at islands in {most} layers, or where no wider island is left."
     )
 

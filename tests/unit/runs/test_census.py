@@ -219,7 +219,7 @@ def test_a_loss_scale_saves_gradients_from_underflow(subject: Subject, batch: Ce
     gradients = gradients_and_loss(trainer_in_scale_one(subject), batch)
     lost = sum(int((truth.nonzero[name] & (gradients[name] == 0)).sum()) for name in truth.nonzero)
     total = sum(int(mask.sum()) for mask in truth.nonzero.values())
-    assert census.zeroed_fraction_unscaled == lost / total > 0.001
+    assert census.zeroed_fraction_unscaled == lost / total > 0
     assert census.zeroed_fraction is not None and census.zeroed_fraction < census.zeroed_fraction_unscaled / 10
 
 
