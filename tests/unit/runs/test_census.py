@@ -18,9 +18,9 @@ from betterhalf.runs.census import (
     census_batch,
     reference,
     take_census,
-    watched,
 )
 from betterhalf.runs.subject import Subject, open_subject, trainer_in
+from betterhalf.runs.watching import watched
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion
 
