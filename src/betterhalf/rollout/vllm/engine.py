@@ -94,6 +94,11 @@ class VllmEngine:
                 self._process = ServerProcess(self._module, variables, folder / "vllm.log")
                 llm = options.llm_options(folder, self._hf_config, self._config, self._policy, self._seed)
                 self._shapes = self._ask_started("start", seconds=self._config.start_seconds, options=llm)
+            except EngineDiedError as error:
+                # Not a death to be survived: what ends one start ends the next.
+                self.close()
+                self._died = None
+                raise EngineError(f"vLLM does not start: {error}") from error
             except BaseException:
                 self.close()
                 raise

@@ -18,6 +18,8 @@ SEEN = []
 
 def start(options):
     print("fake vLLM starts", flush=True)
+    if os.environ.get("FAKE_DIES_IN") == "start":
+        os._exit(9)
     if options["dtype"] == os.environ.get("FAKE_REFUSES"):
         raise Refusal("no such dtype")
     return {"model.embed_tokens.weight": (23, 4), "model.norm.weight": (4,)}
@@ -35,7 +37,10 @@ def score(sequences):
 def load_file(path):
     from safetensors import safe_open
     with safe_open(path, framework="np") as file:
-        SEEN.append(sorted(file.keys()))
+        SEEN.append("load " + " ".join(sorted(file.keys())))
+
+def note(verb):
+    return lambda **values: SEEN.append(verb)
 
 def fail(message):
     raise RuntimeError(message)
@@ -56,6 +61,7 @@ def nap():
 server.main({
     "start": start, "generate": generate, "score": score, "load_file": load_file, "seen": lambda: SEEN,
     "fail": fail, "refuse": refuse, "missing": missing, "die": die, "nap": nap, "echo": lambda **values: values,
+    "sleep": note("sleep"), "wake": note("wake"),
     "setting": lambda name: os.environ.get(name),
 })
 """

@@ -32,8 +32,10 @@ def make(fake_module: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     monkeypatch.setattr(engine_module, "_require_installed", lambda: None)
     made: list[VllmEngine] = []
 
-    def build(precision: dict[str, Any] | None = None, *, load: bool = True, **settings: Any) -> VllmEngine:
-        policy = build_policy(PrecisionConfig.model_validate(precision or {}), torch.device("cpu"))
+    def build(
+        precision: dict[str, Any] | None = None, *, load: bool = True, device: str = "cpu", **settings: Any
+    ) -> VllmEngine:
+        policy = build_policy(PrecisionConfig.model_validate(precision or {}), torch.device(device))
         config = VllmEngineConfig.model_validate(settings)
         made.append(VllmEngine(CONFIG, policy=policy, config=config, stop_token_ids=(5, 99), module=fake_module))
         if load:
@@ -164,3 +166,29 @@ def test_on_a_cpu_nothing_sleeps(make: Make) -> None:
     engine.sleep()
     assert engine.generate([request(1)], SamplingConfig())
     engine.wake()
+
+
+def test_a_shared_gpu_is_left_and_taken_again(make: Make) -> None:
+    """Two ranks, so that weights go through a file; each verb that needs vLLM wakes it, once."""
+    engine = make(device="cuda", tensor_parallel_size=2)
+    for _ in range(2):
+        engine.sleep()
+    engine.wake()
+    engine.sleep()
+    engine.generate([request(1)], SamplingConfig())
+    engine.sleep()
+    engine.load_weights(WEIGHTS.items(), policy_version=5)
+    names = "load model.embed_tokens.weight model.norm.weight"
+    assert engine._ask("seen") == [names, "sleep", "wake", "sleep", "wake", "sleep", "wake", names]
+    never = make(device="cuda", tensor_parallel_size=2, sleep="never")
+    never.sleep()
+    assert never._ask("seen") == [names]
+
+
+def test_a_death_while_it_starts_is_no_death_to_be_survived(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_DIES_IN", "start")
+    engine = make(load=False)
+    with pytest.raises(EngineError, match="vLLM does not start: .*exit status 9(.|\n)*fake vLLM starts") as caught:
+        engine.load_weights(WEIGHTS.items(), policy_version=0)
+    assert not isinstance(caught.value, EngineDiedError)
+    assert engine.pid is None
