@@ -110,6 +110,6 @@ class WatchdogConfig(Section):
     levels: tuple[WatchdogLevel, ...] = (
         WatchdogLevel(metric="budget/predicted_ess", below=0.5, action="warn"),
         WatchdogLevel(metric="mismatch/k3/mean", above=1e-2, action="warn"),
-        WatchdogLevel(metric="mismatch/k3/mean", above=0.5, action="stop"),
+        WatchdogLevel(metric="mismatch/k3/mean", above=0.1, action="stop"),
     )
     """In order; every rule that fires acts."""
