@@ -19,7 +19,7 @@ from betterhalf.types import MicroBatch
 _TOKENS = 32
 _ROUNDOFFS, _RELATIVE = 64, 16
 """The tolerance in units of roundoff of the coarser format: absolute, and relative to the mean logprob, whose rounding
-errors grow with it. Rounding alone makes up to about a fifth of it (docs/engines.md has the measurements)."""
+errors grow with it. Rounding alone makes up to about a tenth of it (docs/engines.md has the measurements)."""
 _FLOOR = 1e-3
 """Nats; where both formats are fine, other orders of summation still differ."""
 

@@ -43,9 +43,10 @@ class BetterhalfWorker:
         compute_logits = type(model).compute_logits
         seen: list[tuple[Tensor, Tensor]] = []
 
-        def spy(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            logits: Tensor = compute_logits(model, hidden, *args, **kwargs)
-            seen.append((hidden.detach().clone(), logits))
+        def spy(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+            logits: Tensor | None = compute_logits(model, hidden, *args, **kwargs)
+            # Where logits are gathered on rank 0, the others have none; what they report of them is not read.
+            seen.append((hidden.detach().clone(), hidden if logits is None else logits))
             return logits
 
         model.compute_logits = spy
