@@ -1,0 +1,70 @@
+"""The arithmetic behind the benchmarks' tables; what they measure is not tested here."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script of the folder as a module, found as it finds its neighbours."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+@pytest.fixture(autouse=True)
+def _modules_stay_local() -> Iterator[None]:
+    """The scripts have short names, which must not hide other modules from later tests."""
+    yield
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.mark.parametrize(("better", "ratio"), [("higher", 4.0), ("lower", 0.25)])
+def test_a_ratio_above_one_means_ours_is_better(better: str, ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = benchmark("side_by_side", monkeypatch).Row(what="", ours=8.0, peer=2.0, target=1.0, better=better)
+    assert row.ratio == ratio
+    assert row.as_json() == {"what": "", "ours": 8.0, "peer": 2.0, "ratio": ratio, "target": 1.0}
+
+
+def test_sides_alternate_after_a_warm_up_and_medians_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    # Start and end of each timed call: ours takes 1, 9, 2 and the peer 3, 4, 5 seconds.
+    marks = iter([0, 1, 0, 3, 0, 9, 0, 4, 0, 2, 0, 5])
+    sides = benchmark("side_by_side", monkeypatch)
+    taken = sides.take_turns(
+        lambda: calls.append("ours"), lambda: calls.append("peer"), repeats=3, clock=lambda: float(next(marks))
+    )
+    assert taken == (2.0, 4.0)
+    assert calls == ["ours", "peer"] * 4
+
+
+def test_the_exponent_of_a_power_law_is_found_and_noise_is_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted_exponent = benchmark("scaling", monkeypatch).fitted_exponent
+    assert fitted_exponent([1, 2, 4, 8], [3.0 * size**1.5 for size in (1, 2, 4, 8)]) == pytest.approx(1.5, rel=1e-12)
+    assert fitted_exponent([16, 64], [5.0, 5.0]) == pytest.approx(0.0, abs=1e-12)
+    # log2: (0, 0), (1, 2), (2, 1) has the least-squares slope 1/2.
+    assert fitted_exponent([1, 2, 4], [1.0, 4.0, 2.0]) == pytest.approx(0.5, rel=1e-12)
+
+
+def test_a_meter_keeps_nested_times_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    overhead = benchmark("overhead", monkeypatch)
+    now = iter([0.0, 1.0, 3.0, 10.0])
+    monkeypatch.setattr(overhead.time, "perf_counter", lambda: next(now))
+    meter = overhead.Meter()
+    with meter.time("step"), meter.time("sync"):
+        pass
+    assert meter.seconds == {"step": 10.0, "step/sync": 2.0}
+
+
+def test_made_up_rewards_leave_only_the_wanted_groups_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_step = benchmark("whole_step", monkeypatch)
+    task = whole_step.Scripted([], group_size=2, equal_share=0.5)
+    assert task.rewards([], ["a", "b", "aa", "b"], []) == [0.0, 0.0, 0.001, 1.001]
