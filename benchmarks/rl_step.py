@@ -16,11 +16,11 @@ nothing. Texts, and so rewards, differ: the two sides draw from generators of th
 --reward spread (default) rewards every sibling differently, so that both sides train on all rollouts. With `task` many
 groups get no reward at all; ours skips those, TRL does not, which makes the ratio larger.
 
-FP32 is FP32 throughout, no autocast. FP16 in TRL on a CPU: `fp16=True` is accepted, but in the versions of
-constraints.txt no autocast is entered and the loss is that of FP32 bit for bit, so it would be no FP16 at all. TRL is
-therefore given FP16 weights, and AdamW has FP16 states: worse numerics than ours (FP32 masters, loss scale), and less
-memory to move (should they end in NaN, --learning-rate 0 costs as much time). torch is some twenty times slower in that format on a CPU; --fp16-prompts, --fp16-siblings and
---fp16-tokens make those steps small.
+FP32 is FP32 throughout, no autocast. FP16 in TRL on a CPU: `fp16=True` is accepted, but accelerate enters no autocast
+there, and the trained weights are those of FP32 bit for bit: it would be no FP16 at all. TRL is therefore given FP16
+weights, and AdamW has FP16 states: worse numerics than ours (FP32 masters, loss scale), and less memory to move.
+Should they end in NaN, --learning-rate 0 costs as much time. torch is some twenty times slower in that format on a CPU;
+--fp16-prompts, --fp16-siblings and --fp16-tokens make those steps small.
 """
 
 from __future__ import annotations
