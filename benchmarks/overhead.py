@@ -10,7 +10,7 @@ Rows with the target 0 have no bound of their own, and are held against the near
 measurement     grpo needs the proximal forward anyway: the extra is the statistics of the mismatch and the watchdog.
                 Zero-advantage groups need no proximal forward, but are measured all the same: with half of the groups
                 such, their forward counts. reinforce needs none at all: the whole measuring forward counts.
-verification    all of a weight sync but the sending: digests on both sides, both reports, the contract, the scores of
+verification    all of a weight sync but the sending: digests on both sides, the scores of
                 a prompt on both sides. Its parts follow.
 recording       metrics, rollouts and mismatch rows of a step (checkpoints are not counted), and the report, once a run.
 """
@@ -105,9 +105,8 @@ def _watch_measurement(meter: Meter, parts: Parts) -> None:
 def _watch_sync(meter: Meter, parts: Parts) -> None:
     meter.watch(loop, "sync_weights", "sync")
     meter.watch(parts.engine, "load_weights", "load")
-    meter.watch(weight_sync, "weights_digests", "digests sent")
-    meter.watch(parts.engine, "report", "engine's report")
-    meter.watch(parts.trainer, "report", "trainer's report")
+    meter.watch(weight_sync, "tensor_digest", "digests sent")
+    meter.watch(parts.engine, "digests", "digests held")
     meter.watch(weight_sync, "check_scores", "scores")
 
 
@@ -132,7 +131,15 @@ def with_forward(seconds: Seconds) -> float:
 
 
 def verification(seconds: Seconds) -> float:
-    return seconds["step/sync"] - seconds["step/sync/load"]
+    return seconds["step/sync"] - sending(seconds)
+
+
+def sending(seconds: Seconds) -> float:
+    """Without the digests that are taken on the way."""
+    return seconds["step/sync/load"] - seconds[_SENT]
+
+
+_SENT = "step/sync/load/digests sent"
 
 
 def add_measurement(table: Table, args: argparse.Namespace) -> None:
@@ -159,11 +166,10 @@ def add_measurement(table: Table, args: argparse.Namespace) -> None:
 def add_sync(table: Table, steps: Sequence[Seconds]) -> None:
     """Rows of the weight sync."""
     table.add(share_row("weight verification", steps, verification, VERIFICATION, True))
-    for part in ("digests sent", "engine's report", "trainer's report", "scores"):
-        path = f"step/sync/{part}"
+    for path in (_SENT, "step/sync/digests held", "step/sync/scores"):
+        part = path.rpartition("/")[2]
         table.add(share_row(f"  {part}", steps, lambda seconds, path=path: seconds[path], VERIFICATION, False))
-    sending = share_row("weight sync without verification", steps, lambda s: s["step/sync/load"], VERIFICATION, False)
-    table.add(sending)
+    table.add(share_row("weight sync without verification", steps, sending, VERIFICATION, False))
 
 
 def add_recording(table: Table, args: argparse.Namespace) -> None:

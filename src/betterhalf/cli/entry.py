@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _run(arguments)
-    except KeyboardInterrupt:
-        return _complain("interrupted", EXIT_INTERRUPTED, arguments)
+    except KeyboardInterrupt as interrupt:
+        return _complain(str(interrupt) or "interrupted", EXIT_INTERRUPTED, arguments)
     except BetterhalfError as error:
         return _complain(str(error), error.exit_code, arguments)
     except BrokenPipeError:

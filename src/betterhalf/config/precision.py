@@ -96,6 +96,11 @@ class PrecisionConfig(Section):
         names = value if isinstance(value, (list, tuple)) else (value,)
         if len(names) == 1 and names[0] in ("full", "matched"):
             return names[0]
+        if not names:
+            raise ValueError(
+                "precision.pairs is empty, so there is nothing to measure; write full, matched, or "
+                "precision.pairs=fp16/fp16,bf16/bf16, for example"
+            )
         for name in names:
             if name not in PAIR_NAMES:
                 raise ValueError(

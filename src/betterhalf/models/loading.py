@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import logging
 from collections.abc import Collection, Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 from transformers.utils import logging as hf_logging
 
 from betterhalf.config.schema import ModelConfig
@@ -22,6 +23,9 @@ from betterhalf.run_dir import RunDir
 
 BUILT_IN = ("demo", "smollm2")
 """Names that need neither hub nor path."""
+
+_LENGTH_WARNING = "sequence-length-is-longer-than-the-specified-maximum"
+"""What transformers calls its warning of long texts among those that were given."""
 
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -83,6 +87,8 @@ def _require_whole(name: str, missing: Collection[str]) -> None:
 
 def _assemble(name: str, module: Any, tokenizer: Any) -> LoadedModel:
     module.eval()
+    # Prompts beyond the context are refused by name; its own warning of them would come on top.
+    tokenizer.deprecation_warnings[_LENGTH_WARNING] = True
     return LoadedModel(
         name=name,
         module=module,
@@ -183,12 +189,27 @@ def quiet() -> Iterator[None]:
     level = gguf_logger.level
     gguf_logger.setLevel(logging.ERROR)
     try:
-        yield
+        with _no_gguf_bar():
+            yield
     finally:
         gguf_logger.setLevel(level)
         hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _no_gguf_bar() -> Iterator[None]:
+    """The bar of GGUF tensors is tqdm's own, out of reach of the switch of transformers."""
+    bar = getattr(modeling_gguf_pytorch_utils, "tqdm", None)
+    if bar is None:
+        yield
+        return
+    modeling_gguf_pytorch_utils.tqdm = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = bar
 
 
 def _stop_token_ids(module: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -15,8 +15,11 @@ from rich.text import Text
 
 from betterhalf.metrics.catalogue import CATALOGUE
 
-WIDTH = 118
+WIDTH = 110
 """Columns, unless the terminal is wider."""
+
+_UNBOUNDED = 10_000
+"""Columns: no table is wider."""
 
 _EXPECTED_RATIO = 64
 """4^3: FP16 has three more mantissa bits, and k3 grows as the squared rounding error."""
@@ -45,10 +48,10 @@ def show_probe(result: Mapping[str, Any], stream: TextIO | None = None) -> None:
     pairs = [pair for pair in result.get("pairs", []) if "error" not in pair]
     level = f"{100 * result.get('confidence', 0.95):g}%"
     out.print(Text(_head(result)))
-    out.print(_matrix(pairs, level))
+    _print_matrix(out, pairs, level)
     out.print(_rows(pairs))
     for block in _blocks(pairs):
-        out.print(_quantities(block, level))
+        _print_quantities(out, block, level)
     if result.get("gradient"):
         _print_gradient(out, result["gradient"])
     for sentence in probe_sentences(result):
@@ -72,19 +75,21 @@ def _head(result: Mapping[str, Any]) -> str:
     )
 
 
-def _matrix(pairs: Sequence[Mapping[str, Any]], level: str) -> Table:
+def _print_matrix(out: Console, pairs: Sequence[Mapping[str, Any]], level: str) -> None:
     """k3 of each pair: a row for each trainer dtype, a column for each rollout dtype."""
-    rollouts = list(dict.fromkeys(pair["rollout"] for pair in pairs))
     found = {(pair["train"], pair["rollout"]): pair for pair in pairs}
-    table = _table(
-        f"k3 in nats per token, with its {level} interval", "trainer", [f"rollout {name}" for name in rollouts]
-    )
-    for train in dict.fromkeys(pair["train"] for pair in pairs):
-        cells = [found.get((train, rollout)) for rollout in rollouts]
-        style = ["bold" if train == rollout else "" for rollout in rollouts]
-        shown = [_with_interval(pair["k3"], *pair["k3_ci"]) if pair else "-" for pair in cells]
-        table.add_row(train, *(Text(text, style=mark) for text, mark in zip(shown, style, strict=True)))
-    return table
+    trains = list(dict.fromkeys(pair["train"] for pair in pairs))
+
+    def cell(train: str, rollout: str) -> Text:
+        pair = found.get((train, rollout))
+        text = _with_interval(pair["k3"], *pair["k3_ci"]) if pair else "-"
+        return Text(text, style="bold" if train == rollout else "")
+
+    columns = {
+        f"rollout {rollout}": [cell(train, rollout) for train in trains]
+        for rollout in dict.fromkeys(pair["rollout"] for pair in pairs)
+    }
+    _print_columns(out, f"k3 in nats per token, with its {level} interval", "trainer", trains, columns)
 
 
 def _rows(pairs: Sequence[Mapping[str, Any]]) -> Table:
@@ -102,14 +107,40 @@ def _blocks(pairs: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]
     return [[pair for pair in pairs if pair["rollout"] == rollout] for rollout in rollouts]
 
 
-def _quantities(pairs: Sequence[Mapping[str, Any]], level: str) -> Table:
+def _print_quantities(out: Console, pairs: Sequence[Mapping[str, Any]], level: str) -> None:
     """Every mismatch quantity with its interval."""
-    names = [f"{pair['train']}/{pair['rollout']}" for pair in pairs]
-    table = _table(f"every quantity, with its {level} interval", "mismatch/", names)
-    for name in (name.removeprefix("mismatch/") for name in CATALOGUE if name.startswith("mismatch/")):
-        metrics = [(pair.get("metrics") or {}).get(name) for pair in pairs]
-        if name != "tokens" and any(metrics):
-            table.add_row(name, *(_with_interval(m["value"], m["low"], m["high"]) if m else "-" for m in metrics))
+    known = (name.removeprefix("mismatch/") for name in CATALOGUE if name.startswith("mismatch/"))
+    metrics = [pair.get("metrics") or {} for pair in pairs]
+    names = [name for name in known if name != "tokens" and any(name in found for found in metrics)]
+
+    def cell(metric: Mapping[str, Any] | None) -> Text:
+        return Text(_with_interval(metric["value"], metric["low"], metric["high"]) if metric else "-")
+
+    columns = {
+        f"{pair['train']}/{pair['rollout']}": [cell(found.get(name)) for name in names]
+        for pair, found in zip(pairs, metrics, strict=True)
+    }
+    _print_columns(out, f"every quantity, with its {level} interval", "mismatch/", names, columns)
+
+
+def _print_columns(
+    out: Console, title: str, first: str, rows: Sequence[str], columns: Mapping[str, Sequence[Text]]
+) -> None:
+    """A table; where it is too wide, its last columns go into another below: a number is never cut off."""
+    shown = dict(columns)
+    unbounded = out.options.update(width=_UNBOUNDED)
+    while len(shown) > 1 and out.measure(_filled(title, first, rows, shown), options=unbounded).maximum > out.width:
+        shown.popitem()
+    rest = {name: cells for name, cells in columns.items() if name not in shown}
+    out.print(_filled(title, first, rows, shown))
+    if rest:
+        _print_columns(out, title, first, rows, rest)
+
+
+def _filled(title: str, first: str, rows: Sequence[str], columns: Mapping[str, Sequence[Text]]) -> Table:
+    table = _table(title, first, list(columns))
+    for index, row in enumerate(rows):
+        table.add_row(row, *(cells[index] for cells in columns.values()))
     return table
 
 

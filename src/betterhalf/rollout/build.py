@@ -10,7 +10,7 @@ from betterhalf.precision.policy import PrecisionPolicy
 from betterhalf.rollout.engine import RolloutEngine
 from betterhalf.rollout.native.engine import NativeEngine
 from betterhalf.rollout.vllm.engine import VllmEngine
-from betterhalf.rollout.vllm.options import check_sampling
+from betterhalf.rollout.vllm.options import check_installed, check_sampling
 
 _Builder = Callable[[RunConfig, Any, tuple[int, ...], PrecisionPolicy], RolloutEngine]
 
@@ -36,6 +36,18 @@ def _vllm(config: RunConfig, hf_config: Any, stop_token_ids: tuple[int, ...], po
 
 _ENGINES: dict[str, _Builder] = {"native": _native, "vllm": _vllm}
 """`engine.type` -> builder."""
+
+
+def check_engine(config: RunConfig) -> None:
+    """Refuse what no model could make right, before one is loaded.
+
+    Raises:
+        ConfigError: the engine cannot sample as told.
+        MissingExtraError: it is not installed.
+    """
+    if config.engine.type == "vllm":
+        check_installed()
+        check_sampling(config.sampling)
 
 
 def build_engine(

@@ -49,8 +49,12 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def digests(self) -> dict[str, str]:
+        """Unfused Hugging Face name -> digest of the weight as held, in the rollout dtype."""
+        ...
+
     def report(self) -> SideReport:
-        """What the engine really runs, digests of the weights as held included."""
+        """What the engine really runs, found out by running it; `digests` included."""
         ...
 
     def sleep(self) -> None:

@@ -14,7 +14,7 @@ from betterhalf.config.schema import RunConfig
 from betterhalf.errors import ConfigError, InputError, MissingExtraError
 from betterhalf.models.loading import LoadedModel, load_model
 from betterhalf.precision.policy import PrecisionPolicy, build_policy
-from betterhalf.rollout.build import build_engine
+from betterhalf.rollout.build import build_engine, check_engine
 from betterhalf.rollout.engine import RolloutEngine
 from betterhalf.tasks.build import build_task
 from betterhalf.tasks.task import Task
@@ -64,6 +64,7 @@ def assemble(config: RunConfig) -> Parts:
     check_group_size(algorithm.advantage, config.training.group_size)
     check_overlong_buffer(algorithm.overlong_tokens(config.sampling.max_tokens), config.sampling.max_tokens)
     require_logging(config)
+    check_engine(config)
     policy = build_policy(config.precision, choose_device(config))
     model = load_model(config.model)
     check_islands(model, config, policy)

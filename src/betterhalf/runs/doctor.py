@@ -38,6 +38,7 @@ from betterhalf.errors import BetterhalfError, InputError, MissingExtraError
 from betterhalf.metrics.console import PhaseProgress
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.report.page import write_report
+from betterhalf.rollout.build import check_engine
 from betterhalf.run_dir import RunDir, write_json_atomic
 from betterhalf.runs.assembly import choose_device
 from betterhalf.runs.census import CensusBatch, Reference, census_batch, reference, take_census
@@ -77,9 +78,8 @@ def doctor(target: str, config: RunConfig, run_dir: str | None) -> dict[str, Any
         MissingExtraError: a package is not installed.
     """
     started = time.perf_counter()
+    check_engine(config)
     with run_folder(run_dir, "doctor", Path(target).name) as run, _opened(target, config) as subject:
-        write_json_atomic(run.config, resolved_json(subject.config))
-        write_json_atomic(run.environment, environment())
         with show_progress("doctor", _PHASES, mode=config.logging.console) as bar:
             result = _examine(_Examination(run=run, subject=subject, bar=bar, started=started))
         write_json_atomic(
@@ -136,18 +136,29 @@ class _Examination:
             "run_dir": str(self.run.path),
         }
 
+    def write_head(self) -> None:
+        """Put on disk what was asked, and of which machine."""
+        if not self.run.config.exists():
+            write_json_atomic(self.run.environment, environment())
+            write_json_atomic(self.run.config, resolved_json(self.subject.config))
+
     def write(self) -> None:
         """Put it on disk."""
+        self.write_head()
         write_json_atomic(self.run.path / "doctor.json", self.result())
 
 
 class _Record(Recorder):
-    """Keeps rollouts, and counts what is done with."""
+    """Keeps rollouts, and counts what is done with.
+
+    The folder stays empty until there is one: bad input is often found only when the engine starts.
+    """
 
     def __init__(self, examination: _Examination) -> None:
         self._examination = examination
 
     def sampled(self, sample: Sample) -> None:
+        self._examination.write_head()
         write_rollouts(self._examination.run, sample, self._examination.subject.config.sampling.temperature)
 
     def advance(self, label: str) -> None:

@@ -20,7 +20,7 @@ from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.collect import sample_groups
 from betterhalf.runs.folder import run_folder
 from betterhalf.runs.stopwatch import Stopwatch
-from betterhalf.runs.weight_sync import sync_weights
+from betterhalf.runs.weight_sync import first_sync
 from betterhalf.training import checkpoint
 from betterhalf.types import Prompt
 
@@ -121,7 +121,7 @@ def _evaluate_in(run: RunDir, config: RunConfig, target: str) -> dict[str, Any]:
     try:
         if RunDir(Path(target)).configured:
             load_trained(parts, target)
-        contract = sync_weights(parts)
+        contract = first_sync(parts)
         write_json_atomic(run.config, resolved_json(config))
         write_json_atomic(run.environment, environment())
         write_json_atomic(run.contract, contract.to_json())

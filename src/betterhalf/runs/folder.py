@@ -32,11 +32,16 @@ def run_folder(run_dir: str | None, verb: str, name: str, *, resume: bool = Fals
 
     Raises:
         InputError: as `RunDir.create`.
+        KeyboardInterrupt: as the body; it names the folder if there is something in it.
     """
     path = Path(run_dir) if run_dir else default_run_dir(verb, name)
     made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
     try:
         yield RunDir.create(path, resume=resume)
+    except KeyboardInterrupt as interrupt:
+        if path.is_dir() and any(path.iterdir()):
+            raise KeyboardInterrupt(f"interrupted; what was done by then is in {path}") from interrupt
+        raise
     finally:
         _remove_empty(made)
 

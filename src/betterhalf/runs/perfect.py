@@ -11,7 +11,7 @@ from betterhalf.precision.contract import folded_digest
 from betterhalf.run_dir import RunDir, plain_json, truncate_jsonl
 from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.evaluate import score_prompts
-from betterhalf.runs.weight_sync import sync_weights
+from betterhalf.runs.weight_sync import first_sync
 from betterhalf.tasks.perfectible import (
     Provenance,
     SolvedRow,
@@ -55,8 +55,8 @@ def _count(parts: Parts, path: Path) -> None:
     """Count the candidates that the file does not hold yet."""
     config = parts.config
     candidates = min(config.sanity.candidates, len(parts.task))
-    sync_weights(parts)
-    provenance = _provenance(parts, candidates, folded_digest(parts.engine.report().digests))
+    first_sync(parts)
+    provenance = _provenance(parts, candidates, folded_digest(parts.engine.digests()))
     done = len(open_perfectible(path, provenance)) if path.exists() else 0
     if done < candidates:
         # Logits depend a little on what is batched together, so a block that was cut off is counted again, whole.

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import InputError
 from betterhalf.metrics.console import progress
+from betterhalf.rollout.build import check_engine
 from betterhalf.run_dir import RunDir
 from betterhalf.runs.dump import UNKNOWN, Dump, DumpLine, fits_model, lacks_trainer_logprobs, read_dump
 from betterhalf.runs.folder import run_folder
@@ -94,6 +95,7 @@ def _probe_model(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     pairs = wanted_pairs(config)
+    check_engine(config)
     with run_folder(run_dir, "probe", Path(target).name) as run, _open_short(target, config) as subject:
         load_seconds = time.perf_counter() - started
         prompts = subject.prompts(config.probe.prompts)

@@ -113,7 +113,7 @@ def engine_in(subject: Subject, dtype: DtypeName) -> Iterator[RolloutEngine]:
     try:
         engine.load_weights(rounded_weights(model, policy.wire_dtype), policy_version=0)
         sent = rounded_weights(model, policy.rollout_dtype)
-        verify_sync(weights_digests(sent), engine.report().digests)
+        verify_sync(weights_digests(sent), engine.digests())
         yield engine
     finally:
         engine.close()

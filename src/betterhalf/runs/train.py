@@ -21,7 +21,7 @@ from betterhalf.runs.assembly import Parts, algorithm_record, assemble
 from betterhalf.runs.folder import run_folder
 from betterhalf.runs.loop import KeptRollout, Progress, StepResult, train_steps
 from betterhalf.runs.watchdog import Alarm, Stopped, WatchState, require_sound_levels
-from betterhalf.runs.weight_sync import sync_weights
+from betterhalf.runs.weight_sync import first_sync
 from betterhalf.training import checkpoint
 
 
@@ -64,7 +64,7 @@ def run_training(
     parts = assemble(config)
     try:
         progress = _restore(parts, run) if resume else Progress()
-        contract = sync_weights(parts)
+        contract = first_sync(parts)
         if not run.config.exists():
             _write_head(run, parts, contract)
         # A resumed run may have other watchdog levels; its own configuration must name those in force.

@@ -11,7 +11,7 @@ from torch import Tensor
 from betterhalf import ops
 from betterhalf.config.schema import NativeEngineConfig, SamplingConfig
 from betterhalf.errors import EngineError, InputError
-from betterhalf.precision.contract import SideReport
+from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.formats import dtype_name
 from betterhalf.precision.policy import PrecisionPolicy
 from betterhalf.rollout import sampler
@@ -99,6 +99,10 @@ class NativeEngine:
                 f"{self._weights.why_not_finite()}"
             )
         return tuple(logprobs.tolist())
+
+    def digests(self) -> dict[str, str]:
+        """Digest of each weight as held; see `RolloutEngine.digests`."""
+        return weights_digests(self._weights.narrowed())
 
     def report(self) -> SideReport:
         """What the engine really runs, read from its tensors."""

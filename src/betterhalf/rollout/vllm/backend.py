@@ -30,6 +30,7 @@ class VllmBackend:
             "begin_update": self.begin_update,
             "update": self.update,
             "finish_update": self.finish_update,
+            "digests": self.digests,
             "report": self.report,
             "sleep": self.sleep,
             "wake": self.wake,
@@ -109,6 +110,11 @@ class VllmBackend:
         self._llm.finish_weight_update()
         self._llm.collective_rpc("betterhalf_loaded")
         self._llm.reset_prefix_cache()
+
+    def digests(self) -> dict[str, str]:
+        """What rank 0 holds, gathered over all ranks."""
+        found: dict[str, str] = self._llm.collective_rpc("betterhalf_digests")[0]
+        return found
 
     def report(self, token_ids: Sequence[int]) -> dict[str, Any]:
         """What rank 0 finds while `token_ids` pass through the model."""

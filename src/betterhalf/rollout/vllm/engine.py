@@ -6,7 +6,6 @@ run makes a new one, loads the weights and asks again.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -17,14 +16,13 @@ import torch
 from torch import Tensor
 
 from betterhalf.config.schema import SamplingConfig, VllmEngineConfig
-from betterhalf.errors import EngineDiedError, EngineError, InputError, MissingExtraError
+from betterhalf.errors import EngineDiedError, EngineError, InputError
 from betterhalf.precision.contract import SideReport
 from betterhalf.precision.formats import dtype_name
 from betterhalf.precision.policy import PrecisionPolicy
 from betterhalf.rollout.sampler import sequence_key
 from betterhalf.rollout.vllm import options, transfer
 from betterhalf.rollout.vllm.process import ServerProcess
-from betterhalf.rollout.vllm.refusals import INSTALL
 from betterhalf.types import Completion, GenerateRequest
 
 _PROBE_TOKENS = 8
@@ -61,7 +59,7 @@ class VllmEngine:
             MissingExtraError: it is not installed.
         """
         options.check_supported(policy)
-        _require_installed()
+        options.check_installed()
         self._hf_config, self._policy, self._config, self._seed = hf_config, policy, config, seed
         self._stops = tuple(sorted(i for i in set(stop_token_ids) if 0 <= i < hf_config.vocab_size))
         self._module = module
@@ -233,6 +231,12 @@ class VllmEngine:
             self._wire = transfer.send_file(self._ask, arriving)
         self._policy_version = policy_version
 
+    def digests(self) -> dict[str, str]:
+        """Digest of each weight that vLLM multiplies by; see `RolloutEngine.digests`."""
+        self.wake()
+        found: dict[str, str] = self._ask("digests")
+        return found
+
     def report(self) -> SideReport:
         """What vLLM really runs, read in its process from live tensors while a few tokens pass through.
 
@@ -276,8 +280,3 @@ def _require_in_vocabulary(what: str, token_ids: Sequence[int], vocabulary: int)
         raise InputError(
             f"{what} holds a token outside the model's vocabulary of {vocabulary}; use the model's own tokenizer"
         )
-
-
-def _require_installed() -> None:
-    if importlib.util.find_spec("vllm") is None:
-        raise MissingExtraError(f"engine.type=vllm needs vLLM, which is not installed. {INSTALL}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from betterhalf.config.schema import SamplingConfig, VllmEngineConfig
-from betterhalf.errors import ConfigError, InputError
+from betterhalf.errors import ConfigError, InputError, MissingExtraError
 from betterhalf.precision.formats import dtype_keyword
 from betterhalf.precision.policy import PrecisionPolicy
+from betterhalf.rollout.vllm.refusals import INSTALL
 
 _GIB = 2**30
 _BLOCK = 128
@@ -19,6 +21,16 @@ _BLOCK = 128
 
 _MIN_TEMPERATURE = 0.01
 """Below this vLLM samples at another temperature than it is told to."""
+
+
+def check_installed() -> None:
+    """Look whether vLLM is there, without importing it.
+
+    Raises:
+        MissingExtraError: it is not; names the extra.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingExtraError(f"engine.type=vllm needs vLLM, which is not installed. {INSTALL}, or set engine=native")
 
 
 def check_supported(policy: PrecisionPolicy) -> None:

@@ -114,9 +114,13 @@ class ServerProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_GRACE_SECONDS)
         self.close(grace=0.0)
+        code = self._process.returncode
+        cure = (
+            " If memory ran out, lower engine.max_concurrent or engine.kv_cache_gib." if code == -signal.SIGKILL else ""
+        )
         return (
-            f"the vLLM process {self.pid} ended ({_how(self._process.returncode)}) before it answered {verb!r}. Its "
-            f"log ends with:\n{self.log_tail()}"
+            f"the vLLM process {self.pid} ended ({_how(code)}) before it answered {verb!r}.{cure} Its log ends with:\n"
+            f"{self.log_tail()}"
         )
 
     def log_tail(self) -> str:

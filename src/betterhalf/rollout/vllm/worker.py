@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from betterhalf.precision.contract import tensor_digest
+from betterhalf.precision.contract import weights_digests
 from betterhalf.precision.formats import dtype_name, narrowest_format
 from betterhalf.rollout.vllm import weights
 
@@ -71,8 +71,12 @@ class BetterhalfWorker:
                 "norm": dtype_name(norm.dtype),
             },
             "facts": self._betterhalf_facts(attention),
-            "digests": {name: tensor_digest(held) for name, held in weights.held(model)},
+            "digests": self.betterhalf_digests(),
         }
+
+    def betterhalf_digests(self) -> dict[str, str]:
+        """Hugging Face name -> digest of the weight as held."""
+        return weights_digests(weights.held(self._betterhalf_model()))
 
     def _betterhalf_facts(self, attention: Any) -> dict[str, str]:
         config = self.vllm_config
