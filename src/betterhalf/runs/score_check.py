@@ -16,7 +16,7 @@ from betterhalf.precision.policy import PrecisionPolicy
 from betterhalf.runs.assembly import Parts
 from betterhalf.types import MicroBatch
 
-_TOKENS = 16
+_TOKENS = 32
 _ROUNDOFFS, _RELATIVE = 64, 16
 """The tolerance in units of roundoff of the coarser format: absolute, and relative to the mean logprob, whose rounding
 errors grow with it. Rounding alone makes up to about a tenth of it (docs/engines.md has the measurements)."""
