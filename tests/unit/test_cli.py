@@ -197,6 +197,7 @@ def test_bad_input_exits_2_with_one_message(
         ),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 3, "Permission denied: /x."),
         (KeyboardInterrupt(), 130, "error: interrupted"),
+        (KeyboardInterrupt("interrupted; see there"), 130, "error: interrupted; see there"),
     ],
 )
 def test_failures_exit_with_their_status_and_no_traceback(

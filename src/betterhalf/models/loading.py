@@ -201,15 +201,16 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def _no_gguf_bar() -> Iterator[None]:
     """The bar of GGUF tensors is tqdm's own, out of reach of the switch of transformers."""
-    bar = getattr(modeling_gguf_pytorch_utils, "tqdm", None)
+    names = vars(modeling_gguf_pytorch_utils)
+    bar = names.get("tqdm")
     if bar is None:
         yield
         return
-    modeling_gguf_pytorch_utils.tqdm = functools.partial(bar, disable=True)
+    names["tqdm"] = functools.partial(bar, disable=True)
     try:
         yield
     finally:
-        modeling_gguf_pytorch_utils.tqdm = bar
+        names["tqdm"] = bar
 
 
 def _stop_token_ids(module: Any, tokenizer: Any) -> tuple[int, ...]:

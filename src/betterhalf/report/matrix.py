@@ -18,6 +18,9 @@ from betterhalf.metrics.catalogue import CATALOGUE
 WIDTH = 110
 """Columns, unless the terminal is wider."""
 
+_CELL = 26
+"""Columns of a value and its interval; three of them fit beside the longest name."""
+
 _UNBOUNDED = 10_000
 """Columns: no table is wider."""
 
@@ -161,7 +164,9 @@ def _print_gradient(out: Console, gradient: Mapping[str, Any]) -> None:
 
 
 def _table(title: str, first: str, columns: Sequence[str]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title=title, title_justify="left", title_style="")
+    table = Table(
+        box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left", title_style=""
+    )
     table.add_column(first, no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -169,17 +174,19 @@ def _table(title: str, first: str, columns: Sequence[str]) -> Table:
 
 
 def _with_interval(value: float | None, low: float | None, high: float | None) -> str:
-    return f"{_short(value)} [{_short(low)}, {_short(high)}]"
+    """A value and its interval, whose bounds lose a digit where they would push the table apart."""
+    text = f"{_short(value)} [{_short(low)}, {_short(high)}]"
+    return text if len(text) <= _CELL else f"{_short(value)} [{_short(low, digits=1)}, {_short(high, digits=1)}]"
 
 
-def _short(value: float | None) -> str:
-    """Two digits: `1.2e-5`; plain where that is as short: `0.9712`."""
+def _short(value: float | None, digits: int = 2) -> str:
+    """So many digits: `1.2e-5`; plain where that is as short: `0.9712`."""
     if value is None or not math.isfinite(value):
         return "-"
     if value == 0 or 0.01 <= abs(value) < 100:
-        return f"{value:.4f}" if value else "0"
-    digits, power = f"{value:.1e}".split("e")
-    return f"{digits}e{int(power)}"
+        return f"{value:.{4 if abs(value) < 10 else 2}f}" if value else "0"
+    mantissa, power = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa}e{int(power)}"
 
 
 def _number(value: float | None, spec: str) -> str:

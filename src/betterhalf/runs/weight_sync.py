@@ -48,9 +48,9 @@ def revive(parts: Parts) -> None:
 def _first(parts: Parts) -> Contract:
     """The contract before the scores: it says more of a difference than they do."""
     _send(parts)
-    contract = compare(
-        parts.trainer.report(), parts.engine.report(), allow_difference=parts.config.precision.allow_difference
-    )
+    # The engine first: where numbers are not finite it names the weight, which the trainer does not.
+    held = parts.engine.report()
+    contract = compare(parts.trainer.report(), held, allow_difference=parts.config.precision.allow_difference)
     enforce(contract)
     check_scores(parts)
     return contract

@@ -239,6 +239,7 @@ def test_the_task_inside_a_task_may_leave_its_type_out() -> None:
         ("optimizer.betas=1,2,3", "optimizer.betas = [1, 2, 3] must be a list of 2 values."),
         ("precision.pairs=mathced", "precision.pairs = 'mathced' is neither full nor matched nor a list"),
         ("precision.pairs=fp32/bf61", "write precision.pairs=fp16/fp16,bf16/bf16"),
+        ("precision.pairs=[]", "precision.pairs is empty, so there is nothing to measure"),
         ("engine=vlm", 'engine.type = "vlm" is not one of native, vllm. Did you mean vllm?'),
         ("engine.kv_cache_gib=3", "engine.kv_cache_gib belongs to another engine.type than the one chosen."),
         ("watchdog.level=[]", "unknown key 'watchdog.level'. Did you mean 'watchdog.levels'?"),

@@ -81,6 +81,14 @@ def test_smollm2_without_its_package_names_the_cure(monkeypatch: pytest.MonkeyPa
         load_model(ModelConfig(name="smollm2"))
 
 
+def test_transformers_says_nothing_while_a_gguf_file_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = loading.modeling_gguf_pytorch_utils.tqdm
+    with loading.quiet():
+        assert list(loading.modeling_gguf_pytorch_utils.tqdm([1, 2], desc="Converting")) == [1, 2]
+    assert capsys.readouterr().err == ""
+    assert loading.modeling_gguf_pytorch_utils.tqdm is bar
+
+
 def test_an_encoder_is_refused(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, tmp_path)

@@ -61,8 +61,9 @@ def test_an_error_is_raised_here_and_the_next_question_is_answered(
 @pytest.mark.parametrize(("how", "words"), [(-signal.SIGKILL, "signal SIGKILL"), (7, "exit status 7")])
 def test_a_death_tells_how_and_quotes_the_log(start: Start, how: int, words: str) -> None:
     process = start()
-    with pytest.raises(EngineDiedError, match=f"{words}.*before it answered 'die'(.|\n)*last words"):
+    with pytest.raises(EngineDiedError, match=f"{words}.*before it answered 'die'(.|\n)*last words") as death:
         process.ask("die", how=int(how))
+    assert ("If memory ran out, lower engine.max_concurrent" in str(death.value)) == (how == -signal.SIGKILL)
     with pytest.raises(EngineDiedError):
         process.ask("echo")
 

@@ -29,7 +29,7 @@ WEIGHTS = {"model.embed_tokens.weight": torch.zeros(23, 4), "model.norm.weight":
 @pytest.fixture
 def make(fake_module: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """make(precision={...}, load=True, **engine settings) -> an engine on the fake server."""
-    monkeypatch.setattr(engine_module, "_require_installed", lambda: None)
+    monkeypatch.setattr(engine_module.options, "check_installed", lambda: None)
     made: list[VllmEngine] = []
 
     def build(
