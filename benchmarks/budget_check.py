@@ -25,7 +25,7 @@ from betterhalf.config.schema import RunConfig
 from betterhalf.diagnostics.budget import Budget, fit_budget, predict_ess
 from betterhalf.diagnostics.logprob_gap import k3
 from betterhalf.runs.assembly import choose_device
-from betterhalf.runs.subject import (
+from betterhalf.runs.examine.subject import (
     Subject,
     engine_in,
     open_subject,

@@ -40,7 +40,7 @@ from betterhalf.models.loading import LoadedModel, load_model, quiet
 from betterhalf.precision.formats import torch_dtype
 from betterhalf.precision.policy import build_policy
 from betterhalf.rollout.build import build_engine
-from betterhalf.runs.subject import rounded_weights
+from betterhalf.runs.examine.subject import rounded_weights
 from betterhalf.tasks.build import build_task
 from betterhalf.types import DtypeName, GenerateRequest, Prompt
 

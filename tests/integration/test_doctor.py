@@ -17,8 +17,8 @@ from betterhalf.config.schema import ModelConfig, RunConfig
 from betterhalf.errors import EngineError, InputError
 from betterhalf.models.loading import load_model
 from betterhalf.rollout.native.engine import NativeEngine
-from betterhalf.runs import doctor as doctor_module
-from betterhalf.runs.doctor import doctor
+from betterhalf.runs.examine import doctor as doctor_module
+from betterhalf.runs.examine.doctor import doctor
 
 BLOCK = "model.layers.1"
 Change = Callable[[Any], None]

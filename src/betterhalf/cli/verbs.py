@@ -49,7 +49,7 @@ def _probe(request: Request) -> Answer:
     if target is None and dump is None:
         raise InputError("probe takes MODEL, got nothing. Name a model or a run, or give --from-dump FILE.")
     config = request.config((_run_config(target) if target else None) or PROBE)
-    from betterhalf.runs.probe import probe, probe_json
+    from betterhalf.runs.examine.probe import probe, probe_json
 
     flags = {name: bool(request.options[name]) for name in ("gradient", "localize")}
     result = probe(target, config, request.run_dir, from_dump=dump, **flags)
@@ -59,7 +59,7 @@ def _probe(request: Request) -> Answer:
 def _doctor(request: Request) -> Answer:
     target = request.words[0]
     config = request.config(_run_config(target) or PROBE)
-    from betterhalf.runs.doctor import doctor, doctor_json
+    from betterhalf.runs.examine.doctor import doctor, doctor_json
 
     result = doctor(target, config, request.run_dir)
     return Answer(result=doctor_json(result), show=lambda: _show_doctor(result), passed=bool(result["passed"]))

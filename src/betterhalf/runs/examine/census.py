@@ -35,8 +35,8 @@ from betterhalf.diagnostics.numerics import (
     zeroed_gradients,
 )
 from betterhalf.precision.formats import FORMATS, dtype_name
-from betterhalf.runs.subject import Subject, trainer_in
-from betterhalf.runs.watching import See, watched
+from betterhalf.runs.examine.subject import Subject, trainer_in
+from betterhalf.runs.examine.watching import See, watched
 from betterhalf.training.pack import pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, Denominators, DtypeName, MicroBatch, Prompt, Rollout

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from betterhalf.errors import InputError
-from betterhalf.runs.dump import Dump, fits_model, lacks_trainer_logprobs, read_dump, write_dump
+from betterhalf.runs.examine.dump import Dump, fits_model, lacks_trainer_logprobs, read_dump, write_dump
 from betterhalf.types import Completion
 
 GOOD: dict[str, Any] = {"prompt_token_ids": [5, 6], "token_ids": [7, 8, 9], "behavior_logprobs": [-0.5, -1.25, -3.0]}

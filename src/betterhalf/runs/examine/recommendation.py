@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from betterhalf.config.render import toml_value
 from betterhalf.diagnostics.numerics import Census
 from betterhalf.diagnostics.verdict import Verdict
-from betterhalf.runs.islands import Islands
-from betterhalf.runs.subject import Subject
+from betterhalf.runs.examine.islands import Islands
+from betterhalf.runs.examine.subject import Subject
 from betterhalf.types import DtypeName
 
 

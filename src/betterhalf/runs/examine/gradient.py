@@ -25,7 +25,7 @@ from betterhalf.diagnostics.gradient_gap import gradient_gap, weight_spread
 from betterhalf.errors import InputError
 from betterhalf.precision.loss_scaler import build_loss_scaler
 from betterhalf.runs.assembly import choose_device
-from betterhalf.runs.subject import Subject, trainer_in
+from betterhalf.runs.examine.subject import Subject, trainer_in
 from betterhalf.tasks.rewards import check_rewards
 from betterhalf.training.pack import pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer

@@ -19,9 +19,9 @@ from betterhalf.config.schema import RunConfig
 from betterhalf.diagnostics.pair_report import PairReport, failed_pair, pair_report
 from betterhalf.errors import BetterhalfError, EngineDiedError, MissingExtraError
 from betterhalf.run_dir import RunDir
-from betterhalf.runs.dump import write_dump
-from betterhalf.runs.scoring import Item, score_completions
-from betterhalf.runs.subject import Subject, engine_in, sample_groups_of, trainer_in
+from betterhalf.runs.examine.dump import write_dump
+from betterhalf.runs.examine.scoring import Item, score_completions
+from betterhalf.runs.examine.subject import Subject, engine_in, sample_groups_of, trainer_in
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, DtypeName, Prompt
 

@@ -28,10 +28,10 @@ from betterhalf.rollout.native.decoder import OPERATIONS, Decoder
 from betterhalf.rollout.native.engine import NativeEngine
 from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.native.rounding import Rounding, layer_roundings
-from betterhalf.runs.engine_trace import decoded_trace, whole_trace
-from betterhalf.runs.localize import localize, localize_pair
-from betterhalf.runs.subject import Subject, engine_in, trainer_in
-from betterhalf.runs.trainer_trace import trainer_trace
+from betterhalf.runs.examine.engine_trace import decoded_trace, whole_trace
+from betterhalf.runs.examine.localize import localize, localize_pair
+from betterhalf.runs.examine.subject import Subject, engine_in, trainer_in
+from betterhalf.runs.examine.trainer_trace import trainer_trace
 from betterhalf.types import DtypeName, GenerateRequest
 
 SIZES: dict[str, Any] = {

@@ -41,12 +41,12 @@ from betterhalf.report.page import write_report
 from betterhalf.rollout.build import check_engine
 from betterhalf.run_dir import RunDir, write_json_atomic
 from betterhalf.runs.assembly import choose_device
-from betterhalf.runs.census import CensusBatch, Reference, census_batch, reference, take_census
+from betterhalf.runs.examine.census import CensusBatch, Reference, census_batch, reference, take_census
+from betterhalf.runs.examine.islands import Islands, find_islands
+from betterhalf.runs.examine.pairs import Recorder, Sample, sample_dtypes, score_pairs, write_rollouts
+from betterhalf.runs.examine.recommendation import config_text
+from betterhalf.runs.examine.subject import Subject, open_subject
 from betterhalf.runs.folder import run_folder
-from betterhalf.runs.islands import Islands, find_islands
-from betterhalf.runs.pairs import Recorder, Sample, sample_dtypes, score_pairs, write_rollouts
-from betterhalf.runs.recommendation import config_text
-from betterhalf.runs.subject import Subject, open_subject
 from betterhalf.types import Completion, DtypeName, Prompt
 
 _PAIRS: tuple[tuple[DtypeName, DtypeName], ...] = (("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16"))

@@ -25,8 +25,8 @@ from typing import Any, cast, get_args
 
 from betterhalf.errors import InputError
 from betterhalf.run_dir import write_text_atomic
-from betterhalf.runs.scoring import Item
-from betterhalf.runs.trl_dump import is_trl, trl_lines, trl_rows
+from betterhalf.runs.examine.scoring import Item
+from betterhalf.runs.examine.trl_dump import is_trl, trl_lines, trl_rows
 from betterhalf.types import Completion, DtypeName
 
 UNKNOWN = "dump"

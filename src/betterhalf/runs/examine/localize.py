@@ -31,9 +31,9 @@ from betterhalf.errors import InputError
 from betterhalf.rollout.build import build_engine
 from betterhalf.rollout.native.decoder import Decoder
 from betterhalf.rollout.native.engine import NativeEngine
-from betterhalf.runs.engine_trace import decoded_trace, whole_trace
-from betterhalf.runs.subject import Subject, config_in, policy_in, rounded_weights, trainer_in
-from betterhalf.runs.trainer_trace import trainer_logits, trainer_trace
+from betterhalf.runs.examine.engine_trace import decoded_trace, whole_trace
+from betterhalf.runs.examine.subject import Subject, config_in, policy_in, rounded_weights, trainer_in
+from betterhalf.runs.examine.trainer_trace import trainer_logits, trainer_trace
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import DtypeName
 

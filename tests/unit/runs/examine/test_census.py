@@ -11,7 +11,7 @@ import torch
 
 from betterhalf.config.schema import RunConfig
 from betterhalf.diagnostics.numerics import BACKWARD_KINDS, Kind, Spot
-from betterhalf.runs.census import (
+from betterhalf.runs.examine.census import (
     CENSUS_TOKENS,
     CensusBatch,
     Reference,
@@ -19,8 +19,8 @@ from betterhalf.runs.census import (
     reference,
     take_census,
 )
-from betterhalf.runs.subject import Subject, open_subject, trainer_in
-from betterhalf.runs.watching import watched
+from betterhalf.runs.examine.subject import Subject, open_subject, trainer_in
+from betterhalf.runs.examine.watching import watched
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion
 

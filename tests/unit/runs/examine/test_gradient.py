@@ -13,8 +13,8 @@ import torch
 
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import InputError
-from betterhalf.runs.gradient import measure_gradients
-from betterhalf.runs.subject import Subject, engine_in, open_subject, sample_groups_of, trainer_in
+from betterhalf.runs.examine.gradient import measure_gradients
+from betterhalf.runs.examine.subject import Subject, engine_in, open_subject, sample_groups_of, trainer_in
 from betterhalf.training.pack import by_rollout, pack_step
 from betterhalf.types import Completion, DtypeName, Prompt, Rollout
 

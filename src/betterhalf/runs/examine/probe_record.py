@@ -14,8 +14,8 @@ from betterhalf.environment import environment
 from betterhalf.errors import BetterhalfError, InputError, RunError
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, write_json_atomic, write_text_atomic
-from betterhalf.runs.pairs import Recorder, Sample, Scores, write_rollouts
-from betterhalf.runs.token_table import TokenTable
+from betterhalf.runs.examine.pairs import Recorder, Sample, Scores, write_rollouts
+from betterhalf.runs.examine.token_table import TokenTable
 
 
 class ProbeRecord(Recorder):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from betterhalf.errors import RunError
-from betterhalf.runs.pairs import Sample, Scores
+from betterhalf.runs.examine.pairs import Sample, Scores
 
 
 class TokenTable:

@@ -15,12 +15,12 @@ import torch
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import EngineDiedError, EngineError, InputError, MissingExtraError, NumericsError, RunError
 from betterhalf.run_dir import RunDir, read_json, read_jsonl
-from betterhalf.runs import pairs as pairs_module
-from betterhalf.runs.pairs import measure_pairs
-from betterhalf.runs.probe import probe, probe_json, wanted_pairs
-from betterhalf.runs.probe_record import ratio_of
-from betterhalf.runs.scoring import score_completions
-from betterhalf.runs.subject import Subject, engine_in, open_subject, sample_groups_of, trainer_in
+from betterhalf.runs.examine import pairs as pairs_module
+from betterhalf.runs.examine.pairs import measure_pairs
+from betterhalf.runs.examine.probe import probe, probe_json, wanted_pairs
+from betterhalf.runs.examine.probe_record import ratio_of
+from betterhalf.runs.examine.scoring import score_completions
+from betterhalf.runs.examine.subject import Subject, engine_in, open_subject, sample_groups_of, trainer_in
 from betterhalf.training.pack import pack_step
 from betterhalf.types import DtypeName, Rollout
 

@@ -11,10 +11,10 @@ from betterhalf.config.load import load_config
 from betterhalf.config.schema import RunConfig
 from betterhalf.diagnostics.numerics import Census, Kind, Spot
 from betterhalf.diagnostics.verdict import Verdict
-from betterhalf.runs.doctor import doctor_json
-from betterhalf.runs.islands import Islands, _grown, islands_for
-from betterhalf.runs.recommendation import config_text
-from betterhalf.runs.subject import Subject, open_subject
+from betterhalf.runs.examine.doctor import doctor_json
+from betterhalf.runs.examine.islands import Islands, _grown, islands_for
+from betterhalf.runs.examine.recommendation import config_text
+from betterhalf.runs.examine.subject import Subject, open_subject
 from betterhalf.types import DtypeName
 
 LAYER = "model.layers.3"

@@ -14,8 +14,8 @@ from typing import Any
 
 from betterhalf.diagnostics.numerics import Census, Spot
 from betterhalf.diagnostics.verdict import Verdict, cramped, overflowing
-from betterhalf.runs.census import CensusBatch, Reference, take_census
-from betterhalf.runs.subject import Subject
+from betterhalf.runs.examine.census import CensusBatch, Reference, take_census
+from betterhalf.runs.examine.subject import Subject
 
 MAX_ROUNDS = 8
 """Times that islands are added before the search gives up."""

@@ -15,11 +15,11 @@ from betterhalf.errors import InputError
 from betterhalf.metrics.console import progress
 from betterhalf.rollout.build import check_engine
 from betterhalf.run_dir import RunDir
-from betterhalf.runs.dump import UNKNOWN, Dump, DumpLine, fits_model, lacks_trainer_logprobs, read_dump
+from betterhalf.runs.examine.dump import UNKNOWN, Dump, DumpLine, fits_model, lacks_trainer_logprobs, read_dump
+from betterhalf.runs.examine.pairs import Sample, compare, measure_pairs, sample_dtypes, score_pairs
+from betterhalf.runs.examine.probe_record import ProbeRecord, keep_rejected
+from betterhalf.runs.examine.subject import Subject, open_subject
 from betterhalf.runs.folder import run_folder
-from betterhalf.runs.pairs import Sample, compare, measure_pairs, sample_dtypes, score_pairs
-from betterhalf.runs.probe_record import ProbeRecord, keep_rejected
-from betterhalf.runs.subject import Subject, open_subject
 from betterhalf.types import DtypeName, Prompt
 
 __all__ = ["measure_pairs", "probe", "probe_json", "wanted_pairs"]
@@ -140,14 +140,14 @@ def _sampling(config: RunConfig, **changes: float) -> RunConfig:
 
 
 def _gradient(subject: Subject, samples: dict[str, Sample]) -> dict[str, Any]:
-    from betterhalf.runs.gradient import measure_gradients
+    from betterhalf.runs.examine.gradient import measure_gradients
 
     return measure_gradients(subject, {cast(DtypeName, name): sample.groups for name, sample in samples.items()})
 
 
 def _localize(subject: Subject, samples: dict[str, Sample]) -> dict[str, Any]:
     """Replay the longest completion of the configured precision, or of whichever was sampled."""
-    from betterhalf.runs.localize import localize
+    from betterhalf.runs.examine.localize import localize
 
     preset = subject.config.precision.preset
     dtype = preset if preset in samples else cast(DtypeName, next(iter(samples)))
