@@ -39,7 +39,8 @@ class VllmEngineConfig(Section):
     compile: bool | None = None
     """torch.compile and CUDA graphs inside vLLM; by default on a GPU only: on a CPU they take minutes to start."""
     prefix_caching: bool = True
-    """Siblings share the prompt's keys and values; the cache is dropped at every weight sync."""
+    """Siblings share the prompt's keys and values; the cache is emptied before every call, so that equal calls round
+    equally."""
     batch_invariant: bool = False
     """vLLM's batch-invariant kernels (VLLM_BATCH_INVARIANT), where the platform has them."""
     sleep: Literal["auto", "never"] = "auto"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from betterhalf.algorithms.presets import PRESETS
+from betterhalf.algorithms.presets import PRESETS, resolve_algorithm
 from betterhalf.config.schema import AlgorithmConfig, RunConfig, WatchdogConfig, WatchdogLevel
 from betterhalf.errors import ConfigError
 from betterhalf.runs.watchdog import WATCHED, Stopped, Watch, WatchState, check, masked, require_sound_levels
@@ -122,6 +122,7 @@ def test_without_levels_nothing_is_watched() -> None:
 
 
 def test_the_default_levels_are_sound_for_every_preset() -> None:
+    assert {level.metric for level in RunConfig().watchdog.levels} <= set(WATCHED)
     for preset in PRESETS:
         require_sound_levels(RunConfig(algorithm=AlgorithmConfig(preset=preset)))
 
@@ -153,4 +154,7 @@ def test_a_mask_is_refused_where_there_is_no_place_for_one(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", ["grpo", "gspo", "reinforce", "cispo", "dapo"])
 def test_a_mask_is_accepted_where_there_is_a_place(preset: str) -> None:
-    require_sound_levels(config(level(action="mask"), preset=preset))
+    settings = config(level(action="mask"), preset=preset)
+    require_sound_levels(settings)
+    correction = masked(resolve_algorithm(settings.algorithm)).correction
+    assert (correction.treatment, correction.lower, correction.upper) == ("mask", 0.5, 5.0)
