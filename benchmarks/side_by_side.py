@@ -14,6 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from betterhalf.process import prepare_process
+
+# As the command line does it, for both sides: peers in processes of their own inherit it.
+prepare_process()
+
 Action = Callable[[], Any]
 Better = Literal["higher", "lower"]
 

@@ -22,10 +22,10 @@ FLOORS = {
     **dict.fromkeys(("models", "algorithms", "diagnostics", "tasks", "report"), 3),
     **dict.fromkeys(("precision", "metrics", "ops", "run_dir", "environment"), 2),
     "config": 1,
-    **dict.fromkeys(("types", "errors"), 0),
+    **dict.fromkeys(("types", "errors", "process"), 0),
 }
 
-TORCH_FREE = ("types", "errors", "config", "metrics", "run_dir", "environment", "report", "tasks", "cli")
+TORCH_FREE = ("types", "errors", "process", "config", "metrics", "run_dir", "environment", "report", "tasks", "cli")
 HEAVY = {"torch", "transformers", "accelerate", "vllm", "ray", "trl", "wandb", "datasets", "gguf", "tensorboard"}
 OPTIONAL = {"vllm", "ray", "trl", "wandb", "datasets", "gguf", "tensorboard"}
 

@@ -143,7 +143,9 @@ def test_an_engine_with_other_weights_is_a_bug(examine: Examine, monkeypatch: py
     generate = NativeEngine.generate
 
     def perturbed(self: NativeEngine, *arguments: Any) -> Any:
-        self._weights.views["model.layers.0.self_attn.v_proj.weight"].mul_(1.05)
+        held = dict(self._weights.narrowed())
+        held["model.layers.0.self_attn.v_proj.weight"] = 1.05 * held["model.layers.0.self_attn.v_proj.weight"]
+        self._weights.load(held.items())
         return generate(self, *arguments)
 
     monkeypatch.setattr(NativeEngine, "generate", perturbed)

@@ -37,9 +37,12 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
 def perturb(parts: Parts, size: float = 0.5) -> None:
     """Noise, `size` times as large as the weights, on all that the native engine holds."""
     generator = torch.Generator().manual_seed(0)
-    for view in parts.engine._weights.views.values():  # type: ignore[attr-defined]
-        noise = torch.randn(view.shape, generator=generator) * view.float().std(correction=0) * size
-        view.add_(noise.to(view.dtype))
+    weights = parts.engine._weights  # type: ignore[attr-defined]
+    noisy = {}
+    for name, held in weights.narrowed():
+        noise = torch.randn(held.shape, generator=generator) * held.float().std(correction=0) * size
+        noisy[name] = held + noise.to(held.dtype)
+    weights.load(noisy.items())
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from typing import Any
 from betterhalf.cli.parse import parse, pick_verb, to_request
 from betterhalf.cli.verbs import VERBS
 from betterhalf.errors import BetterhalfError
+from betterhalf.process import prepare_process
 
 EXIT_OK, EXIT_FAILED, EXIT_INPUT, EXIT_RUN, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -24,8 +25,7 @@ EXIT_OK, EXIT_FAILED, EXIT_INPUT, EXIT_RUN, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; never raises but for `--help` and `--version`, which exit."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Read when torch is first imported: threads that spin while they wait stall each other on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    prepare_process()
     try:
         return _run(arguments)
     except KeyboardInterrupt as interrupt:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from betterhalf.precision.formats import dtype_name
 from betterhalf.precision.policy import PrecisionPolicy
+from betterhalf.precision.products import product
 
 
 def widened_linear(x: Tensor, weight_wide: Tensor, bias_wide: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -24,7 +24,7 @@ def widened_linear(x: Tensor, weight_wide: Tensor, bias_wide: Tensor | None, dty
 
     Args:
         x: [..., in], half, or FP32 with values on the half grid (then nothing is widened).
-        weight_wide: float32 [out, in], half-grid values.
+        weight_wide: float32 [out, in], half-grid values, plain or `packed`.
         bias_wide: float32 [out], half-grid values, or None.
         dtype: of the result; FP32 leaves it unrounded.
 
@@ -32,26 +32,7 @@ def widened_linear(x: Tensor, weight_wide: Tensor, bias_wide: Tensor | None, dty
         [..., out] in `dtype`, contiguous.
     """
     rows = x.reshape(-1, x.shape[-1]).float()
-    if _weight_first(rows.shape[0], weight_wide):
-        out = _weight_first_product(rows, weight_wide, bias_wide, dtype)
-    else:
-        out = F.linear(rows, weight_wide, bias_wide).to(dtype)
-    return out.view(*x.shape[:-1], weight_wide.shape[0])
-
-
-def _weight_first(rows: int, weight: Tensor) -> bool:
-    """Whether `weight @ x^T` and a transposing copy measure faster than `F.linear`: on two threads by a fifth or more.
-
-    One thread gains nothing from it. Bounds measured with torch 2.13 and MKL on two cores with AVX-512.
-    """
-    several_threads = not weight.is_cuda and torch.get_num_threads() > 1
-    outputs, many, few = weight.shape[0], 24 <= rows <= 192, 2 <= rows <= 4
-    return several_threads and ((many and 2048 <= outputs <= 16384) or (few and weight.numel() >= 2**18))
-
-
-def _weight_first_product(rows: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    columns = weight @ rows.t() if bias is None else torch.addmm(bias.unsqueeze(1), weight, rows.t())
-    return rows.new_empty(rows.shape[0], weight.shape[0], dtype=dtype).copy_(columns.t())
+    return product(rows, weight_wide, bias_wide).to(dtype).view(*x.shape[:-1], weight_wide.shape[0])
 
 
 class Widened:
@@ -105,8 +86,9 @@ class _HalfLinearFunction(torch.autograd.Function):
         x, weight_wide = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad = grad_outputs[0].reshape(-1, weight_wide.shape[0]).float()
-        grad_x = (grad @ weight_wide).to(x.dtype).view(x.shape) if need_x else None
-        grad_weight = (grad.t() @ x.reshape(-1, x.shape[-1]).float()).to(x.dtype) if need_weight else None
+        grad_x = product(grad, weight_wide.t()).to(x.dtype).view(x.shape) if need_x else None
+        rows = x.reshape(-1, x.shape[-1])
+        grad_weight = product(grad.t(), rows.float().t()).to(x.dtype) if need_weight else None
         grad_bias = grad.sum(0).to(x.dtype) if need_bias else None
         return grad_x, grad_weight, grad_bias, None, None
 
@@ -147,15 +129,17 @@ class HalfLinear(nn.Module):
         self._bias_wide: Widened | None = None
 
     def weight_wide(self) -> Tensor:
-        """float32 [out, in]: the weight as the products use it."""
+        """float32 [out, in]: the weight as the products use it; an FP32 weight is used itself."""
+        if self.weight.dtype == torch.float32:
+            return self.weight.detach()
         if self._weight_wide is None or self._weight_wide.source is not self.weight:
             self._weight_wide = Widened(self.weight)
         return self._weight_wide()
 
     def bias_wide(self) -> Tensor | None:
         """float32 [out], or None."""
-        if self.bias is None:
-            return None
+        if self.bias is None or self.bias.dtype == torch.float32:
+            return None if self.bias is None else self.bias.detach()
         if self._bias_wide is None or self._bias_wide.source is not self.bias:
             self._bias_wide = Widened(self.bias)
         return self._bias_wide()
@@ -178,7 +162,8 @@ def use_half_linear(module: nn.Module, policy: PrecisionPolicy) -> int:
     Returns:
         How many layers were replaced; 0 when the policy computes half products natively.
     """
-    if not policy.fp32_sums(policy.roles.compute_dtype):
+    compute = policy.roles.compute_dtype
+    if policy.device.type != "cpu" or not (compute == "fp32" or policy.fp32_sums(compute)):
         return 0
     replaced: dict[nn.Module, HalfLinear] = {}
     for parent in list(module.modules()):

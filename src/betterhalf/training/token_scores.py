@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from betterhalf import ops
+from betterhalf.precision.products import product
 
 
 def rows_per_chunk(vocabulary: int, logits_mib: int) -> int:
@@ -62,14 +63,14 @@ class _TokenLogprobs(torch.autograd.Function):
 def head_logits(hidden_CH: Tensor, wide_VH: Tensor) -> Tensor:
     """FP32 logits. On a GPU half operands with FP32 sums and results; on a CPU the widened operands' FP32 product."""
     if hidden_CH.dtype == wide_VH.dtype == torch.float32 or not hidden_CH.is_cuda:
-        return hidden_CH.float() @ wide_VH.t()
+        return product(hidden_CH.float(), wide_VH)
     return torch.mm(hidden_CH, wide_VH.t(), out_dtype=torch.float32)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """FP32 left times right; on a GPU with a half right the left is rounded to it, and sums stay FP32."""
     if right.dtype == torch.float32:
-        return left @ right
+        return product(left, right.t())
     return torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
 
 

@@ -233,7 +233,10 @@ def test_the_report_says_what_runs(make_engine, precision):
 
 def test_a_value_off_the_rollout_grid_shows_in_the_report(make_engine):
     engine = make_engine("fp16")
-    engine._weights.layers[0].down[0, 0] = 1 / 3
+    weights, name = engine._weights, "model.layers.0.mlp.down_proj.weight"
+    block = weights._layers[0]["down"]
+    block.begin()
+    block.write(name, torch.full(block.shape(name), 1 / 3))
     assert engine.report().dtypes["weights"] == "fp32"
 
 

@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from betterhalf.precision.half_linear import widened_linear
 from betterhalf.precision.islands import Islands, resolve_islands
+from betterhalf.precision.products import product
 from betterhalf.rollout.native.attention import decode_attention, decode_plan, prompt_attention
 from betterhalf.rollout.native.config import DecoderConfig
 from betterhalf.rollout.native.kv_cache import KVCache
@@ -130,11 +129,9 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """FP32 logits [B, V]: operands on the half grid, products and sums in FP32, never rounded to half."""
         head = self.weights.head
-        if not head.is_cuda:
-            return widened_linear(hidden, head, None, torch.float32)
-        if self.rounding.exact:
-            return F.linear(hidden, head)
-        return torch.mm(hidden, head.t(), out_dtype=torch.float32)
+        if head.is_cuda and not self.rounding.exact:
+            return torch.mm(hidden, head.t(), out_dtype=torch.float32)
+        return product(hidden.float(), head)
 
     def _forward(self, token_ids: Tensor, positions: Tensor, attend: _Attend) -> Tensor:
         hidden = self._tapped("embedding", None, self.weights.embedding[token_ids].to(self.rounding.container))
@@ -189,6 +186,5 @@ class Decoder:
 
 def _linear(rounding: Rounding, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A projection whose result is rounded once: by the half kernel itself, or after sums in FP32; not in an island."""
-    if x.is_cuda or rounding.container != torch.float32:
-        return F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, bias)
-    return widened_linear(x, weight, bias, rounding.dtype).float()
+    out = product(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, bias)
+    return rounding.round(out) if rounding.widened else out

@@ -1,13 +1,9 @@
-"""The decoder's weights: projections fused for speed, and unfused views of them under their Hugging Face names.
-
-A view shares memory with its fused tensor, so loading through the views never moves a buffer (CUDA graphs keep their
-pointers), and digests read exactly what the engine computes with.
-"""
+"""The decoder's weights: projections fused for speed, read and written under their unfused Hugging Face names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -15,16 +11,19 @@ from torch import Tensor
 from betterhalf.errors import EngineError
 from betterhalf.precision.formats import dtype_name
 from betterhalf.precision.islands import Islands, LayerIslands, resolve_islands
+from betterhalf.rollout.native.blocks import Block
 from betterhalf.rollout.native.config import DecoderConfig
 from betterhalf.types import DtypeName
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
+_NORM = "model.norm.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """One layer. Norm weights are FP32 tensors; projections have the dtype they are multiplied in: FP32 in islands."""
+    """One layer. Norm weights are FP32 tensors; projections have the dtype they are multiplied in, FP32 in islands, and
+    are packed on a CPU (`precision.products`)."""
 
     input_norm: Tensor
     """[hidden]."""
@@ -60,9 +59,22 @@ class Storage:
     """dtype of the LM head's tensor (and of the embedding when tied)."""
     device: torch.device
 
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor of zeros, of the projections' dtype unless told otherwise."""
-        return torch.zeros(*shape, dtype=dtype or self.linear, device=self.device)
+    @property
+    def packs(self) -> bool:
+        """Right sides of products are held packed, so a tied head is a tensor beside the embedding."""
+        return self.device.type == "cpu"
+
+    def plain(self, name: str, rows: int, width: int | None, dtype: torch.dtype) -> Block:
+        """One parameter with ordinary strides."""
+        return Block({name: rows}, width, dtype=dtype, device=self.device, packs=False)
+
+    def matrix(self, parts: Mapping[str, int], width: int, dtype: torch.dtype) -> Block:
+        """Parameters end to end, as the right side of one product."""
+        return Block(parts, width, dtype=dtype, device=self.device, packs=self.packs)
+
+    def bias(self, parts: Mapping[str, int], dtype: torch.dtype) -> Block:
+        """Biases end to end."""
+        return Block(parts, None, dtype=dtype, device=self.device, packs=False)
 
 
 class DecoderWeights:
@@ -73,38 +85,56 @@ class DecoderWeights:
         self.storage = storage
         self.wire_dtype: torch.dtype | None = None
         """dtype of the tensors of the last `load`; None before the first."""
-        self._tied = config.tied_head
-        table = (config.vocab_size, config.hidden_size)
-        self.embedding = storage.empty(*table, dtype=storage.head if config.tied_head else None)
-        self.head = self.embedding if config.tied_head else storage.empty(*table, dtype=storage.head)
-        self.norm = storage.empty(config.hidden_size, dtype=torch.float32)
-        self.layers = [_empty_layer(config, storage, layer) for layer in islands.layers]
-        self.views = self._name_views(config)
-        """Hugging Face name -> view of the tensor as held."""
+        vocabulary, hidden = config.vocab_size, config.hidden_size
+        self._shares = config.tied_head and not storage.packs
+        self._table = storage.plain(_EMBEDDING, vocabulary, hidden, storage.head if self._shares else storage.grid)
+        self._head = storage.matrix({_EMBEDDING if config.tied_head else _HEAD: vocabulary}, hidden, storage.head)
+        self._norm = storage.plain(_NORM, hidden, None, torch.float32)
+        self._layers = [
+            _layer_blocks(config, storage, f"model.layers.{index}.", layer)
+            for index, layer in enumerate(islands.layers)
+        ]
+        between = [block for blocks in self._layers for block in blocks.values()]
+        self._blocks = [self._table, *between, self._norm, *([] if self._shares else [self._head])]
+        self._publish()
 
-    def _name_views(self, config: DecoderConfig) -> dict[str, Tensor]:
-        views = {_EMBEDDING: self.embedding}
-        for index, layer in enumerate(self.layers):
-            prefix = f"model.layers.{index}."
-            views.update({prefix + name: view for name, view in _layer_views(config, layer).items()})
-        views["model.norm.weight"] = self.norm
-        if not config.tied_head:
-            views[_HEAD] = self.head
-        return views
+    def _publish(self) -> None:
+        """Hand the tensors as they are now to the decoder."""
+        self.embedding = self._table.tensor
+        self.head = self._table.tensor if self._shares else self._head.tensor
+        self.norm = self._norm.tensor
+        self.layers = [_layer_weights(blocks) for blocks in self._layers]
+
+    @property
+    def _tied(self) -> bool:
+        return self._head.names == (_EMBEDDING,)
+
+    def _holders(self) -> dict[str, list[Block]]:
+        """Name -> the blocks that hold the parameter: two for a tied embedding whose head is packed."""
+        holders: dict[str, list[Block]] = {}
+        for block in self._blocks:
+            for name in block.names:
+                holders.setdefault(name, []).append(block)
+        return holders
 
     @torch.no_grad()
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy every weight into place, rounded to the rollout grid. A tied head travels under the embedding's name.
+        """Put every weight into place, rounded to the rollout grid. A tied head travels under the embedding's name.
 
         Raises:
             EngineError: an unknown, repeated or missing name, or another shape.
         """
-        missing = set(self.views)
+        holders = self._holders()
+        missing = set(holders)
+        for block in self._blocks:
+            block.begin()
         for name, tensor in weights:
             if name == _HEAD and self._tied:
                 continue
-            self._check(name, tensor, missing)
-            self.views[name].copy_(tensor.detach().to(self.storage.grid))
+            _check(name, tensor, holders, missing)
+            on_grid = tensor.detach().to(self.storage.grid)
+            for block in holders[name]:
+                block.write(name, on_grid)
             self.wire_dtype = tensor.dtype
             missing.discard(name)
         if missing:
@@ -112,22 +142,24 @@ class DecoderWeights:
                 f"{len(missing)} weights did not arrive at the engine, {min(missing)!r} among them; "
                 "send every weight on each sync"
             )
+        self._publish()
 
-    def _check(self, name: str, tensor: Tensor, missing: set[str]) -> None:
-        if name not in self.views:
-            raise EngineError(f"the engine has no weight {name!r}; send the unfused Hugging Face names of this model")
-        if name not in missing:
-            raise EngineError(f"weight {name!r} arrived twice in one sync; send each name once")
-        if tensor.shape != self.views[name].shape:
-            raise EngineError(
-                f"weight {name!r} has shape {tuple(tensor.shape)}, the engine's has {tuple(self.views[name].shape)}; "
-                "load the engine from the trainer's configuration"
-            )
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        """Each weight once, as the decoder computes with it.
+
+        Raises:
+            EngineError: a tied head and the embedding differ.
+        """
+        tied = self._tied and not self._shares
+        for block in self._blocks[:-1] if tied else self._blocks:
+            yield from block.read()
+        if tied and not _same_bits(dict(self._head.read())[_EMBEDDING].to(self.storage.grid), self.embedding):
+            raise EngineError("the engine's tied head and its embedding differ; send every weight on each sync")
 
     def why_not_finite(self) -> str:
         """For an error message: where NaN or infinity comes from, and the cure."""
-        for name, view in self.views.items():
-            if not bool(view.isfinite().all()):
+        for name, tensor in self.held():
+            if not bool(tensor.isfinite().all()):
                 return (
                     f"the weight {name} holds NaN or infinity; restore the model's files, or, if it is only too "
                     "large for fp16, set precision=bf16 or precision=fp32"
@@ -137,59 +169,63 @@ class DecoderWeights:
             "modules that overflow FP32 islands with precision.fp32_modules"
         )
 
-    def narrowed(self) -> Iterable[tuple[str, Tensor]]:
+    def narrowed(self) -> Iterator[tuple[str, Tensor]]:
         """Each weight as held, in the rollout dtype; exact, because every value lies on that grid."""
-        return ((name, view.to(self.storage.grid)) for name, view in self.views.items())
+        return ((name, tensor.to(self.storage.grid)) for name, tensor in self.held())
 
     def grid(self) -> DtypeName:
         """The format the live values really lie on: the rollout dtype, or the tensor's own if a value is off it."""
-        for view in self.views.values():
-            if not torch.equal(view.to(self.storage.grid).to(view.dtype), view):
-                return dtype_name(view.dtype)
+        for _, tensor in self.held():
+            if not torch.equal(tensor.to(self.storage.grid).to(tensor.dtype), tensor):
+                return dtype_name(tensor.dtype)
         return dtype_name(self.storage.grid)
 
 
-def _empty_layer(config: DecoderConfig, storage: Storage, islands: LayerIslands) -> LayerWeights:
-    hidden, width, wide = config.hidden_size, config.intermediate_size, torch.float32
-    qkv, output, gate_up, down = (
-        wide if is_island else storage.linear
-        for is_island in (islands.attention, islands.output, islands.mlp, islands.down)
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal, NaN included."""
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def _check(name: str, tensor: Tensor, holders: Mapping[str, list[Block]], missing: set[str]) -> None:
+    if name not in holders:
+        raise EngineError(f"the engine has no weight {name!r}; send the unfused Hugging Face names of this model")
+    if name not in missing:
+        raise EngineError(f"weight {name!r} arrived twice in one sync; send each name once")
+    wanted = holders[name][0].shape(name)
+    if tuple(tensor.shape) != wanted:
+        raise EngineError(
+            f"weight {name!r} has shape {tuple(tensor.shape)}, the engine's has {wanted}; "
+            "load the engine from the trainer's configuration"
+        )
+
+
+def _layer_blocks(config: DecoderConfig, storage: Storage, prefix: str, islands: LayerIslands) -> dict[str, Block]:
+    """Field of `LayerWeights` -> its block, in the module's order; those the architecture lacks are left out."""
+    hidden, wide = config.hidden_size, torch.float32
+    qkv_rows = dict(zip("qkv", (config.query_size, config.kv_size, config.kv_size), strict=True))
+    qkv = {f"{prefix}self_attn.{x}_proj": rows for x, rows in qkv_rows.items()}
+    gate_up = {f"{prefix}mlp.{x}_proj": config.intermediate_size for x in ("gate", "up")}
+    output, down = {f"{prefix}self_attn.o_proj": hidden}, {f"{prefix}mlp.down_proj": hidden}
+    projections = (
+        ("qkv", qkv, hidden, islands.attention, config.qkv_bias),
+        ("output", output, config.query_size, islands.output, config.output_bias),
+        ("gate_up", gate_up, hidden, islands.mlp, config.mlp_bias),
+        ("down", down, config.intermediate_size, islands.down, config.mlp_bias),
     )
-    qkv_rows = config.query_size + 2 * config.kv_size
-    return LayerWeights(
-        input_norm=storage.empty(hidden, dtype=wide),
-        qkv=storage.empty(qkv_rows, hidden, dtype=qkv),
-        qkv_bias=storage.empty(qkv_rows, dtype=qkv) if config.qkv_bias else None,
-        q_norm=storage.empty(config.head_dim, dtype=wide) if config.qk_norm else None,
-        k_norm=storage.empty(config.head_dim, dtype=wide) if config.qk_norm else None,
-        output=storage.empty(hidden, config.query_size, dtype=output),
-        output_bias=storage.empty(hidden, dtype=output) if config.output_bias else None,
-        mlp_norm=storage.empty(hidden, dtype=wide),
-        gate_up=storage.empty(2 * width, hidden, dtype=gate_up),
-        gate_up_bias=storage.empty(2 * width, dtype=gate_up) if config.mlp_bias else None,
-        down=storage.empty(hidden, width, dtype=down),
-        down_bias=storage.empty(hidden, dtype=down) if config.mlp_bias else None,
-    )
+    blocks: dict[str, Block] = {}
+    for field, parts, width, island, has_bias in projections:
+        dtype = wide if island else storage.linear
+        blocks[field] = storage.matrix({f"{name}.weight": rows for name, rows in parts.items()}, width, dtype)
+        if has_bias:
+            blocks[f"{field}_bias"] = storage.bias({f"{name}.bias": rows for name, rows in parts.items()}, dtype)
+    norms = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    for field, name in norms.items():
+        blocks[field] = storage.plain(f"{prefix}{name}.weight", hidden, None, wide)
+    for field in ("q_norm", "k_norm") if config.qk_norm else ():
+        blocks[field] = storage.plain(f"{prefix}self_attn.{field}.weight", config.head_dim, None, wide)
+    return blocks
 
 
-def _layer_views(config: DecoderConfig, layer: LayerWeights) -> dict[str, Tensor]:
-    """Names within a layer -> views; biases and head norms only where the architecture has them."""
-    qkv_sizes = [config.query_size, config.kv_size, config.kv_size]
-    qkv_names = [f"self_attn.{x}_proj" for x in "qkv"]
-    named: dict[str, Tensor | None] = {"input_layernorm.weight": layer.input_norm}
-    named |= _split("weight", layer.qkv, qkv_sizes, qkv_names)
-    named |= _split("bias", layer.qkv_bias, qkv_sizes, qkv_names)
-    named |= {"self_attn.o_proj.weight": layer.output, "self_attn.o_proj.bias": layer.output_bias}
-    named |= {"self_attn.q_norm.weight": layer.q_norm, "self_attn.k_norm.weight": layer.k_norm}
-    named |= {"post_attention_layernorm.weight": layer.mlp_norm}
-    mlp_sizes, mlp_names = [config.intermediate_size] * 2, ["mlp.gate_proj", "mlp.up_proj"]
-    named |= _split("weight", layer.gate_up, mlp_sizes, mlp_names)
-    named |= _split("bias", layer.gate_up_bias, mlp_sizes, mlp_names)
-    named |= {"mlp.down_proj.weight": layer.down, "mlp.down_proj.bias": layer.down_bias}
-    return {name: view for name, view in named.items() if view is not None}
-
-
-def _split(kind: str, fused: Tensor | None, sizes: list[int], names: list[str]) -> dict[str, Tensor]:
-    if fused is None:
-        return {}
-    return {f"{name}.{kind}": view for name, view in zip(names, torch.split(fused, sizes), strict=True)}
+def _layer_weights(blocks: Mapping[str, Block]) -> LayerWeights:
+    held = {name: block.tensor for name, block in blocks.items()}
+    return LayerWeights(**{field.name: held.get(field.name) for field in fields(LayerWeights)})  # type: ignore[arg-type]

@@ -166,6 +166,13 @@ def with_rounding(kind: type[Rounding]) -> Fault:
     return fault
 
 
+def scale(decoder: Decoder, name: str, factor: float, row: int | None = None) -> None:
+    """Multiply a weight of the engine, or one row of it."""
+    held = {key: tensor.clone() for key, tensor in decoder.weights.narrowed()}
+    held[name][slice(None) if row is None else row] *= factor
+    decoder.weights.load(held.items())
+
+
 def rope_off(decoder: Decoder) -> None:
     decoder.inv_freq *= 1.01
 
@@ -175,11 +182,11 @@ def epsilon_off(decoder: Decoder) -> None:
 
 
 def down_off(decoder: Decoder) -> None:
-    decoder.weights.views["model.layers.1.mlp.down_proj.weight"] *= 1.02
+    scale(decoder, "model.layers.1.mlp.down_proj.weight", 1.02)
 
 
 def one_query_row_off(decoder: Decoder) -> None:
-    decoder.weights.views["model.layers.2.self_attn.q_proj.weight"][5] *= 1.3
+    scale(decoder, "model.layers.2.self_attn.q_proj.weight", 1.3, row=5)
 
 
 def embedding_row_off(decoder: Decoder) -> None:
@@ -259,7 +266,7 @@ def test_a_wrong_attention_scale_is_named(dtype: DtypeName, monkeypatch: pytest.
 )
 def test_head_norms_and_an_untied_head_are_told_apart(weight: str, expected: tuple[int | None, str]) -> None:
     def fault(decoder: Decoder) -> None:
-        decoder.weights.views[weight] *= 1.02
+        scale(decoder, weight, 1.02)
 
     assert place(found_with(fault, "fp16", "qwen3")["first"]) == expected
 

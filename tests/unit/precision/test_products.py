@@ -1,0 +1,89 @@
+"""Products against float64, by oneDNN and without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from betterhalf.precision import products
+from betterhalf.precision.products import packed, product, unpacked
+
+SHAPES = [(1, 1, 1), (7, 24, 5), (64, 576, 40), (4, 1024, 300), (32, 48, 2048), (200, 17, 9)]
+
+
+@pytest.fixture(params=["onednn", "without"], autouse=True)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Both libraries, where torch has both."""
+    if request.param == "without":
+        monkeypatch.setattr(products, "_onednn", lambda: False)
+    elif not products._onednn():
+        pytest.skip("torch was built without oneDNN")
+    yield request.param
+
+
+def operands(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(rows * 10_007 + inputs)
+    return tuple(torch.randn(*shape).to(dtype) for shape in ((rows, inputs), (outputs, inputs), (outputs,)))  # type: ignore[return-value]
+
+
+def assert_close(got: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> None:
+    """Within what FP32 sums can lose, and one rounding to the result's own dtype."""
+    exact, magnitude = left.double() @ right.double().t(), left.double().abs() @ right.double().abs().t()
+    if bias is not None:
+        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+    allowed = (left.shape[-1] + 1) * 2.0**-24 * magnitude + torch.finfo(got.dtype).eps * exact.abs()
+    assert ((got.double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_equal_float64_but_for_rounding(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    left, right, bias = operands(*shape, dtype)
+    for weight in (right, packed(right)):
+        assert_close(product(left, weight), left, right)
+        assert_close(product(left, weight, bias), left, right, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transposed_and_sliced_operands_are_taken_as_they_are(dtype: torch.dtype) -> None:
+    left, right, _ = operands(33, 64, 40, dtype)
+    assert_close(product(left, right.t().contiguous().t()), left, right)
+    assert_close(product(left.t().contiguous().t(), right), left, right)
+    assert_close(product(left[::2], right[8:20]), left[::2], right[8:20])
+    assert product(left.t().contiguous().t(), right).is_contiguous()
+
+
+def test_a_packed_weight_serves_any_number_of_rows_and_unpacks_to_itself() -> None:
+    _, right, _ = operands(1, 96, 50, torch.float32)
+    weight = packed(right)
+    assert torch.equal(unpacked(weight), right)
+    for rows in (1, 2, 31, 32, 33, 129):
+        left = torch.randn(rows, 96)
+        assert_close(product(left, weight), left, right)
+
+
+def test_no_rows_give_no_rows() -> None:
+    _, right, bias = operands(1, 8, 5, torch.float32)
+    assert product(torch.empty(0, 8), packed(right), bias).shape == (0, 5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(bad: float) -> None:
+    left, right, _ = operands(4, 8, 5, torch.float32)
+    left[2, 3] = bad
+    finite = product(left, packed(right)).isfinite().all(1)
+    assert finite.tolist() == [True, True, False, True]
+
+
+def test_the_same_product_gives_the_same_bits() -> None:
+    left, right, _ = operands(37, 300, 111, torch.float32)
+    assert torch.equal(product(left, right), product(left.clone(), right.clone()))
+    assert torch.equal(product(left, packed(right)), product(left.clone(), packed(right)))
+
+
+def test_without_the_library_a_weight_is_left_alone(library: str) -> None:
+    _, right, _ = operands(1, 8, 5, torch.float32)
+    assert (packed(right) is right) == (library == "without")
