@@ -71,9 +71,16 @@ def load_model(config: ModelConfig) -> LoadedModel:
         )
     module, info = loaded
     _require_whole(config.name, info["missing_keys"])
-    module.config.__dict__.pop("quantization_config", None)
+    _forget_quantization(module)
     require_packable(module)
     return _assemble(config.name, module, tokenizer)
+
+
+def _forget_quantization(module: Any) -> None:
+    """A GGUF file's weights are FP32 once read; with these marks transformers would refuse to train or save them."""
+    module.config.__dict__.pop("quantization_config", None)
+    for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
+        module.__dict__.pop(mark, None)
 
 
 def _require_whole(name: str, missing: Collection[str]) -> None:
