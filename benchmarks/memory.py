@@ -74,7 +74,7 @@ def packed(lengths: tuple[int, ...]):  # type: ignore[no-untyped-def]
         single,
         token_ids_T=torch.randint(0, VOCABULARY, (count * length,)),
         position_ids_T=single.position_ids_T.repeat(count),
-        sequence_lengths=lengths,
+        segments=single.segments * count,
         loss_rows_C=single.loss_rows_C.repeat(count) + starts,
         target_ids_C=torch.randint(0, VOCABULARY, (count * (length - 1),)),
         sequence_index_C=torch.arange(count).repeat_interleave(length - 1),

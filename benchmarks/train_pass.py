@@ -27,7 +27,7 @@ from betterhalf.models.loading import LoadedModel, load_model
 from betterhalf.precision.formats import torch_dtype
 from betterhalf.precision.policy import build_policy
 from betterhalf.training.policy_trainer import PolicyTrainer
-from betterhalf.types import DtypeName, MicroBatch
+from betterhalf.types import DtypeName, MicroBatch, PackedSegment
 
 LOSS_SCALE = 2.0**16
 
@@ -79,7 +79,7 @@ def one_sequence(token_ids_T: Tensor) -> MicroBatch:
     return MicroBatch(
         token_ids_T=token_ids_T,
         position_ids_T=torch.arange(length),
-        sequence_lengths=(length,),
+        segments=(PackedSegment(length=length),),
         loss_rows_C=torch.arange(length - 1),
         target_ids_C=token_ids_T[1:],
         sequence_index_C=torch.zeros(length - 1, dtype=torch.int64),

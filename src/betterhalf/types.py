@@ -105,21 +105,31 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MicroBatch:
-    """Whole sequences laid end to end, without padding: one forward (and backward) pass.
+class PackedSegment:
+    """Neighbouring tokens of a pack: a whole sequence, a prompt that siblings share, or a sibling's completion."""
 
-    The C completion tokens of all S sequences are the rows that have a loss. `loss_rows_C[i]` is the position
-    whose logits predict `target_ids_C[i]`.
+    length: int
+    """Tokens of its own; at least one."""
+    prefix: int | None = None
+    """For a completion: the earlier segment of the pack that holds its prompt, which it sees whole."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Sequences laid end to end, without padding: one forward (and backward) pass.
+
+    Siblings share one copy of their prompt, and tokens after which nothing is predicted are left out. The C completion
+    tokens of all S sequences have a loss; `loss_rows_C[i]` is the position whose logits predict `target_ids_C[i]`.
     """
 
     token_ids_T: Tensor
-    """int64 [T]: prompt and completion of each sequence in turn."""
+    """int64 [T]: the tokens of each segment in turn."""
     position_ids_T: Tensor
-    """int64 [T]: position within its own sequence, from 0."""
-    sequence_lengths: tuple[int, ...]
-    """[S] tokens of each sequence; sums to T."""
+    """int64 [T]: position within its own sequence, from 0; a completion's go on after those of its prompt."""
+    segments: tuple[PackedSegment, ...]
+    """What sees what: each segment sees itself, causally, and its prefix; the lengths sum to T."""
     loss_rows_C: Tensor
-    """int64 [C]: index into T of the token before each completion token."""
+    """int64 [C]: index into T of the token before each completion token; siblings share their prompt's last."""
     target_ids_C: Tensor
     """int64 [C]: the completion tokens."""
     sequence_index_C: Tensor
@@ -134,7 +144,7 @@ class MicroBatch:
     @property
     def num_sequences(self) -> int:
         """S."""
-        return len(self.sequence_lengths)
+        return len(self.rollout_index_S)
 
     @property
     def num_tokens(self) -> int:

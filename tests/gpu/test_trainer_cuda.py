@@ -63,10 +63,12 @@ def trainer_on(
 
 
 def rollouts() -> list[Rollout]:
-    """Sequences of different lengths."""
+    """Sequences of different lengths; three siblings, three more, and three lone ones."""
     return [
         Rollout(
-            prompt=Prompt(prompt_id="", text="", token_ids=tuple(range(1, 4 + k)), answer=""),
+            prompt=Prompt(
+                prompt_id="", text="", token_ids=tuple(range(1, 4 + (0, 0, 0, 3, 3, 3, 6, 7, 8)[k])), answer=""
+            ),
             completion=Completion(
                 token_ids=tuple(range(20, 25 + k)),
                 behavior_logprobs=(-4.6,) * (5 + k),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -251,10 +250,13 @@ def gradients_in_float64(family: str, scaled: tuple[str, float] | None = None) -
     module.double().set_attn_implementation("eager")
     config = RunConfig.model_validate({"training": {"tokens_per_micro_batch": 300, "optimizer_steps": 1}})
     for pack in fixed_packs(config):
-        starts = [0, *torch.tensor(pack.sequence_lengths).cumsum(0).tolist()]
-        sequences = [pack.token_ids_T[a:b][None] for a, b in pairwise(starts)]
-        logits = torch.cat([module(sequence).logits[0] for sequence in sequences])
-        rows = logits.index_select(0, pack.loss_rows_C).log_softmax(-1)
+        counts = torch.bincount(pack.sequence_index_C, minlength=pack.num_sequences).tolist()
+        logits = []
+        for rows, targets in zip(pack.loss_rows_C.split(counts), pack.target_ids_C.split(counts), strict=True):
+            last = int(rows[0])
+            prompt = pack.token_ids_T[last - int(pack.position_ids_T[last]) : last + 1]
+            logits.append(module(torch.cat((prompt, targets))[None]).logits[0, len(prompt) - 1 : -1])
+        rows = torch.cat(logits).log_softmax(-1)
         rows.gather(1, pack.target_ids_C[:, None]).mean().backward()  # type: ignore[no-untyped-call]
     return {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
 

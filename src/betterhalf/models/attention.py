@@ -2,16 +2,19 @@
 
 Three implementations, chosen by `attention_name`:
 
-    betterhalf_packed            torch's scaled_dot_product_attention in the tensors' own dtype, sequence by sequence
+    betterhalf_packed            torch's scaled_dot_product_attention in the tensors' own dtype, segment by segment
     betterhalf_packed_fp32_sums  half tensors widened to FP32, softmax(Q K^T) V in FP32, the result rounded once (CPU)
-    betterhalf_packed_varlen     one fused kernel over all sequences: torch.nn.attention.varlen (CUDA only)
+    betterhalf_packed_varlen     one fused kernel over all segments: torch.nn.attention.varlen (CUDA only)
 
-Sequences of the same length that lie side by side share one call, so a pack sorted by length needs few.
+A pack's segments are whole sequences, prompts that siblings share, and their completions, which see the prompt and
+themselves. Segments of the same lengths that lie side by side share one call, so a pack sorted by length needs few.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -22,6 +25,9 @@ from transformers import AttentionInterface
 
 from betterhalf.errors import InputError
 from betterhalf.precision.island_hooks import round_through
+from betterhalf.types import PackedSegment
+
+Segments = tuple[PackedSegment, ...]
 
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 """Layer types whose only exchange between positions goes through the registered attention function."""
@@ -63,60 +69,124 @@ def _has_convolution(module: torch.nn.Module) -> bool:
     return any(isinstance(part, torch.nn.Conv1d | torch.nn.Conv2d) for part in module.modules())
 
 
-def equal_length_runs(lengths: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """(first token, number of sequences, length) of each run of neighbours of equal length."""
-    start = 0
-    for length, group in groupby(lengths):
-        count = sum(1 for _ in group)
-        yield start, count, length
-        start += count * length
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Neighbouring segments of one length, whose prefixes have one length too: they share an attention call."""
+
+    count: int
+    """N segments."""
+    length: int
+    """L tokens of each."""
+    prefix_length: int
+    """P tokens of each segment's prefix; 0 without."""
+    prefixes: tuple[tuple[int, int], ...]
+    """[N] (run, place in it) that holds each segment's prefix; empty without."""
 
 
-def _sequence_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    """Causal attention of N equally long sequences, [N, heads, L, D]; a sliding window masks only where it binds."""
-    length = q.shape[-2]
+@lru_cache(maxsize=64)
+def runs_of(segments: Segments) -> tuple[Run, ...]:
+    """The runs of a pack, in order; every layer asks for them."""
+    runs: list[Run] = []
+    places: list[tuple[int, int]] = []
+    for (length, before), group in groupby(segments, key=lambda segment: (segment.length, _before(segments, segment))):
+        members = tuple(group)
+        places.extend((len(runs), k) for k in range(len(members)))
+        prefixes = tuple(places[member.prefix] for member in members if member.prefix is not None)
+        runs.append(Run(count=len(members), length=length, prefix_length=before, prefixes=prefixes))
+    return tuple(runs)
+
+
+def _before(segments: Segments, segment: PackedSegment) -> int:
+    return 0 if segment.prefix is None else segments[segment.prefix].length
+
+
+def _segment_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    """Causal attention of N segments: q [N, heads, L, D], k and v [N, kv_heads, P + L, D] -> [N, heads, L, D].
+
+    The last query sees the last key. A mask is made only for a prefix or where a sliding window binds.
+    """
+    queries, keys = q.shape[-2], k.shape[-2]
     grouped = q.shape[1] != k.shape[1]
-    if window is None or length <= window:
+    if queries == keys and (window is None or keys <= window):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)[None, :]
-    visible = (distance >= 0) & (distance < window)
+    places = torch.arange(keys, device=q.device)
+    distance = places[keys - queries :, None] - places[None, :]
+    visible = (distance >= 0) & (distance < (window or keys))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=grouped)
 
 
-def _by_runs(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int | None) -> Tensor:
-    """Attention within each sequence: q [1, heads, T, D], k and v [1, kv_heads, T, D] -> [1, T, heads, D]."""
+def _by_runs(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
+    """Attention of each segment: q [1, heads, T, D], k and v [1, kv_heads, T, D] -> [1, T, heads, D]."""
+    runs = runs_of(segments)
+    queries, keys, values = (
+        _folded(q, runs),
+        _after_prefixes(_folded(k, runs), runs),
+        _after_prefixes(_folded(v, runs), runs),
+    )
     parts = []
-    for start, count, length in equal_length_runs(lengths):
-        stop = start + count * length
-        fold_q, fold_k, fold_v = (
-            x[0, :, start:stop].reshape(x.shape[1], count, length, x.shape[3]).transpose(0, 1) for x in (q, k, v)
-        )
-        out = _sequence_attention(fold_q, fold_k, fold_v, scale, window)
+    for fold_q, fold_k, fold_v in zip(queries, keys, values, strict=True):
+        out = _segment_attention(fold_q, fold_k, fold_v, scale, window)
         parts.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts).unsqueeze(0)
 
 
-def _widened(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int | None) -> Tensor:
+def _folded(x: Tensor, runs: tuple[Run, ...]) -> list[Tensor]:
+    """The rows of each run, [N, heads, L, D], from those of the pack, [1, heads, T, D]."""
+    pieces = torch.split(x[0], [run.count * run.length for run in runs], dim=1)
+    return [
+        piece.reshape(x.shape[1], run.count, run.length, x.shape[3]).transpose(0, 1)
+        for run, piece in zip(runs, pieces, strict=True)
+    ]
+
+
+def _after_prefixes(folded: list[Tensor], runs: tuple[Run, ...]) -> list[Tensor]:
+    """Each run's keys (or values) with those of its prefixes before them: [N, kv_heads, P + L, D]."""
+    # One unbind for each run that holds prompts: its gradient is one stack, however many siblings there are.
+    prompts = {index: folded[index].unbind() for index in {index for run in runs for index, _ in run.prefixes}}
+    return [
+        torch.cat((torch.stack([prompts[index][place] for index, place in run.prefixes]), own), dim=2)
+        if run.prefixes
+        else own
+        for run, own in zip(runs, folded, strict=True)
+    ]
+
+
+def _widened(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
     """As `_by_runs`, on operands widened to FP32; the result is rounded once to the query's dtype."""
-    return _by_runs(q.float(), k.float(), v.float(), lengths, scale, window).to(q.dtype)
+    return _by_runs(q.float(), k.float(), v.float(), segments, scale, window).to(q.dtype)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int | None) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
     """As `_by_runs`, in one call of torch's variable-length flash attention; FP32 tensors go run by run."""
     if q.dtype == torch.float32:
-        return _by_runs(q, k, v, lengths, scale, window)
+        return _by_runs(q, k, v, segments, scale, window)
     # Imported here: the module loads CUDA kernels.
     from torch.nn.attention.varlen import varlen_attn
 
-    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=q.device)
-    longest, siblings = max(lengths), q.shape[1] // k.shape[1]
+    queries = [segment.length for segment in segments]
+    keys = [segment.length + _before(segments, segment) for segment in segments]
+    offsets_q, offsets_k = (
+        torch.tensor([0, *accumulate(x)], dtype=torch.int32, device=q.device) for x in (queries, keys)
+    )
+    siblings = q.shape[1] // k.shape[1]
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+    k, v = (repeat_prefixes(x, segments) for x in (k, v))
     if siblings > 1:
         k, v = (x.repeat_interleave(siblings, dim=1) for x in (k, v))
     left = window - 1 if window else -1
-    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(left, 0))
+    # Where keys outnumber queries the causal mask and the window end at the last key, as here.
+    out = varlen_attn(q, k, v, offsets_q, offsets_k, max(queries), max(keys), scale=scale, window_size=(left, 0))
     assert isinstance(out, Tensor)
     return out.unsqueeze(0)
+
+
+def repeat_prefixes(x: Tensor, segments: Segments) -> Tensor:
+    """Keys or values [T, kv_heads, D] with each segment's prefix copied before it, [sum of P + L, kv_heads, D]."""
+    if all(segment.prefix is None for segment in segments):
+        return x
+    own = torch.split(x, [segment.length for segment in segments])
+    prefixes = [() if segment.prefix is None else (own[segment.prefix],) for segment in segments]
+    return torch.cat([part for before, rows in zip(prefixes, own, strict=True) for part in (*before, rows)])
 
 
 AttentionFunction = Callable[..., tuple[Tensor, None]]
@@ -125,8 +195,8 @@ AttentionFunction = Callable[..., tuple[Tensor, None]]
 def _for_transformers(kernel: Callable[..., Tensor]) -> AttentionFunction:
     """A kernel with the signature that transformers calls: query [1, heads, T, D], key and value [1, kv_heads, T, D].
 
-    Besides transformers' own keywords it takes `sequence_lengths`, passed through the model's forward, and `cached_as`
-    from an FP32 island: the grid of the engine's cache, to which keys and values are rounded. The returned function
+    Besides transformers' own keywords it takes `segments`, passed through the model's forward, and `cached_as` from an
+    FP32 island: the grid of the engine's cache, to which keys and values are rounded. The returned function
     gives [1, T, heads, D], and raises InputError when the model asks for attention dropout.
     """
 
@@ -138,7 +208,7 @@ def _for_transformers(kernel: Callable[..., Tensor]) -> AttentionFunction:
         attention_mask: Tensor | None,
         *,
         scaling: float,
-        sequence_lengths: tuple[int, ...],
+        segments: Segments,
         dropout: float = 0.0,
         sliding_window: int | None = None,
         cached_as: torch.dtype | None = None,
@@ -150,7 +220,7 @@ def _for_transformers(kernel: Callable[..., Tensor]) -> AttentionFunction:
             )
         if cached_as is not None:
             key, value = round_through(key, cached_as), round_through(value, cached_as)
-        return kernel(query, key, value, sequence_lengths, scaling, sliding_window), None
+        return kernel(query, key, value, segments, scaling, sliding_window), None
 
     return attend
 

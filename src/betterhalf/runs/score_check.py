@@ -14,7 +14,7 @@ from betterhalf.errors import WeightSyncError
 from betterhalf.precision.formats import FORMATS
 from betterhalf.precision.policy import PrecisionPolicy
 from betterhalf.runs.assembly import Parts
-from betterhalf.types import MicroBatch
+from betterhalf.types import MicroBatch, PackedSegment
 
 _TOKENS = 32
 _ROUNDOFFS, _RELATIVE = 64, 16
@@ -77,7 +77,7 @@ def _whole(token_ids: tuple[int, ...], device: torch.device) -> MicroBatch:
     return MicroBatch(
         token_ids_T=tokens,
         position_ids_T=positions,
-        sequence_lengths=(count,),
+        segments=(PackedSegment(length=count),),
         loss_rows_C=positions[:-1],
         target_ids_C=tokens[1:],
         sequence_index_C=torch.zeros_like(positions[1:]),

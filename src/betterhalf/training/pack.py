@@ -1,20 +1,22 @@
 """Lay rollouts end to end: from a step's rollouts and advantages to packs without padding.
 
 The order is: a seeded shuffle of all rollouts, cut into one train batch for each optimizer step, each cut into
-micro-batches by a token budget. Within a micro-batch sequences are sorted by length, so that equal ones share an
-attention call.
+micro-batches by a token budget that siblings fill together, so that they share one copy of their prompt. Within a
+micro-batch segments are sorted by length, so that equal ones share an attention call.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 
 from betterhalf.config.schema import RunConfig
-from betterhalf.types import Denominators, MicroBatch, Rollout, StepBatch, TrainBatch
+from betterhalf.types import Denominators, MicroBatch, PackedSegment, Rollout, StepBatch, TrainBatch
+
+TokenIds = tuple[int, ...]
 
 
 def pack_step(
@@ -84,40 +86,41 @@ class _Packer:
         self.device = device
 
     def length(self, index: int) -> int:
+        """Tokens of prompt and completion."""
         rollout = self.rollouts[index]
         return len(rollout.prompt.token_ids) + len(rollout.completion.token_ids)
 
     def micro_batches(self, indices: Sequence[int]) -> tuple[MicroBatch, ...]:
-        """Fill packs in the given order up to the budget; a longer sequence gets a pack of its own."""
+        """Fill packs up to the budget in the given order, but siblings next to each other.
+
+        A prompt counts once in a pack; a longer sequence gets a pack of its own.
+        """
         packs: list[list[int]] = []
         room = 0
-        for index in indices:
-            length = self.length(index)
-            if not packs or length > room:
-                packs.append([])
-                room = self.budget
-            packs[-1].append(index)
-            room -= length
+        for prompt, siblings in _by_prompt(self.rollouts, indices).items():
+            held = False
+            for index in siblings:
+                own = len(_inputs(self.rollouts[index]))
+                needed = own if held else len(prompt) + own
+                if not packs or needed > room:
+                    packs.append([])
+                    room, needed = self.budget, len(prompt) + own
+                packs[-1].append(index)
+                room -= needed
+                held = True
         return tuple(self.micro_batch(sorted(pack, key=self.length)) for pack in packs)
 
     def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
-        """One pack of whole sequences."""
+        """One pack of these sequences; S is in their order, T in that of the layout."""
         chosen = [self.rollouts[i] for i in indices]
-        lengths = [self.length(i) for i in indices]
-        starts = [0, *accumulate(lengths)]
-        rows: list[int] = []
-        owner: list[int] = []
-        for k, rollout in enumerate(chosen):
-            first = starts[k] + len(rollout.prompt.token_ids) - 1
-            rows.extend(range(first, first + len(rollout.completion.token_ids)))
-            owner.extend([k] * len(rollout.completion.token_ids))
+        layout = _Layout(chosen)
         return MicroBatch(
-            token_ids_T=self._ints([t for r in chosen for t in (*r.prompt.token_ids, *r.completion.token_ids)]),
-            position_ids_T=self._ints([p for length in lengths for p in range(length)]),
-            sequence_lengths=tuple(lengths),
-            loss_rows_C=self._ints(rows),
+            token_ids_T=self._ints(layout.token_ids),
+            position_ids_T=self._ints(layout.positions),
+            segments=tuple(layout.segments),
+            loss_rows_C=self._ints([row for rows in layout.loss_rows for row in rows]),
             target_ids_C=self._ints([t for r in chosen for t in r.completion.token_ids]),
-            sequence_index_C=self._ints(owner),
+            sequence_index_C=self._ints([k for k, r in enumerate(chosen) for _ in r.completion.token_ids]),
             behavior_logprobs_C=self._floats([x for r in chosen for x in r.completion.behavior_logprobs]),
             advantages_S=self._floats([self.advantages[i] for i in indices]),
             rollout_index_S=tuple(indices),
@@ -128,6 +131,72 @@ class _Packer:
 
     def _floats(self, values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+
+class _Layout:
+    """Where the tokens of a pack lie: lone sequences and shared prompts by length, then siblings' completions.
+
+    Siblings are sequences of equal prompt token ids. A completion's last token is left out: nothing is predicted after
+    it, so nobody reads what it computes.
+    """
+
+    def __init__(self, chosen: Sequence[Rollout]) -> None:
+        self.token_ids: list[int] = []
+        self.positions: list[int] = []
+        self.segments: list[PackedSegment] = []
+        self.loss_rows: list[list[int]] = [[] for _ in chosen]
+        """By sequence: the row before each of its completion tokens."""
+        self.inputs = [_inputs(rollout) for rollout in chosen]
+        groups = sorted(_by_prompt(chosen, range(len(chosen))).items(), key=self._head_length)
+        for prompt, siblings in groups:
+            self._add_head(prompt, siblings)
+        tails = [
+            (k, place, len(prompt))
+            for place, (prompt, siblings) in enumerate(groups)
+            for k in siblings
+            if len(siblings) > 1 and self.inputs[k]
+        ]
+        for tail in sorted(tails, key=lambda tail: (len(self.inputs[tail[0]]), tail[2])):
+            self._add_tail(*tail)
+        for rows, rollout in zip(self.loss_rows, chosen, strict=True):
+            del rows[len(rollout.completion.token_ids) :]
+
+    def _head_length(self, group: tuple[TokenIds, list[int]]) -> int:
+        prompt, siblings = group
+        return len(prompt) + (len(self.inputs[siblings[0]]) if len(siblings) == 1 else 0)
+
+    def _add_head(self, prompt: TokenIds, siblings: list[int]) -> None:
+        """A whole sequence, or a prompt that several share."""
+        last = len(self.token_ids) + len(prompt) - 1
+        for k in siblings:
+            self.loss_rows[k].append(last)
+        alone = self.inputs[siblings[0]] if len(siblings) == 1 else ()
+        self.loss_rows[siblings[0]].extend(range(last + 1, last + 1 + len(alone)))
+        self._add((*prompt, *alone), 0, None)
+
+    def _add_tail(self, k: int, prefix: int, prompt_length: int) -> None:
+        """The completion of one of several siblings."""
+        start = len(self.token_ids)
+        self.loss_rows[k].extend(range(start, start + len(self.inputs[k])))
+        self._add(self.inputs[k], prompt_length, prefix)
+
+    def _add(self, token_ids: TokenIds, first_position: int, prefix: int | None) -> None:
+        self.token_ids.extend(token_ids)
+        self.positions.extend(range(first_position, first_position + len(token_ids)))
+        self.segments.append(PackedSegment(length=len(token_ids), prefix=prefix))
+
+
+def _inputs(rollout: Rollout) -> TokenIds:
+    """The completion tokens after which another is predicted."""
+    return tuple(rollout.completion.token_ids[:-1])
+
+
+def _by_prompt(rollouts: Sequence[Rollout], indices: Iterable[int]) -> dict[TokenIds, list[int]]:
+    """Indices of equal prompts together, in order of first appearance."""
+    groups: dict[TokenIds, list[int]] = {}
+    for index in indices:
+        groups.setdefault(tuple(rollouts[index].prompt.token_ids), []).append(index)
+    return groups
 
 
 def by_rollout(pack: MicroBatch, values_C: torch.Tensor) -> dict[int, list[float]]:

@@ -26,7 +26,7 @@ from betterhalf.precision.policy import PrecisionPolicy
 from betterhalf.training.distributed import Collective, SingleProcess
 from betterhalf.training.master_weights import MasterWeights
 from betterhalf.training.token_scores import head_logits, measure_tokens, rows_per_chunk, token_logprobs
-from betterhalf.types import Denominators, MicroBatch
+from betterhalf.types import Denominators, MicroBatch, PackedSegment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +103,7 @@ class PolicyTrainer:
         out = self.module.get_decoder()(
             input_ids=micro.token_ids_T.unsqueeze(0),
             position_ids=micro.position_ids_T.unsqueeze(0),
-            sequence_lengths=micro.sequence_lengths,
+            segments=micro.segments,
             use_cache=False,
         )
         hidden_TH: Tensor = out.last_hidden_state[0]
@@ -241,7 +241,8 @@ class PolicyTrainer:
         """Final hidden states and logits of the first few ids of the vocabulary."""
         count = min(8, self._head.shape[0])
         ids = torch.arange(count, device=self.policy.device).unsqueeze(0)
-        out = self.module.get_decoder()(input_ids=ids, position_ids=ids, sequence_lengths=(count,), use_cache=False)
+        whole = (PackedSegment(length=count),)
+        out = self.module.get_decoder()(input_ids=ids, position_ids=ids, segments=whole, use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
         if not bool(hidden.isfinite().all()):
             raise NumericsError(

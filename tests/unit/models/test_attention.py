@@ -1,7 +1,8 @@
-"""Packed attention: sequences do not see each other, nor the future, nor beyond a sliding window."""
+"""Packed attention: completions see their prompt; nothing sees a sibling, the future, or beyond a sliding window."""
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,13 +12,19 @@ from torch import Tensor, nn
 
 from betterhalf.errors import InputError
 from betterhalf.models.attention import (
-    equal_length_runs,
     packed_attention,
     packed_attention_fp32_sums,
+    packed_attention_varlen,
+    repeat_prefixes,
     require_packable,
+    runs_of,
 )
+from betterhalf.types import PackedSegment
 
-LENGTHS = (3, 3, 5, 1, 5)
+LENGTHS = (3, 3, 5, 1, 5, 2, 2, 2, 4)
+PREFIXES = (None, None, None, None, None, 0, 1, 0, 2)
+SEGMENTS = tuple(PackedSegment(length=n, prefix=p) for n, p in zip(LENGTHS, PREFIXES, strict=True))
+"""Lone sequences and prompts, then completions: two of the first, one of the second, one of the third."""
 
 
 def qkv(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,9 +40,11 @@ def qkv(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """float64 attention with an explicit mask over the whole pack: [T, heads, D]."""
     owner = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
-    position = torch.arange(sum(LENGTHS))
+    prefix = torch.tensor([-1 if p is None else p for p in PREFIXES])[owner]
+    first = torch.tensor([0 if p is None else LENGTHS[p] for p in PREFIXES])
+    position = torch.cat([first[n] + torch.arange(length) for n, length in enumerate(LENGTHS)])
     distance = position[:, None] - position[None, :]
-    visible = (owner[:, None] == owner[None, :]) & (distance >= 0)
+    visible = ((owner[:, None] == owner[None, :]) | (prefix[:, None] == owner[None, :])) & (distance >= 0)
     if window is not None:
         visible &= distance < window
     q, k, v = (x[0].double() for x in (q, k, v))
@@ -44,23 +53,47 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     return (scores.softmax(-1) @ v).transpose(0, 1)
 
 
-def test_runs_of_equal_lengths() -> None:
-    assert list(equal_length_runs(LENGTHS)) == [(0, 2, 3), (6, 1, 5), (11, 1, 1), (12, 1, 5)]
+def test_runs_have_equal_lengths_and_prefix_lengths() -> None:
+    runs = [(run.count, run.length, run.prefix_length, run.prefixes) for run in runs_of(SEGMENTS)]
+    assert runs == [
+        (2, 3, 0, ()),
+        (1, 5, 0, ()),
+        (1, 1, 0, ()),
+        (1, 5, 0, ()),
+        (3, 2, 3, ((0, 0), (0, 1), (0, 0))),
+        (1, 4, 5, ((1, 0),)),
+    ]
+
+
+def test_prefixes_are_repeated_before_what_they_precede() -> None:
+    rows = torch.arange(sum(LENGTHS))[:, None, None]
+    expected = [*range(17), 0, 1, 2, 17, 18, 3, 4, 5, 19, 20, 0, 1, 2, 21, 22, 6, 7, 8, 9, 10, 23, 24, 25, 26]
+    assert repeat_prefixes(rows, SEGMENTS).flatten().tolist() == expected
+    assert repeat_prefixes(rows, SEGMENTS[:5]) is rows
 
 
 @pytest.mark.parametrize("window", [None, 2, 4, 100])
 def test_equals_float64_attention_with_an_explicit_mask(window: int | None) -> None:
     q, k, v = qkv()
-    out, _ = packed_attention(
-        nn.Identity(), q, k, v, None, scaling=8**-0.5, sequence_lengths=LENGTHS, sliding_window=window
-    )
+    out, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=8**-0.5, segments=SEGMENTS, sliding_window=window)
     torch.testing.assert_close(out[0].double(), by_hand(q, k, v, window), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 2, 4])
+def test_gradients_equal_float64_ones_with_an_explicit_mask(window: int | None) -> None:
+    weights = torch.randn(sum(LENGTHS), 4, 8, generator=torch.Generator().manual_seed(1))
+    ours, exact = ([x.detach().clone().requires_grad_() for x in qkv()] for _ in range(2))
+    out, _ = packed_attention(nn.Identity(), *ours, None, scaling=8**-0.5, segments=SEGMENTS, sliding_window=window)
+    (out[0] * weights).sum().backward()
+    (by_hand(*exact, window) * weights).sum().backward()
+    for found, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_fp32_sums_round_only_the_result(dtype: torch.dtype) -> None:
     q, k, v = qkv(dtype)
-    out, _ = packed_attention_fp32_sums(nn.Identity(), q, k, v, None, scaling=8**-0.5, sequence_lengths=LENGTHS)
+    out, _ = packed_attention_fp32_sums(nn.Identity(), q, k, v, None, scaling=8**-0.5, segments=SEGMENTS)
     exact = by_hand(q, k, v, None)
     half_ulp = torch.finfo(dtype).eps / 2
     assert out.dtype == dtype
@@ -69,17 +102,47 @@ def test_fp32_sums_round_only_the_result(dtype: torch.dtype) -> None:
 
 def test_one_sequence_s_keys_do_not_reach_another() -> None:
     q, k, v = qkv()
-    first, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=1.0, sequence_lengths=LENGTHS)
-    v[:, :, 3:6] += 100.0  # the second sequence
-    second, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=1.0, sequence_lengths=LENGTHS)
+    first, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=1.0, segments=SEGMENTS)
+    v[:, :, 3:6] += 100.0  # the second sequence, whose completion lies at 19 and 20
+    second, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=1.0, segments=SEGMENTS)
     changed = (first != second).flatten(2).any(-1)[0]
-    assert changed.nonzero().flatten().tolist() == [3, 4, 5]
+    assert changed.nonzero().flatten().tolist() == [3, 4, 5, 19, 20]
+
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *_: int, scale: float, window_size: tuple[int, int]
+) -> Tensor:
+    """What the CUDA kernel documents: q [T, heads, D], keys by cu_k; row i of L sees keys up to K - L + i."""
+    parts = []
+    for n in range(len(cu_q) - 1):
+        rows, keys, values = q[cu_q[n] : cu_q[n + 1]], k[cu_k[n] : cu_k[n + 1]], v[cu_k[n] : cu_k[n + 1]]
+        last = torch.arange(len(rows))[:, None] + len(keys) - len(rows)
+        place = torch.arange(len(keys))[None, :]
+        visible = place <= last + window_size[1]
+        if window_size[0] >= 0:
+            visible &= place >= last - window_size[0]
+        scores = torch.einsum("qhd,khd->hqk", rows.double(), keys.double()) * scale
+        parts.append(
+            torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), values.double())
+        )
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("window", [None, 2, 4])
+def test_the_flash_kernel_is_given_each_prefix_as_keys(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    kernel = SimpleNamespace(varlen_attn=flash_attention)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", kernel)  # type: ignore[arg-type]
+    q, k, v = qkv(torch.float16)
+    out, _ = packed_attention_varlen(
+        nn.Identity(), q, k, v, None, scaling=8**-0.5, segments=SEGMENTS, sliding_window=window
+    )
+    torch.testing.assert_close(out[0], by_hand(q, k, v, window), rtol=1e-9, atol=1e-9)
 
 
 def test_dropout_is_refused() -> None:
     q, k, v = qkv()
     with pytest.raises(InputError, match="attention_dropout=0.1.*set it to 0"):
-        packed_attention(nn.Identity(), q, k, v, None, scaling=1.0, sequence_lengths=LENGTHS, dropout=0.1)
+        packed_attention(nn.Identity(), q, k, v, None, scaling=1.0, segments=SEGMENTS, dropout=0.1)
 
 
 def model(**config: Any) -> Any:

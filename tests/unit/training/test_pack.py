@@ -6,7 +6,7 @@ import torch
 
 from betterhalf.config.schema import RunConfig
 from betterhalf.training.pack import by_rollout, pack_step
-from betterhalf.types import Completion, MicroBatch, Prompt, Rollout
+from betterhalf.types import Completion, MicroBatch, PackedSegment, Prompt, Rollout
 
 CPU = torch.device("cpu")
 
@@ -38,23 +38,76 @@ def test_one_pack_written_out_by_hand() -> None:
     rollouts = [rollout([7, 8, 9], [1, 2]), rollout([5], [3])]
     batch = pack_step(rollouts, [0.5, -1.0], config(), step=1, device=CPU)
     (pack,) = batch.packs
-    # sorted by length: the second rollout (2 tokens) comes first
+    # sorted by length: the second rollout (2 tokens) comes first; nothing reads what follows a last token
     assert pack.rollout_index_S == (1, 0)
-    assert pack.token_ids_T.tolist() == [5, 3, 7, 8, 9, 1, 2]
-    assert pack.position_ids_T.tolist() == [0, 1, 0, 1, 2, 3, 4]
-    assert pack.sequence_lengths == (2, 5)
-    assert pack.loss_rows_C.tolist() == [0, 4, 5]
+    assert pack.token_ids_T.tolist() == [5, 7, 8, 9, 1]
+    assert pack.position_ids_T.tolist() == [0, 0, 1, 2, 3]
+    assert pack.segments == (PackedSegment(length=1), PackedSegment(length=4))
+    assert pack.loss_rows_C.tolist() == [0, 3, 4]
     assert pack.target_ids_C.tolist() == [3, 1, 2]
     assert pack.sequence_index_C.tolist() == [0, 1, 1]
     assert pack.behavior_logprobs_C.tolist() == [-3.0, -1.0, -2.0]
     assert pack.advantages_S.tolist() == [-1.0, 0.5]
 
 
-def test_every_loss_row_predicts_its_target() -> None:
-    rollouts = [rollout([11] * (1 + k % 3), [20 + k] * (1 + k % 4)) for k in range(17)]
-    batch = pack_step(rollouts, [1.0] * 17, config(budget=12, optimizer_steps=3), step=2, device=CPU)
+def test_siblings_share_their_prompt_written_out_by_hand() -> None:
+    rollouts = [rollout([7, 8], [1, 2, 3]), rollout([5, 6, 9], [4]), rollout([7, 8], [10]), rollout([7, 8], [11, 12])]
+    (pack,) = pack_step(rollouts, [1.0, 2.0, 3.0, 4.0], config(), step=1, device=CPU).packs
+    # sequences by length (3, 4, 4, 5; the shuffle decides between equal ones), segments: heads, then completions
+    assert pack.rollout_index_S in {(2, 1, 3, 0), (2, 3, 1, 0)}
+    assert pack.token_ids_T.tolist() == [7, 8, 5, 6, 9, 11, 1, 2]
+    assert pack.position_ids_T.tolist() == [0, 1, 0, 1, 2, 2, 2, 3]
+    assert [(part.length, part.prefix) for part in pack.segments] == [(2, None), (3, None), (1, 0), (2, 0)]
+    assert by_rollout(pack, pack.loss_rows_C) == {2: [1], 3: [1, 5], 0: [1, 6, 7], 1: [4]}
+    assert by_rollout(pack, pack.target_ids_C) == {2: [10], 3: [11, 12], 0: [1, 2, 3], 1: [4]}
+    assert pack.advantages_S.tolist() == [float(index + 1) for index in pack.rollout_index_S]
+
+
+def shared_and_lone() -> list[Rollout]:
+    """Groups of up to four siblings, completions of one to five tokens."""
+    return [rollout([40 + k // 4] * (1 + k % 16 // 4), [20 + k + i for i in range(1 + k % 5)]) for k in range(23)]
+
+
+def test_every_loss_row_stands_before_its_target() -> None:
+    rollouts = shared_and_lone()
+    batch = pack_step(rollouts, [1.0] * 23, config(budget=25, optimizer_steps=3), step=2, device=CPU)
+    assert any(part.prefix is not None for pack in batch.packs for part in pack.segments)
     for pack in batch.packs:
-        assert torch.equal(pack.token_ids_T[pack.loss_rows_C + 1], pack.target_ids_C)
+        tokens, positions = by_rollout(pack, pack.token_ids_T[pack.loss_rows_C]), pack.position_ids_T[pack.loss_rows_C]
+        for index, before in tokens.items():
+            prompt, completion = rollouts[index].prompt.token_ids, rollouts[index].completion.token_ids
+            assert before == [prompt[-1], *completion[:-1]]
+            first = len(prompt) - 1
+            assert by_rollout(pack, positions)[index] == list(range(first, first + len(completion)))
+
+
+def test_a_completion_s_prefix_is_its_own_prompt() -> None:
+    rollouts = shared_and_lone()
+    (pack,) = pack_step(rollouts, [1.0] * 23, config(budget=1000), step=2, device=CPU).packs
+    parts = torch.split(pack.token_ids_T, [part.length for part in pack.segments])
+    found = {
+        (*parts[part.prefix].tolist(), *ids.tolist())
+        for part, ids in zip(pack.segments, parts, strict=True)
+        if part.prefix is not None
+    }
+    expected = {
+        (*r.prompt.token_ids, *r.completion.token_ids[:-1]) for r in rollouts if len(r.completion.token_ids) > 1
+    }
+    assert found == expected
+
+
+def test_a_shared_prompt_counts_once_in_the_budget() -> None:
+    rollouts = [rollout([k % 2] * 50, [1] * 11) for k in range(8)]
+    first, second = pack_step(rollouts, [1.0] * 8, config(budget=90), step=1, device=CPU).packs
+    # 50 + 4 x 10 tokens: the siblings of a prompt fill a pack
+    assert first.num_tokens == second.num_tokens == 90
+    assert {index % 2 for index in first.rollout_index_S} != {index % 2 for index in second.rollout_index_S}
+
+
+def test_a_sibling_that_no_longer_fits_brings_its_prompt_along() -> None:
+    packs = pack_step([rollout([3, 4], [1, 2, 5])] * 5, [1.0] * 5, config(budget=6), step=1, device=CPU).packs
+    assert [pack.num_sequences for pack in packs] == [2, 2, 1]
+    assert [pack.token_ids_T.tolist() for pack in packs] == [[3, 4, 1, 2, 1, 2]] * 2 + [[3, 4, 1, 2]]
 
 
 def test_every_rollout_is_packed_once_and_zero_advantages_are_only_measured() -> None:

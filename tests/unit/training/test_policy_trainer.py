@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from betterhalf.config.schema import AlgorithmConfig, RunConfig
 from betterhalf.errors import InputError, LossScaleError
 from betterhalf.models.loading import LoadedModel
 from betterhalf.precision.policy import build_policy
-from betterhalf.training.pack import pack_step
+from betterhalf.training.pack import by_rollout, pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, MicroBatch, Prompt, Rollout
 
@@ -95,6 +96,13 @@ def gradients(trainer: PolicyTrainer, config: RunConfig) -> dict[str, torch.Tens
     return {name: gradient / trainer.scaler.scale for name, gradient in trainer.weights.gradients()}
 
 
+def alone(module: Any, rollout: Rollout) -> torch.Tensor:
+    """Float64 logprobs of a completion whose sequence is run by itself."""
+    prompt, completion = rollout.prompt.token_ids, rollout.completion.token_ids
+    logits = module(torch.tensor([(*prompt, *completion)])).logits[0, len(prompt) - 1 : -1]
+    return logits.double().log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).squeeze(1)
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_packed_logprobs_equal_the_module_run_on_each_sequence_alone(family: str) -> None:
     config = settings("fp32")
@@ -103,9 +111,7 @@ def test_packed_logprobs_equal_the_module_run_on_each_sequence_alone(family: str
     trainer = trainer_for(config, family, **changes)
     for pack in packs(config):
         logprobs, _ = trainer.measure(pack)
-        parts = torch.split(pack.token_ids_T, list(pack.sequence_lengths))
-        alone = [plain(ids.unsqueeze(0)).logits[0].double().log_softmax(-1) for ids in parts]
-        expected = torch.cat(alone)[pack.loss_rows_C].gather(1, pack.target_ids_C[:, None]).squeeze(1)
+        expected = torch.cat([alone(plain, rollouts()[index]) for index in pack.rollout_index_S])
         torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -123,6 +129,65 @@ def test_gradients_do_not_depend_on_the_micro_batches() -> None:
     expected = gradients(trainer_for(whole), whole)
     for name, gradient in gradients(trainer_for(cut), cut).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
+
+
+def siblings() -> list[Rollout]:
+    """The rollouts above, three times under one prompt of theirs and three times under another; one stays alone."""
+    prompts = [rollouts()[k].prompt for k in (1, 1, 2, 2, 1, 2)]
+    shared = [replace(rollout, prompt=prompt) for rollout, prompt in zip(rollouts(), prompts, strict=True)]
+    return [*shared, *rollouts(7)[6:]]
+
+
+def of_siblings(
+    budget: int, family: str, precision: str = "fp32", islands: tuple[str, ...] = (), **changes: Any
+) -> tuple[int, dict[int, list[float]], dict[str, torch.Tensor], float]:
+    """Tokens, logprobs by rollout, unscaled gradients and loss; a budget of 1 gives each sequence a pack of its own."""
+    config = settings(precision, budget=budget, precision={"fp32_modules": islands})
+    trainer = trainer_for(config, family, **changes)
+    advantages = [0.5, -1.0, 0.25, 1.0, -0.5, 0.75, -0.25]
+    (batch,) = pack_step(siblings(), advantages, config, step=1, device=torch.device("cpu")).train_batches
+    logprobs: dict[int, list[float]] = {}
+    for pack in batch.micro_batches:
+        measured = trainer.measure(pack)[0]
+        assert torch.equal(measured, trainer.score(pack).detach())
+        logprobs |= by_rollout(pack, measured)
+    losses = [trainer.forward_backward(pack, None, batch.denominators).loss.detach() for pack in batch.micro_batches]
+    found = {name: gradient / trainer.scaler.scale for name, gradient in trainer.weights.gradients()}
+    return sum(pack.num_tokens for pack in batch.micro_batches), logprobs, found, float(sum(losses))
+
+
+SHARING: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("qwen2", {}),
+    ("qwen3", {}),
+    ("mistral", {"sliding_window": 4}),
+    ("mistral", {"sliding_window": 7}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), SHARING)
+def test_a_shared_prompt_gives_the_logprobs_loss_and_gradients_of_sequences_apart(
+    family: str, changes: dict[str, Any]
+) -> None:
+    apart, logprobs_apart, expected, loss_apart = of_siblings(1, family, **changes)
+    shared, logprobs, gradients, loss = of_siblings(4096, family, **changes)
+    prompts = [len(rollout.prompt.token_ids) for rollout in siblings()]
+    assert apart - shared == 2 * prompts[0] + 2 * prompts[2]
+    assert loss == pytest.approx(loss_apart, rel=1e-6)
+    for index, values in logprobs.items():
+        assert values == pytest.approx(logprobs_apart[index], abs=2e-6)
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= 2e-6 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("island", ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn", "model.layers.0"])
+def test_a_shared_prompt_passes_through_fp32_islands(island: str) -> None:
+    _, _, exact, _ = of_siblings(1, "qwen3")
+    _, _, apart, _ = of_siblings(1, "qwen3", "fp16", (island,))
+    _, _, shared, _ = of_siblings(4096, "qwen3", "fp16", (island,))
+    for name, gradient in shared.items():
+        error, error_apart = ((x - exact[name]).norm() / exact[name].norm() for x in (gradient, apart[name]))
+        assert error < 2e-2 and error < 2 * error_apart, name
 
 
 def test_half_gradients_are_close_to_fp32_ones_and_accumulate_in_fp32() -> None:

@@ -18,7 +18,7 @@ from betterhalf.diagnostics.divergence import Place, Trace
 from betterhalf.rollout.native.decoder import OPERATIONS
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.training.token_scores import head_logits
-from betterhalf.types import MicroBatch
+from betterhalf.types import MicroBatch, PackedSegment
 
 _Keep = Callable[[str, int | None, Tensor], None]
 """(operation, layer, its result [1, T, ...])."""
@@ -141,7 +141,7 @@ def _one_sequence(token_ids: tuple[int, ...], device: torch.device) -> MicroBatc
     return MicroBatch(
         token_ids_T=tokens,
         position_ids_T=positions,
-        sequence_lengths=(len(token_ids),),
+        segments=(PackedSegment(length=len(token_ids)),),
         loss_rows_C=positions[:-1],
         target_ids_C=tokens[1:],
         sequence_index_C=torch.zeros_like(positions[:-1]),

@@ -145,7 +145,7 @@ def test_magnitudes_are_those_of_the_model(subject: Subject, batch: CensusBatch,
     module.get_decoder()(
         input_ids=micro.token_ids_T.unsqueeze(0),
         position_ids=micro.position_ids_T.unsqueeze(0),
-        sequence_lengths=micro.sequence_lengths,
+        segments=micro.segments,
         use_cache=False,
     )
     for kind, value in zip(("input", "forward"), caught, strict=True):

@@ -32,7 +32,7 @@ from betterhalf.runs.examine.engine_trace import decoded_trace, whole_trace
 from betterhalf.runs.examine.localize import localize, localize_pair
 from betterhalf.runs.examine.subject import Subject, engine_in, trainer_in
 from betterhalf.runs.examine.trainer_trace import trainer_trace
-from betterhalf.types import DtypeName, GenerateRequest
+from betterhalf.types import DtypeName, GenerateRequest, PackedSegment
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -352,7 +352,7 @@ def test_recording_leaves_every_number_bitwise_as_it_was(dtype: DtypeName) -> No
     arguments = {
         "input_ids": torch.tensor([TOKENS]),
         "position_ids": torch.arange(len(TOKENS))[None],
-        "sequence_lengths": (len(TOKENS),),
+        "segments": (PackedSegment(length=len(TOKENS)),),
         "use_cache": False,
     }
     with torch.no_grad():
