@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch.nn import functional
 
 from betterhalf.algorithms.policy_loss import LossOutput, policy_loss
 from betterhalf.algorithms.presets import Algorithm
@@ -107,7 +108,8 @@ class PolicyTrainer:
             use_cache=False,
         )
         hidden_TH: Tensor = out.last_hidden_state[0]
-        return hidden_TH.index_select(0, micro.loss_rows_C)
+        # An embedding, because siblings repeat a row: on a GPU its gradient is added up in FP32, in a fixed order.
+        return functional.embedding(micro.loss_rows_C, hidden_TH)
 
     def _head_weight(self) -> Tensor:
         """The head's weight, [V, H]: a leaf of its own also when it is tied to the embedding."""

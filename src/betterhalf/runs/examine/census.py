@@ -42,7 +42,7 @@ from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, Denominators, DtypeName, MicroBatch, Prompt, Rollout
 
 CENSUS_TOKENS = 512
-"""Tokens of a census batch, prompts included; at least two completions are kept."""
+"""Tokens of a census batch, each completion's prompt included; at least two completions are kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ class CensusBatch:
 
     @property
     def tokens(self) -> int:
-        """Prompt and completion tokens."""
+        """Those that pass through the model, where siblings share their prompt."""
         return sum(micro.num_tokens for micro in self.micro_batches)
 
 
