@@ -52,7 +52,7 @@ def pack_step(
 
 
 def pack_measured(rollouts: Sequence[Rollout], config: RunConfig, device: torch.device) -> tuple[MicroBatch, ...]:
-    """Packs for scoring alone, laid out as those that train; all sequences are sorted by length first.
+    """Packs for scoring alone, laid out as those that train; filled from the shortest sequence on, siblings together.
 
     Args:
         rollouts: [S]; `rollout_index_S` of the packs counts in this order.
