@@ -12,6 +12,14 @@ LOG_RATIO_BOUND = 20.0
 """Log-ratios are bounded to +-20 once, before the exponential: exp(20) = 4.9e8 keeps FP32 sums finite."""
 
 
+def normalised(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`token_logprobs`, and what it subtracted: the logarithm of the sum of exponentials; both float32 [...]."""
+    scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
+    chosen = scaled.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    normaliser = scaled.logsumexp(-1)
+    return chosen - normaliser, normaliser
+
+
 def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probability of each token under softmax(logits / temperature), always computed in FP32.
 
@@ -23,9 +31,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) 
     Returns:
         float32 [...], in nats.
     """
-    scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
-    chosen = scaled.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-    return chosen - scaled.logsumexp(-1)
+    return normalised(logits, token_ids, temperature)[0]
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -36,6 +36,8 @@ class MasterWeights:
         self._compute_dtype = compute_dtype
         self.shared = compute_dtype == torch.float32
         self.masters: dict[str, nn.Parameter] = {}
+        self._collected: set[str] = set()
+        """Names of half gradients that have come since `zero_grad`; what the others' tensors hold is of the past."""
         for name, parameter in self._compute.items():
             assert parameter.dtype == torch.float32, f"{name} is not FP32 before casting"
             if self.shared:
@@ -52,7 +54,11 @@ class MasterWeights:
 
         def collect(parameter: Tensor) -> None:
             assert parameter.grad is not None and master.grad is not None
-            master.grad.add_(parameter.grad)
+            if name in self._collected:
+                master.grad.add_(parameter.grad)
+            else:
+                master.grad.copy_(parameter.grad)
+                self._collected.add(name)
             parameter.grad = None
 
         return collect
@@ -71,17 +77,22 @@ class MasterWeights:
         return alias
 
     def zero_grad(self) -> None:
-        """Set every FP32 gradient to zero; allocated once, so that an optimizer step without rollouts still has one."""
+        """Forget every gradient. Tensors are allocated once; the first gradient to come overwrites what they held."""
         for master in self.masters.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
-            else:
+            elif self.shared:
                 master.grad.zero_()
+        self._collected.clear()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name, accumulated FP32 gradient), in the module's order."""
         for name, master in self.masters.items():
             assert master.grad is not None
+            if not self.shared and name not in self._collected:
+                # An optimizer step without rollouts: no gradient came since the last one.
+                master.grad.zero_()
+                self._collected.add(name)
             yield name, master.grad
 
     @torch.no_grad()

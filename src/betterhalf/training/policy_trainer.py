@@ -26,7 +26,7 @@ from betterhalf.precision.loss_scaler import LossScaler, build_loss_scaler
 from betterhalf.precision.policy import PrecisionPolicy
 from betterhalf.training.distributed import Collective, SingleProcess
 from betterhalf.training.master_weights import MasterWeights
-from betterhalf.training.token_scores import head_logits, measure_tokens, rows_per_chunk, token_logprobs
+from betterhalf.training.token_scores import Chunks, head_logits, measure_tokens, token_logprobs
 from betterhalf.types import Denominators, MicroBatch, PackedSegment
 
 
@@ -123,8 +123,8 @@ class PolicyTrainer:
         return weight if weight.is_cuda or weight.dtype == torch.float32 else self._head_wide()
 
     @property
-    def _rows(self) -> int:
-        return rows_per_chunk(self._head.shape[0], self.config.training.logits_mib)
+    def _chunks(self) -> Chunks:
+        return Chunks(logits=self.config.training.logits_mib * 2**18)
 
     @torch.no_grad()
     def measure(self, micro: MicroBatch, temperature: float | None = None) -> tuple[Tensor, Tensor]:
@@ -134,14 +134,14 @@ class PolicyTrainer:
         """
         hidden = self._hidden_rows(micro)
         temperature = self.config.sampling.temperature if temperature is None else temperature
-        return measure_tokens(hidden, self._head_for_products(), micro.target_ids_C, temperature, self._rows)
+        return measure_tokens(hidden, self._head_for_products(), micro.target_ids_C, temperature, self._chunks)
 
     def score(self, micro: MicroBatch) -> Tensor:
         """Trainer logprobs of each completion token, float32 [C], with gradients; bitwise those of `measure`."""
         hidden = self._hidden_rows(micro)
         temperature = self.config.sampling.temperature
         head = self._head_for_products()
-        return token_logprobs(hidden, self._head, head, micro.target_ids_C, temperature, self._rows)
+        return token_logprobs(hidden, self._head, head, micro.target_ids_C, temperature, self._chunks)
 
     # -- learning
 

@@ -1,13 +1,18 @@
-"""Logprobs and entropy of completion tokens from final hidden states, in FP32, a chunk of rows at a time.
+"""Logprobs and entropy of completion tokens from final hidden states, in FP32, a chunk of logits at a time.
 
-No [tokens, vocabulary] tensor is ever alive: rows are processed in chunks that fit a memory budget, and the backward
-pass computes a chunk's logits again. Operands of the head are on the half grid; logits and softmax are FP32
-(MiniMax-M1, arXiv 2506.13585, traced its gap between engines to the precision of the head). The logits' gradient is
-FP32 on a CPU; on a GPU it is rounded to half for its products, whose sums are FP32.
+No [tokens, vocabulary] tensor is ever alive. Forward, a chunk is some rows over the whole vocabulary, as softmax needs
+them. The backward pass computes logits again, and there a chunk is all rows over some of the vocabulary: with each
+row's normaliser kept, the gradient of a logit needs no other logit, and each part of the head's gradient is made by one
+product and rounded once, without a sum over chunks (arXiv 2411.09009 blocks the vocabulary so on a GPU).
+
+Operands of the head are on the half grid; logits and softmax are FP32 (MiniMax-M1, arXiv 2506.13585, traced its gap
+between engines to the precision of the head). The logits' gradient is FP32 on a CPU; on a GPU it is rounded to half for
+its products, whose sums are FP32.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +21,30 @@ from torch import Tensor
 from betterhalf import ops
 from betterhalf.precision.products import product
 
+_CACHED_LOGITS = 2**21
+"""Logits of a chunk in the backward pass on a CPU, 8 MiB: they are read three times, and should stay in its cache."""
+_FEWEST_COLUMNS = 256
 
-def rows_per_chunk(vocabulary: int, logits_mib: int) -> int:
-    """How many rows of FP32 logits fit the budget; at least one."""
-    return max(1, logits_mib * 2**20 // (4 * vocabulary))
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunks:
+    """How much of the logits is alive at once."""
+
+    logits: int
+    """FP32 numbers."""
+
+    def rows(self, vocabulary: int) -> int:
+        """Rows of a chunk that spans the vocabulary; at least one."""
+        return max(1, self.logits // vocabulary)
+
+    def columns(self, rows: int, *, on_cpu: bool) -> int:
+        """Part of the vocabulary of a chunk that has so many rows."""
+        logits = min(self.logits, _CACHED_LOGITS) if on_cpu else self.logits
+        return max(_FEWEST_COLUMNS, logits // max(rows, 1))
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """[C, H] hidden, [V, H] head -> [C] logprobs, with logits recomputed chunk by chunk in the backward pass."""
+    """[C, H] hidden, [V, H] head -> [C] logprobs, with logits recomputed in the backward pass."""
 
     @staticmethod
     def forward(
@@ -33,31 +54,34 @@ class _TokenLogprobs(torch.autograd.Function):
         wide_VH: Tensor,
         targets_C: Tensor,
         temperature: float,
-        rows: int,
+        chunks: Chunks,
     ) -> Tensor:
-        ctx.save_for_backward(hidden_CH, weight_VH, wide_VH, targets_C)
-        ctx.temperature, ctx.rows = temperature, rows
-        out = [
-            ops.token_logprobs(head_logits(hidden, wide_VH), targets, temperature)
+        rows = chunks.rows(wide_VH.shape[0])
+        parts = [
+            ops.normalised(head_logits(hidden, wide_VH), targets, temperature)
             for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True)
         ]
-        return torch.cat(out)
+        logprobs_C, normaliser_C = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        ctx.save_for_backward(hidden_CH, weight_VH, wide_VH, targets_C, normaliser_C)
+        ctx.temperature, ctx.chunks = temperature, chunks
+        return logprobs_C
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
-        hidden_CH, weight_VH, wide_VH, targets_C = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden_CH)
-        grad_weight = torch.zeros_like(wide_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for start in range(0, hidden_CH.shape[0], ctx.rows):
-            part = slice(start, start + ctx.rows)
+        hidden_CH, weight_VH, wide_VH, targets_C, normaliser_C = ctx.saved_tensors
+        grad_hidden = torch.zeros(hidden_CH.shape, dtype=torch.float32, device=hidden_CH.device)
+        grad_weight = torch.empty_like(weight_VH) if ctx.needs_input_grad[1] else None
+        columns = ctx.chunks.columns(hidden_CH.shape[0], on_cpu=hidden_CH.is_cpu)
+        operand = hidden_CH.to(wide_VH.dtype)
+        for start in range(0, wide_VH.shape[0], columns):
+            part = wide_VH[start : start + columns]
             grad_logits = _grad_logits(
-                head_logits(hidden_CH[part], wide_VH), targets_C[part], grad_outputs[0][part], ctx.temperature
+                head_logits(operand, part), targets_C - start, normaliser_C, grad_outputs[0], ctx.temperature
             )
-            grad_hidden[part] = _product(grad_logits, wide_VH)
+            grad_hidden += _product(grad_logits, part)
             if grad_weight is not None:
-                grad_weight += _product(grad_logits.t(), hidden_CH[part].to(wide_VH.dtype))
-        rounded = None if grad_weight is None else grad_weight.to(weight_VH.dtype)
-        return grad_hidden, rounded, None, None, None, None
+                grad_weight[start : start + columns] = _product(grad_logits.t(), operand)
+        return grad_hidden.to(hidden_CH.dtype), grad_weight, None, None, None, None
 
 
 def head_logits(hidden_CH: Tensor, wide_VH: Tensor) -> Tensor:
@@ -74,16 +98,23 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
 
 
-def _grad_logits(logits_CV: Tensor, targets_C: Tensor, grad_C: Tensor, temperature: float) -> Tensor:
-    """Gradient of the chosen logprobs with respect to the logits: (onehot - softmax) * grad / temperature."""
-    grad = torch.softmax(logits_CV / temperature, dim=-1)
-    grad.mul_(-grad_C.unsqueeze(-1))
-    grad.scatter_add_(1, targets_C.unsqueeze(-1), grad_C.unsqueeze(-1))
-    return grad.div_(temperature) if temperature != 1.0 else grad
+def _grad_logits(
+    logits_CV: Tensor, targets_C: Tensor, normaliser_C: Tensor, grad_C: Tensor, temperature: float
+) -> Tensor:
+    """Gradient of the chosen logprobs with respect to the logits: (onehot - softmax) * grad / temperature, in place.
+
+    `targets_C` count from the first of these logits; a target may lie outside.
+    """
+    scaled = logits_CV if temperature == 1.0 else logits_CV.div_(temperature)
+    grad_C = grad_C / temperature
+    grad = scaled.sub_(normaliser_C.unsqueeze(-1)).exp_().mul_(-grad_C.unsqueeze(-1))
+    inside = (targets_C >= 0) & (targets_C < grad.shape[1])
+    here = targets_C.clamp(0, grad.shape[1] - 1).unsqueeze(-1)
+    return grad.scatter_add_(1, here, (grad_C * inside).unsqueeze(-1))
 
 
 def token_logprobs(
-    hidden_CH: Tensor, weight_VH: Tensor, wide_VH: Tensor, targets_C: Tensor, temperature: float, rows: int
+    hidden_CH: Tensor, weight_VH: Tensor, wide_VH: Tensor, targets_C: Tensor, temperature: float, chunks: Chunks
 ) -> Tensor:
     """Differentiable logprobs of the targets.
 
@@ -93,25 +124,25 @@ def token_logprobs(
         wide_VH: the same values as the products use them: widened to FP32 on a CPU, `weight_VH` itself on a GPU.
         targets_C: int64 token ids.
         temperature: logits are divided by this.
-        rows: rows of logits alive at once; see `rows_per_chunk`.
+        chunks: logits alive at once.
 
     Returns:
         float32 [C].
     """
-    out = _TokenLogprobs.apply(hidden_CH, weight_VH, wide_VH, targets_C, temperature, rows)  # type: ignore[no-untyped-call]
+    out = _TokenLogprobs.apply(hidden_CH, weight_VH, wide_VH, targets_C, temperature, chunks)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
     return out
 
 
 @torch.no_grad()
 def measure_tokens(
-    hidden_CH: Tensor, wide_VH: Tensor, targets_C: Tensor, temperature: float, rows: int
+    hidden_CH: Tensor, wide_VH: Tensor, targets_C: Tensor, temperature: float, chunks: Chunks
 ) -> tuple[Tensor, Tensor]:
     """Logprobs of the targets and entropy of their distributions, both float32 [C], without gradients.
 
     The logprobs equal those of `token_logprobs` bit for bit: same chunks, same products.
     """
-    logprobs, entropies = [], []
+    rows, logprobs, entropies = chunks.rows(wide_VH.shape[0]), [], []
     for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True):
         logits = head_logits(hidden, wide_VH)
         logprobs.append(ops.token_logprobs(logits, targets, temperature))

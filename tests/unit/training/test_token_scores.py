@@ -6,14 +6,23 @@ import pytest
 import torch
 
 from betterhalf import ops
-from betterhalf.training.token_scores import measure_tokens, rows_per_chunk, token_logprobs
+from betterhalf.training.token_scores import Chunks, measure_tokens, token_logprobs
+
+
+VOCABULARY = 600
+"""Three chunks of the fewest columns."""
+
+
+def chunks(rows: int) -> Chunks:
+    """So many rows in a chunk of the forward pass, and 256 columns in one of the backward pass."""
+    return Chunks(logits=rows * VOCABULARY)
 
 
 def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(11, 8, generator=generator).to(dtype)
-    weight = torch.randn(23, 8, generator=generator).to(dtype)
-    targets = torch.randint(23, (11,), generator=generator)
+    weight = torch.randn(VOCABULARY, 8, generator=generator).to(dtype)
+    targets = torch.randint(VOCABULARY, (11,), generator=generator)
     upstream = torch.randn(11, generator=generator)
     return hidden, weight, targets, upstream
 
@@ -34,7 +43,7 @@ def test_forward_and_backward_equal_float64(rows: int, temperature: float) -> No
     hidden, weight, targets, upstream = problem(torch.float32)
     logprobs64, grad_hidden64, grad_weight64 = reference(hidden, weight, targets, upstream, temperature)
     hidden.requires_grad_(), weight.requires_grad_()
-    logprobs = token_logprobs(hidden, weight, weight.detach(), targets, temperature, rows)
+    logprobs = token_logprobs(hidden, weight, weight.detach(), targets, temperature, chunks(rows))
     (logprobs * upstream).sum().backward()
     torch.testing.assert_close(logprobs.double(), logprobs64, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(hidden.grad.double(), grad_hidden64, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
@@ -45,7 +54,7 @@ def test_half_gradients_are_rounded_once_after_the_sum_over_chunks() -> None:
     hidden, weight, targets, upstream = problem(torch.float16)
     _, grad_hidden64, grad_weight64 = reference(hidden, weight, targets, upstream, 1.0)
     hidden.requires_grad_(), weight.requires_grad_()
-    logprobs = token_logprobs(hidden, weight, weight.detach().float(), targets, 1.0, 2)
+    logprobs = token_logprobs(hidden, weight, weight.detach().float(), targets, 1.0, chunks(2))
     (logprobs * upstream).sum().backward()
     assert hidden.grad is not None and weight.grad is not None
     assert weight.grad.dtype == torch.float16
@@ -56,17 +65,33 @@ def test_half_gradients_are_rounded_once_after_the_sum_over_chunks() -> None:
 
 def test_measuring_gives_the_bits_of_training_and_the_entropy() -> None:
     hidden, weight, targets, _ = problem(torch.float32)
-    trained = token_logprobs(hidden, weight, weight, targets, 0.7, 4)
-    measured, entropies = measure_tokens(hidden, weight, targets, 0.7, 4)
+    trained = token_logprobs(hidden, weight, weight, targets, 0.7, chunks(4))
+    measured, entropies = measure_tokens(hidden, weight, targets, 0.7, chunks(4))
     assert torch.equal(trained, measured)
     p = ((hidden.double() @ weight.double().t()) / 0.7).softmax(-1)
     torch.testing.assert_close(entropies.double(), -(p * p.log()).sum(-1), rtol=1e-5, atol=1e-6)
 
 
-def test_chunks_fit_the_budget() -> None:
-    # 1 MiB of FP32 logits over 1024 ids: 256 rows
-    assert rows_per_chunk(1024, 1) == 256
-    assert rows_per_chunk(10**7, 1) == 1
+def test_chunks_fit_the_budget_and_the_cache() -> None:
+    one_mib = Chunks(logits=2**18)
+    assert one_mib.rows(1024) == 256
+    assert one_mib.rows(10**7) == 1
+    assert one_mib.columns(512, on_cpu=True) == one_mib.columns(512, on_cpu=False) == 512
+    assert one_mib.columns(10**6, on_cpu=True) == 256
+    large = Chunks(logits=2**26)
+    assert large.columns(512, on_cpu=True) == 4096  # 8 MiB
+    assert large.columns(512, on_cpu=False) == 2**17
+
+
+def test_targets_are_found_in_whichever_chunk_they_lie() -> None:
+    hidden, weight, _, upstream = problem(torch.float32)
+    targets = torch.tensor([0, 255, 256, 257, 511, 512, 513, 599, 300, 1, 598])
+    _, grad_hidden64, grad_weight64 = reference(hidden, weight, targets, upstream, 1.0)
+    hidden.requires_grad_(), weight.requires_grad_()
+    logprobs = token_logprobs(hidden, weight, weight.detach(), targets, 1.0, chunks(3))
+    (logprobs * upstream).sum().backward()
+    torch.testing.assert_close(hidden.grad.double(), grad_hidden64, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
+    torch.testing.assert_close(weight.grad.double(), grad_weight64, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
 
 
 def test_shared_logprob_definition_is_fp32_even_for_half_logits() -> None:
