@@ -8,7 +8,6 @@ import torch
 from betterhalf import ops
 from betterhalf.training.token_scores import Chunks, measure_tokens, token_logprobs
 
-
 VOCABULARY = 600
 """Three chunks of the fewest columns."""
 
