@@ -28,11 +28,14 @@ class _HalfEmbeddingFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (token_ids,) = ctx.saved_tensors
         rows = grad_outputs[0].reshape(-1, ctx.shape[1]).float()
-        total = torch.zeros(ctx.shape, dtype=torch.float32, device=rows.device)
-        total.index_add_(0, token_ids.reshape(-1), rows)
+        present, place = token_ids.reshape(-1).unique(return_inverse=True)
+        total = torch.zeros(present.shape[0], ctx.shape[1], dtype=torch.float32, device=rows.device)
+        total.index_add_(0, place, rows)
+        grad = torch.zeros(ctx.shape, dtype=ctx.dtype, device=rows.device)
+        grad[present] = total.to(ctx.dtype)
         if ctx.padding_idx is not None:
-            total[ctx.padding_idx] = 0
-        return total.to(ctx.dtype), None, None
+            grad[ctx.padding_idx] = 0
+        return grad, None, None
 
 
 class HalfEmbedding(nn.Module):

@@ -35,8 +35,16 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(left, right, bias)
     if not left.numel():
         return left.new_zeros(left.shape[0], right.shape[0]) + (0 if bias is None else bias)
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(left), _dense(right), bias, "none", [], "")
     return out
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """The matrix without gaps between its rows or columns: with gaps oneDNN falls back to a loop, hundreds of times
+    slower."""
+    if matrix.layout != torch.strided or matrix.is_contiguous() or matrix.t().is_contiguous():
+        return matrix
+    return matrix.contiguous()
 
 
 def packed(weight: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class Chunks:
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """[C, H] hidden, [V, H] head -> [C] logprobs, with logits recomputed in the backward pass."""
+    """[C, H] hidden, [V, H] head -> [C] logprobs. Logits of a single chunk are kept, others computed again."""
 
     @staticmethod
     def forward(
@@ -56,14 +56,14 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: float,
         chunks: Chunks,
     ) -> Tensor:
-        rows = chunks.rows(wide_VH.shape[0])
-        parts = [
-            ops.normalised(head_logits(hidden, wide_VH), targets, temperature)
-            for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True)
-        ]
+        rows, parts = chunks.rows(wide_VH.shape[0]), []
+        for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True):
+            logits = head_logits(hidden, wide_VH)
+            parts.append(ops.normalised(logits, targets, temperature))
         logprobs_C, normaliser_C = (torch.cat(columns) for columns in zip(*parts, strict=True))
         ctx.save_for_backward(hidden_CH, weight_VH, wide_VH, targets_C, normaliser_C)
         ctx.temperature, ctx.chunks = temperature, chunks
+        ctx.logits_CV = logits if len(parts) == 1 else None
         return logprobs_C
 
     @staticmethod
@@ -75,12 +75,13 @@ class _TokenLogprobs(torch.autograd.Function):
         operand = hidden_CH.to(wide_VH.dtype)
         for start in range(0, wide_VH.shape[0], columns):
             part = wide_VH[start : start + columns]
-            grad_logits = _grad_logits(
-                head_logits(operand, part), targets_C - start, normaliser_C, grad_outputs[0], ctx.temperature
-            )
+            kept = ctx.logits_CV
+            logits = head_logits(operand, part) if kept is None else kept[:, start : start + columns]
+            grad_logits = _grad_logits(logits, targets_C - start, normaliser_C, grad_outputs[0], ctx.temperature)
             grad_hidden += _product(grad_logits, part)
             if grad_weight is not None:
                 grad_weight[start : start + columns] = _product(grad_logits.t(), operand)
+        ctx.logits_CV = None
         return grad_hidden.to(hidden_CH.dtype), grad_weight, None, None, None, None
 
 
@@ -101,13 +102,13 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 def _grad_logits(
     logits_CV: Tensor, targets_C: Tensor, normaliser_C: Tensor, grad_C: Tensor, temperature: float
 ) -> Tensor:
-    """Gradient of the chosen logprobs with respect to the logits: (onehot - softmax) * grad / temperature, in place.
+    """Gradient of the chosen logprobs with respect to the logits: (onehot - softmax) * grad / temperature.
 
     `targets_C` count from the first of these logits; a target may lie outside.
     """
-    scaled = logits_CV if temperature == 1.0 else logits_CV.div_(temperature)
+    scaled = logits_CV if temperature == 1.0 else logits_CV / temperature
     grad_C = grad_C / temperature
-    grad = scaled.sub_(normaliser_C.unsqueeze(-1)).exp_().mul_(-grad_C.unsqueeze(-1))
+    grad = (scaled - normaliser_C.unsqueeze(-1)).exp_().mul_(-grad_C.unsqueeze(-1))
     inside = (targets_C >= 0) & (targets_C < grad.shape[1])
     here = targets_C.clamp(0, grad.shape[1] - 1).unsqueeze(-1)
     return grad.scatter_add_(1, here, (grad_C * inside).unsqueeze(-1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -54,6 +55,20 @@ def test_transposed_and_sliced_operands_are_taken_as_they_are(dtype: torch.dtype
     assert_close(product(left.t().contiguous().t(), right), left, right)
     assert_close(product(left[::2], right[8:20]), left[::2], right[8:20])
     assert product(left.t().contiguous().t(), right).is_contiguous()
+
+
+def test_operands_with_gaps_between_rows_are_not_hundreds_of_times_slower() -> None:
+    left, right, _ = operands(256, 64, 512, torch.float32)
+    gaps = torch.randn(512, 192)[:, :64]
+
+    def seconds(weight: Tensor) -> float:
+        product(left, weight)
+        start = time.perf_counter()
+        for _ in range(5):
+            product(left, weight)
+        return time.perf_counter() - start
+
+    assert min(seconds(gaps) for _ in range(3)) < 20 * max(seconds(right) for _ in range(3)) + 1e-3
 
 
 def test_a_packed_weight_serves_any_number_of_rows_and_unpacks_to_itself() -> None:
