@@ -17,7 +17,7 @@ import torch
 from side_by_side import Row, Table, parser
 from train_pass import LOSS_SCALE, one_sequence
 
-VOCABULARY, HIDDEN, LAYERS = 150_000, 64, 2
+VOCABULARY, HIDDEN, LAYERS = 150_000, 256, 2
 SIZES = (1024, 4096, 16384)
 
 

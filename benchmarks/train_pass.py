@@ -102,7 +102,7 @@ def products(model: LoadedModel, tokens: int) -> dict[tuple[int, int, int], int]
 
 
 def peak_seconds(shapes: dict[tuple[int, int, int], int], repeats: int) -> float:
-    """Seconds that all products would take in FP32, each by the faster library at its median speed, and nothing else."""
+    """Seconds that all products would take in FP32, each by the faster library at its median speed."""
     total = 0.0
     for (m, k, n), count in shapes.items():
         left, right, out = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
