@@ -50,15 +50,16 @@ class MasterWeights:
         self.zero_grad()
 
     def _collector(self, name: str) -> Callable[[Tensor], None]:
-        master = self.masters[name]
+        # Not `self`: a hook that reaches its own parameter is a circle through C++, which nothing collects.
+        master, collected = self.masters[name], self._collected
 
         def collect(parameter: Tensor) -> None:
             assert parameter.grad is not None and master.grad is not None
-            if name in self._collected:
+            if name in collected:
                 master.grad.add_(parameter.grad)
             else:
                 master.grad.copy_(parameter.grad)
-                self._collected.add(name)
+                collected.add(name)
             parameter.grad = None
 
         return collect
