@@ -24,6 +24,21 @@ def test_half_gradients_of_many_micro_batches_are_summed_in_fp32() -> None:
     assert layer.weight.grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_gradient_of_the_past_is_neither_added_to_nor_reported(dtype: torch.dtype) -> None:
+    pair = nn.ModuleDict({"used": nn.Linear(1, 1, bias=False), "idle": nn.Linear(1, 1, bias=False)})
+    weights, x = MasterWeights(pair, dtype), torch.ones(1, 1, dtype=dtype)
+    for layer in pair.values():
+        (3 * layer(x)).sum().backward()
+    assert [gradient.item() for _, gradient in weights.gradients()] == [3.0, 3.0]
+    weights.zero_grad()
+    for _ in range(2):
+        (2 * pair["used"](x)).sum().backward()
+    assert {name: gradient.item() for name, gradient in weights.gradients()} == {"used.weight": 4.0, "idle.weight": 0.0}
+    weights.zero_grad()
+    assert [gradient.item() for _, gradient in weights.gradients()] == [0.0, 0.0]
+
+
 def test_each_part_is_rounded_to_half_before_it_is_added() -> None:
     layer = nn.Linear(1, 1, bias=False)
     weights = MasterWeights(layer, torch.float16)
