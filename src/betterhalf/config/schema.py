@@ -194,7 +194,7 @@ class TrainingConfig(Section):
     tokens_per_micro_batch: int = Field(4096, ge=1)
     """Token budget of one forward-backward; a longer sequence gets a pack of its own."""
     logits_mib: int = Field(256, ge=1)
-    """Memory for FP32 logits; logprobs are computed in chunks of rows that fit, never for all tokens at once."""
+    """Memory for FP32 logits; logprobs are computed in chunks that fit, never for all tokens at once."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     checkpoint_every: int = Field(10, ge=0)

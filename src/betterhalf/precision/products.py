@@ -1,9 +1,10 @@
 """Matrix products on a CPU by the faster of the two libraries inside torch: oneDNN where torch was built with it.
 
-torch gives FP32 products to MKL, which uses AVX-512 on Intel's processors alone; oneDNN uses it wherever it is
-(`benchmarks/products.py` measures both). Its inner product takes the second operand in rows, as a linear layer holds
-its weight, plain, transposed or packed into blocks of its own: packed is faster for few rows, and a packed tensor
-takes the place of the plain one. Sums are FP32 in every case; results of BF16 operands are rounded once to BF16.
+torch gives FP32 products to MKL, which on an AMD processor with AVX-512 is half as fast as oneDNN
+(`benchmarks/products.py` measures both, docs/LOG.md has the numbers). oneDNN's inner product takes the second operand
+in rows, as a linear layer holds its weight, plain, transposed or packed into blocks of its own: packed is faster for
+few rows, and a packed tensor takes the place of the plain one. Sums are FP32 in every case; results of BF16 operands
+are rounded once to BF16.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Logprobs and entropy of completion tokens from final hidden states, in FP32, a chunk of logits at a time.
 
-No [tokens, vocabulary] tensor is ever alive. Forward, a chunk is some rows over the whole vocabulary, as softmax needs
-them. The backward pass computes logits again, and there a chunk is all rows over some of the vocabulary: with each
-row's normaliser kept, the gradient of a logit needs no other logit, and each part of the head's gradient is made by one
-product and rounded once, without a sum over chunks (arXiv 2411.09009 blocks the vocabulary so on a GPU).
+No more logits than a memory budget are alive. Forward, a chunk is some rows over the whole vocabulary, as softmax needs
+them. The backward pass takes the logits again (kept, if they were a single chunk), and there a chunk is all rows over
+some of the vocabulary: with each row's normaliser kept, the gradient of a logit needs no other logit, and each part of
+the head's gradient is made by one product and rounded once, without a sum over chunks (arXiv 2411.09009 blocks the
+vocabulary so on a GPU).
 
 Operands of the head are on the half grid; logits and softmax are FP32 (MiniMax-M1, arXiv 2506.13585, traced its gap
 between engines to the precision of the head). The logits' gradient is FP32 on a CPU; on a GPU it is rounded to half for

@@ -50,6 +50,7 @@ def test_loading_replaces_every_value_and_moves_no_plain_buffer(make_engine, pre
     assert [tensor.data_ptr() for tensor in (plain if packs else plain + matrices)] == before
     assert all(torch.equal(held(engine)[name], doubled[name].to(weights.storage.grid)) for name in doubled)
     assert torch.equal(unpacked(weights.head).float(), weights.embedding.float())
+    assert (weights.head is weights.embedding) == (not packs)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from betterhalf import ops
+from betterhalf.training import token_scores
 from betterhalf.training.token_scores import Chunks, measure_tokens, token_logprobs
 
 VOCABULARY = 600
@@ -91,6 +92,23 @@ def test_targets_are_found_in_whichever_chunk_they_lie() -> None:
     (logprobs * upstream).sum().backward()
     torch.testing.assert_close(hidden.grad.double(), grad_hidden64, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
     torch.testing.assert_close(weight.grad.double(), grad_weight64, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("rows", [3, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_parts_of_the_vocabulary_are_put_together_from_kept_logits_too(
+    rows: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_scores, "_CACHED_LOGITS", 1)  # 256 columns at a time, whether logits are kept or not
+    hidden, weight, targets, upstream = problem(torch.float32)
+    _, grad_hidden64, grad_weight64 = reference(hidden, weight, targets, upstream, temperature)
+    hidden.requires_grad_(), weight.requires_grad_()
+    logprobs = token_logprobs(hidden, weight, weight.detach(), targets, temperature, chunks(rows))
+    for _ in range(2):  # logits kept for the first pass are computed again for a second one
+        hidden.grad = weight.grad = None
+        (logprobs * upstream).sum().backward(retain_graph=True)
+        torch.testing.assert_close(hidden.grad.double(), grad_hidden64, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
+        torch.testing.assert_close(weight.grad.double(), grad_weight64, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
 
 
 def test_shared_logprob_definition_is_fp32_even_for_half_logits() -> None:

@@ -88,7 +88,8 @@ class DecoderWeights:
         vocabulary, hidden = config.vocab_size, config.hidden_size
         self._shares = config.tied_head and not storage.packs
         self._table = storage.plain(_EMBEDDING, vocabulary, hidden, storage.head if self._shares else storage.grid)
-        self._head = storage.matrix({_EMBEDDING if config.tied_head else _HEAD: vocabulary}, hidden, storage.head)
+        head = {_EMBEDDING if config.tied_head else _HEAD: vocabulary}
+        self._head = self._table if self._shares else storage.matrix(head, hidden, storage.head)
         self._norm = storage.plain(_NORM, hidden, None, torch.float32)
         self._layers = [
             _layer_blocks(config, storage, f"model.layers.{index}.", layer)
@@ -101,7 +102,7 @@ class DecoderWeights:
     def _publish(self) -> None:
         """Hand the tensors as they are now to the decoder."""
         self.embedding = self._table.tensor
-        self.head = self._table.tensor if self._shares else self._head.tensor
+        self.head = self._head.tensor
         self.norm = self._norm.tensor
         self.layers = [_layer_weights(blocks) for blocks in self._layers]
 
