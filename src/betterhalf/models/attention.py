@@ -2,7 +2,8 @@
 
 Three implementations, chosen by `attention_name`:
 
-    betterhalf_packed            torch's scaled_dot_product_attention in the tensors' own dtype, segment by segment
+    betterhalf_packed            in the tensors' own dtype: scores in FP32, probabilities rounded before they meet V, as
+                                 fused kernels do; on a CPU in blocks, elsewhere torch's scaled_dot_product_attention
     betterhalf_packed_fp32_sums  half tensors widened to FP32, softmax(Q K^T) V in FP32, the result rounded once (CPU)
     betterhalf_packed_varlen     one fused kernel over all segments: torch.nn.attention.varlen (CUDA only)
 
@@ -24,7 +25,9 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from betterhalf.errors import InputError
+from betterhalf.models.blocked_attention import blocked_attention
 from betterhalf.precision.island_hooks import round_through
+from betterhalf.precision.products import quick
 from betterhalf.types import PackedSegment
 
 Segments = tuple[PackedSegment, ...]
@@ -100,7 +103,7 @@ def _before(segments: Segments, segment: PackedSegment) -> int:
     return 0 if segment.prefix is None else segments[segment.prefix].length
 
 
-def _segment_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
     """Causal attention of N segments: q [N, heads, L, D], k and v [N, kv_heads, P + L, D] -> [N, heads, L, D].
 
     The last query sees the last key. A mask is made only for a prefix or where a sliding window binds.
@@ -115,7 +118,13 @@ def _segment_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: in
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=grouped)
 
 
-def _by_runs(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
+_Attend = Callable[[Tensor, Tensor, Tensor, float, int | None], Tensor]
+"""(q [N, heads, L, D], k, v [N, kv_heads, P + L, D], scale, window) -> [N, heads, L, D]."""
+
+
+def _by_runs(
+    attend: _Attend, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None
+) -> Tensor:
     """Attention of each segment: q [1, heads, T, D], k and v [1, kv_heads, T, D] -> [1, T, heads, D]."""
     runs = runs_of(segments)
     queries, keys, values = (
@@ -125,7 +134,7 @@ def _by_runs(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, 
     )
     parts = []
     for fold_q, fold_k, fold_v in zip(queries, keys, values, strict=True):
-        out = _segment_attention(fold_q, fold_k, fold_v, scale, window)
+        out = attend(fold_q, fold_k, fold_v, scale, window)
         parts.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts).unsqueeze(0)
 
@@ -151,15 +160,32 @@ def _after_prefixes(folded: list[Tensor], runs: tuple[Run, ...]) -> list[Tensor]
     ]
 
 
+def _own_dtype(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
+    """`_by_runs` as the query's dtype is multiplied; a format that the processor cannot multiply is left to torch."""
+    if q.is_cuda or not quick(q.dtype):
+        return _by_runs(_fused, q, k, v, segments, scale, window)
+    return _blocked(q, k, v, segments, scale, window, q.dtype)
+
+
 def _widened(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
-    """As `_by_runs`, on operands widened to FP32; the result is rounded once to the query's dtype."""
-    return _by_runs(q.float(), k.float(), v.float(), segments, scale, window).to(q.dtype)
+    """`_by_runs` on operands widened to FP32; the result is rounded once to the query's dtype."""
+    return _blocked(q, k, v, segments, scale, window, torch.float32)
+
+
+def _blocked(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None, operands: torch.dtype
+) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        return blocked_attention(q, k, v, scale=scale, window=window, operands=operands)
+
+    # Widened before prompts are shared out among siblings, so that their gradients are added up in FP32.
+    return _by_runs(attend, q.float(), k.float(), v.float(), segments, scale, window).to(q.dtype)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
-    """As `_by_runs`, in one call of torch's variable-length flash attention; FP32 tensors go run by run."""
+    """`_by_runs` in one call of torch's variable-length flash attention; FP32 tensors go run by run."""
     if q.dtype == torch.float32:
-        return _by_runs(q, k, v, segments, scale, window)
+        return _by_runs(_fused, q, k, v, segments, scale, window)
     # Imported here: the module loads CUDA kernels.
     from torch.nn.attention.varlen import varlen_attn
 
@@ -225,7 +251,7 @@ def _for_transformers(kernel: Callable[..., Tensor]) -> AttentionFunction:
     return attend
 
 
-packed_attention = _for_transformers(_by_runs)
+packed_attention = _for_transformers(_own_dtype)
 packed_attention_fp32_sums = _for_transformers(_widened)
 packed_attention_varlen = _for_transformers(_varlen)
 

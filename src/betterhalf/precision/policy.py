@@ -9,6 +9,7 @@ import torch
 from betterhalf.config.schema import PrecisionConfig, PrecisionRoles
 from betterhalf.precision.formats import torch_dtype
 from betterhalf.precision.islands import Islands, resolve_islands
+from betterhalf.precision.products import quick
 from betterhalf.types import DtypeName
 
 
@@ -58,13 +59,8 @@ class PrecisionPolicy:
         if self.device.type != "cpu" or name == "fp32":
             return False
         if self.half_matmul == "auto":
-            return name == "fp16" or not _has_bf16_instructions()
+            return not quick(torch_dtype(name))
         return self.half_matmul == "fp32_sums"
-
-
-def _has_bf16_instructions() -> bool:
-    """Whether this processor multiplies BF16 itself; torch's fallback is an order of magnitude slower than FP32."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def build_policy(config: PrecisionConfig, device: torch.device) -> PrecisionPolicy:

@@ -24,9 +24,10 @@ from betterhalf.precision.half_linear import Widened, use_half_linear
 from betterhalf.precision.island_hooks import use_islands
 from betterhalf.precision.loss_scaler import LossScaler, build_loss_scaler
 from betterhalf.precision.policy import PrecisionPolicy
+from betterhalf.precision.products import quick
 from betterhalf.training.distributed import Collective, SingleProcess
 from betterhalf.training.master_weights import MasterWeights
-from betterhalf.training.token_scores import Chunks, head_logits, measure_tokens, token_logprobs
+from betterhalf.training.token_scores import Chunks, Head, head_logits, measure_tokens, token_logprobs
 from betterhalf.types import Denominators, MicroBatch, PackedSegment
 
 
@@ -83,8 +84,8 @@ class PolicyTrainer:
             self.module.train()
         self.scaler: LossScaler = build_loss_scaler(config.precision.loss_scale, policy.roles.compute_dtype)
         self.optimizer = self._build_optimizer()
-        self._head = self._head_weight()
-        self._head_wide = Widened(self._head)
+        self._head_leaf = self._head_weight()
+        self._head_wide = Widened(self._head_leaf)
 
     def _build_optimizer(self) -> torch.optim.AdamW:
         settings = self.config.optimizer
@@ -117,10 +118,12 @@ class PolicyTrainer:
         tied = weight is self.module.get_input_embeddings().weight
         return self.weights.second_use(weight) if tied else weight
 
-    def _head_for_products(self) -> Tensor:
-        """The head as its products use it: on a CPU widened to FP32, once for each update of the weights."""
-        weight = self._head.detach()
-        return weight if weight.is_cuda or weight.dtype == torch.float32 else self._head_wide()
+    def _head(self) -> Head:
+        """The head as its products use it: on a CPU logits take it widened to FP32, once for each update."""
+        weight = self._head_leaf.detach()
+        wide = weight if weight.is_cuda or weight.dtype == torch.float32 else self._head_wide()
+        native = weight.is_cuda or (quick(weight.dtype) and not self.policy.fp32_sums(self.policy.roles.compute_dtype))
+        return Head(leaf=self._head_leaf, scoring=wide, learning=weight if native else wide)
 
     @property
     def _chunks(self) -> Chunks:
@@ -134,14 +137,13 @@ class PolicyTrainer:
         """
         hidden = self._hidden_rows(micro)
         temperature = self.config.sampling.temperature if temperature is None else temperature
-        return measure_tokens(hidden, self._head_for_products(), micro.target_ids_C, temperature, self._chunks)
+        return measure_tokens(hidden, self._head(), micro.target_ids_C, temperature, self._chunks)
 
     def score(self, micro: MicroBatch) -> Tensor:
         """Trainer logprobs of each completion token, float32 [C], with gradients; bitwise those of `measure`."""
         hidden = self._hidden_rows(micro)
         temperature = self.config.sampling.temperature
-        head = self._head_for_products()
-        return token_logprobs(hidden, self._head, head, micro.target_ids_C, temperature, self._chunks)
+        return token_logprobs(hidden, self._head(), micro.target_ids_C, temperature, self._chunks)
 
     # -- learning
 
@@ -241,7 +243,7 @@ class PolicyTrainer:
     @torch.no_grad()
     def _probe(self) -> tuple[Tensor, Tensor]:
         """Final hidden states and logits of the first few ids of the vocabulary."""
-        count = min(8, self._head.shape[0])
+        count = min(8, self._head_leaf.shape[0])
         ids = torch.arange(count, device=self.policy.device).unsqueeze(0)
         whole = (PackedSegment(length=count),)
         out = self.module.get_decoder()(input_ids=ids, position_ids=ids, segments=whole, use_cache=False)
@@ -252,7 +254,7 @@ class PolicyTrainer:
                 "files for NaN, or train in a wider range with precision=bf16 or precision=fp32, or make the modules "
                 "that overflow FP32 islands with precision.fp32_modules"
             )
-        return hidden, head_logits(hidden, self._head_for_products())
+        return hidden, head_logits(hidden, self._head().scoring)
 
     # -- state
 

@@ -7,8 +7,8 @@ the head's gradient is made by one product and rounded once, without a sum over 
 vocabulary so on a GPU).
 
 Operands of the head are on the half grid; logits and softmax are FP32 (MiniMax-M1, arXiv 2506.13585, traced its gap
-between engines to the precision of the head). The logits' gradient is FP32 on a CPU; on a GPU it is rounded to half for
-its products, whose sums are FP32.
+between engines to the precision of the head). The logits' gradient is rounded to the format of the weight it meets: to
+half where half products are the device's own (a GPU; BF16 on a CPU that has the instructions), whose sums are FP32.
 """
 
 from __future__ import annotations
@@ -25,6 +25,18 @@ from betterhalf.precision.products import product
 _CACHED_LOGITS = 2**21
 """Logits of a chunk in the backward pass on a CPU, 8 MiB: they are read three times, and should stay in its cache."""
 _FEWEST_COLUMNS = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """The LM head's weight, [V, H], once for the optimizer and once for each kind of product; often the same tensor."""
+
+    leaf: Tensor
+    """In the compute dtype; receives the gradient, rounded once."""
+    scoring: Tensor
+    """For logits: FP32 on a CPU, the leaf's values in the compute dtype on a GPU."""
+    learning: Tensor
+    """For the gradient's products: FP32, or half where half products are the device's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,39 +63,40 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_CH: Tensor,
-        weight_VH: Tensor,
-        wide_VH: Tensor,
+        leaf_VH: Tensor,
+        scoring_VH: Tensor,
+        learning_VH: Tensor,
         targets_C: Tensor,
         temperature: float,
         chunks: Chunks,
     ) -> Tensor:
-        rows, parts = chunks.rows(wide_VH.shape[0]), []
+        rows, parts = chunks.rows(scoring_VH.shape[0]), []
         for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True):
-            logits = head_logits(hidden, wide_VH)
+            logits = head_logits(hidden, scoring_VH)
             parts.append(ops.normalised(logits, targets, temperature))
         logprobs_C, normaliser_C = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        ctx.save_for_backward(hidden_CH, weight_VH, wide_VH, targets_C, normaliser_C)
+        ctx.save_for_backward(hidden_CH, scoring_VH, learning_VH, targets_C, normaliser_C)
         ctx.temperature, ctx.chunks = temperature, chunks
         ctx.logits_CV = logits if len(parts) == 1 else None
         return logprobs_C
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
-        hidden_CH, weight_VH, wide_VH, targets_C, normaliser_C = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None, None]:
+        hidden_CH, scoring_VH, learning_VH, targets_C, normaliser_C = ctx.saved_tensors
         grad_hidden = torch.zeros(hidden_CH.shape, dtype=torch.float32, device=hidden_CH.device)
-        grad_weight = torch.empty_like(weight_VH) if ctx.needs_input_grad[1] else None
+        grad_leaf = torch.empty_like(learning_VH, dtype=hidden_CH.dtype) if ctx.needs_input_grad[1] else None
         columns = ctx.chunks.columns(hidden_CH.shape[0], on_cpu=hidden_CH.is_cpu)
-        operand = hidden_CH.to(wide_VH.dtype)
-        for start in range(0, wide_VH.shape[0], columns):
-            part = wide_VH[start : start + columns]
-            kept = ctx.logits_CV
-            logits = head_logits(operand, part) if kept is None else kept[:, start : start + columns]
+        operand = hidden_CH.to(learning_VH.dtype)
+        for start in range(0, learning_VH.shape[0], columns):
+            part = slice(start, start + columns)
+            logits = head_logits(hidden_CH, scoring_VH[part]) if ctx.logits_CV is None else ctx.logits_CV[:, part]
             grad_logits = _grad_logits(logits, targets_C - start, normaliser_C, grad_outputs[0], ctx.temperature)
-            grad_hidden += _product(grad_logits, part)
-            if grad_weight is not None:
-                grad_weight[start : start + columns] = _product(grad_logits.t(), operand)
+            grad_logits = grad_logits.to(learning_VH.dtype)
+            grad_hidden += _product(grad_logits, learning_VH[part])
+            if grad_leaf is not None:
+                grad_leaf[part] = _product(grad_logits.t(), operand)
         ctx.logits_CV = None
-        return grad_hidden.to(hidden_CH.dtype), grad_weight, None, None, None, None
+        return grad_hidden.to(hidden_CH.dtype), grad_leaf, None, None, None, None, None
 
 
 def head_logits(hidden_CH: Tensor, wide_VH: Tensor) -> Tensor:
@@ -94,10 +107,10 @@ def head_logits(hidden_CH: Tensor, wide_VH: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """FP32 left times right; on a GPU with a half right the left is rounded to it, and sums stay FP32."""
-    if right.dtype == torch.float32:
-        return product(left, right.t())
-    return torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
+    """Left times right with FP32 sums: FP32 but for half operands on a CPU, whose result is rounded to their format."""
+    if right.is_cuda and right.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return product(left, right.t())
 
 
 def _grad_logits(
@@ -115,15 +128,12 @@ def _grad_logits(
     return grad.scatter_add_(1, here, (grad_C * inside).unsqueeze(-1))
 
 
-def token_logprobs(
-    hidden_CH: Tensor, weight_VH: Tensor, wide_VH: Tensor, targets_C: Tensor, temperature: float, chunks: Chunks
-) -> Tensor:
+def token_logprobs(hidden_CH: Tensor, head: Head, targets_C: Tensor, temperature: float, chunks: Chunks) -> Tensor:
     """Differentiable logprobs of the targets.
 
     Args:
         hidden_CH: final hidden states of the loss rows, in the compute dtype.
-        weight_VH: the head's weight, in the compute dtype; receives the gradient, rounded once.
-        wide_VH: the same values as the products use them: widened to FP32 on a CPU, `weight_VH` itself on a GPU.
+        head: its leaf receives a gradient.
         targets_C: int64 token ids.
         temperature: logits are divided by this.
         chunks: logits alive at once.
@@ -131,22 +141,22 @@ def token_logprobs(
     Returns:
         float32 [C].
     """
-    out = _TokenLogprobs.apply(hidden_CH, weight_VH, wide_VH, targets_C, temperature, chunks)  # type: ignore[no-untyped-call]
+    out = _TokenLogprobs.apply(hidden_CH, head.leaf, head.scoring, head.learning, targets_C, temperature, chunks)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
     return out
 
 
 @torch.no_grad()
 def measure_tokens(
-    hidden_CH: Tensor, wide_VH: Tensor, targets_C: Tensor, temperature: float, chunks: Chunks
+    hidden_CH: Tensor, head: Head, targets_C: Tensor, temperature: float, chunks: Chunks
 ) -> tuple[Tensor, Tensor]:
     """Logprobs of the targets and entropy of their distributions, both float32 [C], without gradients.
 
     The logprobs equal those of `token_logprobs` bit for bit: same chunks, same products.
     """
-    rows, logprobs, entropies = chunks.rows(wide_VH.shape[0]), [], []
+    rows, logprobs, entropies = chunks.rows(head.scoring.shape[0]), [], []
     for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True):
-        logits = head_logits(hidden, wide_VH)
+        logits = head_logits(hidden, head.scoring)
         logprobs.append(ops.token_logprobs(logits, targets, temperature))
         entropies.append(ops.entropy(logits, temperature))
     return torch.cat(logprobs), torch.cat(entropies)

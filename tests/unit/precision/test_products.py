@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from betterhalf.precision import products
-from betterhalf.precision.products import packed, product, unpacked
+from betterhalf.precision.products import batched_product, packed, product, unpacked
 
 SHAPES = [(1, 1, 1), (7, 24, 5), (64, 576, 40), (4, 1024, 300), (32, 48, 2048), (200, 17, 9)]
 
@@ -20,6 +20,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Both libraries, where torch has both."""
     if request.param == "without":
         monkeypatch.setattr(products, "_onednn", lambda: False)
+        monkeypatch.setattr(products, "_batched_by_onednn", lambda: False)
     elif not products._onednn():
         pytest.skip("torch was built without oneDNN")
     yield request.param
@@ -102,3 +103,35 @@ def test_the_same_product_gives_the_same_bits() -> None:
 def test_without_the_library_a_weight_is_left_alone(library: str) -> None:
     _, right, _ = operands(1, 8, 5, torch.float32)
     assert (packed(right) is right) == (library == "without")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 64, 40), (128, 64, 300), (200, 17, 9)])
+def test_batched_products_equal_float64_but_for_rounding(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """FP32 operands keep all their bits, though the setting that leads to oneDNN would allow it to drop some."""
+    sides = [operands(*shape, dtype)[:2] for _ in range(2)]
+    left, right = (torch.stack(x) for x in zip(*sides, strict=True))
+    got = batched_product(left, right.transpose(1, 2))
+    assert got.dtype == dtype
+    for result, (a, b) in zip(got, sides, strict=True):
+        assert_close(result, a, b)
+    gaps = torch.cat((left, left), 2)[..., : left.shape[2]], torch.cat((right, right), 1)[:, : right.shape[1]]
+    assert_close(batched_product(gaps[0], gaps[1].transpose(1, 2))[0], *sides[0])
+    assert_close(
+        batched_product(left.transpose(1, 2).contiguous().transpose(1, 2), right.transpose(1, 2))[0], *sides[0]
+    )
+
+
+def test_batched_products_leave_torch_s_settings_alone() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    batched_product(torch.ones(2, 3, 4), torch.ones(2, 4, 5))
+    with pytest.raises(RuntimeError):
+        batched_product(torch.ones(2, 3, 4), torch.ones(2, 5, 5))
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_where_the_processor_has_tiles_batches_stay_with_torch_s_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There oneDNN would multiply BF16 roundings of the operands."""
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert not products._batched_by_onednn.__wrapped__()

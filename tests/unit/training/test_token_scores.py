@@ -7,7 +7,7 @@ import torch
 
 from betterhalf import ops
 from betterhalf.training import token_scores
-from betterhalf.training.token_scores import Chunks, measure_tokens, token_logprobs
+from betterhalf.training.token_scores import Chunks, Head, measure_tokens, token_logprobs
 
 VOCABULARY = 600
 """Three chunks of the fewest columns."""
@@ -16,6 +16,11 @@ VOCABULARY = 600
 def chunks(rows: int) -> Chunks:
     """So many rows in a chunk of the forward pass, and 256 columns in one of the backward pass."""
     return Chunks(logits=rows * VOCABULARY)
+
+
+def head(weight: torch.Tensor, *, wide: bool = False) -> Head:
+    values = weight.detach()
+    return Head(leaf=weight, scoring=values.float() if wide else values, learning=values.float() if wide else values)
 
 
 def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -43,7 +48,7 @@ def test_forward_and_backward_equal_float64(rows: int, temperature: float) -> No
     hidden, weight, targets, upstream = problem(torch.float32)
     logprobs64, grad_hidden64, grad_weight64 = reference(hidden, weight, targets, upstream, temperature)
     hidden.requires_grad_(), weight.requires_grad_()
-    logprobs = token_logprobs(hidden, weight, weight.detach(), targets, temperature, chunks(rows))
+    logprobs = token_logprobs(hidden, head(weight), targets, temperature, chunks(rows))
     (logprobs * upstream).sum().backward()
     torch.testing.assert_close(logprobs.double(), logprobs64, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(hidden.grad.double(), grad_hidden64, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
@@ -54,7 +59,7 @@ def test_half_gradients_are_rounded_once_after_the_sum_over_chunks() -> None:
     hidden, weight, targets, upstream = problem(torch.float16)
     _, grad_hidden64, grad_weight64 = reference(hidden, weight, targets, upstream, 1.0)
     hidden.requires_grad_(), weight.requires_grad_()
-    logprobs = token_logprobs(hidden, weight, weight.detach().float(), targets, 1.0, chunks(2))
+    logprobs = token_logprobs(hidden, head(weight, wide=True), targets, 1.0, chunks(2))
     (logprobs * upstream).sum().backward()
     assert hidden.grad is not None and weight.grad is not None
     assert weight.grad.dtype == torch.float16
@@ -63,10 +68,25 @@ def test_half_gradients_are_rounded_once_after_the_sum_over_chunks() -> None:
     torch.testing.assert_close(hidden.grad.double(), grad_hidden64, rtol=2**-11 * 1.01, atol=1e-6)
 
 
+def test_where_half_products_are_native_the_logits_gradient_is_rounded_to_half_before_them() -> None:
+    hidden, weight, targets, upstream = problem(torch.bfloat16)
+    logprobs64, grad_hidden64, grad_weight64 = reference(hidden, weight, targets, upstream, 1.0)
+    hidden.requires_grad_(), weight.requires_grad_()
+    values = weight.detach()
+    native = Head(leaf=weight, scoring=values.float(), learning=values)
+    logprobs = token_logprobs(hidden, native, targets, 1.0, chunks(2))
+    (logprobs * upstream).sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
+    torch.testing.assert_close(logprobs.double(), logprobs64, rtol=1e-5, atol=1e-6)  # logits are FP32 all the same
+    for found, exact in ((hidden.grad, grad_hidden64), (weight.grad, grad_weight64)):
+        assert found.dtype == torch.bfloat16
+        assert 2**-11 < (found.double() - exact).norm() / exact.norm() < 2**-7
+
+
 def test_measuring_gives_the_bits_of_training_and_the_entropy() -> None:
     hidden, weight, targets, _ = problem(torch.float32)
-    trained = token_logprobs(hidden, weight, weight, targets, 0.7, chunks(4))
-    measured, entropies = measure_tokens(hidden, weight, targets, 0.7, chunks(4))
+    trained = token_logprobs(hidden, head(weight), targets, 0.7, chunks(4))
+    measured, entropies = measure_tokens(hidden, head(weight), targets, 0.7, chunks(4))
     assert torch.equal(trained, measured)
     p = ((hidden.double() @ weight.double().t()) / 0.7).softmax(-1)
     torch.testing.assert_close(entropies.double(), -(p * p.log()).sum(-1), rtol=1e-5, atol=1e-6)
@@ -88,7 +108,7 @@ def test_targets_are_found_in_whichever_chunk_they_lie() -> None:
     targets = torch.tensor([0, 255, 256, 257, 511, 512, 513, 599, 300, 1, 598])
     _, grad_hidden64, grad_weight64 = reference(hidden, weight, targets, upstream, 1.0)
     hidden.requires_grad_(), weight.requires_grad_()
-    logprobs = token_logprobs(hidden, weight, weight.detach(), targets, 1.0, chunks(3))
+    logprobs = token_logprobs(hidden, head(weight), targets, 1.0, chunks(3))
     (logprobs * upstream).sum().backward()
     torch.testing.assert_close(hidden.grad.double(), grad_hidden64, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
     torch.testing.assert_close(weight.grad.double(), grad_weight64, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
@@ -103,7 +123,7 @@ def test_parts_of_the_vocabulary_are_put_together_from_kept_logits_too(
     hidden, weight, targets, upstream = problem(torch.float32)
     _, grad_hidden64, grad_weight64 = reference(hidden, weight, targets, upstream, temperature)
     hidden.requires_grad_(), weight.requires_grad_()
-    logprobs = token_logprobs(hidden, weight, weight.detach(), targets, temperature, chunks(rows))
+    logprobs = token_logprobs(hidden, head(weight), targets, temperature, chunks(rows))
     for _ in range(2):  # logits kept for the first pass are computed again for a second one
         hidden.grad = weight.grad = None
         (logprobs * upstream).sum().backward(retain_graph=True)
