@@ -12,12 +12,28 @@ LOG_RATIO_BOUND = 20.0
 """Log-ratios are bounded to +-20 once, before the exponential: exp(20) = 4.9e8 keeps FP32 sums finite."""
 
 
+def shifted_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """FP32 exponentials of logits minus the row's largest, [..., V] in (0, 1], and that largest, [..., 1]."""
+    wide = logits.float()
+    largest = wide.amax(-1, keepdim=True)
+    return (wide - largest).exp_(), largest
+
+
+def log_normaliser(exponentials: Tensor, largest: Tensor) -> Tensor:
+    """The logarithm of the sum of the logits' exponentials, from what `shifted_exp` gives: float32 [...]."""
+    return exponentials.sum(-1).log_().add_(largest.squeeze(-1))
+
+
 def normalised(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """`token_logprobs`, and what it subtracted: the logarithm of the sum of exponentials; both float32 [...]."""
     scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
-    chosen = scaled.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-    normaliser = scaled.logsumexp(-1)
-    return chosen - normaliser, normaliser
+    normaliser = log_normaliser(*shifted_exp(scaled))
+    return chosen(scaled, token_ids) - normaliser, normaliser
+
+
+def chosen(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """Each row's logit of its token: [..., V], int64 [...] -> [...]."""
+    return logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:

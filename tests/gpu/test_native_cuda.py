@@ -132,7 +132,7 @@ def test_islands_stay_as_close_to_fp32_and_keep_the_cache_in_half(island, precis
     report = engine.report()
     assert report.facts["fp32_modules"] == island and report.dtypes["kv"] == report.dtypes["compute"] == precision
     assert engine._weights.layers[1].down.dtype == (engine._weights.storage.grid if "attn" in island else torch.float32)
-    assert engine._table.cache.data.dtype == engine._weights.storage.grid
+    assert engine._table.cache.keys.dtype == engine._weights.storage.grid
 
 
 def test_an_island_cures_an_overflow():

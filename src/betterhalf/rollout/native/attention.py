@@ -26,8 +26,10 @@ _MAX_SCORES = 2**25
 class DecodePlan:
     """What all layers of one decode step share."""
 
-    rows: Tensor
-    """int64 [B * kv_heads]: where the new keys and values go."""
+    places: tuple[Tensor, Tensor]
+    """int64 [B * kv_heads] each: where the new keys and values go."""
+    held: tuple[tuple[Tensor, Tensor], ...]
+    """For each layer: keys and values as far as they are attended, [B * kv_heads, attended, D] each."""
     masks: dict[int | None, Tensor]
     """For each sliding window (None: all): what each slot may see. CPU: FP32 [B * kv_heads, 1, attended], 0 or
     -inf. GPU: bool [B, 1, 1, attended]."""
@@ -42,7 +44,8 @@ def decode_plan(config: DecoderConfig, cache: KVCache, lengths: Tensor, attended
         if window is not None:
             visible &= index > lengths[:, None] - window
         masks[window] = _as_mask(visible, config.num_kv_heads)
-    return DecodePlan(rows=cache.rows(lengths), masks=masks)
+    held = cache.read(lengths.shape[0], attended)
+    return DecodePlan(places=cache.places(lengths), held=held, masks=masks)
 
 
 def _as_mask(visible: Tensor, kv_heads: int) -> Tensor:
@@ -70,7 +73,7 @@ def decode_attention(
 
 def _attend(rounding: Rounding, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
     """softmax(q keys^T * scale + mask) values in FP32: [N, M, D] x [N, L, D] -> [N, M, D]."""
-    scores = torch.baddbmm(mask, q, keys.transpose(1, 2), alpha=scale)
+    scores = torch.bmm(q * scale, keys.transpose(1, 2)).add_(mask)
     return torch.bmm(rounding.probabilities(scores.softmax(-1)), values)
 
 

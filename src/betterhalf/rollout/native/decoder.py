@@ -119,10 +119,9 @@ class Decoder:
         plan = decode_plan(self.config, cache, lengths, attended)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.append(layer, plan.rows, k, v)
-            keys, values = cache.read(layer, q.shape[0], attended)
+            cache.append(layer, plan.places, k, v)
             mask = plan.masks[self.config.windows[layer]]
-            return decode_attention(self.config, self._layers[layer].attention, q, keys, values, mask)
+            return decode_attention(self.config, self._layers[layer].attention, q, *plan.held[layer], mask)
 
         return self._final_norm(self._forward(token_ids, lengths, attend))
 
@@ -155,16 +154,28 @@ class Decoder:
         rounding = part.attention
         normed = tap("attention_norm", index, self._norm(part.stream_in, rounding, hidden, layer.input_norm))
         heads = _linear(rounding, normed, layer.qkv, layer.qkv_bias).view(hidden.shape[0], -1, config.head_dim)
-        q, k, v = torch.split(heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
-        q, k, v = tap("queries", index, q), tap("keys", index, k), tap("values", index, v)
+        qk, v = heads.split_with_sizes([config.num_heads + config.num_kv_heads, config.num_kv_heads], dim=1)
+        qk, v = self._tapped_heads(("queries", "keys"), index, qk), tap("values", index, v)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q = rounding.rms_norm(q, layer.q_norm, config.rms_eps)
-            k = rounding.rms_norm(k, layer.k_norm, config.rms_eps)
-        q = tap("rotated_queries", index, rounding.rope(q, *rope))
-        k = tap("rotated_keys", index, rounding.rope(k, *rope))
+            weights, parts = (layer.q_norm, layer.k_norm), self._apart(qk)
+            normed_heads = [rounding.rms_norm(x, w, config.rms_eps) for x, w in zip(parts, weights, strict=True)]
+            qk = torch.cat(normed_heads, 1)
+        qk = self._tapped_heads(("rotated_queries", "rotated_keys"), index, rounding.rope(qk, *rope))
+        q, k = self._apart(qk)
         attended = tap("attention", index, attend(index, q, rounding.to_kv(k), rounding.to_kv(v)))
         output = tap("attention_output", index, _linear(part.output, attended, layer.output, layer.output_bias))
         return tap("attention_residual", index, part.stream_mid.add(hidden, output))
+
+    def _apart(self, qk: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys, which share rope's few calls, as views."""
+        q, k = qk.split_with_sizes([self.config.num_heads, self.config.num_kv_heads], dim=1)
+        return q, k
+
+    def _tapped_heads(self, operations: tuple[str, str], layer: int, qk: Tensor) -> Tensor:
+        if self.tap is None:
+            return qk
+        both = zip(operations, self._apart(qk), strict=True)
+        return torch.cat([self._tapped(operation, layer, x) for operation, x in both], 1)
 
     def _mlp(self, index: int, layer: LayerWeights, hidden: Tensor) -> Tensor:
         part, tap = self._layers[index], self._tapped

@@ -38,7 +38,7 @@ class SlotTable:
     """State of up to `cache.slots` sequences. Tensors never move, so that CUDA graphs can read them."""
 
     def __init__(self, cache: KVCache, max_tokens: int, stop_lookup: Tensor) -> None:
-        slots, device = cache.slots, cache.data.device
+        slots, device = cache.slots, cache.values.device
         self.cache = cache
         self.active = 0
         """Slots in use: 0 to `active`."""

@@ -280,8 +280,8 @@ def test_a_wrong_cache_entry_is_named_by_prefill_against_decode(
 ) -> None:
     plain = KVCache.append
 
-    def faulty(self: KVCache, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
-        plain(self, layer, rows, keys, values * 1.05 if layer == 1 else values)
+    def faulty(self: KVCache, layer: int, places: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> None:
+        plain(self, layer, places, keys, values * 1.05 if layer == 1 else values)
 
     monkeypatch.setattr(KVCache, "append", faulty)
     found = found_with(lambda _: None, dtype)
@@ -305,9 +305,12 @@ def test_one_wrong_prompt_token_in_the_cache_is_found(monkeypatch: pytest.Monkey
 def test_a_neighbours_cache_read_in_a_batch_is_named_by_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = KVCache.read
 
-    def faulty(self: KVCache, layer: int, slots: int, length: int) -> tuple[Tensor, Tensor]:
-        keys, values = plain(self, layer, slots, length)
-        return keys, values.roll(self.data.shape[3], 0) if layer == 2 else values
+    def faulty(self: KVCache, slots: int, length: int) -> tuple[tuple[Tensor, Tensor], ...]:
+        held = list(plain(self, slots, length))
+        if slots > 1:
+            keys, values = held[2]
+            held[2] = keys, values.roll(self.values.shape[2], 0)
+        return tuple(held)
 
     monkeypatch.setattr(KVCache, "read", faulty)
     found = found_with(lambda _: None, "fp16")
