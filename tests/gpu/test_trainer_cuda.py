@@ -40,7 +40,7 @@ SIZES: dict[str, Any] = {
 
 
 def trainer_on(
-    device: str, precision: str, islands: tuple[str, ...] = (), **changes: Any
+    device: str, precision: str, islands: tuple[str, ...] = (), compiled: bool = False, **changes: Any
 ) -> tuple[PolicyTrainer, RunConfig]:
     """A tiny random trainer; the same weights on every device."""
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def trainer_on(
     config = RunConfig.model_validate(
         {
             "precision": {"preset": precision, "fp32_modules": islands},
-            "training": {"optimizer_steps": 1, "tokens_per_micro_batch": 100},
+            "training": {"optimizer_steps": 1, "tokens_per_micro_batch": 100, "compile_layers": compiled},
             "sampling": {"max_tokens": 16},
         }
     )
@@ -123,6 +123,16 @@ def test_half_gradients_are_close_to_fp32(precision: str, bound: float, changes:
     _, gradients = learned("cuda", precision, **changes)
     for name, gradient in gradients.items():
         assert gradient.dtype == torch.float32
+        assert (gradient - expected[name]).norm() <= bound * expected[name].norm(), name
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own parts
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-4), ("fp16", 2e-2), ("bf16", 1e-1)])
+def test_compiled_layers_learn_what_plain_ones_learn(precision: str, bound: float) -> None:
+    torch.compiler.reset()
+    _, expected = learned("cuda", "fp32")
+    _, gradients = learned("cuda", precision, compiled=True)
+    for name, gradient in gradients.items():
         assert (gradient - expected[name]).norm() <= bound * expected[name].norm(), name
 
 

@@ -197,6 +197,9 @@ class TrainingConfig(Section):
     """Memory for FP32 logits; logprobs are computed in chunks that fit, never for all tokens at once."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    compile_layers: bool = False
+    """Compile the trainer's layers with torch.compile, which fuses norms, rope and SwiGLU; roundings to half are kept.
+    The first steps take up to a minute longer. On a CPU it needs a C++ compiler."""
     checkpoint_every: int = Field(10, ge=0)
     """Steps between checkpoints; 0 saves only the last."""
     keep_checkpoints: int = Field(2, ge=1)

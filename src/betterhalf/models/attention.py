@@ -32,6 +32,15 @@ from betterhalf.types import PackedSegment
 
 Segments = tuple[PackedSegment, ...]
 
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackLayout:
+    """A pack's segments as a model's forward passes them on: torch.compile compiles anew for every other tuple, but
+    does not look into an object that only attention reads."""
+
+    segments: Segments
+
+
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 """Layer types whose only exchange between positions goes through the registered attention function."""
 
@@ -221,7 +230,7 @@ AttentionFunction = Callable[..., tuple[Tensor, None]]
 def _for_transformers(kernel: Callable[..., Tensor]) -> AttentionFunction:
     """A kernel with the signature that transformers calls: query [1, heads, T, D], key and value [1, kv_heads, T, D].
 
-    Besides transformers' own keywords it takes `segments`, passed through the model's forward, and `cached_as` from an
+    Besides transformers' own keywords it takes `layout`, passed through the model's forward, and `cached_as` from an
     FP32 island: the grid of the engine's cache, to which keys and values are rounded. The returned function
     gives [1, T, heads, D], and raises InputError when the model asks for attention dropout.
     """
@@ -234,7 +243,7 @@ def _for_transformers(kernel: Callable[..., Tensor]) -> AttentionFunction:
         attention_mask: Tensor | None,
         *,
         scaling: float,
-        segments: Segments,
+        layout: PackLayout,
         dropout: float = 0.0,
         sliding_window: int | None = None,
         cached_as: torch.dtype | None = None,
@@ -246,7 +255,7 @@ def _for_transformers(kernel: Callable[..., Tensor]) -> AttentionFunction:
             )
         if cached_as is not None:
             key, value = round_through(key, cached_as), round_through(value, cached_as)
-        return kernel(query, key, value, segments, scaling, sliding_window), None
+        return kernel(query, key, value, layout.segments, scaling, sliding_window), None
 
     return attend
 
@@ -262,7 +271,13 @@ _IMPLEMENTATIONS: dict[str, AttentionFunction] = {
 }
 
 
-def use_packed_attention(module: Any, name: str) -> None:
-    """Make a transformers model use one of the implementations above for its attention."""
-    AttentionInterface.register(name, _IMPLEMENTATIONS[name])
+def use_packed_attention(module: Any, name: str, *, compiled: bool = False) -> None:
+    """Make a transformers model use one of the implementations above for its attention.
+
+    `compiled` says that torch.compile will see the layers, and hides attention from it.
+    """
+    attend = _IMPLEMENTATIONS[name]
+    if compiled:
+        name, attend = f"{name}_opaque", torch.compiler.disable(attend)  # type: ignore[no-untyped-call]
+    AttentionInterface.register(name, attend)
     module.set_attn_implementation(name)

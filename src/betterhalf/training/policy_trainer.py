@@ -15,7 +15,8 @@ from betterhalf.algorithms.policy_loss import LossOutput, policy_loss
 from betterhalf.algorithms.presets import Algorithm
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import InputError, NumericsError
-from betterhalf.models.attention import attention_name, use_packed_attention
+from betterhalf.models.attention import PackLayout, attention_name, use_packed_attention
+from betterhalf.models.compiled_layers import compile_layers
 from betterhalf.models.loading import LoadedModel
 from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.formats import dtype_name, narrowest_format
@@ -62,7 +63,8 @@ class PolicyTrainer:
         """Take over `model.module` (its parameters change dtype) and build optimizer and loss scaler.
 
         Raises:
-            InputError: the model has dropout, which would make pi random, or lacks an FP32 island of the configuration.
+            InputError: the model has dropout, which would make pi random, or lacks an FP32 island of the configuration;
+                or its layers are to be compiled and there is no compiler.
         """
         self.config = config
         self.policy = policy
@@ -78,10 +80,12 @@ class PolicyTrainer:
         use_half_embedding(self.module, policy)
         sums = policy.fp32_sums(policy.roles.compute_dtype)
         self.attention = attention_name(policy.device, _head_dim(self.module.config), fp32_sums=sums)
-        use_packed_attention(self.module, self.attention)
+        use_packed_attention(self.module, self.attention, compiled=config.training.compile_layers)
         if config.training.activation_checkpointing:
             self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.module.train()
+        if config.training.compile_layers:
+            compile_layers(self.module.get_decoder(), policy.device)
         self.scaler: LossScaler = build_loss_scaler(config.precision.loss_scale, policy.roles.compute_dtype)
         self.optimizer = self._build_optimizer()
         self._head_leaf = self._head_weight()
@@ -105,7 +109,7 @@ class PolicyTrainer:
         out = self.module.get_decoder()(
             input_ids=micro.token_ids_T.unsqueeze(0),
             position_ids=micro.position_ids_T.unsqueeze(0),
-            segments=micro.segments,
+            layout=PackLayout(micro.segments),
             use_cache=False,
         )
         hidden_TH: Tensor = out.last_hidden_state[0]
@@ -227,7 +231,7 @@ class PolicyTrainer:
             facts={
                 "attention": self.attention,
                 "matmul_sums": self._matmul_sums(),
-                "rounding": "transformers",
+                "rounding": "transformers, compiled" if self.config.training.compile_layers else "transformers",
                 "fp32_modules": self.islands.described(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
@@ -245,8 +249,8 @@ class PolicyTrainer:
         """Final hidden states and logits of the first few ids of the vocabulary."""
         count = min(8, self._head_leaf.shape[0])
         ids = torch.arange(count, device=self.policy.device).unsqueeze(0)
-        whole = (PackedSegment(length=count),)
-        out = self.module.get_decoder()(input_ids=ids, position_ids=ids, segments=whole, use_cache=False)
+        whole = PackLayout((PackedSegment(length=count),))
+        out = self.module.get_decoder()(input_ids=ids, position_ids=ids, layout=whole, use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
         if not bool(hidden.isfinite().all()):
             raise NumericsError(

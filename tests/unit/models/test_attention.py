@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from betterhalf.errors import InputError
 from betterhalf.models.attention import (
+    PackLayout,
     packed_attention,
     packed_attention_fp32_sums,
     packed_attention_varlen,
@@ -25,6 +26,7 @@ LENGTHS = (3, 3, 5, 1, 5, 2, 2, 2, 4)
 PREFIXES = (None, None, None, None, None, 0, 1, 0, 2)
 SEGMENTS = tuple(PackedSegment(length=n, prefix=p) for n, p in zip(LENGTHS, PREFIXES, strict=True))
 """Lone sequences and prompts, then completions: two of the first, one of the second, one of the third."""
+LAYOUT = PackLayout(SEGMENTS)
 
 
 def qkv(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +77,7 @@ def test_prefixes_are_repeated_before_what_they_precede() -> None:
 @pytest.mark.parametrize("window", [None, 2, 4, 100])
 def test_equals_float64_attention_with_an_explicit_mask(window: int | None) -> None:
     q, k, v = qkv()
-    out, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=8**-0.5, segments=SEGMENTS, sliding_window=window)
+    out, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=8**-0.5, layout=LAYOUT, sliding_window=window)
     torch.testing.assert_close(out[0].double(), by_hand(q, k, v, window), rtol=1e-5, atol=1e-6)
 
 
@@ -83,7 +85,7 @@ def test_equals_float64_attention_with_an_explicit_mask(window: int | None) -> N
 def test_gradients_equal_float64_ones_with_an_explicit_mask(window: int | None) -> None:
     weights = torch.randn(sum(LENGTHS), 4, 8, generator=torch.Generator().manual_seed(1))
     ours, exact = ([x.detach().clone().requires_grad_() for x in qkv()] for _ in range(2))
-    out, _ = packed_attention(nn.Identity(), *ours, None, scaling=8**-0.5, segments=SEGMENTS, sliding_window=window)
+    out, _ = packed_attention(nn.Identity(), *ours, None, scaling=8**-0.5, layout=LAYOUT, sliding_window=window)
     (out[0] * weights).sum().backward()
     (by_hand(*exact, window) * weights).sum().backward()
     for found, expected in zip(ours, exact, strict=True):
@@ -93,7 +95,7 @@ def test_gradients_equal_float64_ones_with_an_explicit_mask(window: int | None) 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_fp32_sums_round_only_the_result(dtype: torch.dtype) -> None:
     q, k, v = qkv(dtype)
-    out, _ = packed_attention_fp32_sums(nn.Identity(), q, k, v, None, scaling=8**-0.5, segments=SEGMENTS)
+    out, _ = packed_attention_fp32_sums(nn.Identity(), q, k, v, None, scaling=8**-0.5, layout=LAYOUT)
     exact = by_hand(q, k, v, None)
     half_ulp = torch.finfo(dtype).eps / 2
     assert out.dtype == dtype
@@ -102,9 +104,9 @@ def test_fp32_sums_round_only_the_result(dtype: torch.dtype) -> None:
 
 def test_one_sequence_s_keys_do_not_reach_another() -> None:
     q, k, v = qkv()
-    first, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=1.0, segments=SEGMENTS)
+    first, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=1.0, layout=LAYOUT)
     v[:, :, 3:6] += 100.0  # the second sequence, whose completion lies at 19 and 20
-    second, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=1.0, segments=SEGMENTS)
+    second, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=1.0, layout=LAYOUT)
     changed = (first != second).flatten(2).any(-1)[0]
     assert changed.nonzero().flatten().tolist() == [3, 4, 5, 19, 20]
 
@@ -134,7 +136,7 @@ def test_the_flash_kernel_is_given_each_prefix_as_keys(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", kernel)  # type: ignore[arg-type]
     q, k, v = qkv(torch.float16)
     out, _ = packed_attention_varlen(
-        nn.Identity(), q, k, v, None, scaling=8**-0.5, segments=SEGMENTS, sliding_window=window
+        nn.Identity(), q, k, v, None, scaling=8**-0.5, layout=LAYOUT, sliding_window=window
     )
     torch.testing.assert_close(out[0], by_hand(q, k, v, window), rtol=1e-9, atol=1e-9)
 
@@ -142,7 +144,7 @@ def test_the_flash_kernel_is_given_each_prefix_as_keys(monkeypatch: pytest.Monke
 def test_dropout_is_refused() -> None:
     q, k, v = qkv()
     with pytest.raises(InputError, match="attention_dropout=0.1.*set it to 0"):
-        packed_attention(nn.Identity(), q, k, v, None, scaling=1.0, segments=SEGMENTS, dropout=0.1)
+        packed_attention(nn.Identity(), q, k, v, None, scaling=1.0, layout=LAYOUT, dropout=0.1)
 
 
 def model(**config: Any) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -216,6 +219,62 @@ def test_activation_checkpointing_changes_no_bit() -> None:
     )
     for name, gradient in gradients(trainer_for(saving), saving).items():
         assert torch.equal(gradient, expected[name]), name
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """The test starts as a process does: nothing is compiled."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("needs a C++ compiler")
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiling(config: RunConfig, **changes: Any) -> RunConfig:
+    training = config.training.model_copy(update={"compile_layers": True, **changes})
+    return config.model_copy(update={"training": training})
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own parts
+def test_compiled_layers_keep_every_rounding_and_are_not_compiled_anew_for_every_pack() -> None:
+    config = settings("fp16", budget=12)
+    trainer, plain = trainer_for(compiling(config)), trainer_for(config)
+    compiled_graphs = []
+    for pack in packs(config):
+        scored, expected = trainer.score(pack), plain.score(pack)
+        # What is measured before an update is what training computes, or the first ratio would not be 1.
+        assert torch.equal(trainer.measure(pack)[0], scored.detach())
+        torch.testing.assert_close(scored, expected, rtol=0, atol=1e-6)
+        scored.sum().backward(), expected.sum().backward()
+        compiled_graphs.append(counters["stats"]["unique_graphs"])
+    # The second pack may teach the compiler that sizes vary.
+    assert len(compiled_graphs) > 3 and compiled_graphs[1] == compiled_graphs[-1] > 0
+    for (name, found), (_, wanted) in zip(trainer.weights.gradients(), plain.weights.gradients(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()), msg=name)
+    assert trainer.report().facts["rounding"] == "transformers, compiled"
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own parts
+def test_compiled_layers_and_activation_checkpointing_go_together() -> None:
+    config = settings("fp16")
+    expected = gradients(trainer_for(config), config)
+    for name, gradient in gradients(trainer_for(compiling(config, activation_checkpointing=True)), config).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=2e-2, atol=1e-2 * float(expected[name].abs().max()))
+
+
+def test_without_a_compiler_compiled_layers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(InputError, match=r"install g\+\+ or clang\+\+, or set training.compile_layers=false"):
+        trainer_for(compiling(settings("fp16")))
 
 
 def test_an_overflow_skips_the_step_halves_the_scale_keeps_the_version_and_names_the_parameter() -> None:

@@ -149,7 +149,7 @@ def reference(subject: Subject, batch: CensusBatch) -> Reference:
 def _trainer(subject: Subject, dtype: DtypeName) -> PolicyTrainer:
     # Parameters and their hooks refer to each other: the last trainer's memory comes back only so.
     gc.collect()
-    return trainer_in(subject, dtype)
+    return trainer_in(subject, dtype, hooked=True)
 
 
 def _in_model_order(module: nn.Module, rows: dict[Spot, Magnitudes]) -> dict[Spot, Magnitudes]:

@@ -66,7 +66,7 @@ def localize(subject: Subject, token_ids: Sequence[int], prompt_length: int, *, 
         InputError: an architecture the native engine does not compute, or a sequence without prompt or completion.
     """
     subject = _with_native_engine(subject)
-    engine, trainer = _engine_unchecked(subject, dtype), trainer_in(subject, dtype)
+    engine, trainer = _engine_unchecked(subject, dtype), trainer_in(subject, dtype, hooked=True)
     return localize_pair(trainer, engine.decoder, token_ids, prompt_length, dtype=dtype)
 
 

@@ -91,9 +91,12 @@ def policy_in(subject: Subject, dtype: DtypeName) -> PrecisionPolicy:
     return build_policy(config_in(subject, dtype).precision, choose_device(subject.config))
 
 
-def trainer_in(subject: Subject, dtype: DtypeName) -> PolicyTrainer:
-    """A trainer in `dtype` on its own copy of the weights."""
+def trainer_in(subject: Subject, dtype: DtypeName, *, hooked: bool = False) -> PolicyTrainer:
+    """A trainer in `dtype` on its own copy of the weights; not compiled if it is to be `hooked`, for compiled layers
+    would not call hooks."""
     config = config_in(subject, dtype)
+    if hooked:
+        config = config.model_copy(update={"training": config.training.model_copy(update={"compile_layers": False})})
     model = dataclasses.replace(subject.model, module=copy.deepcopy(subject.model.module))
     algorithm = resolve_algorithm(config.algorithm)
     return PolicyTrainer(model, config=config, policy=policy_in(subject, dtype), algorithm=algorithm)

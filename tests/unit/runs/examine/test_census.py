@@ -11,6 +11,7 @@ import torch
 
 from betterhalf.config.schema import RunConfig
 from betterhalf.diagnostics.numerics import BACKWARD_KINDS, Kind, Spot
+from betterhalf.models.attention import PackLayout
 from betterhalf.runs.examine.census import (
     CENSUS_TOKENS,
     CensusBatch,
@@ -145,7 +146,7 @@ def test_magnitudes_are_those_of_the_model(subject: Subject, batch: CensusBatch,
     module.get_decoder()(
         input_ids=micro.token_ids_T.unsqueeze(0),
         position_ids=micro.position_ids_T.unsqueeze(0),
-        segments=micro.segments,
+        layout=PackLayout(micro.segments),
         use_cache=False,
     )
     for kind, value in zip(("input", "forward"), caught, strict=True):

@@ -1,0 +1,44 @@
+"""Regional compilation: torch.compile fuses what lies between the matrix products of each decoder layer.
+
+A layer is compiled once, for packs of any size, and all layers share the code. Attention is left out, and so are the
+CPU's half products, which torch would have to look through to their cached weights. The compiler is told to keep every
+rounding to half that the module's own operations make; sums it may order anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from betterhalf.errors import InputError
+from betterhalf.precision.half_linear import HalfLinear
+
+
+def compile_layers(decoder: Any, device: torch.device) -> None:
+    """Compile the layers of a transformers decoder in place; nothing happens before the first pass.
+
+    Raises:
+        InputError: on a CPU without a C++ compiler.
+    """
+    if device.type == "cpu":
+        _require_compiler()
+    for layer in decoder.layers:
+        for part in layer.modules():
+            if isinstance(part, HalfLinear):
+                part.forward = torch.compiler.disable(part.forward)  # type: ignore[method-assign, no-untyped-call]
+        layer.compile(dynamic=True, options={"emulate_precision_casts": True})
+
+
+def _require_compiler() -> None:
+    # Imported here: they load the compiler's own machinery, which takes seconds.
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise InputError(
+            "training.compile_layers needs a C++ compiler on a CPU, and there is none; install g++ or clang++, or set "
+            "training.compile_layers=false"
+        ) from error
