@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.machinery
 import importlib.util
 import json
@@ -268,10 +269,12 @@ def test_logprobs_that_are_not_finite_stop_the_step_before_any_update(
         score = module.measure_tokens
         monkeypatch.setattr(module, "measure_tokens", lambda *a: (score(*a)[0] * math.nan, score(*a)[1]))
     else:
-        from betterhalf.rollout import sampler as module
+        from betterhalf.rollout import sampler
 
-        score = module.token_logprobs
-        monkeypatch.setattr(module, "token_logprobs", lambda *a: score(*a) * math.nan)
+        drawn = sampler.draw
+        monkeypatch.setattr(
+            sampler, "draw", lambda *a: dataclasses.replace(drawn(*a), logprobs=drawn(*a).logprobs * math.nan)
+        )
     updated: list[float] = []
     monkeypatch.setattr("betterhalf.training.policy_trainer.PolicyTrainer.optim_step", updated.append)
     message = train(3)

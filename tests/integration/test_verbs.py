@@ -153,7 +153,7 @@ def test_the_report_of_two_runs_overlays_both(run: Path, verb: Verb, tmp_path: P
     assert "<title>run, other - betterhalf report</title>" in text
     assert "Settings that differ" in text and "optimizer.learning_rate" in text
     for folder in (run, other):
-        assert f"{read_jsonl(folder / 'metrics.jsonl')[-1]['rollout/reward/mean']:.3g}" in text
+        assert f"last {read_jsonl(folder / 'metrics.jsonl')[-1]['rollout/reward/mean']:.4g}" in text
     assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text and "<script" not in text
 
 

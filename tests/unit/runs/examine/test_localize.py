@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from betterhalf import ops
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import InputError
+from betterhalf.models.attention import PackLayout
 from betterhalf.models.loading import LoadedModel, load_model
 from betterhalf.report.localize_text import show_localize
 from betterhalf.rollout.native import decoder as decoder_module
@@ -355,7 +356,7 @@ def test_recording_leaves_every_number_bitwise_as_it_was(dtype: DtypeName) -> No
     arguments = {
         "input_ids": torch.tensor([TOKENS]),
         "position_ids": torch.arange(len(TOKENS))[None],
-        "segments": (PackedSegment(length=len(TOKENS)),),
+        "layout": PackLayout((PackedSegment(length=len(TOKENS)),)),
         "use_cache": False,
     }
     with torch.no_grad():
