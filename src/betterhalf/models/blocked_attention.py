@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from betterhalf.precision.products import batched_product
 
-_QUERIES = 128
+_QUERIES = 64
 """Of a block: keys beyond its last query are left out, and its scores stay in the processor's cache."""
 _SCORES = 2**21
 """Scores of a block, all heads together; 8 MiB."""

@@ -16,7 +16,7 @@ from betterhalf.precision.policy import PrecisionPolicy
 
 
 class _HalfEmbeddingFunction(torch.autograd.Function):
-    """weight [V, H] in half, token ids [...] -> [..., H]; gradient by an FP32 sum for each row, rounded once."""
+    """weight [V, H] in half, token ids [...] -> [..., H]; sparse gradient by an FP32 sum for each row, rounded once."""
 
     @staticmethod
     def forward(ctx: Any, weight_VH: Tensor, token_ids: Tensor, padding_idx: int | None) -> Tensor:
@@ -31,10 +31,10 @@ class _HalfEmbeddingFunction(torch.autograd.Function):
         present, place = token_ids.reshape(-1).unique(return_inverse=True)
         total = torch.zeros(present.shape[0], ctx.shape[1], dtype=torch.float32, device=rows.device)
         total.index_add_(0, place, rows)
-        grad = torch.zeros(ctx.shape, dtype=ctx.dtype, device=rows.device)
-        grad[present] = total.to(ctx.dtype)
         if ctx.padding_idx is not None:
-            grad[ctx.padding_idx] = 0
+            total[present == ctx.padding_idx] = 0
+        # Sparse: a pack has some hundreds of rows; a dense gradient of all would be written and read once more.
+        grad = torch.sparse_coo_tensor(present[None], total.to(ctx.dtype), ctx.shape, check_invariants=False)
         return grad, None, None
 
 

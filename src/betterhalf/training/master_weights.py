@@ -55,11 +55,13 @@ class MasterWeights:
 
         def collect(parameter: Tensor) -> None:
             assert parameter.grad is not None and master.grad is not None
-            if name in collected:
+            if parameter.grad.is_sparse:
+                _add_rows(master.grad, parameter.grad, empty=name not in collected)
+            elif name in collected:
                 master.grad.add_(parameter.grad)
             else:
                 master.grad.copy_(parameter.grad)
-                collected.add(name)
+            collected.add(name)
             parameter.grad = None
 
         return collect
@@ -121,3 +123,11 @@ class MasterWeights:
         for name, master in self.masters.items():
             master.copy_(tensors[name])
         self.publish()
+
+
+def _add_rows(total: Tensor, sparse: Tensor, *, empty: bool) -> None:
+    """Add some rows to an FP32 gradient; `empty` says that what it holds is of the past."""
+    if empty:
+        total.zero_()
+    rows = sparse.coalesce()
+    total.index_add_(0, rows.indices()[0], rows.values().float())

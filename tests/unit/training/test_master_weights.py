@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from betterhalf.precision.contract import weights_digests
+from betterhalf.precision.half_embedding import HalfEmbedding
 from betterhalf.precision.islands import resolve_islands
 from betterhalf.training.master_weights import MasterWeights
 
@@ -37,6 +38,19 @@ def test_a_gradient_of_the_past_is_neither_added_to_nor_reported(dtype: torch.dt
     assert {name: gradient.item() for name, gradient in weights.gradients()} == {"used.weight": 4.0, "idle.weight": 0.0}
     weights.zero_grad()
     assert [gradient.item() for _, gradient in weights.gradients()] == [0.0, 0.0]
+
+
+def test_sparse_gradients_of_an_embedding_add_up_and_forget_the_past() -> None:
+    module = nn.ModuleDict({"table": HalfEmbedding(nn.Embedding(4, 1))})
+    weights = MasterWeights(module, torch.float16)
+    for tokens, expected in (([1, 1, 3], [0.0, 2.0, 0.0, 1.0]), ([0, 3], [1.0, 2.0, 0.0, 2.0])):
+        module["table"](torch.tensor(tokens)).sum().backward()
+        ((_, gradient),) = weights.gradients()
+        assert gradient.flatten().tolist() == expected
+    weights.zero_grad()
+    module["table"](torch.tensor([2])).sum().backward()
+    ((_, gradient),) = weights.gradients()
+    assert gradient.flatten().tolist() == [0.0, 0.0, 1.0, 0.0]
 
 
 def test_each_part_is_rounded_to_half_before_it_is_added() -> None:

@@ -76,7 +76,8 @@ class _Watcher:
             _on_gradient(output, partial(self._gradient, name, "backward"))
 
     def _gradient(self, name: str, kind: Kind, gradient: Tensor) -> None:
-        self._see(name, kind, gradient.detach())
+        # An embedding's is sparse: its other rows are zeros, which a census counts too.
+        self._see(name, kind, gradient.detach().to_dense() if gradient.is_sparse else gradient.detach())
 
 
 def _on_gradient(x: Tensor, see: Callable[[Tensor], None]) -> RemovableHandle:
