@@ -14,8 +14,9 @@ import subprocess
 import sys
 
 import torch
+from packs import pack_of, random_ids
 from side_by_side import Row, Table, parser
-from train_pass import LOSS_SCALE, one_sequence
+from train_pass import LOSS_SCALE
 
 VOCABULARY, HIDDEN, LAYERS = 150_000, 256, 2
 SIZES = (1024, 4096, 16384)
@@ -54,34 +55,12 @@ def one_pass(tokens: int) -> None:
     config = RunConfig()
     policy = build_policy(config.precision, torch.device("cpu"))
     trainer = PolicyTrainer(model, config=config, policy=policy, algorithm=resolve_algorithm(AlgorithmConfig()))
-    warm = one_sequence(torch.randint(0, VOCABULARY, (64,)))
+    warm = pack_of(random_ids(VOCABULARY, 1, 64))
     (-trainer.score(warm).mean() * LOSS_SCALE).backward()
     before = peak_gib()
-    lengths = (256,) * (tokens // 256)
-    micro = packed(lengths)
+    micro = pack_of(random_ids(VOCABULARY, tokens // 256, 256))
     (-trainer.score(micro).mean() * LOSS_SCALE).backward()
     print(before, peak_gib())
-
-
-def packed(lengths: tuple[int, ...]):  # type: ignore[no-untyped-def]
-    """Sequences of random tokens end to end, every token but each first one with a loss."""
-    from dataclasses import replace
-
-    single = one_sequence(torch.randint(0, VOCABULARY, (lengths[0],)))
-    count, length = len(lengths), lengths[0]
-    starts = torch.arange(count).repeat_interleave(length - 1) * length
-    return replace(
-        single,
-        token_ids_T=torch.randint(0, VOCABULARY, (count * length,)),
-        position_ids_T=single.position_ids_T.repeat(count),
-        segments=single.segments * count,
-        loss_rows_C=single.loss_rows_C.repeat(count) + starts,
-        target_ids_C=torch.randint(0, VOCABULARY, (count * (length - 1),)),
-        sequence_index_C=torch.arange(count).repeat_interleave(length - 1),
-        behavior_logprobs_C=torch.zeros(count * (length - 1)),
-        advantages_S=torch.ones(count),
-        rollout_index_S=tuple(range(count)),
-    )
 
 
 def added_gib(tokens: int) -> float:

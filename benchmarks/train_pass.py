@@ -18,6 +18,7 @@ import statistics
 from typing import Any
 
 import torch
+from packs import pack_of, random_ids
 from side_by_side import Action, Row, Table, parser, seconds_of, take_turns
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from betterhalf.precision.formats import torch_dtype
 from betterhalf.precision.policy import build_policy
 from betterhalf.precision.products import product
 from betterhalf.training.policy_trainer import PolicyTrainer
-from betterhalf.types import DtypeName, MicroBatch, PackedSegment
+from betterhalf.types import DtypeName
 
 LOSS_SCALE = 2.0**16
 
@@ -47,7 +48,7 @@ def our_pass(model: LoadedModel, token_ids_T: Tensor, dtype: DtypeName) -> Actio
     policy = build_policy(config.precision, torch.device("cpu"))
     copied = LoadedModel(**{name: getattr(model, name) for name in model.__slots__} | {"module": duplicate(model)})
     trainer = PolicyTrainer(copied, config=config, policy=policy, algorithm=resolve_algorithm(AlgorithmConfig()))
-    micro = one_sequence(token_ids_T)
+    micro = pack_of(token_ids_T.unsqueeze(0))
 
     def run() -> None:
         (-trainer.score(micro).mean() * LOSS_SCALE).backward()
@@ -74,22 +75,6 @@ def duplicate(model: LoadedModel) -> Any:
     return copy.deepcopy(model.module)
 
 
-def one_sequence(token_ids_T: Tensor) -> MicroBatch:
-    """A pack of one sequence in which every token but the first is a completion token."""
-    length = token_ids_T.shape[0]
-    return MicroBatch(
-        token_ids_T=token_ids_T,
-        position_ids_T=torch.arange(length),
-        segments=(PackedSegment(length=length),),
-        loss_rows_C=torch.arange(length - 1),
-        target_ids_C=token_ids_T[1:],
-        sequence_index_C=torch.zeros(length - 1, dtype=torch.int64),
-        behavior_logprobs_C=torch.zeros(length - 1),
-        advantages_S=torch.ones(1),
-        rollout_index_S=(0,),
-    )
-
-
 def products(model: LoadedModel, tokens: int) -> dict[tuple[int, int, int], int]:
     """(m, k, n) -> how often an [m, k] x [k, n] product occurs in a forward and backward pass over all weights."""
     shapes: dict[tuple[int, int, int], int] = {}
@@ -114,12 +99,6 @@ def peak_seconds(shapes: dict[tuple[int, int, int], int], repeats: int) -> float
     return total
 
 
-def random_tokens(model: LoadedModel, count: int) -> Tensor:
-    """Ids drawn evenly from the vocabulary."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, model.hf_config.vocab_size, (count,), generator=generator)
-
-
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--tokens", type=int, default=512, help="tokens of a pass")
@@ -130,12 +109,13 @@ def main() -> None:
     table = Table("tokens/s")
     for ours, peer, target in PAIRS:
         tokens = args.fp16_tokens if peer == "fp16" else args.tokens
-        ids = random_tokens(model, tokens)
+        ids = random_ids(model.hf_config.vocab_size, 1, tokens)[0]
         sides = our_pass(model, ids, ours), peer_pass(model, ids, peer)
         mine, theirs = take_turns(*sides, repeats=args.repeats)
         what = f"{ours} pass vs transformers {peer}, {tokens} tokens"
         table.add(Row(what=what, ours=tokens / mine, peer=tokens / theirs, target=target))
-    ids, shapes = random_tokens(model, args.tokens), products(model, args.tokens)
+    ids = random_ids(model.hf_config.vocab_size, 1, args.tokens)[0]
+    shapes = products(model, args.tokens)
     ours_fp16 = our_pass(model, ids, "fp16")
     ours_fp16()
     turns = [(seconds_of(ours_fp16), peak_seconds(shapes, args.repeats)) for _ in range(args.repeats)]

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -68,3 +70,29 @@ def test_made_up_rewards_leave_only_the_wanted_groups_equal(monkeypatch: pytest.
     whole_step = benchmark("whole_step", monkeypatch)
     task = whole_step.Scripted([], group_size=2, equal_share=0.5)
     assert task.rewards([], ["a", "b", "aa", "b"], []) == [0.0, 0.0, 0.001, 1.001]
+
+
+def test_a_pack_gives_every_token_but_the_first_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = benchmark("packs", monkeypatch).pack_of(torch.tensor([[5, 6, 7], [8, 9, 4]]))
+    assert pack.token_ids_T.tolist() == [5, 6, 7, 8, 9, 4]
+    assert pack.position_ids_T.tolist() == [0, 1, 2, 0, 1, 2]
+    assert [segment.length for segment in pack.segments] == [3, 3]
+    assert pack.loss_rows_C.tolist() == [0, 1, 3, 4]
+    assert pack.target_ids_C.tolist() == [6, 7, 9, 4]
+    assert pack.sequence_index_C.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_work_on_a_gpu_is_that_of_the_weights_and_of_causal_attention(
+    tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = benchmark("gpu", monkeypatch)
+    hf = Qwen2Config(**gpu.ARCHITECTURES["tiny"] | {"tie_word_embeddings": tied})
+    module = Qwen2ForCausalLM(hf)
+    matrices = sum(p.numel() for name, p in module.named_parameters() if p.ndim == 2 and (tied or "embed" not in name))
+    assert gpu.multiplied(hf) == matrices
+    # Two sequences of 3 tokens see 1 + 2 + 3 keys; each of QK^T and PV is 2 x 64 operations in each of 2 layers.
+    attention = 2 * (1 + 2 + 3) * 2 * 2 * 64 * 2
+    assert gpu.train_flops(hf, sequences=2, length=3) == 6 * matrices * 6 + 3 * attention
+    # Two sequences of 5 tokens: keys and values of one head of 32, in 2 layers, 2 bytes each.
+    assert gpu.decode_bytes(hf, sequences=2, length=5) == 2 * (matrices + 2 * 5 * 2 * 32 * 2)
