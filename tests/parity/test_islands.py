@@ -160,9 +160,10 @@ def test_an_island_cures_the_overflow_in_the_trainer(island: str) -> None:
 @pytest.mark.parametrize("island", [DOWN, "model.layers.1.mlp", "model.layers.1"])
 def test_an_island_cures_the_overflow_in_the_engine_and_the_wings_stay_together(island: str, mode: str) -> None:
     gap = gaps(*wings(overflowing(), half("fp16", island), mode)[:2])
-    plain = gaps(*wings(random_model(), half("fp16"), mode)[:2])
+    plain, engine_mode = (k3(gaps(*wings(random_model(), half("fp16"), m)[:2])) for m in (mode, "engine"))
     assert bool(gap.isfinite().all())
-    assert k3(gap) < 1.5 * k3(plain)
+    # Aligned wings may agree bit for bit, which leaves nothing to compare with.
+    assert k3(gap) < max(1.5 * plain, 0.03 * engine_mode)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

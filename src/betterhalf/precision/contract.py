@@ -244,15 +244,16 @@ def weights_digests(weights: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 @torch.no_grad()
 def tensor_digest(tensor: Tensor) -> str:
-    """64-bit checksum of a tensor's raw bits, their positions, its dtype and its shape, as 16 hexadecimal digits.
+    """64-bit checksum of a tensor's bits, their positions, its dtype and its shape, as 16 hexadecimal digits.
 
     Each 64-bit word is mixed with its position (splitmix64, one to one for each position) and the words are added
     modulo 2^64: a change within one word always shows, any other change shows but for one chance in 2^64. It guards
-    against mistakes, not against forgery. Equal on every device, whatever the strides.
+    against mistakes, not against forgery. Equal on every device, whatever the strides. The sign of a zero is left out:
+    weights that an engine holds packed can only be read back through a product, whose sum has lost it.
     """
     words, tail = _as_words(tensor)
     at_once = words.numel() if words.is_cuda else _WORDS_AT_ONCE
-    total = _sum_of_mixed(words, 0, max(at_once, 1)) + _sum_of_mixed(tail, words.numel(), 1)
+    total = _sum_of_mixed(words, 0, max(at_once, 1), tensor.dtype) + _sum_of_mixed(tail, words.numel(), 1, tensor.dtype)
     header = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode()).digest()
     return f"{(total + int.from_bytes(header[:8], 'little')) % 2**64:016x}"
 
@@ -269,18 +270,22 @@ def _as_words(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return head.view(torch.int64), tail.view(torch.int64)
 
 
-def _sum_of_mixed(words: Tensor, first_position: int, at_once: int) -> int:
-    """Sum modulo 2^64 of the mixed words; `first_position` is the position of the first."""
+def _sum_of_mixed(words: Tensor, first_position: int, at_once: int, dtype: torch.dtype) -> int:
+    """Sum modulo 2^64 of the mixed words, made of numbers of `dtype`; `first_position` is the position of the first."""
     size = min(at_once, words.numel())
     keys = torch.arange(size, device=words.device) * _signed(_GOLDEN)
     mixed, shifted = torch.empty_like(keys), torch.empty_like(keys)
     sums = []
     for start in range(0, words.numel(), at_once):
-        part = words[start : start + at_once]
+        part = _without_negative_zeros(words[start : start + at_once], dtype)
         n = part.numel()
         offset = _signed((first_position + start) * _GOLDEN)
         sums.append(_mix(part, keys[:n], offset, mixed[:n], shifted[:n]).sum())
     return int(torch.stack(sums).sum()) if sums else 0
+
+
+def _without_negative_zeros(words: Tensor, dtype: torch.dtype) -> Tensor:
+    return (words.view(dtype) + 0).view(torch.int64) if dtype.is_floating_point else words
 
 
 def _mix(words: Tensor, keys: Tensor, offset: int, mixed: Tensor, shifted: Tensor) -> Tensor:
