@@ -5,11 +5,17 @@ Axis letters: V vocabulary, C completion tokens, S sequences.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 LOG_RATIO_BOUND = 20.0
 """Log-ratios are bounded to +-20 once, before the exponential: exp(20) = 4.9e8 keeps FP32 sums finite."""
+
+
+_AT_ONCE = 2**21
+"""Logits whose temporaries are alive at once on a CPU: 8 MiB, which stays in its cache and is no fresh memory."""
 
 
 def shifted_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,9 +32,24 @@ def log_normaliser(exponentials: Tensor, largest: Tensor) -> Tensor:
 
 def normalised(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """`token_logprobs`, and what it subtracted: the logarithm of the sum of exponentials; both float32 [...]."""
-    scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
-    normaliser = log_normaliser(*shifted_exp(scaled))
-    return chosen(scaled, token_ids) - normaliser, normaliser
+
+    def some(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
+        normaliser = log_normaliser(*shifted_exp(scaled))
+        return chosen(scaled, token_ids) - normaliser, normaliser
+
+    logprobs, normaliser = _by_rows(some, logits, token_ids)
+    return logprobs, normaliser
+
+
+def _by_rows(some: Callable[..., tuple[Tensor, ...]], logits: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """What `some` gives, [...] each, for logits [..., V] and others [...]; on a CPU it sees a few rows at a time."""
+    shape, vocabulary = logits.shape[:-1], logits.shape[-1]
+    if not logits.is_cpu or logits.numel() <= _AT_ONCE:
+        return some(logits, *others)
+    flat = (logits.reshape(-1, vocabulary), *(x.reshape(-1) for x in others))
+    parts = zip(*(torch.split(x, max(1, _AT_ONCE // vocabulary)) for x in flat), strict=True)
+    return tuple(torch.cat(found).view(shape) for found in zip(*(some(*part) for part in parts), strict=True))
 
 
 def chosen(logits: Tensor, token_ids: Tensor) -> Tensor:
@@ -52,8 +73,12 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Entropy of softmax(logits / temperature) in nats, in FP32: [..., V] -> [...]."""
-    log_p = (logits.float() if temperature == 1.0 else logits.float() / temperature).log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)
+
+    def some(logits: Tensor) -> tuple[Tensor]:
+        log_p = (logits.float() if temperature == 1.0 else logits.float() / temperature).log_softmax(-1)
+        return (-(log_p.exp() * log_p).sum(-1),)
+
+    return _by_rows(some, logits)[0]
 
 
 def log_ratio(numerator_logprobs: Tensor, denominator_logprobs: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
-"""Matrix products on a CPU by the faster of the two libraries inside torch: oneDNN where torch was built with it.
+"""Matrix products on a CPU by the faster of the two libraries inside torch, MKL and oneDNN, chosen by the processor.
 
-torch gives FP32 products to MKL, which on an AMD processor with AVX-512 is half as fast as oneDNN
-(`benchmarks/products.py` measures both, docs/LOG.md has the numbers). oneDNN's inner product takes the second operand
-in rows, as a linear layer holds its weight, plain, transposed or packed into blocks of its own: packed is faster for
-few rows, and a packed tensor takes the place of the plain one. Batched FP32 products of many rows are two to four times
-as fast by oneDNN on such a processor. Sums are FP32 in every case; results of half operands are rounded once.
+torch gives FP32 products to MKL. On an AMD processor with AVX-512 oneDNN is about twice as fast; on Intel's the two are
+equal forward and MKL is a third faster for gradients of weights (`benchmarks/products.py` measures both, docs/LOG.md
+has the numbers). The choice is made by the maker's name, not by timing: other libraries add in another order, and a
+run must repeat bit for bit. A weight packed into oneDNN's own blocks is the fastest for few rows on both; it takes the
+place of the plain one. Sums are FP32 in every case; results of half operands are rounded once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -19,6 +21,10 @@ from torch.nn import functional as F
 _ROWS = 64
 """What a weight is packed for; products of other sizes take it as it is. Fewer than 32 would make a slow layout."""
 
+_CACHED = 2**21
+"""FP32 numbers that stay in a processor's cache."""
+_FEWEST_COLUMNS = 256
+
 _LESSER_PRECISION = "bf16"
 """What torch calls the setting under which oneDNN gets FP32 batches."""
 
@@ -27,23 +33,48 @@ def _onednn() -> bool:
     return torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+@cache
+def _plain_by_onednn() -> bool:
+    """Whether oneDNN also gets FP32 products of weights that are not packed: not where MKL is at home."""
+    # Older versions of torch do not tell the processor's name.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return _onednn() and not (torch._C.has_mkl and "intel" in capabilities.get("cpu_name", "").lower())
+
+
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """`left @ right^T + bias`, without a gradient of its own.
 
     Args:
-        left: [M, K], float32 or bfloat16, any strides; oneDNN is for a CPU.
+        left: [M, K], float32 or bfloat16, any strides.
         right: [N, K] in the same dtype, any strides, or a result of `packed`.
         bias: [N] in the same dtype.
 
     Returns:
         [M, N] in the same dtype, contiguous; FP32 sums.
     """
-    if not (left.is_cpu and _onednn()):
+    if right.layout == torch.strided and not (left.is_cpu and _plain_by_onednn()):
         return F.linear(left, right, bias)
     if not left.numel():
         return left.new_zeros(left.shape[0], right.shape[0]) + (0 if bias is None else bias)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(left), _dense(right), bias, "none", [], "")
     return out
+
+
+def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """`left @ right^T` in memory that is there already, which for a large result spares more time than it seems.
+
+    Args:
+        out: float32 [M, N], contiguous.
+        left: float32 [M, K].
+        right: float32 [N, K], not `packed`.
+    """
+    if not (left.is_cpu and _plain_by_onednn()):
+        torch.mm(left, right.t(), out=out)
+        return
+    # oneDNN brings its own memory: a part that stays in the processor's cache is copied for little.
+    columns = max(_FEWEST_COLUMNS, _CACHED // max(1, left.shape[0]))
+    for start in range(0, right.shape[0], columns):
+        out[:, start : start + columns] = product(left, right[start : start + columns])
 
 
 def _dense(matrix: Tensor) -> Tensor:
@@ -69,21 +100,48 @@ def batched_product(left: Tensor, right: Tensor) -> Tensor:
     return _bmm_by_onednn(left, right)
 
 
+def add_batched_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right` to `total` in place, for each of B pairs.
+
+    Args:
+        total: float32 [B, M, N]; what one pair adds to is dense, and may be part of a larger tensor.
+        left: [B, M, K], any dtype; a half product is rounded before it is added.
+        right: [B, K, N] in the same dtype.
+    """
+    if left.dtype != torch.float32:
+        total += torch.bmm(left, right)
+    elif left.is_cpu and _batched_by_onednn():
+        with _onednn_gets_batches():
+            total.baddbmm_(left, right)
+    else:
+        total.baddbmm_(left, right)
+
+
 def _bmm_by_onednn(left: Tensor, right: Tensor) -> Tensor:
+    with _onednn_gets_batches():
+        return torch.bmm(left, right)
+
+
+@contextmanager
+def _onednn_gets_batches() -> Iterator[None]:
     # torch hands FP32 batches to oneDNN only when oneDNN may round their operands to BF16.
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = _LESSER_PRECISION
     try:
-        return torch.bmm(left, right)
+        yield
     finally:
         settings.fp32_precision = before
 
 
-@cache
 def _batched_by_onednn() -> bool:
+    return _plain_by_onednn() and _exact_batches()
+
+
+@cache
+def _exact_batches() -> bool:
     """Whether oneDNN computes FP32 batches in FP32 even where it may do less: no AMX tiles, and a product shows it."""
-    if not _onednn() or torch.cpu._is_amx_tile_supported():
+    if torch.cpu._is_amx_tile_supported():
         return False
     left, right = (torch.rand(2, 128, 128, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     found, exact = _bmm_by_onednn(left, right), torch.bmm(left.double(), right.double())

@@ -21,6 +21,10 @@ from torch import Tensor, nn
 from betterhalf.precision.islands import Islands
 
 
+_CACHED = 2**19
+"""Numbers of a gradient that are added at once on a CPU: 2 MiB in FP32."""
+
+
 class MasterWeights:
     """The masters of one module, by unfused Hugging Face name, in the module's order."""
 
@@ -58,7 +62,7 @@ class MasterWeights:
             if parameter.grad.is_sparse:
                 _add_rows(master.grad, parameter.grad, empty=name not in collected)
             elif name in collected:
-                master.grad.add_(parameter.grad)
+                _add(master.grad, parameter.grad)
             else:
                 master.grad.copy_(parameter.grad)
             collected.add(name)
@@ -123,6 +127,13 @@ class MasterWeights:
         for name, master in self.masters.items():
             master.copy_(tensors[name])
         self.publish()
+
+
+def _add(total: Tensor, half: Tensor) -> None:
+    """Add to an FP32 gradient. torch widens the whole operand first: in parts, that stays in a CPU's cache."""
+    rows = max(1, _CACHED * total.shape[0] // max(1, total.numel())) if total.is_cpu else total.shape[0]
+    for part, share in zip(torch.split(total, rows), torch.split(half, rows), strict=True):
+        part.add_(share)
 
 
 def _add_rows(total: Tensor, sparse: Tensor, *, empty: bool) -> None:

@@ -90,6 +90,7 @@ class PolicyTrainer:
         self.optimizer = self._build_optimizer()
         self._head_leaf = self._head_weight()
         self._head_wide = Widened(self._head_leaf)
+        self._chunks = Chunks(logits=config.training.logits_mib * 2**18)
 
     def _build_optimizer(self) -> torch.optim.AdamW:
         settings = self.config.optimizer
@@ -128,10 +129,6 @@ class PolicyTrainer:
         wide = weight if weight.is_cuda or weight.dtype == torch.float32 else self._head_wide()
         native = weight.is_cuda or (quick(weight.dtype) and not self.policy.fp32_sums(self.policy.roles.compute_dtype))
         return Head(leaf=self._head_leaf, scoring=wide, learning=weight if native else wide)
-
-    @property
-    def _chunks(self) -> Chunks:
-        return Chunks(logits=self.config.training.logits_mib * 2**18)
 
     @torch.no_grad()
     def measure(self, micro: MicroBatch, temperature: float | None = None) -> tuple[Tensor, Tensor]:

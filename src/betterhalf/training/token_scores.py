@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from betterhalf import ops
-from betterhalf.precision.products import product
+from betterhalf.precision.products import product, product_into
 
 _CACHED_LOGITS = 2**21
 """Logits of a chunk in the backward pass on a CPU, 8 MiB: they are read three times, and should stay in its cache."""
@@ -39,12 +39,33 @@ class Head:
     """For the gradient's products: FP32, or half where half products are the device's own."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Chunks:
-    """How much of the logits is alive at once."""
+    """How much of the logits is alive at once, and on a CPU the memory they lie in.
 
-    logits: int
-    """FP32 numbers."""
+    That memory is kept from pass to pass: Linux takes large pieces back when they are free, and to fault them in anew
+    costs as much as a third of the product that fills them. Each use overwrites the last.
+    """
+
+    def __init__(self, *, logits: int) -> None:
+        """At most so many FP32 numbers; nothing is allocated before the first use."""
+        self.logits = logits
+        self.uses = 0
+        """How often the memory was written."""
+        self._memory = torch.empty(0)
+
+    def multiply(self, hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
+        """`head_logits` of a chunk; on a CPU valid until the next use."""
+        self.uses += 1
+        if not hidden_CH.is_cpu:
+            return head_logits(hidden_CH, weight_VH)
+        shape = hidden_CH.shape[0], weight_VH.shape[0]
+        if self._memory.numel() < shape[0] * shape[1]:
+            # An inference tensor could not be written by a later pass with gradients.
+            with torch.inference_mode(False):
+                self._memory = torch.empty(shape[0] * shape[1])
+        logits_CV = self._memory[: shape[0] * shape[1]].view(shape)
+        product_into(logits_CV, hidden_CH.float(), weight_VH)
+        return logits_CV
 
     def rows(self, vocabulary: int) -> int:
         """Rows of a chunk that spans the vocabulary; at least one."""
@@ -57,7 +78,8 @@ class Chunks:
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """[C, H] hidden, [V, H] head -> [C] logprobs. Logits of a single chunk are kept, others computed again."""
+    """[C, H] hidden, [V, H] head -> [C] logprobs. Logits of a single chunk are kept until their memory is used for
+    others; then, and where chunks are several, they are computed again."""
 
     @staticmethod
     def forward(
@@ -72,12 +94,12 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> Tensor:
         rows, parts = chunks.rows(scoring_VH.shape[0]), []
         for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True):
-            logits = head_logits(hidden, scoring_VH)
+            logits = chunks.multiply(hidden, scoring_VH)
             parts.append(ops.normalised(logits, targets, temperature))
         logprobs_C, normaliser_C = (torch.cat(columns) for columns in zip(*parts, strict=True))
         ctx.save_for_backward(hidden_CH, scoring_VH, learning_VH, targets_C, normaliser_C)
         ctx.temperature, ctx.chunks = temperature, chunks
-        ctx.logits_CV = logits if len(parts) == 1 else None
+        ctx.logits_CV, ctx.use = (logits if len(parts) == 1 else None), chunks.uses
         return logprobs_C
 
     @staticmethod
@@ -86,16 +108,16 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.zeros(hidden_CH.shape, dtype=torch.float32, device=hidden_CH.device)
         grad_leaf = torch.empty_like(learning_VH, dtype=hidden_CH.dtype) if ctx.needs_input_grad[1] else None
         columns = ctx.chunks.columns(hidden_CH.shape[0], on_cpu=hidden_CH.is_cpu)
+        kept = ctx.logits_CV if ctx.use == ctx.chunks.uses else None
         operand = hidden_CH.to(learning_VH.dtype)
         for start in range(0, learning_VH.shape[0], columns):
             part = slice(start, start + columns)
-            logits = head_logits(hidden_CH, scoring_VH[part]) if ctx.logits_CV is None else ctx.logits_CV[:, part]
+            logits = head_logits(hidden_CH, scoring_VH[part]) if kept is None else kept[:, part]
             grad_logits = _grad_logits(logits, targets_C - start, normaliser_C, grad_outputs[0], ctx.temperature)
             grad_logits = grad_logits.to(learning_VH.dtype)
             grad_hidden += _product(grad_logits, learning_VH[part])
             if grad_leaf is not None:
                 grad_leaf[part] = _product(grad_logits.t(), operand)
-        ctx.logits_CV = None
         return grad_hidden.to(hidden_CH.dtype), grad_leaf, None, None, None, None, None
 
 
@@ -156,7 +178,7 @@ def measure_tokens(
     """
     rows, logprobs, entropies = chunks.rows(head.scoring.shape[0]), [], []
     for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True):
-        logits = head_logits(hidden, head.scoring)
+        logits = chunks.multiply(hidden, head.scoring)
         logprobs.append(ops.token_logprobs(logits, targets, temperature))
         entropies.append(ops.entropy(logits, temperature))
     return torch.cat(logprobs), torch.cat(entropies)

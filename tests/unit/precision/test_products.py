@@ -1,4 +1,4 @@
-"""Products against float64, by oneDNN and without it."""
+"""Products against float64, by each library."""
 
 from __future__ import annotations
 
@@ -10,20 +10,40 @@ import torch
 from torch import Tensor
 
 from betterhalf.precision import products
-from betterhalf.precision.products import batched_product, packed, product, unpacked
+from betterhalf.precision.products import add_batched_product, batched_product, packed, product, product_into, unpacked
 
 SHAPES = [(1, 1, 1), (7, 24, 5), (64, 576, 40), (4, 1024, 300), (32, 48, 2048), (200, 17, 9)]
 
 
-@pytest.fixture(params=["onednn", "without"], autouse=True)
+@pytest.fixture(params=["onednn", "mkl", "without"], autouse=True)
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Both libraries, where torch has both."""
+    """oneDNN for everything, for packed weights only, and for nothing, whatever this processor's maker."""
     if request.param == "without":
         monkeypatch.setattr(products, "_onednn", lambda: False)
-        monkeypatch.setattr(products, "_batched_by_onednn", lambda: False)
     elif not products._onednn():
         pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr(products, "_plain_by_onednn", lambda: request.param == "onednn")
     yield request.param
+
+
+@pytest.mark.parametrize(
+    ("onednn", "mkl", "processor", "expected"),
+    [
+        (True, True, "AMD EPYC 9R14", True),
+        (True, True, "Intel Xeon", False),
+        (True, False, "Intel Core i5", True),
+        (False, True, "AMD EPYC 9R14", False),
+        (True, True, "", True),
+    ],
+)
+def test_the_processor_chooses_the_library(
+    onednn: bool, mkl: bool, processor: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(products, "_onednn", lambda: onednn)
+    monkeypatch.setattr(torch._C, "has_mkl", mkl)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": processor} if processor else {})
+    assert products._plain_by_onednn.__wrapped__() == expected
 
 
 def operands(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,6 +142,18 @@ def test_batched_products_equal_float64_but_for_rounding(shape: tuple[int, int, 
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batched_products_are_added_to_a_part_of_a_larger_tensor(dtype: torch.dtype) -> None:
+    left, right = torch.randn(3, 64, 40).to(dtype), torch.randn(3, 64, 24).to(dtype)
+    total = torch.randn(3, 90, 24)
+    expected, shares = total.double(), left.double().transpose(1, 2) @ right.double()
+    expected[:2, 10:50] += shares[:2]
+    add_batched_product(total[:2, 10:50], left[:2].transpose(1, 2), right[:2])
+    error = (total.double() - expected).abs()
+    assert (error <= 65 * 2.0**-24 * 64 + torch.finfo(dtype).eps * expected.abs().max()).all()
+    assert not error[2].any() and not error[:2, :10].any() and not error[:2, 50:].any()
+
+
 def test_batched_products_leave_torch_s_settings_alone() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
     batched_product(torch.ones(2, 3, 4), torch.ones(2, 4, 5))
@@ -134,4 +166,14 @@ def test_where_the_processor_has_tiles_batches_stay_with_torch_s_choice(monkeypa
     """There oneDNN would multiply BF16 roundings of the operands."""
     monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert not products._batched_by_onednn.__wrapped__()
+    assert not products._exact_batches.__wrapped__()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_are_put_where_they_are_told(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_CACHED", 1)
+    monkeypatch.setattr(products, "_FEWEST_COLUMNS", 7)
+    left, right, _ = operands(*shape, torch.float32)
+    out = torch.full((left.shape[0], right.shape[0]), torch.nan)
+    product_into(out, left, right)
+    assert_close(out, left, right)

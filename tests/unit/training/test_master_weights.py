@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 from betterhalf.precision.contract import weights_digests
 from betterhalf.precision.half_embedding import HalfEmbedding
 from betterhalf.precision.islands import resolve_islands
+from betterhalf.training import master_weights
 from betterhalf.training.master_weights import MasterWeights
 
 
@@ -38,6 +41,17 @@ def test_a_gradient_of_the_past_is_neither_added_to_nor_reported(dtype: torch.dt
     assert {name: gradient.item() for name, gradient in weights.gradients()} == {"used.weight": 4.0, "idle.weight": 0.0}
     weights.zero_grad()
     assert [gradient.item() for _, gradient in weights.gradients()] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (7,), (1, 40)])
+def test_gradients_are_added_in_parts_of_any_size(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(master_weights, "_CACHED", 8)
+    module = nn.ParameterDict({"w": nn.Parameter(torch.zeros(shape))})
+    weights, factors = MasterWeights(module, torch.float16), torch.arange(7 * 3 * 40.0)[: math.prod(shape)].view(shape)
+    for _ in range(3):
+        (module["w"] * factors.half()).sum().backward()
+    ((_, gradient),) = weights.gradients()
+    assert torch.equal(gradient, 3 * factors)
 
 
 def test_sparse_gradients_of_an_embedding_add_up_and_forget_the_past() -> None:

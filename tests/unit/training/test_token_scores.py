@@ -124,11 +124,52 @@ def test_parts_of_the_vocabulary_are_put_together_from_kept_logits_too(
     _, grad_hidden64, grad_weight64 = reference(hidden, weight, targets, upstream, temperature)
     hidden.requires_grad_(), weight.requires_grad_()
     logprobs = token_logprobs(hidden, head(weight), targets, temperature, chunks(rows))
-    for _ in range(2):  # logits kept for the first pass are computed again for a second one
+    for _ in range(2):
         hidden.grad = weight.grad = None
         (logprobs * upstream).sum().backward(retain_graph=True)
         torch.testing.assert_close(hidden.grad.double(), grad_hidden64, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
         torch.testing.assert_close(weight.grad.double(), grad_weight64, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
+
+
+def test_logits_lie_in_one_memory_from_pass_to_pass_whatever_the_mode() -> None:
+    hidden, weight, targets, _ = problem(torch.float32)
+    chunk = chunks(11)
+    with torch.inference_mode():
+        first = measure_tokens(hidden, head(weight), targets, 1.0, chunk)[0].clone()
+    place = chunk.multiply(hidden, weight).data_ptr()
+    trained = token_logprobs(hidden.requires_grad_(), head(weight), targets, 1.0, chunk)
+    trained.sum().backward()
+    assert torch.equal(first, trained)
+    assert chunk.multiply(hidden.detach()[:4], weight).data_ptr() == place
+
+
+def test_a_pass_between_forward_and_backward_leaves_the_gradient_alone() -> None:
+    """The second pass overwrites the logits that the first one kept."""
+    hidden, weight, targets, upstream = problem(torch.float32)
+    grads = []
+    for disturbed in (False, True):
+        chunk, leaf = chunks(11), hidden.clone().requires_grad_()
+        logprobs = token_logprobs(leaf, head(weight), targets, 1.0, chunk)
+        if disturbed:
+            measure_tokens(3 * hidden, head(weight), targets, 1.0, chunk)
+        (logprobs * upstream).sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_rows_are_normalised_a_few_at_a_time_with_the_same_bits(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, taken = torch.randn(3, 5, 40, generator=generator), torch.randint(40, (3, 5), generator=generator)
+    whole = ops.token_logprobs(logits, taken, temperature), ops.entropy(logits, temperature)
+    for at_once in (1, 90, 400):
+        monkeypatch.setattr(ops, "_AT_ONCE", at_once)
+        assert torch.equal(ops.token_logprobs(logits, taken, temperature), whole[0])
+        assert torch.equal(ops.entropy(logits, temperature), whole[1])
+    exact = (logits.double() / temperature).log_softmax(-1)
+    torch.testing.assert_close(whole[0].double(), exact.gather(-1, taken.unsqueeze(-1)).squeeze(-1), rtol=1e-5, atol=0)
 
 
 def test_shared_logprob_definition_is_fp32_even_for_half_logits() -> None:
