@@ -1,7 +1,8 @@
-"""Half embeddings on a CPU whose gradient is summed in FP32 and rounded once.
+"""Embeddings on a CPU whose gradient is summed in FP32 and rounded once, and holds only the rows that occur.
 
 torch's CPU backward of an embedding adds the gradients of equal tokens one after another in their own dtype: in FP16 a
-sum of ones stops at 2048, in BF16 at 256. A token occurs hundreds of times in a pack, so that loses bits for good.
+sum of ones stops at 2048, in BF16 at 256. A token occurs hundreds of times in a pack, so that loses bits for good. In
+FP32 nothing is lost, but a gradient as large as the vocabulary is made and added for some hundreds of rows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from betterhalf.precision.policy import PrecisionPolicy
 
 
 class _HalfEmbeddingFunction(torch.autograd.Function):
-    """weight [V, H] in half, token ids [...] -> [..., H]; sparse gradient by an FP32 sum for each row, rounded once."""
+    """weight [V, H], token ids [...] -> [..., H]; sparse gradient by an FP32 sum for each row, rounded once."""
 
     @staticmethod
     def forward(ctx: Any, weight_VH: Tensor, token_ids: Tensor, padding_idx: int | None) -> Tensor:
@@ -39,7 +40,7 @@ class _HalfEmbeddingFunction(torch.autograd.Function):
 
 
 class HalfEmbedding(nn.Module):
-    """Takes the place of an `nn.Embedding` with half weights: same parameter, same name, same padding rule."""
+    """Takes the place of an `nn.Embedding`: same parameter, same name, same padding rule."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         """Adopt the very parameter of `embedding`."""
@@ -49,19 +50,19 @@ class HalfEmbedding(nn.Module):
         self.weight = embedding.weight
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """int64 [...] -> half [..., H]."""
+        """int64 [...] -> [..., H] in the weight's dtype."""
         out = _HalfEmbeddingFunction.apply(self.weight, token_ids, self.padding_idx)  # type: ignore[no-untyped-call]
         assert isinstance(out, Tensor)
         return out
 
 
 def use_half_embedding(module: nn.Module, policy: PrecisionPolicy) -> int:
-    """Replace, in place, every `nn.Embedding` inside `module` that holds a half compute dtype on a CPU.
+    """Replace, in place, every `nn.Embedding` inside `module` that holds the compute dtype on a CPU.
 
     Returns:
-        How many were replaced; 0 on a GPU, whose kernel sums in FP32, and in FP32.
+        How many were replaced; 0 on a GPU, whose kernel sums in FP32.
     """
-    if policy.device.type != "cpu" or policy.roles.compute_dtype == "fp32":
+    if policy.device.type != "cpu":
         return 0
     count = 0
     for parent in list(module.modules()):

@@ -74,10 +74,12 @@ class MasterWeights:
         """A leaf on the same storage whose gradient is collected on its own.
 
         autograd would add the half gradients of a parameter used twice (an embedding tied to the head) in half, before
-        anyone can widen them.
+        anyone can widen them; and the sparse one of an embedding to the dense one of the head in memory of its own.
         """
         if self.shared:
-            return parameter
+            alias = nn.Parameter(parameter.detach())
+            alias.grad = parameter.grad
+            return alias
         (name,) = [name for name, own in self._compute.items() if own is parameter]
         alias = nn.Parameter(parameter.detach())
         alias.register_post_accumulate_grad_hook(self._collector(name))  # type: ignore[no-untyped-call]
