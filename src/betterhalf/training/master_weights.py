@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from betterhalf.precision.islands import Islands
 
-
 _CACHED = 2**19
 """Numbers of a gradient that are added at once on a CPU: 2 MiB in FP32."""
 
