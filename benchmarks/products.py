@@ -1,10 +1,11 @@
-"""Matrix products of SmolLM2's shapes on a CPU: oneDNN, which ours uses, against torch's own choice (MKL in FP32).
+"""Matrix products of SmolLM2's shapes on a CPU: the library ours takes, against torch's own choice (MKL in FP32).
 
     python benchmarks/products.py [--json] [--dtype bf16]
 
 One row for each shape and number of rows: a decode step's (32) by the packed weight, a training pass's (512) forward
-and for both gradients, with plain operands. The sides take turns; GFLOP/s. In BF16 torch uses oneDNN too, and only the
-packing differs.
+and for both gradients, with plain operands. The sides take turns; GFLOP/s. Ours is oneDNN for packed weights, and for
+plain ones but on Intel's processors, where both sides are MKL. In BF16 torch uses oneDNN too, and only the packing
+differs.
 
 Then attention: the batched products of a block of queries, and the whole forward and backward pass of the trainer's
 blocked attention against torch's fused kernel, for one long sequence and for many short ones.

@@ -7,8 +7,8 @@ peers are the plain transformers module in one dtype, with its own loss. Same we
 loss; the sides take turns after a warm-up, and medians are compared. Weights are not updated between passes, so the
 widening of the weights that follows each update is not in the numbers.
 
-The last row compares our FP16 pass with the matrix products alone, in FP32, each at the best speed that this machine
-reaches for its shape in the same run: the share of the peak.
+The last row compares our FP16 pass with the matrix products alone, in FP32, each at the better speed of torch's choice
+and ours for its shape in the same run: the share of the peak.
 """
 
 from __future__ import annotations
