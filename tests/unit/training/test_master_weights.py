@@ -54,6 +54,19 @@ def test_gradients_are_added_in_parts_of_any_size(shape: tuple[int, ...], monkey
     assert torch.equal(gradient, 3 * factors)
 
 
+def test_both_uses_of_an_fp32_parameter_add_to_its_one_gradient() -> None:
+    module = nn.ModuleDict({"table": HalfEmbedding(nn.Embedding(3, 1))})
+    weights = MasterWeights(module, torch.float32)
+    head = weights.second_use(module["table"].weight)
+    for expected in ([1.0, 12.0, 1.0], [2.0, 24.0, 2.0]):
+        (head.sum() + 11 * module["table"](torch.tensor([1])).sum()).backward()
+        ((_, gradient),) = weights.gradients()
+        assert gradient.flatten().tolist() == expected
+    weights.zero_grad()
+    head.sum().backward()
+    assert [gradient.flatten().tolist() for _, gradient in weights.gradients()] == [[1.0, 1.0, 1.0]]
+
+
 def test_sparse_gradients_of_an_embedding_add_up_and_forget_the_past() -> None:
     module = nn.ModuleDict({"table": HalfEmbedding(nn.Embedding(4, 1))})
     weights = MasterWeights(module, torch.float16)
