@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _interpret_triton() -> None:
+    """Without a GPU, kernels run in Triton's interpreter, which it must know when it is imported for the first time."""
+    if _cuda_available():
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ImportError):
+        import triton  # noqa: F401
+    del os.environ["TRITON_INTERPRET"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,3 +37,6 @@ def _cuda_available() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+_interpret_triton()

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from betterhalf.kernels import fused
+
 LOG_RATIO_BOUND = 20.0
 """Log-ratios are bounded to +-20 once, before the exponential: exp(20) = 4.9e8 keeps FP32 sums finite."""
 
@@ -32,6 +34,8 @@ def log_normaliser(exponentials: Tensor, largest: Tensor) -> Tensor:
 
 def normalised(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """`token_logprobs`, and what it subtracted: the logarithm of the sum of exponentials; both float32 [...]."""
+    if fused(logits):
+        return _scores_on_gpu(logits, token_ids, temperature)[:2]
 
     def some(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
@@ -40,6 +44,24 @@ def normalised(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> t
 
     logprobs, normaliser = _by_rows(some, logits, token_ids)
     return logprobs, normaliser
+
+
+def logprobs_and_entropy(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` and `entropy` of the same rows; on a GPU in one read of the logits."""
+    if fused(logits):
+        logprobs, _, entropies = _scores_on_gpu(logits, token_ids, temperature)
+        return logprobs, entropies
+    return token_logprobs(logits, token_ids, temperature), entropy(logits, temperature)
+
+
+def _scores_on_gpu(logits: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Logprob, normaliser and entropy, [...] each."""
+    # Imported here: only where there is a GPU does it need Triton.
+    from betterhalf.kernels import vocabulary
+
+    rows, shape = logits.reshape(-1, logits.shape[-1]).float(), logits.shape[:-1]
+    logprobs, normalisers, entropies = vocabulary.scores(rows, token_ids.reshape(-1), temperature)
+    return logprobs.view(shape), normalisers.view(shape), entropies.view(shape)
 
 
 def _by_rows(some: Callable[..., tuple[Tensor, ...]], logits: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

@@ -22,7 +22,7 @@ FLOORS = {
     **dict.fromkeys(("models", "algorithms", "diagnostics", "tasks", "report"), 3),
     **dict.fromkeys(("precision", "metrics", "ops", "run_dir", "environment"), 2),
     "config": 1,
-    **dict.fromkeys(("types", "errors", "process"), 0),
+    **dict.fromkeys(("types", "errors", "process", "kernels"), 0),
 }
 
 TORCH_FREE = ("types", "errors", "process", "config", "metrics", "run_dir", "environment", "report", "tasks", "cli")

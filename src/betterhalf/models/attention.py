@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from inspect import signature
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -198,21 +199,39 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, w
     # Imported here: the module loads CUDA kernels.
     from torch.nn.attention.varlen import varlen_attn
 
-    queries = [segment.length for segment in segments]
-    keys = [segment.length + _before(segments, segment) for segment in segments]
-    offsets_q, offsets_k = (
-        torch.tensor([0, *accumulate(x)], dtype=torch.int32, device=q.device) for x in (queries, keys)
-    )
-    siblings = q.shape[1] // k.shape[1]
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+    spans = _spans(segments, q.device)
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
     k, v = (repeat_prefixes(x, segments) for x in (k, v))
-    if siblings > 1:
-        k, v = (x.repeat_interleave(siblings, dim=1) for x in (k, v))
-    left = window - 1 if window else -1
+    grouped: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if _asks_for_groups(varlen_attn) else {}
     # Where keys outnumber queries the causal mask and the window end at the last key, as here.
-    out = varlen_attn(q, k, v, offsets_q, offsets_k, max(queries), max(keys), scale=scale, window_size=(left, 0))
+    ends = (window - 1 if window else -1, 0)
+    out = varlen_attn(q, k, v, *spans.offsets, *spans.longest, scale=scale, window_size=ends, **grouped)
     assert isinstance(out, Tensor)
     return out.unsqueeze(0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Spans:
+    """Where the queries and the keys of each segment lie."""
+
+    offsets: tuple[Tensor, Tensor]
+    """int32 [segments + 1] each: first row of every segment, and the end."""
+    longest: tuple[int, int]
+
+
+@lru_cache(maxsize=64)
+def _spans(segments: Segments, device: torch.device) -> _Spans:
+    """Made once for a pack, since every layer asks: to send numbers to a GPU waits for it."""
+    queries = [segment.length for segment in segments]
+    keys = [segment.length + _before(segments, segment) for segment in segments]
+    first, second = (torch.tensor([0, *accumulate(x)], dtype=torch.int32, device=device) for x in (queries, keys))
+    return _Spans(offsets=(first, second), longest=(max(queries), max(keys)))
+
+
+@cache
+def _asks_for_groups(varlen_attn: Callable[..., Any]) -> bool:
+    """Whether it must be told that queries share key heads; torch before 2.12 lets them without."""
+    return "enable_gqa" in signature(varlen_attn).parameters
 
 
 def repeat_prefixes(x: Tensor, segments: Segments) -> Tensor:

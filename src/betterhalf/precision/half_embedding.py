@@ -35,7 +35,9 @@ class _HalfEmbeddingFunction(torch.autograd.Function):
         if ctx.padding_idx is not None:
             total[present == ctx.padding_idx] = 0
         # Sparse: a pack has some hundreds of rows; a dense gradient of all would be written and read once more.
-        grad = torch.sparse_coo_tensor(present[None], total.to(ctx.dtype), ctx.shape, check_invariants=False)
+        # Its rows are in range: they are those of tokens that were looked up.
+        with torch.sparse.check_sparse_tensor_invariants(enable=False):  # type: ignore[no-untyped-call]
+            grad = torch.sparse_coo_tensor(present[None], total.to(ctx.dtype), ctx.shape)
         return grad, None, None
 
 

@@ -1,8 +1,8 @@
 """Loss scaling: keep FP16 gradients above underflow and below overflow, and skip the steps that overflow.
 
     loss = scaler.scale_loss(loss); loss.backward()          each micro-batch
-    report = scaler.unscale(gradients)                       FP32 gradients, in place
-    if not report.found_inf: clip, optimizer.step()
+    report = scaler.unscale(gradients, max_norm=1.0)         FP32 gradients, in place
+    if not report.found_inf: optimizer.step()
     scaler.update(report.found_inf)
 
 BF16 and FP32 use the null scaler, whose scale is 1 and which still finds non-finite gradients: no caller asks which
@@ -22,10 +22,11 @@ from torch import Tensor
 from betterhalf.config.schema import LossScaleConfig
 from betterhalf.errors import CheckpointError, LossScaleError
 from betterhalf.precision.formats import FORMATS
+from betterhalf.precision.inspection import inspect
 from betterhalf.types import DtypeName
 
-_CHUNK = 2**19
-"""Elements inspected at once on a CPU: 2 MiB of FP32 stay in its cache over all four passes."""
+_NORM_EPSILON = 1e-6
+"""Added to the norm before it divides, as in torch.nn.utils.clip_grad_norm_."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,8 @@ class UnscaleReport:
     """Some gradient on some rank is infinite or NaN: skip the optimizer step."""
     first_offender: str | None
     """First parameter, in the order given, with a non-finite gradient on this rank."""
+    norm: float
+    """L2 norm of this rank's unscaled gradients together, before clipping; NaN with `found_inf`."""
     underflow_fraction: float
     """Share of this rank's non-zero entries below the smallest normal number of the compute format."""
     overflow_fraction: float
@@ -55,13 +58,18 @@ class LossScaler(Protocol):
         ...
 
     def unscale(
-        self, grads: Iterable[tuple[str, Tensor]], all_reduce_max: Callable[[Tensor], None] | None = None
+        self,
+        grads: Iterable[tuple[str, Tensor]],
+        all_reduce_max: Callable[[Tensor], None] | None = None,
+        *,
+        max_norm: float | None = None,
     ) -> UnscaleReport:
-        """Divide FP32 gradients by the scale, in place, and report what they held.
+        """Divide FP32 gradients by the scale and clip their norm, in place, and report what they held.
 
         Args:
             grads: (name, float32 gradient) in a fixed order.
             all_reduce_max: replaces a float32 [1] tensor by its maximum over the ranks, so that all decide alike.
+            max_norm: what the norm of all of them together is brought down to if it is larger; None clips nothing.
         """
         ...
 
@@ -112,10 +120,14 @@ class DynamicLossScaler:
         return loss * self._scale
 
     def unscale(
-        self, grads: Iterable[tuple[str, Tensor]], all_reduce_max: Callable[[Tensor], None] | None = None
+        self,
+        grads: Iterable[tuple[str, Tensor]],
+        all_reduce_max: Callable[[Tensor], None] | None = None,
+        *,
+        max_norm: float | None = None,
     ) -> UnscaleReport:
         """See `LossScaler.unscale`."""
-        report = _unscale(grads, self._scale, self._smallest_normal, all_reduce_max)
+        report = _unscale(grads, self._scale, self._smallest_normal, all_reduce_max, max_norm)
         self._last_offender = report.first_offender or self._last_offender
         return report
 
@@ -184,10 +196,14 @@ class NullLossScaler:
         return loss
 
     def unscale(
-        self, grads: Iterable[tuple[str, Tensor]], all_reduce_max: Callable[[Tensor], None] | None = None
+        self,
+        grads: Iterable[tuple[str, Tensor]],
+        all_reduce_max: Callable[[Tensor], None] | None = None,
+        *,
+        max_norm: float | None = None,
     ) -> UnscaleReport:
-        """See `LossScaler.unscale`; the gradients stay as they are."""
-        report = _unscale(grads, 1.0, self._smallest_normal, all_reduce_max)
+        """See `LossScaler.unscale`; the gradients are clipped only."""
+        report = _unscale(grads, 1.0, self._smallest_normal, all_reduce_max, max_norm)
         self._last_offender = report.first_offender or self._last_offender
         return report
 
@@ -223,55 +239,27 @@ def _unscale(
     scale: float,
     smallest_normal: float,
     all_reduce_max: Callable[[Tensor], None] | None,
+    max_norm: float | None,
 ) -> UnscaleReport:
-    """Inspect and divide each tensor once; read all results back at once, so that a GPU waits once."""
+    """Inspect, then divide and clip at once."""
     named = list(grads)
-    if not named:
-        return UnscaleReport(
-            found_inf=_any_rank(False, all_reduce_max),
-            first_offender=None,
-            underflow_fraction=0.0,
-            overflow_fraction=0.0,
-        )
-    rows = torch.stack([_inspect_and_divide(name, grad, scale, smallest_normal) for name, grad in named]).tolist()
-    offenders = [
-        (name, grad) for (name, grad), (peak, _, _) in zip(named, rows, strict=True) if not math.isfinite(peak)
-    ]
-    nonzero, small = sum(row[1] for row in rows), sum(row[2] for row in rows)
-    broken = sum(int(grad.isfinite().logical_not_().count_nonzero()) for _, grad in offenders)
+    for name, grad in named:
+        assert grad.dtype == torch.float32, f"the accumulated gradient of {name} is {grad.dtype}, not FP32"
+    tensors = [grad for _, grad in named]
+    found = inspect(tensors, smallest_normal)
+    offenders = [name for (name, _), one in zip(named, found, strict=True) if one.broken]
+    found_inf = _any_rank(bool(offenders), all_reduce_max, tensors[0].device if tensors else None)
+    norm = math.nan if found_inf else math.sqrt(math.fsum(one.square for one in found)) / scale
+    clipped = 1.0 if max_norm is None or found_inf else min(1.0, max_norm / (norm + _NORM_EPSILON))
+    if tensors and clipped / scale != 1.0:
+        torch._foreach_mul_(tensors, clipped / scale)
     return UnscaleReport(
-        found_inf=_any_rank(bool(offenders), all_reduce_max, named[0][1].device),
-        first_offender=offenders[0][0] if offenders else None,
-        underflow_fraction=small / max(nonzero, 1),
-        overflow_fraction=broken / max(sum(grad.numel() for _, grad in named), 1),
+        found_inf=found_inf,
+        first_offender=offenders[0] if offenders else None,
+        norm=norm,
+        underflow_fraction=sum(one.small for one in found) / max(sum(one.nonzero for one in found), 1),
+        overflow_fraction=sum(one.broken for one in found) / max(sum(grad.numel() for grad in tensors), 1),
     )
-
-
-def _inspect_and_divide(name: str, grad: Tensor, scale: float, smallest_normal: float) -> Tensor:
-    """float64 [3]: largest magnitude (NaN if any is), entries not zero, those of them below the smallest normal."""
-    assert grad.dtype == torch.float32, f"the accumulated gradient of {name} is {grad.dtype}, not FP32"
-    parts = []
-    for piece in _pieces(grad):
-        magnitude = piece.abs()
-        nonzero = torch.count_nonzero(piece)
-        below = torch.count_nonzero(magnitude < smallest_normal)
-        small = below - (piece.numel() - nonzero)
-        parts.append(torch.stack([magnitude.amax().double(), nonzero.double(), small.double()]))
-        if scale != 1.0:
-            piece.mul_(1.0 / scale)
-    if not parts:
-        return torch.zeros(3, dtype=torch.float64, device=grad.device)
-    table = torch.stack(parts)
-    return torch.cat([table[:, :1].amax(0), table[:, 1:].sum(0)])
-
-
-def _pieces(grad: Tensor) -> tuple[Tensor, ...]:
-    """Views that cover the gradient, small enough for a CPU's cache."""
-    if grad.numel() == 0:
-        return ()
-    if grad.is_cuda or not grad.is_contiguous():
-        return (grad,)
-    return torch.split(grad.view(-1), _CHUNK)
 
 
 def _any_rank(found: bool, all_reduce_max: Callable[[Tensor], None] | None, device: torch.device | None = None) -> bool:

@@ -64,7 +64,17 @@ class PrecisionPolicy:
 
 
 def build_policy(config: PrecisionConfig, device: torch.device) -> PrecisionPolicy:
-    """Resolve the configuration's roles for one device."""
+    """Resolve the configuration's roles for one device; on a GPU, also tell torch to keep sums in FP32."""
+    if device.type == "cuda":
+        _keep_fp32_sums()
     return PrecisionPolicy(
         roles=config.roles(), device=device, half_matmul=config.half_matmul, fp32_modules=config.fp32_modules
     )
+
+
+def _keep_fp32_sums() -> None:
+    """cuBLAS may add parts of a half product in half unless told not to, and FP32 products may drop to TF32."""
+    settings = torch.backends.cuda.matmul
+    settings.allow_fp16_reduced_precision_reduction = False
+    settings.allow_bf16_reduced_precision_reduction = False
+    torch.set_float32_matmul_precision("highest")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from betterhalf.kernels import fused
 from betterhalf.precision.islands import Islands
 
 _CACHED = 2**19
@@ -60,10 +61,8 @@ class MasterWeights:
             assert parameter.grad is not None and master.grad is not None
             if parameter.grad.is_sparse:
                 _add_rows(master.grad, parameter.grad, empty=name not in collected)
-            elif name in collected:
-                _add(master.grad, parameter.grad)
             else:
-                master.grad.copy_(parameter.grad)
+                _add(master.grad, parameter.grad, empty=name not in collected)
             collected.add(name)
             parameter.grad = None
 
@@ -130,8 +129,18 @@ class MasterWeights:
         self.publish()
 
 
-def _add(total: Tensor, half: Tensor) -> None:
-    """Add to an FP32 gradient. torch widens the whole operand first: in parts, that stays in a CPU's cache."""
+def _add(total: Tensor, half: Tensor, *, empty: bool) -> None:
+    """Add to an FP32 gradient; `empty` says that what it holds is of the past."""
+    if fused(half) and half.is_contiguous():
+        # Imported here: only where there is a GPU does it need Triton.
+        from betterhalf.kernels import gradients
+
+        gradients.accumulate(total, half, empty=empty)
+        return
+    if empty:
+        total.copy_(half)
+        return
+    # torch widens the whole operand first: in parts, that stays in a CPU's cache.
     rows = max(1, _CACHED * total.shape[0] // max(1, total.numel())) if total.is_cpu else total.shape[0]
     for part, share in zip(torch.split(total, rows), torch.split(half, rows), strict=True):
         part.add_(share)

@@ -136,7 +136,9 @@ class PolicyTrainer:
 
         `temperature` is that of the run's sampling unless given.
         """
-        hidden = self._hidden_rows(micro)
+        # Compiled layers without gradients would be other code, which rounds elsewhere.
+        with torch.set_grad_enabled(self.config.training.compile_layers):
+            hidden = self._hidden_rows(micro).detach()
         temperature = self.config.sampling.temperature if temperature is None else temperature
         return measure_tokens(hidden, self._head(), micro.target_ids_C, temperature, self._chunks)
 
@@ -166,16 +168,14 @@ class PolicyTrainer:
         return output
 
     def optim_step(self, learning_rate: float) -> OptimReport:
-        """Unscale, look for non-finite values, clip, then step and publish, or skip; then update the loss scale.
+        """Look for non-finite values, unscale and clip, then step and publish, or skip; then update the loss scale.
 
         Raises:
             LossScaleError: too many skipped steps in a row at the floor of the loss scale.
         """
-        found = self.scaler.unscale(self.weights.gradients(), self.collective.max_)
-        grad_norm = float("nan")
+        max_norm = self.config.optimizer.max_grad_norm
+        found = self.scaler.unscale(self.weights.gradients(), self.collective.max_, max_norm=max_norm)
         if not found.found_inf:
-            masters = self.weights.masters.values()
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(masters, self.config.optimizer.max_grad_norm))
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()
@@ -186,7 +186,7 @@ class PolicyTrainer:
         return OptimReport(
             skipped=found.found_inf,
             first_offender=found.first_offender,
-            grad_norm=grad_norm,
+            grad_norm=found.norm,
             underflow_fraction=found.underflow_fraction,
             overflow_fraction=found.overflow_fraction,
         )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from betterhalf import ops
+from betterhalf.kernels import fused
 from betterhalf.precision.products import product, product_into
 
 _CACHED_LOGITS = 2**21
@@ -113,8 +114,9 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, learning_VH.shape[0], columns):
             part = slice(start, start + columns)
             logits = head_logits(hidden_CH, scoring_VH[part]) if kept is None else kept[:, part]
-            grad_logits = _grad_logits(logits, targets_C - start, normaliser_C, grad_outputs[0], ctx.temperature)
-            grad_logits = grad_logits.to(learning_VH.dtype)
+            grad_logits = _grad_logits(
+                logits, targets_C - start, normaliser_C, grad_outputs[0], ctx.temperature, learning_VH.dtype
+            )
             grad_hidden += _product(grad_logits, learning_VH[part])
             if grad_leaf is not None:
                 grad_leaf[part] = _product(grad_logits.t(), operand)
@@ -136,18 +138,28 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _grad_logits(
-    logits_CV: Tensor, targets_C: Tensor, normaliser_C: Tensor, grad_C: Tensor, temperature: float
+    logits_CV: Tensor,
+    targets_C: Tensor,
+    normaliser_C: Tensor,
+    grad_C: Tensor,
+    temperature: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient of the chosen logprobs with respect to the logits: (onehot - softmax) * grad / temperature.
+    """Gradient of the chosen logprobs with respect to the logits: (onehot - softmax) * grad / temperature, rounded.
 
     `targets_C` count from the first of these logits; a target may lie outside.
     """
+    if fused(logits_CV):
+        # Imported here: only where there is a GPU does it need Triton.
+        from betterhalf.kernels import vocabulary
+
+        return vocabulary.grad_logits(logits_CV, targets_C, normaliser_C, grad_C, temperature, dtype)
     scaled = logits_CV if temperature == 1.0 else logits_CV / temperature
     grad_C = grad_C / temperature
     grad = (scaled - normaliser_C.unsqueeze(-1)).exp_().mul_(-grad_C.unsqueeze(-1))
     inside = (targets_C >= 0) & (targets_C < grad.shape[1])
     here = targets_C.clamp(0, grad.shape[1] - 1).unsqueeze(-1)
-    return grad.scatter_add_(1, here, (grad_C * inside).unsqueeze(-1))
+    return grad.scatter_add_(1, here, (grad_C * inside).unsqueeze(-1)).to(dtype)
 
 
 def token_logprobs(hidden_CH: Tensor, head: Head, targets_C: Tensor, temperature: float, chunks: Chunks) -> Tensor:
@@ -179,6 +191,7 @@ def measure_tokens(
     rows, logprobs, entropies = chunks.rows(head.scoring.shape[0]), [], []
     for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True):
         logits = chunks.multiply(hidden, head.scoring)
-        logprobs.append(ops.token_logprobs(logits, targets, temperature))
-        entropies.append(ops.entropy(logits, temperature))
+        found = ops.logprobs_and_entropy(logits, targets, temperature)
+        logprobs.append(found[0])
+        entropies.append(found[1])
     return torch.cat(logprobs), torch.cat(entropies)

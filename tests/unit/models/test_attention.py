@@ -112,10 +112,20 @@ def test_one_sequence_s_keys_do_not_reach_another() -> None:
 
 
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *_: int, scale: float, window_size: tuple[int, int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    *_: int,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool = False,
 ) -> Tensor:
     """What the CUDA kernel documents: q [T, heads, D], keys by cu_k; row i of L sees keys up to K - L + i."""
     parts = []
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     for n in range(len(cu_q) - 1):
         rows, keys, values = q[cu_q[n] : cu_q[n + 1]], k[cu_k[n] : cu_k[n + 1]], v[cu_k[n] : cu_k[n + 1]]
         last = torch.arange(len(rows))[:, None] + len(keys) - len(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from typing import Any
 
@@ -114,6 +115,34 @@ def test_the_underflow_share_counts_scaled_nonzero_entries_below_the_smallest_no
     grad = torch.tensor([0.0, 0.0, tiny / 2, -tiny / 2, tiny, -tiny, 1.0, tiny * 0.999])
     report = scaler.unscale([("a", grad), ("b", torch.tensor([2.0, -0.0]))])
     assert report.underflow_fraction == 3 / 7
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 1e6, None])
+def test_the_norm_is_that_of_the_unscaled_gradients_and_is_clipped(max_norm: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain = [torch.randn(40, 30, generator=generator), torch.randn(7, generator=generator), torch.zeros(2)]
+    scaled = [x * 1024.0 for x in plain]
+    report = dynamic(initial=1024.0).unscale(list(zip("abc", scaled, strict=True)), max_norm=max_norm)
+    parameters = [torch.nn.Parameter(torch.zeros_like(x)) for x in plain]
+    for parameter, gradient in zip(parameters, plain, strict=True):
+        parameter.grad = gradient.clone()
+    expected = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
+    assert report.norm == pytest.approx(float(expected), rel=1e-6)
+    for found, parameter in zip(scaled, parameters, strict=True):
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-6, atol=0)
+
+
+def test_a_norm_whose_squares_leave_fp32_is_still_a_number() -> None:
+    gradient = torch.tensor([3e25, 4e25])
+    report = dynamic(initial=1.0).unscale([("w", gradient)], max_norm=1.0)
+    assert report.norm == pytest.approx(5e25) and not report.found_inf and report.overflow_fraction == 0.0
+    torch.testing.assert_close(gradient, torch.tensor([0.6, 0.8]))
+
+
+def test_a_broken_gradient_has_no_norm_and_is_not_clipped() -> None:
+    good = torch.tensor([3.0, 4.0])
+    report = dynamic(initial=2.0).unscale([("a", good), ("b", torch.tensor([torch.inf]))], max_norm=1.0)
+    assert math.isnan(report.norm) and good.tolist() == [1.5, 2.0]
 
 
 def test_gradients_that_are_all_zero_have_no_underflow() -> None:

@@ -1,0 +1,179 @@
+"""Attention of one new token for each sequence over its slot of the cache."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LAUNCH = {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
+"""Keys of a step, and how it is run."""
+_LAUNCH_FP32 = {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+_FEWEST_QUERIES = 16
+"""Rows of the smallest product of a tensor core; a group's queries are padded to them."""
+_FEWEST_KEYS = 128
+"""Keys of a sequence that are worth a program of their own."""
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _keys_of(split, length, window, SPLITS: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First key of a program's share, and the one after the last."""
+    first = 0
+    if WINDOWED:
+        first = tl.maximum(length - window, 0)
+    last = length
+    if SPLITS > 1:
+        share = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N
+        first += split * share
+        last = tl.minimum(length, first + share)
+    return first, last
+
+
+@triton.jit
+def _attend(
+    queries,
+    keys,
+    values,
+    lengths,
+    out,
+    parts,
+    peaks,
+    sums,
+    scale_log2,
+    max_length,
+    window,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    pair = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    length = tl.load(lengths + pair // KV_HEADS).to(tl.int32) + 1
+    first, last = _keys_of(split, length, window, SPLITS, WINDOWED, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    wanted = (m < GROUP)[:, None] & (d < DIM)[None, :]
+    place = (pair * GROUP + m)[:, None] * DIM + d[None, :]
+    q = tl.load(queries + place, mask=wanted, other=0.0)
+    keys += pair * max_length * DIM
+    values += pair * max_length * DIM
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(first, last, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        seen = n < last
+        held = seen[:, None] & (d < DIM)[None, :]
+        k = tl.load(keys + n[:, None] * DIM + d[None, :], mask=held, other=0.0).to(q.dtype)
+        v = tl.load(values + n[:, None] * DIM + d[None, :], mask=held, other=0.0).to(q.dtype)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        higher = tl.maximum(peak, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(peak - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        mixed = mixed * shrink[:, None] + tl.dot(weights.to(q.dtype), v, input_precision="ieee")
+        peak = higher
+    if SPLITS == 1:
+        tl.store(out + place, (mixed / total[:, None]).to(out.dtype.element_ty), mask=wanted)
+    else:
+        row = (pair * SPLITS + split) * GROUP + m
+        tl.store(parts + row[:, None] * DIM + d[None, :], mixed, mask=wanted)
+        tl.store(peaks + row, peak, mask=m < GROUP)
+        tl.store(sums + row, total, mask=m < GROUP)
+
+
+@triton.jit
+def _join(
+    parts,
+    peaks,
+    sums,
+    out,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    pair = tl.program_id(0).to(tl.int64)
+    query = tl.program_id(1)
+    s = tl.arange(0, BLOCK_S)
+    d = tl.arange(0, BLOCK_D)
+    row = (pair * SPLITS + s) * GROUP + query
+    peak = tl.load(peaks + row, mask=s < SPLITS, other=float("-inf"))
+    weight = tl.exp2(peak - tl.max(peak, 0))
+    total = tl.sum(weight * tl.load(sums + row, mask=s < SPLITS, other=0.0), 0)
+    held = (s < SPLITS)[:, None] & (d < DIM)[None, :]
+    part = tl.load(parts + row[:, None] * DIM + d[None, :], mask=held, other=0.0)
+    mixed = tl.sum(weight[:, None] * part, 0) / total
+    tl.store(out + (pair * GROUP + query) * DIM + d, mixed.to(out.dtype.element_ty), mask=d < DIM)
+
+
+def attend(
+    queries: Tensor,
+    cache: tuple[Tensor, Tensor],
+    lengths: Tensor,
+    *,
+    kv_heads: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Attention of one token for each of B sequences over its slot of the cache, the token itself included.
+
+    Only positions that a sequence has are read, however long the cache is. Softmax and sums are FP32; its numerators
+    are rounded to the queries' dtype before they meet V, as in flash attention (arXiv 2205.14135). Where sequences are
+    too few for the device, the keys of each are split among programs (flash decoding).
+
+    Args:
+        queries: [B, heads, D].
+        cache: keys and values, [slots * kv_heads, max_length, D] each, of at least B slots.
+        lengths: int64 [B], position of the token.
+        kv_heads: key heads of a slot.
+        scale: of the scores.
+        window: how many positions a token sees, itself among them; None: all.
+
+    Returns:
+        [B, heads * D] in the dtype of `queries`.
+    """
+    rows, heads, dim = queries.shape
+    keys, values = cache
+    group, pairs = heads // kv_heads, rows * kv_heads
+    splits = _splits(pairs, min(keys.shape[1], window or keys.shape[1]), queries.device)
+    out = queries.new_empty(rows, heads * dim)
+    shape = (pairs, splits, group) if splits > 1 else (0,)
+    parts = torch.empty(*shape, dim, dtype=torch.float32, device=queries.device)
+    peaks, sums = torch.empty(2, *shape, dtype=torch.float32, device=queries.device).unbind()
+    sizes: dict[str, int] = {"GROUP": group, "DIM": dim, "SPLITS": splits}
+    _attend[(pairs, splits)](
+        *(queries, keys, values, lengths, out, parts, peaks, sums),
+        *(scale * _LOG2_E, keys.shape[1], window or 0),
+        **sizes,
+        KV_HEADS=kv_heads,
+        WINDOWED=window is not None,
+        BLOCK_M=max(_FEWEST_QUERIES, triton.next_power_of_2(group)),
+        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        **(_LAUNCH if queries.element_size() == 2 else _LAUNCH_FP32),
+    )
+    if splits > 1:
+        blocks = {"BLOCK_S": triton.next_power_of_2(splits), "BLOCK_D": triton.next_power_of_2(dim)}
+        _join[(pairs, group)](parts, peaks, sums, out, **sizes, **blocks, num_warps=1)
+    return out
+
+
+def _splits(pairs: int, most_keys: int, device: torch.device) -> int:
+    """Programs that share the keys of a sequence: so many that every multiprocessor has two, and no idle ones."""
+    return max(1, min(2 * _multiprocessors(device) // pairs, most_keys // _FEWEST_KEYS))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
