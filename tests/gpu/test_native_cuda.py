@@ -79,15 +79,6 @@ def gap(module: Any, found: list[Any]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-@pytest.fixture(autouse=True)
-def full_fp32_products() -> Any:
-    """TF32 keeps ten bits of each operand, which is not FP32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
 @pytest.mark.parametrize("family", CONFIGS)
 def test_fp32_on_the_device_equals_the_transformers_module(family):
     module = module_of(family)

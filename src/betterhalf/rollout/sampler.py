@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from betterhalf import ops
+from betterhalf.kernels import fused
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -73,6 +74,18 @@ def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
     return (_shift_right(x, 12).double() + 0.5) * 2.0**-52
 
 
+def draw_at(logits: Tensor, keys: Tensor, positions: Tensor, temperature: float) -> Draw:
+    """`draw` with the uniform numbers of `uniforms`; on a GPU in two kernels."""
+    if not fused(logits):
+        return draw(logits, uniforms(keys, positions), temperature)
+    # Imported here: only where there is a GPU does it need Triton.
+    from betterhalf.kernels import vocabulary
+
+    mix = (_GOLDEN, *_MIX)
+    token_ids, logprobs, finite = vocabulary.draw(logits, keys, positions, temperature, _NEIGHBOURS, mix)
+    return Draw(token_ids=token_ids, logprobs=logprobs, finite=finite)
+
+
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> Draw:
     """Sample each row of softmax(logits / temperature) by inverting its cumulative distribution.
 
@@ -87,21 +100,15 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> Draw:
     """
     scaled = logits if temperature == 1.0 else logits / temperature
     weights, largest = ops.shifted_exp(scaled)
-    token_ids = _invert(weights, uniform)
+    (rows, vocabulary), missing = weights.shape, -weights.shape[1] % _NEIGHBOURS
+    cells = (F.pad(weights, (0, missing)) if missing else weights).view(rows, -1, _NEIGHBOURS)
+    cell, within = _look_up(cells.sum(-1), uniform)
+    index, _ = _look_up(cells[torch.arange(rows), cell], within)
+    token_ids = (cell * _NEIGHBOURS + index).clamp_(max=vocabulary - 1)
     logprobs = ops.chosen(scaled, token_ids) - ops.log_normaliser(weights, largest)
     # A sum is finite only if every term is; torch's minimum and maximum together take forty times as long.
     finite = scaled.sum(-1).isfinite() & logprobs.isfinite()
     return Draw(token_ids=token_ids, logprobs=logprobs, finite=finite)
-
-
-def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
-    """The token at which the running sum of a row's weights passes `uniform` of their total: int64 [B]."""
-    rows, vocabulary = weights.shape
-    missing = -vocabulary % _NEIGHBOURS
-    cells = (F.pad(weights, (0, missing)) if missing else weights).view(rows, -1, _NEIGHBOURS)
-    cell, within = _look_up(cells.sum(-1), uniform)
-    index, _ = _look_up(cells[torch.arange(rows, device=cells.device), cell], within)
-    return (cell * _NEIGHBOURS + index).clamp_(max=vocabulary - 1)
 
 
 def _look_up(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Attention of the engine: causal over prompts, and one token against the slot cache. Grouped queries share their keys.
 
 Scores, softmax and sums are FP32. On a CPU the products are batched matrix products on FP32 operands whose values lie
-on the half grid; on a GPU they are torch's fused kernels in half, which also sum in FP32.
+on the half grid; on a GPU they are fused kernels in half, which also sum in FP32: torch's over prompts, our own over
+the cache, because torch's would read a whole slot for each sequence, and a mask.
 """
 
 from __future__ import annotations
@@ -28,47 +29,55 @@ class DecodePlan:
 
     places: tuple[Tensor, Tensor]
     """int64 [B * kv_heads] each: where the new keys and values go."""
+    lengths: Tensor
+    """int64 [B]: tokens in each slot before this one."""
     held: tuple[tuple[Tensor, Tensor], ...]
-    """For each layer: keys and values as far as they are attended, [B * kv_heads, attended, D] each."""
+    """For each layer: keys and values, on a CPU as far as they are attended, [B * kv_heads, attended, D] each; on a GPU
+    the whole cache."""
     masks: dict[int | None, Tensor]
-    """For each sliding window (None: all): what each slot may see. CPU: FP32 [B * kv_heads, 1, attended], 0 or
-    -inf. GPU: bool [B, 1, 1, attended]."""
+    """On a CPU, for each sliding window (None: all), what each slot may see: FP32 [B * kv_heads, 1, attended], 0 or
+    -inf."""
 
 
 def decode_plan(config: DecoderConfig, cache: KVCache, lengths: Tensor, attended: int) -> DecodePlan:
     """Prepare one token for each of B slots: `lengths` int64 [B] are the tokens already cached."""
-    index = torch.arange(attended, device=lengths.device)
     masks: dict[int | None, Tensor] = {}
+    if lengths.is_cuda:
+        whole = tuple(cache.rows(layer) for layer in range(config.num_layers))
+        return DecodePlan(places=cache.places(lengths), lengths=lengths, held=whole, masks=masks)
+    index = torch.arange(attended)
     for window in set(config.windows):
         visible = index <= lengths[:, None]
         if window is not None:
             visible &= index > lengths[:, None] - window
         masks[window] = _as_mask(visible, config.num_kv_heads)
     held = cache.read(lengths.shape[0], attended)
-    return DecodePlan(places=cache.places(lengths), held=held, masks=masks)
+    return DecodePlan(places=cache.places(lengths), lengths=lengths, held=held, masks=masks)
 
 
 def _as_mask(visible: Tensor, kv_heads: int) -> Tensor:
-    if visible.is_cuda:
-        return visible[:, None, None, :]
     additive = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))
     return additive.repeat_interleave(kv_heads, 0).unsqueeze(1)
 
 
-def decode_attention(
-    config: DecoderConfig, rounding: Rounding, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor
-) -> Tensor:
-    """One token of B sequences: q [B, heads, D], keys and values [B * kv_heads, L, D] -> [B, heads * D], rounded."""
-    batch, scale = q.shape[0], config.head_dim**-0.5
+def decode_attention(config: DecoderConfig, rounding: Rounding, layer: int, q: Tensor, plan: DecodePlan) -> Tensor:
+    """One token of B sequences, which the cache holds already: q [B, heads, D] -> [B, heads * D], rounded."""
+    (keys, values), window = plan.held[layer], config.windows[layer]
     if q.is_cuda:
-        folded = q.view(batch, config.num_kv_heads, config.group, config.head_dim)
-        keys, values = (x.view(batch, -1, *x.shape[1:]).to(q.dtype) for x in (keys, values))
-        out = F.scaled_dot_product_attention(
-            folded, keys, values, attn_mask=mask.expand(-1, config.num_kv_heads, config.group, -1), scale=scale
-        )
-        return out.reshape(batch, -1)
+        return gpu_attention(config, q.contiguous(), (keys, values), plan.lengths, window)
     folded = q.float().reshape(-1, config.group, config.head_dim)
-    return rounding.round(_attend(rounding, folded, keys, values, mask, scale).view(batch, -1))
+    mixed = _attend(rounding, folded, keys, values, plan.masks[window], config.head_dim**-0.5)
+    return rounding.round(mixed.view(q.shape[0], -1))
+
+
+def gpu_attention(
+    config: DecoderConfig, q: Tensor, held: tuple[Tensor, Tensor], lengths: Tensor, window: int | None
+) -> Tensor:
+    """The same by one kernel: q [B, heads, D], contiguous; a layer's keys and values; int64 [B] -> [B, heads * D]."""
+    # Imported here: only where there is a GPU does it need Triton.
+    from betterhalf.kernels.attention import attend
+
+    return attend(q, held, lengths, kv_heads=config.num_kv_heads, scale=config.head_dim**-0.5, window=window)
 
 
 def _attend(rounding: Rounding, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:

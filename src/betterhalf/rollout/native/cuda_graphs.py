@@ -1,10 +1,12 @@
-"""Decode steps captured as CUDA graphs, one for each bucket of batch size and attended length.
+"""Whole decode steps captured as CUDA graphs, from the newest token to the next one, one for each bucket of batch size.
 
 A decode step of a small model is hundreds of short kernels; launching them one by one takes longer than running them.
+How long sequences are does not matter: the kernels read lengths from the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +15,11 @@ from torch import Tensor
 from betterhalf.rollout.native.decoder import Decoder
 from betterhalf.rollout.native.slots import SlotTable
 
-_SMALLEST_LENGTH = 256
 _WARM_UP = 2
 """Runs before a capture, in which libraries allocate their workspaces."""
+
+Step = Callable[[SlotTable, int, int, float], Tensor]
+"""(table, slots, attended positions, temperature) -> what the step says of each slot, int8 [slots]."""
 
 
 def batch_bucket(active: int, slots: int) -> int:
@@ -24,47 +28,45 @@ def batch_bucket(active: int, slots: int) -> int:
     return min(bucket, slots)
 
 
-def length_bucket(attended: int, max_length: int) -> int:
-    """Cached positions that a captured step reads: a power of two times 256, never more than there are."""
-    bucket = _SMALLEST_LENGTH
-    while bucket < attended:
-        bucket *= 2
-    return min(bucket, max_length)
-
-
 class DecodeGraphs:
     """Captures on first use and replays after. Valid while the table's, cache's and weights' tensors stay in place."""
 
-    def __init__(self, decoder: Decoder, table: SlotTable) -> None:
+    def __init__(self, step: Step, decoder: Decoder, table: SlotTable) -> None:
+        self._step = step
         self._decoder = decoder
         self._table = table
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Any]] = {}
-        """Graph, its result, and the rope tables it reads: the decoder may make longer ones meanwhile."""
+        self._graphs: dict[tuple[int, float], tuple[torch.cuda.CUDAGraph, Tensor, Any]] = {}
+        """By slots and temperature: graph, its result, and the rope tables it reads: the decoder may make longer ones
+        meanwhile."""
         self._pool: Any = None
 
-    def run(self, attended: int) -> Tensor:
-        """One decode step of all active slots: hidden states [active, hidden], overwritten by the next call.
+    def run(self, temperature: float) -> Tensor:
+        """One token for each active slot; what `SlotTable.record` says of them, overwritten by the next call.
 
         Slots between `active` and the bucket run too: they write to the cache of their own free slot only.
         """
         table = self._table
-        key = (batch_bucket(table.active, table.cache.slots), length_bucket(attended, table.cache.max_length))
+        key = (batch_bucket(table.active, table.cache.slots), temperature)
         if key not in self._graphs:
             self._graphs[key] = self._capture(*key)
-        graph, hidden, _ = self._graphs[key]
+        graph, events, _ = self._graphs[key]
         graph.replay()
-        return hidden[: table.active]
+        return events[: table.active]
 
-    def _capture(self, batch: int, attended: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Any]:
+    def _capture(self, batch: int, temperature: float) -> tuple[torch.cuda.CUDAGraph, Tensor, Any]:
         table, graph = self._table, torch.cuda.CUDAGraph()
-        inputs = table.tokens[:batch], table.lengths[:batch]
+        arguments = (table, batch, table.cache.max_length, temperature)
+        kept = [x.clone() for x in table.state()]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
-                self._decoder.decode(*inputs, table.cache, attended)
+                self._step(*arguments)
+                # What a warm-up sampled and cached is overwritten by the step itself.
+                for x, before in zip(table.state(), kept, strict=True):
+                    x.copy_(before)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph, pool=self._pool):
-            hidden = self._decoder.decode(*inputs, table.cache, attended)
+            events = self._step(*arguments)
         self._pool = self._pool or graph.pool()
-        return graph, hidden, self._decoder.rope_tables
+        return graph, events, self._decoder.rope_tables

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from betterhalf.kernels import fused
 from betterhalf.precision.islands import Islands, resolve_islands
 from betterhalf.precision.products import product
-from betterhalf.rollout.native.attention import decode_attention, decode_plan, prompt_attention
+from betterhalf.rollout.native.attention import decode_attention, decode_plan, gpu_attention, prompt_attention
 from betterhalf.rollout.native.config import DecoderConfig
 from betterhalf.rollout.native.kv_cache import KVCache
-from betterhalf.rollout.native.rounding import Rounding, layer_roundings
+from betterhalf.rollout.native.rounding import LayerRounding, Rounding, layer_roundings
 from betterhalf.rollout.native.weights import DecoderWeights, LayerWeights
 
 Tap = Callable[[str, int | None, Tensor], Tensor]
@@ -26,11 +28,31 @@ OPERATIONS = (
 [T, 2 * intermediate], everything else [T, width]. Values are in the container, those of FP32 islands and of the
 residual stream behind them in FP32."""
 
+_Mix = Callable[[int, Tensor], Tensor]
+"""(layer, heads [T, heads + 2 kv_heads, D] as projected) -> [T, heads * D]: all that goes on between positions."""
+
 _Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q [T, heads, D], k, v [T, kv_heads, D]) -> [T, heads * D]."""
+"""(layer, q [T, heads, D], k, v [T, kv_heads, D], normed and rotated) -> [T, heads * D]."""
 
 _RopeTable = tuple[Tensor, Tensor]
 """Cosine and sine."""
+
+
+class _Stream(NamedTuple):
+    """The residual stream, and what is still to be added to it: the next norm adds and norms at once."""
+
+    hidden: Tensor
+    """[T, hidden]."""
+    branch: Tensor | None
+    """[T, hidden], or None at the beginning; or FP32 sums of parts of it, [parts, T, hidden]."""
+    rounding: Rounding
+    """Of the sum."""
+    operation: tuple[str, int | None]
+    """What a tap calls it."""
+
+    def only(self, hidden: Tensor) -> _Stream:
+        """Other values, with nothing to be added."""
+        return self._replace(hidden=hidden, branch=None)
 
 
 class Decoder:
@@ -81,7 +103,6 @@ class Decoder:
             [layers, 2, T, kv_heads, D].
         """
         config, device = self.config, token_ids.device
-        positions = torch.cat([torch.arange(length, device=device) for length in lengths])
         shape = (config.num_layers, 2, token_ids.shape[0], config.num_kv_heads, config.head_dim)
         dtype = torch.promote_types(self.rounding.container, self.rounding.kv_dtype)
         saved = torch.empty(shape, dtype=dtype, device=device)
@@ -90,19 +111,19 @@ class Decoder:
             saved[layer, 0], saved[layer, 1] = k, v
             return prompt_attention(config, self._layers[layer].attention, q, k, v, lengths, config.windows[layer])
 
-        hidden = self._forward(token_ids, positions, attend)
+        stream = self._forward(token_ids, self._rotating(_positions(lengths, device), attend))
         last = torch.tensor(lengths, device=device).cumsum(0) - 1
-        return self._final_norm(hidden[last]), saved
+        return self._final_norm(stream.only(self._added(stream)[last])), saved
 
     def hidden_rows(self, token_ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Final hidden states [T, hidden] of all rows of N packed sequences, computed as `prefill` does."""
         config = self.config
-        positions = torch.cat([torch.arange(length, device=token_ids.device) for length in lengths])
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return prompt_attention(config, self._layers[layer].attention, q, k, v, lengths, config.windows[layer])
 
-        return self._final_norm(self._forward(token_ids, positions, attend))
+        mix = self._rotating(_positions(lengths, token_ids.device), attend)
+        return self._final_norm(self._forward(token_ids, mix))
 
     def decode(self, token_ids: Tensor, lengths: Tensor, cache: KVCache, attended: int) -> Tensor:
         """Run the next token of the first B slots and append it to the cache.
@@ -111,19 +132,20 @@ class Decoder:
             token_ids: int64 [B].
             lengths: int64 [B], tokens already in each slot; the new one takes this position.
             cache: holds B slots or more.
-            attended: cached positions to read; above every length.
+            attended: cached positions to read; above every length. A GPU reads what there is.
 
         Returns:
             Final hidden states [B, hidden].
         """
+        if fused(token_ids) and self.tap is None:
+            return self._final_norm(self._forward(token_ids, self._rotating_in_cache(lengths, cache)))
         plan = decode_plan(self.config, cache, lengths, attended)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cache.append(layer, plan.places, k, v)
-            mask = plan.masks[self.config.windows[layer]]
-            return decode_attention(self.config, self._layers[layer].attention, q, *plan.held[layer], mask)
+            return decode_attention(self.config, self._layers[layer].attention, layer, q, plan)
 
-        return self._final_norm(self._forward(token_ids, lengths, attend))
+        return self._final_norm(self._forward(token_ids, self._rotating(lengths, attend)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """FP32 logits [B, V]: operands on the half grid, products and sums in FP32, never rounded to half."""
@@ -132,13 +154,112 @@ class Decoder:
             return torch.mm(hidden, head.t(), out_dtype=torch.float32)
         return product(hidden.float(), head)
 
-    def _forward(self, token_ids: Tensor, positions: Tensor, attend: _Attend) -> Tensor:
-        hidden = self._tapped("embedding", None, self.weights.embedding[token_ids].to(self.rounding.container))
-        rope = self._rope_at(positions)
+    def _forward(self, token_ids: Tensor, mix: _Mix) -> _Stream:
+        embedded = self._tapped("embedding", None, self.weights.embedding[token_ids].to(self.rounding.container))
+        stream = _Stream(embedded, None, self.rounding, ("embedding", None))
         for index, layer in enumerate(self.weights.layers):
-            hidden = self._attention(index, layer, hidden, rope[self.islands.layers[index].attention], attend)
-            hidden = self._mlp(index, layer, hidden)
-        return hidden
+            stream = self._attention(index, layer, stream, mix)
+            stream = self._mlp(index, layer, stream)
+        return stream
+
+    def _attention(self, index: int, layer: LayerWeights, stream: _Stream, mix: _Mix) -> _Stream:
+        part = self._layers[index]
+        hidden, normed = self._normed(stream, part.stream_in, part.attention, layer.input_norm)
+        normed = self._tapped("attention_norm", index, normed)
+        heads = _linear(part.attention, normed, layer.qkv, layer.qkv_bias).view(-1, self._heads, self.config.head_dim)
+        attended = self._tapped("attention", index, mix(index, heads))
+        output = _linear(part.output, attended, layer.output, layer.output_bias)
+        output = self._tapped("attention_output", index, output)
+        return _Stream(hidden, output, part.stream_mid, ("attention_residual", index))
+
+    def _mlp(self, index: int, layer: LayerWeights, stream: _Stream) -> _Stream:
+        part, tap = self._layers[index], self._tapped
+        hidden, normed = self._normed(stream, part.stream_mid, part.mlp, layer.mlp_norm)
+        normed = tap("mlp_norm", index, normed)
+        gate_up = tap("gate_up", index, _linear(part.mlp, normed, layer.gate_up, layer.gate_up_bias))
+        activated = tap("swiglu", index, part.mlp.swiglu(gate_up))
+        if self._adds_parts(part, activated, layer):
+            down = _in_parts(activated, layer.down)
+        else:
+            down = tap("down", index, _linear(part.down, activated, layer.down, layer.down_bias))
+        return _Stream(hidden, down, part.stream_out, ("mlp_residual", index))
+
+    def _adds_parts(self, part: LayerRounding, activated: Tensor, layer: LayerWeights) -> bool:
+        """Whether the down projection may be left as sums of parts for the next norm: not at an island's edge."""
+        plain = part.down is part.stream_out is self.rounding and not self.rounding.exact and layer.down_bias is None
+        return plain and self.tap is None and _few_tiles(activated, layer.down)
+
+    def _final_norm(self, stream: _Stream) -> Tensor:
+        _, normed = self._normed(stream, self._layers[-1].stream_out, self.rounding, self.weights.norm)
+        return self._tapped("final_norm", None, normed)
+
+    def _normed(self, stream: _Stream, rounding: Rounding, reader: Rounding, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream with its branch, and the norm of it.
+
+        A half norm is widened for a reader in an FP32 island, an FP32 one is rounded once for a reader in half.
+        """
+        eps = self.config.rms_eps
+        if fused(stream.hidden) and self.tap is None:
+            parts = stream.hidden, stream.branch
+            return rounding.norm_of_sum_on_gpu(*parts, weight, eps, adder=stream.rounding, reader=reader)
+        hidden = self._added(stream)
+        normed = rounding.rms_norm(hidden, weight, eps)
+        return hidden, normed if rounding is reader else reader.round(normed)
+
+    def _added(self, stream: _Stream) -> Tensor:
+        hidden, branch, rounding, operation = stream
+        if branch is None:
+            return hidden
+        whole = branch if branch.dim() == hidden.dim() else rounding.round(branch.sum(0))
+        return self._tapped(*operation, rounding.add(hidden, whole))
+
+    @property
+    def _heads(self) -> int:
+        """Of queries, keys and values together."""
+        return self.config.num_heads + 2 * self.config.num_kv_heads
+
+    def _rotating(self, positions: Tensor, attend: _Attend) -> _Mix:
+        """Attention behind norms and rope of queries and keys, each operation on its own."""
+        config, rope = self.config, self._rope_at(positions)
+
+        def mix(index: int, heads: Tensor) -> Tensor:
+            rounding, layer = self._layers[index].attention, self.weights.layers[index]
+            qk, v = heads.split_with_sizes([config.num_heads + config.num_kv_heads, config.num_kv_heads], dim=1)
+            qk, v = self._tapped_heads(("queries", "keys"), index, qk), self._tapped("values", index, v)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                weights, parts = (layer.q_norm, layer.k_norm), self._apart(qk)
+                qk = torch.cat(
+                    [rounding.rms_norm(x, w, config.rms_eps) for x, w in zip(parts, weights, strict=True)], 1
+                )
+            rotated = rounding.rope(qk, *rope[self.islands.layers[index].attention])
+            q, k = self._apart(self._tapped_heads(("rotated_queries", "rotated_keys"), index, rotated))
+            return attend(index, q, rounding.to_kv(k), rounding.to_kv(v))
+
+        return mix
+
+    def _rotating_in_cache(self, lengths: Tensor, cache: KVCache) -> _Mix:
+        """The same for one new token of each slot, on a GPU: keys are rotated on their way into the cache."""
+        # Imported here: only where there is a GPU does it need Triton.
+        from betterhalf.kernels.decoding import rotate_and_append
+
+        config = self.config
+
+        def mix(index: int, heads: Tensor) -> Tensor:
+            rounding, layer = self._layers[index].attention, self.weights.layers[index]
+            norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
+            queries = rotate_and_append(
+                heads,
+                self.rope_tables[self.islands.layers[index].attention],
+                lengths,
+                norms,
+                cache.rows(index),
+                config.rms_eps,
+                kv_heads=config.num_kv_heads,
+                aligned=rounding.aligned,
+            )
+            return gpu_attention(config, queries, cache.rows(index), lengths, config.windows[index])
+
+        return mix
 
     def _rope_at(self, positions: Tensor) -> tuple[_RopeTable, _RopeTable]:
         """`rope_tables`, each [T, 1, D]."""
@@ -148,23 +269,6 @@ class Decoder:
 
     def _tapped(self, operation: str, layer: int | None, value: Tensor) -> Tensor:
         return value if self.tap is None else self.tap(operation, layer, value)
-
-    def _attention(self, index: int, layer: LayerWeights, hidden: Tensor, rope: _RopeTable, attend: _Attend) -> Tensor:
-        part, config, tap = self._layers[index], self.config, self._tapped
-        rounding = part.attention
-        normed = tap("attention_norm", index, self._norm(part.stream_in, rounding, hidden, layer.input_norm))
-        heads = _linear(rounding, normed, layer.qkv, layer.qkv_bias).view(hidden.shape[0], -1, config.head_dim)
-        qk, v = heads.split_with_sizes([config.num_heads + config.num_kv_heads, config.num_kv_heads], dim=1)
-        qk, v = self._tapped_heads(("queries", "keys"), index, qk), tap("values", index, v)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            weights, parts = (layer.q_norm, layer.k_norm), self._apart(qk)
-            normed_heads = [rounding.rms_norm(x, w, config.rms_eps) for x, w in zip(parts, weights, strict=True)]
-            qk = torch.cat(normed_heads, 1)
-        qk = self._tapped_heads(("rotated_queries", "rotated_keys"), index, rounding.rope(qk, *rope))
-        q, k = self._apart(qk)
-        attended = tap("attention", index, attend(index, q, rounding.to_kv(k), rounding.to_kv(v)))
-        output = tap("attention_output", index, _linear(part.output, attended, layer.output, layer.output_bias))
-        return tap("attention_residual", index, part.stream_mid.add(hidden, output))
 
     def _apart(self, qk: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys, which share rope's few calls, as views."""
@@ -177,22 +281,30 @@ class Decoder:
         both = zip(operations, self._apart(qk), strict=True)
         return torch.cat([self._tapped(operation, layer, x) for operation, x in both], 1)
 
-    def _mlp(self, index: int, layer: LayerWeights, hidden: Tensor) -> Tensor:
-        part, tap = self._layers[index], self._tapped
-        normed = tap("mlp_norm", index, self._norm(part.stream_mid, part.mlp, hidden, layer.mlp_norm))
-        gate_up = tap("gate_up", index, _linear(part.mlp, normed, layer.gate_up, layer.gate_up_bias))
-        activated = tap("swiglu", index, part.mlp.swiglu(gate_up))
-        down = tap("down", index, _linear(part.down, activated, layer.down, layer.down_bias))
-        return tap("mlp_residual", index, part.stream_out.add(hidden, down))
 
-    def _final_norm(self, hidden: Tensor) -> Tensor:
-        stream = self._layers[-1].stream_out
-        return self._tapped("final_norm", None, self._norm(stream, self.rounding, hidden, self.weights.norm))
+def _positions(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 [T]: place of each token in its sequence."""
+    return torch.cat([torch.arange(length, device=device) for length in lengths])
 
-    def _norm(self, stream: Rounding, reader: Rounding, hidden: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm of the residual stream; a half result is widened for an island, an FP32 one rounded once for half."""
-        normed = stream.rms_norm(hidden, weight, self.config.rms_eps)
-        return normed if stream is reader else reader.round(normed)
+
+_PARTS = 4
+_LONG_SUM = 4096
+_TILE = 64
+"""Rows and columns of a product that one multiprocessor computes at least."""
+
+
+def _few_tiles(x: Tensor, weight: Tensor) -> bool:
+    """On a GPU: a product with long sums, and too few results to keep all multiprocessors busy."""
+    if not fused(x) or x.shape[1] < _LONG_SUM or x.shape[1] % (16 * _PARTS):
+        return False
+    tiles = -(-x.shape[0] // _TILE) * -(-weight.shape[0] // _TILE)
+    return tiles <= torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+def _in_parts(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight^T` as sums over parts of the width, float32 [parts, T, out], to be added up by who reads them."""
+    left, right = (y.view(y.shape[0], _PARTS, -1).transpose(0, 1) for y in (x, weight))
+    return torch.bmm(left, right.transpose(1, 2), out_dtype=torch.float32)
 
 
 def _linear(rounding: Rounding, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

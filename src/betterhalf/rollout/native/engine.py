@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from betterhalf import ops
 from betterhalf.config.schema import NativeEngineConfig, SamplingConfig
 from betterhalf.errors import EngineError, InputError
+from betterhalf.kernels import has_triton
 from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.formats import dtype_name
 from betterhalf.precision.policy import PrecisionPolicy
@@ -19,6 +21,7 @@ from betterhalf.rollout.native.config import decoder_config
 from betterhalf.rollout.native.cuda_graphs import DecodeGraphs
 from betterhalf.rollout.native.decoder import Decoder
 from betterhalf.rollout.native.kv_cache import KVCache
+from betterhalf.rollout.native.launched import Launched
 from betterhalf.rollout.native.queue import PromptQueue
 from betterhalf.rollout.native.report import engine_report
 from betterhalf.rollout.native.rounding import Rounding
@@ -27,8 +30,8 @@ from betterhalf.rollout.native.slots import Sequence as SlotSequence
 from betterhalf.rollout.native.weights import DecoderWeights, Storage
 from betterhalf.types import Completion, GenerateRequest
 
-_MAX_LOGITS = 2**25
-"""FP32 logits held at once (128 MiB); more rows are sampled in parts."""
+_MAX_LOGITS = 2**26
+"""FP32 logits held at once (256 MiB); more rows are sampled in parts."""
 _LENGTH_MULTIPLE = 16
 """Cache lengths are rounded up to this: fused kernels want aligned masks, and fewer lengths mean fewer allocations."""
 
@@ -47,8 +50,10 @@ class NativeEngine:
         """Allocate weights for the architecture of a transformers configuration; they arrive by `load_weights`.
 
         Raises:
-            InputError: the architecture is not one the engine computes, or lacks an FP32 island of the configuration.
+            InputError: the architecture is not one the engine computes, or lacks an FP32 island of the configuration;
+                or there is no Triton for a GPU.
         """
+        require_kernels(policy.device)
         self._policy = policy
         self._config = config
         self._shape = decoder_config(hf_config)
@@ -134,12 +139,15 @@ class NativeEngine:
         table = self._reserve(sequences)
         queue = PromptQueue(self._decoder, requests, sequences, self._policy.device)
         found: list[Sampled] = []
+        launched: deque[Launched] = deque()
         try:
             while queue or table.active:
                 while queue and table.free:
-                    found += self._admit(queue, table, sampling.temperature)
+                    found += self._retire(table, self._admit(queue, table, sampling.temperature))
                 if table.active:
-                    found += self._step(table, sampling.temperature)
+                    launched.append(self._step(table, sampling.temperature))
+                while len(launched) > (self._lag if table.active else 0):
+                    found += self._retire(table, launched.popleft())
         except BaseException:
             # Non-finite keys and values must not outlive the sequence that made them.
             self.close()
@@ -193,47 +201,60 @@ class NativeEngine:
         self._decoder.reserve(length)
         self._table = SlotTable(cache, tokens, self._stop_lookup)
         if self._config.cuda_graphs and device.type == "cuda":
-            self._graphs = DecodeGraphs(self._decoder, self._table)
+            self._graphs = DecodeGraphs(self._decode, self._decoder, self._table)
         return self._table
 
-    def _admit(self, queue: PromptQueue, table: SlotTable, temperature: float) -> list[Sampled]:
+    @property
+    def _lag(self) -> int:
+        """Steps that are launched before the host looks at an earlier one: a graph would else wait for it. Sequences
+        that have ended stand still meanwhile."""
+        return 0 if self._graphs is None else 1
+
+    def _admit(self, queue: PromptQueue, table: SlotTable, temperature: float) -> Launched:
         """Fill the free slots from the queue and sample the first token of each new sequence."""
         admitted, hidden = queue.take(table.free, table.cache, table.active)
-        return self._sample(table, table.admit(admitted), hidden, temperature)
+        slots = table.admit(admitted)
+        return Launched(self._draw(table, slots, hidden, temperature), admitted)
 
-    def _step(self, table: SlotTable, temperature: float) -> list[Sampled]:
-        """One token for every active sequence; returns those that ended."""
-        attended = table.longest + 1
+    def _step(self, table: SlotTable, temperature: float) -> Launched:
+        """One token for every active sequence."""
+        attended = min(table.longest + 1, table.cache.max_length)
         if self._graphs is not None:
-            hidden = self._graphs.run(attended)
+            events = self._graphs.run(temperature)
         else:
-            active = slice(0, table.active)
-            hidden = self._decoder.decode(table.tokens[active], table.lengths[active], table.cache, attended)
+            events = self._decode(table, table.active, attended, temperature)
         table.advance()
-        return self._sample(table, slice(0, table.active), hidden, temperature)
+        return Launched(events, list(table.sequences))
 
-    def _sample(self, table: SlotTable, slots: slice, hidden: Tensor, temperature: float) -> list[Sampled]:
+    def _decode(self, table: SlotTable, count: int, attended: int, temperature: float) -> Tensor:
+        """One token for the first `count` slots, all of it on the device: what `SlotTable.record` says of each."""
+        slots = slice(0, count)
+        hidden = self._decoder.decode(table.tokens[slots], table.lengths[slots], table.cache, attended)
+        table.appended(slots)
+        return self._draw(table, slots, hidden, temperature)
+
+    def _draw(self, table: SlotTable, slots: slice, hidden: Tensor, temperature: float) -> Tensor:
         """Draw a token for each of these slots, a part of them at a time when their logits would take much memory."""
-        uniform = sampler.uniforms(table.keys[slots], table.positions[slots])
-        rows = max(1, _MAX_LOGITS // self._shape.vocab_size)
-        ended, broken = [], []
+        keys, positions = table.keys[slots], table.positions[slots]
+        rows, events = max(1, _MAX_LOGITS // self._shape.vocab_size), []
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            draw = sampler.draw(self._decoder.logits(hidden[part]), uniform[part], temperature)
+            draw = sampler.draw_at(self._decoder.logits(hidden[part]), keys[part], positions[part], temperature)
             where = slice(slots.start + start, min(slots.start + start + rows, slots.stop))
-            ended.append(table.record(where, draw))
-            broken.append(~draw.finite)
-        events = (torch.cat(ended) | torch.cat(broken)).nonzero().squeeze(1).tolist()
-        if not events:
-            return []
-        self._require_finite(table, slots.start, torch.cat(broken))
-        return table.retire([slots.start + event for event in events])
+            events.append(table.record(where, draw))
+        return torch.cat(events) if len(events) > 1 else events[0]
 
-    def _require_finite(self, table: SlotTable, start: int, broken: Tensor) -> None:
-        if not bool(broken.any()):
-            return
-        slot = start + int(broken.nonzero()[0, 0])
-        sequence, position = table.sequences[slot], int(table.positions[slot]) - 1
+    def _retire(self, table: SlotTable, launched: Launched) -> list[Sampled]:
+        """Take out the sequences that ended in a step."""
+        ended, broken = launched.result()
+        if broken:
+            self._refuse(table, broken[0])
+        return [table.retire(ended)] if ended else []
+
+    def _refuse(self, table: SlotTable, sequence: SlotSequence) -> None:
+        """Say of which token the logits were not finite."""
+        (slot,) = [slot for slot, other in enumerate(table.sequences) if other is sequence]
+        position = int(table.positions[slot]) - 1
         raise EngineError(
             f"prompt {sequence.request}, sibling {sequence.sibling}: the logits of completion token {position} are "
             f"not finite in {dtype_name(self._rounding.dtype)}: {self._weights.why_not_finite()}"
@@ -243,19 +264,29 @@ class NativeEngine:
         version = self._policy_version
         assert version is not None
         stops = set(self._stop_lookup.nonzero().squeeze(1).tolist())
-        by_place = {
-            (one.sequence.request, one.sequence.sibling): Completion(
-                token_ids=one.token_ids,
-                behavior_logprobs=one.logprobs,
-                finish_reason="stop" if one.token_ids[-1] in stops else "length",
-                policy_version=version,
-            )
-            for one in found
-        }
+        by_place: dict[tuple[int, int], Completion] = {}
+        for some in found:
+            rows = (some.sequences, some.counts.tolist(), some.token_ids.tolist(), some.logprobs.tolist())
+            for sequence, count, token_ids, logprobs in zip(*rows, strict=True):
+                by_place[sequence.request, sequence.sibling] = Completion(
+                    token_ids=tuple(token_ids[:count]),
+                    behavior_logprobs=tuple(logprobs[:count]),
+                    finish_reason="stop" if token_ids[count - 1] in stops else "length",
+                    policy_version=version,
+                )
         return [
             tuple(by_place[index, sibling] for sibling in range(request.group_size))
             for index, request in enumerate(requests)
         ]
+
+
+def require_kernels(device: torch.device) -> None:
+    """Refuse a GPU without Triton."""
+    if device.type == "cuda" and not has_triton():
+        raise InputError(
+            "the native engine computes on a GPU with Triton, which is not installed; pip install triton, or sample "
+            "with engine=vllm"
+        )
 
 
 def _rounding(policy: PrecisionPolicy, config: NativeEngineConfig) -> Rounding:

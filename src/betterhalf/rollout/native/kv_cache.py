@@ -40,6 +40,10 @@ class KVCache:
         """Tokens it can hold of each."""
         return int(self.values.shape[3])
 
+    def rows(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, [slots * kv_heads, max_length, D] each."""
+        return self._rows[layer]
+
     def places(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """For `append`, where the next token of the first B slots goes, int64 [B * kv_heads] each: head, position."""
         positions = lengths.repeat_interleave(self.values.shape[2])

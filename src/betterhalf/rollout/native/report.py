@@ -53,7 +53,7 @@ def _facts(decoder: Decoder, policy: PrecisionPolicy, config: NativeEngineConfig
     rounding, on_cpu = decoder.rounding, policy.device.type == "cpu"
     return {
         "engine": f"native ({decoder.config.architecture})",
-        "attention": "batched products in FP32" if on_cpu else "torch scaled_dot_product_attention",
+        "attention": "batched products in FP32" if on_cpu else "torch over prompts, Triton over the cache",
         "matmul_sums": "fp32" if rounding.widened or rounding.exact else "native",
         "rounding": config.rounding,
         "fp32_modules": decoder.islands.described(),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from betterhalf.kernels import fused
 from betterhalf.precision.islands import Islands, LayerIslands
 
 
@@ -51,6 +52,11 @@ class Rounding:
         kernels, but not in the trainer's attention with FP32 sums."""
         return not self.exact and (self.mode == "engine" or not self.widened)
 
+    @property
+    def aligned(self) -> bool:
+        """Rounds where the trainer does."""
+        return self.mode == "aligned" and not self.exact
+
     def round(self, x: Tensor) -> Tensor:
         """To the nearest value of the grid, in the container."""
         if self.exact:
@@ -78,7 +84,7 @@ class Rounding:
         """
         cos, sin = angles.cos() * scaling, angles.sin() * scaling
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        if self.mode == "aligned" and not self.exact:
+        if self.aligned:
             return cos.to(self.dtype).float(), sin.to(self.dtype).float()
         return cos, sin
 
@@ -92,6 +98,11 @@ class Rounding:
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up of [..., 2 * width]. engine: FP32, rounded once. aligned: silu and product."""
+        if fused(gate_up):
+            # Imported here, as below: only where there is a GPU does it need Triton.
+            from betterhalf.kernels import decoding
+
+            return decoding.swiglu(gate_up, aligned=self.aligned)
         gate, up = gate_up.chunk(2, -1)
         if self.mode == "aligned":
             return self.round(self.round(F.silu(gate.float())) * up.float())
@@ -104,6 +115,16 @@ class Rounding:
     def add(self, residual: Tensor, branch: Tensor) -> Tensor:
         """The residual stream: one rounded sum in both modes."""
         return self.round(residual + branch)
+
+    def norm_of_sum_on_gpu(
+        self, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float, *, adder: Rounding, reader: Rounding
+    ) -> tuple[Tensor, Tensor]:
+        """`add` as `adder` rounds it, if there is a branch, and `rms_norm` of the sum, rounded again for who reads it,
+        in one kernel: [T, H] each."""
+        from betterhalf.kernels import decoding
+
+        formats = {"stream": adder.container, "grid": self.container, "reader": reader.container}
+        return decoding.add_norm(residual, branch, weight, eps, **formats, aligned=self.aligned)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,9 @@ from torch import Tensor
 from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.sampler import Draw
 
+ENDED, BROKEN = 1, 2
+"""What a step may say of a sequence."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequence:
@@ -27,11 +30,16 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """A sequence that has ended."""
+    """Sequences that have ended, and copies of what their slots held, which nobody waits for before all have ended."""
 
-    sequence: Sequence
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    sequences: list[Sequence]
+    """N of them."""
+    counts: Tensor
+    """int64 [N]: tokens sampled."""
+    token_ids: Tensor
+    """int64 [N, max_tokens + 1]; what lies beyond a count is of another sequence."""
+    logprobs: Tensor
+    """float32 [N, max_tokens + 1], likewise."""
 
 
 class SlotTable:
@@ -44,12 +52,13 @@ class SlotTable:
         """Slots in use: 0 to `active`."""
         self.sequences: list[Sequence] = []
         """Owner of each active slot."""
-        self.tokens, self.lengths, self.positions, self.limits, self.keys = (
-            torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(5)
+        self.tokens, self.lengths, self.positions, self.limits, self.keys, self.running = (
+            torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(6)
         )
-        # Newest token; tokens cached; tokens sampled; most tokens to sample; random stream.
-        self._sampled = torch.zeros(slots, max_tokens, dtype=torch.int64, device=device)
-        self._logprobs = torch.zeros(slots, max_tokens, dtype=torch.float32, device=device)
+        # Newest token; tokens cached; tokens sampled; most tokens to sample; random stream; 1 while it runs, else 0.
+        # One column more: where a sequence that has ended stands still, a step may write what nobody reads.
+        self._sampled = torch.zeros(slots, max_tokens + 1, dtype=torch.int64, device=device)
+        self._logprobs = torch.zeros(slots, max_tokens + 1, dtype=torch.float32, device=device)
         self._stop_lookup = stop_lookup
         self._steps = 0
         self._offsets: list[int] = []
@@ -58,7 +67,7 @@ class SlotTable:
     @property
     def max_tokens(self) -> int:
         """Longest completion it can hold."""
-        return int(self._sampled.shape[1])
+        return int(self._sampled.shape[1]) - 1
 
     @property
     def free(self) -> int:
@@ -74,6 +83,8 @@ class SlotTable:
         """Forget all sequences."""
         self.active, self.sequences, self._offsets, self._lead, self._steps = 0, [], [], 0, 0
         self.lengths.zero_()
+        self.positions.zero_()
+        self.running.zero_()
 
     def admit(self, sequences: list[Sequence]) -> slice:
         """Put sequences into the next free slots; their prompts must be in the cache already. Returns those slots."""
@@ -83,44 +94,62 @@ class SlotTable:
             (self.limits, [s.max_tokens for s in sequences]),
             (self.keys, [s.key for s in sequences]),
         ):
-            target[added] = torch.tensor(values, dtype=torch.int64, device=target.device)
+            target[added] = self._on_device(values)
         self.positions[added] = 0
+        self.running[added] = 1
         self.active = added.stop
         self.sequences += sequences
         self._offsets += [s.prompt_length - self._steps for s in sequences]
         self._lead = max(self._offsets)
         return added
 
+    def appended(self, slots: slice) -> None:
+        """Count, on the device, the token just appended to the cache of those of these slots that are active."""
+        self.lengths[slots] += self.running[slots]
+
     def advance(self) -> None:
-        """Count the token just appended to every active slot's cache."""
-        self.lengths[: self.active] += 1
+        """Count, on the host, the token just appended to every active slot's cache."""
         self._steps += 1
 
     def record(self, slots: slice, draw: Draw) -> Tensor:
-        """Store one sampled token for each of these slots; bool: which sequences have now ended."""
+        """Store one sampled token for each of these slots that runs; int8: `BROKEN` where a logit or logprob is not
+        finite, else `ENDED` where the sequence has now ended, else 0.
+
+        A sequence that has ended, or is broken, stands still from then on, whether the host knows it yet or not.
+        """
+        running = self.running[slots]
         index = self.positions[slots].unsqueeze(1)
         self._sampled[slots].scatter_(1, index, draw.token_ids.unsqueeze(1))
         self._logprobs[slots].scatter_(1, index, draw.logprobs.unsqueeze(1))
         self.tokens[slots] = draw.token_ids
-        self.positions[slots] += 1
-        return self._stop_lookup[draw.token_ids] | (self.positions[slots] >= self.limits[slots])
+        self.positions[slots] += running
+        ended = self._stop_lookup[draw.token_ids] | (self.positions[slots] >= self.limits[slots])
+        events = torch.where(draw.finite, ended * ENDED, BROKEN) * running
+        running.masked_fill_(events > 0, 0)
+        return events.to(torch.int8)
 
-    def retire(self, ended: list[int]) -> list[Sampled]:
-        """Take out the sequences in these slots (ascending), and close the gaps with the last active ones."""
-        index = torch.tensor(ended, device=self.tokens.device)
-        rows = zip(
-            ended,
-            self.positions[index].tolist(),
-            self._sampled[index].tolist(),
-            self._logprobs[index].tolist(),
-            strict=True,
+    def state(self) -> tuple[Tensor, ...]:
+        """What a step changes, but for the cache and what was sampled; to be restored after a graph's warm-up."""
+        return self.tokens, self.lengths, self.positions, self.running
+
+    def retire(self, sequences: list[Sequence]) -> Sampled:
+        """Take out sequences, and close the gaps with the last active ones."""
+        gone = {id(sequence) for sequence in sequences}
+        ended = [slot for slot, sequence in enumerate(self.sequences) if id(sequence) in gone]
+        index = self._on_device(ended)
+        sampled = Sampled(
+            sequences=[self.sequences[slot] for slot in ended],
+            counts=self.positions[index],
+            token_ids=self._sampled[index],
+            logprobs=self._logprobs[index],
         )
-        sampled = [
-            Sampled(sequence=self.sequences[slot], token_ids=tuple(ids[:count]), logprobs=tuple(logprobs[:count]))
-            for slot, count, ids, logprobs in rows
-        ]
         self._close_gaps(ended)
         return sampled
+
+    def _on_device(self, numbers: list[int]) -> Tensor:
+        """int64; a GPU gets them from pinned memory, without being waited for."""
+        tensor, device = torch.tensor(numbers, dtype=torch.int64), self.tokens.device
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
     def _close_gaps(self, ended: list[int]) -> None:
         remaining, gone = self.active - len(ended), set(ended)
@@ -128,15 +157,16 @@ class SlotTable:
         sources = [slot for slot in range(remaining, self.active) if slot not in gone]
         if targets:
             self._move(sources, targets)
-        self.lengths[remaining : self.active] = 0
+        for state in (self.lengths, self.positions, self.running):
+            state[remaining : self.active] = 0
         del self.sequences[remaining:], self._offsets[remaining:]
         self.active = remaining
         self._lead = max(self._offsets, default=0)
 
     def _move(self, sources: list[int], targets: list[int]) -> None:
-        device = self.tokens.device
-        source, target = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
-        for state in (self.tokens, self.lengths, self.positions, self.limits, self.keys, self._sampled, self._logprobs):
+        source, target = self._on_device(sources), self._on_device(targets)
+        numbers = self.tokens, self.lengths, self.positions, self.limits, self.keys, self.running
+        for state in (*numbers, self._sampled, self._logprobs):
             state[target] = state[source]
         self.cache.move(source, target, self.longest)
         for a, b in zip(sources, targets, strict=True):
