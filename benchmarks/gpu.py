@@ -1,11 +1,12 @@
 """Training and decoding on a GPU: FP16 beside BF16, and both beside what the device can do.
 
-    python benchmarks/gpu.py [--json] [--model qwen2.5-1.5b] [--tokens 8192] [--sequences 256] [--compile]
+    python benchmarks/gpu.py --compile [--json] [--model qwen2.5-1.5b] [--tokens 8192] [--sequences 256]
 
 The model has a real configuration and random weights, so nothing is downloaded. In turns, twice for each format: a
 trainer is made, warmed up and timed over whole steps (packs forward and backward, unscaling, clipping, fused AdamW);
 its weights go to the native engine, which is timed for each decoded token (prefill taken off by a second call for
-one token). A step whose gradients were not finite does less, so it is an error here.
+one token). A step whose gradients were not finite does less, so it is an error here. `--compile` compiles the
+trainer's layers, as `training.compile_layers` does; `--logits-mib` is `training.logits_mib`.
 
 TFLOP/s count 6 for each weight and token, the head's too, and causal attention; nothing for what is computed twice.
 The floor of decoding is the time to read every weight and the cached keys and values once. Both are held against the
@@ -31,13 +32,14 @@ from betterhalf.algorithms.presets import resolve_algorithm
 from betterhalf.config.schema import AlgorithmConfig, RunConfig, SamplingConfig
 from betterhalf.models.loading import LoadedModel
 from betterhalf.precision.policy import build_policy
+from betterhalf.process import settled
 from betterhalf.rollout.build import build_engine
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import DtypeName, GenerateRequest
 
 SIBLINGS = 8
 LEARNING_RATE = 1e-6
-WARM_UP = 3
+WARM_UP = 2
 ROUNDS = 2
 HALVES: tuple[DtypeName, DtypeName] = ("fp16", "bf16")
 
@@ -92,8 +94,6 @@ class Times:
 
     step: list[float] = field(default_factory=list)
     """Seconds of an optimizer step with its packs."""
-    compiled: list[float] = field(default_factory=list)
-    """The same with compiled layers."""
     token: list[float] = field(default_factory=list)
     """Seconds of a decoded token of all sequences."""
     peak_gib: float = 0.0
@@ -173,12 +173,16 @@ def random_model(architecture: str, device: torch.device) -> LoadedModel:
     )
 
 
-def config_of(args: argparse.Namespace, dtype: DtypeName, *, compiled: bool = False) -> RunConfig:
+def config_of(args: argparse.Namespace, dtype: DtypeName) -> RunConfig:
     return RunConfig.model_validate(
         {
             "precision": {"preset": dtype},
             "engine": {"type": "native", "max_concurrent": args.sequences},
-            "training": {"compile_layers": compiled, "activation_checkpointing": args.activation_checkpointing},
+            "training": {
+                "compile_layers": args.compile,
+                "activation_checkpointing": args.activation_checkpointing,
+                "logits_mib": args.logits_mib,
+            },
         }
     )
 
@@ -202,7 +206,8 @@ def time_steps(args: argparse.Namespace, trainer: PolicyTrainer) -> float:
         if report.skipped:
             raise SystemExit(f"an optimizer step was skipped: {report.first_offender} was not finite")
 
-    return timed(step, device, args.repeats)
+    with settled():
+        return timed(step, device, args.repeats)
 
 
 def time_tokens(args: argparse.Namespace, trainer: PolicyTrainer) -> float:
@@ -218,8 +223,9 @@ def time_tokens(args: argparse.Namespace, trainer: PolicyTrainer) -> float:
         return lambda: engine.generate(requests, SamplingConfig(max_tokens=tokens))
 
     device = trainer.policy.device
-    # The longer first: it makes the cache, and the graphs, that both use.
-    whole, first = (timed(sample(tokens), device, args.repeats, warm_up=1) for tokens in (args.new_tokens, 1))
+    with settled():
+        # The longer first: it makes the cache, and the graphs, that both use.
+        whole, first = (timed(sample(tokens), device, args.repeats, warm_up=1) for tokens in (args.new_tokens, 1))
     engine.close()
     return (whole - first) / (args.new_tokens - 1)
 
@@ -237,11 +243,6 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[DtypeName, T
             times.token.append(time_tokens(args, trainer))
             del trainer
             print(f"{dtype}: step {times.step[-1]:.4g} s, token {1e3 * times.token[-1]:.4g} ms", flush=True)
-            if args.compile:
-                forget(device)
-                trainer = trainer_for(args, config_of(args, dtype, compiled=True), device)
-                times.compiled.append(time_steps(args, trainer))
-                del trainer
     return found
 
 
@@ -266,7 +267,7 @@ def rows_of(args: argparse.Namespace, hf: Any, limits: Limits, found: dict[Dtype
     flops = args.packs * train_flops(hf, sequences=sequences, length=args.length)
     attended = args.prompt + args.new_tokens / 2
     floor = decode_bytes(hf, sequences=args.sequences, length=attended) / (limits.gbs * 1e9)
-    training = f"train step, {args.packs} x {args.tokens} tokens"
+    training = f"train step, {args.packs} x {args.tokens} tokens{', compiled' if args.compile else ''}"
     decoding = f"decode, {args.sequences} sequences"
     rows = [
         lower(f"{training}: fp16 vs bf16, s", step["fp16"], step["bf16"], 0.98),
@@ -285,10 +286,6 @@ def rows_of(args: argparse.Namespace, hf: Any, limits: Limits, found: dict[Dtype
         ]
     if fp16.peak_gib:
         rows.append(lower("training, GiB at most: fp16 vs bf16", fp16.peak_gib, bf16.peak_gib, 0.98))
-    for dtype, times in found.items():
-        if times.compiled:
-            compiled = statistics.median(times.compiled)
-            rows.append(lower(f"{dtype} {training}: compiled vs plain, s", compiled, step[dtype], 0.0))
     return rows
 
 
@@ -325,7 +322,8 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--prompt", type=int, default=256, help="tokens of each prompt")
     made.add_argument("--new-tokens", type=int, default=256, help="tokens decoded after it")
     made.add_argument("--activation-checkpointing", action="store_true")
-    made.add_argument("--compile", action="store_true", help="also time compiled layers")
+    made.add_argument("--compile", action="store_true", help="compile the trainer's layers")
+    made.add_argument("--logits-mib", type=int, default=256, help="memory for FP32 logits")
     args = made.parse_args()
     if args.tokens % args.length or args.sequences % SIBLINGS or args.new_tokens < 2:
         made.error("--tokens must be a multiple of --length, --sequences one of 8, and --new-tokens at least 2")

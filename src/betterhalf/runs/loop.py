@@ -19,6 +19,7 @@ from betterhalf.algorithms.loss_stats import LossStats, policy_metrics
 from betterhalf.algorithms.policy_loss import batch_denominators, kept_counts, kept_mask
 from betterhalf.diagnostics.budget import budget_metrics, fit_budget
 from betterhalf.diagnostics.logprob_gap import GapProfile, gap_profile, mismatch_metrics
+from betterhalf.process import settled
 from betterhalf.runs import watchdog
 from betterhalf.runs.assembly import Parts
 from betterhalf.runs.collect import Collected, collect_groups
@@ -94,10 +95,11 @@ class Gap:
 
 def train_steps(parts: Parts, progress: Progress, on_step: Callable[[StepResult], None]) -> Progress:
     """Run the steps after `progress` up to `training.steps`, telling `on_step` of each when it is complete."""
-    while progress.step < parts.config.training.steps:
-        result = train_step(parts, progress)
-        progress = result.progress
-        on_step(result)
+    with settled():
+        while progress.step < parts.config.training.steps:
+            result = train_step(parts, progress)
+            progress = result.progress
+            on_step(result)
     return progress
 
 
