@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from betterhalf.precision.formats import dtype_name
 from betterhalf.precision.policy import PrecisionPolicy
-from betterhalf.precision.products import product
+from betterhalf.precision.products import add_product, direct_sum, product
 
 
 def widened_linear(x: Tensor, weight_wide: Tensor, bias_wide: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -79,6 +79,7 @@ class _HalfLinearFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, weight_wide: Tensor, bias_wide: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(x, weight_wide)
+        ctx.weight = weight
         return widened_linear(x, weight_wide, bias_wide, weight.dtype)
 
     @staticmethod
@@ -87,8 +88,12 @@ class _HalfLinearFunction(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad = grad_outputs[0].reshape(-1, weight_wide.shape[0]).float()
         grad_x = product(grad, weight_wide.t()).to(x.dtype).view(x.shape) if need_x else None
-        rows = x.reshape(-1, x.shape[-1])
-        grad_weight = product(grad.t(), rows.float().t()).to(x.dtype) if need_weight else None
+        rows = x.reshape(-1, x.shape[-1]).float()
+        total = direct_sum(ctx.weight) if need_weight else None
+        if total is not None:
+            add_product(total, grad.t(), rows.t())
+            need_weight = False
+        grad_weight = product(grad.t(), rows.t()).to(x.dtype) if need_weight else None
         grad_bias = grad.sum(0).to(x.dtype) if need_bias else None
         return grad_x, grad_weight, grad_bias, None, None
 
@@ -100,7 +105,7 @@ def half_linear(
 
     Args:
         x: half [..., in].
-        weight: [out, in] in the same dtype; receives its gradient.
+        weight: [out, in] in the same dtype; receives its gradient, in FP32 directly if it has one already.
         bias: [out] in the same dtype, or None.
         weight_wide: `weight` in FP32.
         bias_wide: `bias` in FP32.

@@ -60,6 +60,28 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right^T` in place: a gradient to the sum it belongs to.
+
+    Args:
+        total: float32 [M, N], dense.
+        left: float32 [M, K], any strides.
+        right: float32 [N, K], any strides, not `packed`.
+    """
+    if left.is_cpu and _plain_by_onednn():
+        total += product(left, right)
+    else:
+        total.addmm_(left, right.t())
+
+
+def direct_sum(leaf: Tensor) -> Tensor | None:
+    """The FP32 gradient that a backward pass may add to itself, in place of a tensor for autograd to add: there is one
+    already, and nobody has asked to see what is added. `torch.autograd.grad` does not see it either."""
+    grad = leaf.grad
+    watched = leaf._backward_hooks or leaf._post_accumulate_grad_hooks
+    return grad if grad is not None and grad.is_cpu and grad.dtype == torch.float32 and not watched else None
+
+
 def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
     """`left @ right^T` in memory that is there already, which for a large result spares more time than it seems.
 

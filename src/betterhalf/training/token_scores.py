@@ -21,7 +21,7 @@ from torch import Tensor
 
 from betterhalf import ops
 from betterhalf.kernels import fused
-from betterhalf.precision.products import product, product_into
+from betterhalf.precision.products import add_product, direct_sum, product, product_into
 
 _CACHED_LOGITS = 2**21
 """Logits of a chunk in the backward pass on a CPU, 8 MiB: they are read three times, and should stay in its cache."""
@@ -53,6 +53,7 @@ class Chunks:
         self.uses = 0
         """How often the memory was written."""
         self._memory = torch.empty(0)
+        self._gradient = torch.empty(0)
 
     def multiply(self, hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
         """`head_logits` of a chunk; on a CPU valid until the next use."""
@@ -67,6 +68,18 @@ class Chunks:
         logits_CV = self._memory[: shape[0] * shape[1]].view(shape)
         product_into(logits_CV, hidden_CH.float(), weight_VH)
         return logits_CV
+
+    def multiply_back(self, left: Tensor, right: Tensor) -> Tensor:
+        """Left times right with FP32 sums, in half only for half operands on a CPU; there, in FP32, valid until the
+        next use."""
+        if not (right.is_cpu and right.dtype == torch.float32):
+            return _product(left, right)
+        size = left.shape[0] * right.shape[1]
+        if self._gradient.numel() < size:
+            self._gradient = torch.empty(size)
+        out = self._gradient[:size].view(left.shape[0], right.shape[1])
+        product_into(out, left, right.t())
+        return out
 
     def rows(self, vocabulary: int) -> int:
         """Rows of a chunk that spans the vocabulary; at least one."""
@@ -99,6 +112,7 @@ class _TokenLogprobs(torch.autograd.Function):
             parts.append(ops.normalised(logits, targets, temperature))
         logprobs_C, normaliser_C = (torch.cat(columns) for columns in zip(*parts, strict=True))
         ctx.save_for_backward(hidden_CH, scoring_VH, learning_VH, targets_C, normaliser_C)
+        ctx.leaf_VH = leaf_VH
         ctx.temperature, ctx.chunks = temperature, chunks
         ctx.logits_CV, ctx.use = (logits if len(parts) == 1 else None), chunks.uses
         return logprobs_C
@@ -107,7 +121,9 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None, None]:
         hidden_CH, scoring_VH, learning_VH, targets_C, normaliser_C = ctx.saved_tensors
         grad_hidden = torch.zeros(hidden_CH.shape, dtype=torch.float32, device=hidden_CH.device)
-        grad_leaf = torch.empty_like(learning_VH, dtype=hidden_CH.dtype) if ctx.needs_input_grad[1] else None
+        total = direct_sum(ctx.leaf_VH) if ctx.needs_input_grad[1] else None
+        alone = ctx.needs_input_grad[1] and total is None
+        grad_leaf = torch.empty_like(learning_VH, dtype=hidden_CH.dtype) if alone else None
         columns = ctx.chunks.columns(hidden_CH.shape[0], on_cpu=hidden_CH.is_cpu)
         kept = ctx.logits_CV if ctx.use == ctx.chunks.uses else None
         operand = hidden_CH.to(learning_VH.dtype)
@@ -118,8 +134,10 @@ class _TokenLogprobs(torch.autograd.Function):
                 logits, targets_C - start, normaliser_C, grad_outputs[0], ctx.temperature, learning_VH.dtype
             )
             grad_hidden += _product(grad_logits, learning_VH[part])
-            if grad_leaf is not None:
-                grad_leaf[part] = _product(grad_logits.t(), operand)
+            if total is not None:
+                add_product(total[part], grad_logits.t(), operand.t())
+            elif grad_leaf is not None:
+                grad_leaf[part] = ctx.chunks.multiply_back(grad_logits.t(), operand)
         return grad_hidden.to(hidden_CH.dtype), grad_leaf, None, None, None, None, None
 
 
