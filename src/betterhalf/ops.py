@@ -47,11 +47,21 @@ def normalised(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> t
 
 
 def logprobs_and_entropy(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`token_logprobs` and `entropy` of the same rows; on a GPU in one read of the logits."""
+    """`token_logprobs`, bit for bit, and the entropy of the same rows, in nats, from the same exponentials: [...]."""
     if fused(logits):
         logprobs, _, entropies = _scores_on_gpu(logits, token_ids, temperature)
         return logprobs, entropies
-    return token_logprobs(logits, token_ids, temperature), entropy(logits, temperature)
+
+    def some(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
+        exponentials, largest = shifted_exp(scaled)
+        total = exponentials.sum(-1)
+        weighted = exponentials.mul_(scaled.sub(largest)).sum(-1)
+        logprobs = chosen(scaled, token_ids) - total.log().add_(largest.squeeze(-1))
+        return logprobs, total.log() - weighted / total
+
+    logprobs, entropies = _by_rows(some, logits, token_ids)
+    return logprobs, entropies
 
 
 def _scores_on_gpu(logits: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
