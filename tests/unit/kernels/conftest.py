@@ -1,0 +1,24 @@
+"""Without a GPU the kernels run in Triton's interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton asks when it decorates a kernel; its own were decorated in tests/conftest.py.
+    os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ImportError):
+        for name in ("attention", "decoding", "gradients", "vocabulary"):
+            importlib.import_module(f"betterhalf.kernels.{name}")
+    del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -1,0 +1,103 @@
+"""A decode step of the engine by the GPU's kernels beside the same step by torch's operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from betterhalf.config.schema import RunConfig
+from betterhalf.precision.policy import build_policy
+from betterhalf.rollout.build import build_engine
+from betterhalf.rollout.native import decoder as decoder_module
+from betterhalf.rollout.native import rounding as rounding_module
+from betterhalf.rollout.native.decoder import Decoder
+from betterhalf.rollout.native.kv_cache import KVCache
+
+pytest.importorskip("triton")
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(**SIZES),
+    "mistral": MistralConfig(**SIZES, sliding_window=5),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+}
+LENGTHS = (7, 1, 12)
+
+
+def decoder_of(family: str, precision: dict[str, Any], rounding: str) -> Decoder:
+    torch.manual_seed(5)
+    module = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32).eval()
+    config = RunConfig.model_validate({"precision": precision, "engine": {"rounding": rounding}})
+    policy = build_policy(config.precision, torch.device("cpu"))
+    engine: Any = build_engine(config, module.config, (), policy)
+    sent = ((name, p.detach().to(policy.wire_dtype)) for name, p in module.named_parameters())
+    engine.load_weights(sent, policy_version=0)
+    return engine.decoder
+
+
+def cache_for(decoder: Decoder, *, gpu: bool) -> KVCache:
+    """As a CPU has it, in FP32 with keys transposed, or as a GPU."""
+    dtype = decoder.rounding.kv_dtype if gpu else torch.float32
+    cache = KVCache(decoder.config, slots=4, max_length=32, dtype=dtype, device=torch.device("cpu"))
+    if gpu:
+        cache.keys = torch.zeros_like(cache.values)
+        cache._rows = tuple(zip(cache.keys.flatten(1, 2).unbind(), cache.values.flatten(1, 2).unbind(), strict=True))
+    return cache
+
+
+@torch.inference_mode()
+def decoded(decoder: Decoder, cache: KVCache, steps: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states of some steps of three sequences, and what the cache holds then."""
+    decoder.reserve(32)
+    _, saved = decoder.prefill(torch.arange(sum(LENGTHS)) * 7 % 101, LENGTHS)
+    for slot, part in enumerate(torch.split(saved, list(LENGTHS), dim=2)):
+        cache.fill(slot, slot + 1, part)
+    lengths, found = torch.tensor(LENGTHS), []
+    for step in range(steps):
+        found.append(decoder.decode(torch.tensor([3, 50, 9]) + step, lengths + step, cache, max(LENGTHS) + step + 1))
+    return torch.stack(found), cache.keys, cache.values
+
+
+ISLAND = "model.layers.1.mlp.down_proj"
+PRECISIONS: list[tuple[dict[str, Any], float]] = [
+    ({"preset": "fp32"}, 2e-5),
+    ({"preset": "fp16", "half_matmul": "native"}, 4e-3),
+    ({"preset": "fp16", "half_matmul": "native", "fp32_modules": (ISLAND,)}, 4e-3),
+    ({"preset": "fp16", "half_matmul": "native", "fp32_modules": ("model.layers.1",)}, 4e-3),
+]
+
+
+@pytest.mark.parametrize("mode", ["engine", "aligned"])
+@pytest.mark.parametrize(("precision", "bound"), PRECISIONS, ids=["fp32", "fp16", "down", "layer"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_kernels_decode_what_torch_s_operations_decode(
+    family: str, precision: dict[str, Any], bound: float, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = decoder_of(family, precision, mode)
+    expected = decoded(decoder, cache_for(decoder, gpu=False))
+    for module in (decoder_module, rounding_module):
+        monkeypatch.setattr(module, "fused", lambda _: True)
+    monkeypatch.setattr(decoder_module, "_few_tiles", lambda *_: False)
+    found = decoded(decoder, cache_for(decoder, gpu=True))
+    assert found[0].dtype == expected[0].dtype
+    for one, other in zip(found, expected, strict=True):
+        assert (one.float() - other.float()).abs().max() < bound * other.float().abs().max()
+    assert found[1].any()
