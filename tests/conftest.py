@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 def _interpret_triton() -> None:
     """Without a GPU, kernels run in Triton's interpreter, which it must know when it is imported for the first time."""
-    if _cuda_available():
+    if _cuda_available() or "TRITON_INTERPRET" in os.environ:
         return
     os.environ["TRITON_INTERPRET"] = "1"
     with contextlib.suppress(ImportError):

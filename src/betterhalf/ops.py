@@ -34,7 +34,7 @@ def log_normaliser(exponentials: Tensor, largest: Tensor) -> Tensor:
 
 def normalised(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """`token_logprobs`, and what it subtracted: the logarithm of the sum of exponentials; both float32 [...]."""
-    if fused(logits):
+    if _by_kernel(logits):
         return _scores_on_gpu(logits, token_ids, temperature)[:2]
 
     def some(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ def normalised(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> t
 
 def logprobs_and_entropy(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """`token_logprobs`, bit for bit, and the entropy of the same rows, in nats, from the same exponentials: [...]."""
-    if fused(logits):
+    if _by_kernel(logits):
         logprobs, _, entropies = _scores_on_gpu(logits, token_ids, temperature)
         return logprobs, entropies
 
@@ -64,12 +64,17 @@ def logprobs_and_entropy(logits: Tensor, token_ids: Tensor, temperature: float =
     return logprobs, entropies
 
 
+def _by_kernel(logits: Tensor) -> bool:
+    """The kernel makes no gradient."""
+    return fused(logits) and not (torch.is_grad_enabled() and logits.requires_grad)
+
+
 def _scores_on_gpu(logits: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Logprob, normaliser and entropy, [...] each."""
     # Imported here: only where there is a GPU does it need Triton.
     from betterhalf.kernels import vocabulary
 
-    rows, shape = logits.reshape(-1, logits.shape[-1]).float(), logits.shape[:-1]
+    rows, shape = logits.reshape(-1, logits.shape[-1]).float().contiguous(), logits.shape[:-1]
     logprobs, normalisers, entropies = vocabulary.scores(rows, token_ids.reshape(-1), temperature)
     return logprobs.view(shape), normalisers.view(shape), entropies.view(shape)
 
@@ -101,16 +106,6 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) 
         float32 [...], in nats.
     """
     return normalised(logits, token_ids, temperature)[0]
-
-
-def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy of softmax(logits / temperature) in nats, in FP32: [..., V] -> [...]."""
-
-    def some(logits: Tensor) -> tuple[Tensor]:
-        log_p = (logits.float() if temperature == 1.0 else logits.float() / temperature).log_softmax(-1)
-        return (-(log_p.exp() * log_p).sum(-1),)
-
-    return _by_rows(some, logits)[0]
 
 
 def log_ratio(numerator_logprobs: Tensor, denominator_logprobs: Tensor) -> Tensor:

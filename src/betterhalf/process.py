@@ -23,6 +23,10 @@ def prepare_process() -> None:
 def settled() -> Iterator[None]:
     """Keep Python's garbage collector off what exists now: models and libraries are a million objects, which it would
     look through again and again while a step makes some thousands."""
+    if gc.get_freeze_count():
+        # Somebody else has done it, and will undo it.
+        yield
+        return
     gc.collect()
     gc.freeze()
     try:

@@ -126,6 +126,15 @@ def test_islands_stay_as_close_to_fp32_and_keep_the_cache_in_half(island, precis
     assert engine._table.cache.keys.dtype == engine._weights.storage.grid
 
 
+@pytest.mark.parametrize("island", [(), (DOWN,)])
+@pytest.mark.parametrize(("precision", "bound"), [("fp16", 2e-4), ("bf16", 2e-2)])
+def test_a_down_projection_in_parts_stays_as_close_to_fp32(precision, bound, island, monkeypatch):
+    monkeypatch.setattr("betterhalf.rollout.native.decoder._LONG_SUM", 64)
+    module = module_of("llama")
+    difference = gap(module, engine_of(module, precision, islands=island).generate(requests(), SAMPLING))
+    assert 0 < (difference.exp() - 1 - difference).mean() < bound
+
+
 def test_an_island_cures_an_overflow():
     module = module_of("llama")
     with torch.no_grad():

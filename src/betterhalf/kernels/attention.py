@@ -14,8 +14,8 @@ _LAUNCH = {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
 _LAUNCH_FP32 = {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
 _FEWEST_QUERIES = 16
 """Rows of the smallest product of a tensor core; a group's queries are padded to them."""
-_FEWEST_KEYS = 128
-"""Keys of a sequence that are worth a program of their own."""
+_MOST_SPLITS = 8
+"""Programs that share the keys of a sequence at most."""
 _LOG2_E = 1.4426950408889634
 
 
@@ -147,7 +147,7 @@ def attend(
     rows, heads, dim = queries.shape
     keys, values = cache
     group, pairs = heads // kv_heads, rows * kv_heads
-    splits = _splits(pairs, min(keys.shape[1], window or keys.shape[1]), queries.device)
+    splits = _splits(pairs, queries.device)
     out = queries.new_empty(rows, heads * dim)
     shape = (pairs, splits, group) if splits > 1 else (0,)
     parts = torch.empty(*shape, dim, dtype=torch.float32, device=queries.device)
@@ -169,9 +169,10 @@ def attend(
     return out
 
 
-def _splits(pairs: int, most_keys: int, device: torch.device) -> int:
-    """Programs that share the keys of a sequence: so many that every multiprocessor has two, and no idle ones."""
-    return max(1, min(2 * _multiprocessors(device) // pairs, most_keys // _FEWEST_KEYS))
+def _splits(pairs: int, device: torch.device) -> int:
+    """Programs that share the keys of a sequence: so many that every multiprocessor has two. The cache's length has no
+    say: it depends on what was sampled before, and would change sums by it."""
+    return max(1, min(2 * _multiprocessors(device) // pairs, _MOST_SPLITS))
 
 
 @functools.cache

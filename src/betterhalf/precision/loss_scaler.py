@@ -262,7 +262,7 @@ def _unscale(
     )
 
 
-def _any_rank(found: bool, all_reduce_max: Callable[[Tensor], None] | None, device: torch.device | None = None) -> bool:
+def _any_rank(found: bool, all_reduce_max: Callable[[Tensor], None] | None, device: torch.device | None) -> bool:
     if all_reduce_max is None:
         return found
     flag = torch.full((1,), float(found), device=device)

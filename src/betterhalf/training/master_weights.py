@@ -131,7 +131,7 @@ class MasterWeights:
 
 def _add(total: Tensor, half: Tensor, *, empty: bool) -> None:
     """Add to an FP32 gradient; `empty` says that what it holds is of the past."""
-    if fused(half) and half.is_contiguous():
+    if fused(half) and half.is_contiguous() and total.is_contiguous():
         # Imported here: only where there is a GPU does it need Triton.
         from betterhalf.kernels import gradients
 

@@ -11,11 +11,13 @@ import torch
 
 if not torch.cuda.is_available():
     # Triton asks when it decorates a kernel; its own were decorated in tests/conftest.py.
+    given = "TRITON_INTERPRET" in os.environ
     os.environ["TRITON_INTERPRET"] = "1"
     with contextlib.suppress(ImportError):
         for name in ("attention", "decoding", "gradients", "vocabulary"):
             importlib.import_module(f"betterhalf.kernels.{name}")
-    del os.environ["TRITON_INTERPRET"]
+    if not given:
+        del os.environ["TRITON_INTERPRET"]
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from betterhalf.config.schema import RunConfig
 from betterhalf.precision.policy import build_policy
 from betterhalf.rollout.build import build_engine
+from betterhalf.rollout.native import blocks as blocks_module
 from betterhalf.rollout.native import decoder as decoder_module
 from betterhalf.rollout.native import rounding as rounding_module
 from betterhalf.rollout.native.decoder import Decoder
@@ -83,6 +84,33 @@ PRECISIONS: list[tuple[dict[str, Any], float]] = [
     ({"preset": "fp16", "half_matmul": "native", "fp32_modules": (ISLAND,)}, 4e-3),
     ({"preset": "fp16", "half_matmul": "native", "fp32_modules": ("model.layers.1",)}, 4e-3),
 ]
+
+
+@pytest.mark.parametrize(("precision", "bound"), PRECISIONS[1:], ids=["fp16", "down", "layer"])
+def test_a_down_projection_in_parts_decodes_the_same(
+    precision: dict[str, Any], bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks_module, "packed", lambda weight: weight)
+    decoder, multiply = decoder_of("llama", precision, "engine"), torch.bmm
+    expected = decoded(decoder, cache_for(decoder, gpu=False))
+    parts: list[tuple[int, ...]] = []
+
+    def bmm(left: Tensor, right: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """On a CPU torch's takes no other dtype for results."""
+        if out_dtype is None:
+            return multiply(left, right)
+        parts.append(tuple(left.shape))
+        return multiply(left.to(out_dtype), right.to(out_dtype))
+
+    for module in (decoder_module, rounding_module):
+        monkeypatch.setattr(module, "fused", lambda _: True)
+    monkeypatch.setattr(decoder_module, "_few_tiles", lambda *_: True)
+    monkeypatch.setattr(torch, "bmm", bmm)
+    found = decoded(decoder, cache_for(decoder, gpu=True))
+    # Layers whose down projection is an island, or ends at one, do it whole.
+    assert parts.count((4, 3, 16)) == 3 * (1 if "fp32_modules" in precision else 3)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.float() - other.float()).abs().max() < bound * other.float().abs().max()
 
 
 @pytest.mark.parametrize("mode", ["engine", "aligned"])

@@ -149,8 +149,7 @@ def test_attention_over_the_cache(
 def test_programs_share_the_keys_where_sequences_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_multiprocessors", lambda _: 132)
     device = torch.device("cuda")
-    assert [attention._splits(pairs, 1024, device) for pairs in (512, 132, 66, 16, 2)] == [1, 2, 4, 8, 8]
-    assert attention._splits(2, 100, device) == 1
+    assert [attention._splits(pairs, device) for pairs in (512, 132, 66, 16, 2)] == [1, 2, 4, 8, 8]
 
 
 @pytest.mark.parametrize("mode", ["engine", "aligned"])

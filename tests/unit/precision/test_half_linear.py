@@ -313,3 +313,19 @@ def test_layers_are_replaced_only_where_the_policy_says_so(
 def test_a_dtype_mismatch_is_refused() -> None:
     with pytest.raises(AssertionError, match="input is torch.float32"):
         half_module(4, 3, dtype=torch.float16)(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_fp32_gradients_add_up_over_passes_whether_watched_or_not(watched: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = HalfLinear(nn.Linear(24, 5))
+    layer.weight.grad, seen = torch.zeros_like(layer.weight), []
+    if watched:
+        layer.weight.register_hook(lambda gradient: seen.append(gradient.clone()))
+    expected = torch.zeros(5, 24, dtype=torch.float64)
+    for _ in range(3):
+        x, upstream = torch.randn(7, 24, generator=generator), torch.randn(7, 5, generator=generator)
+        (layer(x) * upstream).sum().backward()
+        expected += upstream.double().t() @ x.double()
+    torch.testing.assert_close(layer.weight.grad.double(), expected, rtol=1e-5, atol=1e-5)
+    assert len(seen) == (3 if watched else 0)

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from betterhalf.precision import products
-from betterhalf.precision.products import add_batched_product, batched_product, packed, product, product_into, unpacked
+from betterhalf.precision.products import (
+    add_batched_product,
+    add_product,
+    batched_product,
+    direct_sum,
+    packed,
+    product,
+    product_into,
+    unpacked,
+)
 
 SHAPES = [(1, 1, 1), (7, 24, 5), (64, 576, 40), (4, 1024, 300), (32, 48, 2048), (200, 17, 9)]
 
@@ -177,3 +186,38 @@ def test_products_are_put_where_they_are_told(shape: tuple[int, int, int], monke
     out = torch.full((left.shape[0], right.shape[0]), torch.nan)
     product_into(out, left, right)
     assert_close(out, left, right)
+
+
+@pytest.mark.parametrize("by_onednn", [False, True])
+@pytest.mark.parametrize("shape", [(7, 33, 5), (64, 300, 41)])
+def test_products_are_added_to_a_part_of_a_sum(
+    shape: tuple[int, int, int], by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_onednn and not products._onednn():
+        pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr(products, "_plain_by_onednn", lambda: by_onednn)
+    rows, terms, columns = shape
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.randn(terms, rows, generator=generator).t(),
+        torch.randn(terms, columns, generator=generator).t(),
+    )
+    total = torch.ones(rows + 3, columns)
+    add_product(total[2:-1], left, right)
+    torch.testing.assert_close(total[2:-1].double(), 1 + left.double() @ right.double().t(), rtol=1e-5, atol=1e-5)
+    assert (total[:2] == 1).all() and (total[-1] == 1).all()
+
+
+def test_a_backward_pass_may_add_to_an_fp32_gradient_that_nobody_watches() -> None:
+    leaf = torch.nn.Parameter(torch.zeros(2, 2))
+    assert direct_sum(leaf) is None
+    leaf.grad = torch.zeros(2, 2)
+    assert direct_sum(leaf) is leaf.grad
+    for watch in (leaf.register_hook, leaf.register_post_accumulate_grad_hook):
+        handle = watch(lambda _: None)
+        assert direct_sum(leaf) is None
+        handle.remove()
+        assert direct_sum(leaf) is leaf.grad
+    half = torch.nn.Parameter(torch.zeros(2, dtype=torch.float16))
+    half.grad = torch.zeros(2, dtype=torch.float16)
+    assert direct_sum(half) is None

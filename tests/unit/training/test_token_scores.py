@@ -163,12 +163,14 @@ def test_rows_are_normalised_a_few_at_a_time_with_the_same_bits(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     logits, taken = torch.randn(3, 5, 40, generator=generator), torch.randint(40, (3, 5), generator=generator)
-    whole = ops.token_logprobs(logits, taken, temperature), ops.entropy(logits, temperature)
+    whole = ops.logprobs_and_entropy(logits, taken, temperature)
     for at_once in (1, 90, 400):
         monkeypatch.setattr(ops, "_AT_ONCE", at_once)
         assert torch.equal(ops.token_logprobs(logits, taken, temperature), whole[0])
-        assert torch.equal(ops.entropy(logits, temperature), whole[1])
+        for found, expected in zip(ops.logprobs_and_entropy(logits, taken, temperature), whole, strict=True):
+            assert torch.equal(found, expected)
     exact = (logits.double() / temperature).log_softmax(-1)
+    torch.testing.assert_close(whole[1].double(), -(exact.exp() * exact).sum(-1), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(whole[0].double(), exact.gather(-1, taken.unsqueeze(-1)).squeeze(-1), rtol=1e-5, atol=0)
 
 

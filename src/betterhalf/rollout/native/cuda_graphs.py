@@ -31,8 +31,7 @@ def batch_bucket(active: int, slots: int) -> int:
 class DecodeGraphs:
     """Captures on first use and replays after. Valid while the table's, cache's and weights' tensors stay in place."""
 
-    def __init__(self, step: Step, decoder: Decoder, table: SlotTable) -> None:
-        self._step = step
+    def __init__(self, decoder: Decoder, table: SlotTable) -> None:
         self._decoder = decoder
         self._table = table
         self._graphs: dict[tuple[int, float], tuple[torch.cuda.CUDAGraph, Tensor, Any]] = {}
@@ -40,20 +39,21 @@ class DecodeGraphs:
         meanwhile."""
         self._pool: Any = None
 
-    def run(self, temperature: float) -> Tensor:
+    def run(self, step: Step, temperature: float) -> Tensor:
         """One token for each active slot; what `SlotTable.record` says of them, overwritten by the next call.
 
+        `step` is always the same; it is not kept, because it would lead back to who keeps the graphs.
         Slots between `active` and the bucket run too: they write to the cache of their own free slot only.
         """
         table = self._table
         key = (batch_bucket(table.active, table.cache.slots), temperature)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(*key)
+            self._graphs[key] = self._capture(step, *key)
         graph, events, _ = self._graphs[key]
         graph.replay()
         return events[: table.active]
 
-    def _capture(self, batch: int, temperature: float) -> tuple[torch.cuda.CUDAGraph, Tensor, Any]:
+    def _capture(self, step: Step, batch: int, temperature: float) -> tuple[torch.cuda.CUDAGraph, Tensor, Any]:
         table, graph = self._table, torch.cuda.CUDAGraph()
         arguments = (table, batch, table.cache.max_length, temperature)
         kept = [x.clone() for x in table.state()]
@@ -61,12 +61,12 @@ class DecodeGraphs:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
-                self._step(*arguments)
+                step(*arguments)
                 # What a warm-up sampled and cached is overwritten by the step itself.
                 for x, before in zip(table.state(), kept, strict=True):
                     x.copy_(before)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph, pool=self._pool):
-            events = self._step(*arguments)
+            events = step(*arguments)
         self._pool = self._pool or graph.pool()
         return graph, events, self._decoder.rope_tables

@@ -18,7 +18,7 @@ from betterhalf.precision.formats import dtype_name
 from betterhalf.precision.policy import PrecisionPolicy
 from betterhalf.rollout import sampler
 from betterhalf.rollout.native.config import decoder_config
-from betterhalf.rollout.native.cuda_graphs import DecodeGraphs
+from betterhalf.rollout.native.cuda_graphs import DecodeGraphs, batch_bucket
 from betterhalf.rollout.native.decoder import Decoder
 from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.native.launched import Launched
@@ -33,7 +33,7 @@ from betterhalf.types import Completion, GenerateRequest
 _MAX_LOGITS = 2**26
 """FP32 logits held at once (256 MiB); more rows are sampled in parts."""
 _LENGTH_MULTIPLE = 16
-"""Cache lengths are rounded up to this: fused kernels want aligned masks, and fewer lengths mean fewer allocations."""
+"""Cache lengths are rounded up to this: fewer lengths mean fewer allocations."""
 
 
 class NativeEngine:
@@ -183,7 +183,7 @@ class NativeEngine:
 
     def _reserve(self, sequences: list[SlotSequence]) -> SlotTable:
         """A table and cache that are large enough; the last ones if they are, so that graphs survive."""
-        slots = min(self._config.max_concurrent, len(sequences))
+        slots = self._slots(len(sequences))
         length = max(s.prompt_length + s.max_tokens for s in sequences)
         length = -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
         tokens = max(s.max_tokens for s in sequences)
@@ -194,6 +194,12 @@ class NativeEngine:
         table.clear()
         return table
 
+    def _slots(self, sequences: int) -> int:
+        """Of a cache for so many sequences. On a GPU a whole bucket, so that the buckets of later steps, which round
+        differently, do not depend on how large earlier calls were."""
+        most = self._config.max_concurrent
+        return batch_bucket(sequences, most) if self._policy.device.type == "cuda" else min(most, sequences)
+
     def _allocate(self, slots: int, length: int, tokens: int) -> SlotTable:
         device = self._policy.device
         dtype = torch.float32 if device.type == "cpu" else self._policy.kv_dtype
@@ -201,7 +207,7 @@ class NativeEngine:
         self._decoder.reserve(length)
         self._table = SlotTable(cache, tokens, self._stop_lookup)
         if self._config.cuda_graphs and device.type == "cuda":
-            self._graphs = DecodeGraphs(self._decode, self._decoder, self._table)
+            self._graphs = DecodeGraphs(self._decoder, self._table)
         return self._table
 
     @property
@@ -218,10 +224,10 @@ class NativeEngine:
 
     def _step(self, table: SlotTable, temperature: float) -> Launched:
         """One token for every active sequence."""
-        attended = min(table.longest + 1, table.cache.max_length)
         if self._graphs is not None:
-            events = self._graphs.run(temperature)
+            events = self._graphs.run(self._decode, temperature)
         else:
+            attended = min(table.longest + 1, table.cache.max_length)
             events = self._decode(table, table.active, attended, temperature)
         table.advance()
         return Launched(events, list(table.sequences))

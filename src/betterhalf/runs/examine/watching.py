@@ -26,8 +26,9 @@ _RECENT = 8
 def watched(module: nn.Module, see: See) -> Iterator[None]:
     """Show `see` what every leaf module and decoder layer computes, in the order of computation, forward and backward.
 
-    Numbers stay the same bit for bit: hooks only look. Leaves without parameters are included (activations); what is
-    no floating tensor, such as token ids or rope's pair of tables, is not.
+    Numbers stay the same bit for bit, since hooks only look, but for FP32 gradients of weights, which are made before
+    they are added up so that there is something to see (`precision.products.direct_sum`). Leaves without parameters are
+    included (activations); what is no floating tensor, such as token ids or rope's pair of tables, is not.
     """
     watcher = _Watcher(see)
     handles = [handle for name, part in module.named_modules() for handle in watcher.hooks(name, part)]
