@@ -9,8 +9,9 @@ import torch
 
 from betterhalf.config.schema import SamplingConfig
 from betterhalf.errors import EngineError, InputError
+from betterhalf.rollout.native import engine as engine_module
 from betterhalf.rollout.native.cuda_graphs import batch_bucket
-from betterhalf.rollout.native.engine import NativeEngine
+from betterhalf.rollout.native.engine import NativeEngine, require_kernels
 from betterhalf.types import GenerateRequest
 
 
@@ -55,6 +56,14 @@ def test_siblings_differ_and_repetition_does_not(make_engine):
     assert all(len(set(group)) == 3 for group in tokens(first))
     assert engine.generate(requests(), sampling) == first
     assert tokens(engine.generate(requests(seed=1), sampling)) != tokens(first)
+
+
+def test_a_gpu_without_triton_is_refused_with_the_cure(monkeypatch):
+    require_kernels(torch.device("cpu"))
+    monkeypatch.setattr(engine_module, "has_triton", lambda: False)
+    require_kernels(torch.device("cpu"))
+    with pytest.raises(InputError, match="pip install triton.*engine=vllm"):
+        require_kernels(torch.device("cuda"))
 
 
 def test_tokens_do_not_depend_on_when_the_host_looks(make_engine, monkeypatch):

@@ -288,7 +288,9 @@ def _positions(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 _PARTS = 4
+"""Of a long sum, made side by side."""
 _LONG_SUM = 4096
+"""Terms from which that pays."""
 _TILE = 64
 """Rows and columns of a product that one multiprocessor computes at least."""
 
