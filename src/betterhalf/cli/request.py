@@ -67,5 +67,7 @@ class Verb:
     """One line."""
     settings: bool = True
     """Takes `key=value` of the configuration."""
+    computes: bool = True
+    """Runs a model, so that threads are chosen before torch is imported."""
     options: tuple[Option, ...] = ()
     """Its own, besides --json."""

@@ -205,12 +205,14 @@ VERBS = {
         num_words=(1, sys.maxsize),
         help="one self-contained HTML page with plots, from run folders",
         settings=False,
+        computes=False,
     ),
     "config": Verb(
         run=_config,
         words="EXPERIMENT [OTHER]",
         num_words=(1, 2),
         help="the resolved configuration; with two, their difference",
+        computes=False,
     ),
     "export": Verb(
         run=_export,

@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
+from betterhalf.process import end_with_parent
 from betterhalf.rollout.vllm.refusals import NotInstalled, Refusal, reason
 
 Handler = Callable[..., Any]
@@ -42,24 +40,9 @@ def _answer(handler: Handler, values: dict[str, Any]) -> tuple[str, Any]:
         return "failed", f"vLLM failed: {reason(error)}"
 
 
-def watch_parent(parent: int) -> None:
-    """End this process and its helpers when the parent is gone.
-
-    A thread that looks: the kernel's death signal (PR_SET_PDEATHSIG) follows the parent's *thread*, which may end
-    while the run goes on, and a closed socket is noticed only between two questions.
-    """
-
-    def look() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os.killpg(os.getpgrp(), signal.SIGKILL)
-
-    threading.Thread(target=look, daemon=True).start()
-
-
 def main(handlers: Mapping[str, Handler] | None = None) -> None:
     """Serve on the file descriptor that the command line names."""
-    watch_parent(int(sys.argv[2]))
+    end_with_parent(int(sys.argv[2]))
     if handlers is None:
         from betterhalf.rollout.vllm.backend import VllmBackend
 
