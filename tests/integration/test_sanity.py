@@ -104,7 +104,7 @@ def test_a_finished_run_resumes_without_training_again(sanity_run: Path, monkeyp
 
 def test_an_interrupted_count_goes_on_and_gives_the_same_set(small_config: Configured, tmp_path: Path) -> None:
     config = small_config(sanity=SMALL_SANITY)
-    whole = build_perfectible(config, RunDir.create(tmp_path / "whole", resume=False))
+    whole, _ = build_perfectible(config, RunDir.create(tmp_path / "whole", resume=False))
     lines = whole.read_text().splitlines(keepends=True)
     half = RunDir.create(tmp_path / "half", resume=False)
     half.perfectible.write_text("".join(lines[:17]) + lines[17][:20])  # header, 16 rows, a torn one

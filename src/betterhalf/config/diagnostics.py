@@ -45,6 +45,9 @@ class SanityConfig(Section):
     """Final accuracy an arm must reach."""
     evaluation_samples: int = Field(8, ge=1)
     """Completions of each prompt in the final evaluation (avg@8)."""
+    arms_at_once: int = Field(0, ge=0)
+    """Arms trained at the same time, each in a process of its own with an equal share of the threads. 0 chooses: one
+    on a GPU or with vLLM; on a CPU as many as have a core and memory."""
 
     @model_validator(mode="after")
     def _make_sense(self) -> Self:

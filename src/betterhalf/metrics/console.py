@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Literal, Self, TextIO
@@ -18,16 +18,18 @@ from rich.console import Console as RichConsole
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from betterhalf.metrics.catalogue import CATALOGUE
+from betterhalf.metrics.events import emit
+from betterhalf.metrics.events import wanted as events_wanted
 from betterhalf.metrics.sinks import MetricValue
 
-ConsoleMode = Literal["auto", "live", "lines", "quiet"]
-"""`auto` is `live` on a terminal and `lines` elsewhere."""
+ConsoleMode = Literal["auto", "live", "lines", "quiet", "events"]
+"""`auto` is `live` on a terminal and `lines` elsewhere; `events` are for a parent process (`metrics/events.py`)."""
 
 K3 = "mismatch/k3/mean"
 
@@ -45,6 +47,7 @@ class Console:
         """`label` names the run (an arm of a sanity run, say); `stream` is standard error if absent."""
         self._out = RichConsole(file=stream or sys.stderr, highlight=False, soft_wrap=False)
         self._mode = resolve_mode(mode, self._out)
+        self._stream = stream or sys.stderr
         self._view = StepView(total_steps=total_steps, label=label)
         self._live: Live | None = None
 
@@ -66,10 +69,14 @@ class Console:
             self._live.update(self._view.panel(self._out.width), refresh=True)
         elif self._mode == "lines":
             self._print(self._view.line())
+        elif self._mode == "events":
+            emit(self._stream, {"step": step, "metrics": dict(metrics)})
 
     def note(self, text: str) -> None:
         """Show one line above the panel, or between the lines."""
-        if self._mode != "quiet":
+        if self._mode == "events":
+            emit(self._stream, {"note": text})
+        elif self._mode != "quiet":
             self._print(text)
 
     def _print(self, text: str) -> None:
@@ -203,16 +210,16 @@ class StepView:
 class PhaseProgress:
     """Progress of a phase without steps, such as building the perfectible set or an evaluation."""
 
-    def __init__(self, advance: Progress | None, task: TaskID | None) -> None:
-        self._progress, self._task = advance, task
+    def __init__(self, shown: Callable[[int], None] = lambda done: None) -> None:
+        """`shown` is told of all units done, whenever that changes."""
+        self._shown = shown
         self.done = 0
         """Units finished so far."""
 
     def advance(self, count: int = 1) -> None:
         """Count `count` more units as finished."""
         self.done += count
-        if self._progress is not None and self._task is not None:
-            self._progress.advance(self._task, count)
+        self._shown(self.done)
 
 
 @contextmanager
@@ -225,9 +232,13 @@ def progress(
     if resolved == "live":
         columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=out) as bar:
-            yield PhaseProgress(bar, bar.add_task(label, total=total))
+            task = bar.add_task(label, total=total)
+            yield PhaseProgress(lambda done: bar.update(task, completed=done))
         return
-    phase, start = PhaseProgress(None, None), time.monotonic()
+    if resolved == "events":
+        yield from _phase_events(label, total, stream or sys.stderr)
+        return
+    phase, start = PhaseProgress(), time.monotonic()
     if resolved == "lines":
         out.print(Text(f"{label}: 0/{total}"))
     yield phase
@@ -235,8 +246,19 @@ def progress(
         out.print(Text(f"{label}: {phase.done}/{total} in {duration(time.monotonic() - start)}"))
 
 
+def _phase_events(label: str, total: int, out: TextIO) -> Iterator[PhaseProgress]:
+    def shown(done: int) -> None:
+        emit(out, {"phase": label, "done": done, "total": total})
+
+    shown(0)
+    yield PhaseProgress(shown)
+
+
 def resolve_mode(mode: ConsoleMode, out: RichConsole) -> ConsoleMode:
-    """`auto` made concrete: `live` when `out` is a terminal that can move its cursor."""
+    """`auto` made concrete: `live` when `out` is a terminal that can move its cursor. A parent that shows our progress
+    gets events, unless all is to be quiet."""
+    if events_wanted() and mode != "quiet":
+        return "events"
     if mode == "auto":
         return "live" if out.is_terminal and not out.is_dumb_terminal else "lines"
     return mode

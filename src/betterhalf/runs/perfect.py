@@ -27,20 +27,21 @@ _PROMPTS_AT_ONCE = 16
 """Prompts counted between two writes: what a kill can cost."""
 
 
-def build_perfectible(config: RunConfig, run: RunDir) -> Path:
+def build_perfectible(config: RunConfig, run: RunDir) -> tuple[Path, int]:
     """The perfectible set of `config.task`, counted by the base policy in FP32 so that it belongs to no arm.
 
     An interrupted count goes on. A task that is a perfectible set already is used as it is.
 
     Returns:
-        Path of the file.
+        Path of the file, and the number of the model's parameters.
 
     Raises:
         InputError: nothing is perfectible, or the folder holds a count made under other circumstances.
     """
     if isinstance(config.task, PerfectibleTask):
-        assemble(config).close()  # finds what is wrong with it before an arm starts
-        return Path(config.task.path).expanduser().resolve()
+        parts = assemble(config)  # finds what is wrong with it before an arm starts
+        parts.close()
+        return Path(config.task.path).expanduser().resolve(), _parameters(parts)
     path = run.perfectible.resolve()
     parts = assemble(config.model_copy(update={"precision": PrecisionConfig(preset="fp32")}))
     try:
@@ -48,7 +49,11 @@ def build_perfectible(config: RunConfig, run: RunDir) -> Path:
     finally:
         parts.close()
     read_kept(path)
-    return path
+    return path, _parameters(parts)
+
+
+def _parameters(parts: Parts) -> int:
+    return sum(weight.numel() for weight in parts.trainer.weights.masters.values())
 
 
 def _count(parts: Parts, path: Path) -> None:

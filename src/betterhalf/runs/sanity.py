@@ -15,9 +15,11 @@ from betterhalf.config.load import resolved_json
 from betterhalf.config.schema import PerfectibleTask, RunConfig
 from betterhalf.environment import environment
 from betterhalf.errors import ContractError, EngineError, LossScaleError, NumericsError, WatchdogError
+from betterhalf.metrics.console import Console
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, read_json, write_json_atomic
+from betterhalf.runs.arms import plan_arms, train_side_by_side
 from betterhalf.runs.assembly import Parts, with_precision
 from betterhalf.runs.evaluate import average_reward, score_prompts
 from betterhalf.runs.folder import run_folder
@@ -53,11 +55,11 @@ def _sanity_in(run: RunDir, config: RunConfig) -> dict[str, Any]:
     started = time.perf_counter()
     if run.config.exists():
         require_same_config(run, config)
-    kept = build_perfectible(config, run)
+    kept, parameters = build_perfectible(config, run)
     # Not before the set stands: a count that kept nothing can go on with other bounds.
     write_json_atomic(run.environment, environment())
     write_json_atomic(run.config, resolved_json(config))
-    arms: dict[str, dict[str, Any]] = {name: run_arm(config, name, kept, run.arm(name)) for name in config.sanity.arms}
+    arms = _run_arms(run, config, kept, parameters)
     summary = {
         "verb": "sanity",
         "passed": arms[config.sanity.arms[0]]["passed"],
@@ -70,6 +72,24 @@ def _sanity_in(run: RunDir, config: RunConfig) -> dict[str, Any]:
     write_json_atomic(run.summary, summary)
     write_report([run.path], run.report)
     return summary
+
+
+def _run_arms(run: RunDir, config: RunConfig, kept: Path, parameters: int) -> dict[str, dict[str, Any]]:
+    """Train the arms that are not finished, side by side where that is faster; the summary of each, in order."""
+    names = config.sanity.arms
+    open_arms = [name for name in names if not _finished(run.arm(name))]
+    plan = plan_arms(config, len(open_arms), parameters)
+    if open_arms:
+        Console(config.logging.console, total_steps=0, label="").note(plan.described(open_arms))
+    if plan.at_once == 1:
+        return {name: run_arm(config, name, kept, run.arm(name)) for name in names}
+    train_side_by_side(run, config, open_arms, kept, plan)
+    return {name: read_json(run.arm(name).summary) for name in names}
+
+
+def _finished(arm: RunDir) -> bool:
+    """Whether an arm has a result; a watchdog's stop is none, for a resumed run may go on from there."""
+    return arm.summary.exists() and "stopped" not in read_json(arm.summary)
 
 
 def require_one_precision(config: RunConfig) -> None:
@@ -109,8 +129,8 @@ def run_arm(config: RunConfig, name: str, perfectible: Path, arm: RunDir) -> dic
     An arm that its own precision brings down (the loss scale at its floor, logprobs that are not finite, a mismatch at
     which the watchdog stops) has failed the test: that is a result, with its reason, and the other arms still run.
     """
-    if arm.summary.exists() and "stopped" not in (summary := read_json(arm.summary)):
-        return summary
+    if _finished(arm):
+        return read_json(arm.summary)
     settings = arm_config(config, name, perfectible)
 
     def final_accuracy(parts: Parts) -> dict[str, Any]:

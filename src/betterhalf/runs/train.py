@@ -15,6 +15,7 @@ from betterhalf.errors import InputError, WatchdogError
 from betterhalf.metrics.console import Console
 from betterhalf.metrics.sinks import JsonlSink, MetricSink, Sinks, TensorBoardSink
 from betterhalf.precision.contract import Contract
+from betterhalf.process import chosen_threads
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, append_jsonl, read_jsonl, truncate_jsonl, write_json_atomic
 from betterhalf.runs.assembly import Parts, algorithm_record, assemble
@@ -72,6 +73,8 @@ def run_training(
         # A run under way has no result: that it was stopped once is in watchdog.jsonl.
         run.summary.unlink(missing_ok=True)
         with Console(config.logging.console, total_steps=config.training.steps, label=label) as console:
+            if threads := chosen_threads():
+                console.note(str(threads))
             console.note(contract.table())
             _train_and_record(parts, run, progress, console)
         extra = after(parts) if after else {}

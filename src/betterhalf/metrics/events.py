@@ -1,0 +1,42 @@
+"""Progress of a child process as events that its parent reads: JSON text sequences (RFC 7464) on standard error.
+
+    {"step": 3, "metrics": {...}}                      one more step
+    {"note": "..."}                                    one line, or a table, for people
+    {"phase": "final accuracy", "done": 8, "total": 320}
+
+Whatever else the child writes is no event, and stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+VARIABLE = "BETTERHALF_EVENTS"
+"""Environment variable that makes a process show its progress as events."""
+
+_MARK = "\x1e"
+
+
+def wanted(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the parent process asked for events."""
+    return environment.get(VARIABLE) == "1"
+
+
+def emit(out: TextIO, event: Mapping[str, Any]) -> None:
+    """Write one event, at once."""
+    out.write(f"{_MARK}{json.dumps(event)}\n")
+    out.flush()
+
+
+def parse(line: str) -> dict[str, Any] | None:
+    """The event that a line holds; None for any other output."""
+    if not line.startswith(_MARK):
+        return None
+    try:
+        event = json.loads(line[len(_MARK) :])
+    except ValueError:
+        return None  # cut off by the end of the process
+    return event if isinstance(event, dict) else None

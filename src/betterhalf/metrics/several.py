@@ -1,0 +1,85 @@
+"""Several runs at once on one terminal, from the events of their processes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, TextIO
+
+from rich.console import Console as RichConsole
+from rich.console import Group
+from rich.live import Live
+from rich.text import Text
+
+from betterhalf.metrics.console import ConsoleMode, StepView, duration, resolve_mode
+
+
+class SeveralRuns:
+    """Shows the steps of runs side by side: a panel for each on a terminal, labelled lines elsewhere."""
+
+    def __init__(
+        self, mode: ConsoleMode, *, labels: Sequence[str], total_steps: int, stream: TextIO | None = None
+    ) -> None:
+        """Args: how to show; names of the runs; steps of each; standard error if `stream` is absent."""
+        self._out = RichConsole(file=stream or sys.stderr, highlight=False, soft_wrap=False)
+        self._mode = resolve_mode(mode, self._out)
+        self._views = {label: StepView(total_steps=total_steps, label=label) for label in labels}
+        self._phases: dict[str, str] = {}
+        self._phase_started: dict[str, float] = {}
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self._mode == "live":
+            self._live = Live(self._panels(), console=self._out, auto_refresh=False)
+            self._live.start(refresh=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def show(self, label: str, event: Mapping[str, Any]) -> None:
+        """Show one event of the run `label`; unknown events show nothing."""
+        if "step" in event:
+            self._step(label, event)
+        elif "note" in event:
+            self._note(label, str(event["note"]))
+        elif "phase" in event:
+            self._phase(event)
+
+    def _step(self, label: str, event: Mapping[str, Any]) -> None:
+        view = self._views[label]
+        view.add(int(event["step"]), event.get("metrics") or {})
+        if self._mode == "lines":
+            self._print(view.line())
+        self._refresh()
+
+    def _note(self, label: str, text: str) -> None:
+        if self._mode != "quiet":
+            self._print(f"{label}:\n{text}" if "\n" in text else f"{label}: {text}")
+
+    def _phase(self, event: Mapping[str, Any]) -> None:
+        name, done, total = str(event["phase"]), int(event["done"]), int(event["total"])
+        started = self._phase_started.setdefault(name, time.monotonic())
+        text = f"{name}: {done}/{total}"
+        self._phases[name] = text
+        if self._mode == "lines" and done == 0:
+            self._print(text)
+        elif self._mode == "lines" and done == total:
+            self._print(f"{text} in {duration(time.monotonic() - started)}")
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.update(self._panels(), refresh=True)
+
+    def _panels(self) -> Group:
+        panels = [view.panel(self._out.width) for view in self._views.values()]
+        return Group(*panels, *(Text(line, style="dim") for line in self._phases.values()))
+
+    def _print(self, text: str) -> None:
+        # A line of a log is never cut or wrapped at the width that some terminal would have.
+        wrap = self._live is not None
+        self._out.print(Text(text), overflow="fold" if wrap else "ignore", no_wrap=not wrap, crop=wrap)

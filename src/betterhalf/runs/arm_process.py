@@ -1,0 +1,40 @@
+"""The process that trains one arm of a sanity run, started by `runs/arms.py`.
+
+`python -m betterhalf.runs.arm_process SANITY_RUN ARM PERFECTIBLE PARENT_PID`. It shows its progress as events, the
+last of which is its error, if it has one.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from betterhalf.errors import BetterhalfError
+from betterhalf.metrics.events import emit
+from betterhalf.process import end_with_parent, prepare_process
+
+
+def main() -> int:
+    """Train the arm that the command line names, and return the exit status."""
+    folder, name, perfectible, parent = sys.argv[1:]
+    end_with_parent(int(parent))
+    prepare_process()
+    from betterhalf.config.load import load_config
+    from betterhalf.run_dir import RunDir
+    from betterhalf.runs.sanity import run_arm
+
+    run = RunDir(Path(folder))
+    try:
+        run_arm(load_config(run.config), name, Path(perfectible), run.arm(name))
+    except BetterhalfError as error:
+        emit(sys.stderr, {"error": type(error).__name__, "message": str(error)})
+        return error.exit_code
+    except OSError as error:
+        words = {"message": error.strerror or str(error), "errno": error.errno, "filename": error.filename}
+        emit(sys.stderr, {"error": "OSError", **words})
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""Arms of a sanity run side by side: each in a process of its own, with an equal share of the threads.
+
+Two processes of one thread each finish sooner than one process of two threads after the other: nobody waits for a
+thread to wake. docs/LOG.md has it measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from betterhalf import errors
+from betterhalf.config.schema import RunConfig
+from betterhalf.errors import BetterhalfError, RunError
+from betterhalf.metrics import events
+from betterhalf.metrics.several import SeveralRuns
+from betterhalf.process import chosen_threads, usable_cores
+from betterhalf.run_dir import RunDir
+from betterhalf.runs.assembly import choose_device
+
+BYTES_PER_PARAMETER = 32
+"""Memory of an arm on a CPU: FP32 masters, two Adam states and gradients (16), the trainer's and the engine's widened
+weights (8), and what a weight sync and an optimizer step hold for a moment (8)."""
+
+BYTES_BESIDE = 2 * 2**30
+"""Libraries, activations, logits and cache of an arm."""
+
+_Lines = queue.SimpleQueue[tuple[str, str | None]]
+"""Name of an arm and a line of its output; None at the end of it."""
+
+_MODULE = "betterhalf.runs.arm_process"
+_LINES_KEPT = 15
+_GRACE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmPlan:
+    """The arms that are trained at the same time."""
+
+    at_once: int
+    """Processes at a time; 1 trains one after the other, in this process."""
+    threads: int
+    """Threads of each."""
+    reason: str
+    """Why, in words."""
+
+    def described(self, names: Sequence[str]) -> str:
+        """One line for people."""
+        arms = " and ".join(names) if len(names) < 3 else f"{len(names)} arms"
+        how = f"{self.at_once} side by side" if self.at_once > 1 else "one after the other"
+        return f"{arms}: {how}, {self.threads} thread{'' if self.threads == 1 else 's'} each ({self.reason})"
+
+
+def plan_arms(config: RunConfig, count: int, parameters: int) -> ArmPlan:
+    """Choose how many of `count` arms train at the same time.
+
+    The choice depends on the machine, not on its load: it decides the threads of an arm, and these the order of sums.
+
+    Args:
+        config: of the sanity run.
+        count: arms still to train.
+        parameters: of the model.
+    """
+    threads = chosen.count if (chosen := chosen_threads()) else usable_cores()
+    if config.sanity.arms_at_once:
+        at_once = min(config.sanity.arms_at_once, count)
+        return _plan(at_once, threads, f"sanity.arms_at_once={config.sanity.arms_at_once}")
+    if choose_device(config).type != "cpu":
+        return _plan(1, threads, "they share a GPU")
+    if config.engine.type != "native":
+        return _plan(1, threads, f"engine.type={config.engine.type} takes all cores")
+    if (fit := _fit_in_memory(parameters)) < min(count, threads):
+        return _plan(max(1, fit), threads, "as many as fit into memory")
+    return _plan(min(count, threads), threads, f"{threads} threads in all")
+
+
+def _plan(at_once: int, threads: int, reason: str) -> ArmPlan:
+    at_once = max(1, at_once)
+    return ArmPlan(at_once=at_once, threads=max(1, threads // at_once), reason=reason)
+
+
+def _fit_in_memory(parameters: int) -> int:
+    """Arms whose memory fits into what the machine has; not what is free now, which changes from hour to hour."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 1
+    return int(0.8 * total / (parameters * BYTES_PER_PARAMETER + BYTES_BESIDE))
+
+
+def train_side_by_side(run: RunDir, config: RunConfig, names: Sequence[str], perfectible: Path, plan: ArmPlan) -> None:
+    """Train the arms in processes of their own, showing all of them; each leaves its run folder with a summary.
+
+    Raises:
+        BetterhalfError: what an arm raised; the other arms are ended, and --resume continues all of them.
+        RunError: an arm's process ended without a word.
+    """
+    view = SeveralRuns(config.logging.console, labels=names, total_steps=config.training.steps)
+    waiting, running = deque(names), dict[str, _Arm]()
+    arrived: _Lines = queue.SimpleQueue()
+    with view, _all_ended(running):
+        while waiting or running:
+            while waiting and len(running) < plan.at_once:
+                name = waiting.popleft()
+                running[name] = _Arm(run, name, perfectible, plan.threads, arrived)
+            name, line = arrived.get()
+            if line is None:
+                running.pop(name).finish()
+            elif event := running[name].take(line):
+                view.show(name, event)
+
+
+@contextlib.contextmanager
+def _all_ended(running: Mapping[str, _Arm]) -> Iterator[None]:
+    """End what still runs when the body is left, whatever the reason."""
+    try:
+        yield
+    finally:
+        for arm in running.values():
+            arm.end()
+
+
+class _Arm:
+    """The process that trains one arm."""
+
+    def __init__(self, run: RunDir, name: str, perfectible: Path, threads: int, arrived: _Lines) -> None:
+        """Start it; its output goes to `arrived`, and at its end None."""
+        self._name = name
+        self._error: dict[str, Any] | None = None
+        self._tail: deque[str] = deque(maxlen=_LINES_KEPT)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", _MODULE, str(run.path), name, str(perfectible), str(os.getpid())],
+            env={**os.environ, events.VARIABLE: "1", "OMP_NUM_THREADS": str(threads)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            # A group of its own: Ctrl-C reaches us alone, and what the arm started ends with it.
+            start_new_session=True,
+        )
+        threading.Thread(target=self._read, args=(arrived,), daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        """Process id, also the id of its process group."""
+        return self._process.pid
+
+    def _read(self, arrived: _Lines) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as output:
+            for line in output:
+                arrived.put((self._name, line))
+        arrived.put((self._name, None))
+
+    def take(self, line: str) -> dict[str, Any] | None:
+        """The event to show of a line of output; any other line becomes a note, and is kept for an obituary."""
+        event = events.parse(line)
+        if event is None:
+            text = line.rstrip()
+            self._tail.append(text)
+            return {"note": text} if text else None
+        if "error" in event:
+            self._error = event
+        return event
+
+    def finish(self) -> None:
+        """Wait for the process, whose output has ended.
+
+        Raises:
+            BetterhalfError: as the arm did.
+            RunError: it ended otherwise without success.
+        """
+        code = self._process.wait()
+        if self._error is not None:
+            raise _raised(self._error)
+        if code:
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+            cause = " If memory ran out, set sanity.arms_at_once=1." if code == -signal.SIGKILL else ""
+            output = "\n".join(f"  {line}" for line in self._tail) or "  (no output)"
+            raise RunError(
+                f"the process of the arm {self._name} ended with {how}; --resume continues from its last checkpoint."
+                f"{cause} Its output ends with:\n{output}"
+            )
+
+    def end(self) -> None:
+        """End the process and its group, first politely; harmless when it has ended."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_GRACE_SECONDS)
+
+
+def _raised(event: Mapping[str, Any]) -> Exception:
+    """The error of an arm, as it would have been raised here."""
+    if event["error"] == "OSError":
+        return OSError(event["errno"], event["message"], event["filename"])
+    kind = getattr(errors, str(event["error"]), RunError)
+    assert issubclass(kind, BetterhalfError)
+    return kind(event["message"])

@@ -1,0 +1,159 @@
+"""Arms of a sanity run in processes of their own: the same numbers as one after the other, and nobody left behind."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from betterhalf.config.load import resolved_json
+from betterhalf.config.schema import RunConfig
+from betterhalf.errors import EngineError, InputError, RunError
+from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
+from betterhalf.runs import arms as arms_module
+from betterhalf.runs.arms import ArmPlan, plan_arms, train_side_by_side
+from betterhalf.runs.sanity import sanity
+
+Configured = Callable[..., RunConfig]
+SANITY = {"candidates": 16, "samples": 8, "evaluation_samples": 4, "pass_accuracy": 0.2}
+TWO = ArmPlan(at_once=2, threads=1, reason="a test")
+ROOT = Path(__file__).parents[2]
+
+
+def without_times(path: Path) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in row.items() if not key.startswith(("time/", "system/"))}
+        for row in read_jsonl(path)
+    ]
+
+
+def test_side_by_side_the_arms_have_the_same_numbers_as_one_after_the_other(
+    small_config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    results = {}
+    for at_once in (1, 2):
+        run = tmp_path / str(at_once)
+        results[at_once] = sanity(small_config(sanity={**SANITY, "arms_at_once": at_once}), str(run))
+        assert list(results[at_once]["arms"]) == ["fp16", "bf16"]
+    for name in ("fp16", "bf16"):
+        one, two = (tmp_path / str(at_once) / "arms" / name for at_once in (1, 2))
+        assert without_times(one / "metrics.jsonl") == without_times(two / "metrics.jsonl") != []
+        first, second = (results[at_once]["arms"][name] for at_once in (1, 2))
+        assert {**first, "seconds": 0} == {**second, "seconds": 0}
+        assert read_json(two / "environment.json")["threads"]["count"] == 1
+
+
+def prepared(config: RunConfig, path: Path) -> RunDir:
+    run = RunDir.create(path, resume=False)
+    write_json_atomic(run.config, resolved_json(config))
+    return run
+
+
+def test_an_error_of_an_arm_is_raised_as_what_it_was(small_config: Configured, tmp_path: Path) -> None:
+    config = small_config()
+    run = prepared(config, tmp_path / "run")
+    with pytest.raises(InputError, match=r"missing\.jsonl"):
+        train_side_by_side(run, config, ("fp16", "bf16"), tmp_path / "missing.jsonl", TWO)
+
+
+@pytest.mark.parametrize(
+    ("event", "kind"),
+    [
+        ({"error": "EngineError", "message": "words"}, EngineError),
+        ({"error": "SomethingNew", "message": "words"}, RunError),
+        ({"error": "OSError", "message": "words", "errno": 28, "filename": "/x"}, OSError),
+    ],
+)
+def test_errors_travel_by_name(event: dict[str, Any], kind: type[Exception]) -> None:
+    raised = arms_module._raised(event)
+    assert type(raised) is kind and "words" in str(raised)
+
+
+def test_an_arm_that_is_killed_is_named_with_its_last_words(small_config: Configured, tmp_path: Path) -> None:
+    run = prepared(small_config(), tmp_path / "run")
+    lines: queue.SimpleQueue[tuple[str, str | None]] = queue.SimpleQueue()
+    arm = arms_module._Arm(run, "fp16", tmp_path / "missing.jsonl", 1, lines)
+    assert arm.take("a warning\n") == {"note": "a warning"}
+    os.kill(arm.pid, signal.SIGKILL)
+    while lines.get(timeout=60)[1] is not None:
+        pass
+    with pytest.raises(RunError, match=r"arm fp16 ended with signal SIGKILL.*arms_at_once=1") as caught:
+        arm.finish()
+    assert "  a warning" in str(caught.value)
+    arm.end()
+
+
+def test_arms_end_with_the_process_that_started_them(small_config: Configured, tmp_path: Path) -> None:
+    config = small_config(training={"steps": 500}, sanity={**SANITY, "arms_at_once": 2, "lower": 0.0, "upper": 1.0})
+    write_json_atomic(tmp_path / "config.json", resolved_json(config))
+    command = [sys.executable, "-m", "betterhalf.cli", "sanity", str(tmp_path / "config.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    run = tmp_path / "run"
+    parent = subprocess.Popen([*command, f"run_dir={run}"], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: all((run / "arms" / name / "metrics.jsonl").exists() for name in ("fp16", "bf16")))
+        children = children_of(parent.pid)
+        assert len(children) == 2
+        parent.send_signal(signal.SIGKILL)
+        parent.wait(60)
+        wait_for(lambda: not any(alive(child) for child in children))
+    finally:
+        parent.kill()
+        parent.wait(60)
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_the_plan_follows_the_machine_and_the_settings(
+    small_config: Configured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(count: int = 2, parameters: int = 10**6, **changes: Any) -> tuple[int, int]:
+        found = plan_arms(small_config(device="cpu", **changes), count, parameters)
+        assert found.reason
+        return found.at_once, found.threads
+
+    monkeypatch.setattr(arms_module, "chosen_threads", lambda: None)
+    monkeypatch.setattr(arms_module, "usable_cores", lambda: 8)
+    assert plan() == (2, 4)
+    assert plan(count=3) == (3, 2)
+    assert plan(count=0) == (1, 8)
+    assert plan(parameters=10**13) == (1, 8)
+    assert plan(sanity={"arms_at_once": 1}) == (1, 8)
+    assert plan(sanity={"arms_at_once": 5}) == (2, 4)
+    assert plan(engine={"type": "vllm"}) == (1, 8)
+    monkeypatch.setattr(arms_module, "usable_cores", lambda: 1)
+    assert plan() == (1, 1)
+    assert plan(sanity={"arms_at_once": 2}) == (2, 1)
+    monkeypatch.setattr(arms_module, "choose_device", lambda config: type("Device", (), {"type": "cuda"}))
+    assert plan() == (1, 1)
+
+
+def test_a_plan_says_what_was_chosen() -> None:
+    assert TWO.described(("fp16", "bf16")) == "fp16 and bf16: 2 side by side, 1 thread each (a test)"
+    one = ArmPlan(at_once=1, threads=2, reason="why")
+    assert one.described(("a", "b", "c")) == "3 arms: one after the other, 2 threads each (why)"

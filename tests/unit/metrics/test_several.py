@@ -1,0 +1,95 @@
+"""Progress of several processes: their events, and one view of all of them."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import pytest
+
+from betterhalf.metrics import events
+from betterhalf.metrics.console import Console, progress
+from betterhalf.metrics.several import SeveralRuns
+
+METRICS = {"rollout/reward/mean": 0.5, "mismatch/k3/mean": 2e-8, "time/step_seconds": 2.0, "optim/first_offender": None}
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def child_output(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any] | None]:
+    """The events of a child that makes one step, says something and finishes a phase."""
+    monkeypatch.setenv(events.VARIABLE, "1")
+    stream = io.StringIO()
+    with Console("auto", total_steps=2, label="fp16", stream=stream) as console:
+        console.note("hello")
+        console.update(1, METRICS | {"policy/loss": math.nan})
+    with progress("fp16: final accuracy", 3, stream=stream) as bar:
+        bar.advance(2)
+        bar.advance()
+    monkeypatch.delenv(events.VARIABLE)
+    # Not splitlines: it takes the mark of an event for the end of a line.
+    return [events.parse(line) for line in stream.getvalue().removesuffix("\n").split("\n")]
+
+
+def test_a_child_shows_its_progress_as_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    note, step, *phases = child_output(monkeypatch)
+    assert note == {"note": "hello"}
+    assert step is not None and step["step"] == 1
+    assert step["metrics"]["rollout/reward/mean"] == 0.5
+    assert math.isnan(step["metrics"]["policy/loss"])
+    assert phases == [{"phase": "fp16: final accuracy", "done": done, "total": 3} for done in (0, 2, 3)]
+
+
+def test_other_output_is_no_event() -> None:
+    for line in ("a warning", '{"step": 1}', "\x1e{torn", "\x1e[1]"):
+        assert events.parse(line) is None
+
+
+def test_a_quiet_child_stays_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(events.VARIABLE, "1")
+    stream = io.StringIO()
+    with Console("quiet", total_steps=1, label="x", stream=stream) as console:
+        console.note("hello")
+    assert stream.getvalue() == ""
+
+
+def test_lines_of_several_runs_carry_their_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    shown = [event for event in child_output(monkeypatch) if event is not None]
+    with SeveralRuns("lines", labels=("fp16", "bf16"), total_steps=2, stream=stream) as view:
+        for event in shown:
+            view.show("fp16", event)
+        view.show("bf16", {"note": "two\nlines"})
+        view.show("bf16", {"error": "InputError", "message": "shown by whoever raises it"})
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "fp16: hello"
+    assert lines[1].startswith("fp16  step 1/2  reward 0.500")
+    assert lines[2] == "fp16: final accuracy: 0/3"
+    assert lines[3].startswith("fp16: final accuracy: 3/3 in ")
+    assert lines[4:] == ["bf16:", "two", "lines"]
+
+
+def test_on_a_terminal_each_run_has_a_panel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    with SeveralRuns("auto", labels=("fp16", "bf16"), total_steps=2, stream=stream) as view:
+        view.show("bf16", {"step": 1, "metrics": METRICS})
+        view.show("bf16", {"phase": "bf16: final accuracy", "done": 1, "total": 3})
+    last = stream.getvalue().rpartition("\x1b[")[0]
+    for text in (" fp16 ", "step 1 of 2 is under way", " bf16 ", "step 1/2", "bf16: final accuracy: 1/3"):
+        assert text in last
+
+
+def test_quiet_shows_nothing() -> None:
+    stream = io.StringIO()
+    with SeveralRuns("quiet", labels=("a",), total_steps=2, stream=stream) as view:
+        view.show("a", {"step": 1, "metrics": METRICS})
+        view.show("a", {"note": "hello"})
+        view.show("a", {"phase": "p", "done": 0, "total": 1})
+    assert stream.getvalue() == ""
