@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from betterhalf.process import prepare_process
 
-# As the command line does it, for both sides: peers in processes of their own inherit it.
-prepare_process()
+THREADS = prepare_process()
+"""Chosen as the command line does it, for both sides: peers in processes of their own inherit it."""
 
 Action = Callable[[], Any]
 Better = Literal["higher", "lower"]
@@ -78,6 +78,7 @@ class Table:
     def __init__(self, unit: str) -> None:
         """`unit` says what the numbers are, as in `tokens/s`."""
         self.rows: list[Row] = []
+        print(THREADS)
         print(f"{'what (' + unit + ')':<58} {'ours':>10} {'peer':>10} {'ratio':>8} {'target':>7}", flush=True)
 
     def add(self, row: Row) -> None:
