@@ -26,7 +26,7 @@ def ablation(allow_difference: bool) -> Contract:
             "norm": "fp16",
             "master": "fp32",
         },
-        facts={"attention": "betterhalf_packed_fp32_sums", "matmul_sums": "fp32", "torch": "2.13.0+cpu"},
+        facts={"attention": "betterhalf_packed_fp32_sums", "linear_layers": "1 widened to fp32", "torch": "2.13.0+cpu"},
         digests={"model.embed_tokens.weight": "5f0c1d2e3a4b5968", "model.norm.weight": "c0ffee0123456789"},
     )
     engine = SideReport(
@@ -40,7 +40,7 @@ def ablation(allow_difference: bool) -> Contract:
             "rope": "fp32",
             "norm": "bf16",
         },
-        facts={"attention": "batched products in FP32", "matmul_sums": "native", "torch": "2.13.0+cpu"},
+        facts={"attention": "batched products in FP32", "linear_layers": "1 native", "torch": "2.13.0+cpu"},
         digests={"model.embed_tokens.weight": "0a1b2c3d4e5f6071", "model.norm.weight": "89abcdef01234567"},
     )
     return compare(trainer, engine, allow_difference=allow_difference)
