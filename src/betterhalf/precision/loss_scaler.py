@@ -22,7 +22,7 @@ from torch import Tensor
 from betterhalf.config.schema import LossScaleConfig
 from betterhalf.errors import CheckpointError, LossScaleError
 from betterhalf.precision.formats import FORMATS
-from betterhalf.precision.inspection import inspect
+from betterhalf.precision.inspection import Inspection, inspect
 from betterhalf.types import DtypeName
 
 _NORM_EPSILON = 1e-6
@@ -38,11 +38,11 @@ class UnscaleReport:
     first_offender: str | None
     """First parameter, in the order given, with a non-finite gradient on this rank."""
     norm: float
-    """L2 norm of this rank's unscaled gradients together, before clipping; NaN with `found_inf`."""
+    """L2 norm of all ranks' unscaled gradients together, before clipping; NaN with `found_inf`."""
     underflow_fraction: float
-    """Share of this rank's non-zero entries below the smallest normal number of the compute format."""
+    """Share of all ranks' non-zero entries below the smallest normal number of the compute format."""
     overflow_fraction: float
-    """Share of this rank's entries that are infinite or NaN."""
+    """Share of all ranks' entries that are infinite or NaN."""
 
 
 class LossScaler(Protocol):
@@ -61,14 +61,16 @@ class LossScaler(Protocol):
         self,
         grads: Iterable[tuple[str, Tensor]],
         all_reduce_max: Callable[[Tensor], None] | None = None,
+        all_reduce_sum: Callable[[Tensor], None] | None = None,
         *,
         max_norm: float | None = None,
     ) -> UnscaleReport:
         """Divide FP32 gradients by the scale and clip their norm, in place, and report what they held.
 
         Args:
-            grads: (name, float32 gradient) in a fixed order.
-            all_reduce_max: replaces a float32 [1] tensor by its maximum over the ranks, so that all decide alike.
+            grads: (name, float32 gradient) in a fixed order: this rank's shard.
+            all_reduce_max: replaces a float32 [1] tensor by its maximum over the ranks, so that all skip alike.
+            all_reduce_sum: replaces a float64 vector by its sum over the shards, so that all clip alike.
             max_norm: what the norm of all of them together is brought down to if it is larger; None clips nothing.
         """
         ...
@@ -123,11 +125,12 @@ class DynamicLossScaler:
         self,
         grads: Iterable[tuple[str, Tensor]],
         all_reduce_max: Callable[[Tensor], None] | None = None,
+        all_reduce_sum: Callable[[Tensor], None] | None = None,
         *,
         max_norm: float | None = None,
     ) -> UnscaleReport:
         """See `LossScaler.unscale`."""
-        report = _unscale(grads, self._scale, self._smallest_normal, all_reduce_max, max_norm)
+        report = _unscale(grads, self._scale, self._smallest_normal, max_norm, all_reduce_max, all_reduce_sum)
         self._last_offender = report.first_offender or self._last_offender
         return report
 
@@ -199,11 +202,12 @@ class NullLossScaler:
         self,
         grads: Iterable[tuple[str, Tensor]],
         all_reduce_max: Callable[[Tensor], None] | None = None,
+        all_reduce_sum: Callable[[Tensor], None] | None = None,
         *,
         max_norm: float | None = None,
     ) -> UnscaleReport:
         """See `LossScaler.unscale`; the gradients are clipped only."""
-        report = _unscale(grads, 1.0, self._smallest_normal, all_reduce_max, max_norm)
+        report = _unscale(grads, 1.0, self._smallest_normal, max_norm, all_reduce_max, all_reduce_sum)
         self._last_offender = report.first_offender or self._last_offender
         return report
 
@@ -238,18 +242,21 @@ def _unscale(
     grads: Iterable[tuple[str, Tensor]],
     scale: float,
     smallest_normal: float,
-    all_reduce_max: Callable[[Tensor], None] | None,
     max_norm: float | None,
+    all_reduce_max: Callable[[Tensor], None] | None,
+    all_reduce_sum: Callable[[Tensor], None] | None,
 ) -> UnscaleReport:
     """Inspect, then divide and clip at once."""
     named = list(grads)
     for name, grad in named:
         assert grad.dtype == torch.float32, f"the accumulated gradient of {name} is {grad.dtype}, not FP32"
     tensors = [grad for _, grad in named]
+    device = tensors[0].device if tensors else None
     found = inspect(tensors, smallest_normal)
     offenders = [name for (name, _), one in zip(named, found, strict=True) if one.broken]
-    found_inf = _any_rank(bool(offenders), all_reduce_max, tensors[0].device if tensors else None)
-    norm = math.nan if found_inf else math.sqrt(math.fsum(one.square for one in found)) / scale
+    found_inf = _any_rank(bool(offenders), all_reduce_max, device)
+    square, nonzero, small, broken, entries = _over_ranks(_totals(tensors, found), all_reduce_sum, device)
+    norm = math.nan if found_inf else math.sqrt(square) / scale
     clipped = 1.0 if max_norm is None or found_inf else min(1.0, max_norm / (norm + _NORM_EPSILON))
     if tensors and clipped / scale != 1.0:
         torch._foreach_mul_(tensors, clipped / scale)
@@ -257,9 +264,31 @@ def _unscale(
         found_inf=found_inf,
         first_offender=offenders[0] if offenders else None,
         norm=norm,
-        underflow_fraction=sum(one.small for one in found) / max(sum(one.nonzero for one in found), 1),
-        overflow_fraction=sum(one.broken for one in found) / max(sum(grad.numel() for grad in tensors), 1),
+        underflow_fraction=small / max(nonzero, 1),
+        overflow_fraction=broken / max(entries, 1),
     )
+
+
+def _totals(tensors: list[Tensor], found: list[Inspection]) -> tuple[float, ...]:
+    """Of this rank's gradients: sum of squares, and how many entries are not zero, small, broken, there at all."""
+    return (
+        math.fsum(one.square for one in found),
+        sum(one.nonzero for one in found),
+        sum(one.small for one in found),
+        sum(one.broken for one in found),
+        sum(grad.numel() for grad in tensors),
+    )
+
+
+def _over_ranks(
+    totals: tuple[float, ...], all_reduce_sum: Callable[[Tensor], None] | None, device: torch.device | None
+) -> tuple[float, ...]:
+    """In float64, which holds counts up to 2^53 exactly."""
+    if all_reduce_sum is None:
+        return totals
+    values = torch.tensor(totals, dtype=torch.float64, device=device)
+    all_reduce_sum(values)
+    return tuple(values.tolist())
 
 
 def _any_rank(found: bool, all_reduce_max: Callable[[Tensor], None] | None, device: torch.device | None) -> bool:

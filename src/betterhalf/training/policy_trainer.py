@@ -40,13 +40,13 @@ class OptimReport:
     skipped: bool
     """Gradients were not finite; weights and policy version are unchanged."""
     first_offender: str | None
-    """First parameter with a non-finite gradient, when skipped."""
+    """First parameter with a non-finite gradient on this rank, when skipped; None if another rank found it."""
     grad_norm: float
-    """Global norm of the unscaled gradient before clipping; NaN when skipped."""
+    """Norm of the unscaled gradient over all ranks before clipping; NaN when skipped."""
     underflow_fraction: float
-    """Share of non-zero scaled gradient entries below the compute format's smallest normal number."""
+    """Share, over all ranks, of non-zero scaled gradient entries below the compute format's smallest normal number."""
     overflow_fraction: float
-    """Share of gradient entries that are not finite."""
+    """Share, over all ranks, of gradient entries that are not finite."""
 
 
 class PolicyTrainer:
@@ -178,7 +178,8 @@ class PolicyTrainer:
             LossScaleError: too many skipped steps in a row at the floor of the loss scale.
         """
         max_norm = self.config.optimizer.max_grad_norm
-        found = self.scaler.unscale(self.weights.gradients(), self.collective.max_, max_norm=max_norm)
+        ranks = self.collective
+        found = self.scaler.unscale(self.weights.gradients(), ranks.max_, ranks.sum_, max_norm=max_norm)
         if not found.found_inf:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from betterhalf.precision.loss_scaler import (
     DynamicLossScaler,
     LossScaler,
     NullLossScaler,
+    UnscaleReport,
     build_loss_scaler,
 )
 
@@ -180,6 +184,79 @@ def test_the_flag_offered_to_other_ranks_is_this_ranks_own() -> None:
     for value in (1.0, torch.inf):
         dynamic().unscale([("w", torch.full((2,), value))], lambda flag: seen.extend(flag.tolist()))
     assert seen == [0.0, 1.0]
+
+
+class Ranks:
+    """Threads that reduce over each other."""
+
+    def __init__(self, count: int) -> None:
+        self.barrier, self.given = threading.Barrier(count, timeout=60), [torch.empty(0)] * count
+
+    def of(self, rank: int, reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
+        def all_reduce(values: Tensor) -> None:
+            self.given[rank] = values.clone()
+            self.barrier.wait()
+            values.copy_(reduce(torch.stack(self.given)))
+            self.barrier.wait()
+
+        return all_reduce
+
+    def max_(self, rank: int) -> Callable[[Tensor], None]:
+        return self.of(rank, lambda given: given.amax(0))
+
+    def sum_(self, rank: int) -> Callable[[Tensor], None]:
+        return self.of(rank, lambda given: given.sum(0))
+
+
+Named = list[tuple[str, Tensor]]
+
+
+def on_ranks(shards: list[Named], kind: Any, **settings: Any) -> list[UnscaleReport]:
+    """Every rank unscales its shard, in place."""
+    ranks = Ranks(len(shards))
+
+    def unscale(rank: int) -> UnscaleReport:
+        scaler = build_loss_scaler(LossScaleConfig(initial=256.0), kind)
+        return scaler.unscale(shards[rank], ranks.max_(rank), ranks.sum_(rank), **settings)
+
+    with ThreadPoolExecutor(len(shards)) as pool:
+        return list(pool.map(unscale, range(len(shards))))
+
+
+def shards(broken: bool = False) -> list[Named]:
+    """Two unequal shards of one gradient, and a rank that holds none of it."""
+    generator = torch.Generator().manual_seed(3)
+    big = [("a", 900 * torch.randn(30, 7, generator=generator)), ("b", torch.full((5,), FP16_TINY / 2))]
+    small = [("c", torch.tensor([0.0, 1e-6, torch.inf if broken else 2.0]))]
+    return [big, small, []]
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+@pytest.mark.parametrize("max_norm", [1.0, None])
+@pytest.mark.parametrize("broken", [False, True])
+def test_ranks_with_shards_clip_and_report_as_one_process_with_all_of_them(
+    kind: Any, max_norm: float | None, broken: bool
+) -> None:
+    parts, together = shards(broken), [pair for shard in shards(broken) for pair in shard]
+    reports = on_ranks(parts, kind, max_norm=max_norm)
+    alone = build_loss_scaler(LossScaleConfig(initial=256.0), kind).unscale(together, max_norm=max_norm)
+    for report in reports:
+        assert report.found_inf == alone.found_inf == broken
+        assert report.norm == pytest.approx(alone.norm, rel=1e-14, nan_ok=True)
+        assert report.underflow_fraction == alone.underflow_fraction
+        assert report.overflow_fraction == alone.overflow_fraction
+    assert len({str(report.norm) for report in reports}) == 1
+    assert [report.first_offender for report in reports] == ([None, "c", None] if broken else [None] * 3)
+    for (_, found), (_, expected) in zip([pair for shard in parts for pair in shard], together, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+
+
+def test_replicas_do_not_add_up() -> None:
+    """Each holds the whole gradient, so their `sum_` does nothing."""
+    one, alone = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0])
+    report = dynamic(initial=1.0).unscale([("w", one)], lambda flag: None, lambda values: None, max_norm=1.0)
+    assert report.norm == dynamic(initial=1.0).unscale([("w", alone)], max_norm=1.0).norm == 5.0
+    assert torch.equal(one, alone)
 
 
 def test_the_loss_is_scaled_and_stays_differentiable() -> None:
