@@ -6,7 +6,8 @@
     scaler.update(report.found_inf)
 
 BF16 and FP32 use the null scaler, whose scale is 1 and which still finds non-finite gradients: no caller asks which
-one it holds. The rule is that of torch.amp.GradScaler (arXiv 1710.03740), with a floor and hysteresis as in DeepSpeed.
+one it holds. The rule is that of torch.amp.GradScaler (arXiv 1710.03740), with a floor and DeepSpeed's two
+kinds of hysteresis.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class LossScaler(Protocol):
 
 
 class DynamicLossScaler:
-    """Grows after so many clean optimizer steps, backs off on overflow; for FP16."""
+    """Grows after a number of clean optimizer steps, backs off on overflow; for FP16."""
 
     def __init__(self, config: LossScaleConfig, compute_dtype: DtypeName) -> None:
         """Start at `config.initial`; `compute_dtype` says what counts as underflow."""
@@ -107,7 +108,7 @@ class DynamicLossScaler:
         self._floor = max(config.floor, FORMATS["fp32"].min_normal)
         self._scale = _to_fp32(config.initial)
         self._clean_steps = 0
-        self._overflows_in_row = 0
+        self._overflows = 0
         self._skips_at_floor = 0
         self._last_offender: str | None = None
 
@@ -135,26 +136,32 @@ class DynamicLossScaler:
         return report
 
     def update(self, found_inf: bool) -> None:
-        """See `LossScaler.update`. With hysteresis h the scale falls from the h-th overflow in a row on."""
+        """See `LossScaler.update`. With hysteresis h the scale falls from the h-th overflow on.
+
+        Counted are overflows since the scale last grew, or, with `consecutive_hysteresis`, since the last clean step.
+        """
         if found_inf:
             self._after_overflow()
         else:
             self._after_clean_step()
 
     def _after_clean_step(self) -> None:
-        self._overflows_in_row = self._skips_at_floor = 0
+        self._skips_at_floor = 0
         self._clean_steps += 1
-        if self._clean_steps == self._config.growth_interval:
+        grows = self._clean_steps == self._config.growth_interval
+        if grows or self._config.consecutive_hysteresis:
+            self._overflows = 0
+        if grows:
             self._clean_steps = 0
             grown = _to_fp32(self._scale * self._config.growth_factor)
             self._scale = grown if math.isfinite(grown) else self._scale
 
     def _after_overflow(self) -> None:
         self._clean_steps = 0
-        self._overflows_in_row += 1
+        self._overflows += 1
         if self._scale <= self._floor:
             self._skips_at_floor += 1
-        elif self._overflows_in_row >= self._config.hysteresis:
+        elif self._overflows >= self._config.hysteresis:
             self._scale = max(self._floor, _to_fp32(self._scale * self._config.backoff_factor))
         if self._skips_at_floor >= self._config.max_skips_at_floor:
             raise LossScaleError(
@@ -168,16 +175,18 @@ class DynamicLossScaler:
         return {
             "scale": self._scale,
             "clean_steps": self._clean_steps,
-            "overflows_in_row": self._overflows_in_row,
+            "overflows": self._overflows,
             "skips_at_floor": self._skips_at_floor,
         }
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """See `LossScaler.load_state_dict`."""
+        # Version 0.1 counted overflows in a row only, under another name.
+        state = {"overflows" if key == "overflows_in_row" else key: value for key, value in state.items()}
         _require_keys(state, self.state_dict())
         self._scale = float(state["scale"])
         self._clean_steps = int(state["clean_steps"])
-        self._overflows_in_row = int(state["overflows_in_row"])
+        self._overflows = int(state["overflows"])
         self._skips_at_floor = int(state["skips_at_floor"])
 
 

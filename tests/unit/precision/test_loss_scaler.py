@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -285,12 +286,68 @@ def history(scaler: LossScaler, overflows: str) -> list[float]:
     return scales
 
 
-def test_hysteresis_lowers_the_scale_from_the_second_overflow_in_a_row() -> None:
-    assert history(dynamic(initial=16.0, hysteresis=2), "x.xxx.x") == [16.0, 16.0, 16.0, 8.0, 4.0, 4.0, 4.0]
+def by_deepspeeds_rules(overflows: str, hysteresis: int, growth_interval: int, consecutive: bool) -> list[float]:
+    """Scales as DeepSpeed's documentation has them: each overflow uses up one of `hysteresis` attempts; with the last
+    one left the scale is halved instead. Attempts are restored when the scale grows, after so many steps without an
+    overflow, and with `consecutive_hysteresis` by every step without one."""
+    scale, attempts, last_overflow, scales = 2.0**16, hysteresis, -1, []
+    for step, mark in enumerate(overflows):
+        if mark == "x":
+            scale, attempts = (scale / 2, attempts) if attempts == 1 else (scale, attempts - 1)
+            last_overflow = step
+        else:
+            grows = (step - last_overflow) % growth_interval == 0
+            attempts = hysteresis if grows or consecutive else attempts
+            scale *= 2 if grows else 1
+        scales.append(scale)
+    return scales
+
+
+HISTORIES = ["".join(marks) for marks in itertools.product(".x", repeat=10)]
+
+
+@pytest.mark.parametrize("growth_interval", [2, 3, 400])
+@pytest.mark.parametrize("hysteresis", [1, 2, 3])
+@pytest.mark.parametrize("consecutive", [False, True])
+def test_all_1024_histories_of_ten_steps_are_deepspeeds(
+    consecutive: bool, hysteresis: int, growth_interval: int
+) -> None:
+    settings = {"hysteresis": hysteresis, "growth_interval": growth_interval}
+    for marks in HISTORIES:
+        found = history(dynamic(**settings, consecutive_hysteresis=consecutive), marks)
+        assert found == by_deepspeeds_rules(marks, hysteresis, growth_interval, consecutive), marks
+
+
+def test_by_default_overflows_need_not_be_in_a_row() -> None:
+    """DeepSpeed's default."""
+    assert history(dynamic(initial=16.0, hysteresis=2), "x.xxx.x") == [16.0, 16.0, 8.0, 4.0, 2.0, 2.0, 1.0]
+
+
+def test_consecutive_hysteresis_lowers_the_scale_from_the_second_overflow_in_a_row() -> None:
+    scaler = dynamic(initial=16.0, hysteresis=2, consecutive_hysteresis=True)
+    assert history(scaler, "x.xxx.x") == [16.0, 16.0, 16.0, 8.0, 4.0, 4.0, 4.0]
+
+
+def test_a_run_that_overflows_every_second_step_comes_down_by_default() -> None:
+    every_second = "x." * 10
+    assert history(dynamic(hysteresis=2), every_second)[-1] == 2.0**7
+    assert history(dynamic(hysteresis=2, consecutive_hysteresis=True), every_second)[-1] == 2.0**16
+
+
+def test_without_hysteresis_both_rules_are_one() -> None:
+    for marks in HISTORIES:
+        settings = {"hysteresis": 1, "growth_interval": 3}
+        assert history(dynamic(**settings), marks) == history(dynamic(**settings, consecutive_hysteresis=True), marks)
+
+
+def test_a_state_of_version_0_1_is_read() -> None:
+    scaler = dynamic(hysteresis=2)
+    scaler.load_state_dict({"scale": 8.0, "clean_steps": 3, "overflows_in_row": 1, "skips_at_floor": 0})
+    assert history(scaler, "x") == [4.0]
 
 
 def test_every_overflow_restarts_the_count_of_clean_steps() -> None:
-    scaler = dynamic(initial=16.0, hysteresis=2, growth_interval=3)
+    scaler = dynamic(initial=16.0, hysteresis=2, consecutive_hysteresis=True, growth_interval=3)
     assert history(scaler, "..x..x...") == [16.0] * 8 + [32.0]
 
 
@@ -322,10 +379,12 @@ def test_the_null_scaler_gives_up_as_well() -> None:
         scaler.update(True)
 
 
-def test_a_scaler_restored_through_json_continues_the_same_history() -> None:
+@pytest.mark.parametrize("consecutive", [False, True])
+def test_a_scaler_restored_through_json_continues_the_same_history(consecutive: bool) -> None:
     draw = random.Random(5)
     marks = "".join(draw.choice("..x") for _ in range(60))
     settings: dict[str, Any] = {"hysteresis": 2, "growth_interval": 3, "growth_factor": 1.7, "initial": 5.3}
+    settings["consecutive_hysteresis"] = consecutive
     whole, first = dynamic(**settings), dynamic(**settings)
     expected = history(whole, marks)
     history(first, marks[:29])

@@ -62,6 +62,7 @@ def test_the_defaults_of_loss_scaling_are_those_of_the_configuration() -> None:
         f"| `growth_interval`, `growth_factor` | {defaults.growth_interval}, {defaults.growth_factor:g} |",
         f"| `backoff_factor` | {defaults.backoff_factor:g} |",
         f"| `hysteresis` | {defaults.hysteresis} |",
+        f"| `consecutive_hysteresis` | {str(defaults.consecutive_hysteresis).lower()} |",
         f"| `floor` | {defaults.floor:g} |",
         f"| `max_skips_at_floor` | {defaults.max_skips_at_floor} |",
     ):
