@@ -6,6 +6,7 @@ Axis letters: V vocabulary, C completion tokens, S sequences.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,9 +121,33 @@ def bounded_exp(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def segment_sum(values_C: Tensor, sequence_index_C: Tensor, num_sequences: int) -> Tensor:
-    """Sum of the values of each sequence: [C] -> [S]; 0 for a sequence without values."""
-    out = torch.zeros(num_sequences, dtype=values_C.dtype, device=values_C.device)
-    return out.index_add(0, sequence_index_C, values_C)
+    """Sum of the values of each sequence: [C] -> [S]; 0 for a sequence without values.
+
+    Values are added in their order, and so are their gradients: the same bits in every run, on a GPU too, where
+    `index_add` leaves the order to chance. Integers are exact below 2^53.
+    """
+    out = _SegmentSum.apply(values_C, sequence_index_C, num_sequences)  # type: ignore[no-untyped-call]
+    assert isinstance(out, Tensor)
+    return out
+
+
+class _SegmentSum(torch.autograd.Function):
+    """values [C], sequence index int64 [C], S -> [S]; the gradient of a value is that of its sequence's sum."""
+
+    @staticmethod
+    def forward(ctx: Any, values_C: Tensor, sequence_index_C: Tensor, num_sequences: int) -> Tensor:
+        ctx.save_for_backward(sequence_index_C)
+        order_C = sequence_index_C.argsort(stable=True)
+        starts = torch.arange(num_sequences + 1, device=sequence_index_C.device)
+        offsets = torch.searchsorted(sequence_index_C[order_C], starts)
+        sorted_C = values_C[order_C] if values_C.is_floating_point() else values_C[order_C].double()
+        sums_S: Tensor = torch.segment_reduce(sorted_C, "sum", offsets=offsets, unsafe=True)
+        return sums_S.to(values_C.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (sequence_index_C,) = ctx.saved_tensors
+        return grad_outputs[0][sequence_index_C], None, None
 
 
 def segment_mean(values_C: Tensor, sequence_index_C: Tensor, num_sequences: int) -> Tensor:

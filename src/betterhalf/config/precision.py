@@ -43,7 +43,10 @@ class LossScaleConfig(Section):
     floor: float = Field(1.0, ge=0)
     """The scale never falls below this; 0 means no floor."""
     hysteresis: int = Field(1, ge=1)
-    """Overflows in a row before the scale is lowered; the step is skipped each time."""
+    """Overflows that it takes to lower the scale; the step is skipped each time. 1 lowers it at every overflow."""
+    consecutive_hysteresis: bool = False
+    """With a `hysteresis` above 1, count overflows from the last clean step on (true), or from the last growth of the
+    scale on (false, as in DeepSpeed). With true a scale under which every second step overflows is never lowered."""
     max_skips_at_floor: int = Field(10, ge=1)
     """Skipped optimizer steps in a row at the floor before the run stops."""
 

@@ -6,7 +6,8 @@
     scaler.update(report.found_inf)
 
 BF16 and FP32 use the null scaler, whose scale is 1 and which still finds non-finite gradients: no caller asks which
-one it holds. The rule is that of torch.amp.GradScaler (arXiv 1710.03740), with a floor and hysteresis as in DeepSpeed.
+one it holds. The rule is that of torch.amp.GradScaler (arXiv 1710.03740), with a floor and DeepSpeed's two
+kinds of hysteresis.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from betterhalf.config.schema import LossScaleConfig
 from betterhalf.errors import CheckpointError, LossScaleError
 from betterhalf.precision.formats import FORMATS
-from betterhalf.precision.inspection import inspect
+from betterhalf.precision.inspection import Inspection, inspect
 from betterhalf.types import DtypeName
 
 _NORM_EPSILON = 1e-6
@@ -38,11 +39,11 @@ class UnscaleReport:
     first_offender: str | None
     """First parameter, in the order given, with a non-finite gradient on this rank."""
     norm: float
-    """L2 norm of this rank's unscaled gradients together, before clipping; NaN with `found_inf`."""
+    """L2 norm of all ranks' unscaled gradients together, before clipping; NaN with `found_inf`."""
     underflow_fraction: float
-    """Share of this rank's non-zero entries below the smallest normal number of the compute format."""
+    """Share of all ranks' non-zero entries below the smallest normal number of the compute format."""
     overflow_fraction: float
-    """Share of this rank's entries that are infinite or NaN."""
+    """Share of all ranks' entries that are infinite or NaN."""
 
 
 class LossScaler(Protocol):
@@ -61,14 +62,16 @@ class LossScaler(Protocol):
         self,
         grads: Iterable[tuple[str, Tensor]],
         all_reduce_max: Callable[[Tensor], None] | None = None,
+        all_reduce_sum: Callable[[Tensor], None] | None = None,
         *,
         max_norm: float | None = None,
     ) -> UnscaleReport:
         """Divide FP32 gradients by the scale and clip their norm, in place, and report what they held.
 
         Args:
-            grads: (name, float32 gradient) in a fixed order.
-            all_reduce_max: replaces a float32 [1] tensor by its maximum over the ranks, so that all decide alike.
+            grads: (name, float32 gradient) in a fixed order: this rank's shard.
+            all_reduce_max: replaces a float32 [1] tensor by its maximum over the ranks, so that all skip alike.
+            all_reduce_sum: replaces a float64 vector by its sum over the shards, so that all clip alike.
             max_norm: what the norm of all of them together is brought down to if it is larger; None clips nothing.
         """
         ...
@@ -95,7 +98,7 @@ class LossScaler(Protocol):
 
 
 class DynamicLossScaler:
-    """Grows after so many clean optimizer steps, backs off on overflow; for FP16."""
+    """Grows after a number of clean optimizer steps, backs off on overflow; for FP16."""
 
     def __init__(self, config: LossScaleConfig, compute_dtype: DtypeName) -> None:
         """Start at `config.initial`; `compute_dtype` says what counts as underflow."""
@@ -105,7 +108,7 @@ class DynamicLossScaler:
         self._floor = max(config.floor, FORMATS["fp32"].min_normal)
         self._scale = _to_fp32(config.initial)
         self._clean_steps = 0
-        self._overflows_in_row = 0
+        self._overflows = 0
         self._skips_at_floor = 0
         self._last_offender: str | None = None
 
@@ -123,35 +126,42 @@ class DynamicLossScaler:
         self,
         grads: Iterable[tuple[str, Tensor]],
         all_reduce_max: Callable[[Tensor], None] | None = None,
+        all_reduce_sum: Callable[[Tensor], None] | None = None,
         *,
         max_norm: float | None = None,
     ) -> UnscaleReport:
         """See `LossScaler.unscale`."""
-        report = _unscale(grads, self._scale, self._smallest_normal, all_reduce_max, max_norm)
+        report = _unscale(grads, self._scale, self._smallest_normal, max_norm, all_reduce_max, all_reduce_sum)
         self._last_offender = report.first_offender or self._last_offender
         return report
 
     def update(self, found_inf: bool) -> None:
-        """See `LossScaler.update`. With hysteresis h the scale falls from the h-th overflow in a row on."""
+        """See `LossScaler.update`. With hysteresis h the scale falls from the h-th overflow on.
+
+        Counted are overflows since the scale last grew, or, with `consecutive_hysteresis`, since the last clean step.
+        """
         if found_inf:
             self._after_overflow()
         else:
             self._after_clean_step()
 
     def _after_clean_step(self) -> None:
-        self._overflows_in_row = self._skips_at_floor = 0
+        self._skips_at_floor = 0
         self._clean_steps += 1
-        if self._clean_steps == self._config.growth_interval:
+        grows = self._clean_steps == self._config.growth_interval
+        if grows or self._config.consecutive_hysteresis:
+            self._overflows = 0
+        if grows:
             self._clean_steps = 0
             grown = _to_fp32(self._scale * self._config.growth_factor)
             self._scale = grown if math.isfinite(grown) else self._scale
 
     def _after_overflow(self) -> None:
         self._clean_steps = 0
-        self._overflows_in_row += 1
+        self._overflows += 1
         if self._scale <= self._floor:
             self._skips_at_floor += 1
-        elif self._overflows_in_row >= self._config.hysteresis:
+        elif self._overflows >= self._config.hysteresis:
             self._scale = max(self._floor, _to_fp32(self._scale * self._config.backoff_factor))
         if self._skips_at_floor >= self._config.max_skips_at_floor:
             raise LossScaleError(
@@ -165,16 +175,18 @@ class DynamicLossScaler:
         return {
             "scale": self._scale,
             "clean_steps": self._clean_steps,
-            "overflows_in_row": self._overflows_in_row,
+            "overflows": self._overflows,
             "skips_at_floor": self._skips_at_floor,
         }
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """See `LossScaler.load_state_dict`."""
+        # Version 0.1 counted overflows in a row only, under another name.
+        state = {"overflows" if key == "overflows_in_row" else key: value for key, value in state.items()}
         _require_keys(state, self.state_dict())
         self._scale = float(state["scale"])
         self._clean_steps = int(state["clean_steps"])
-        self._overflows_in_row = int(state["overflows_in_row"])
+        self._overflows = int(state["overflows"])
         self._skips_at_floor = int(state["skips_at_floor"])
 
 
@@ -199,11 +211,12 @@ class NullLossScaler:
         self,
         grads: Iterable[tuple[str, Tensor]],
         all_reduce_max: Callable[[Tensor], None] | None = None,
+        all_reduce_sum: Callable[[Tensor], None] | None = None,
         *,
         max_norm: float | None = None,
     ) -> UnscaleReport:
         """See `LossScaler.unscale`; the gradients are clipped only."""
-        report = _unscale(grads, 1.0, self._smallest_normal, all_reduce_max, max_norm)
+        report = _unscale(grads, 1.0, self._smallest_normal, max_norm, all_reduce_max, all_reduce_sum)
         self._last_offender = report.first_offender or self._last_offender
         return report
 
@@ -238,18 +251,21 @@ def _unscale(
     grads: Iterable[tuple[str, Tensor]],
     scale: float,
     smallest_normal: float,
-    all_reduce_max: Callable[[Tensor], None] | None,
     max_norm: float | None,
+    all_reduce_max: Callable[[Tensor], None] | None,
+    all_reduce_sum: Callable[[Tensor], None] | None,
 ) -> UnscaleReport:
     """Inspect, then divide and clip at once."""
     named = list(grads)
     for name, grad in named:
         assert grad.dtype == torch.float32, f"the accumulated gradient of {name} is {grad.dtype}, not FP32"
     tensors = [grad for _, grad in named]
+    device = tensors[0].device if tensors else None
     found = inspect(tensors, smallest_normal)
     offenders = [name for (name, _), one in zip(named, found, strict=True) if one.broken]
-    found_inf = _any_rank(bool(offenders), all_reduce_max, tensors[0].device if tensors else None)
-    norm = math.nan if found_inf else math.sqrt(math.fsum(one.square for one in found)) / scale
+    found_inf = _any_rank(bool(offenders), all_reduce_max, device)
+    square, nonzero, small, broken, entries = _over_ranks(_totals(tensors, found), all_reduce_sum, device)
+    norm = math.nan if found_inf else math.sqrt(square) / scale
     clipped = 1.0 if max_norm is None or found_inf else min(1.0, max_norm / (norm + _NORM_EPSILON))
     if tensors and clipped / scale != 1.0:
         torch._foreach_mul_(tensors, clipped / scale)
@@ -257,9 +273,31 @@ def _unscale(
         found_inf=found_inf,
         first_offender=offenders[0] if offenders else None,
         norm=norm,
-        underflow_fraction=sum(one.small for one in found) / max(sum(one.nonzero for one in found), 1),
-        overflow_fraction=sum(one.broken for one in found) / max(sum(grad.numel() for grad in tensors), 1),
+        underflow_fraction=small / max(nonzero, 1),
+        overflow_fraction=broken / max(entries, 1),
     )
+
+
+def _totals(tensors: list[Tensor], found: list[Inspection]) -> tuple[float, ...]:
+    """Of this rank's gradients: sum of squares, and how many entries are not zero, small, broken, there at all."""
+    return (
+        math.fsum(one.square for one in found),
+        sum(one.nonzero for one in found),
+        sum(one.small for one in found),
+        sum(one.broken for one in found),
+        sum(grad.numel() for grad in tensors),
+    )
+
+
+def _over_ranks(
+    totals: tuple[float, ...], all_reduce_sum: Callable[[Tensor], None] | None, device: torch.device | None
+) -> tuple[float, ...]:
+    """In float64, which holds counts up to 2^53 exactly."""
+    if all_reduce_sum is None:
+        return totals
+    values = torch.tensor(totals, dtype=torch.float64, device=device)
+    all_reduce_sum(values)
+    return tuple(values.tolist())
 
 
 def _any_rank(found: bool, all_reduce_max: Callable[[Tensor], None] | None, device: torch.device | None) -> bool:

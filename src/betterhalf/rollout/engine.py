@@ -1,4 +1,4 @@
-"""What the loop needs of a rollout engine."""
+"""Everything that a run needs of a rollout engine."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ from typing import Protocol
 from torch import Tensor
 
 from betterhalf.config.schema import SamplingConfig
+from betterhalf.errors import EngineError
 from betterhalf.precision.contract import SideReport
 from betterhalf.types import Completion, GenerateRequest
 
 
 class RolloutEngine(Protocol):
-    """Samples completions from policy mu. Sampling is seeded: the same requests and weights give the same tokens."""
+    """Samples completions from policy mu. Sampling is seeded: the same requests and weights give the same tokens.
+
+    An engine is awake when it is made. From `sleep` until `wake` it may be asked for nothing but `sleep`, `wake`,
+    `restart` and `close`: the caller wakes it, and an engine need not wake by itself.
+    """
 
     def generate(self, requests: Sequence[GenerateRequest], sampling: SamplingConfig) -> list[tuple[Completion, ...]]:
         """Sample `group_size` completions for each request, in request order and sibling order.
+
+        Each completion carries the `policy_version` that was loaded last; the caller refuses any other
+        (`require_version`).
 
         Raises:
             InputError: a prompt leaves no room for a single token in the model's context.
@@ -58,16 +66,23 @@ class RolloutEngine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Free the device for the trainer, if both share it and the engine can; `generate` and `load_weights` need
-        `wake` first. Weights survive. Calling it twice is harmless."""
+        """Free the device for the trainer, if both share it and the engine can.
+
+        `generate`, `score`, `load_weights`, `digests` and `report` need `wake` first. The weights and their version
+        survive. Calling it twice is harmless.
+        """
         ...
 
     def wake(self) -> None:
-        """Undo `sleep`; harmless when awake."""
+        """Undo `sleep`; harmless when awake.
+
+        Raises:
+            EngineDiedError: the engine's process ended while it slept.
+        """
         ...
 
     def restart(self) -> None:
-        """After an `EngineDiedError`: a new engine in the old one's place, without weights until `load_weights`.
+        """After an `EngineDiedError`: a new engine in the old one's place, awake, without weights until `load_weights`.
 
         Raises:
             EngineError: it cannot be started, or the engine has no process of its own that could die.
@@ -77,3 +92,19 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Release memory and processes; calling it twice is harmless."""
         ...
+
+
+def require_version(groups: Iterable[Iterable[Completion]], policy_version: int) -> None:
+    """Refuse completions that other weights sampled than those they are about to be compared with.
+
+    Raises:
+        EngineError: a completion has another policy version; its staleness would be measured as mismatch.
+    """
+    versions = [completion.policy_version for group in groups for completion in group]
+    stale = [version for version in versions if version != policy_version]
+    if stale:
+        raise EngineError(
+            f"{len(stale)} of {len(versions)} completions were sampled by stale weights, of policy version {stale[0]}, "
+            f"where the trainer holds version {policy_version}: the engine did not take the last weight sync; check "
+            "that load_weights returns only when the new weights sample, then continue with --resume"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from betterhalf.rollout.engine import require_version
 from betterhalf.runs.assembly import Parts
 from betterhalf.runs.recovery import Restarts, restarts_of, surviving
 from betterhalf.runs.stopwatch import Stopwatch
@@ -80,6 +81,7 @@ def sample_groups(
 
     Raises:
         EngineDiedError: it dies again and again.
+        EngineError: it sampled with other weights than the trainer's.
         RewardError: a reward is not finite, or their number is wrong.
     """
     with clock("generate"):
@@ -95,7 +97,14 @@ def sample_groups(
 
 
 def _generate(parts: Parts, requests: list[GenerateRequest], restarts: Restarts) -> list[tuple[Completion, ...]]:
-    return surviving(lambda: parts.engine.generate(requests, parts.config.sampling), lambda: revive(parts), restarts)
+    def sample() -> list[tuple[Completion, ...]]:
+        # The last step may have left the engine asleep: without an update there was no sync to wake it.
+        parts.engine.wake()
+        return parts.engine.generate(requests, parts.config.sampling)
+
+    siblings = surviving(sample, lambda: revive(parts), restarts)
+    require_version(siblings, parts.trainer.policy_version)
+    return siblings
 
 
 def _scored(parts: Parts, prompts: Sequence[Prompt], siblings: Sequence[tuple[Completion, ...]]) -> list[RolloutGroup]:

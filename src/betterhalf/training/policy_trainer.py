@@ -18,6 +18,7 @@ from betterhalf.errors import InputError, NumericsError
 from betterhalf.models.attention import PackLayout, attention_name, use_packed_attention
 from betterhalf.models.compiled_layers import compile_layers
 from betterhalf.models.loading import LoadedModel
+from betterhalf.precision import coverage
 from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.formats import dtype_name, narrowest_format
 from betterhalf.precision.half_embedding import use_half_embedding
@@ -39,13 +40,13 @@ class OptimReport:
     skipped: bool
     """Gradients were not finite; weights and policy version are unchanged."""
     first_offender: str | None
-    """First parameter with a non-finite gradient, when skipped."""
+    """First parameter with a non-finite gradient on this rank, when skipped; None if another rank found it."""
     grad_norm: float
-    """Global norm of the unscaled gradient before clipping; NaN when skipped."""
+    """Norm of the unscaled gradient over all ranks before clipping; NaN when skipped."""
     underflow_fraction: float
-    """Share of non-zero scaled gradient entries below the compute format's smallest normal number."""
+    """Share, over all ranks, of non-zero scaled gradient entries below the compute format's smallest normal number."""
     overflow_fraction: float
-    """Share of gradient entries that are not finite."""
+    """Share, over all ranks, of gradient entries that are not finite."""
 
 
 class PolicyTrainer:
@@ -63,8 +64,9 @@ class PolicyTrainer:
         """Take over `model.module` (its parameters change dtype) and build optimizer and loss scaler.
 
         Raises:
-            InputError: the model has dropout, which would make pi random, or lacks an FP32 island of the configuration;
-                or its layers are to be compiled and there is no compiler.
+            InputError: the model has dropout, which would make pi random, lacks an FP32 island of the configuration, or
+                computes in half where no precision rule covers it; or its layers are to be compiled and there is no
+                compiler.
         """
         self.config = config
         self.policy = policy
@@ -78,12 +80,14 @@ class PolicyTrainer:
         self.weights = MasterWeights(self.module, policy.compute_dtype, self.islands)
         use_half_linear(self.module, policy)
         use_half_embedding(self.module, policy)
+        coverage.require_covered(self.module, policy)
         sums = policy.fp32_sums(policy.roles.compute_dtype)
         self.attention = attention_name(policy.device, _head_dim(self.module.config), fp32_sums=sums)
         use_packed_attention(self.module, self.attention, compiled=config.training.compile_layers)
         if config.training.activation_checkpointing:
             self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.module.train()
+        coverage.require_no_half_products(self.module, policy, lambda: self._few_hidden(2))
         if config.training.compile_layers:
             compile_layers(self.module.get_decoder(), policy.device)
         self.scaler: LossScaler = build_loss_scaler(config.precision.loss_scale, policy.roles.compute_dtype)
@@ -174,7 +178,8 @@ class PolicyTrainer:
             LossScaleError: too many skipped steps in a row at the floor of the loss scale.
         """
         max_norm = self.config.optimizer.max_grad_norm
-        found = self.scaler.unscale(self.weights.gradients(), self.collective.max_, max_norm=max_norm)
+        ranks = self.collective
+        found = self.scaler.unscale(self.weights.gradients(), ranks.max_, ranks.sum_, max_norm=max_norm)
         if not found.found_inf:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -191,7 +196,7 @@ class PolicyTrainer:
             overflow_fraction=found.overflow_fraction,
         )
 
-    # -- the other wing
+    # -- the engine's side
 
     def wire_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(unfused Hugging Face name, master rounded once to the wire dtype)."""
@@ -204,6 +209,7 @@ class PolicyTrainer:
             NumericsError: it computes NaN or infinity, which lie on no format's grid.
         """
         hidden, logits = self._probe()
+        layers = coverage.linear_layers(self.module, self.module.get_output_embeddings())
         computing = dict(self.weights.computing())
         _, wired = next(self.wire_weights())
         _, gradient = next(self.weights.gradients())
@@ -227,7 +233,8 @@ class PolicyTrainer:
             | {"compute": narrowest_format(hidden)},
             facts={
                 "attention": self.attention,
-                "matmul_sums": self._matmul_sums(),
+                "linear_layers": coverage.described(layers),
+                "matmul_sums": coverage.layers_sum(layers),
                 "rounding": "transformers, compiled" if self.config.training.compile_layers else "transformers",
                 "fp32_modules": self.islands.described(),
                 "torch": torch.__version__,
@@ -237,18 +244,10 @@ class PolicyTrainer:
             digests=weights_digests(self.weights.computing()),
         )
 
-    def _matmul_sums(self) -> str:
-        compute = self.policy.roles.compute_dtype
-        return "fp32" if compute == "fp32" or self.policy.fp32_sums(compute) else "native"
-
     @torch.no_grad()
     def _probe(self) -> tuple[Tensor, Tensor]:
         """Final hidden states and logits of the first few ids of the vocabulary."""
-        count = min(8, self._head_leaf.shape[0])
-        ids = torch.arange(count, device=self.policy.device).unsqueeze(0)
-        whole = PackLayout((PackedSegment(length=count),))
-        out = self.module.get_decoder()(input_ids=ids, position_ids=ids, layout=whole, use_cache=False)
-        hidden: Tensor = out.last_hidden_state[0]
+        hidden = self._few_hidden(8)
         if not bool(hidden.isfinite().all()):
             raise NumericsError(
                 f"the trainer's hidden states are not finite in {self.policy.roles.compute_dtype}; check the model's "
@@ -256,6 +255,15 @@ class PolicyTrainer:
                 "that overflow FP32 islands with precision.fp32_modules"
             )
         return hidden, head_logits(hidden, self._head().scoring)
+
+    def _few_hidden(self, most: int) -> Tensor:
+        """Final hidden states of the first ids of the vocabulary, `most` or all of them: [T, H]."""
+        count = min(most, self.module.get_input_embeddings().weight.shape[0])
+        ids = torch.arange(count, device=self.policy.device).unsqueeze(0)
+        whole = PackLayout((PackedSegment(length=count),))
+        out = self.module.get_decoder()(input_ids=ids, position_ids=ids, layout=whole, use_cache=False)
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
 
     # -- state
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,6 +21,7 @@ from betterhalf.precision.loss_scaler import (
     DynamicLossScaler,
     LossScaler,
     NullLossScaler,
+    UnscaleReport,
     build_loss_scaler,
 )
 
@@ -182,6 +187,79 @@ def test_the_flag_offered_to_other_ranks_is_this_ranks_own() -> None:
     assert seen == [0.0, 1.0]
 
 
+class Ranks:
+    """Threads that reduce over each other."""
+
+    def __init__(self, count: int) -> None:
+        self.barrier, self.given = threading.Barrier(count, timeout=60), [torch.empty(0)] * count
+
+    def of(self, rank: int, reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
+        def all_reduce(values: Tensor) -> None:
+            self.given[rank] = values.clone()
+            self.barrier.wait()
+            values.copy_(reduce(torch.stack(self.given)))
+            self.barrier.wait()
+
+        return all_reduce
+
+    def max_(self, rank: int) -> Callable[[Tensor], None]:
+        return self.of(rank, lambda given: given.amax(0))
+
+    def sum_(self, rank: int) -> Callable[[Tensor], None]:
+        return self.of(rank, lambda given: given.sum(0))
+
+
+Named = list[tuple[str, Tensor]]
+
+
+def on_ranks(shards: list[Named], kind: Any, **settings: Any) -> list[UnscaleReport]:
+    """Every rank unscales its shard, in place."""
+    ranks = Ranks(len(shards))
+
+    def unscale(rank: int) -> UnscaleReport:
+        scaler = build_loss_scaler(LossScaleConfig(initial=256.0), kind)
+        return scaler.unscale(shards[rank], ranks.max_(rank), ranks.sum_(rank), **settings)
+
+    with ThreadPoolExecutor(len(shards)) as pool:
+        return list(pool.map(unscale, range(len(shards))))
+
+
+def shards(broken: bool = False) -> list[Named]:
+    """Two unequal shards of one gradient, and a rank that holds none of it."""
+    generator = torch.Generator().manual_seed(3)
+    big = [("a", 900 * torch.randn(30, 7, generator=generator)), ("b", torch.full((5,), FP16_TINY / 2))]
+    small = [("c", torch.tensor([0.0, 1e-6, torch.inf if broken else 2.0]))]
+    return [big, small, []]
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+@pytest.mark.parametrize("max_norm", [1.0, None])
+@pytest.mark.parametrize("broken", [False, True])
+def test_ranks_with_shards_clip_and_report_as_one_process_with_all_of_them(
+    kind: Any, max_norm: float | None, broken: bool
+) -> None:
+    parts, together = shards(broken), [pair for shard in shards(broken) for pair in shard]
+    reports = on_ranks(parts, kind, max_norm=max_norm)
+    alone = build_loss_scaler(LossScaleConfig(initial=256.0), kind).unscale(together, max_norm=max_norm)
+    for report in reports:
+        assert report.found_inf == alone.found_inf == broken
+        assert report.norm == pytest.approx(alone.norm, rel=1e-14, nan_ok=True)
+        assert report.underflow_fraction == alone.underflow_fraction
+        assert report.overflow_fraction == alone.overflow_fraction
+    assert len({str(report.norm) for report in reports}) == 1
+    assert [report.first_offender for report in reports] == ([None, "c", None] if broken else [None] * 3)
+    for (_, found), (_, expected) in zip([pair for shard in parts for pair in shard], together, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+
+
+def test_replicas_do_not_add_up() -> None:
+    """Each holds the whole gradient, so their `sum_` does nothing."""
+    one, alone = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0])
+    report = dynamic(initial=1.0).unscale([("w", one)], lambda flag: None, lambda values: None, max_norm=1.0)
+    assert report.norm == dynamic(initial=1.0).unscale([("w", alone)], max_norm=1.0).norm == 5.0
+    assert torch.equal(one, alone)
+
+
 def test_the_loss_is_scaled_and_stays_differentiable() -> None:
     weight = torch.tensor(3.0, requires_grad=True)
     scaler = dynamic(initial=8.0)
@@ -208,12 +286,68 @@ def history(scaler: LossScaler, overflows: str) -> list[float]:
     return scales
 
 
-def test_hysteresis_lowers_the_scale_from_the_second_overflow_in_a_row() -> None:
-    assert history(dynamic(initial=16.0, hysteresis=2), "x.xxx.x") == [16.0, 16.0, 16.0, 8.0, 4.0, 4.0, 4.0]
+def by_deepspeeds_rules(overflows: str, hysteresis: int, growth_interval: int, consecutive: bool) -> list[float]:
+    """Scales as DeepSpeed's documentation has them: each overflow uses up one of `hysteresis` attempts; with the last
+    one left the scale is halved instead. Attempts are restored when the scale grows, after so many steps without an
+    overflow, and with `consecutive_hysteresis` by every step without one."""
+    scale, attempts, last_overflow, scales = 2.0**16, hysteresis, -1, []
+    for step, mark in enumerate(overflows):
+        if mark == "x":
+            scale, attempts = (scale / 2, attempts) if attempts == 1 else (scale, attempts - 1)
+            last_overflow = step
+        else:
+            grows = (step - last_overflow) % growth_interval == 0
+            attempts = hysteresis if grows or consecutive else attempts
+            scale *= 2 if grows else 1
+        scales.append(scale)
+    return scales
+
+
+HISTORIES = ["".join(marks) for marks in itertools.product(".x", repeat=10)]
+
+
+@pytest.mark.parametrize("growth_interval", [2, 3, 400])
+@pytest.mark.parametrize("hysteresis", [1, 2, 3])
+@pytest.mark.parametrize("consecutive", [False, True])
+def test_all_1024_histories_of_ten_steps_are_deepspeeds(
+    consecutive: bool, hysteresis: int, growth_interval: int
+) -> None:
+    settings = {"hysteresis": hysteresis, "growth_interval": growth_interval}
+    for marks in HISTORIES:
+        found = history(dynamic(**settings, consecutive_hysteresis=consecutive), marks)
+        assert found == by_deepspeeds_rules(marks, hysteresis, growth_interval, consecutive), marks
+
+
+def test_by_default_overflows_need_not_be_in_a_row() -> None:
+    """DeepSpeed's default."""
+    assert history(dynamic(initial=16.0, hysteresis=2), "x.xxx.x") == [16.0, 16.0, 8.0, 4.0, 2.0, 2.0, 1.0]
+
+
+def test_consecutive_hysteresis_lowers_the_scale_from_the_second_overflow_in_a_row() -> None:
+    scaler = dynamic(initial=16.0, hysteresis=2, consecutive_hysteresis=True)
+    assert history(scaler, "x.xxx.x") == [16.0, 16.0, 16.0, 8.0, 4.0, 4.0, 4.0]
+
+
+def test_a_run_that_overflows_every_second_step_comes_down_by_default() -> None:
+    every_second = "x." * 10
+    assert history(dynamic(hysteresis=2), every_second)[-1] == 2.0**7
+    assert history(dynamic(hysteresis=2, consecutive_hysteresis=True), every_second)[-1] == 2.0**16
+
+
+def test_without_hysteresis_both_rules_are_one() -> None:
+    for marks in HISTORIES:
+        settings = {"hysteresis": 1, "growth_interval": 3}
+        assert history(dynamic(**settings), marks) == history(dynamic(**settings, consecutive_hysteresis=True), marks)
+
+
+def test_a_state_of_version_0_1_is_read() -> None:
+    scaler = dynamic(hysteresis=2)
+    scaler.load_state_dict({"scale": 8.0, "clean_steps": 3, "overflows_in_row": 1, "skips_at_floor": 0})
+    assert history(scaler, "x") == [4.0]
 
 
 def test_every_overflow_restarts_the_count_of_clean_steps() -> None:
-    scaler = dynamic(initial=16.0, hysteresis=2, growth_interval=3)
+    scaler = dynamic(initial=16.0, hysteresis=2, consecutive_hysteresis=True, growth_interval=3)
     assert history(scaler, "..x..x...") == [16.0] * 8 + [32.0]
 
 
@@ -245,10 +379,12 @@ def test_the_null_scaler_gives_up_as_well() -> None:
         scaler.update(True)
 
 
-def test_a_scaler_restored_through_json_continues_the_same_history() -> None:
+@pytest.mark.parametrize("consecutive", [False, True])
+def test_a_scaler_restored_through_json_continues_the_same_history(consecutive: bool) -> None:
     draw = random.Random(5)
     marks = "".join(draw.choice("..x") for _ in range(60))
     settings: dict[str, Any] = {"hysteresis": 2, "growth_interval": 3, "growth_factor": 1.7, "initial": 5.3}
+    settings["consecutive_hysteresis"] = consecutive
     whole, first = dynamic(**settings), dynamic(**settings)
     expected = history(whole, marks)
     history(first, marks[:29])

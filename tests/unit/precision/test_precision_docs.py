@@ -26,7 +26,7 @@ def ablation(allow_difference: bool) -> Contract:
             "norm": "fp16",
             "master": "fp32",
         },
-        facts={"attention": "betterhalf_packed_fp32_sums", "matmul_sums": "fp32", "torch": "2.13.0+cpu"},
+        facts={"attention": "betterhalf_packed_fp32_sums", "linear_layers": "1 widened to fp32", "torch": "2.13.0+cpu"},
         digests={"model.embed_tokens.weight": "5f0c1d2e3a4b5968", "model.norm.weight": "c0ffee0123456789"},
     )
     engine = SideReport(
@@ -40,7 +40,7 @@ def ablation(allow_difference: bool) -> Contract:
             "rope": "fp32",
             "norm": "bf16",
         },
-        facts={"attention": "batched products in FP32", "matmul_sums": "native", "torch": "2.13.0+cpu"},
+        facts={"attention": "batched products in FP32", "linear_layers": "1 native", "torch": "2.13.0+cpu"},
         digests={"model.embed_tokens.weight": "0a1b2c3d4e5f6071", "model.norm.weight": "89abcdef01234567"},
     )
     return compare(trainer, engine, allow_difference=allow_difference)
@@ -62,6 +62,7 @@ def test_the_defaults_of_loss_scaling_are_those_of_the_configuration() -> None:
         f"| `growth_interval`, `growth_factor` | {defaults.growth_interval}, {defaults.growth_factor:g} |",
         f"| `backoff_factor` | {defaults.backoff_factor:g} |",
         f"| `hysteresis` | {defaults.hysteresis} |",
+        f"| `consecutive_hysteresis` | {str(defaults.consecutive_hysteresis).lower()} |",
         f"| `floor` | {defaults.floor:g} |",
         f"| `max_skips_at_floor` | {defaults.max_skips_at_floor} |",
     ):

@@ -253,7 +253,8 @@ def test_the_report_says_what_runs(make_engine, precision):
     assert report.side == "engine"
     assert report.dtypes == dict.fromkeys(("weights", "compute", "wire", "kv", "norm"), precision) | wide
     assert report.facts["rounding"] == "aligned"
-    assert report.facts["matmul_sums"] == ("native" if precision == "bf16" else "fp32")
+    kinds = {"fp32": "in fp32", "fp16": "widened to fp32", "bf16": "native"}
+    assert report.facts["linear_layers"] == f"14 {kinds[precision]}" and report.facts["matmul_sums"] == "fp32"
 
 
 def test_a_value_off_the_rollout_grid_shows_in_the_report(make_engine):

@@ -292,6 +292,37 @@ def test_an_overflow_skips_the_step_halves_the_scale_keeps_the_version_and_names
     assert all(float(gradient.abs().max()) == 0 for _, gradient in trainer.weights.gradients())
 
 
+class WithAnotherShard:
+    """The reductions of a rank beside another one, whose squares sum to `square` and whose entries are all zero."""
+
+    def __init__(self, square: float) -> None:
+        self.square = square
+
+    def max_(self, values: torch.Tensor) -> None:
+        pass
+
+    def sum_(self, values: torch.Tensor) -> None:
+        assert values.dtype == torch.float64
+        values[0] += self.square
+
+
+def test_the_norm_that_clips_is_that_of_all_ranks() -> None:
+    config = settings("fp32", optimizer={"max_grad_norm": 1e-3})
+    alone, beside = trainer_for(config), trainer_for(config)
+    for trainer in (alone, beside):
+        gradients(trainer, config)
+    norm = sum(float(gradient.double().square().sum()) for _, gradient in alone.weights.gradients()) ** 0.5
+    beside.collective = WithAnotherShard(3 * norm**2)
+    seen = {name: gradient.clone() for name, gradient in beside.weights.gradients()}
+    beside.weights.zero_grad = lambda: None  # type: ignore[method-assign]
+    report = beside.optim_step(1e-2)
+    assert report.grad_norm == pytest.approx(2 * norm) and alone.optim_step(1e-2).grad_norm == pytest.approx(norm)
+    clipped = min(1.0, config.optimizer.max_grad_norm / report.grad_norm)
+    assert clipped < 0.5
+    for name, gradient in beside.weights.gradients():
+        torch.testing.assert_close(gradient, seen[name] * clipped, rtol=1e-5, atol=1e-12)
+
+
 def test_the_scale_comes_down_until_a_step_is_applied() -> None:
     config = settings("fp16", precision={"loss_scale": {"initial": 2.0**30}})
     trainer = trainer_for(config)

@@ -166,9 +166,9 @@ class Decoder:
         part = self._layers[index]
         hidden, normed = self._normed(stream, part.stream_in, part.attention, layer.input_norm)
         normed = self._tapped("attention_norm", index, normed)
-        heads = _linear(part.attention, normed, layer.qkv, layer.qkv_bias).view(-1, self._heads, self.config.head_dim)
+        heads = linear(part.attention, normed, layer.qkv, layer.qkv_bias).view(-1, self._heads, self.config.head_dim)
         attended = self._tapped("attention", index, mix(index, heads))
-        output = _linear(part.output, attended, layer.output, layer.output_bias)
+        output = linear(part.output, attended, layer.output, layer.output_bias)
         output = self._tapped("attention_output", index, output)
         return _Stream(hidden, output, part.stream_mid, ("attention_residual", index))
 
@@ -176,12 +176,12 @@ class Decoder:
         part, tap = self._layers[index], self._tapped
         hidden, normed = self._normed(stream, part.stream_mid, part.mlp, layer.mlp_norm)
         normed = tap("mlp_norm", index, normed)
-        gate_up = tap("gate_up", index, _linear(part.mlp, normed, layer.gate_up, layer.gate_up_bias))
+        gate_up = tap("gate_up", index, linear(part.mlp, normed, layer.gate_up, layer.gate_up_bias))
         activated = tap("swiglu", index, part.mlp.swiglu(gate_up))
         if self._adds_parts(part, activated, layer):
             down = _in_parts(activated, layer.down)
         else:
-            down = tap("down", index, _linear(part.down, activated, layer.down, layer.down_bias))
+            down = tap("down", index, linear(part.down, activated, layer.down, layer.down_bias))
         return _Stream(hidden, down, part.stream_out, ("mlp_residual", index))
 
     def _adds_parts(self, part: LayerRounding, activated: Tensor, layer: LayerWeights) -> bool:
@@ -309,7 +309,7 @@ def _in_parts(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(left, right.transpose(1, 2), out_dtype=torch.float32)
 
 
-def _linear(rounding: Rounding, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(rounding: Rounding, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A projection whose result is rounded once: by the half kernel itself, or after sums in FP32; not in an island."""
     out = product(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, bias)
     return rounding.round(out) if rounding.widened else out

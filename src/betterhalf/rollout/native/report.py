@@ -7,10 +7,13 @@ from torch import Tensor
 
 from betterhalf.config.schema import NativeEngineConfig
 from betterhalf.errors import EngineError
+from betterhalf.precision import coverage
 from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.formats import dtype_name, narrowest_format
 from betterhalf.precision.policy import PrecisionPolicy
-from betterhalf.rollout.native.decoder import Decoder
+from betterhalf.precision.products import packed
+from betterhalf.rollout.native.decoder import Decoder, linear
+from betterhalf.rollout.native.rounding import Rounding
 
 
 def engine_report(decoder: Decoder, policy: PrecisionPolicy, config: NativeEngineConfig) -> SideReport:
@@ -50,14 +53,38 @@ def _probe(decoder: Decoder) -> tuple[Tensor, Tensor]:
 
 
 def _facts(decoder: Decoder, policy: PrecisionPolicy, config: NativeEngineConfig) -> dict[str, str]:
-    rounding, on_cpu = decoder.rounding, policy.device.type == "cpu"
+    on_cpu = policy.device.type == "cpu"
     return {
         "engine": f"native ({decoder.config.architecture})",
         "attention": "batched products in FP32" if on_cpu else "torch over prompts, Triton over the cache",
-        "matmul_sums": "fp32" if rounding.widened or rounding.exact else "native",
+        **_linear_layers(decoder),
         "rounding": config.rounding,
         "fp32_modules": decoder.islands.described(),
         "kv_storage": "FP32 holding values of kv_dtype" if on_cpu else "kv_dtype",
         "torch": torch.__version__,
         "device": str(policy.device),
     }
+
+
+def _linear_layers(decoder: Decoder) -> dict[str, str]:
+    """The decoder's projections, unfused, and how their products sum: one of each shape is run on other weights."""
+    half, islands, shapes = decoder.rounding, decoder.islands, {}
+    kinds: list[coverage.LayerKind] = []
+    for names, held in decoder.weights.projections():
+        rounding = half.in_fp32() if islands.hold(names[0]) else half
+        kinds += ["fp32" if rounding.exact else "widened" if rounding.widened else "native"] * len(names)
+        shapes[held.shape, rounding.dtype, held.dtype] = rounding
+    exact = [_sums_in_fp32(decoder, rounding, *key[::2]) for key, rounding in shapes.items()]
+    return {"linear_layers": coverage.in_words(kinds), "matmul_sums": coverage.sums_in_words(exact)}
+
+
+@torch.inference_mode()
+def _sums_in_fp32(decoder: Decoder, rounding: Rounding, shape: torch.Size, held: torch.dtype) -> bool:
+    """Whether a projection of this shape, held in this dtype, sums in FP32."""
+    storage = decoder.weights.storage
+
+    def multiply(x: Tensor, weight: Tensor) -> Tensor:
+        weight = weight.to(held)
+        return linear(rounding, x.to(rounding.container), packed(weight) if storage.packs else weight, None)
+
+    return coverage.sums_in_fp32(multiply, torch.empty(shape, dtype=rounding.dtype, device=storage.device))

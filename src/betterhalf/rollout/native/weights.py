@@ -157,6 +157,11 @@ class DecoderWeights:
         if tied and not _same_bits(dict(self._head.read())[_EMBEDDING].to(self.storage.grid), self.embedding):
             raise EngineError("the engine's tied head and its embedding differ; send every weight on each sync")
 
+    def projections(self) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """The layers' linear operations: names of the parameters that share a product, and its right side as held."""
+        blocks = (block for layer in self._layers for block in layer.values())
+        return ((block.names, block.tensor) for block in blocks if block.tensor.dim() > 1)
+
     def why_not_finite(self) -> str:
         """For an error message: where NaN or infinity comes from, and the cure."""
         for name, tensor in self.held():

@@ -21,7 +21,7 @@ from betterhalf.models.loading import LoadedModel, load_model
 from betterhalf.precision.contract import verify_sync, weights_digests
 from betterhalf.precision.policy import PrecisionPolicy, build_policy
 from betterhalf.rollout.build import build_engine
-from betterhalf.rollout.engine import RolloutEngine
+from betterhalf.rollout.engine import RolloutEngine, require_version
 from betterhalf.run_dir import RunDir
 from betterhalf.runs.assembly import check_context, check_islands, choose_device
 from betterhalf.runs.evaluate import newest_checkpoint
@@ -30,6 +30,9 @@ from betterhalf.tasks.task import Task
 from betterhalf.training import checkpoint
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, DtypeName, GenerateRequest, Prompt
+
+POLICY_VERSION = 0
+"""Version under which an examined model's weights are loaded: nothing is trained here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +117,7 @@ def engine_in(subject: Subject, dtype: DtypeName) -> Iterator[RolloutEngine]:
     model = subject.model
     engine = build_engine(config_in(subject, dtype), model.hf_config, model.stop_token_ids, policy)
     try:
-        engine.load_weights(rounded_weights(model, policy.wire_dtype), policy_version=0)
+        engine.load_weights(rounded_weights(model, policy.wire_dtype), policy_version=POLICY_VERSION)
         sent = rounded_weights(model, policy.rollout_dtype)
         verify_sync(weights_digests(sent), engine.digests())
         yield engine
@@ -130,7 +133,9 @@ def sample_groups_of(
         GenerateRequest(token_ids=prompt.token_ids, group_size=group_size, key=(subject.config.seed, 0, index))
         for index, prompt in enumerate(prompts)
     ]
-    return engine.generate(requests, subject.config.sampling)
+    siblings = engine.generate(requests, subject.config.sampling)
+    require_version(siblings, POLICY_VERSION)
+    return siblings
 
 
 def rounded_weights(model: LoadedModel, dtype: torch.dtype) -> Iterable[tuple[str, Tensor]]:

@@ -1,0 +1,216 @@
+"""Which linear operations of a model the precision rules cover, and how those really sum.
+
+The rules are written for `nn.Linear` and `nn.Embedding`. Weights that compute elsewhere (a subclass, a Conv1D, experts
+in one 3-D parameter, `F.linear` on somebody else's weight) would round and sum by other rules without a word.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from betterhalf.errors import InputError
+from betterhalf.precision.half_embedding import HalfEmbedding
+from betterhalf.precision.half_linear import HalfLinear
+from betterhalf.precision.policy import PrecisionPolicy
+
+# -- what is covered
+
+
+def require_covered(module: nn.Module, policy: PrecisionPolicy) -> None:
+    """Refuse weights that belong to no layer with a precision rule; in FP32 there is no rule to keep.
+
+    Call it when parameters have the compute dtype and `use_half_linear` and `use_half_embedding` have replaced theirs.
+
+    Raises:
+        InputError: names the modules that hold a parameter of two or more axes and are no such layer.
+    """
+    if policy.roles.compute_dtype == "fp32":
+        return
+    bare = [
+        f"{name or 'the model'} ({type(part).__name__})"
+        for name, part in module.named_modules()
+        if any(p.is_floating_point() and p.dim() > 1 for p in part.parameters(recurse=False))
+        and not _covered(part, policy)
+    ]
+    if bare:
+        raise InputError(_uncovered(bare, policy))
+
+
+def _covered(part: nn.Module, policy: PrecisionPolicy) -> bool:
+    """Exactly the layers with rules; a subclass may compute what it likes."""
+    sums = policy.fp32_sums(policy.roles.compute_dtype)
+    if type(part) is nn.Linear:
+        return part.weight.dtype == torch.float32 or not sums
+    if type(part) is nn.Embedding:
+        return policy.device.type != "cpu" or part.weight.dtype == torch.float32
+    return type(part) in (HalfLinear, HalfEmbedding)
+
+
+def _uncovered(names: Sequence[str], policy: PrecisionPolicy) -> str:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"the precision rules of {policy.roles.compute_dtype} cover nn.Linear and nn.Embedding, but the model also "
+        f"multiplies by weights in {shown}; train it with precision=fp32, or use a model such as llama, mistral, "
+        "qwen2 or qwen3"
+    )
+
+
+def require_no_half_products(module: nn.Module, policy: PrecisionPolicy, run: Callable[[], object]) -> None:
+    """Refuse a model that multiplies half tensors past its covered layers where products must have FP32 sums.
+
+    Args:
+        module: whose parameters the message names.
+        policy: elsewhere than on a CPU with FP32 sums nothing is run: half products are native there.
+        run: a forward pass.
+
+    Raises:
+        InputError: names the weights, as far as they are parameters.
+    """
+    if not policy.fp32_sums(policy.roles.compute_dtype):
+        return
+    with torch.no_grad(), _HalfProducts() as seen:
+        run()
+    if seen.operands:
+        names = {parameter.data_ptr(): name for name, parameter in module.named_parameters()}
+        found = {names.get(operand.data_ptr(), "") for operand in seen.operands} - {""}
+        raise InputError(_uncovered(sorted(found) or ["operations of its own"], policy))
+
+
+_PRODUCTS = {
+    *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addbmm", "aten::linear", "aten::matmul"),
+    *("aten::mv", "aten::addmv", "aten::dot", "aten::vdot", "aten::convolution", "aten::bilinear", "aten::_trilinear"),
+    *("aten::_grouped_mm", "aten::_scaled_mm", "aten::mkldnn_linear", "mkldnn::_linear_pointwise"),
+    *("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_attention_math"),
+}
+"""Operations that multiply and add, as the dispatcher names them."""
+
+
+class _HalfProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the operands of every product of half tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operands: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().partition(".")[0] in _PRODUCTS:
+            self.operands += [x for x in args if isinstance(x, Tensor) and x.is_floating_point() and x.itemsize < 4]
+        return func(*args, **(kwargs or {}))
+
+
+# -- what runs
+
+
+def linear_layers(module: nn.Module, head: nn.Module | None) -> list[nn.Linear | HalfLinear]:
+    """The covered linear layers of a model, each once, without the LM head."""
+    parts = (part for part in module.modules() if isinstance(part, nn.Linear | HalfLinear) and part is not head)
+    return [part for part in parts if type(part) in (nn.Linear, HalfLinear)]
+
+
+def described(layers: Sequence[nn.Linear | HalfLinear]) -> str:
+    """For the contract: how many layers there are of each kind."""
+    return in_words("fp32" if _is_fp32(x) else "widened" if isinstance(x, HalfLinear) else "native" for x in layers)
+
+
+LayerKind = Literal["widened", "native", "fp32"]
+"""Half operands widened to FP32 and the result rounded once; half products of the processor; all of it FP32."""
+
+_KINDS: dict[LayerKind, str] = {"widened": "widened to fp32", "native": "native", "fp32": "in fp32"}
+
+
+def in_words(kinds: Iterable[LayerKind]) -> str:
+    """The same for a side that has no modules."""
+    counts = Counter(kinds)
+    return ", ".join(f"{counts[kind]} {words}" for kind, words in _KINDS.items() if counts[kind]) or "none"
+
+
+def _is_fp32(layer: nn.Linear | HalfLinear) -> bool:
+    return layer.weight.dtype == torch.float32
+
+
+def layers_sum(layers: Sequence[nn.Linear | HalfLinear]) -> str:
+    """For the contract: the sums of a model's layers, forward and backward, one of each kind and shape being run."""
+    kinds = {(type(x), x.weight.shape, x.weight.dtype, x.bias is None): x for x in reversed(layers)}
+    return sums_in_words([_sums_in_fp32(layer) for layer in kinds.values()])
+
+
+def sums_in_words(exact: Sequence[bool]) -> str:
+    """For the contract: `fp32` if every product that was run had FP32 sums."""
+    return "none" if not exact else "fp32" if all(exact) else "less than fp32"
+
+
+_ROWS, _RESULTS = 64, 256
+"""Rows of a probe, and results of each row at most. The sums themselves are as long as the layer's."""
+
+
+def sums_in_fp32(multiply: Callable[[Tensor, Tensor], Tensor], weight: Tensor) -> bool:
+    """Whether `multiply(x, weight)`, of `x @ weight^T`, sums in FP32.
+
+    Args:
+        multiply: gets operands that lie on the grid of `weight`; the dtype of its result does not matter.
+        weight: [out, in], for its shape, dtype and device only.
+    """
+    outputs, inputs = weight.shape
+    return _exact(multiply(_ones(_ROWS, inputs, weight), _terms(min(outputs, _RESULTS), inputs, weight)), weight)
+
+
+def _sums_in_fp32(layer: nn.Linear | HalfLinear) -> bool:
+    """Run the layer on other weights: its results, and its gradients of inputs and of weights, as sums of `_terms`."""
+    weight = layer.weight.detach()
+    outputs, inputs = weight.shape
+    few_outputs, few_inputs = min(outputs, _RESULTS), min(inputs, _RESULTS)
+    rows, columns = _ones(_ROWS, few_inputs, weight), _terms(few_inputs, outputs, weight).t()
+    x, other = _terms(few_inputs, _ROWS, weight).t(), _ones(few_outputs, few_inputs, weight)
+    return (
+        sums_in_fp32(lambda x, w: _pass(layer, x, w)[0], weight)
+        and _exact(_pass(layer, rows, columns)[1], weight)
+        and _exact(_pass(layer, x, other)[2], weight)
+    )
+
+
+@torch.enable_grad()
+def _pass(layer: nn.Linear | HalfLinear, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Result, and the gradients of x and weight when each result has gradient 1."""
+    x, weight = (t.contiguous().requires_grad_() for t in (x, weight))
+    others = {} if layer.bias is None else {"bias": torch.zeros_like(weight[:, 0])}
+    out: Tensor = functional_call(layer, {"weight": weight, **others}, (x,))
+    of_x, of_weight = torch.autograd.grad(out, (x, weight), torch.ones_like(out))
+    return out.detach(), of_x, of_weight
+
+
+_FEWEST = 3
+"""Terms of a sum that shows anything."""
+
+
+def _ones(rows: int, width: int, like: Tensor) -> Tensor:
+    return torch.ones(rows, max(width, _FEWEST), dtype=like.dtype, device=like.device)
+
+
+def _terms(rows: int, width: int, like: Tensor) -> Tensor:
+    """Rows whose sums need FP32: a large number, its negative and a small one at random places, zeros between.
+
+    The small one is the exact sum in whatever order. It is lost when it meets one of the large ones in a sum of fewer
+    bits, which in some rows it does, whether sums run in order, in lanes or in blocks; and it changes when FP32
+    operands are rounded.
+    """
+    shape = rows, max(width, _FEWEST)
+    places = torch.rand(shape, generator=torch.Generator().manual_seed(0)).topk(_FEWEST, dim=1).indices
+    large, small = _large_and_small(like)
+    values = torch.tensor([large, small, -large]).expand_as(places)
+    return torch.zeros(shape).scatter(1, places, values).to(like.device, like.dtype)
+
+
+def _large_and_small(like: Tensor) -> tuple[float, float]:
+    """Together they need 16 bits of significand for half operands, and all 24 for FP32 ones."""
+    return (2.0**12, 1 + 2.0**-11) if like.dtype == torch.float32 else (2.0**15, 1.0)
+
+
+def _exact(sums: Tensor, like: Tensor) -> bool:
+    return bool((sums.float() == _large_and_small(like)[1]).all())
