@@ -34,7 +34,7 @@ PresetName = Literal[
     "geo_mask",
     "dppo_tv",
 ]
-"""Names of the algorithm presets; `algorithms.presets` says what each is made of."""
+"""Names of the algorithm presets; `config.presets` says what each is made of."""
 
 FinishReason = Literal["stop", "length"]
 """Why sampling ended: a stop token (itself part of the completion), or the length limit."""

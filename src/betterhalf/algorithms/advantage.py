@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from betterhalf.algorithms.presets import AdvantageKind
+from betterhalf.config.presets import AdvantageKind
 from betterhalf.errors import ConfigError, RewardError
 
 STD_EPS = 1e-8

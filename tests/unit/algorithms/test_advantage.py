@@ -13,7 +13,7 @@ from betterhalf.algorithms.advantage import (
     overlong_penalty,
     zero_advantage_groups,
 )
-from betterhalf.algorithms.presets import AdvantageKind
+from betterhalf.config.presets import AdvantageKind
 from betterhalf.errors import ConfigError, RewardError
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 1.0, 1.0, 1.0]], dtype=torch.float64)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from betterhalf.config.load import config_difference, load_config, resolve_experiment, resolved_json, same_except
+from betterhalf.config.overrides import expand
 from betterhalf.config.render import toml_text
 from betterhalf.config.schema import MathTask, PerfectibleTask, RunConfig, WatchdogLevel
 from betterhalf.errors import ConfigError
@@ -349,4 +350,4 @@ def test_resolved_json_loads_back_equal(config: RunConfig) -> None:
 @settings(max_examples=60, deadline=None)
 @given(configs)
 def test_toml_text_loads_back_equal(config: RunConfig) -> None:
-    assert RunConfig.model_validate(tomllib.loads(toml_text(config))) == config
+    assert RunConfig.model_validate(expand(tomllib.loads(toml_text(config)))) == config
