@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,23 +81,44 @@ def test_without_dynamic_sampling_flat_groups_stay(build: Callable[..., Parts]) 
     assert metrics["rollout/reward/mean"] == 0.75
 
 
-def test_the_overlong_penalty_enters_the_advantage_but_not_the_reward(build: Callable[..., Parts]) -> None:
-    parts = build(algorithm={"preset": "grpo", "overlong_buffer": 10})
-    collected = collect_groups(parts, 1, 0, Stopwatch())
-    (group, *_) = collected.groups
-    lengths = (30, 35, 40, 32)
+def a_group(parts: Parts, rewards: Sequence[float], lengths: Sequence[int]) -> Collected:
+    """One group with these rewards and lengths of completions."""
+    (group, *_) = collect_groups(parts, 1, 0, Stopwatch()).groups
     rollouts = tuple(
         replace(
             rollout,
-            reward=1.0,
+            reward=reward,
             completion=replace(rollout.completion, token_ids=(1,) * n, behavior_logprobs=(0.0,) * n),
         )
-        for rollout, n in zip(group.rollouts, lengths, strict=True)
+        for rollout, reward, n in zip(group.rollouts, rewards, lengths, strict=True)
     )
-    one = Collected(groups=(replace(group, rollouts=rollouts),), position=1, dropped=0, timeouts=0)
-    # limit 40, buffer 10: penalties 0, -0.5, -1, -0.2, mean -0.425
-    assert loop.step_advantages(parts, one) == pytest.approx([0.425, -0.075, -0.575, 0.225])
+    return Collected(groups=(replace(group, rollouts=rollouts),), position=1, dropped=0, timeouts=0)
+
+
+def test_the_overlong_penalty_enters_the_advantage_but_not_the_reward(build: Callable[..., Parts]) -> None:
+    parts = build(algorithm={"preset": "grpo", "overlong_buffer": 10})
+    one = a_group(parts, (1.0,) * 4, (30, 35, 40, 32))
+    # limit 40, buffer 10, factor 0.5: penalties 0, -0.25, -0.5, -0.1, mean -0.2125
+    assert loop.step_advantages(parts, one) == pytest.approx([0.2125, -0.0375, -0.2875, 0.1125])
     assert loop.rollout_metrics(parts, one, [0.0] * 4)["rollout/reward/mean"] == 1.0
+
+
+def test_dapo_weighs_the_overlong_penalty_as_its_source_does(build: Callable[..., Parts]) -> None:
+    parts = build(algorithm={"preset": "dapo"})
+    # right and short, right at the limit, wrong and short, wrong at the limit
+    one = a_group(parts, (1.0, 1.0, 0.0, 0.0), (10, 40, 10, 40))
+    assert loop.step_advantages(parts, one) == pytest.approx([1.16, 0.39, -0.39, -1.16], abs=0.005)
+
+
+@pytest.mark.parametrize("advantage", ["group_standardised", "raw"])
+def test_groups_of_equal_rewards_that_fill_a_step_have_no_advantage(
+    build: Callable[..., Parts], advantage: str
+) -> None:
+    parts = build(algorithm={"preset": "dapo", "advantage": advantage})
+    one = a_group(parts, (1.0,) * 4, (30, 31, 32, 33))  # the penalty begins at 32 of 40
+    assert loop.step_advantages(parts, one) == [0.0] * 4
+    metrics = loop.rollout_metrics(parts, one, loop.step_advantages(parts, one))
+    assert metrics["rollout/zero_advantage_fraction"] == 1.0
 
 
 def test_kept_denominators_leave_rejected_tokens_out(build: Callable[..., Parts]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from betterhalf.algorithms.advantage import group_advantages, overlong_penalty, zero_advantage_groups
+from betterhalf.algorithms.advantage import equal_rewards, group_advantages, overlong_penalty, zero_advantage_groups
 from betterhalf.algorithms.loss_stats import LossStats, policy_metrics
 from betterhalf.algorithms.policy_loss import batch_denominators, kept_counts, kept_mask
 from betterhalf.diagnostics.budget import budget_metrics, fit_budget
@@ -142,13 +142,20 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
 
 
 def step_advantages(parts: Parts, collected: Collected) -> list[float]:
-    """One advantage for each rollout: reward, with the preset's overlong penalty, minus the baseline."""
-    rewards = torch.tensor([group.rewards for group in collected.groups], dtype=torch.float64)
-    buffer = parts.algorithm.overlong_tokens(parts.config.sampling.max_tokens)
-    if buffer:
-        lengths = torch.tensor([[len(r.completion.token_ids) for r in g.rollouts] for g in collected.groups])
-        rewards = rewards + overlong_penalty(lengths, parts.config.sampling.max_tokens, buffer)
-    advantages: list[float] = group_advantages(rewards, parts.algorithm.advantage).flatten().tolist()
+    """One advantage for each rollout: reward, with the preset's overlong penalty, minus the baseline.
+
+    Groups of equal rewards that fill a step of dynamic sampling get 0: the penalty alone would train them on length.
+    """
+    algorithm, max_tokens = parts.algorithm, parts.config.sampling.max_tokens
+    rewards_PG = torch.tensor([group.rewards for group in collected.groups], dtype=torch.float64)
+    lengths_PG = torch.tensor([[len(r.completion.token_ids) for r in g.rollouts] for g in collected.groups])
+    penalty_PG = overlong_penalty(
+        lengths_PG, max_tokens, algorithm.overlong_tokens(max_tokens), algorithm.overlong_factor
+    )
+    advantages_PG = group_advantages(rewards_PG + penalty_PG, algorithm.advantage)
+    if algorithm.dynamic_sampling:
+        advantages_PG = advantages_PG.masked_fill(equal_rewards(rewards_PG).unsqueeze(1), 0.0)
+    advantages: list[float] = advantages_PG.flatten().tolist()
     return advantages
 
 
