@@ -102,7 +102,7 @@ def _scored(parts: Parts, prompts: Sequence[Prompt], siblings: Sequence[tuple[Co
     flat = [(prompt, completion) for prompt, group in zip(prompts, siblings, strict=True) for completion in group]
     texts = parts.tokenizer.batch_decode([list(c.token_ids) for _, c in flat], skip_special_tokens=True)
     rewards = parts.task.rewards([prompt for prompt, _ in flat], texts, [c.finish_reason for _, c in flat])
-    check_rewards(rewards, len(flat))
+    rewards = check_rewards(rewards, len(flat))
     rollouts = iter(
         [
             Rollout(prompt=prompt, completion=completion, text=text, reward=reward)
