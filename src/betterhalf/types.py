@@ -139,7 +139,8 @@ class MicroBatch:
     advantages_S: Tensor
     """float32 [S]."""
     rollout_index_S: tuple[int, ...]
-    """[S] position of each sequence among the step's rollouts (groups in order, siblings in order)."""
+    """[S] position of each sequence among the step's rollouts (groups in order, siblings in order); those that are left
+    out of the step count on after them."""
 
     @property
     def num_sequences(self) -> int:
@@ -182,11 +183,13 @@ class TrainBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
-    """All of one step: the train batches in the order they are trained on."""
+    """All of one step: the train batches in the order they are trained on, and what is measured besides."""
 
     train_batches: tuple[TrainBatch, ...]
+    left_out: tuple[MicroBatch, ...] = ()
+    """Sequences that were sampled but belong to no train batch: they count in the mismatch, in nothing else."""
 
     @property
     def packs(self) -> tuple[MicroBatch, ...]:
-        """Every pack of the step."""
-        return tuple(pack for batch in self.train_batches for pack in batch.packs)
+        """Every pack of the step, those of the train batches first."""
+        return tuple(pack for batch in self.train_batches for pack in batch.packs) + self.left_out
