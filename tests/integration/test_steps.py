@@ -46,10 +46,13 @@ class EveryOtherPromptIsFlat:
 
     def __init__(self, base: Any) -> None:
         self.base = base
-        self.asked: list[int] = []
+        self.asked: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return len(self.base)
 
     def prompts(self, position: int, count: int, seed: int) -> list[Prompt]:
-        self.asked.append(position)
+        self.asked.append((position, count))
         return [replace(self.base.prompt(i), prompt_id=str(i)) for i in range(position, position + count)]
 
     def rewards(self, prompts: list[Prompt], texts: list[str], reasons: list[FinishReason]) -> list[float]:
@@ -65,9 +68,30 @@ def test_dynamic_sampling_replaces_flat_groups_by_fresh_prompts(build: Callable[
     collected = collect_groups(replace(parts, task=task), 1, 0, Stopwatch())  # type: ignore[arg-type]
     # 4 wanted; two rounds of 4 prompts hold 4 useful ones: 1, 3, 5, 7
     assert [group.prompt.prompt_id for group in collected.groups] == ["1", "3", "5", "7"]
-    assert task.asked == [0, 4]
+    assert task.asked == [(0, 4), (0, 8)]  # the second round must not repeat what the first had
     assert collected.position == 8
     assert (collected.dropped, collected.surplus) == (4, 0)
+
+
+@pytest.mark.parametrize(("num_prompts", "distinct"), [(14, 12), (9, 8), (4, 4)])
+def test_no_round_of_a_step_repeats_a_prompt_while_there_are_others(
+    build: Callable[..., Parts], num_prompts: int, distinct: int
+) -> None:
+    parts = build(algorithm={"preset": "dapo"}, task={"num_prompts": num_prompts})
+
+    class AllRight(EveryOtherPromptIsFlat):
+        def prompts(self, position: int, count: int, seed: int) -> list[Prompt]:
+            return self.base.prompts(position, count, seed)  # type: ignore[no-any-return]
+
+        def rewards(self, prompts: list[Prompt], texts: list[str], reasons: list[FinishReason]) -> list[float]:
+            return [1.0] * len(prompts)
+
+    for position in {0, num_prompts - 1, max(0, num_prompts - 6)}:
+        collected = collect_groups(replace(parts, task=AllRight(parts.task)), 1, position, Stopwatch())  # type: ignore[arg-type]
+        names = [group.prompt.prompt_id for group in collected.sampled]
+        rounds = [set(names[start : start + 4]) for start in range(0, 12, 4)]
+        assert len(names) == 12 and all(len(some) == 4 for some in rounds)
+        assert len(set(names[:distinct])) == distinct
 
 
 class FlatAtSome(EveryOtherPromptIsFlat):

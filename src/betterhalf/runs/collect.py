@@ -80,14 +80,14 @@ def collect_groups(parts: Parts, step: int, position: int, clock: Stopwatch) -> 
     at most `max_sampling_rounds` rounds; what is then still missing is filled up with groups of equal rewards, so that
     a step always has its size. What was sampled and is not in the step is kept apart, to be measured.
     """
-    wanted = parts.config.training.prompts_per_step
+    wanted, start = parts.config.training.prompts_per_step, position
     rounds = parts.algorithm.max_sampling_rounds if parts.algorithm.dynamic_sampling else 1
     useful: list[RolloutGroup] = []
     flat: list[RolloutGroup] = []
     timeouts_before = parts.task.timeouts
     restarts, size = restarts_of(parts.config), parts.config.training.group_size
     for _ in range(rounds):
-        prompts = parts.task.prompts(position, wanted, parts.config.seed)
+        prompts = _fresh_prompts(parts, start, position - start)
         for group in sample_groups(parts, prompts, size, step, len(useful + flat), clock, restarts):
             (useful if has_signal(group) or not parts.algorithm.dynamic_sampling else flat).append(group)
         position += wanted
@@ -101,6 +101,14 @@ def collect_groups(parts: Parts, step: int, position: int, clock: Stopwatch) -> 
         timeouts=parts.task.timeouts - timeouts_before,
         restarts=restarts.count,
     )
+
+
+def _fresh_prompts(parts: Parts, start: int, taken: int) -> list[Prompt]:
+    """The next prompts of a step that has taken some from `start` on: none again, if the data set is large enough."""
+    count, seed = parts.config.training.prompts_per_step, parts.config.seed
+    if taken + count > len(parts.task):
+        return parts.task.prompts(start + taken, count, seed)
+    return parts.task.prompts(start, taken + count, seed)[taken:]
 
 
 def sample_groups(
