@@ -73,7 +73,8 @@ class Completion:
     token_ids: tuple[int, ...]
     """Sampled tokens, the stop token included when there is one; at least one token."""
     behavior_logprobs: tuple[float, ...]
-    """log mu of each sampled token in nats, FP32, of the distribution sampled from; one for each token."""
+    """log mu of each sampled token in nats, FP32, of the distribution sampled from; one for each token. What top-p,
+    top-k or min-p leave of a distribution sums to 1."""
     finish_reason: FinishReason
     policy_version: int
     """Count of applied updates in the weights that sampled it."""
