@@ -34,7 +34,7 @@ PresetName = Literal[
     "geo_mask",
     "dppo_tv",
 ]
-"""Names of the algorithm presets; `algorithms.presets` says what each is made of."""
+"""Names of the algorithm presets; `config.presets` says what each is made of."""
 
 FinishReason = Literal["stop", "length"]
 """Why sampling ended: a stop token (itself part of the completion), or the length limit."""
@@ -73,7 +73,8 @@ class Completion:
     token_ids: tuple[int, ...]
     """Sampled tokens, the stop token included when there is one; at least one token."""
     behavior_logprobs: tuple[float, ...]
-    """log mu of each sampled token in nats, FP32, of the distribution sampled from; one for each token."""
+    """log mu of each sampled token in nats, FP32, of the distribution sampled from; one for each token. What top-p,
+    top-k or min-p leave of a distribution sums to 1."""
     finish_reason: FinishReason
     policy_version: int
     """Count of applied updates in the weights that sampled it."""
@@ -139,7 +140,8 @@ class MicroBatch:
     advantages_S: Tensor
     """float32 [S]."""
     rollout_index_S: tuple[int, ...]
-    """[S] position of each sequence among the step's rollouts (groups in order, siblings in order)."""
+    """[S] position of each sequence among the step's rollouts (groups in order, siblings in order); those that are left
+    out of the step count on after them."""
 
     @property
     def num_sequences(self) -> int:
@@ -182,11 +184,13 @@ class TrainBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
-    """All of one step: the train batches in the order they are trained on."""
+    """All of one step: the train batches in the order they are trained on, and what is measured besides."""
 
     train_batches: tuple[TrainBatch, ...]
+    left_out: tuple[MicroBatch, ...] = ()
+    """Sequences that were sampled but belong to no train batch: they count in the mismatch, in nothing else."""
 
     @property
     def packs(self) -> tuple[MicroBatch, ...]:
-        """Every pack of the step."""
-        return tuple(pack for batch in self.train_batches for pack in batch.packs)
+        """Every pack of the step, those of the train batches first."""
+        return tuple(pack for batch in self.train_batches for pack in batch.packs) + self.left_out

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from betterhalf.config.load import config_difference, load_config, same_except
+from betterhalf.config.schema import AlgorithmConfig
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 FILES = sorted(EXPERIMENTS.rglob("*.toml"))
@@ -55,8 +56,10 @@ def test_mixed_precisions_run_what_their_name_says_and_differ_in_precision_only(
 def test_an_ablation_changes_one_axis_besides_precision(algorithm_file: Path) -> None:
     base = load_config(algorithm_file.with_name("grpo_fp16.toml"))
     config = load_config(algorithm_file)
-    axes = ("algorithm.preset",), ("engine.rounding",)
+    axes = ("algorithm",), ("engine.rounding",)
     assert any(same_except(base, config, "name", "precision", *axis) for axis in axes)
+    # Of the algorithm the preset changes, and what follows from it.
+    assert config.algorithm == AlgorithmConfig(preset=config.algorithm.preset)
 
 
 @pytest.mark.parametrize("file", FILES, ids=relative)

@@ -59,6 +59,24 @@ SUM = json.dumps({"problem": "2+7=", "answer": "9"})
 # -- found beforehand: status 2, no folder left, and the corrected command works in the same place
 
 
+@pytest.mark.parametrize("verb", ["sanity", "probe", "doctor"])
+def test_truncated_sampling_is_refused_where_trainer_and_engine_are_compared(
+    verb: str, ends: Ends, tmp_path: Path
+) -> None:
+    words = (SMOKE,) if verb == "sanity" else ("demo",)
+    message = ends(2, verb, *words, "sampling.min_p=0.1", "logging.console=quiet", f"run_dir={tmp_path / 'run'}")
+    assert "sampling.min_p=0.1 truncates the distribution" in message and "evaluate" in message
+
+
+def test_evaluation_samples_from_a_truncated_distribution(ends: Ends, tmp_path: Path) -> None:
+    few = ("evaluate.max_prompts=12", "evaluate.samples=4", "sampling.max_tokens=40", "logging.console=quiet")
+    solved = {}
+    for name, settings in (("whole", ()), ("likeliest", ("sampling.top_k=1",))):
+        ends(0, "evaluate", "demo", *few, *settings, f"run_dir={tmp_path / name}")
+        solved[name] = {row["solved"] for row in read_jsonl(tmp_path / name / "evaluation.jsonl")}
+    assert solved["likeliest"] <= {0, 4} and not solved["whole"] <= {0, 4}
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -73,6 +91,7 @@ SUM = json.dumps({"problem": "2+7=", "answer": "9"})
         (["training.group_size=1"], ["training.group_size=1", "group_mean", "2 or more"]),
         (["algorithm=rloo", "training.group_size=1"], ["leave_one_out", "2 or more"]),
         (["sampling.top_p=0.9"], ["sampling.top_p=0.9 truncates", "set it to 1"]),
+        (["sampling.top_k=5"], ["sampling.top_k=5 truncates", "set it to -1"]),
         (["device=cuda"], ["torch sees no GPU", "device=cpu"]),
         (["precision.rollout_dtype=bf16"], ["differ in precision", "precision.allow_difference=true"]),
         (["task=math"], ["task.path is required"]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from betterhalf.runs import loop
 from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.collect import Collected, collect_groups
 from betterhalf.runs.evaluate import PromptScore, average_reward, pass_at
+from betterhalf.runs.rollout_metrics import rollout_metrics
 from betterhalf.runs.stopwatch import Stopwatch
 from betterhalf.runs.weight_sync import sync_weights
 from betterhalf.training.pack import pack_step
@@ -45,10 +46,13 @@ class EveryOtherPromptIsFlat:
 
     def __init__(self, base: Any) -> None:
         self.base = base
-        self.asked: list[int] = []
+        self.asked: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return len(self.base)
 
     def prompts(self, position: int, count: int, seed: int) -> list[Prompt]:
-        self.asked.append(position)
+        self.asked.append((position, count))
         return [replace(self.base.prompt(i), prompt_id=str(i)) for i in range(position, position + count)]
 
     def rewards(self, prompts: list[Prompt], texts: list[str], reasons: list[FinishReason]) -> list[float]:
@@ -64,9 +68,101 @@ def test_dynamic_sampling_replaces_flat_groups_by_fresh_prompts(build: Callable[
     collected = collect_groups(replace(parts, task=task), 1, 0, Stopwatch())  # type: ignore[arg-type]
     # 4 wanted; two rounds of 4 prompts hold 4 useful ones: 1, 3, 5, 7
     assert [group.prompt.prompt_id for group in collected.groups] == ["1", "3", "5", "7"]
-    assert task.asked == [0, 4]
+    assert task.asked == [(0, 4), (0, 8)]  # the second round must not repeat what the first had
     assert collected.position == 8
-    assert collected.dropped == 4
+    assert (collected.dropped, collected.surplus) == (4, 0)
+
+
+@pytest.mark.parametrize(("num_prompts", "distinct"), [(14, 12), (9, 8), (4, 4)])
+def test_no_round_of_a_step_repeats_a_prompt_while_there_are_others(
+    build: Callable[..., Parts], num_prompts: int, distinct: int
+) -> None:
+    parts = build(algorithm={"preset": "dapo"}, task={"num_prompts": num_prompts})
+
+    class AllRight(EveryOtherPromptIsFlat):
+        def prompts(self, position: int, count: int, seed: int) -> list[Prompt]:
+            return self.base.prompts(position, count, seed)  # type: ignore[no-any-return]
+
+        def rewards(self, prompts: list[Prompt], texts: list[str], reasons: list[FinishReason]) -> list[float]:
+            return [1.0] * len(prompts)
+
+    for position in {0, num_prompts - 1, max(0, num_prompts - 6)}:
+        collected = collect_groups(replace(parts, task=AllRight(parts.task)), 1, position, Stopwatch())  # type: ignore[arg-type]
+        names = [group.prompt.prompt_id for group in collected.sampled]
+        rounds = [set(names[start : start + 4]) for start in range(0, 12, 4)]
+        assert len(names) == 12 and all(len(some) == 4 for some in rounds)
+        assert len(set(names[:distinct])) == distinct
+
+
+class FlatAtSome(EveryOtherPromptIsFlat):
+    """A task whose given prompts are solved by all siblings, the others by every second."""
+
+    def __init__(self, base: Any, *flat: int) -> None:
+        super().__init__(base)
+        self.flat = flat
+
+    def rewards(self, prompts: list[Prompt], texts: list[str], reasons: list[FinishReason]) -> list[float]:
+        return [1.0 if int(p.prompt_id) in self.flat else float(i % 2) for i, p in enumerate(prompts)]
+
+
+def sampled_dynamically(parts: Parts, *flat: int) -> Collected:
+    """The first step's groups when these prompts are flat."""
+    return collect_groups(replace(parts, task=FlatAtSome(parts.task, *flat)), 1, 0, Stopwatch())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("flat", "kept", "dropped", "surplus"),
+    [
+        ((3,), ["0", "1", "2", "4"], 1, 3),  # three useful and one flat, then four useful
+        ((), ["0", "1", "2", "3"], 0, 0),
+        ((0, 1, 2, 3, 4, 5), ["6", "7", "8", "9"], 6, 2),
+        (tuple(range(11)), ["11", "0", "1", "2"], 8, 0),  # the rounds run out: three flat groups fill the step
+    ],
+)
+def test_dropped_and_surplus_groups_are_counted_apart(
+    build: Callable[..., Parts], flat: tuple[int, ...], kept: list[str], dropped: int, surplus: int
+) -> None:
+    parts = build(algorithm={"preset": "dapo", "overlong_buffer": 0})
+    collected = sampled_dynamically(parts, *flat)
+    metrics = rollout_metrics(collected, loop.step_advantages(parts, collected))
+    assert [group.prompt.prompt_id for group in collected.groups] == kept
+    assert (metrics["rollout/groups_dropped"], metrics["rollout/groups_surplus"]) == (dropped, surplus)
+    sampled = 4 + dropped + surplus
+    assert len(collected.sampled) == sampled == collected.position
+    assert metrics["rollout/reward/mean"] == (len(flat) + (sampled - len(flat)) / 2) / sampled
+    assert metrics["rollout/zero_advantage_fraction"] == len(flat) / sampled
+    fillers = len(flat) - dropped
+    assert metrics["rollout/kept/reward/mean"] == (fillers + (4 - fillers) / 2) / 4
+    assert metrics["rollout/kept/zero_advantage_fraction"] == fillers / 4
+
+
+def test_what_dynamic_sampling_leaves_out_is_measured_and_changes_nothing_else(
+    build: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_step(leave_out: bool) -> tuple[dict[str, Any], Collected, torch.Tensor]:
+        parts = build(algorithm={"preset": "dapo"}, training={"tokens_per_micro_batch": 120})
+        collected = sampled_dynamically(parts, 0, 1, 2, 3, 4, 5)
+        shown = collected if leave_out else replace(collected, left_out=())
+        monkeypatch.setattr(loop, "collect_groups", lambda *_: shown)
+        metrics = loop.train_step(parts, loop.Progress()).metrics
+        return metrics, collected, next(iter(parts.trainer.weights.masters.values())).detach().clone()
+
+    found, collected, weights = one_step(leave_out=True)
+    plain, _, expected = one_step(leave_out=False)
+    assert found["mismatch/tokens"] == collected.tokens > plain["mismatch/tokens"] == collected.kept_tokens
+    assert torch.equal(weights, expected)
+    unmoved = [key for key in plain if key.startswith(("policy/", "optim/", "rollout/kept/")) and "entropy" not in key]
+    assert {key: found[key] for key in unmoved} == {key: plain[key] for key in unmoved}
+    ratio = found["system/kept_tokens_per_second"] / found["system/tokens_per_second"]
+    assert ratio == pytest.approx(collected.kept_tokens / collected.tokens)
+
+
+def test_a_step_without_dynamic_sampling_trains_on_all_it_samples(build: Callable[..., Parts]) -> None:
+    metrics = loop.train_step(build(), loop.Progress()).metrics
+    kept = {key: value for key, value in metrics.items() if key.startswith("rollout/kept/")}
+    assert len(kept) == 6
+    assert kept == {key: metrics[key.replace("kept/", "")] for key in kept}
+    assert metrics["system/kept_tokens_per_second"] == metrics["system/tokens_per_second"]
 
 
 def test_without_dynamic_sampling_flat_groups_stay(build: Callable[..., Parts]) -> None:
@@ -76,28 +172,49 @@ def test_without_dynamic_sampling_flat_groups_stay(build: Callable[..., Parts]) 
     assert [group.prompt.prompt_id for group in collected.groups] == ["0", "1", "2", "3"]
     advantages = loop.step_advantages(parts, collected)
     assert advantages == [0, 0, 0, 0, -0.5, 0.5, -0.5, 0.5, 0, 0, 0, 0, -0.5, 0.5, -0.5, 0.5]
-    metrics = loop.rollout_metrics(parts, collected, advantages)
+    metrics = rollout_metrics(collected, advantages)
     assert metrics["rollout/zero_advantage_fraction"] == 0.5
     assert metrics["rollout/reward/mean"] == 0.75
 
 
-def test_the_overlong_penalty_enters_the_advantage_but_not_the_reward(build: Callable[..., Parts]) -> None:
-    parts = build(algorithm={"preset": "grpo", "overlong_buffer": 10})
-    collected = collect_groups(parts, 1, 0, Stopwatch())
-    (group, *_) = collected.groups
-    lengths = (30, 35, 40, 32)
+def a_group(parts: Parts, rewards: Sequence[float], lengths: Sequence[int]) -> Collected:
+    """One group with these rewards and lengths of completions."""
+    (group, *_) = collect_groups(parts, 1, 0, Stopwatch()).groups
     rollouts = tuple(
         replace(
             rollout,
-            reward=1.0,
+            reward=reward,
             completion=replace(rollout.completion, token_ids=(1,) * n, behavior_logprobs=(0.0,) * n),
         )
-        for rollout, n in zip(group.rollouts, lengths, strict=True)
+        for rollout, reward, n in zip(group.rollouts, rewards, lengths, strict=True)
     )
-    one = Collected(groups=(replace(group, rollouts=rollouts),), position=1, dropped=0, timeouts=0)
-    # limit 40, buffer 10: penalties 0, -0.5, -1, -0.2, mean -0.425
-    assert loop.step_advantages(parts, one) == pytest.approx([0.425, -0.075, -0.575, 0.225])
-    assert loop.rollout_metrics(parts, one, [0.0] * 4)["rollout/reward/mean"] == 1.0
+    return Collected(groups=(replace(group, rollouts=rollouts),), position=1, timeouts=0)
+
+
+def test_the_overlong_penalty_enters_the_advantage_but_not_the_reward(build: Callable[..., Parts]) -> None:
+    parts = build(algorithm={"preset": "grpo", "overlong_buffer": 10})
+    one = a_group(parts, (1.0,) * 4, (30, 35, 40, 32))
+    # limit 40, buffer 10, factor 0.5: penalties 0, -0.25, -0.5, -0.1, mean -0.2125
+    assert loop.step_advantages(parts, one) == pytest.approx([0.2125, -0.0375, -0.2875, 0.1125])
+    assert rollout_metrics(one, [0.0] * 4)["rollout/reward/mean"] == 1.0
+
+
+def test_dapo_weighs_the_overlong_penalty_as_its_source_does(build: Callable[..., Parts]) -> None:
+    parts = build(algorithm={"preset": "dapo"})
+    # right and short, right at the limit, wrong and short, wrong at the limit
+    one = a_group(parts, (1.0, 1.0, 0.0, 0.0), (10, 40, 10, 40))
+    assert loop.step_advantages(parts, one) == pytest.approx([1.16, 0.39, -0.39, -1.16], abs=0.005)
+
+
+@pytest.mark.parametrize("advantage", ["group_standardised", "raw"])
+def test_groups_of_equal_rewards_that_fill_a_step_have_no_advantage(
+    build: Callable[..., Parts], advantage: str
+) -> None:
+    parts = build(algorithm={"preset": "dapo", "advantage": advantage})
+    one = a_group(parts, (1.0,) * 4, (30, 31, 32, 33))  # the penalty begins at 32 of 40
+    assert loop.step_advantages(parts, one) == [0.0] * 4
+    metrics = rollout_metrics(one, loop.step_advantages(parts, one))
+    assert metrics["rollout/zero_advantage_fraction"] == 1.0
 
 
 def test_kept_denominators_leave_rejected_tokens_out(build: Callable[..., Parts]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from betterhalf.algorithms.presets import AdvantageKind
+from betterhalf.config.presets import AdvantageKind
 from betterhalf.errors import ConfigError, RewardError
 
 STD_EPS = 1e-8
@@ -56,21 +56,27 @@ def check_overlong_buffer(buffer: int, max_tokens: int) -> None:
         )
 
 
+def equal_rewards(rewards_PG: Tensor) -> Tensor:
+    """bool [P]: groups whose rewards are all equal, which dynamic sampling takes for no signal."""
+    return (rewards_PG == rewards_PG[:, :1]).all(dim=1)
+
+
 def zero_advantage_groups(advantages_PG: Tensor) -> Tensor:
     """bool [P]: groups that cannot change the weights, whose forward and backward pass can be left out without loss."""
     return (advantages_PG == 0).all(dim=1)
 
 
-def overlong_penalty(lengths: Tensor, max_tokens: int, buffer: int) -> Tensor:
+def overlong_penalty(lengths: Tensor, max_tokens: int, buffer: int, factor: float) -> Tensor:
     """DAPO's soft punishment of length, to be added to the reward (arXiv 2503.14476, equation 13).
 
     Args:
         lengths: completion tokens, any shape.
-        max_tokens: length limit of a completion, where the penalty is -1.
-        buffer: the penalty falls linearly from 0 over the last so many tokens; 0 for none.
+        max_tokens: length limit of a completion, where the penalty is `-factor`.
+        buffer: number of tokens before the limit over which the penalty falls linearly from 0; 0 for no penalty.
+        factor: 1 in DAPO, whose rewards are -1 and 1; 0.5 weighs as much beside rewards of 0 and 1.
 
     Returns:
-        float64, the shape of `lengths`, in [-1, 0].
+        float64, the shape of `lengths`, in [-factor, 0].
 
     Raises:
         ConfigError: the buffer is longer than the limit.
@@ -78,13 +84,13 @@ def overlong_penalty(lengths: Tensor, max_tokens: int, buffer: int) -> Tensor:
     check_overlong_buffer(buffer, max_tokens)
     if buffer == 0:
         return torch.zeros_like(lengths, dtype=torch.float64)
-    return ((max_tokens - buffer - lengths.double()) / buffer).clamp(-1.0, 0.0)
+    return factor * ((max_tokens - buffer - lengths.double()) / buffer).clamp(-1.0, 0.0)
 
 
 def _centred(rewards_PG: Tensor) -> Tensor:
     """Rewards minus the group mean; exactly 0 where all are equal, which the rounding of the mean would spoil."""
-    all_equal_P = (rewards_PG == rewards_PG[:, :1]).all(dim=1, keepdim=True)
-    return (rewards_PG - rewards_PG.mean(dim=1, keepdim=True)).masked_fill(all_equal_P, 0.0)
+    equal_P1 = equal_rewards(rewards_PG).unsqueeze(1)
+    return (rewards_PG - rewards_PG.mean(dim=1, keepdim=True)).masked_fill(equal_P1, 0.0)
 
 
 def _standardised(rewards_PG: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from torch import Tensor
 from betterhalf import ops
 from betterhalf.algorithms.importance import Weights, importance_weights, leaves_trust_region
 from betterhalf.algorithms.loss_stats import LossStats
-from betterhalf.algorithms.presets import AggregationKind, Algorithm
-from betterhalf.config.schema import RatioConfig
+from betterhalf.algorithms.presets import Algorithm
+from betterhalf.config.presets import AggregationKind
+from betterhalf.config.ratio import RatioConfig
 from betterhalf.types import Denominators
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from betterhalf.config.schema import RatioConfig
+from betterhalf.config.ratio import RatioConfig
 from betterhalf.errors import ConfigError
 
 Rule = tuple[Callable[[RatioConfig], bool], str, str]
-"""(is it broken, what is wrong, how to cure it)."""
+"""(is it broken, what is wrong, how to fix it)."""
+
+_UNUSED = {"treatment": "raw", "lower": None, "upper": None, "keep_weight": True} | dict.fromkeys(
+    ("dual_clip", "probability_gap")
+)
+"""Choices that do nothing to a ratio that is always 1, at the values that say nothing."""
 
 _SURROGATE: tuple[Rule, ...] = (
     (
@@ -101,18 +106,28 @@ _ANY: tuple[Rule, ...] = (
 
 
 def check_surrogate(ratio: RatioConfig) -> None:
-    """Raise ConfigError when the surrogate's choices contradict each other; level `none` uses no choice but itself."""
+    """Raise ConfigError when the surrogate's choices contradict each other; level `none` goes with no other choice."""
     _check("algorithm.surrogate", ratio, _SURROGATE + _ANY)
 
 
 def check_correction(ratio: RatioConfig) -> None:
-    """Raise ConfigError when the correction's choices contradict each other; level `none` uses no choice but itself."""
+    """Raise ConfigError when the correction's choices contradict each other; level `none` goes with no other choice."""
     _check("algorithm.correction", ratio, _CORRECTION + _ANY)
 
 
 def _check(key: str, ratio: RatioConfig, rules: tuple[Rule, ...]) -> None:
     if ratio.level == "none":
+        _check_switched_off(key, ratio)
         return
-    for broken, wrong, cure in rules:
+    for broken, wrong, fix in rules:
         if broken(ratio):
-            raise ConfigError(f"{key} {wrong}; {cure}.")
+            raise ConfigError(f"{key} {wrong}; {fix}.")
+
+
+def _check_switched_off(key: str, ratio: RatioConfig) -> None:
+    given = [f"{key}.{name}" for name, neutral in _UNUSED.items() if getattr(ratio, name) != neutral]
+    if given:
+        raise ConfigError(
+            f'{key}.level is "none", so there is no ratio for {" and ".join(given)} to treat; leave that out, or set '
+            f'{key}.level to "token", "sequence" or "geometric_mean".'
+        )

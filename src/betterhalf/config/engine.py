@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from betterhalf.config.section import Section
+from betterhalf.errors import ConfigError
 
 
 class NativeEngineConfig(Section):
@@ -63,25 +64,35 @@ EngineConfig = Annotated[
 
 
 class SamplingConfig(Section):
-    """How completions are drawn for training."""
+    """How completions are drawn."""
 
     temperature: float = Field(1.0, gt=0)
     """Logits are divided by this, on both sides, before the log-softmax."""
     max_tokens: int = Field(64, ge=1)
     """Length limit of a completion."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Must stay 1 for training: the trainer does not apply the same truncation."""
-    top_k: int = -1
-    """Must stay -1 for training."""
+    """Sample from the likeliest tokens that together reach this probability. For `evaluate` only, as the next two: a
+    trainer scores the whole distribution."""
+    top_k: int = Field(-1, ge=-1)
+    """Sample from this many of the likeliest tokens; -1 or 0 for all. For `evaluate` only."""
     min_p: float = Field(0.0, ge=0, le=1)
-    """Must stay 0 for training."""
+    """Sample from tokens at least this share as likely as the likeliest. For `evaluate` only."""
 
-    @model_validator(mode="after")
-    def _refuse_truncated_sampling(self) -> Self:
-        for key, neutral in (("top_p", 1.0), ("top_k", -1), ("min_p", 0.0)):
-            if getattr(self, key) != neutral:
-                raise ValueError(
-                    f"sampling.{key}={getattr(self, key)} truncates the distribution sampled from, but the trainer "
-                    f"scores the whole one, which biases every importance ratio; set it to {neutral}"
-                )
-        return self
+
+def require_whole_distribution(sampling: SamplingConfig) -> None:
+    """Refuse truncated sampling where the trainer's logprobs are compared with the engine's.
+
+    Raises:
+        ConfigError: names the key and its neutral value.
+    """
+    for key, truncates, neutral in (
+        ("top_p", sampling.top_p < 1, 1.0),
+        ("top_k", sampling.top_k > 0, -1),
+        ("min_p", sampling.min_p > 0, 0.0),
+    ):
+        if truncates:
+            raise ConfigError(
+                f"sampling.{key}={getattr(sampling, key)} truncates the distribution sampled from, but the trainer "
+                f"scores the whole one, which biases every importance ratio; set it to {neutral}, or use it with "
+                "`betterhalf evaluate` alone"
+            )

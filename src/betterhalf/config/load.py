@@ -3,7 +3,8 @@
     schema defaults <- base files, as named by `extends` <- the experiment file <- overrides
 
 Files are sparse TOML: they hold what differs from the layer below. A run folder, or the `config.json` in it, serves as
-an experiment file too: what a machine wrote is JSON, where null survives.
+an experiment file too: what a machine wrote is JSON, where null survives. The choices of an algorithm's preset are
+filled in last, so what the files give applies to the preset that is named last.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from betterhalf.config import keys
+from betterhalf.config.algorithm import own_choices
 from betterhalf.config.explain import explain
 from betterhalf.config.overrides import expand, parse_overrides
 from betterhalf.config.render import toml_value
@@ -129,12 +131,18 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {error}. Correct that place.") from error
     if not isinstance(layer, dict):
         raise ConfigError(f"{path} holds no settings. Name the config.json of a run, or a TOML file.")
-    return layer
+    return _sparse(layer) if path.suffix == ".json" else layer
+
+
+def _sparse(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved configuration as a layer: what the algorithm has from its preset changes with the preset."""
+    section = resolved.get("algorithm")
+    return {**resolved, "algorithm": own_choices(section)} if isinstance(section, Mapping) else dict(resolved)
 
 
 def _merge_layers(layers: Sequence[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
     """All layers over the defaults, and the layer that set each dotted key."""
-    merged, origins = resolved_json(RunConfig()), {}
+    merged, origins = _sparse(resolved_json(RunConfig())), {}
     for source, layer in _joined(layers):
         merged = _merge(merged, layer)
         origins.update(dict.fromkeys(_flat(layer), source))

@@ -1,6 +1,7 @@
 """Configurations as TOML, for people to read and to keep.
 
-Sections are tables, lists of sections arrays of tables; TOML has no null, so absent values are left out.
+Sections are tables, lists of sections arrays of tables; TOML has no null, so absent values are left out. In the ratios
+of an algorithm, where leaving a bound out means the preset's, an absent one is written as "none".
 """
 
 from __future__ import annotations
@@ -10,9 +11,14 @@ from typing import Any
 
 from betterhalf.config.schema import RunConfig
 
+_ABSENT = "none"
+"""What makes an optional value absent."""
+_OVER_A_PRESET = ("algorithm.surrogate", "algorithm.correction")
+"""Sections that change what a preset gives."""
+
 
 def toml_text(config: RunConfig) -> str:
-    """Every setting, section by section; absent values are left out. Loading the text gives the configuration back."""
+    """Every setting, section by section. Loading the text gives the configuration back."""
     return "\n".join(_lines(config.model_dump(mode="json"), "")).strip() + "\n"
 
 
@@ -35,7 +41,9 @@ def toml_value(value: object) -> str:
 def _lines(section: Mapping[str, Any], name: str) -> Iterator[str]:
     """The plain values of a section below its header, then the sections in it; the root has no header."""
     inner = {key: value for key, value in section.items() if isinstance(value, Mapping) or _is_array(value)}
-    plain = {key: value for key, value in section.items() if key not in inner and value is not None}
+    absent = _ABSENT if name in _OVER_A_PRESET else None
+    values = {key: absent if value is None else value for key, value in section.items() if key not in inner}
+    plain = {key: value for key, value in values.items() if value is not None}
     if name and plain:
         yield from ("", f"[{name}]")
     for key, value in plain.items():

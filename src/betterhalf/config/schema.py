@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from betterhalf.config.algorithm import AlgorithmConfig
 from betterhalf.config.diagnostics import (
     DoctorConfig,
     EvaluateConfig,
@@ -20,8 +21,8 @@ from betterhalf.config.diagnostics import (
 )
 from betterhalf.config.engine import EngineConfig, NativeEngineConfig, SamplingConfig, VllmEngineConfig
 from betterhalf.config.precision import LossScaleConfig, PrecisionConfig, PrecisionRoles
+from betterhalf.config.ratio import RatioConfig
 from betterhalf.config.section import Section
-from betterhalf.types import PresetName
 
 __all__ = [
     "AlgorithmConfig",
@@ -106,57 +107,6 @@ class PerfectibleTask(Section):
 
 
 TaskConfig = Annotated[ArithmeticTask | MathTask | PerfectibleTask, Field(discriminator="type")]
-
-
-class RatioConfig(Section):
-    """How one importance ratio enters the loss. Bounds are bounds of the ratio itself (0.8 to 1.28, not 0.2 / 0.28)."""
-
-    shorthand: ClassVar[str | None] = "level"
-
-    level: Literal["none", "token", "sequence", "geometric_mean"]
-    """Per token; product over the sequence; geometric mean over the sequence; or no ratio (1)."""
-    ratio: Literal["current/proximal", "current/behavior", "proximal/behavior"] = "current/proximal"
-    """Numerator and denominator."""
-    treatment: Literal["raw", "truncate", "mask", "clip"] = "raw"
-    """As it is; cap at `upper`; drop outside [lower, upper]; PPO's two-sided clip."""
-    lower: float | None = None
-    """Lower bound of the ratio; none if absent."""
-    upper: float | None = None
-    """Upper bound of the ratio; none if absent."""
-    keep_weight: bool = True
-    """With `mask`: multiply what is kept by its ratio (true), or only mask (false)."""
-    gradient: Literal["ratio", "score"] = "ratio"
-    """Differentiate the ratio itself, or hold it constant and differentiate log pi."""
-    dual_clip: float | None = None
-    """Bound on the loss of negative advantages, as a multiple of the advantage (arXiv 1912.09729)."""
-    probability_gap: float | None = None
-    """Drop a token when the update moves pi away from mu and abs(pi - mu) exceeds this (arXiv 2602.04879); beside any
-    treatment but `clip`."""
-
-
-class AlgorithmConfig(Section):
-    """A preset, and any of its choices replaced."""
-
-    shorthand: ClassVar[str | None] = "preset"
-
-    preset: PresetName = "grpo"
-    """Starting point; docs/algorithms.md gives each formula."""
-    advantage: Literal["group_mean", "group_standardised", "leave_one_out", "raw"] | None = None
-    """Baseline subtracted from the reward."""
-    surrogate: RatioConfig | None = None
-    """The ratio that multiplies the advantage."""
-    correction: RatioConfig | None = None
-    """The proximal/behavior ratio that corrects for the mismatch; `level = "none"` switches it off."""
-    aggregation: Literal["constant_length", "sequence_mean", "token_mean"] | None = None
-    """How token losses become one number."""
-    denominator: Literal["all", "kept"] | None = None
-    """`all`: fixed before masking, as in the paper. `kept`: rejected tokens leave the denominator."""
-    dynamic_sampling: bool | None = None
-    """Replace groups whose rewards are all equal by fresh prompts (DAPO, arXiv 2503.14476)."""
-    max_sampling_rounds: int = Field(3, ge=1)
-    """Rounds of generation in a step with `dynamic_sampling`."""
-    overlong_buffer: int | None = None
-    """Soft penalty over the last so many tokens before the length limit (DAPO); none if absent or 0."""
 
 
 class OptimizerConfig(Section):

@@ -212,8 +212,8 @@ _POLICY = (
 )
 
 _ROLLOUT = (
-    Metric("rollout/reward/mean", "reward", "Mean reward of the step's rollouts, before any penalty."),
-    Metric("rollout/reward/std", "reward", "Standard deviation of the rewards over the step's rollouts."),
+    Metric("rollout/reward/mean", "reward", "Mean reward of the rollouts, before any penalty."),
+    Metric("rollout/reward/std", "reward", "Standard deviation of the rewards over the rollouts."),
     Metric("rollout/length/mean", "tokens", "Mean length of the completions, stop token included."),
     Metric("rollout/length/max", "tokens", "Longest completion."),
     Metric("rollout/truncated_fraction", "share", "Completions that ended at the length limit."),
@@ -225,11 +225,26 @@ _ROLLOUT = (
         "rollout/groups_dropped", "groups", "Groups replaced by dynamic sampling since their rewards were all equal."
     ),
     Metric(
+        "rollout/groups_surplus",
+        "groups",
+        "Groups with different rewards that dynamic sampling sampled when the step was full already.",
+    ),
+    Metric(
         "rollout/engine_restarts",
         "restarts",
         "Times the engine's process died in the step and a new one sampled the same completions.",
         (None, 0.0),
         "by definition: a healthy engine does not die",
+    ),
+    Metric("rollout/kept/reward/mean", "reward", "Mean reward of the rollouts that the step trains on."),
+    Metric("rollout/kept/reward/std", "reward", "Standard deviation of their rewards."),
+    Metric("rollout/kept/length/mean", "tokens", "Mean length of their completions, stop token included."),
+    Metric("rollout/kept/length/max", "tokens", "Longest of them."),
+    Metric("rollout/kept/truncated_fraction", "share", "Those of them that ended at the length limit."),
+    Metric(
+        "rollout/kept/zero_advantage_fraction",
+        "share",
+        "Groups of the step whose advantages are all zero; with dynamic sampling, those that fill it up.",
     ),
 )
 
@@ -243,7 +258,8 @@ _TIME = (
 )
 
 _SYSTEM = (
-    Metric("system/tokens_per_second", "tokens/s", "Completion tokens of the step over its wall-clock time."),
+    Metric("system/tokens_per_second", "tokens/s", "Completion tokens sampled in the step over its wall-clock time."),
+    Metric("system/kept_tokens_per_second", "tokens/s", "The same of the tokens that the step trains on."),
     Metric("system/peak_memory_gib", "GiB", "Peak memory: of the device on a GPU, of the process on a CPU."),
 )
 
@@ -257,7 +273,7 @@ _AREAS = {
     "budget": "What the mismatch leaves of the effective sample size, by length: predicted from tokens, and observed.",
     "optim": "The optimizer, and the health of half-precision gradients.",
     "policy": "The policy and its loss, over the tokens that were trained on.",
-    "rollout": "What the engine sampled.",
+    "rollout": "What the engine sampled; `rollout/kept/` is what the step trains on: less, with dynamic sampling only.",
     "time": "Where the time went. Differs between a run and its repetition.",
     "system": "What the machine did. Differs between a run and its repetition.",
 }

@@ -8,7 +8,8 @@ exact in any order: monotone on every device, and a token of probability zero ha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +23,25 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _NEIGHBOURS = 256
 """Tokens whose probabilities are summed up for the first look."""
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distribution:
+    """What of the model's distribution is sampled from."""
+
+    temperature: float
+    """Logits are divided by this first."""
+    top_k: int = -1
+    """Number of the likeliest tokens that stay; -1 or 0 for all."""
+    top_p: float = 1.0
+    """The likeliest tokens stay that together reach this probability."""
+    min_p: float = 0.0
+    """Tokens stay that are at least this share as likely as the likeliest."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +94,16 @@ def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
     return (_shift_right(x, 12).double() + 0.5) * 2.0**-52
 
 
-def draw_at(logits: Tensor, keys: Tensor, positions: Tensor, temperature: float) -> Draw:
-    """`draw` with the uniform numbers of `uniforms`; on a GPU in two kernels."""
+def draw_at(logits: Tensor, keys: Tensor, positions: Tensor, wanted: Distribution) -> Draw:
+    """`draw` with the uniform numbers of `uniforms`; on a GPU in two kernels, unless the distribution is truncated.
+
+    Logprobs are those of the truncated distribution, whose probabilities sum to 1.
+    """
+    temperature = wanted.temperature
+    if wanted.truncated:
+        drawn = draw(truncated(logits / temperature, wanted), uniforms(keys, positions), 1.0)
+        # The tokens that were cut off have logits of minus infinity by intent.
+        return replace(drawn, finite=logits.sum(-1).isfinite() & drawn.logprobs.isfinite())
     if not fused(logits):
         return draw(logits, uniforms(keys, positions), temperature)
     # Imported here: only where there is a GPU does it need Triton.
@@ -84,6 +112,30 @@ def draw_at(logits: Tensor, keys: Tensor, positions: Tensor, temperature: float)
     mix = (_GOLDEN, *_MIX)
     token_ids, logprobs, finite = vocabulary.draw(logits, keys, positions, temperature, _NEIGHBOURS, mix)
     return Draw(token_ids=token_ids, logprobs=logprobs, finite=finite)
+
+
+def truncated(scaled: Tensor, wanted: Distribution) -> Tensor:
+    """Logits with minus infinity where a token is cut off: by `min_p`, of the rest by `top_k`, of that by `top_p`.
+
+    That is vLLM's order. Tokens as likely as the last of the `top_k` stay; the likeliest token always does.
+
+    Args:
+        scaled: float32 [B, V], divided by the temperature.
+        wanted: what stays.
+    """
+    if wanted.min_p > 0:
+        least = scaled.amax(-1, keepdim=True) + math.log(wanted.min_p)
+        scaled = scaled.masked_fill(scaled < least, -torch.inf)
+    if 0 < wanted.top_k < scaled.shape[-1]:
+        least = scaled.topk(wanted.top_k, dim=-1).values[..., -1:]
+        scaled = scaled.masked_fill(scaled < least, -torch.inf)
+    if wanted.top_p < 1:
+        ranked, order = scaled.sort(dim=-1, descending=True, stable=True)
+        shares = ranked.double().softmax(-1)
+        # Cut off are those before which the likelier ones have reached `top_p` already.
+        beyond = shares.cumsum(-1) - shares >= wanted.top_p
+        scaled = scaled.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+    return scaled
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> Draw:
@@ -103,7 +155,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> Draw:
     (rows, vocabulary), missing = weights.shape, -weights.shape[1] % _NEIGHBOURS
     cells = (F.pad(weights, (0, missing)) if missing else weights).view(rows, -1, _NEIGHBOURS)
     cell, within = _look_up(cells.sum(-1), uniform)
-    index, _ = _look_up(cells[torch.arange(rows), cell], within)
+    index, _ = _look_up(cells[torch.arange(rows, device=cells.device), cell], within)
     token_ids = (cell * _NEIGHBOURS + index).clamp_(max=vocabulary - 1)
     logprobs = ops.chosen(scaled, token_ids) - ops.log_normaliser(weights, largest)
     # A sum is finite only if every term is; torch's minimum and maximum together take forty times as long.

@@ -10,6 +10,7 @@ import torch
 
 from betterhalf.algorithms.advantage import check_group_size, check_overlong_buffer
 from betterhalf.algorithms.presets import Algorithm, resolve_algorithm
+from betterhalf.config.engine import require_whole_distribution
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import ConfigError, InputError, MissingExtraError
 from betterhalf.models.loading import LoadedModel, load_model
@@ -54,12 +55,19 @@ def choose_device(config: RunConfig) -> torch.device:
     return torch.device(wanted)
 
 
-def assemble(config: RunConfig) -> Parts:
+def assemble(config: RunConfig, *, evaluating: bool = False) -> Parts:
     """Load the model once and build trainer, engine and task around it.
+
+    Args:
+        config: of the run.
+        evaluating: the engine only samples, and nobody compares its logprobs with the trainer's, so it may sample from
+            a truncated distribution.
 
     Raises:
         InputError: a model, data set or combination of settings that cannot work.
     """
+    if not evaluating:
+        require_whole_distribution(config.sampling)
     algorithm = resolve_algorithm(config.algorithm)
     check_group_size(algorithm.advantage, config.training.group_size)
     check_overlong_buffer(algorithm.overlong_tokens(config.sampling.max_tokens), config.sampling.max_tokens)

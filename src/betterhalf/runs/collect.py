@@ -19,11 +19,11 @@ class Collected:
     """The groups of one step."""
 
     groups: tuple[RolloutGroup, ...]
-    """`prompts_per_step` of them."""
+    """`prompts_per_step` of them: what the step trains on."""
+    left_out: tuple[RolloutGroup, ...] = ()
+    """Groups that dynamic sampling replaced, or sampled beyond the step's size: measured, but not trained on."""
     position: int
     """Prompts consumed since the start of the run: where the next step goes on."""
-    dropped: int
-    """Groups thrown away by dynamic sampling because all their rewards were equal."""
     timeouts: int
     """Rewards that ran out of time in this step."""
     restarts: int = 0
@@ -31,8 +31,47 @@ class Collected:
 
     @property
     def rollouts(self) -> list[Rollout]:
-        """Groups in order, siblings in order."""
+        """Those of the step's own groups: groups in order, siblings in order."""
         return [rollout for group in self.groups for rollout in group.rollouts]
+
+    @property
+    def left_out_rollouts(self) -> list[Rollout]:
+        """Those of the groups that are left out."""
+        return [rollout for group in self.left_out for rollout in group.rollouts]
+
+    @property
+    def sampled(self) -> tuple[RolloutGroup, ...]:
+        """Everything the engine sampled: the step's own groups, then those left out."""
+        return self.groups + self.left_out
+
+    @property
+    def dropped(self) -> int:
+        """Number of groups left out because all their rewards were equal."""
+        return sum(not has_signal(group) for group in self.left_out)
+
+    @property
+    def surplus(self) -> int:
+        """Number of groups left out although their rewards differ: the step was full."""
+        return len(self.left_out) - self.dropped
+
+    @property
+    def kept_tokens(self) -> int:
+        """Completion tokens of the step's own groups."""
+        return _tokens(self.rollouts)
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens of everything the engine sampled."""
+        return self.kept_tokens + _tokens(self.left_out_rollouts)
+
+
+def has_signal(group: RolloutGroup) -> bool:
+    """Whether the rewards of the siblings differ."""
+    return len(set(group.rewards)) > 1
+
+
+def _tokens(rollouts: Sequence[Rollout]) -> int:
+    return sum(len(rollout.completion.token_ids) for rollout in rollouts)
 
 
 def collect_groups(parts: Parts, step: int, position: int, clock: Stopwatch) -> Collected:
@@ -40,29 +79,37 @@ def collect_groups(parts: Parts, step: int, position: int, clock: Stopwatch) -> 
 
     With `dynamic_sampling` (arXiv 2503.14476), groups without a difference in reward are replaced by fresh prompts, for
     at most `max_sampling_rounds` rounds; what is then still missing is filled up with groups of equal rewards, so that
-    a step always has its size.
+    a step always has its size. What was sampled and is not in the step is kept apart, to be measured.
     """
-    wanted = parts.config.training.prompts_per_step
+    wanted, start = parts.config.training.prompts_per_step, position
     rounds = parts.algorithm.max_sampling_rounds if parts.algorithm.dynamic_sampling else 1
     useful: list[RolloutGroup] = []
     flat: list[RolloutGroup] = []
     timeouts_before = parts.task.timeouts
     restarts, size = restarts_of(parts.config), parts.config.training.group_size
     for _ in range(rounds):
-        prompts = parts.task.prompts(position, wanted, parts.config.seed)
+        prompts = _fresh_prompts(parts, start, position - start)
         for group in sample_groups(parts, prompts, size, step, len(useful + flat), clock, restarts):
-            (useful if len(set(group.rewards)) > 1 or not parts.algorithm.dynamic_sampling else flat).append(group)
+            (useful if has_signal(group) or not parts.algorithm.dynamic_sampling else flat).append(group)
         position += wanted
         if len(useful) >= wanted:
             break
-    groups = (useful + flat)[:wanted]
+    sampled = (*useful, *flat)
     return Collected(
-        groups=tuple(groups),
+        groups=sampled[:wanted],
+        left_out=sampled[wanted:],
         position=position,
-        dropped=len(useful) + len(flat) - len(groups),
         timeouts=parts.task.timeouts - timeouts_before,
         restarts=restarts.count,
     )
+
+
+def _fresh_prompts(parts: Parts, start: int, taken: int) -> list[Prompt]:
+    """The next prompts of a step that has taken some from `start` on: none again, if the data set is large enough."""
+    count, seed = parts.config.training.prompts_per_step, parts.config.seed
+    if taken + count > len(parts.task):
+        return parts.task.prompts(start + taken, count, seed)
+    return parts.task.prompts(start, taken + count, seed)[taken:]
 
 
 def sample_groups(
@@ -111,7 +158,7 @@ def _scored(parts: Parts, prompts: Sequence[Prompt], siblings: Sequence[tuple[Co
     flat = [(prompt, completion) for prompt, group in zip(prompts, siblings, strict=True) for completion in group]
     texts = parts.tokenizer.batch_decode([list(c.token_ids) for _, c in flat], skip_special_tokens=True)
     rewards = parts.task.rewards([prompt for prompt, _ in flat], texts, [c.finish_reason for _, c in flat])
-    check_rewards(rewards, len(flat))
+    rewards = check_rewards(rewards, len(flat))
     rollouts = iter(
         [
             Rollout(prompt=prompt, completion=completion, text=text, reward=reward)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from betterhalf.algorithms.advantage import group_advantages, overlong_penalty, zero_advantage_groups
+from betterhalf.algorithms.advantage import equal_rewards, group_advantages, overlong_penalty
 from betterhalf.algorithms.loss_stats import LossStats, policy_metrics
 from betterhalf.algorithms.policy_loss import batch_denominators, kept_counts, kept_mask
 from betterhalf.diagnostics.budget import budget_metrics, fit_budget
@@ -23,6 +23,7 @@ from betterhalf.process import settled
 from betterhalf.runs import watchdog
 from betterhalf.runs.assembly import Parts
 from betterhalf.runs.collect import Collected, collect_groups
+from betterhalf.runs.rollout_metrics import rollout_metrics
 from betterhalf.runs.stopwatch import Stopwatch
 from betterhalf.runs.system import peak_memory_gib
 from betterhalf.runs.watchdog import Alarm, WatchState
@@ -109,11 +110,13 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
     collected = collect_groups(parts, step, progress.position, clock)
     parts.engine.sleep()
     advantages = step_advantages(parts, collected)
-    batch = pack_step(collected.rollouts, advantages, parts.config, step, parts.policy.device)
+    batch = pack_step(
+        collected.rollouts, advantages, parts.config, step, parts.policy.device, left_out=collected.left_out_rollouts
+    )
     with clock("measure"):
         measured = measure(parts, batch, step)
         gap = mismatch(measured, parts.config.sampling.max_tokens)
-    before = {**rollout_metrics(parts, collected, advantages), **gap.metrics}
+    before: Metrics = {**rollout_metrics(collected, advantages), **gap.metrics}
     watch = watchdog.check(parts.config.watchdog.levels, progress.watch, step, before)
     parts = apply_watch(parts, watch.state)
     with clock("measure"):
@@ -125,11 +128,13 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
     if parts.trainer.policy_version > version:
         with clock("sync"):
             sync_weights(parts)
+    seconds = clock.total()
     metrics: Metrics = {
         **before,
         **learning_metrics(parts, learned, rate),
         **clock.metrics(_PHASES),
-        "system/tokens_per_second": sum(len(r.completion.token_ids) for r in collected.rollouts) / clock.total(),
+        "system/tokens_per_second": collected.tokens / seconds,
+        "system/kept_tokens_per_second": collected.kept_tokens / seconds,
         "system/peak_memory_gib": peak_memory_gib(parts.policy.device),
     }
     return StepResult(
@@ -142,13 +147,20 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
 
 
 def step_advantages(parts: Parts, collected: Collected) -> list[float]:
-    """One advantage for each rollout: reward, with the preset's overlong penalty, minus the baseline."""
-    rewards = torch.tensor([group.rewards for group in collected.groups], dtype=torch.float64)
-    buffer = parts.algorithm.overlong_tokens(parts.config.sampling.max_tokens)
-    if buffer:
-        lengths = torch.tensor([[len(r.completion.token_ids) for r in g.rollouts] for g in collected.groups])
-        rewards = rewards + overlong_penalty(lengths, parts.config.sampling.max_tokens, buffer)
-    advantages: list[float] = group_advantages(rewards, parts.algorithm.advantage).flatten().tolist()
+    """One advantage for each rollout: reward, with the preset's overlong penalty, minus the baseline.
+
+    Groups of equal rewards that fill a step of dynamic sampling get 0: the penalty alone would train them on length.
+    """
+    algorithm, max_tokens = parts.algorithm, parts.config.sampling.max_tokens
+    rewards_PG = torch.tensor([group.rewards for group in collected.groups], dtype=torch.float64)
+    lengths_PG = torch.tensor([[len(r.completion.token_ids) for r in g.rollouts] for g in collected.groups])
+    penalty_PG = overlong_penalty(
+        lengths_PG, max_tokens, algorithm.overlong_tokens(max_tokens), algorithm.overlong_factor
+    )
+    advantages_PG = group_advantages(rewards_PG + penalty_PG, algorithm.advantage)
+    if algorithm.dynamic_sampling:
+        advantages_PG = advantages_PG.masked_fill(equal_rewards(rewards_PG).unsqueeze(1), 0.0)
+    advantages: list[float] = advantages_PG.flatten().tolist()
     return advantages
 
 
@@ -195,7 +207,7 @@ def apply_watch(parts: Parts, state: WatchState) -> Parts:
 def _packs_with_proximal(parts: Parts, batch: StepBatch) -> tuple[MicroBatch, ...]:
     """Packs whose proximal logprobs the loss (or, with `kept`, its denominator) reads."""
     if parts.algorithm.denominator == "kept":
-        return batch.packs
+        return tuple(pack for train_batch in batch.train_batches for pack in train_batch.packs)
     if not parts.algorithm.needs_proximal:
         return ()
     return tuple(pack for train_batch in batch.train_batches for pack in train_batch.micro_batches)
@@ -263,26 +275,6 @@ def mismatch(measured: Measured, max_tokens: int) -> Gap:
         metrics={**metrics, **budget_metrics(budget), "policy/entropy/mean": float(entropy)},
         profile=gap_profile(trainer_C, behavior_C, index_C, offset, max_tokens),
     )
-
-
-def rollout_metrics(parts: Parts, collected: Collected, advantages: list[float]) -> Metrics:
-    """`rollout/*`: what the engine sampled and how it was rewarded (rewards before any overlong penalty)."""
-    rollouts = collected.rollouts
-    rewards = [rollout.reward for rollout in rollouts]
-    lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
-    size = parts.config.training.group_size
-    zero = zero_advantage_groups(torch.tensor(advantages).view(-1, size))
-    return {
-        "rollout/reward/mean": statistics.fmean(rewards),
-        "rollout/reward/std": statistics.pstdev(rewards),
-        "rollout/length/mean": statistics.fmean(lengths),
-        "rollout/length/max": float(max(lengths)),
-        "rollout/truncated_fraction": statistics.fmean(r.completion.finish_reason == "length" for r in rollouts),
-        "rollout/zero_advantage_fraction": float(zero.double().mean()),
-        "rollout/reward_timeouts": float(collected.timeouts),
-        "rollout/groups_dropped": float(collected.dropped),
-        "rollout/engine_restarts": float(collected.restarts),
-    }
 
 
 def learning_metrics(parts: Parts, learned: list[Learned], rate: float) -> Metrics:

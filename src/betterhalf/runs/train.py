@@ -247,8 +247,15 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "first_reward": rows[0]["rollout/reward/mean"],
         "last_reward": statistics.fmean(row["rollout/reward/mean"] for row in rows[-10:]),
+        "first_kept_reward": _kept_reward(rows[0]),
+        "last_kept_reward": statistics.fmean(map(_kept_reward, rows[-10:])),
         "mismatch_k3": statistics.fmean(row["mismatch/k3/mean"] for row in rows),
         "mismatch_max_abs": max(gaps),
         "skipped_steps": int(sum(row["optim/skipped"] for row in rows)),
         "policy_version": int(rows[-1]["policy/version"]),
     }
+
+
+def _kept_reward(row: dict[str, Any]) -> float:
+    """Mean reward of the rollouts that the step trained on; earlier versions wrote no other under `rollout/reward`."""
+    return float(row.get("rollout/kept/reward/mean", row["rollout/reward/mean"]))

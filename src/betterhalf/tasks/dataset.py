@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from betterhalf.tasks.draw import stream
+from betterhalf.tasks.draw import distinct_stream
 from betterhalf.types import FinishReason, Prompt
 
 
@@ -57,8 +57,8 @@ class DatasetTask:
         return self.problems.prompt(index)
 
     def prompts(self, position: int, count: int, seed: int) -> list[Prompt]:
-        """`count` prompts from `position` on, of an endless stream of seeded shuffles."""
-        return [self.problems.prompt(index) for index in stream(len(self), position, count, seed)]
+        """`count` prompts from `position` on, of an endless stream of seeded shuffles; see `Task.prompts`."""
+        return [self.problems.prompt(index) for index in distinct_stream(len(self), position, count, seed)]
 
     def rewards(
         self, prompts: Sequence[Prompt], texts: Sequence[str], finish_reasons: Sequence[FinishReason]

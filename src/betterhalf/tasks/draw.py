@@ -26,3 +26,19 @@ def stream(size: int, position: int, count: int, seed: int) -> list[int]:
     """Indices `position` to `position + count` of an endless stream: one shuffle of range(size) after another."""
     places = (divmod(place, size) for place in range(position, position + count))
     return [shuffled(size, seed, turn)[offset] for turn, offset in places]
+
+
+def distinct_stream(size: int, position: int, count: int, seed: int) -> list[int]:
+    """`stream` without a repetition where two shuffles meet; with one if `count` exceeds `size`.
+
+    An index that was among these `count` already is replaced by the one that comes last in the new shuffle, so every
+    other index keeps its place. What is returned for a smaller `count` is the beginning of what a larger one returns.
+    """
+    indices = stream(size, position, count, seed)
+    if count > size or len(set(indices)) == count:
+        return indices
+    spare = iter(reversed(shuffled(size, seed, (position + count - 1) // size)))
+    taken: dict[int, None] = {}
+    for index in indices:
+        taken[index if index not in taken else next(other for other in spare if other not in taken)] = None
+    return list(taken)

@@ -3,29 +3,53 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from betterhalf.errors import RewardError
 from betterhalf.types import FinishReason, Prompt
 
 
-def check_rewards(rewards: Sequence[float], expected_count: int) -> None:
-    """Refuse rewards that would silently spoil the advantages.
+def check_rewards(rewards: Iterable[Any], expected_count: int) -> list[float]:
+    """Rewards as plain floats; refuse those that would silently spoil the advantages.
+
+    A number is anything that Python converts to a float without reading text: an int, a bool (right is 1), a NumPy
+    scalar, a tensor of one element.
 
     Raises:
-        RewardError: not one reward for each completion, or one that is NaN or infinite.
+        RewardError: not one reward for each completion, or one that is no finite number.
     """
-    if len(rewards) != expected_count:
+    try:
+        given = list(rewards)
+    except TypeError as error:
         raise RewardError(
-            f"the task returned {len(rewards)} rewards for {expected_count} completions; "
+            f"the task returned {_shown(rewards)} as the rewards of {expected_count} completions; `rewards` must "
+            "return a list with exactly one for each"
+        ) from error
+    if len(given) != expected_count:
+        raise RewardError(
+            f"the task returned {len(given)} rewards for {expected_count} completions; "
             "`rewards` must return exactly one for each"
         )
-    for index, reward in enumerate(rewards):
-        if not math.isfinite(reward):
-            raise RewardError(
-                f"reward {index} of {expected_count} is {reward}; make the task's grader return finite numbers"
-            )
+    return [_number(reward, f"reward {index} of {expected_count}") for index, reward in enumerate(given)]
+
+
+def _number(reward: Any, name: str) -> float:
+    """The reward as a finite float."""
+    try:
+        value = math.nan if isinstance(reward, (str, bytes)) else float(reward)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise RewardError(f"{name} is {_shown(reward)}; make the task's grader return finite numbers")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """The value and its type; of a float the value alone."""
+    return f"{value}" if isinstance(value, float) else f"{reprlib.repr(value)} ({type(value).__name__})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,9 @@ class Task(Protocol):
     def prompts(self, position: int, count: int, seed: int) -> list[Prompt]:
         """`count` prompts from `position` on, of an endless stream: one seeded shuffle of the data set after another.
 
-        Deterministic in its arguments. `position` counts the prompts consumed since the start of the run.
+        Deterministic in its arguments. `position` counts the prompts consumed since the start of the run. Where two
+        shuffles meet, no prompt comes twice, unless `count` exceeds the data set; a smaller `count` gives the first
+        prompts of a larger one.
         """
         ...
 

@@ -20,7 +20,13 @@ TokenIds = tuple[int, ...]
 
 
 def pack_step(
-    rollouts: Sequence[Rollout], advantages: Sequence[float], config: RunConfig, step: int, device: torch.device
+    rollouts: Sequence[Rollout],
+    advantages: Sequence[float],
+    config: RunConfig,
+    step: int,
+    device: torch.device,
+    *,
+    left_out: Sequence[Rollout] = (),
 ) -> StepBatch:
     """All packs of one step.
 
@@ -30,6 +36,7 @@ def pack_step(
         config: sizes and seed.
         step: seeds the shuffle.
         device: where the tensors go.
+        left_out: rollouts that were sampled in the step but are no part of it; packed apart, to be measured.
 
     Returns:
         `config.training.optimizer_steps` train batches. Their denominators count zero-advantage rollouts too, so
@@ -39,7 +46,7 @@ def pack_step(
     random.Random(f"pack-{config.seed}-{step}").shuffle(order)
     shares = _split_evenly(order, config.training.optimizer_steps)
     budget = config.training.tokens_per_micro_batch
-    make = _Packer(rollouts, advantages, budget, device)
+    make = _Packer([*rollouts, *left_out], [*advantages, *[0.0] * len(left_out)], budget, device)
     train_batches = tuple(
         TrainBatch(
             micro_batches=make.micro_batches([i for i in share if advantages[i] != 0.0]),
@@ -48,7 +55,8 @@ def pack_step(
         )
         for share in shares
     )
-    return StepBatch(train_batches=train_batches)
+    apart = range(len(rollouts), len(rollouts) + len(left_out))
+    return StepBatch(train_batches=train_batches, left_out=make.micro_batches(apart))
 
 
 def pack_measured(rollouts: Sequence[Rollout], config: RunConfig, device: torch.device) -> tuple[MicroBatch, ...]:

@@ -9,11 +9,12 @@ import torch
 
 from betterhalf.algorithms.advantage import (
     check_group_size,
+    equal_rewards,
     group_advantages,
     overlong_penalty,
     zero_advantage_groups,
 )
-from betterhalf.algorithms.presets import AdvantageKind
+from betterhalf.config.presets import PRESETS, AdvantageKind
 from betterhalf.errors import ConfigError, RewardError
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
@@ -44,6 +45,11 @@ def test_equal_rewards_give_exactly_zero_whatever_their_mean_rounds_to(kind: Adv
     assert group_advantages(rewards, kind).tolist() == [[0.0, 0.0, 0.0]]
 
 
+def test_equal_rewards_are_compared_exactly() -> None:
+    rewards = torch.tensor([[1.0, 1.0], [0.5, 0.5 + 1e-17], [0.5, 0.5 + 2e-16]], dtype=torch.float64)
+    assert equal_rewards(rewards).tolist() == [True, True, False]
+
+
 def test_zero_advantage_groups_are_those_without_any_signal() -> None:
     advantages = torch.tensor([[0.0, 0.0], [0.0, 1e-30], [-1.0, 1.0]])
     assert zero_advantage_groups(advantages).tolist() == [True, False, False]
@@ -69,10 +75,21 @@ def test_rewards_that_are_not_finite_are_refused_and_counted() -> None:
 def test_overlong_penalty_falls_over_the_buffer_only() -> None:
     # Limit 10, buffer 4: free up to 6 tokens, then a quarter for each.
     lengths = torch.tensor([1, 6, 7, 8, 10])
-    assert overlong_penalty(lengths, 10, 4).tolist() == [0.0, 0.0, -0.25, -0.5, -1.0]
-    assert overlong_penalty(lengths, 10, 0).tolist() == [0.0] * 5
+    assert overlong_penalty(lengths, 10, 4, 1.0).tolist() == [0.0, 0.0, -0.25, -0.5, -1.0]
+    assert overlong_penalty(lengths, 10, 4, 0.5).tolist() == [0.0, 0.0, -0.125, -0.25, -0.5]
+    assert overlong_penalty(lengths, 10, 0, 1.0).tolist() == [0.0] * 5
+
+
+def test_dapo_with_rewards_of_0_and_1_has_the_advantages_of_rewards_of_minus_1_and_1() -> None:
+    # right and short, right at the limit, wrong and short, wrong at the limit
+    right, lengths = torch.tensor([[1.0, 1.0, 0.0, 0.0]], dtype=torch.float64), torch.tensor([[10, 100, 10, 100]])
+    ours = right + overlong_penalty(lengths, 100, 20, PRESETS["dapo"].overlong_factor)
+    theirs = 2 * right - 1 + overlong_penalty(lengths, 100, 20, 1.0)
+    found = group_advantages(ours, "group_standardised")
+    assert found[0].tolist() == pytest.approx([1.16, 0.39, -0.39, -1.16], abs=0.005)
+    torch.testing.assert_close(found, group_advantages(theirs, "group_standardised"))
 
 
 def test_overlong_buffer_longer_than_the_limit_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"overlong_buffer=11 exceeds sampling\.max_tokens=10"):
-        overlong_penalty(torch.tensor([1]), 10, 11)
+        overlong_penalty(torch.tensor([1]), 10, 11, 0.5)

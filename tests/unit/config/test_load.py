@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from betterhalf.config.load import config_difference, load_config, resolve_experiment, resolved_json, same_except
+from betterhalf.config.overrides import expand
 from betterhalf.config.render import toml_text
 from betterhalf.config.schema import MathTask, PerfectibleTask, RunConfig, WatchdogLevel
 from betterhalf.errors import ConfigError
@@ -252,7 +253,8 @@ def test_the_task_inside_a_task_may_leave_its_type_out() -> None:
         ('watchdog.levels={metric="a",below=1,steps=0}', "watchdog.levels[0].steps = 0 must be at least 1."),
         ('watchdog.levels={metric="a",below=1,action="stpo"}', "Did you mean stop?"),
         ("mismatch=4", "mismatch is a section. Set one of its keys, such as mismatch.sample_fraction."),
-        ("sampling.top_p=0.9", "truncates the distribution sampled from"),
+        ("sampling.top_p=0", "sampling.top_p = 0 must be above 0."),
+        ("sampling.top_k=-2", "sampling.top_k = -2 must be at least -1."),
         ("training.optimizer_steps=9999", "exceeds the 256 rollouts of a step"),
         ("precision", "'precision' is not a setting. Write key=value"),
         ("--seed=3", "Write key=value, such as seed=3."),
@@ -349,4 +351,4 @@ def test_resolved_json_loads_back_equal(config: RunConfig) -> None:
 @settings(max_examples=60, deadline=None)
 @given(configs)
 def test_toml_text_loads_back_equal(config: RunConfig) -> None:
-    assert RunConfig.model_validate(tomllib.loads(toml_text(config))) == config
+    assert RunConfig.model_validate(expand(tomllib.loads(toml_text(config)))) == config

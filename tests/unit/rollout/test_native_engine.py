@@ -148,6 +148,27 @@ def test_logprobs_are_those_of_the_tempered_distribution(make_engine, module):
         assert completion.behavior_logprobs == pytest.approx(expected.tolist(), abs=5e-5)
 
 
+def test_truncated_sampling_draws_from_what_is_left_and_says_its_logprobs(make_engine, module):
+    request = requests(count=1, group_size=16)[0]
+    sampling = SamplingConfig(max_tokens=6, temperature=2.0, top_k=3)
+    assert len({c.token_ids for c in make_engine().generate([request], sampling)[0]}) > 3
+    for completion in make_engine().generate([request], sampling)[0]:
+        ids = torch.tensor([request.token_ids + completion.token_ids])
+        with torch.no_grad():
+            logits = module(ids).logits[0, len(request.token_ids) - 1 : -1].double() / 2.0
+        best = logits.topk(3)
+        assert all(token in row for token, row in zip(completion.token_ids, best.indices.tolist(), strict=True))
+        place = (best.indices == torch.tensor(completion.token_ids)[:, None]).long().argmax(1, keepdim=True)
+        expected = best.values.log_softmax(-1).gather(1, place)[:, 0]
+        assert completion.behavior_logprobs == pytest.approx(expected.tolist(), abs=5e-5)
+
+
+def test_one_token_to_choose_from_makes_siblings_alike(make_engine):
+    (group,) = make_engine().generate(requests(count=1, group_size=4), SamplingConfig(max_tokens=6, top_k=1))
+    assert len({completion.token_ids for completion in group}) == 1
+    assert all(logprob == 0 for completion in group for logprob in completion.behavior_logprobs)
+
+
 def test_a_vocabulary_sampled_in_parts_gives_the_same_tokens(make_engine, monkeypatch):
     expected = make_engine().generate(requests(), SamplingConfig(max_tokens=5))
     monkeypatch.setattr("betterhalf.rollout.native.engine._MAX_LOGITS", 23 * 4)

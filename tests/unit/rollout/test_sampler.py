@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 
-from betterhalf.rollout.sampler import draw, sequence_key, uniforms
+from betterhalf.rollout.sampler import Distribution, draw, draw_at, sequence_key, truncated, uniforms
 
 SMALLEST = 0.5 * 2.0**-52
 LARGEST = 1.0 - 2.0**-53
@@ -102,3 +103,55 @@ def test_a_logit_that_is_not_finite_marks_its_row_only(bad):
     logits = torch.zeros(3, 5)
     logits[1, 2] = bad
     assert draw(logits, torch.full((3,), 0.5, dtype=torch.float64), 1.0).finite.tolist() == [True, False, True]
+
+
+LIKELIEST = torch.tensor([[0.02, 0.4, 0.05, 0.3, 0.08, 0.15]]).log() * 2
+"""Probabilities 0.02 to 0.4 at temperature 2."""
+
+
+@pytest.mark.parametrize(
+    ("choices", "kept"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({"top_k": 0}, [0, 1, 2, 3, 4, 5]),
+        ({"top_k": 2}, [1, 3]),
+        ({"top_k": 9}, [0, 1, 2, 3, 4, 5]),
+        ({"top_p": 0.01}, [1]),
+        ({"top_p": 0.39}, [1]),
+        ({"top_p": 0.41}, [1, 3]),
+        ({"top_p": 0.8}, [1, 3, 5]),
+        ({"min_p": 0.19}, [1, 3, 4, 5]),
+        ({"min_p": 1.0}, [1]),
+        ({"top_k": 3, "top_p": 0.8}, [1, 3]),  # of the three, 0.4 and 0.3 are 0.82
+        ({"min_p": 0.3, "top_k": 5, "top_p": 0.99}, [1, 3, 5]),
+    ],
+)
+def test_truncation_by_hand_and_the_frequencies_that_follow(choices, kept):
+    wanted = Distribution(temperature=2.0, **choices)
+    left = truncated(LIKELIEST / 2.0, wanted)
+    assert left[0].isfinite().nonzero().squeeze(1).tolist() == kept
+    count = 20_000
+    drawn = draw_at(LIKELIEST.expand(count, -1), torch.arange(count), torch.zeros(count, dtype=torch.int64), wanted)
+    expected = left[0].double().softmax(-1)
+    assert bool(drawn.finite.all())
+    torch.testing.assert_close(drawn.logprobs.double(), expected.log()[drawn.token_ids], rtol=0, atol=1e-6)
+    found = torch.bincount(drawn.token_ids, minlength=6) / count
+    # Standard deviation of a frequency: at most 0.0036.
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.015)
+
+
+def test_a_truncation_that_keeps_everything_draws_what_none_draws():
+    generator = torch.Generator().manual_seed(3)
+    logits, keys = torch.randn(50, 700, generator=generator), torch.arange(50)
+    positions = torch.full((50,), 4)
+    plain = draw_at(logits, keys, positions, Distribution(temperature=0.7))
+    whole = draw_at(logits, keys, positions, Distribution(temperature=0.7, top_k=700))
+    assert torch.equal(plain.token_ids, whole.token_ids) and torch.equal(plain.logprobs, whole.logprobs)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_truncated_row_with_a_broken_logit_is_still_found(bad):
+    logits = torch.zeros(2, 5)
+    logits[1, 2] = bad
+    wanted = Distribution(temperature=1.0, top_k=2, top_p=0.9)
+    assert draw_at(logits, torch.arange(2), torch.arange(2), wanted).finite.tolist() == [True, False]

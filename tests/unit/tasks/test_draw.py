@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from betterhalf.tasks.draw import draw_int, shuffled, stream
+from betterhalf.tasks.draw import distinct_stream, draw_int, shuffled, stream
 
 
 def test_a_draw_is_the_same_on_every_machine() -> None:
@@ -42,6 +42,38 @@ def test_a_stream_read_in_two_parts_equals_the_stream_read_at_once(
     cut = min(cut, count)
     parts = stream(size, position, cut, 7) + stream(size, position + cut, count - cut, 7)
     assert parts == stream(size, position, count, 7)
+
+
+@settings(max_examples=100)
+@given(size=st.integers(1, 20), position=st.integers(0, 60), count=st.integers(0, 25), seed=st.integers(0, 9))
+def test_a_step_repeats_no_prompt_and_moves_only_what_would_be_repeated(
+    size: int, position: int, count: int, seed: int
+) -> None:
+    plain, found = stream(size, position, count, seed), distinct_stream(size, position, count, seed)
+    if count > size:
+        assert found == plain
+        return
+    assert len(set(found)) == count
+    assert set(found) >= set(plain)
+    first = [index not in plain[:place] for place, index in enumerate(plain)]
+    if all(first):
+        assert found == plain
+    # A replacement may be an index that would have come later in the step; everything before it stays.
+    seam = next((place for place, fresh in enumerate(first) if not fresh), count)
+    assert found[:seam] == plain[:seam]
+    for smaller in range(count):
+        assert distinct_stream(size, position, smaller, seed) == found[:smaller]
+
+
+def test_steps_of_a_whole_run_repeat_no_prompt_and_most_do_not_move() -> None:
+    size, count = 161, 12  # shuffles meet within a step
+    steps = range(0, 60 * size // count * count, count)
+    plain = [stream(size, position, count, 3) for position in steps]
+    found = [distinct_stream(size, position, count, 3) for position in steps]
+    repeating = [index for index, step in enumerate(plain) if len(set(step)) < count]
+    assert 0 < len(repeating) < 60
+    assert all(len(set(step)) == count for step in found)
+    assert [index for index, (left, right) in enumerate(zip(plain, found, strict=True)) if left != right] == repeating
 
 
 @pytest.mark.parametrize(("first", "second"), [((50, 0, 0), (50, 1, 0)), ((50, 0, 0), (50, 0, 1))])

@@ -81,6 +81,18 @@ def test_every_loss_row_stands_before_its_target() -> None:
             assert by_rollout(pack, positions)[index] == list(range(first, first + len(completion)))
 
 
+def test_what_is_left_out_of_a_step_is_packed_apart_and_moves_nothing() -> None:
+    rollouts, settings = shared_and_lone(), config(budget=25, optimizer_steps=3)
+    alone = pack_step(rollouts[:15], [1.0] * 15, settings, step=2, device=CPU)
+    batch = pack_step(rollouts[:15], [1.0] * 15, settings, step=2, device=CPU, left_out=rollouts[15:])
+    assert repr(batch.train_batches) == repr(alone.train_batches)
+    assert batch.packs[: len(alone.packs)] == tuple(p for b in batch.train_batches for p in b.packs)
+    found = {index: tokens for pack in batch.left_out for index, tokens in by_rollout(pack, pack.target_ids_C).items()}
+    assert found == {index: list(rollouts[index].completion.token_ids) for index in range(15, 23)}
+    assert not any(pack.advantages_S.any() for pack in batch.left_out)
+    assert alone.left_out == ()
+
+
 def test_a_completion_s_prefix_is_its_own_prompt() -> None:
     rollouts = shared_and_lone()
     (pack,) = pack_step(rollouts, [1.0] * 23, config(budget=1000), step=2, device=CPU).packs

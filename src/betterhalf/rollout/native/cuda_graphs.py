@@ -14,12 +14,13 @@ from torch import Tensor
 
 from betterhalf.rollout.native.decoder import Decoder
 from betterhalf.rollout.native.slots import SlotTable
+from betterhalf.rollout.sampler import Distribution
 
 _WARM_UP = 2
 """Runs before a capture, in which libraries allocate their workspaces."""
 
-Step = Callable[[SlotTable, int, int, float], Tensor]
-"""(table, slots, attended positions, temperature) -> what the step says of each slot, int8 [slots]."""
+Step = Callable[[SlotTable, int, int, Distribution], Tensor]
+"""(table, slots, attended positions, distribution) -> what the step says of each slot, int8 [slots]."""
 
 
 def batch_bucket(active: int, slots: int) -> int:
@@ -34,28 +35,28 @@ class DecodeGraphs:
     def __init__(self, decoder: Decoder, table: SlotTable) -> None:
         self._decoder = decoder
         self._table = table
-        self._graphs: dict[tuple[int, float], tuple[torch.cuda.CUDAGraph, Tensor, Any]] = {}
-        """By slots and temperature: graph, its result, and the rope tables it reads: the decoder may make longer ones
+        self._graphs: dict[tuple[int, Distribution], tuple[torch.cuda.CUDAGraph, Tensor, Any]] = {}
+        """By slots and distribution: graph, its result, and the rope tables it reads: the decoder may make longer ones
         meanwhile."""
         self._pool: Any = None
 
-    def run(self, step: Step, temperature: float) -> Tensor:
+    def run(self, step: Step, wanted: Distribution) -> Tensor:
         """One token for each active slot; what `SlotTable.record` says of them, overwritten by the next call.
 
         `step` is always the same; it is not kept, because it would lead back to who keeps the graphs.
         Slots between `active` and the bucket run too: they write to the cache of their own free slot only.
         """
         table = self._table
-        key = (batch_bucket(table.active, table.cache.slots), temperature)
+        key = (batch_bucket(table.active, table.cache.slots), wanted)
         if key not in self._graphs:
             self._graphs[key] = self._capture(step, *key)
         graph, events, _ = self._graphs[key]
         graph.replay()
         return events[: table.active]
 
-    def _capture(self, step: Step, batch: int, temperature: float) -> tuple[torch.cuda.CUDAGraph, Tensor, Any]:
+    def _capture(self, step: Step, batch: int, wanted: Distribution) -> tuple[torch.cuda.CUDAGraph, Tensor, Any]:
         table, graph = self._table, torch.cuda.CUDAGraph()
-        arguments = (table, batch, table.cache.max_length, temperature)
+        arguments = (table, batch, table.cache.max_length, wanted)
         kept = [x.clone() for x in table.state()]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())

@@ -138,14 +138,15 @@ class NativeEngine:
             return [() for _ in requests]
         table = self._reserve(sequences)
         queue = PromptQueue(self._decoder, requests, sequences, self._policy.device)
+        wanted = _distribution(sampling)
         found: list[Sampled] = []
         launched: deque[Launched] = deque()
         try:
             while queue or table.active:
                 while queue and table.free:
-                    found += self._retire(table, self._admit(queue, table, sampling.temperature))
+                    found += self._retire(table, self._admit(queue, table, wanted))
                 if table.active:
-                    launched.append(self._step(table, sampling.temperature))
+                    launched.append(self._step(table, wanted))
                 while len(launched) > (self._lag if table.active else 0):
                     found += self._retire(table, launched.popleft())
         except BaseException:
@@ -216,36 +217,36 @@ class NativeEngine:
         that have ended stand still meanwhile."""
         return 0 if self._graphs is None else 1
 
-    def _admit(self, queue: PromptQueue, table: SlotTable, temperature: float) -> Launched:
+    def _admit(self, queue: PromptQueue, table: SlotTable, wanted: sampler.Distribution) -> Launched:
         """Fill the free slots from the queue and sample the first token of each new sequence."""
         admitted, hidden = queue.take(table.free, table.cache, table.active)
         slots = table.admit(admitted)
-        return Launched(self._draw(table, slots, hidden, temperature), admitted)
+        return Launched(self._draw(table, slots, hidden, wanted), admitted)
 
-    def _step(self, table: SlotTable, temperature: float) -> Launched:
+    def _step(self, table: SlotTable, wanted: sampler.Distribution) -> Launched:
         """One token for every active sequence."""
         if self._graphs is not None:
-            events = self._graphs.run(self._decode, temperature)
+            events = self._graphs.run(self._decode, wanted)
         else:
             attended = min(table.longest + 1, table.cache.max_length)
-            events = self._decode(table, table.active, attended, temperature)
+            events = self._decode(table, table.active, attended, wanted)
         table.advance()
         return Launched(events, list(table.sequences))
 
-    def _decode(self, table: SlotTable, count: int, attended: int, temperature: float) -> Tensor:
+    def _decode(self, table: SlotTable, count: int, attended: int, wanted: sampler.Distribution) -> Tensor:
         """One token for the first `count` slots, all of it on the device: what `SlotTable.record` says of each."""
         slots = slice(0, count)
         hidden = self._decoder.decode(table.tokens[slots], table.lengths[slots], table.cache, attended)
         table.appended(slots)
-        return self._draw(table, slots, hidden, temperature)
+        return self._draw(table, slots, hidden, wanted)
 
-    def _draw(self, table: SlotTable, slots: slice, hidden: Tensor, temperature: float) -> Tensor:
+    def _draw(self, table: SlotTable, slots: slice, hidden: Tensor, wanted: sampler.Distribution) -> Tensor:
         """Draw a token for each of these slots, a part of them at a time when their logits would take much memory."""
         keys, positions = table.keys[slots], table.positions[slots]
         rows, events = max(1, _MAX_LOGITS // self._shape.vocab_size), []
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            draw = sampler.draw_at(self._decoder.logits(hidden[part]), keys[part], positions[part], temperature)
+            draw = sampler.draw_at(self._decoder.logits(hidden[part]), keys[part], positions[part], wanted)
             where = slice(slots.start + start, min(slots.start + start + rows, slots.stop))
             events.append(table.record(where, draw))
         return torch.cat(events) if len(events) > 1 else events[0]
@@ -293,6 +294,12 @@ def require_kernels(device: torch.device) -> None:
             "the native engine computes on a GPU with Triton, which is not installed; pip install triton, or sample "
             "with engine=vllm"
         )
+
+
+def _distribution(sampling: SamplingConfig) -> sampler.Distribution:
+    return sampler.Distribution(
+        temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p
+    )
 
 
 def _rounding(policy: PrecisionPolicy, config: NativeEngineConfig) -> Rounding:

@@ -52,7 +52,7 @@ class VllmBackend:
     def generate(
         self,
         requests: Sequence[tuple[tuple[int, ...], int, int]],
-        temperature: float,
+        distribution: dict[str, Any],
         stop_token_ids: Sequence[int],
     ) -> list[Sampled]:
         """One completion for each (prompt, length limit, seed).
@@ -65,7 +65,7 @@ class VllmBackend:
         self._llm.reset_prefix_cache()
         params = [
             SamplingParams(
-                temperature=temperature,
+                **distribution,
                 max_tokens=max_tokens,
                 seed=seed,
                 stop_token_ids=list(stop_token_ids),

@@ -145,7 +145,7 @@ class VllmEngine:
         sampled = self._ask(
             "generate",
             requests=[self._wanted(requests[index], sibling, sampling.max_tokens) for index, sibling in places],
-            temperature=sampling.temperature,
+            distribution=options.distribution(sampling),
             stop_token_ids=self._stops,
         )
         found = {place: self._completion(place, one, version) for place, one in zip(places, sampled, strict=True)}

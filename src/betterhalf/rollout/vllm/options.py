@@ -65,6 +65,11 @@ def check_sampling(sampling: SamplingConfig) -> None:
         )
 
 
+def distribution(sampling: SamplingConfig) -> dict[str, float]:
+    """Keyword arguments of `vllm.SamplingParams` that say what is sampled from."""
+    return sampling.model_dump(include={"temperature", "top_p", "top_k", "min_p"})
+
+
 def write_model(folder: Path, hf_config: Any) -> None:
     """`config.json`, all that vLLM needs to build the model; weights and tokens come from the run."""
     data = hf_config.to_dict()

@@ -221,7 +221,7 @@ def _scored(subject: Subject, groups: Groups) -> list[list[Rollout]]:
     flat = flat[: subject.config.probe.gradient_completions]
     texts = subject.model.tokenizer.batch_decode([list(c.token_ids) for _, _, c in flat], skip_special_tokens=True)
     rewards = subject.task.rewards([prompt for _, prompt, _ in flat], texts, [c.finish_reason for _, _, c in flat])
-    check_rewards(rewards, len(flat))
+    rewards = check_rewards(rewards, len(flat))
     out: dict[int, list[Rollout]] = {}
     for (number, prompt, completion), text, reward in zip(flat, texts, rewards, strict=True):
         rollout = Rollout(prompt=prompt, completion=completion, text=text, reward=reward)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from betterhalf.algorithms.presets import resolve_algorithm
+from betterhalf.config.engine import require_whole_distribution
 from betterhalf.config.schema import RunConfig
 from betterhalf.models.loading import LoadedModel, load_model
 from betterhalf.precision.contract import verify_sync, weights_digests
@@ -62,10 +63,11 @@ def open_subject(target: str, config: RunConfig) -> Iterator[Subject]:
     """Load a model, or the newest checkpoint of a run (then `config` is the run's own).
 
     Raises:
-        InputError: unknown or damaged model, no tokenizer, prompts longer than its context, or FP32 islands that it
-            does not have.
+        InputError: truncated sampling, an unknown or damaged model, no tokenizer, prompts longer than its context, or
+            FP32 islands that it does not have.
         MissingExtraError: the model or the data needs a package that is not installed.
     """
+    require_whole_distribution(config.sampling)
     is_run = RunDir(Path(target)).configured
     if not is_run:
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": target})})

@@ -24,7 +24,7 @@ def start(options):
         raise Refusal("no such dtype")
     return {"model.embed_tokens.weight": (23, 4), "model.norm.weight": (4,)}
 
-def generate(requests, temperature, stop_token_ids):
+def generate(requests, distribution, stop_token_ids):
     if os.environ.get("FAKE_DIES_IN") == "generate" and not os.path.exists(os.environ["FAKE_MARK"]):
         open(os.environ["FAKE_MARK"], "w").close()
         os.kill(os.getpid(), signal.SIGKILL)

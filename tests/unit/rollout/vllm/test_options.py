@@ -69,3 +69,9 @@ def test_temperatures_that_vllm_raises_are_refused() -> None:
     options.check_sampling(SamplingConfig(temperature=0.01))
     with pytest.raises(ConfigError, match="sampling.temperature"):
         options.check_sampling(SamplingConfig(temperature=0.009))
+
+
+def test_vllm_is_told_the_whole_distribution() -> None:
+    sampling = SamplingConfig(temperature=0.7, top_p=0.9, top_k=20, min_p=0.05, max_tokens=9)
+    assert options.distribution(sampling) == {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.05}
+    assert options.distribution(SamplingConfig()) == {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}

@@ -1,0 +1,102 @@
+"""Settings of the algorithm: a preset with any of its choices replaced, and how the two become one row of choices.
+
+A table of a ratio may be sparse: `surrogate = { upper = 1.2 }` changes that number of the preset and keeps the rest (a
+`RatioConfig` is a whole ratio). Layers of files stay sparse until the last one is merged, so what any of them gives
+applies to the final preset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from betterhalf.config.presets import NO_RATIO, PRESETS, AdvantageKind, AggregationKind, DenominatorKind, Preset
+from betterhalf.config.ratio import RatioConfig
+from betterhalf.config.section import Section
+from betterhalf.types import PresetName
+
+_DEFAULT: PresetName = "grpo"
+_CHOICES = tuple(field.name for field in fields(Preset))
+_RATIOS = ("surrogate", "correction")
+_OF_TREATMENT = ("lower", "upper", "keep_weight", "dual_clip")
+"""Choices of a ratio that mean something under its own treatment only."""
+
+
+class AlgorithmConfig(Section):
+    """A preset, and any of its choices replaced; what is not given is the preset's."""
+
+    shorthand: ClassVar[str | None] = "preset"
+
+    preset: PresetName = _DEFAULT
+    """Starting point; docs/algorithms.md gives each formula."""
+    advantage: AdvantageKind = PRESETS[_DEFAULT].advantage
+    """Baseline subtracted from the reward."""
+    surrogate: RatioConfig = PRESETS[_DEFAULT].surrogate
+    """The ratio that multiplies the advantage."""
+    correction: RatioConfig = PRESETS[_DEFAULT].correction
+    """The proximal/behavior ratio that corrects for the mismatch; `level = "none"` switches it off."""
+    aggregation: AggregationKind = PRESETS[_DEFAULT].aggregation
+    """How token losses become one number."""
+    denominator: DenominatorKind = PRESETS[_DEFAULT].denominator
+    """`all`: fixed before masking, as in the paper. `kept`: rejected tokens leave the denominator."""
+    dynamic_sampling: bool = PRESETS[_DEFAULT].dynamic_sampling
+    """Replace groups whose rewards are all equal by fresh prompts (DAPO, arXiv 2503.14476)."""
+    max_sampling_rounds: int = Field(3, ge=1)
+    """Rounds of generation in a step with `dynamic_sampling`."""
+    overlong_buffer: int | None = PRESETS[_DEFAULT].overlong_buffer
+    """Tokens before the length limit over which a soft penalty grows (DAPO); 0 for none. The preset `dapo` has a fifth
+    of the limit."""
+    overlong_factor: float = Field(PRESETS[_DEFAULT].overlong_factor, ge=0)
+    """Penalty at the length limit. 0.5 suits rewards of 0 and 1: half their range, as in DAPO, whose rewards are -1
+    and 1 and whose factor is 1."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_the_rest_from_the_preset(cls, given: Any) -> Any:
+        return _completed(given) if isinstance(given, Mapping) else given
+
+
+def own_choices(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved `algorithm` section without what it has from its preset: completing that gives the section back."""
+    row = _row(section)
+    sparse = {key: value for key, value in section.items() if key not in _CHOICES or value != row[key]}
+    for key in _RATIOS:
+        if isinstance(ratio := sparse.get(key), Mapping):
+            changed = {name: value for name, value in ratio.items() if value != row[key].get(name)}
+            same = _over(row[key], changed) == _over(row[key], ratio)
+            sparse[key] = changed if same else dict(ratio)
+    return {key: value for key, value in sparse.items() if key not in _CHOICES or value is not None}
+
+
+def _completed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every choice: as given, else as in the preset; an absent value is none given."""
+    chosen = {key: value for key, value in given.items() if key not in _CHOICES or value is not None}
+    row = _row(given)
+    for key in _RATIOS:
+        if isinstance(ratio := chosen.get(key), Mapping):
+            chosen[key] = _over(row[key], ratio)
+    return row | chosen
+
+
+def _row(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The preset's choices as plain values; those of the default preset where the schema will refuse the name."""
+    name = section.get("preset", _DEFAULT)
+    preset = PRESETS[name] if isinstance(name, str) and name in PRESETS else PRESETS[_DEFAULT]
+    values = {key: getattr(preset, key) for key in _CHOICES}
+    return {key: value.model_dump() if isinstance(value, RatioConfig) else value for key, value in values.items()}
+
+
+def _over(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given choices of a ratio over the preset's own.
+
+    A ratio that is switched off or on has nothing to keep of the preset's, and another treatment has other bounds.
+    """
+    level = given.get("level", own["level"])
+    if level != own["level"] and "none" in (level, own["level"]):
+        return {**(NO_RATIO.model_dump() if level == "none" else {}), **given}
+    other = given.get("treatment", own["treatment"]) != own["treatment"]
+    kept = {key: value for key, value in own.items() if not (other and key in _OF_TREATMENT)}
+    return {**kept, **given}

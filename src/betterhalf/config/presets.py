@@ -1,0 +1,136 @@
+"""The table of presets: the choices that make up each algorithm.
+
+A preset is nothing but a row of choices: what is subtracted from the reward, which importance ratio multiplies the
+advantage, which one corrects for the mismatch, and how token losses become one number. docs/algorithms.md gives the
+formula and the source of each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from betterhalf.config.ratio import RatioConfig
+from betterhalf.types import PresetName
+
+AdvantageKind = Literal["group_mean", "group_standardised", "leave_one_out", "raw"]
+AggregationKind = Literal["constant_length", "sequence_mean", "token_mean"]
+DenominatorKind = Literal["all", "kept"]
+
+NO_RATIO = RatioConfig(level="none", gradient="score")
+"""The ratio 1: as a surrogate it leaves log pi, as a correction it leaves the surrogate alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """One row of the table; `AlgorithmConfig` has the same fields and says what each means."""
+
+    advantage: AdvantageKind
+    surrogate: RatioConfig
+    correction: RatioConfig = NO_RATIO
+    aggregation: AggregationKind
+    denominator: DenominatorKind = "all"
+    dynamic_sampling: bool = False
+    overlong_buffer: int | None = 0
+    overlong_factor: float = 0.5
+
+
+def _ratio(text: str, **choices: object) -> RatioConfig:
+    """`_ratio("token current/proximal clip", ...)`: level, ratio and treatment in one readable string."""
+    level, ratio, treatment = text.split()
+    return RatioConfig.model_validate({"level": level, "ratio": ratio, "treatment": treatment, **choices})
+
+
+PPO_CLIP = _ratio("token current/proximal clip", lower=0.8, upper=1.28)
+"""The clipped surrogate of arXiv 1707.06347, with the asymmetric bounds that the paper's code uses."""
+
+PRESETS: dict[PresetName, Preset] = {
+    "grpo": Preset(
+        advantage="group_mean",
+        surrogate=PPO_CLIP,
+        aggregation="constant_length",
+    ),
+    "grpo_std": Preset(
+        advantage="group_standardised",
+        surrogate=PPO_CLIP,
+        aggregation="sequence_mean",
+    ),
+    "grpo_token_tis": Preset(
+        advantage="group_mean",
+        surrogate=PPO_CLIP,
+        correction=_ratio("token proximal/behavior truncate", upper=3),
+        aggregation="constant_length",
+    ),
+    "grpo_seq_tis": Preset(
+        advantage="group_mean",
+        surrogate=PPO_CLIP,
+        correction=_ratio("sequence proximal/behavior truncate", upper=3),
+        aggregation="constant_length",
+    ),
+    "grpo_seq_mis": Preset(
+        advantage="group_mean",
+        surrogate=PPO_CLIP,
+        correction=_ratio("sequence proximal/behavior mask", upper=3),
+        aggregation="constant_length",
+    ),
+    "gspo": Preset(
+        advantage="group_mean",
+        surrogate=_ratio("geometric_mean current/proximal clip", lower=1 - 3e-4, upper=1 + 4e-4),
+        aggregation="sequence_mean",
+    ),
+    "pg_seq_is": Preset(
+        advantage="group_mean",
+        surrogate=_ratio("sequence current/behavior raw", gradient="score"),
+        aggregation="constant_length",
+    ),
+    "pg_seq_tis": Preset(
+        advantage="group_mean",
+        surrogate=_ratio("sequence current/behavior truncate", upper=3, gradient="score"),
+        aggregation="constant_length",
+    ),
+    "pg_seq_mis": Preset(
+        advantage="group_mean",
+        surrogate=_ratio("sequence current/behavior mask", upper=3, gradient="score"),
+        aggregation="constant_length",
+    ),
+    "reinforce": Preset(
+        advantage="raw",
+        surrogate=NO_RATIO,
+        aggregation="constant_length",
+    ),
+    "rloo": Preset(
+        advantage="leave_one_out",
+        surrogate=NO_RATIO,
+        aggregation="constant_length",
+    ),
+    "dapo": Preset(
+        advantage="group_standardised",
+        surrogate=_ratio("token current/proximal clip", lower=0.8, upper=1.28, dual_clip=10),
+        aggregation="token_mean",
+        dynamic_sampling=True,
+        overlong_buffer=None,
+    ),
+    "cispo": Preset(
+        advantage="group_standardised",
+        surrogate=_ratio("token current/proximal truncate", upper=5, gradient="score"),
+        aggregation="token_mean",
+    ),
+    "icepop": Preset(
+        advantage="group_mean",
+        surrogate=PPO_CLIP,
+        correction=_ratio("token proximal/behavior mask", lower=0.5, upper=5),
+        aggregation="constant_length",
+    ),
+    "geo_mask": Preset(
+        advantage="group_mean",
+        surrogate=PPO_CLIP,
+        correction=_ratio("geometric_mean proximal/behavior mask", lower=0.99, upper=1.01, keep_weight=False),
+        aggregation="constant_length",
+    ),
+    "dppo_tv": Preset(
+        advantage="group_mean",
+        surrogate=_ratio("token current/behavior truncate", upper=20, gradient="score", probability_gap=0.2),
+        aggregation="token_mean",
+    ),
+}
+"""Every preset by its name."""

@@ -1,0 +1,33 @@
+"""Settings of one importance ratio."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from betterhalf.config.section import Section
+
+
+class RatioConfig(Section):
+    """How one importance ratio enters the loss. Bounds are bounds of the ratio itself (0.8 to 1.28, not 0.2 / 0.28)."""
+
+    shorthand: ClassVar[str | None] = "level"
+
+    level: Literal["none", "token", "sequence", "geometric_mean"]
+    """Per token; product over the sequence; geometric mean over the sequence; or no ratio (1)."""
+    ratio: Literal["current/proximal", "current/behavior", "proximal/behavior"] = "current/proximal"
+    """Numerator and denominator."""
+    treatment: Literal["raw", "truncate", "mask", "clip"] = "raw"
+    """As it is; cap at `upper`; drop outside [lower, upper]; PPO's two-sided clip."""
+    lower: float | None = None
+    """Lower bound of the ratio; `"none"` for no bound."""
+    upper: float | None = None
+    """Upper bound of the ratio; `"none"` for no bound."""
+    keep_weight: bool = True
+    """With `mask`: multiply what is kept by its ratio (true), or only mask (false)."""
+    gradient: Literal["ratio", "score"] = "ratio"
+    """Differentiate the ratio itself, or hold it constant and differentiate log pi."""
+    dual_clip: float | None = None
+    """Bound on the loss of negative advantages, as a multiple of the advantage (arXiv 1912.09729)."""
+    probability_gap: float | None = None
+    """Drop a token when the update moves pi away from mu and abs(pi - mu) exceeds this (arXiv 2602.04879); beside any
+    treatment but `clip`."""

@@ -1,0 +1,136 @@
+"""One choice of a preset is changed alone, in files, through `extends` and on the command line; the rest is kept."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from betterhalf.config.algorithm import own_choices
+from betterhalf.config.load import config_difference, load_config, resolved_json
+from betterhalf.config.overrides import expand
+from betterhalf.config.presets import PRESETS
+from betterhalf.config.ratio import RatioConfig
+from betterhalf.config.render import toml_text
+from betterhalf.config.schema import AlgorithmConfig, RunConfig
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def changes(*overrides: str, preset: str) -> dict[str, Any]:
+    """What overrides change of a preset: resolved keys and values."""
+    plain, changed = load_config(None, [f"algorithm={preset}"]), load_config(None, [f"algorithm={preset}", *overrides])
+    return {change.key.removeprefix("algorithm."): change.right for change in config_difference(plain, changed)}
+
+
+@pytest.mark.parametrize(
+    ("preset", "override", "expected"),
+    [
+        ("grpo", "surrogate.upper=1.2", {"surrogate.upper": 1.2}),
+        ("grpo", "surrogate.lower=0.7", {"surrogate.lower": 0.7}),
+        ("dapo", "surrogate.dual_clip=3", {"surrogate.dual_clip": 3.0}),
+        ("dapo", "surrogate.dual_clip=none", {"surrogate.dual_clip": None}),
+        ("dppo_tv", "surrogate.probability_gap=0.1", {"surrogate.probability_gap": 0.1}),
+        ("cispo", "surrogate.gradient=ratio", {"surrogate.gradient": "ratio"}),
+        ("gspo", "surrogate.level=sequence", {"surrogate.level": "sequence"}),
+        ("pg_seq_tis", "surrogate.ratio=current/proximal", {"surrogate.ratio": "current/proximal"}),
+        ("icepop", "correction.upper=2", {"correction.upper": 2.0}),
+        ("icepop", "correction.lower=none", {"correction.lower": None}),
+        ("icepop", "correction.keep_weight=false", {"correction.keep_weight": False}),
+        ("grpo_seq_tis", "correction.level=token", {"correction.level": "token"}),
+        ("dapo", "overlong_factor=1", {"overlong_factor": 1.0}),
+    ],
+)
+def test_one_choice_changes_alone(preset: str, override: str, expected: dict[str, Any]) -> None:
+    assert changes(f"algorithm.{override}", preset=preset) == expected
+
+
+def test_another_treatment_leaves_the_bounds_of_the_old_one_behind() -> None:
+    found = changes("algorithm.surrogate.treatment=truncate", "algorithm.surrogate.upper=5", preset="dapo")
+    expected = {"treatment": "truncate", "lower": None, "upper": 5.0, "dual_clip": None}
+    assert found == {f"surrogate.{key}": value for key, value in expected.items()}
+
+
+def test_switching_a_ratio_off_or_on_keeps_nothing_of_the_preset() -> None:
+    assert load_config(None, ["algorithm=icepop", "algorithm.correction=none"]).algorithm.correction == RatioConfig(
+        level="none", gradient="score"
+    )
+    given = ["algorithm=reinforce", "algorithm.surrogate=token"]
+    assert load_config(None, given).algorithm.surrogate == RatioConfig(level="token")
+
+
+def test_what_is_given_applies_to_the_preset_named_last_whichever_file_names_it(tmp_path: Path) -> None:
+    base = "[algorithm]\npreset = 'icepop'\n[algorithm.correction]\nupper = 4\n[algorithm.surrogate]\nlower = 0.7\n"
+    write(tmp_path, "base.toml", base)
+    path = write(tmp_path, "child.toml", "extends = 'base.toml'\nalgorithm = 'grpo_seq_tis'\n")
+    expected = AlgorithmConfig.model_validate(
+        {"preset": "grpo_seq_tis", "correction": {"upper": 4}, "surrogate": {"lower": 0.7}}
+    )
+    assert load_config(path).algorithm == expected
+    assert (expected.correction.treatment, expected.correction.lower) == ("truncate", None)
+    assert load_config(path, ["algorithm=icepop"]).algorithm == load_config(tmp_path / "base.toml").algorithm
+    assert load_config(path, ["algorithm.correction.upper=2"]).algorithm.correction.upper == 2
+
+
+def test_a_value_that_the_first_preset_has_too_is_still_given(tmp_path: Path) -> None:
+    write(tmp_path, "base.toml", "[algorithm]\npreset = 'icepop'\n[algorithm.correction]\nupper = 5\n")
+    path = write(tmp_path, "child.toml", "extends = 'base.toml'\nalgorithm = 'grpo_seq_tis'\n")
+    assert load_config(path).algorithm.correction.upper == 5
+
+
+def test_a_run_as_the_experiment_takes_another_preset_with_its_own_choices_kept(tmp_path: Path) -> None:
+    config = load_config(None, ["algorithm=icepop", "algorithm.correction.upper=4", "algorithm.advantage=raw"])
+    write(tmp_path, "config.json", json.dumps(resolved_json(config)))
+    assert load_config(tmp_path).algorithm == config.algorithm
+    switched = load_config(tmp_path, ["algorithm=grpo_seq_tis"]).algorithm
+    assert switched == AlgorithmConfig.model_validate(
+        {"preset": "grpo_seq_tis", "correction": {"upper": 4}, "advantage": "raw"}
+    )
+
+
+def test_a_config_json_that_left_the_presets_choices_out_means_the_same(tmp_path: Path) -> None:
+    resolved = resolved_json(load_config(None, ["algorithm=dapo"]))
+    absent = {key: None for key in resolved["algorithm"] if key not in ("preset", "max_sampling_rounds")}
+    write(tmp_path, "config.json", json.dumps({**resolved, "algorithm": {**resolved["algorithm"], **absent}}))
+    assert config_difference(load_config(tmp_path), load_config(None, ["algorithm=dapo"])) == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_resolved_configuration_shows_every_choice_of_the_preset(preset: str) -> None:
+    section = resolved_json(load_config(None, [f"algorithm={preset}"]))["algorithm"]
+    row = PRESETS[preset]  # type: ignore[index]
+    assert section["surrogate"] == row.surrogate.model_dump()
+    assert section["correction"] == row.correction.model_dump()
+    assert (section["advantage"], section["aggregation"]) == (row.advantage, row.aggregation)
+    assert own_choices(section) == {"preset": preset, "max_sampling_rounds": 3}
+
+
+values = {
+    "level": st.sampled_from(["none", "token", "sequence", "geometric_mean"]),
+    "ratio": st.sampled_from(["current/proximal", "proximal/behavior"]),
+    "treatment": st.sampled_from(["raw", "truncate", "mask", "clip"]),
+    "lower": st.none() | st.sampled_from([0.5, 0.8]),
+    "upper": st.none() | st.sampled_from([1.28, 3.0, 5.0]),
+    "keep_weight": st.booleans(),
+    "dual_clip": st.none() | st.just(10.0),
+}
+sparse = st.fixed_dictionaries({}, optional=values)
+
+
+@given(preset=st.sampled_from(sorted(PRESETS)), surrogate=sparse, correction=sparse)
+def test_every_way_to_keep_a_configuration_gives_it_back(preset: str, surrogate: Any, correction: Any) -> None:
+    section = {"preset": preset, "surrogate": surrogate, "correction": correction}
+    config = RunConfig.model_validate({"algorithm": section})
+    resolved = resolved_json(config)
+    assert RunConfig.model_validate(resolved) == config
+    assert AlgorithmConfig.model_validate(own_choices(resolved["algorithm"])) == config.algorithm
+    assert RunConfig.model_validate(expand(tomllib.loads(toml_text(config)))) == config

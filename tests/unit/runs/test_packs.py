@@ -1,0 +1,182 @@
+"""A step split over many packs is the step in one pack: metrics, budget, profile, denominators, loss, kept columns."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from betterhalf.algorithms.loss_stats import policy_metrics
+from betterhalf.algorithms.policy_loss import LossOutput, policy_loss
+from betterhalf.algorithms.presets import PRESETS, Algorithm
+from betterhalf.config.schema import RunConfig
+from betterhalf.runs import loop
+from betterhalf.runs.assembly import Parts
+from betterhalf.runs.loop import Measured
+from betterhalf.training.pack import pack_step
+from betterhalf.types import Completion, Denominators, MicroBatch, Prompt, Rollout, StepBatch
+
+CPU = torch.device("cpu")
+LENGTHS = (3, 1, 9, 6, 2, 8, 4, 7, 5, 3, 9, 1)
+ADVANTAGES = [1.0, -1.0, 0.5, -0.5, 0.0, 0.0, 0.0, 0.0, 2.0, -1.0, -1.0, 0.0]
+
+
+def draws(*key: object, count: int, scale: float) -> list[float]:
+    generator = random.Random(repr(key))
+    return [generator.gauss(0, scale) for _ in range(count)]
+
+
+def rollout(index: int) -> Rollout:
+    """Siblings 0 to 3 of prompts 0 to 2; logprobs as drawn for this rollout."""
+    logprobs = tuple(-1.0 - abs(x) for x in draws("mu", index, count=LENGTHS[index], scale=1.0))
+    return Rollout(
+        prompt=Prompt(prompt_id=str(index // 4), text="", token_ids=(50 + index // 4, 60), answer=""),
+        completion=Completion(
+            token_ids=tuple(range(LENGTHS[index])),
+            behavior_logprobs=logprobs,
+            finish_reason="stop",
+            policy_version=0,
+        ),
+        text="",
+        reward=0.0,
+    )
+
+
+ROLLOUTS = [rollout(index) for index in range(len(LENGTHS))]
+
+
+def trainer_logprobs(index: int, what: str = "pi", scale: float = 0.5) -> list[float]:
+    """Those of the engine, and a gap drawn for this rollout that does not average out over a completion.
+
+    Two rollouts, one trained and one not, have hardly any, so that every mask keeps something.
+    """
+    behavior = ROLLOUTS[index].completion.behavior_logprobs
+    scale = scale if index % 5 < 4 else 1e-3
+    bias = draws("bias", what, index, count=1, scale=scale)[0]
+    noise = draws(what, index, count=len(behavior), scale=scale)
+    return [x + bias + gap for x, gap in zip(behavior, noise, strict=True)]
+
+
+def of_pack(pack: MicroBatch, values: Any) -> torch.Tensor:
+    return torch.tensor([x for index in pack.rollout_index_S for x in values(index)])
+
+
+def step(budget: int, algorithm: Algorithm = PRESETS["grpo"]) -> tuple[StepBatch, Measured, Parts]:
+    """The rollouts packed under a token budget, and as measured."""
+    config = RunConfig.model_validate(
+        {
+            "training": {"tokens_per_micro_batch": budget, "optimizer_steps": 1},
+            "sampling": {"max_tokens": 9},
+            "logging": {"rollouts_per_step": len(ROLLOUTS)},
+        }
+    )
+    batch = pack_step(ROLLOUTS, ADVANTAGES, config, 1, CPU)
+    measured = Measured(
+        logprobs={id(pack): of_pack(pack, trainer_logprobs) for pack in batch.packs},
+        entropies={id(pack): -of_pack(pack, trainer_logprobs) for pack in batch.packs},
+        packs=batch.packs,
+    )
+    parts = SimpleNamespace(config=config, algorithm=algorithm, trainer=FakeTrainer(algorithm))
+    return batch, measured, cast(Parts, parts)
+
+
+class FakeTrainer:
+    """Computes the loss of logprobs that some updates have moved."""
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        self.algorithm = algorithm
+        self.loss = 0.0
+
+    def forward_backward(self, pack: MicroBatch, proximal_C: torch.Tensor, denominators: Denominators) -> LossOutput:
+        return policy_loss(
+            self.algorithm,
+            current_logprobs_C=of_pack(pack, lambda index: trainer_logprobs(index, "moved", 0.3)),
+            proximal_logprobs_C=proximal_C,
+            behavior_logprobs_C=pack.behavior_logprobs_C,
+            advantages_S=pack.advantages_S,
+            sequence_index_C=pack.sequence_index_C,
+            num_sequences=pack.num_sequences,
+            denominators=denominators,
+        )
+
+    def optim_step(self, rate: float) -> None:
+        return None
+
+
+WHOLE, PARTS = 1000, 12
+"""Token budgets: two packs, trained and only measured; and seven."""
+
+
+def test_the_budgets_make_few_packs_and_many() -> None:
+    assert [len(step(budget)[0].packs) for budget in (WHOLE, PARTS)] == [2, 7]
+
+
+def one_pack() -> tuple[Measured, MicroBatch]:
+    """All rollouts in a single pack."""
+    config = RunConfig.model_validate({"training": {"optimizer_steps": 1}, "sampling": {"max_tokens": 9}})
+    (pack,) = pack_step(ROLLOUTS, [1.0] * len(ROLLOUTS), config, 1, CPU).packs
+    scores = {id(pack): of_pack(pack, trainer_logprobs)}
+    return Measured(logprobs=scores, entropies={id(pack): -scores[id(pack)]}, packs=(pack,)), pack
+
+
+@pytest.mark.parametrize("budget", [WHOLE, PARTS])
+def test_the_mismatch_of_many_packs_is_that_of_one(budget: int) -> None:
+    expected, found = loop.mismatch(one_pack()[0], 9), loop.mismatch(step(budget)[1], 9)
+    assert expected.metrics["mismatch/tokens"] == sum(LENGTHS)
+    assert found.metrics == pytest.approx(expected.metrics, rel=1e-6)
+    for ours, theirs in zip(sorted(found.profile.completions), sorted(expected.profile.completions), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+    for name in ("by_probability", "by_position"):
+        for left, right in zip(getattr(found.profile, name), getattr(expected.profile, name), strict=True):
+            assert asdict(left) == pytest.approx(asdict(right), rel=1e-6)
+
+
+def test_the_sequence_metrics_are_those_of_the_completions() -> None:
+    sums = [
+        sum(trainer_logprobs(index)) - sum(ROLLOUTS[index].completion.behavior_logprobs)
+        for index in range(len(ROLLOUTS))
+    ]
+    weights = torch.tensor(sums, dtype=torch.float64).exp()
+    metrics = loop.mismatch(step(PARTS)[1], 9).metrics
+    assert metrics["mismatch/sequence_log_ratio/mean"] == pytest.approx(sum(sums) / len(sums), rel=1e-5)
+    ess = float(weights.sum() ** 2 / weights.square().sum()) / len(sums)
+    assert metrics["mismatch/ess_fraction"] == pytest.approx(ess, rel=1e-5)
+    assert metrics["budget/observed_ess"] == pytest.approx(ess, rel=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["icepop", "grpo_seq_mis", "geo_mask", "pg_seq_mis", "dppo_tv"])
+def test_what_is_kept_in_many_packs_is_what_is_kept_in_one(preset: str) -> None:
+    algorithm = replace(PRESETS[preset], denominator="kept")  # type: ignore[index]
+    found = []
+    for budget in (WHOLE, PARTS):
+        batch, measured, parts = step(budget, algorithm)
+        found.append(loop.step_denominators(parts, batch.train_batches[0], measured))
+    assert found[0] == found[1]
+    assert found[0].tokens < sum(LENGTHS)
+
+
+@pytest.mark.parametrize("denominator", ["all", "kept"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_loss_and_its_counts_over_many_packs_are_those_over_few(preset: str, denominator: str) -> None:
+    algorithm = replace(PRESETS[preset], denominator=denominator)  # type: ignore[index,arg-type]
+    found = []
+    for budget in (WHOLE, PARTS):
+        batch, measured, parts = step(budget, algorithm)
+        found.append(policy_metrics(loop.learn(parts, batch.train_batches[0], measured, 0.0).stats))
+    assert found[1] == pytest.approx(found[0], rel=1e-5, abs=1e-6)
+    assert found[0]["policy/loss"] != 0
+    assert found[0]["policy/ratio/max"] >= found[0]["policy/ratio/mean"] > 0
+
+
+@pytest.mark.parametrize("budget", [WHOLE, PARTS])
+def test_kept_rollouts_have_their_own_columns_whatever_pack_they_were_in(budget: int) -> None:
+    _, measured, parts = step(budget)
+    kept = loop.keep_rollouts(parts, ROLLOUTS, ADVANTAGES, measured, 1)
+    assert [row.rollout for row in kept] == ROLLOUTS
+    assert [row.advantage for row in kept] == ADVANTAGES
+    for index, row in enumerate(kept):
+        assert row.trainer_logprobs == pytest.approx(trainer_logprobs(index), rel=1e-6)
