@@ -47,8 +47,8 @@ _SPELLING = (
     (re.compile(r"(?<!\\)\{(\d{1,3}(?:,\d{3})+)\}"), lambda found: "{" + found[1].replace(",", "") + "}"),
     (re.compile(r"\\([dt]?frac)\s*\\pi\s*(\d)(?!\d)"), r"\\\1{\\pi}{\2}"),
     (re.compile(r"\s*(?:\\text\{\s*per\s?cent\s*\}|\bper\s?cent|\\?%)$", re.IGNORECASE), r"\\%"),
-    (re.compile(r"(?<![.\\])\.$"), ""),
 )
+_FINAL_PERIOD = re.compile(r"(?<![.\\])\.$")
 _REPEATING = re.compile(r"(-?)(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
 _FLOAT = re.compile(r"([+-]?\d+(?:\.\d+)?)([eE])([+-]?)(\d+)")
 _ANSWER_IS = re.compile(
@@ -128,13 +128,23 @@ def spell_plainly(answer: str) -> str:
     """Return an answer as math-verify reads it best: no $...$, no final period, plain numbers, ASCII signs."""
     for sign, latex in _SYMBOLS.items():
         answer = answer.replace(sign, latex)
-    answer = answer.strip()
-    for wrapper in _WRAPPERS:
-        found = wrapper.fullmatch(answer)
-        answer = found[1].strip() if found else answer
+    answer = _unwrapped(answer)
     for pattern, replacement in _SPELLING:
         answer = pattern.sub(replacement, answer).strip()
     return _plain_float(_REPEATING.sub(_fraction, answer))
+
+
+def _unwrapped(answer: str) -> str:
+    """Strip $...$, \\(...\\), {...} and a final period, as often as they are there."""
+    before = None
+    while before != answer:
+        before, answer = answer, _FINAL_PERIOD.sub("", answer.strip())
+        for wrapper in _WRAPPERS:
+            found = wrapper.fullmatch(answer)
+            answer = found[1] if found else answer
+        if answer.startswith("{") and last_boxed(f"\\boxed{answer}") == answer[1:-1].strip():
+            answer = answer[1:-1]
+    return answer
 
 
 def _fraction(repeating: re.Match[str]) -> str:
@@ -175,6 +185,8 @@ def shape_fault(gold: str) -> str | None:
     answer = gold_answer(gold)
     if not re.search(r"\w", answer) and not re.search(r"\\[a-zA-Z]", answer):
         return "it holds no answer"
+    if answer.lower() in ("nan", "null"):
+        return f"it is {answer}, a missing value"
     if last_boxed(f"\\boxed{{{answer}}}") != answer:
         return "its braces do not balance, so no box can hold it"
     words = _WORD.findall(_MARKUP.sub(" ", answer))
