@@ -50,6 +50,7 @@ _SPELLING = (
     (re.compile(r"\\!|\\displaystyle(?![a-zA-Z])"), ""),
     _THOUSANDS,
     (re.compile(r"\N{SQUARE ROOT}\s*([0-9]+|[a-zA-Z])"), r"\\sqrt{\1}"),
+    (re.compile(r"\\?(?<![a-zA-Z])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(r"^-?\d{1,3}(?: \d{3})+$"), lambda found: found[0].replace(" ", "")),
     (re.compile(r"(?<!\\)\{(\d{1,3}(?:,\d{3})+)\}"), lambda found: "{" + found[1].replace(",", "") + "}"),
     (re.compile(r"\\([dt]?frac)\s*\\pi\s*(\d)(?!\d)"), r"\\\1{\\pi}{\2}"),

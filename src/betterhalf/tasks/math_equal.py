@@ -190,9 +190,9 @@ def _parse(answer: str) -> tuple[Any | None, str]:
 
 @lru_cache(maxsize=1)
 def _config() -> Any:
-    """Read the box alone, and leave units: math-verify takes 2h for two hours."""
+    """Read the whole box or nothing, not a fraction inside it; leave units, since math-verify takes 2h for 2 hours."""
     from math_verify import LatexExtractionConfig
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    default = LatexExtractionConfig(boxed_match_priority=0)
+    default = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
     return replace(default, normalization_config=replace(default.normalization_config, units=False))
