@@ -8,7 +8,7 @@ from typing import Any
 
 _DIGITS = 60
 _POINTS = ("1.37", "-2.13", "0.61", "-0.29")
-"""Where two expressions are compared: no zeros, no integers, both signs, both sides of 1."""
+"""Coordinates at which two expressions are compared: no zeros, no integers, both signs, both sides of 1."""
 
 
 def exact(expression: Any) -> Any:
@@ -55,14 +55,16 @@ def is_constant(expression: Any) -> bool:
 def same_constant(gold: Any, candidate: Any, decimals: int | None = None) -> bool:
     """Return whether two numbers are equal: fractions exactly, others to 40 digits.
 
-    Args: `decimals` of a gold answer that is itself a rounded number; the candidate may then round to it.
+    Args: `decimals` of a gold answer that is itself a rounded number; a candidate that no decimal writes may round to
+    it.
     """
     import sympy
 
     if gold.has(sympy.nan, sympy.zoo) or candidate.has(sympy.nan, sympy.zoo):
         return False
-    if gold == candidate or not (gold.is_finite and candidate.is_finite):
+    if gold == candidate or gold.is_infinite or candidate.is_infinite:
         return bool(gold == candidate)
+    decimals = None if _is_decimal(candidate) else decimals
     if decimals is None and gold.is_Rational and candidate.is_Rational:
         return False
     left, right = gold.doit().evalf(_DIGITS), candidate.doit().evalf(_DIGITS)
@@ -72,6 +74,17 @@ def same_constant(gold: Any, candidate: Any, decimals: int | None = None) -> boo
     if min(abs(left), abs(right)) < sympy.Rational(1, 10**30):
         return bool(sympy.simplify(gold - candidate) == 0)  # digits say nothing about a sum that vanishes
     return bool(distance <= size * sympy.Rational(1, 10**40))
+
+
+def _is_decimal(number: Any) -> bool:
+    """Return whether a finite decimal writes a number: a fraction over powers of two and five."""
+    if not number.is_Rational:
+        return False
+    rest = int(number.q)
+    for factor in (2, 5):
+        while rest % factor == 0:
+            rest //= factor
+    return rest == 1
 
 
 def equal_if_positive(gold: Any, candidate: Any) -> bool:
