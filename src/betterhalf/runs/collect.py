@@ -26,6 +26,8 @@ class Collected:
     """Prompts consumed since the start of the run: where the next step goes on."""
     timeouts: int
     """Rewards that ran out of time in this step."""
+    unparsed_answers: int = 0
+    """Answers of this step that the grader could not read."""
     restarts: int = 0
     """Times the engine died while sampling and was started again."""
 
@@ -85,7 +87,7 @@ def collect_groups(parts: Parts, step: int, position: int, clock: Stopwatch) -> 
     rounds = parts.algorithm.max_sampling_rounds if parts.algorithm.dynamic_sampling else 1
     useful: list[RolloutGroup] = []
     flat: list[RolloutGroup] = []
-    timeouts_before = parts.task.timeouts
+    timeouts_before, unparsed_before = parts.task.timeouts, parts.task.unparsed_answers
     restarts, size = restarts_of(parts.config), parts.config.training.group_size
     for _ in range(rounds):
         prompts = _fresh_prompts(parts, start, position - start)
@@ -100,6 +102,7 @@ def collect_groups(parts: Parts, step: int, position: int, clock: Stopwatch) -> 
         left_out=sampled[wanted:],
         position=position,
         timeouts=parts.task.timeouts - timeouts_before,
+        unparsed_answers=parts.task.unparsed_answers - unparsed_before,
         restarts=restarts.count,
     )
 

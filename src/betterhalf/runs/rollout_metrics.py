@@ -25,6 +25,7 @@ def rollout_metrics(collected: Collected, advantages: Sequence[float]) -> dict[s
         **_described("rollout", [rollout for group in collected.sampled for rollout in group.rollouts]),
         "rollout/zero_advantage_fraction": (kept + collected.dropped) / sampled,
         "rollout/reward_timeouts": float(collected.timeouts),
+        "rollout/unparsed_answers": float(collected.unparsed_answers),
         "rollout/groups_dropped": float(collected.dropped),
         "rollout/groups_surplus": float(collected.surplus),
         "rollout/engine_restarts": float(collected.restarts),

@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from betterhalf.errors import InputError, MissingExtraError
+from betterhalf.tasks.math_answer import MAX_DIGITS, plain_number
+
+
+class _Number(str):
+    """A number of JSON as it is written there: a float would round it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +44,7 @@ def load_rows(path: str, split: str) -> list[MathRow]:
 def _jsonl_rows(file: Path) -> list[MathRow]:
     """Rows of a JSONL file; blank lines are passed over, but counted."""
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read ({error}); give a JSONL file in UTF-8") from error
     return [_parse(line, number, str(file)) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -46,7 +52,7 @@ def _jsonl_rows(file: Path) -> list[MathRow]:
 
 def _parse(line: str, number: int, source: str) -> MathRow:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_int=_Number, parse_float=_Number, parse_constant=_Number)
     except ValueError as error:
         raise InputError(
             f"{source}, row {number}, is not JSON ({error}); each line must be one object with `problem` and `answer`"
@@ -56,17 +62,23 @@ def _parse(line: str, number: int, source: str) -> MathRow:
 
 def _row(row: Any, number: int, source: str) -> MathRow:
     if not isinstance(row, dict):
-        raise InputError(
-            f"{source}, row {number}, is a {type(row).__name__}; it must be an object with `problem` and `answer`"
-        )
+        kind = "number" if isinstance(row, _Number) else type(row).__name__
+        raise InputError(f"{source}, row {number}, is a {kind}; it must be an object with `problem` and `answer`")
     return MathRow(problem=_field(row, "problem", number, source), answer=_field(row, "answer", number, source))
 
 
 def _field(row: dict[str, Any], name: str, number: int, source: str) -> str:
-    """A field as text; a number is as good as its digits."""
+    """Return a field as text; a number is as good as its digits, written without an exponent."""
     value = row.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
+    if isinstance(value, _Number | int | float | Decimal) and not isinstance(value, bool):
+        digits = _digits(value)
+        if digits is None:
+            found = "a huge number" if isinstance(value, int) else str(value)[:40]
+            raise InputError(
+                f"{source}, row {number}: the field `{name}` is {found}; "
+                f"give a finite number of at most {MAX_DIGITS} digits, or the answer as text"
+            )
+        return digits
     if not isinstance(value, str) or not value.strip():
         found = "holds no text" if name in row else "is missing"
         raise InputError(
@@ -74,6 +86,13 @@ def _field(row: dict[str, Any], name: str, number: int, source: str) -> str:
             f"and this one has {', '.join(map(repr, row)) or 'nothing'}"
         )
     return value
+
+
+def _digits(value: _Number | int | float | Decimal) -> str | None:
+    """Return a number's digits; None if it is NaN, infinite or too long to write."""
+    if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
+        return None
+    return plain_number(str(value))
 
 
 def _data_set_rows(path: str, split: str) -> list[MathRow]:

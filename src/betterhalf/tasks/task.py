@@ -55,6 +55,11 @@ class Task(Protocol):
         """Rewards that ran out of time so far."""
         ...
 
+    @property
+    def unparsed_answers(self) -> int:
+        """Answers that could not be read so far; they count as wrong."""
+        ...
+
     def close(self) -> None:
         """End worker processes; calling it twice is harmless."""
         ...

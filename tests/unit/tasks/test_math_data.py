@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +61,48 @@ def test_a_bad_row_is_named_by_its_line(tmp_path: Path, bad: str, message: str) 
     path = write(tmp_path, f'{{"problem": "p", "answer": "1"}}\n\n{bad}\n')
     with pytest.raises(InputError, match=message):
         load_rows(path, "train")
+
+
+@pytest.mark.parametrize(
+    ("number", "digits"),
+    [
+        ("1e22", "10000000000000000000000"),
+        ("0.00001", "0.00001"),
+        ("1E-7", "0.0000001"),
+        ("2.50", "2.50"),
+        ("12345678901234567890123", "12345678901234567890123"),
+        ("0.1000000000000000055511151231257827", "0.1000000000000000055511151231257827"),
+    ],
+)
+def test_a_number_keeps_the_digits_it_is_written_with(tmp_path: Path, number: str, digits: str) -> None:
+    path = write(tmp_path, f'{{"problem": 7, "answer": {number}, "score": NaN}}')
+    assert load_rows(path, "train") == [MathRow(problem="7", answer=digits)]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999999999", "9" * 5000])
+@pytest.mark.parametrize("field", ["problem", "answer"])
+def test_a_number_that_no_answer_equals_is_refused(tmp_path: Path, number: str, field: str) -> None:
+    row = {"problem": '"p"', "answer": '"1"'} | {field: number}
+    path = write(tmp_path, f'{{"problem": {row["problem"]}, "answer": {row["answer"]}}}')
+    with pytest.raises(InputError, match=rf"row 1: the field `{field}` is .*; give a finite number"):
+        load_rows(path, "train")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    path = write(tmp_path, '\ufeff{"problem": "p", "answer": "1"}\n')
+    assert load_rows(path, "train") == [MathRow(problem="p", answer="1")]
+
+
+def test_numbers_of_a_hub_row_are_read_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[dict[str, Any]] = [{"problem": "p", "answer": answer} for answer in (1e22, 1e-05, 5.0, Decimal("1E+3"))]
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: rows))
+    answers = [row.answer for row in load_rows("org/name", "test")]
+    assert answers == ["10000000000000000000000", "0.00001", "5.0", "1000"]
+    for bad in (math.nan, math.inf, 10**5000):
+        rows.append({"problem": "p", "answer": bad})
+        with pytest.raises(InputError, match="row 5: the field `answer` is"):
+            load_rows("org/name", "test")
+        rows.pop()
 
 
 @pytest.mark.parametrize("text", ["", "\n\n"])
