@@ -134,3 +134,11 @@ def test_every_way_to_keep_a_configuration_gives_it_back(preset: str, surrogate:
     assert RunConfig.model_validate(resolved) == config
     assert AlgorithmConfig.model_validate(own_choices(resolved["algorithm"])) == config.algorithm
     assert RunConfig.model_validate(expand(tomllib.loads(toml_text(config)))) == config
+
+
+def test_a_resumed_run_is_compared_by_resolved_choices(tmp_path: Path) -> None:
+    write(tmp_path, "config.json", json.dumps(resolved_json(load_config(None))))
+    same = load_config(None, ["algorithm.surrogate.upper=1.28", "algorithm.correction=none"])
+    assert config_difference(load_config(tmp_path), same) == []
+    (change,) = config_difference(load_config(tmp_path), load_config(None, ["algorithm.surrogate.upper=1.2"]))
+    assert str(change) == "algorithm.surrogate.upper: 1.28 -> 1.2"
