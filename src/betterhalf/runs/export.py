@@ -9,7 +9,8 @@ from typing import Any
 
 from betterhalf.config.load import load_config
 from betterhalf.errors import InputError, RunError
-from betterhalf.models.loading import LoadedModel, load_model, quiet
+from betterhalf.models.files import quiet
+from betterhalf.models.loading import LoadedModel, load_model
 from betterhalf.precision.formats import torch_dtype
 from betterhalf.run_dir import RunDir
 from betterhalf.runs.evaluate import newest_checkpoint

@@ -42,7 +42,9 @@ def build_perfectible(config: RunConfig, run: RunDir) -> Path:
         assemble(config).close()  # finds what is wrong with it before an arm starts
         return Path(config.task.path).expanduser().resolve()
     path = run.perfectible.resolve()
-    parts = assemble(config.model_copy(update={"precision": PrecisionConfig(preset="fp32")}))
+    # FP32 has no islands, but those of the arms must be modules of the model before hours of counting.
+    in_fp32 = PrecisionConfig(preset="fp32", fp32_modules=config.precision.fp32_modules)
+    parts = assemble(config.model_copy(update={"precision": in_fp32}))
     try:
         _count(parts, path)
     finally:
