@@ -14,6 +14,7 @@ from betterhalf.config.schema import RunConfig
 from betterhalf.errors import ConfigError, InputError, MissingExtraError
 from betterhalf.models.description import ModelFacts, describe_model
 from betterhalf.models.loading import load_weights
+from betterhalf.models.stop_tokens import TurnEnd
 from betterhalf.precision.policy import PrecisionPolicy, build_policy
 from betterhalf.rollout.build import build_engine, check_engine, require_engine
 from betterhalf.rollout.engine import RolloutEngine
@@ -37,6 +38,8 @@ class Parts:
     """The wing of pi."""
     engine: RolloutEngine
     """The wing of mu; holds no weights before the first sync."""
+    turn_end: TurnEnd | None = None
+    """The token with which the model's chat template ends a turn, if it shows one."""
 
     def close(self) -> None:
         """End worker processes and the engine."""
@@ -95,6 +98,7 @@ def assemble(config: RunConfig) -> Parts:
         task=task,
         trainer=trainer,
         engine=engine,
+        turn_end=model.turn_end,
     )
 
 
