@@ -89,7 +89,7 @@ def describe_model(config: ModelConfig) -> ModelDescription:
         stop_tokens=stops,
         turn_end=turn_end(tokenizer),
         context_length=int(hf_config.max_position_embeddings),
-        notes=() if why is None else (f"this model cannot be exported after training: {why}",),
+        notes=() if why is None else (f"model {config.name!r} could not be exported after training: {why}",),
         source=source,
         skeleton=skeleton,
     )

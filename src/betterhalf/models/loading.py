@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ class LoadedModel(ModelFacts):
     module: Any
     """transformers causal language model; parameters and buffers in FP32. Its configuration is `hf_config`, without
     a quantization section."""
+    generation_left_out: tuple[str, ...] = ()
+    """Settings of its generation configuration that could not be saved and are gone."""
 
 
 def load_model(config: ModelConfig) -> LoadedModel:
@@ -52,10 +54,11 @@ def load_weights(described: ModelDescription) -> LoadedModel:
             **source.arguments,
         )
     module, info = loaded
-    _require_whole(described.name, info["missing_keys"])
+    _require_whole(described, info["missing_keys"])
     _forget_quantization(module)
+    head_notes = _settle_head(described, module)
     module.eval()
-    notes = (*described.notes, *_saved_generation(module))
+    module.generation_config, left_out = repaired(module.generation_config)
     return LoadedModel(
         name=described.name,
         module=module,
@@ -64,7 +67,8 @@ def load_weights(described: ModelDescription) -> LoadedModel:
         stop_token_ids=described.stop_token_ids,
         turn_end=described.turn_end,
         context_length=described.context_length,
-        notes=notes,
+        notes=(*described.notes, *head_notes, *_generation_notes(described.name, left_out)),
+        generation_left_out=left_out,
     )
 
 
@@ -75,8 +79,30 @@ def _forget_quantization(module: Any) -> None:
         module.__dict__.pop(mark, None)
 
 
-def _require_whole(name: str, missing: Collection[str]) -> None:
+def _settle_head(described: ModelDescription, module: Any) -> tuple[str, ...]:
+    """Let the configuration say whether the head is the embedding as loaded: engine and export go by it.
+
+    transformers keeps a head apart that differs from the embedding in the files, whatever the configuration says.
+    """
+    tied = module.get_output_embeddings().weight is module.get_input_embeddings().weight
+    if bool(module.config.tie_word_embeddings) == tied:
+        return ()
+    module.config.tie_word_embeddings = tied
+    return (
+        f"{described.source.named('config.json')} of model {described.name!r} says tie_word_embeddings=true, but its "
+        "files hold a head that differs from the embedding; that head is used and trained, and export writes "
+        "tie_word_embeddings=false",
+    )
+
+
+def _require_whole(described: ModelDescription, missing: Collection[str]) -> None:
     """transformers fills weights that a file lacks with random numbers, and only warns."""
+    name = described.name
+    if set(missing) == {"lm_head.weight"}:
+        raise InputError(
+            f"model {name!r} has no lm_head.weight, and its {described.source.named('config.json')} does not say that "
+            "the embedding is the head; set tie_word_embeddings to true there if it is, or restore the weight"
+        )
     if missing:
         raise InputError(
             f"model {name!r} lacks weights of its architecture ({len(missing)}, {min(missing)!r} among them); restore "
@@ -84,12 +110,10 @@ def _require_whole(name: str, missing: Collection[str]) -> None:
         )
 
 
-def _saved_generation(module: Any) -> tuple[str, ...]:
-    """Make the generation configuration one that can be saved, and say what had to go."""
-    module.generation_config, left_out = repaired(module.generation_config)
+def _generation_notes(name: str, left_out: Sequence[str]) -> tuple[str, ...]:
     if not left_out:
         return ()
     return (
-        f"the model's generation settings contradict each other; export will leave out {', '.join(left_out)}, "
-        "without which they can be saved",
+        f"the generation settings of model {name!r} contradict each other and could not be saved; export leaves out "
+        f"{', '.join(left_out)}",
     )
