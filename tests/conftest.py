@@ -64,12 +64,14 @@ def _write_gguf(
     *,
     architecture: str = "llama",
     tokenizer: str = "llama",
+    pre: str = "default",
     flags: Mapping[str, bool] | None = None,
     tensors: bool = True,
 ) -> Path:
     """Write a file; without `tensors` its header is all there is."""
     writer = pytest.importorskip("gguf").GGUFWriter(path, architecture)
     tokens = _sentencepiece(writer) if tokenizer == "llama" else _byte_level(writer)
+    writer.add_tokenizer_pre(pre)
     for name, value in (flags or {}).items():
         writer.add_bool(f"tokenizer.ggml.{name}", value)
     writer.add_pad_token_id(0)
