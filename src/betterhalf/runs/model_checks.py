@@ -79,7 +79,7 @@ def require_stop_token(model: ModelFacts, config: ModelConfig) -> None:
 
 def show_notes(model: ModelFacts) -> None:
     """Print on standard error what the user should know of a model, each note once in a process."""
-    for note in (*model.notes, *_turn_end_notes(model)):
+    for note in (*model.notes, *_stop_notes(model)):
         if note not in _shown:
             _shown.add(note)
             print(f"note: {note}", file=sys.stderr)
@@ -89,9 +89,11 @@ _shown: set[str] = set()
 """Notes that the user has seen: the arms of a sanity run load one model several times."""
 
 
-def _turn_end_notes(model: ModelFacts) -> tuple[str, ...]:
+def _stop_notes(model: ModelFacts) -> tuple[str, ...]:
     end = model.turn_end
-    if end is None or not model.stop_token_ids or end.token_id in model.stop_token_ids:
+    if not model.stop_token_ids:
+        return (f"model {model.name!r} has no stop token; every completion runs to the length limit",)
+    if end is None or end.token_id in model.stop_token_ids:
         return ()
     stops = ", ".join(repr(model.tokenizer.decode([token_id])) for token_id in model.stop_token_ids)
     return (
