@@ -1,9 +1,15 @@
-"""What holds for every test: nothing reaches for the hub, slow and GPU tests say why they are skipped."""
+"""What holds for every test: nothing reaches for the hub, slow and GPU tests say why they are skipped.
+
+And small GGUF files, which tests of several folders read.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +43,100 @@ def _cuda_available() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture
+def write_gguf() -> Callable[..., Path]:
+    """Write a small GGUF file of a one-layer decoder: `_write_gguf`."""
+    return _write_gguf
+
+
+_SIZE, _WIDTH = 16, 32
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+_SPACE = "\u2581"
+
+SENTENCEPIECE = ["<unk>", "<s>", "</s>", *_BYTES, _SPACE, "a", "b", "ab", f"{_SPACE}a", f"{_SPACE}ab"]
+BYTE_LEVEL = ["<s>", "</s>", *(chr(code) for code in range(33, 127)), "\u0120", "ab"]
+
+
+def _write_gguf(
+    path: Path,
+    *,
+    architecture: str = "llama",
+    tokenizer: str = "llama",
+    pre: str = "default",
+    flags: Mapping[str, bool] | None = None,
+    tensors: bool = True,
+) -> Path:
+    """Write a file; without `tensors` its header is all there is."""
+    writer = pytest.importorskip("gguf").GGUFWriter(path, architecture)
+    tokens = _sentencepiece(writer) if tokenizer == "llama" else _byte_level(writer)
+    writer.add_tokenizer_pre(pre)
+    for name, value in (flags or {}).items():
+        writer.add_bool(f"tokenizer.ggml.{name}", value)
+    writer.add_pad_token_id(0)
+    _sizes(writer, len(tokens))
+    if tensors:
+        _tensors(writer, len(tokens))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _sentencepiece(writer: Any) -> list[str]:
+    pieces = len(SENTENCEPIECE) - 3 - len(_BYTES)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(SENTENCEPIECE)
+    writer.add_token_scores([0.0] * (3 + len(_BYTES)) + [-float(i) for i in range(pieces)])
+    writer.add_token_types([2, 3, 3, *[6] * len(_BYTES), *[1] * pieces])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    return SENTENCEPIECE
+
+
+def _byte_level(writer: Any) -> list[str]:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(BYTE_LEVEL)
+    writer.add_token_types([3, 3, *[1] * (len(BYTE_LEVEL) - 2)])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    return BYTE_LEVEL
+
+
+def _sizes(writer: Any, vocabulary: int) -> None:
+    writer.add_context_length(64)
+    writer.add_embedding_length(_SIZE)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(_WIDTH)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(_SIZE // 2)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(vocabulary)
+
+
+def _tensors(writer: Any, vocabulary: int) -> None:
+    import numpy as np
+
+    draws = np.random.default_rng(0)
+    shapes = {
+        "token_embd": (vocabulary, _SIZE),
+        "output": (vocabulary, _SIZE),
+        "output_norm": (_SIZE,),
+        "blk.0.attn_norm": (_SIZE,),
+        "blk.0.ffn_norm": (_SIZE,),
+        **{f"blk.0.attn_{name}": (_SIZE, _SIZE) for name in ("q", "k", "v", "output")},
+        "blk.0.ffn_gate": (_WIDTH, _SIZE),
+        "blk.0.ffn_up": (_WIDTH, _SIZE),
+        "blk.0.ffn_down": (_SIZE, _WIDTH),
+    }
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", (draws.standard_normal(shape) * 0.1).astype(np.float32))
 
 
 _interpret_triton()

@@ -314,17 +314,25 @@ def _mend_tail(path: Path, size: int) -> int:
 def _write_or_undo(fd: int, line: bytes, size: int) -> None:
     """Write `line` at the end of a file of `size` bytes; a short or failed write leaves the file as it was."""
     try:
-        written = os.write(fd, line)
-        if written < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        # After a short write the next one says why.
+        while line:
+            line = line[os.write(fd, line) :]
     except OSError:
         os.ftruncate(fd, size)
         raise
 
 
+def disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space, or of what a quota allows; safetensors tells the number in words."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in full
+    return any(f"(os error {number})" in str(error) for number in full)
+
+
 def _write_error(path: Path, error: OSError) -> RunError:
     """The error to raise for a failed write."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if disk_full(error):
         return RunError(
             f"disk is full: {path} could not be written; what was written before is intact. "
             "Free some space and continue with --resume."

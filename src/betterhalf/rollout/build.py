@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+
 from betterhalf.config.schema import NativeEngineConfig, RunConfig, VllmEngineConfig
 from betterhalf.precision.policy import PrecisionPolicy
 from betterhalf.rollout.engine import RolloutEngine
-from betterhalf.rollout.native.engine import NativeEngine
+from betterhalf.rollout.native.config import decoder_config
+from betterhalf.rollout.native.engine import NativeEngine, require_kernels
 from betterhalf.rollout.vllm.engine import VllmEngine
-from betterhalf.rollout.vllm.options import check_installed, check_sampling
+from betterhalf.rollout.vllm.options import architectures, check_installed, check_sampling
 
 _Builder = Callable[[RunConfig, Any, tuple[int, ...], PrecisionPolicy], RolloutEngine]
 
@@ -39,15 +42,39 @@ _ENGINES: dict[str, _Builder] = {"native": _native, "vllm": _vllm}
 
 
 def check_engine(config: RunConfig) -> None:
-    """Refuse what no model could make right, before one is loaded.
+    """Refuse what no model could make right, before anything of one is read.
 
     Raises:
         ConfigError: the engine cannot sample as told.
-        MissingExtraError: it is not installed.
+    """
+    if config.engine.type == "vllm":
+        check_sampling(config.sampling)
+
+
+def check_architecture(config: RunConfig, hf_config: Any) -> None:
+    """Refuse a model that the configured engine cannot compute, by its configuration alone.
+
+    Raises:
+        InputError: an architecture, activation or rope scaling that the native engine does not compute; or no causal
+            language model.
+    """
+    if config.engine.type == "native":
+        decoder_config(hf_config)
+    else:
+        architectures(hf_config)
+
+
+def require_engine(config: RunConfig, device: torch.device) -> None:
+    """Look for the packages that the engine needs, after everything that the user wrote has been found good.
+
+    Raises:
+        InputError: there is no Triton for the native engine on a GPU.
+        MissingExtraError: vLLM is not installed.
     """
     if config.engine.type == "vllm":
         check_installed()
-        check_sampling(config.sampling)
+    else:
+        require_kernels(device)
 
 
 def build_engine(

@@ -13,10 +13,13 @@ from betterhalf.algorithms.presets import Algorithm, resolve_algorithm
 from betterhalf.config.engine import require_whole_distribution
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import ConfigError, InputError, MissingExtraError
-from betterhalf.models.loading import LoadedModel, load_model
+from betterhalf.models.description import ModelFacts, describe_model
+from betterhalf.models.loading import load_weights
+from betterhalf.models.stop_tokens import TurnEnd
 from betterhalf.precision.policy import PrecisionPolicy, build_policy
-from betterhalf.rollout.build import build_engine, check_engine
+from betterhalf.rollout.build import build_engine, check_engine, require_engine
 from betterhalf.rollout.engine import RolloutEngine
+from betterhalf.runs.model_checks import check_model, check_roles, require_stop_token, show_notes
 from betterhalf.tasks.build import build_task
 from betterhalf.tasks.task import Task
 from betterhalf.training.policy_trainer import PolicyTrainer
@@ -36,6 +39,8 @@ class Parts:
     """The wing of pi."""
     engine: RolloutEngine
     """The wing of mu; holds no weights before the first sync."""
+    turn_end: TurnEnd | None = None
+    """The token with which the model's chat template ends a turn, if it shows one."""
 
     def close(self) -> None:
         """End worker processes and the engine."""
@@ -58,6 +63,9 @@ def choose_device(config: RunConfig) -> torch.device:
 def assemble(config: RunConfig, *, evaluating: bool = False) -> Parts:
     """Load the model once and build trainer, engine and task around it.
 
+    What is wrong is said in this order, so that it is said early and alike on every machine: the configuration, the
+    model's own configuration, the data, what this machine lacks, and last the weights.
+
     Args:
         config: of the run.
         evaluating: the engine only samples, and nobody compares its logprobs with the trainer's, so it may sample from
@@ -71,14 +79,20 @@ def assemble(config: RunConfig, *, evaluating: bool = False) -> Parts:
     algorithm = resolve_algorithm(config.algorithm)
     check_group_size(algorithm.advantage, config.training.group_size)
     check_overlong_buffer(algorithm.overlong_tokens(config.sampling.max_tokens), config.sampling.max_tokens)
-    require_logging(config)
     check_engine(config)
-    policy = build_policy(config.precision, choose_device(config))
-    model = load_model(config.model)
-    check_islands(model, config, policy)
-    task = build_task(config.task, model.tokenizer)
+    check_roles(config)
+    described = describe_model(config.model)
+    check_model(described, config)
+    require_stop_token(described, config.model)
+    task = build_task(config.task, described.tokenizer)
     try:
-        check_context(model, task, config)
+        check_context(described, task, config)
+        device = choose_device(config)
+        require_logging(config)
+        require_engine(config, device)
+        model = load_weights(described)
+        show_notes(model)
+        policy = build_policy(config.precision, device)
         engine = build_engine(config, model.hf_config, model.stop_token_ids, policy)
         trainer = PolicyTrainer(model, config=config, policy=policy, algorithm=algorithm)
     except BaseException:
@@ -92,6 +106,7 @@ def assemble(config: RunConfig, *, evaluating: bool = False) -> Parts:
         task=task,
         trainer=trainer,
         engine=engine,
+        turn_end=model.turn_end,
     )
 
 
@@ -108,21 +123,7 @@ def require_logging(config: RunConfig) -> None:
         )
 
 
-def check_islands(model: LoadedModel, config: RunConfig, policy: PrecisionPolicy) -> None:
-    """Refuse FP32 islands that the model does not have, or the engine cannot compute, before an engine is started.
-
-    Raises:
-        InputError: names the nearest module, or the engine.
-    """
-    islands = policy.islands(model.hf_config.num_hidden_layers, policy.roles.compute_dtype)
-    if islands and config.engine.type != "native" and not config.precision.allow_difference:
-        raise InputError(
-            f"engine.type={config.engine.type} computes every module in the rollout dtype, so it has no FP32 islands "
-            f"({islands.described()}); set engine.type=native, or drop precision.fp32_modules and set precision=bf16."
-        )
-
-
-def check_context(model: LoadedModel, task: Task, config: RunConfig) -> None:
+def check_context(model: ModelFacts, task: Task, config: RunConfig) -> None:
     """Refuse, before anything is sampled, a prompt that leaves no room for a completion of the length limit.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.collect import sample_groups
 from betterhalf.runs.folder import run_folder
 from betterhalf.runs.stopwatch import Stopwatch
+from betterhalf.runs.truncation import ADVICE
 from betterhalf.runs.weight_sync import first_sync
 from betterhalf.training import checkpoint
 from betterhalf.types import Prompt
@@ -117,6 +119,8 @@ def evaluate(target: str, config: RunConfig, run_dir: str | None) -> dict[str, A
 
 
 def _evaluate_in(run: RunDir, config: RunConfig, target: str) -> dict[str, Any]:
+    if RunDir(Path(target)).configured:
+        require_checkpoint(target)
     parts = assemble(config, evaluating=True)
     try:
         if RunDir(Path(target)).configured:
@@ -130,7 +134,11 @@ def _evaluate_in(run: RunDir, config: RunConfig, target: str) -> dict[str, Any]:
         parts.close()
     for score in scores:
         append_jsonl(run.path / "evaluation.jsonl", asdict(score))
-    return evaluation_summary(scores)
+    summary = evaluation_summary(scores)
+    if summary["truncated_fraction"] == 1:
+        limit = config.sampling.max_tokens
+        print(f"note: all completions were cut off at sampling.max_tokens={limit}; {ADVICE}", file=sys.stderr)
+    return summary
 
 
 def _score_with_progress(parts: Parts, config: RunConfig) -> list[PromptScore]:
@@ -143,7 +151,7 @@ def _score_with_progress(parts: Parts, config: RunConfig) -> list[PromptScore]:
 def _with_target(config: RunConfig, target: str) -> RunConfig:
     data = config.model_dump()
     if not RunDir(Path(target)).configured:
-        data["model"] = {"name": target}
+        data["model"]["name"] = target
     data["sampling"]["temperature"] = config.evaluate.temperature
     return RunConfig.model_validate(data)
 
@@ -167,9 +175,19 @@ def newest_checkpoint(run_path: str) -> tuple[Path, checkpoint.Checkpoint]:
     Raises:
         CheckpointError: there is none, or it is corrupted.
     """
+    path = require_checkpoint(run_path)
+    return path, checkpoint.load(path)
+
+
+def require_checkpoint(run_path: str) -> Path:
+    """Path of a run's newest checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     path = checkpoint.latest(RunDir.open(run_path).checkpoints)
     if path is None:
         raise CheckpointError(
             f"run {run_path} has no checkpoint yet; let it reach one (training.checkpoint_every), or name a model"
         )
-    return path, checkpoint.load(path)
+    return path

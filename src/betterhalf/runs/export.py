@@ -7,12 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from betterhalf.config.load import load_config
 from betterhalf.errors import InputError, RunError
-from betterhalf.models.loading import LoadedModel, load_model, quiet
+from betterhalf.models.files import first_line, quiet
+from betterhalf.models.loading import LoadedModel, load_model
 from betterhalf.precision.formats import torch_dtype
-from betterhalf.run_dir import RunDir
+from betterhalf.run_dir import RunDir, disk_full
 from betterhalf.runs.evaluate import newest_checkpoint
+from betterhalf.runs.model_checks import show_notes
 from betterhalf.training import checkpoint
 
 
@@ -21,7 +25,7 @@ def export(run: str, directory: str) -> dict[str, Any]:
 
     Raises:
         InputError: the directory is not a new or empty folder, or the run has no checkpoint.
-        RunError: the disk is full or cannot be written; then nothing is left behind.
+        RunError: the folder cannot be written, on a full disk for example; then nothing is left behind.
     """
     target = Path(directory)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -29,6 +33,7 @@ def export(run: str, directory: str) -> dict[str, Any]:
     config = load_config(RunDir.open(run).config)
     path, saved = newest_checkpoint(run)
     model = load_model(config.model)
+    show_notes(model)
     checkpoint.require_parameters(path, dict(model.module.named_parameters()), saved.tensors["model"])
     name = config.precision.roles().rollout_dtype
     for key, parameter in model.module.named_parameters():
@@ -40,6 +45,7 @@ def export(run: str, directory: str) -> dict[str, Any]:
         "directory": str(target),
         "step": saved.step,
         "dtype": name,
+        "generation_settings_left_out": ", ".join(model.generation_left_out) or None,
         "parameters": sum(tensor.numel() for tensor in saved.tensors["model"].values()),
     }
 
@@ -57,6 +63,16 @@ def _save(model: LoadedModel, target: Path) -> None:
             model.module.save_pretrained(partial)
             model.tokenizer.save_pretrained(partial)
         os.replace(partial, target)
-    except Exception as error:  # safetensors raises its own class for a full disk
+    except Exception as error:  # safetensors raises a class of its own for what the disk says
         shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"{target} cannot be written ({error}); free disk space, or name another folder") from error
+        raise RunError(_why_not_written(target, error)) from error
+
+
+def _why_not_written(target: Path, error: Exception) -> str:
+    """What was seen, and a fix that fits it."""
+    said = f"{target} cannot be written ({first_line(error)})"
+    if disk_full(error):
+        return f"{said}; free disk space, or name another folder"
+    if isinstance(error, OSError | SafetensorError):
+        return f"{said}; name another folder, or mend what is in the way"
+    return f"{said}; the run's checkpoints are untouched: mend the model's configuration files that it names"

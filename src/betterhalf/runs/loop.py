@@ -26,6 +26,7 @@ from betterhalf.runs.collect import Collected, collect_groups
 from betterhalf.runs.rollout_metrics import rollout_metrics
 from betterhalf.runs.stopwatch import Stopwatch
 from betterhalf.runs.system import peak_memory_gib
+from betterhalf.runs.truncation import truncation_note
 from betterhalf.runs.watchdog import Alarm, WatchState
 from betterhalf.runs.weight_sync import sync_weights
 from betterhalf.training.pack import by_rollout, pack_step
@@ -70,6 +71,8 @@ class StepResult:
     """The mismatch by probability, position and completion."""
     alarms: tuple[Alarm, ...]
     """What the watchdog found before the update."""
+    truncation: str | None
+    """Why the rewards mean little: that nothing ended a completion of the first step; None if something did."""
     kept: tuple[KeptRollout, ...]
 
 
@@ -142,6 +145,7 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
         metrics=metrics,
         profile=gap.profile,
         alarms=watch.alarms,
+        truncation=truncation_note(parts, collected.rollouts) if step == 1 else None,
         kept=keep_rollouts(parts, collected.rollouts, advantages, measured, step),
     )
 

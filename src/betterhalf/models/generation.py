@@ -1,0 +1,87 @@
+"""A model's generation configuration, and whether what was loaded can be saved again."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+from transformers import GenerationConfig
+
+from betterhalf.errors import InputError
+from betterhalf.models.files import ModelSource, first_line, quiet
+
+FILE = "generation_config.json"
+"""Where a model folder keeps it."""
+
+_FIRST = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample")
+"""Settings that are kept before all others where some exclude each other."""
+
+
+def read_generation(source: ModelSource) -> GenerationConfig | None:
+    """Read `generation_config.json`; None for a model without one.
+
+    Raises:
+        InputError: the file is there and cannot be read.
+    """
+    if source.gguf is not None:
+        return None
+    try:
+        with quiet():
+            found: GenerationConfig = GenerationConfig.from_pretrained(source.location, **source.arguments)
+    except (OSError, ValueError) as error:
+        if source.holds(FILE):
+            raise InputError(
+                f"{FILE} of {source.location} cannot be read ({first_line(error)}); mend it, or delete it"
+            ) from error
+        if isinstance(error, OSError):
+            return None
+        raise
+    return found
+
+
+def can_be_saved(generation: GenerationConfig) -> bool:
+    """Whether `save_pretrained` accepts it; it refuses settings that exclude each other."""
+    try:
+        with quiet():
+            generation.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
+def repaired(generation: GenerationConfig) -> tuple[GenerationConfig, tuple[str, ...]]:
+    """What can be saved of a generation configuration, and the names of the settings left out of it.
+
+    Token ids and `do_sample` stay, so that generation stops and samples as before; of the others those go that
+    transformers refuses beside them, such as a temperature where nothing is sampled.
+    """
+    if can_be_saved(generation):
+        return generation, ()
+    given = {key: value for key, value in generation.to_diff_dict().items() if key != "transformers_version"}
+    kept: dict[str, Any] = {}
+    for key in sorted(given, key=lambda name: (name not in _FIRST, name)):
+        if _accepted(kept | {key: given[key]}):
+            kept[key] = given[key]
+    return _made(kept), tuple(sorted(given.keys() - kept.keys()))
+
+
+def _made(settings: dict[str, Any]) -> GenerationConfig:
+    return GenerationConfig(**settings)  # type: ignore[no-untyped-call]
+
+
+def _accepted(settings: dict[str, Any]) -> bool:
+    try:
+        with quiet():
+            return can_be_saved(_made(settings))
+    except (ValueError, TypeError):
+        return False
+
+
+def why_not_saved(hf_config: Any) -> str | None:
+    """What `save_pretrained` says against a model configuration; None if it writes it."""
+    try:
+        with quiet(), tempfile.TemporaryDirectory() as folder:
+            hf_config.save_pretrained(folder)
+    except Exception as error:  # validators raise what they please
+        return first_line(error)
+    return None

@@ -1,0 +1,80 @@
+"""What a GGUF file says about its tokenizer and transformers leaves out.
+
+A GGUF file begins with metadata, key after key, before the table of tensors and the tensors themselves:
+
+    "GGUF"  version: u32  number of tensors: u64  number of keys: u64
+    for each key:  name: string  type: u32  value
+    string: length: u64, bytes        array: type: u32, count: u64, values
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+from typing import IO
+
+from betterhalf.errors import InputError
+
+_STRING, _ARRAY, _BOOL = 8, 9, 7
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Value type -> its bytes: u8, i8, u16, i16, u32, i32, f32, bool, u64, i64, f64."""
+
+_PREFIX = "tokenizer.ggml."
+_FLAGS = ("add_bos_token", "add_eos_token")
+_LLAMA_3 = ("llama3", "llama-v3", "llama-bpe")
+"""Names of the way in which the byte-level tokenizer of Llama 3 splits text."""
+
+
+def tokenizer_flags(path: Path) -> dict[str, bool]:
+    """Which tokens a tokenizer puts around a text: `add_bos_token`, `add_eos_token`.
+
+    A file that does not say is read as llama.cpp reads it: a begin token for sentencepiece and Llama 3.
+
+    Raises:
+        InputError: this is no GGUF file, or it ends within its metadata.
+    """
+    try:
+        with path.open("rb") as file:
+            found = _tokenizer_entries(file)
+    except (struct.error, KeyError, IndexError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no whole GGUF file: its metadata cannot be read; get it again") from error
+    flags = {name: bool(found[name]) for name in _FLAGS if isinstance(found.get(name), bool)}
+    if found.get("model") == "llama" or found.get("pre") in _LLAMA_3:
+        flags.setdefault("add_bos_token", True)
+    return flags
+
+
+def _tokenizer_entries(file: IO[bytes]) -> dict[str, str | bool]:
+    """The metadata about the tokenizer that are a text or a flag, by their names without prefix."""
+    magic, _, _, keys = struct.unpack("<4sIQQ", file.read(24))
+    if magic != b"GGUF":
+        raise KeyError(magic)
+    found: dict[str, str | bool] = {}
+    for _ in range(keys):
+        name, (kind,) = _string(file), struct.unpack("<I", file.read(4))
+        if name.startswith(_PREFIX) and kind in (_BOOL, _STRING):
+            found[name.removeprefix(_PREFIX)] = _string(file) if kind == _STRING else bool(file.read(1)[0])
+        else:
+            _skip(file, kind)
+    return found
+
+
+def _string(file: IO[bytes]) -> str:
+    (length,) = struct.unpack("<Q", file.read(8))
+    return file.read(length).decode("utf-8")
+
+
+def _skip(file: IO[bytes], kind: int) -> None:
+    if kind == _STRING:
+        (length,) = struct.unpack("<Q", file.read(8))
+        file.seek(length, os.SEEK_CUR)
+    elif kind == _ARRAY:
+        inner, count = struct.unpack("<IQ", file.read(12))
+        if inner in _SIZES:
+            file.seek(count * _SIZES[inner], os.SEEK_CUR)
+        else:
+            for _ in range(count):
+                _skip(file, inner)
+    else:
+        file.seek(_SIZES[kind], os.SEEK_CUR)

@@ -1,0 +1,106 @@
+"""The tokens that end a completion: where they are declared, and the token with which a chat template ends a turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from betterhalf.errors import ConfigError, InputError
+from betterhalf.models.files import ModelSource
+from betterhalf.models.generation import FILE
+
+_QUESTION, _ANSWER = "betterhalf question", "betterhalf answer"
+"""Contents of the turns that show how a template ends them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopToken:
+    """A token that ends a completion."""
+
+    token_id: int
+    source: str
+    """What declares it, for messages."""
+
+
+def declared_stop_tokens(source: ModelSource, hf_config: Any, generation: Any, tokenizer: Any) -> tuple[StopToken, ...]:
+    """What the model's files call the end of a sequence: generation configuration, configuration and tokenizer."""
+    places = (
+        (FILE, getattr(generation, "eos_token_id", None), "eos_token_id"),
+        (source.named("config.json"), getattr(hf_config, "eos_token_id", None), "eos_token_id"),
+        (source.named("tokenizer_config.json"), tokenizer.eos_token_id, f"eos_token {tokenizer.eos_token!r}"),
+    )
+    found: dict[int, StopToken] = {}
+    for file, value, key in places:
+        ids = () if value is None else (value,) if isinstance(value, int) else tuple(value)
+        for token_id in map(int, ids):
+            found.setdefault(token_id, StopToken(token_id=token_id, source=f"{key} in {file}"))
+    return tuple(found[token_id] for token_id in sorted(found))
+
+
+def chosen_stop_tokens(tokens: Sequence[str | int], tokenizer: Any) -> tuple[StopToken, ...]:
+    """The tokens of `model.stop_tokens`, named by text or id.
+
+    Raises:
+        ConfigError: the tokenizer has no token of this text.
+    """
+    chosen = (StopToken(token_id=_token_id(token, tokenizer), source="model.stop_tokens") for token in tokens)
+    return tuple(sorted({token.token_id: token for token in chosen}.values(), key=lambda token: token.token_id))
+
+
+def _token_id(token: str | int, tokenizer: Any) -> int:
+    if isinstance(token, int):
+        return token
+    vocabulary = tokenizer.get_vocab()
+    if token in vocabulary:
+        return int(vocabulary[token])
+    if token.isdecimal():
+        return int(token)
+    # Vocabularies spell text in an alphabet of their own: a newline is no entry, but it is one token.
+    token_ids = tokenizer.encode(token, add_special_tokens=False)
+    if len(token_ids) == 1:
+        return int(token_ids[0])
+    raise ConfigError(
+        f"model.stop_tokens names {token!r}, which the tokenizer splits into {len(token_ids)} tokens; name one token "
+        "of its vocabulary, by text or by id"
+    )
+
+
+def require_in_vocabulary(name: str, stops: Sequence[StopToken], vocabulary: int) -> None:
+    """Refuse a stop token that the model cannot sample.
+
+    Raises:
+        InputError: names the id, what declares it, and the size of the vocabulary.
+    """
+    for stop in stops:
+        if not 0 <= stop.token_id < vocabulary:
+            raise InputError(
+                f"model {name!r} cannot sample its stop token {stop.token_id} ({stop.source}): its vocabulary has "
+                f"{vocabulary} tokens; mend that file, or name the right tokens with model.stop_tokens"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnEnd:
+    """The token with which a chat template ends the assistant's turn."""
+
+    token_id: int
+    text: str
+
+
+def turn_end(tokenizer: Any) -> TurnEnd | None:
+    """Render a conversation and look for the special token behind the answer; None if there is none to be seen.
+
+    A template that cannot be rendered is judged by the task that uses it.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        token_ids = tokenizer.encode(text.rpartition(_ANSWER)[2], add_special_tokens=False)
+    except Exception:  # a template raises what it pleases
+        return None
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    first = next((int(token_id) for token_id in token_ids if token_id in special), None)
+    return None if first is None else TurnEnd(token_id=first, text=tokenizer.decode([first]))

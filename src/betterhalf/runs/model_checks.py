@@ -1,0 +1,102 @@
+"""Whether a model fits the configuration of a run, by its configuration files alone: no weight is read here."""
+
+from __future__ import annotations
+
+import sys
+
+from betterhalf.config.schema import ModelConfig, RunConfig
+from betterhalf.errors import ContractError, InputError
+from betterhalf.models.description import ModelDescription, ModelFacts
+from betterhalf.models.stop_tokens import require_in_vocabulary
+from betterhalf.precision.islands import resolve_islands
+from betterhalf.rollout.build import check_architecture
+from betterhalf.rollout.vllm.options import check_cache_dtype
+from betterhalf.training.policy_trainer import require_no_dropout
+
+
+def check_roles(config: RunConfig, where: str = "") -> None:
+    """Refuse roles that the precision contract would refuse once both sides run.
+
+    Raises:
+        ContractError: they differ without `precision.allow_difference`; `where` says in which arm.
+        ConfigError: vLLM would keep keys and values in another dtype than it computes in.
+    """
+    roles = config.precision.roles()
+    used = {key: getattr(roles, key) for key in ("compute_dtype", "rollout_dtype", "wire_dtype", "kv_dtype")}
+    if len(set(used.values())) > 1 and not config.precision.allow_difference:
+        listed = ", ".join(f"{key} {dtype}" for key, dtype in used.items())
+        raise ContractError(
+            f"trainer and rollout engine would differ in precision{where} ({listed}); leave out the "
+            "precision.*_dtype settings, or set precision.allow_difference=true if this ablation is intended"
+        )
+    if config.engine.type == "vllm":
+        check_cache_dtype(roles)
+
+
+def check_model(model: ModelDescription, config: RunConfig) -> None:
+    """Refuse a model that the run's engine or trainer cannot compute as told.
+
+    Raises:
+        InputError: the engine does not know the architecture, the model has dropout, a stop token is not in its
+            vocabulary, or it lacks an FP32 island of the configuration.
+    """
+    check_architecture(config, model.hf_config)
+    check_islands(model, config)
+    require_no_dropout(model.hf_config)
+    require_in_vocabulary(model.name, model.stop_tokens, model.hf_config.vocab_size)
+
+
+def check_islands(model: ModelFacts, config: RunConfig) -> None:
+    """Refuse FP32 islands that the model does not have, or the engine cannot compute.
+
+    Raises:
+        InputError: names the nearest module, or the engine.
+    """
+    islands = resolve_islands(config.precision.fp32_modules, model.hf_config.num_hidden_layers)
+    if islands and config.engine.type != "native":
+        raise InputError(
+            f"engine.type={config.engine.type} computes every module in the rollout dtype, so it has no FP32 islands "
+            f"({islands.described()}); set engine.type=native, or drop precision.fp32_modules and set precision=bf16."
+        )
+
+
+def require_stop_token(model: ModelFacts, config: ModelConfig) -> None:
+    """Refuse to sample from a model where nothing ends a completion: all would be cut off, and none rewarded.
+
+    Raises:
+        InputError: names the ways to declare one.
+    """
+    if model.stop_token_ids or config.allow_no_stop_token:
+        return
+    end = model.turn_end
+    example = f"such as {end.text!r}, with which its chat template ends turns, " if end else ""
+    raise InputError(
+        f"model {model.name!r} declares no stop token, so every completion would run to sampling.max_tokens; set "
+        f"eos_token_id in its generation_config.json, name a token with model.stop_tokens, {example}or set "
+        "model.allow_no_stop_token=true if completions are meant to fill the limit"
+    )
+
+
+def show_notes(model: ModelFacts) -> None:
+    """Print on standard error what the user should know of a model, each note once in a process."""
+    for note in (*model.notes, *_stop_notes(model)):
+        if note not in _shown:
+            _shown.add(note)
+            print(f"note: {note}", file=sys.stderr)
+
+
+_shown: set[str] = set()
+"""Notes that the user has seen: the arms of a sanity run load one model several times."""
+
+
+def _stop_notes(model: ModelFacts) -> tuple[str, ...]:
+    end = model.turn_end
+    if not model.stop_token_ids:
+        return (f"model {model.name!r} has no stop token; every completion runs to the length limit",)
+    if end is None or end.token_id in model.stop_token_ids:
+        return ()
+    stops = ", ".join(repr(model.tokenizer.decode([token_id])) for token_id in model.stop_token_ids)
+    return (
+        f"the chat template of model {model.name!r} ends turns with {end.text!r}, which is no stop token of it "
+        f"({stops}); if completions run on behind it, set model.stop_tokens={end.text}",
+    )

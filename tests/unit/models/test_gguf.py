@@ -1,0 +1,64 @@
+"""What a GGUF file says about the tokens around a text holds for the prompts made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from betterhalf.config.schema import ModelConfig
+from betterhalf.models.description import describe_model
+from betterhalf.models.gguf import tokenizer_flags
+from betterhalf.models.loading import load_model
+from betterhalf.tasks.prompting import plain_prompt, templated_prompt
+
+WriteGguf = Callable[..., Path]
+
+FLAGS = [
+    {},
+    {"add_bos_token": False},
+    {"add_bos_token": True},
+    {"add_eos_token": True},
+    {"add_bos_token": True, "add_eos_token": True},
+]
+IDS = {"llama": (1, 264, 2), "gpt2": (0, 97, 1)}
+"""Begin of sequence, the token "ab", end of sequence."""
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: "+".join(f"{k}={v}" for k, v in flags.items()) or "silent")
+@pytest.mark.parametrize("tokenizer", ["llama", "gpt2"])
+def test_prompts_hold_the_tokens_that_the_file_says_are_added(
+    tokenizer: str, flags: dict[str, bool], tmp_path: Path, write_gguf: WriteGguf
+) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tokenizer=tokenizer, flags=flags)
+    assert tokenizer_flags(path) == ({"add_bos_token": True} if tokenizer == "llama" else {}) | flags
+    model = describe_model(ModelConfig(name=str(path)))
+    begin, word, end = IDS[tokenizer]
+    before = (begin,) * flags.get("add_bos_token", tokenizer == "llama")
+    behind = (end,) * flags.get("add_eos_token", False)
+    assert plain_prompt(model.tokenizer, "0", "ab", answer="").token_ids == (*before, word, *behind)
+    assert templated_prompt(model.tokenizer, "0", "ab", answer="").token_ids == (word,)
+
+
+def test_the_byte_level_tokenizer_of_llama_3_begins_texts_unless_the_file_says_otherwise(
+    tmp_path: Path, write_gguf: WriteGguf
+) -> None:
+    silent = write_gguf(tmp_path / "silent.gguf", tokenizer="gpt2", pre="llama-bpe")
+    assert tokenizer_flags(silent) == {"add_bos_token": True}
+    says = write_gguf(tmp_path / "says.gguf", tokenizer="gpt2", pre="llama-bpe", flags={"add_bos_token": False})
+    assert tokenizer_flags(says) == {"add_bos_token": False}
+
+
+@pytest.mark.parametrize("tokenizer", ["llama", "gpt2"])
+def test_a_folder_made_of_the_file_gives_the_same_prompts(
+    tokenizer: str, tmp_path: Path, write_gguf: WriteGguf
+) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tokenizer=tokenizer, flags={"add_bos_token": True})
+    model = load_model(ModelConfig(name=str(path)))
+    model.module.save_pretrained(tmp_path / "folder")
+    model.tokenizer.save_pretrained(tmp_path / "folder")
+    folder = load_model(ModelConfig(name=str(tmp_path / "folder")))
+    for text in ("ab", "a b", "b"):
+        assert folder.tokenizer.encode(text) == model.tokenizer.encode(text)
+        assert model.tokenizer.encode(text)[0] == IDS[tokenizer][0]
