@@ -86,7 +86,7 @@ class Rollout:
     prompt: Prompt
     completion: Completion
     text: str
-    """The completion, decoded, without special tokens."""
+    """The completion, decoded, without its stop token where that is a special one."""
     reward: float
 
 
