@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 
 _THINK_END = "</think>"
@@ -52,20 +51,16 @@ def look_alike(gold: str, candidate: str) -> bool:
     return _plain(gold) == _plain(candidate)
 
 
+def shape_fault(gold: str) -> str | None:
+    """Return the reason why a box cannot hold this gold answer; None if it can."""
+    if not gold.strip():
+        return "it is empty"
+    if last_boxed(f"\\boxed{{{gold}}}") != gold.strip():
+        return "its braces do not balance, or it holds a box of its own, so a box cannot hold it"
+    return None
+
+
 def _plain(answer: str) -> str:
     for pattern, replacement in _SAME_LOOK:
         answer = pattern.sub(replacement, answer)
     return answer
-
-
-def equivalent(gold: str, candidate: str) -> bool:
-    """Whether math-verify finds two answers equal. May never return: call it in a process that can be killed.
-
-    Its own time limits are off: they are alarms, which cannot interrupt the arithmetic of huge integers.
-    """
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    boxes = [LatexExtractionConfig(boxed_match_priority=0)]
-    sides = [parse(f"\\boxed{{{side}}}", extraction_config=boxes, parsing_timeout=None) for side in (gold, candidate)]
-    return bool(verify(*sides, timeout_seconds=None))

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import TypeVar
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
-from betterhalf.tasks.math_answer import equivalent, extract_answer, look_alike
+from betterhalf.tasks.math_answer import extract_answer, look_alike, shape_fault
+from betterhalf.tasks.math_equal import equivalent, why_unmeetable
 from betterhalf.types import FinishReason, Prompt
 
 Pair = tuple[str, str]
 """Gold answer and candidate."""
+
+Result = TypeVar("Result")
+
+PLAIN_NUMBER = re.compile(r"-?[0-9]+(?:[.][0-9]+)?")
+"""Golds that need no worker to be found equal to themselves."""
 
 WORKER_MEMORY_BYTES = 4 * 2**30
 """Address space of a worker: 10^{10^{10}} must end in its own MemoryError, not in the trainer's."""
@@ -54,6 +62,18 @@ class MathGrader:
         self._timeouts += sum(pair is not None and verdicts[pair] is None for pair in pairs)
         return [float(pair is not None and verdicts[pair] is True) for pair in pairs]
 
+    def check_golds(self, answers: Sequence[str]) -> list[str | None]:
+        """Return one reason for each gold answer that a completion cannot meet by boxing it; None for the others."""
+        faults = {gold: shape_fault(gold) for gold in dict.fromkeys(answers)}
+        hard = [gold for gold, fault in faults.items() if fault is None and not PLAIN_NUMBER.fullmatch(gold.strip())]
+        waiting = {gold: self._submit(why_unmeetable, gold) for gold in hard}
+        for gold, future in waiting.items():
+            try:
+                faults[gold] = future.result()
+            except (FutureTimeoutError, ProcessExpired):
+                faults[gold] = f"comparing it with itself takes longer than {self._seconds:g} s"
+        return [faults[gold] for gold in answers]
+
     def close(self) -> None:
         """End the workers, busy or not."""
         if self._pool is not None:
@@ -72,11 +92,14 @@ class MathGrader:
         return {pair: True if same else self._result(waiting[pair]) for pair, same in alike.items()}
 
     def _schedule(self, pair: Pair) -> ProcessFuture[bool]:
+        return self._submit(self._equal, *pair)
+
+    def _submit(self, function: Callable[..., Result], *args: str) -> ProcessFuture[Result]:
         if self._pool is None:
             # spawn: a fork of a process with torch's threads can deadlock.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPool(max_workers=self._workers, initializer=_start_worker, context=context)
-        return self._pool.schedule(self._equal, args=pair, timeout=self._seconds)
+        return self._pool.schedule(function, args=args, timeout=self._seconds)
 
     @staticmethod
     def _result(future: ProcessFuture[bool]) -> bool | None:

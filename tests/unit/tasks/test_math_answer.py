@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from betterhalf.tasks.math_answer import equivalent, extract_answer, last_boxed, look_alike
+from betterhalf.tasks.math_answer import extract_answer, last_boxed, look_alike
+from betterhalf.tasks.math_equal import equivalent
 
 
 @pytest.mark.parametrize(
