@@ -235,6 +235,12 @@ def progress(
         out.print(Text(f"{label}: {phase.done}/{total} in {duration(time.monotonic() - start)}"))
 
 
+def show_note(text: str, *, mode: ConsoleMode = "auto", stream: TextIO | None = None) -> None:
+    """Show a note outside the steps of a run, such as what was left out of its data; nothing when `quiet`."""
+    if mode != "quiet":
+        print(text, file=stream or sys.stderr)
+
+
 def resolve_mode(mode: ConsoleMode, out: RichConsole) -> ConsoleMode:
     """`auto` made concrete: `live` when `out` is a terminal that can move its cursor."""
     if mode == "auto":

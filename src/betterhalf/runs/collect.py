@@ -86,7 +86,10 @@ def sample_groups(
     with clock("generate"):
         requests = [
             GenerateRequest(
-                token_ids=prompt.token_ids, group_size=group_size, key=(parts.config.seed, step, first_index + index)
+                token_ids=prompt.token_ids,
+                group_size=group_size,
+                key=(parts.config.seed, step, first_index + index),
+                prompt_id=prompt.prompt_id,
             )
             for index, prompt in enumerate(prompts)
         ]

@@ -117,7 +117,7 @@ def evaluate(target: str, config: RunConfig, run_dir: str | None) -> dict[str, A
 
 
 def _evaluate_in(run: RunDir, config: RunConfig, target: str) -> dict[str, Any]:
-    parts = assemble(config)
+    parts = assemble(config, rows=config.evaluate.max_prompts)
     try:
         if RunDir(Path(target)).configured:
             load_trained(parts, target)

@@ -42,7 +42,8 @@ def build_perfectible(config: RunConfig, run: RunDir) -> Path:
         assemble(config).close()  # finds what is wrong with it before an arm starts
         return Path(config.task.path).expanduser().resolve()
     path = run.perfectible.resolve()
-    parts = assemble(config.model_copy(update={"precision": PrecisionConfig(preset="fp32")}))
+    in_fp32 = config.model_copy(update={"precision": PrecisionConfig(preset="fp32")})
+    parts = assemble(in_fp32, rows=config.sanity.candidates)
     try:
         _count(parts, path)
     finally:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from betterhalf.errors import InputError, MissingExtraError
+from betterhalf.tasks.row import BadRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +20,10 @@ class MathRow:
     """The question, in plain text or LaTeX."""
     answer: str
     """The gold answer, without \\boxed."""
+    number: int = field(default=0, compare=False)
+    """Place in the source, counted from 1 as an editor does, blank lines included."""
+    defect: BadRow | None = field(default=None, compare=False)
+    """Set when the row cannot be read; then problem and answer are empty."""
 
 
 def load_rows(path: str, split: str) -> list[MathRow]:
@@ -59,7 +64,8 @@ def _row(row: Any, number: int, source: str) -> MathRow:
         raise InputError(
             f"{source}, row {number}, is a {type(row).__name__}; it must be an object with `problem` and `answer`"
         )
-    return MathRow(problem=_field(row, "problem", number, source), answer=_field(row, "answer", number, source))
+    problem, answer = (_field(row, name, number, source) for name in ("problem", "answer"))
+    return MathRow(problem=problem, answer=answer, number=number)
 
 
 def _field(row: dict[str, Any], name: str, number: int, source: str) -> str:

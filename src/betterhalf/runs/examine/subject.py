@@ -23,9 +23,8 @@ from betterhalf.precision.policy import PrecisionPolicy, build_policy
 from betterhalf.rollout.build import build_engine
 from betterhalf.rollout.engine import RolloutEngine
 from betterhalf.run_dir import RunDir
-from betterhalf.runs.assembly import check_context, check_islands, choose_device
+from betterhalf.runs.assembly import check_islands, choose_device, load_task
 from betterhalf.runs.evaluate import newest_checkpoint
-from betterhalf.tasks.build import build_task
 from betterhalf.tasks.task import Task
 from betterhalf.training import checkpoint
 from betterhalf.training.policy_trainer import PolicyTrainer
@@ -55,12 +54,17 @@ class Subject:
 
 
 @contextmanager
-def open_subject(target: str, config: RunConfig) -> Iterator[Subject]:
+def open_subject(target: str, config: RunConfig, *, prompts: int | None = None) -> Iterator[Subject]:
     """Load a model, or the newest checkpoint of a run (then `config` is the run's own).
 
+    Args:
+        target: MODEL or RUN.
+        config: settings.
+        prompts: prompts of the task that will be looked at; all if absent.
+
     Raises:
-        InputError: unknown or damaged model, no tokenizer, prompts longer than its context, or FP32 islands that it
-            does not have.
+        InputError: unknown or damaged model, no tokenizer, a row of the data that cannot be used, or FP32 islands that
+            the model does not have.
         MissingExtraError: the model or the data needs a package that is not installed.
     """
     is_run = RunDir(Path(target)).configured
@@ -70,10 +74,9 @@ def open_subject(target: str, config: RunConfig) -> Iterator[Subject]:
     check_islands(model, config, build_policy(config.precision, choose_device(config)))
     if is_run:
         _load_trained(model, target)
-    task = build_task(config.task, model.tokenizer)
+    task = load_task(model, config, rows=prompts)
     subject = Subject(target=target, config=config, model=model, task=task)
     try:
-        check_context(model, task, config)
         yield subject
     finally:
         subject.close()
@@ -127,7 +130,12 @@ def sample_groups_of(
 ) -> list[tuple[Completion, ...]]:
     """`group_size` completions of each prompt; the same random numbers for every engine and precision."""
     requests = [
-        GenerateRequest(token_ids=prompt.token_ids, group_size=group_size, key=(subject.config.seed, 0, index))
+        GenerateRequest(
+            token_ids=prompt.token_ids,
+            group_size=group_size,
+            key=(subject.config.seed, 0, index),
+            prompt_id=prompt.prompt_id,
+        )
         for index, prompt in enumerate(prompts)
     ]
     return engine.generate(requests, subject.config.sampling)
