@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from betterhalf.models.loading import LoadedModel, load_model
 from betterhalf.precision.policy import PrecisionPolicy, build_policy
 from betterhalf.rollout.build import build_engine, check_engine
 from betterhalf.rollout.engine import RolloutEngine
+from betterhalf.run_dir import RunDir, write_text_atomic
 from betterhalf.tasks.build import build_task
 from betterhalf.tasks.dataset import DatasetTask
 from betterhalf.tasks.fingerprint import DataRecord
@@ -147,6 +149,14 @@ def load_task(model: LoadedModel, config: RunConfig, *, rows: int | None = None)
         lines = [f"{key}=skip leaves out {len(screened.left_out)} rows and keeps {kept}:", *listing(screened.left_out)]
         show_note("\n".join(lines), mode=config.logging.console)
     return screened
+
+
+def write_left_out(run: RunDir, task: Task) -> None:
+    """Write the rows that were left out to `bad_rows.jsonl`; no file if there are none."""
+    run.bad_rows.unlink(missing_ok=True)
+    if task.left_out:
+        rows = ({"row": bad.place, "reason": bad.reason} for bad in task.left_out)
+        write_text_atomic(run.bad_rows, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _screened(task: DatasetTask, model: LoadedModel, config: RunConfig, rows: int | None) -> DatasetTask:

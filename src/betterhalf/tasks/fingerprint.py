@@ -30,6 +30,10 @@ class DataRecord:
         """Number of rows."""
         return len(self.row_digests) // ROW_BYTES
 
+    def row(self, index: int) -> str:
+        """Digest of one row, in hexadecimal."""
+        return self.row_digests[index * ROW_BYTES : (index + 1) * ROW_BYTES].hex()
+
     def to_json(self) -> dict[str, Any]:
         """The record as JSON can hold it."""
         return {"rows": self.rows, "row_digests": base64.b64encode(self.row_digests).decode(), "reward": self.reward}
@@ -38,10 +42,6 @@ class DataRecord:
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The record that `to_json` wrote."""
         return cls(row_digests=base64.b64decode(values["row_digests"]), reward=dict(values["reward"]))
-
-    def digest(self) -> str:
-        """One digest of all rows in their order."""
-        return hashlib.blake2b(self.row_digests, digest_size=16).hexdigest()
 
     def rows_that_differ(self, other: DataRecord) -> list[int]:
         """Positions that both have, and whose rows are not the same."""

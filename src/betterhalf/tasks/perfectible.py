@@ -186,7 +186,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignored: frozens
 
 
 def _require_same(path: Path, old: Any, new: Any) -> None:
-    found = differences(old, new)
+    found = differences(old, new, ignored=frozenset({"bad_rows", "allow_changed_data"}))
     if found:
         raise InputError(
             f"{path} was counted under other circumstances ({'; '.join(found)}); "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from betterhalf.config.schema import PerfectibleTask
 from betterhalf.errors import InputError
 from betterhalf.run_dir import plain_json
 from betterhalf.tasks.dataset import DatasetTask, Problems, Subset
-from betterhalf.tasks.fingerprint import row_digest
+from betterhalf.tasks.fingerprint import DataRecord
 from betterhalf.tasks.perfectible import SAME_DATA_KEYS, Provenance, SolvedRow, differences, read_kept
 
 
@@ -24,25 +24,32 @@ def restrict(config: PerfectibleTask, base: DatasetTask) -> DatasetTask:
     provenance, rows = read_kept(path)
     _require_same_task(path, provenance, config)
     indices = _places(path, rows, base.problems)
+    task = replace(base, problems=Subset(base=base.problems, indices=indices))
     if not config.base.allow_changed_data:
-        require_same_rows(path, rows, Subset(base=base.problems, indices=indices), "task.base.")
-    return replace(base, problems=Subset(base=base.problems, indices=indices))
+        require_same_rows(path, rows, task.record(), task.place, "task.base.")
+    return task
 
 
-def require_same_rows(path: Path, rows: Sequence[SolvedRow], problems: Problems, prefix: str) -> None:
-    """Refuse rows that are not those whose solutions were counted; `prefix` is that of the task's keys.
+def require_same_rows(
+    path: Path, rows: Sequence[SolvedRow], data: DataRecord, place: Callable[[int], str], prefix: str
+) -> None:
+    """Refuse rows that are not those whose solutions were counted.
+
+    Args:
+        path: the file with the counts.
+        rows: those it holds.
+        data: digests of the task's rows; row i of the file is row i of the task.
+        place: names a row of the task.
+        prefix: of the keys of the task's settings.
 
     Raises:
         InputError: names the first, and how many differ.
     """
-    different = [
-        index for index, row in enumerate(rows) if row.digest and row.digest != row_digest(problems.row(index)).hex()
-    ]
+    different = [index for index, row in enumerate(rows) if row.digest and row.digest != data.row(index)]
     if different:
-        first = problems.row(different[0])
         raise InputError(
             f"{len(different)} of {len(rows)} prompts of {path} are not those that were counted; the first is "
-            f"{first.place} ({first.prompt_id}). Restore the data, count again in another run_dir, or set "
+            f"{place(different[0])}. Restore the data, count again in another run_dir, or set "
             f"{prefix}allow_changed_data=true"
         )
 
