@@ -63,6 +63,15 @@ def allows_changed_data(config: RunConfig) -> bool:
     return task.allow_changed_data
 
 
+def without_permission(config: RunConfig) -> RunConfig:
+    """The configuration as a run keeps it: `allow_changed_data` is meant for one start, not for every resume."""
+    task = config.task
+    if isinstance(task, PerfectibleTask):
+        base = task.base.model_copy(update={"allow_changed_data": False})
+        return config.model_copy(update={"task": task.model_copy(update={"base": base})})
+    return config.model_copy(update={"task": task.model_copy(update={"allow_changed_data": False})})
+
+
 def task_prefix(config: RunConfig) -> str:
     """Where the settings of the task's rows are: a perfectible set has those of its base."""
     return "task.base." if isinstance(config.task, PerfectibleTask) else "task."

@@ -22,7 +22,7 @@ from betterhalf.precision.contract import Contract, folded_digest
 from betterhalf.run_dir import RunDir, append_jsonl, read_json, read_jsonl, write_json_atomic, write_text_atomic
 from betterhalf.runs.assembly import Parts, assemble, write_left_out
 from betterhalf.runs.collect import sample_groups
-from betterhalf.runs.data_check import require_same_data
+from betterhalf.runs.data_check import require_same_data, without_permission
 from betterhalf.runs.folder import run_folder
 from betterhalf.runs.stopwatch import Stopwatch
 from betterhalf.runs.train import require_same_config
@@ -184,7 +184,7 @@ def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:
     write_left_out(run, parts.task)
     subject = {"weights_digest": folded_digest(parts.engine.digests()), "data": parts.data.to_json()}
     write_json_atomic(run.evaluated, subject)
-    write_json_atomic(run.config, resolved_json(parts.config))
+    write_json_atomic(run.config, resolved_json(without_permission(parts.config)))
 
 
 def _score_rest(run: RunDir, parts: Parts) -> list[PromptScore]:

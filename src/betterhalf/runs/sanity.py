@@ -19,6 +19,7 @@ from betterhalf.metrics.console import progress as show_progress
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
 from betterhalf.runs.assembly import Parts, with_precision
+from betterhalf.runs.data_check import without_permission
 from betterhalf.runs.evaluate import average_reward, score_prompts
 from betterhalf.runs.folder import run_folder
 from betterhalf.runs.perfect import build_perfectible
@@ -56,7 +57,7 @@ def _sanity_in(run: RunDir, config: RunConfig) -> dict[str, Any]:
     kept = build_perfectible(config, run)
     # Not before the set stands: a count that kept nothing can go on with other bounds.
     write_json_atomic(run.environment, environment())
-    write_json_atomic(run.config, resolved_json(config))
+    write_json_atomic(run.config, resolved_json(without_permission(config)))
     arms: dict[str, dict[str, Any]] = {name: run_arm(config, name, kept, run.arm(name)) for name in config.sanity.arms}
     summary = {
         "verb": "sanity",

@@ -18,7 +18,7 @@ from betterhalf.precision.contract import Contract
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, append_jsonl, read_jsonl, truncate_jsonl, write_json_atomic
 from betterhalf.runs.assembly import Parts, algorithm_record, assemble, write_left_out
-from betterhalf.runs.data_check import RESUMABLE_KEYS, require_same_data
+from betterhalf.runs.data_check import RESUMABLE_KEYS, require_same_data, without_permission
 from betterhalf.runs.folder import run_folder
 from betterhalf.runs.loop import KeptRollout, Progress, StepResult, train_steps
 from betterhalf.runs.watchdog import Alarm, Stopped, WatchState, require_sound_levels
@@ -70,7 +70,7 @@ def run_training(
             _write_head(run, parts, contract)
         write_left_out(run, parts.task)
         # A resumed run may have other watchdog levels; its own configuration must name those in force.
-        write_json_atomic(run.config, resolved_json(config))
+        write_json_atomic(run.config, resolved_json(without_permission(config)))
         # A run under way has no result: that it was stopped once is in watchdog.jsonl.
         run.summary.unlink(missing_ok=True)
         with Console(config.logging.console, total_steps=config.training.steps, label=label) as console:

@@ -161,8 +161,8 @@ class NativeEngine:
             length = len(request.token_ids)
             if not 0 < length < context:
                 raise InputError(
-                    f"{request.label(index)} has {length} tokens, but the model's context of {context} must hold it and "
-                    "one token more; shorten or drop it"
+                    f"{request.label(index)} has {length} tokens, but the model's context of {context} must hold it "
+                    "and one token more; shorten or drop it"
                 )
             if not 0 <= min(request.token_ids) <= max(request.token_ids) < vocabulary:
                 raise InputError(

@@ -168,8 +168,8 @@ class VllmEngine:
             length = len(request.token_ids)
             if not 0 < length < self._context:
                 raise InputError(
-                    f"{request.label(index)} has {length} tokens, but the model's context of {self._context} must hold it "
-                    "and one token more; shorten or drop it"
+                    f"{request.label(index)} has {length} tokens, but the model's context of {self._context} must "
+                    "hold it and one token more; shorten or drop it"
                 )
             _require_in_vocabulary(request.label(index), request.token_ids, vocabulary)
 
