@@ -42,6 +42,7 @@ class EveryOtherPromptIsFlat:
     """A task whose prompts 0, 2, 4 ... give all siblings the same reward."""
 
     timeouts = 0
+    unparsed_answers = 0
 
     def __init__(self, base: Any) -> None:
         self.base = base

@@ -220,7 +220,8 @@ _ROLLOUT = (
     Metric(
         "rollout/zero_advantage_fraction", "share", "Groups whose advantages are all zero: no signal, no backward pass."
     ),
-    Metric("rollout/reward_timeouts", "rollouts", "Rewards that ran out of time and count as 0."),
+    Metric("rollout/reward_timeouts", "rollouts", "Rewards that ran out of time or memory and count as 0."),
+    Metric("rollout/unparsed_answers", "rollouts", "Boxed answers that the grader could not read; they count as 0."),
     Metric(
         "rollout/groups_dropped", "groups", "Groups replaced by dynamic sampling since their rewards were all equal."
     ),

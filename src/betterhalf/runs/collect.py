@@ -26,6 +26,8 @@ class Collected:
     """Groups thrown away by dynamic sampling because all their rewards were equal."""
     timeouts: int
     """Rewards that ran out of time in this step."""
+    unparsed_answers: int = 0
+    """Answers of this step that the grader could not read."""
     restarts: int = 0
     """Times the engine died while sampling and was started again."""
 
@@ -46,7 +48,7 @@ def collect_groups(parts: Parts, step: int, position: int, clock: Stopwatch) -> 
     rounds = parts.algorithm.max_sampling_rounds if parts.algorithm.dynamic_sampling else 1
     useful: list[RolloutGroup] = []
     flat: list[RolloutGroup] = []
-    timeouts_before = parts.task.timeouts
+    timeouts_before, unparsed_before = parts.task.timeouts, parts.task.unparsed_answers
     restarts, size = restarts_of(parts.config), parts.config.training.group_size
     for _ in range(rounds):
         prompts = parts.task.prompts(position, wanted, parts.config.seed)
@@ -61,6 +63,7 @@ def collect_groups(parts: Parts, step: int, position: int, clock: Stopwatch) -> 
         position=position,
         dropped=len(useful) + len(flat) - len(groups),
         timeouts=parts.task.timeouts - timeouts_before,
+        unparsed_answers=parts.task.unparsed_answers - unparsed_before,
         restarts=restarts.count,
     )
 

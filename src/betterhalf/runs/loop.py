@@ -280,6 +280,7 @@ def rollout_metrics(parts: Parts, collected: Collected, advantages: list[float])
         "rollout/truncated_fraction": statistics.fmean(r.completion.finish_reason == "length" for r in rollouts),
         "rollout/zero_advantage_fraction": float(zero.double().mean()),
         "rollout/reward_timeouts": float(collected.timeouts),
+        "rollout/unparsed_answers": float(collected.unparsed_answers),
         "rollout/groups_dropped": float(collected.dropped),
         "rollout/engine_restarts": float(collected.restarts),
     }

@@ -47,6 +47,11 @@ class Grader(Protocol):
         """Rewards that ran out of time so far."""
         ...
 
+    @property
+    def unparsed_answers(self) -> int:
+        """Answers that could not be read so far; they count as wrong."""
+        ...
+
     def rewards(
         self, prompts: Sequence[Prompt], texts: Sequence[str], finish_reasons: Sequence[FinishReason]
     ) -> list[float]:
@@ -107,6 +112,11 @@ class DatasetTask:
     def place(self, index: int) -> str:
         """Name of row `index` for people."""
         return self.problems.row(index).place
+
+    @property
+    def unparsed_answers(self) -> int:
+        """Answers that could not be read so far."""
+        return self.grader.unparsed_answers
 
     def close(self) -> None:
         """End the grader's worker processes."""

@@ -1,22 +1,79 @@
-"""From a completion to the answer it gives, and from two answers to whether they are the same. String work first."""
+"""From a completion to the answer it gives, and two answers to a common spelling. String work only."""
 
 from __future__ import annotations
 
 import re
+from decimal import Decimal, InvalidOperation
 
 _THINK_END = "</think>"
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+_THOUSANDS = (re.compile(r"(?<=\d)(?:\\[,;: ]|\{,\}|~)(?=\d{3}(?!\d))"), "")
+"""10\\,000 and 10{,}000; a space in 3\\,1/2 means something."""
 _SAME_LOOK = (
-    (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[!,;:]|[$]|(?<!\d)\s+|\s+(?!\d)"), ""),
+    (re.compile(r"\\!"), ""),
+    _THOUSANDS,
+    (re.compile(r"\\[,;:]"), " "),
+    (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|[$]|(?<!\d)\s+|\s+(?!\d)"), ""),
     (re.compile(r"\\[dt]frac"), r"\\frac"),
     (re.compile(r"\\(?:text|mbox|mathrm)\{([^{}]*)\}"), r"\1"),
     (re.compile(r"\.$"), ""),
 )
+_SYMBOLS = {
+    "\N{MINUS SIGN}": "-",
+    "\N{EN DASH}": "-",
+    "\N{MULTIPLICATION SIGN}": r"\times ",
+    "\N{MIDDLE DOT}": r"\cdot ",
+    "\N{GREEK SMALL LETTER PI}": r"\pi ",
+    "\N{INFINITY}": r"\infty ",
+    "\N{LESS-THAN OR EQUAL TO}": r"\le ",
+    "\N{GREATER-THAN OR EQUAL TO}": r"\ge ",
+    "\N{DEGREE SIGN}": r"^\circ",
+    "\N{NO-BREAK SPACE}": " ",
+}
+"""Signs that models and data sets write instead of LaTeX."""
+_WRAPPERS = tuple(
+    re.compile(pattern, re.DOTALL)
+    for pattern in (
+        r"\$\$([^$]+)\$\$",
+        r"\$((?:[^$\\]|\\.)+)\$",
+        r"\\\(((?:(?!\\\)).)+)\\\)",
+        r"\\\[((?:(?!\\\]).)+)\\\]",
+    )
+)
+_SPELLING = (
+    (re.compile(r"\\!|\\displaystyle(?![a-zA-Z])"), ""),
+    _THOUSANDS,
+    (re.compile(r"(?<!\\)\{(\d{1,3}(?:,\d{3})+)\}"), lambda found: "{" + found[1].replace(",", "") + "}"),
+    (re.compile(r"\\([dt]?frac)\s*\\pi\s*(\d)(?!\d)"), r"\\\1{\\pi}{\2}"),
+    (re.compile(r"\s*(?:\\text\{\s*per\s?cent\s*\}|\bper\s?cent|\\?%)$", re.IGNORECASE), r"\\%"),
+)
+_FINAL_PERIOD = re.compile(r"(?<![.\\])\.$")
+_REPEATING = re.compile(r"(-?)(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
+_FLOAT = re.compile(r"([+-]?\d+(?:\.\d+)?)([eE])([+-]?)(\d+)")
+_ANSWER_IS = re.compile(
+    r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:(?:final|correct|right)\s+)?answer\s*(?:is\b\s*:?|[:=])\s*(.+)",
+    re.IGNORECASE | re.DOTALL,
+)
+_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
+_MARKUP = re.compile(r"\\(?:begin|end)\{[^{}]*\}|\\(?:text|mbox|mathrm|textbf|textit)\b")
+_VERBS = frozenset({"is", "are", "was", "were", "equals", "becomes", "gives", "has", "have", "be", "gets", "sold"})
+_FINITE = re.compile(
+    r"(?:[0-9A-Za-z\s+=,.()\[\]{}<>|$%&-]|\\[\\{}$%!,;: ]"
+    r"|\\[dt]?frac\s*(?:\{-?[\w+ -]*\}\s*\{[1-9][0-9]*\}|[1-9]\s*[1-9])|[0-9]\s*/\s*[1-9]|\^(?:[0-9]|\{[0-9]{1,2}\})"
+    r"|\^\s*\{?\\circ\}?|_\{?[0-9]{1,2}\}?"
+    r"|\\(?:sqrt(?!\s*\[)|pi|text|mbox|mathrm|left|right|le|leq|ge|geq|lt|gt|in|cup|cap|pm|cdot|times|infty|begin|end|quad)"
+    r"(?![A-Za-z]))*"
+)
+"""Digits, variables, sums, products, roots, small powers and divisions by a written number: never infinite or huge."""
+MAX_WORDS = 6
+"""A gold answer of more words is a sentence."""
+MAX_DIGITS = 4000
+"""Python reads no longer integer."""
 
 
 def answer_part(text: str, template: str) -> str | None:
-    """The part of a completion that may hold the answer; None if the template's format is broken.
+    """Return the part of a completion that may hold the answer; None if the template's format is broken.
 
     `r1_distill`: the prompt has opened <think>, so exactly one </think> must follow, and the answer after it
     (arXiv 2510.26788, the authors' grader). Other templates: the whole text.
@@ -28,7 +85,7 @@ def answer_part(text: str, template: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last \\boxed{...} or \\fbox{...} holds; None if there is none, or its braces never close."""
+    """Return the content of the last \\boxed{...} or \\fbox{...}; None if there is none, or it never closes."""
     found = list(_BOX.finditer(text))
     if not found:
         return None
@@ -41,26 +98,99 @@ def last_boxed(text: str) -> str | None:
 
 
 def extract_answer(text: str, template: str) -> str | None:
-    """The boxed answer of a completion, or None: then it is wrong."""
+    """Return the boxed answer of a completion, or None: then it is wrong."""
     part = answer_part(text, template)
     return None if part is None else last_boxed(part)
 
 
+def gold_answer(gold: str) -> str:
+    """Return the answer that a gold field gives: its box, the text after `####` (GSM8K), or after "The answer is"."""
+    text = gold.strip()
+    if "####" in text:
+        text = text.rpartition("####")[2].strip()
+    text = last_boxed(text) or text
+    said = _ANSWER_IS.fullmatch(text)
+    return said[1].strip() if said else text
+
+
 def look_alike(gold: str, candidate: str) -> bool:
-    """Whether two answers are the same text but for spacing and LaTeX that changes no meaning."""
+    """Return whether two answers are the same text but for spacing and LaTeX that changes no meaning."""
     return _plain(gold) == _plain(candidate)
-
-
-def shape_fault(gold: str) -> str | None:
-    """Return the reason why a box cannot hold this gold answer; None if it can."""
-    if not gold.strip():
-        return "it is empty"
-    if last_boxed(f"\\boxed{{{gold}}}") != gold.strip():
-        return "its braces do not balance, or it holds a box of its own, so a box cannot hold it"
-    return None
 
 
 def _plain(answer: str) -> str:
     for pattern, replacement in _SAME_LOOK:
         answer = pattern.sub(replacement, answer)
     return answer
+
+
+def spell_plainly(answer: str) -> str:
+    """Return an answer as math-verify reads it best: no $...$, no final period, plain numbers, ASCII signs."""
+    for sign, latex in _SYMBOLS.items():
+        answer = answer.replace(sign, latex)
+    answer = _unwrapped(answer)
+    for pattern, replacement in _SPELLING:
+        answer = pattern.sub(replacement, answer).strip()
+    return _plain_float(_REPEATING.sub(_fraction, answer))
+
+
+def _unwrapped(answer: str) -> str:
+    """Strip $...$, \\(...\\), {...} and a final period, as often as they are there."""
+    before = None
+    while before != answer:
+        before, answer = answer, _FINAL_PERIOD.sub("", answer.strip())
+        for wrapper in _WRAPPERS:
+            found = wrapper.fullmatch(answer)
+            answer = found[1] if found else answer
+        if answer.startswith("{") and last_boxed(f"\\boxed{answer}") == answer[1:-1].strip():
+            answer = answer[1:-1]
+    return answer
+
+
+def _fraction(repeating: re.Match[str]) -> str:
+    """Write 0.1\\overline{6} as 15/90."""
+    sign, whole, fixed, turn = repeating.groups()
+    top = int(whole + fixed + turn) - int(whole + fixed or "0")
+    return f"{sign}\\frac{{{top}}}{{{(10 ** len(turn) - 1) * 10 ** len(fixed)}}}"
+
+
+def plain_number(text: str) -> str | None:
+    """Return a number without an exponent (1e-05 -> 0.00001); None if it is none, infinite, or too long to write."""
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        return None
+    if not number.is_finite() or abs(number.adjusted()) > MAX_DIGITS or len(text) > MAX_DIGITS:
+        return None
+    return f"{number:f}"
+
+
+def _plain_float(answer: str) -> str:
+    """Write 1e+22 and 1E5 in digits; leave 2e+3, which is 2e + 3, alone: no program writes 2000 like that."""
+    found = _FLOAT.fullmatch(answer)
+    if not found:
+        return answer
+    _, letter, sign, digits = found.groups()
+    as_printed = repr(float(answer)) == answer or (len(digits) >= 2 and int(sign + digits) not in range(-4, 16))
+    return plain_number(answer) or answer if letter == "E" or not sign or as_printed else answer
+
+
+def is_surely_finite(answer: str) -> bool:
+    """Return whether an answer is of so simple a form that it has a value, which equals itself."""
+    return _FINITE.fullmatch(answer) is not None and "inf" not in answer.replace("\\infty", "")
+
+
+def shape_fault(gold: str) -> str | None:
+    """Return the reason why no box can hold this gold answer, or no model would write it; None if it can be met."""
+    answer = gold_answer(gold)
+    if not re.search(r"\w", answer) and not re.search(r"\\[a-zA-Z]", answer):
+        return "it holds no answer"
+    if answer.lower() in ("nan", "null"):
+        return f"it is {answer}, a missing value"
+    if last_boxed(f"\\boxed{{{answer}}}") != answer:
+        return "its braces do not balance, so no box can hold it"
+    words = _WORD.findall(_MARKUP.sub(" ", answer))
+    around_value = len(words) > 1 and re.search(r"\d", answer) and _VERBS & {word.lower() for word in words}
+    if len(words) > MAX_WORDS or around_value:
+        return f"it is a sentence ({len(words)} words), which only the same sentence would equal; give the value alone"
+    return None

@@ -1,40 +1,169 @@
 """Compare two answers by mathematics, with math-verify. Every function here runs in a worker process.
 
 Some calls never return, so they belong into a process that can be killed. math-verify's own time limits are off: they
-are alarms, which cannot interrupt the arithmetic of huge integers.
+are alarms, which cannot interrupt the arithmetic of huge integers. math-verify compares within tolerances; here numbers
+that are written exactly are compared exactly, and a decimal of few digits is exact.
 """
 
 from __future__ import annotations
 
 import logging
+import re
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
+
+from betterhalf.tasks.math_answer import spell_plainly
+from betterhalf.tasks.math_exact import (
+    both_unsolvable,
+    differ_somewhere,
+    equal_if_positive,
+    exact,
+    is_constant,
+    same_constant,
+)
+from betterhalf.tasks.math_units import split_unit, units_differ
+
+_TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|textit|textrm)\s*\{([^{}]*)\}")
+_LETTERS = re.compile(r"[A-Za-z][A-Za-z' ,-]*")
+_BASE = re.compile(r"(?<=[0-9A-Z)])_\s*(?:\{\s*(?:\\text\s*\{)?\s*(\w+)\s*\}?\s*\}|(\d))")
+_TIME = re.compile(r"0*(\d{1,2}):(\d{2}(?::\d{2})?)")
+_DOTS = re.compile(r"\\[lcdv]?dots[cbmi]?(?![a-zA-Z])|\.\.\.|\u2026")
+_ROUNDED = re.compile(r"-?\d*\.(\d{6,})")
+_BASE_NAMES = {
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+    "eleven": "11",
+    "twelve": "12",
+    "sixteen": "16",
+}
 
 
 class UnparsedAnswerError(Exception):
-    """math-verify cannot read what the model wrote."""
+    """The answer that a model wrote cannot be read as mathematics."""
 
 
 def equivalent(gold: str, candidate: str) -> bool:
-    """Return whether math-verify finds two answers equal."""
-    from math_verify import verify
+    """Return whether two answers are equal.
 
-    return bool(verify(_parse(gold), _parse(candidate), timeout_seconds=None))
+    Raises:
+        UnparsedAnswerError: the candidate cannot be read, and is not the gold answer's text either.
+    """
+    gold, candidate = spell_plainly(gold), spell_plainly(candidate)
+    (gold, gold_unit), (candidate, unit) = split_unit(gold), split_unit(candidate)
+    if units_differ(gold_unit, unit):
+        return False
+    verdict = _by_form(gold, candidate)
+    if verdict is not None:
+        return verdict
+    if gold.endswith("%") == candidate.endswith("%"):
+        return _same(gold.removesuffix("\\%"), candidate.removesuffix("\\%"))
+    return _same(gold, candidate) or _same(gold.removesuffix("\\%"), candidate.removesuffix("\\%"))
 
 
 def why_unmeetable(gold: str) -> str | None:
-    """Return the reason why no completion can meet this gold answer; None if one can."""
+    """Return the reason why a box that holds this gold answer is not found equal to it; None if it is."""
+    value = split_unit(spell_plainly(gold))[0]
+    if _by_form(value, value):
+        return None
+    parsed = _parse(value.removesuffix("\\%"))[0]
+    if parsed is None or _verify(parsed, parsed):
+        return None
+    return "its value does not equal itself; is it infinite, or divided by zero?"
+
+
+def _by_form(gold: str, candidate: str) -> bool | None:
+    """Decide what is text, not mathematics: words, times of day, and digits in another base. None if undecided."""
+    words = [_words(side) for side in (gold, candidate)]
+    if None not in words and any(_is_wordy(side) for side in (gold, candidate)):
+        return words[0] == words[1]
+    times = [_TIME.fullmatch(side) for side in (gold, candidate)]
+    if times[0] and times[1]:
+        return times[0].groups() == times[1].groups()
+    bases = [_bases(side) for side in (gold, candidate)]
+    if bases[0] != bases[1]:
+        return False
+    if bases[0]:
+        return _without_base(gold) == _without_base(candidate)
+    if len(_DOTS.findall(gold)) != len(_DOTS.findall(candidate)):
+        return False
+    return None
+
+
+def _words(answer: str) -> str | None:
+    """Return an answer that is nothing but words, in small letters; None for any other."""
+    text = _TEXT.sub(r"\1", answer).strip()
+    text = text.removeprefix("(").removesuffix(")").strip()
+    if not _LETTERS.fullmatch(text):
+        return None
+    return re.sub(r"\s*(?:,|\band\b)[\s,]*", ",", re.sub(r"\s+", " ", text)).casefold()
+
+
+def _is_wordy(answer: str) -> bool:
+    """Return whether letters stand for a word, not for a product of variables."""
+    return bool(_TEXT.search(answer)) or any(len(word) >= 4 for word in re.findall(r"[A-Za-z]+", answer))
+
+
+def _bases(answer: str) -> list[str]:
+    found = [match[1] or match[2] for match in _BASE.finditer(answer) if _is_number(answer[: match.start()])]
+    return [_BASE_NAMES.get(name.lower(), name) for name in found]
+
+
+def _is_number(before: str) -> bool:
+    """Return whether digits end here, and not a name such as A_1 or \\log_2."""
+    digits = re.search(r"([0-9A-Z]+)\)?$", before)
+    return bool(digits and re.search(r"[0-9]", digits[1]))
+
+
+def _without_base(answer: str) -> str:
+    return re.sub(r"[\s()]", "", _BASE.sub("_", answer)).lstrip("0")
+
+
+def _same(gold: str, candidate: str) -> bool:
+    (left, left_text), (right, right_text) = _parse(gold), _parse(candidate)
+    if left_text == right_text:
+        return True
+    if right is None:
+        raise UnparsedAnswerError(candidate)
+    if left is None:
+        return False
+    left, right = exact(left), exact(right)
+    if is_constant(left) and is_constant(right):
+        rounded = _ROUNDED.fullmatch(gold)
+        return same_constant(left, right, len(rounded[1]) if rounded else None)
+    if _verify(left, right):
+        return not differ_somewhere(left, right) and not both_unsolvable(left, right)
+    return equal_if_positive(left, right) and not differ_somewhere(left, right)
+
+
+def _verify(gold: Any, candidate: Any) -> bool:
     from math_verify import verify
 
-    parsed = _parse(gold)
-    if not parsed or isinstance(parsed[0], str) or verify(parsed[0], parsed[0], timeout_seconds=None):
-        return None
-    return "does not equal itself"
+    return bool(verify([gold], [candidate], timeout_seconds=None))
 
 
-def _parse(answer: str) -> list[Any]:
-    from math_verify import LatexExtractionConfig, parse
+def _parse(answer: str) -> tuple[Any | None, str]:
+    """Return the expression, None if it cannot be read, and the text that math-verify made of it."""
+    from math_verify import parse
+
+    parsed = parse(f"\\boxed{{{answer}}}", extraction_config=[_config()], parsing_timeout=None)
+    texts = [part for part in parsed if isinstance(part, str)]
+    expressions = [part for part in parsed if not isinstance(part, str)]
+    return (expressions[0] if expressions else None), (texts[0] if texts else answer)
+
+
+@lru_cache(maxsize=1)
+def _config() -> Any:
+    """Read the box alone, and leave units: math-verify takes 2h for two hours."""
+    from math_verify import LatexExtractionConfig
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    boxes = [LatexExtractionConfig(boxed_match_priority=0)]
-    parsed: list[Any] = parse(f"\\boxed{{{answer}}}", extraction_config=boxes, parsing_timeout=None)
-    return parsed
+    default = LatexExtractionConfig(boxed_match_priority=0)
+    return replace(default, normalization_config=replace(default.normalization_config, units=False))

@@ -3,75 +3,94 @@
 from __future__ import annotations
 
 import multiprocessing
-import re
-import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import TypeVar
+from concurrent.futures.process import BrokenProcessPool
+from enum import Enum
+from typing import Any
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
-from betterhalf.tasks.math_answer import extract_answer, look_alike, shape_fault
-from betterhalf.tasks.math_equal import equivalent, why_unmeetable
+from betterhalf.errors import RewardError
+from betterhalf.tasks.grader_worker import last_error, start_worker, why_workers_fail
+from betterhalf.tasks.math_answer import extract_answer, gold_answer, is_surely_finite, look_alike, shape_fault
+from betterhalf.tasks.math_equal import UnparsedAnswerError, equivalent, why_unmeetable
 from betterhalf.types import FinishReason, Prompt
 
 Pair = tuple[str, str]
 """Gold answer and candidate."""
 
-Result = TypeVar("Result")
 
-PLAIN_NUMBER = re.compile(r"-?[0-9]+(?:[.][0-9]+)?")
-"""Golds that need no worker to be found equal to themselves."""
+class Failure(Enum):
+    """Reasons why a comparison has no result."""
 
-WORKER_MEMORY_BYTES = 4 * 2**30
-"""Address space of a worker: 10^{10^{10}} must end in its own MemoryError, not in the trainer's."""
+    RESOURCES = "ran out of time or memory, or brought its worker down"
+    UNPARSED = "cannot be read"
 
 
 class MathGrader:
     """1 for a finished completion whose boxed answer equals the gold answer, else 0.
 
     A worker that is still busy when its time is up is killed and replaced; that completion scores 0 and counts in
-    `timeouts`, and so does one that brings its worker down. Workers start with the first answers that need them.
+    `timeouts`, and so does one that runs out of memory or brings its worker down. An answer that cannot be read scores
+    0 and counts in `unparsed_answers`. Workers start with the first answers that need them.
     """
 
     def __init__(
         self, template: str, *, seconds: float, workers: int, equal: Callable[[str, str], bool] = equivalent
     ) -> None:
-        """Args: template of the prompts; limit per completion; processes; the comparison, importable by name."""
+        """Args: template of the prompts; limit per completion; processes; the comparison, importable by name.
+
+        The comparison gets gold answer and candidate, and may raise `UnparsedAnswerError`.
+        """
         self._template = template
         self._seconds = seconds
         self._workers = workers
         self._equal = equal
         self._pool: ProcessPool | None = None
         self._timeouts = 0
+        self._unparsed = 0
 
     @property
     def timeouts(self) -> int:
-        """Completions whose grading ran out of time, or brought its worker down, so far."""
+        """Completions whose grading ran out of time or memory, or brought its worker down, so far."""
         return self._timeouts
+
+    @property
+    def unparsed_answers(self) -> int:
+        """Boxed answers that could not be read, so far."""
+        return self._unparsed
 
     def rewards(
         self, prompts: Sequence[Prompt], texts: Sequence[str], finish_reasons: Sequence[FinishReason]
     ) -> list[float]:
-        """One reward for each completion; truncated ones score 0 without grading."""
+        """Return one reward for each completion; truncated ones score 0 without grading.
+
+        Raises:
+            RewardError: the workers cannot start, or the comparison itself failed.
+        """
         pairs = [
             self._pair(prompt, text) if reason == "stop" else None
             for prompt, text, reason in zip(prompts, texts, finish_reasons, strict=True)
         ]
         verdicts = self._compare([pair for pair in dict.fromkeys(pairs) if pair is not None])
-        self._timeouts += sum(pair is not None and verdicts[pair] is None for pair in pairs)
-        return [float(pair is not None and verdicts[pair] is True) for pair in pairs]
+        results = [None if pair is None else verdicts[pair] for pair in pairs]
+        self._timeouts += results.count(Failure.RESOURCES)
+        self._unparsed += results.count(Failure.UNPARSED)
+        return [float(result is True) for result in results]
 
     def check_golds(self, answers: Sequence[str]) -> list[str | None]:
-        """Return one reason for each gold answer that a completion cannot meet by boxing it; None for the others."""
+        """Return one reason for each gold answer that a completion cannot meet by boxing it; None for the others.
+
+        Raises:
+            RewardError: the workers cannot start, or the comparison itself failed.
+        """
         faults = {gold: shape_fault(gold) for gold in dict.fromkeys(answers)}
-        hard = [gold for gold, fault in faults.items() if fault is None and not PLAIN_NUMBER.fullmatch(gold.strip())]
-        waiting = {gold: self._submit(why_unmeetable, gold) for gold in hard}
-        for gold, future in waiting.items():
-            try:
-                faults[gold] = future.result()
-            except (FutureTimeoutError, ProcessExpired):
-                faults[gold] = f"comparing it with itself takes longer than {self._seconds:g} s"
+        hard = {gold: gold_answer(gold) for gold, fault in faults.items() if fault is None}
+        hard = {gold: answer for gold, answer in hard.items() if not is_surely_finite(answer)}
+        for gold, reason in zip(hard, self._run(why_unmeetable, [(answer,) for answer in hard.values()]), strict=True):
+            limit = f"comparing it with itself takes more than {self._seconds:g} s or the memory of a worker"
+            faults[gold] = limit if isinstance(reason, Failure) else reason
         return [faults[gold] for gold in answers]
 
     def close(self) -> None:
@@ -83,42 +102,75 @@ class MathGrader:
 
     def _pair(self, prompt: Prompt, text: str) -> Pair | None:
         candidate = extract_answer(text, self._template)
-        return None if candidate is None else (prompt.answer, candidate)
+        return None if candidate is None else (gold_answer(prompt.answer), candidate)
 
-    def _compare(self, pairs: Sequence[Pair]) -> dict[Pair, bool | None]:
-        """Whether each pair is equal; None when it took too long."""
-        alike = {pair: look_alike(*pair) for pair in pairs}
-        waiting = {pair: self._schedule(pair) for pair, same in alike.items() if not same}
-        return {pair: True if same else self._result(waiting[pair]) for pair, same in alike.items()}
+    def _compare(self, pairs: Sequence[Pair]) -> dict[Pair, bool | Failure]:
+        """Return whether each pair is equal, or why that is not known."""
+        verdicts: dict[Pair, bool | Failure] = {pair: True for pair in pairs if look_alike(*pair)}
+        waiting = [pair for pair in pairs if pair not in verdicts]
+        for pair, verdict in zip(waiting, self._run(self._equal, waiting), strict=True):
+            if not isinstance(verdict, bool | Failure):
+                raise RewardError(
+                    f"the comparison of answers returned {verdict!r} for {pair[0]!r} and {pair[1]!r}; "
+                    "make it return True or False"
+                )
+            verdicts[pair] = verdict
+        return verdicts
 
-    def _schedule(self, pair: Pair) -> ProcessFuture[bool]:
-        return self._submit(self._equal, *pair)
+    def _run(self, function: Callable[..., Any], calls: Sequence[tuple[str, ...]]) -> list[Any]:
+        """Return the result of each call in a worker, or its `Failure`.
 
-    def _submit(self, function: Callable[..., Result], *args: str) -> ProcessFuture[Result]:
+        A pool also breaks when an idle worker is killed from outside, so it is replaced once before that is an error.
+        """
+        try:
+            return self._results([self._submit(function, call) for call in calls])
+        except BrokenProcessPool:
+            self._replace_pool()
+        try:
+            return self._results([self._submit(function, call) for call in calls])
+        except BrokenProcessPool as error:
+            self.close()
+            raise RewardError(
+                f"the grader's workers ended twice without a result ({error}); "
+                "see their messages above, and whether the machine has run out of memory"
+            ) from error
+
+    def _results(self, futures: Sequence[ProcessFuture[Any]]) -> list[Any]:
+        return [_result(future) for future in futures]
+
+    def _submit(self, function: Callable[..., Any], call: tuple[str, ...]) -> ProcessFuture[Any]:
         if self._pool is None:
+            if getattr(multiprocessing.current_process(), "_inheriting", False):
+                raise RewardError(
+                    "the main module grades while it is imported, and each worker imports it; "
+                    'put its calls under `if __name__ == "__main__":`'
+                )
             # spawn: a fork of a process with torch's threads can deadlock.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPool(max_workers=self._workers, initializer=_start_worker, context=context)
-        return self._pool.schedule(function, args=args, timeout=self._seconds)
+            self._pool = ProcessPool(max_workers=self._workers, initializer=start_worker, context=context)
+        return self._pool.schedule(function, args=call, timeout=self._seconds)
 
-    @staticmethod
-    def _result(future: ProcessFuture[bool]) -> bool | None:
-        try:
-            return future.result()
-        except (FutureTimeoutError, ProcessExpired):
-            return None
-        except Exception:
-            # math-verify meets whatever a model writes; an answer it cannot digest is a wrong answer.
-            return False
+    def _replace_pool(self) -> None:
+        self.close()
+        reason = why_workers_fail()
+        if reason is not None:
+            raise RewardError(
+                f"the grader's workers cannot start: {reason}. Each worker imports math-verify and the main module "
+                'again; install what is missing, and put what the main module does under `if __name__ == "__main__":`'
+            )
 
 
-def _start_worker() -> None:
-    """Leave interrupts to the parent, bound the memory, and import before any clock runs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))
-    except (ImportError, ValueError, OSError):
-        pass  # Windows has no such limit, and some systems refuse it.
-    import math_verify  # noqa: F401
+def _result(future: ProcessFuture[Any]) -> Any:
+    """Return what a call returned, or the failure that the answers caused; any other error is one of the grader."""
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if isinstance(error, FutureTimeoutError | ProcessExpired | MemoryError):
+        return Failure.RESOURCES
+    if isinstance(error, UnparsedAnswerError):
+        return Failure.UNPARSED
+    if isinstance(error, BrokenProcessPool):
+        raise error
+    raise RewardError(
+        f"the comparison of answers failed in a worker: {last_error(error)}; mend the comparison, or what it needs"
+    ) from error

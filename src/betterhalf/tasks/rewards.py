@@ -36,6 +36,8 @@ class TextGrader:
     """(completion text, answer) -> whether it is right."""
     timeouts: int = 0
     """String work does not run out of time."""
+    unparsed_answers: int = 0
+    """String work reads every answer."""
 
     def rewards(
         self, prompts: Sequence[Prompt], texts: Sequence[str], finish_reasons: Sequence[FinishReason]

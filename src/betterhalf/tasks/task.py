@@ -76,6 +76,11 @@ class Task(Protocol):
         """Name of row `index` for people: its file and row number, or its prompt id."""
         ...
 
+    @property
+    def unparsed_answers(self) -> int:
+        """Answers that could not be read so far; they count as wrong."""
+        ...
+
     def close(self) -> None:
         """End worker processes; calling it twice is harmless."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,9 +47,9 @@ def test_rows_keep_their_order_and_numbers_become_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("{not json", "row 3, is not JSON"),
-        ('["problem", "answer"]', "row 3, is a list"),
-        ('{"problem": "p"}', "row 3: the field `answer` is missing.*this one has 'problem'"),
+        ("{not json", "row 3: it is not JSON"),
+        ('["problem", "answer"]', "row 3: it is a list"),
+        ('{"problem": "p"}', "row 3: the field `answer` is missing .it has 'problem'."),
         ('{"answer": "1"}', "row 3: the field `problem` is missing"),
         ('{"problem": "p", "answer": null}', "row 3: the field `answer` holds no text"),
         ('{"problem": " ", "answer": "1"}', "row 3: the field `problem` holds no text"),
@@ -57,8 +58,16 @@ def test_rows_keep_their_order_and_numbers_become_text(tmp_path: Path) -> None:
 )
 def test_a_bad_row_is_named_by_its_line(tmp_path: Path, bad: str, message: str) -> None:
     path = write(tmp_path, f'{{"problem": "p", "answer": "1"}}\n\n{bad}\n')
-    with pytest.raises(InputError, match=message):
-        load_rows(path, "train")
+    first, second = load_rows(path, "train")
+    assert first.defect is None and second.defect is not None
+    assert re.search(message, f"{second.defect.place}: {second.defect.reason}")
+
+
+def test_bytes_that_are_not_utf_8_spoil_their_row_alone(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"problem": "caf\xe9", "answer": "1"}\n{"problem": "p", "answer": "1"}\n')
+    first, second = load_rows(str(file), "train")
+    assert first.defect is not None and "it is not UTF-8" in first.defect.reason and second.defect is None
 
 
 @pytest.mark.parametrize("text", ["", "\n\n"])

@@ -1,0 +1,126 @@
+"""Exact comparison of sympy expressions. Every function here runs in a worker process, which may be killed."""
+
+from __future__ import annotations
+
+from itertools import islice, product
+from typing import Any
+
+_DIGITS = 60
+_POINTS = ("1.37", "-2.13", "0.61", "-0.29")
+"""Where two expressions are compared: no zeros, no integers, both signs, both sides of 1."""
+
+
+def exact(expression: Any) -> Any:
+    """Return an expression with its decimals as fractions, and each rational constant worked out."""
+    import sympy
+    from latex2sympy2_extended.logic import And
+    from latex2sympy2_extended.sets import FiniteSet
+
+    if isinstance(expression, sympy.MatrixBase):
+        return expression.applyfunc(exact)
+    if isinstance(expression, FiniteSet):
+        return FiniteSet(*map(exact, expression._unsorted_args))
+    if isinstance(expression, sympy.Tuple):
+        return sympy.Tuple(*map(exact, expression.args))
+    if isinstance(expression, sympy.Interval):
+        start, end, left_open, right_open = expression.args
+        return sympy.Interval(exact(start), exact(end), left_open, right_open)
+    if isinstance(expression, And):
+        return And(*map(exact, expression._unsorted_args), evaluate=False)
+    if isinstance(expression, sympy.core.relational.Relational):
+        return expression.func(exact(expression.lhs), exact(expression.rhs), evaluate=False)
+    return _exact_value(expression) if isinstance(expression, sympy.Expr) else expression
+
+
+def _exact_value(expression: Any) -> Any:
+    import sympy
+
+    decimals = {number: sympy.Rational(str(number)) for number in expression.atoms(sympy.Float)}
+    expression = expression.xreplace(decimals) if decimals else expression
+    if not is_constant(expression):
+        return expression
+    value = expression.doit()
+    return value if value.is_Rational else expression
+
+
+def is_constant(expression: Any) -> bool:
+    """Return whether an expression is a number, without a variable."""
+    import sympy
+
+    return isinstance(expression, sympy.Expr) and bool(expression.is_number)
+
+
+def same_constant(gold: Any, candidate: Any, decimals: int | None = None) -> bool:
+    """Return whether two numbers are equal: fractions exactly, others to 40 digits.
+
+    Args: `decimals` of a gold answer that is itself a rounded number; the candidate may then round to it.
+    """
+    import sympy
+
+    if gold.has(sympy.nan, sympy.zoo) or candidate.has(sympy.nan, sympy.zoo):
+        return False
+    if gold == candidate or not (gold.is_finite and candidate.is_finite):
+        return bool(gold == candidate)
+    if decimals is None and gold.is_Rational and candidate.is_Rational:
+        return False
+    left, right = gold.doit().evalf(_DIGITS), candidate.doit().evalf(_DIGITS)
+    distance, size = abs(left - right), max(abs(left), abs(right))
+    if decimals is not None:
+        return bool(distance <= sympy.Rational(1, 2 * 10**decimals))
+    if min(abs(left), abs(right)) < sympy.Rational(1, 10**30):
+        return bool(sympy.simplify(gold - candidate) == 0)  # digits say nothing about a sum that vanishes
+    return bool(distance <= size * sympy.Rational(1, 10**40))
+
+
+def equal_if_positive(gold: Any, candidate: Any) -> bool:
+    """Return whether two expressions are equal for positive variables, such as sqrt(1/n) and 1/sqrt(n)."""
+    import sympy
+
+    if not (isinstance(gold, sympy.Expr) and isinstance(candidate, sympy.Expr)):
+        return False
+    names = {symbol: sympy.Dummy(symbol.name, positive=True) for symbol in gold.free_symbols}
+    if not names or gold.free_symbols != candidate.free_symbols:
+        return False
+    return bool(sympy.simplify(gold.xreplace(names) - candidate.xreplace(names)) == 0)
+
+
+def differ_somewhere(gold: Any, candidate: Any) -> bool:
+    """Return whether two expressions differ at one of a few points where at least one of them is real.
+
+    It overrules a comparison within tolerances, which takes e^{-50}x for e^{-60}x, and one for positive variables
+    only, which takes sqrt(x^2) for x.
+    """
+    import sympy
+
+    if not (isinstance(gold, sympy.Expr) and isinstance(candidate, sympy.Expr)):
+        return False
+    symbols = sorted(gold.free_symbols | candidate.free_symbols, key=str)
+    if not symbols or gold.free_symbols != candidate.free_symbols:
+        return False
+    points = islice(product(_POINTS, repeat=len(symbols)), 64)
+    return any(
+        _differ(gold, candidate, dict(zip(symbols, map(sympy.Rational, point), strict=True))) for point in points
+    )
+
+
+def _differ(gold: Any, candidate: Any, point: dict[Any, Any]) -> bool:
+    values = [side.xreplace(point).doit().evalf(30) for side in (gold, candidate)]
+    if not all(value.is_number and value.is_finite for value in values):
+        return False
+    if not any(value.is_real for value in values):
+        return False
+    return bool(abs(values[0] - values[1]) > max(map(abs, values)) * 1e-20)
+
+
+def both_unsolvable(gold: Any, candidate: Any) -> bool:
+    """Return whether two different equations have no solution: math-verify compares solutions, and finds none alike."""
+    import sympy
+
+    if not (isinstance(gold, sympy.Eq) and isinstance(candidate, sympy.Eq)):
+        return False
+    left, right = gold.lhs - gold.rhs, candidate.lhs - candidate.rhs
+    if not (isinstance(left, sympy.Expr) and isinstance(right, sympy.Expr)):
+        return False
+    if right == 0 or sympy.simplify(left / right).is_constant():
+        return False
+    return not sympy.solve(left, left.free_symbols)

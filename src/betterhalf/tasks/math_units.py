@@ -1,0 +1,86 @@
+"""Split an answer into a value and the unit written after it."""
+
+from __future__ import annotations
+
+import re
+
+_TEXT_UNIT = re.compile(
+    r"(.*[\d})%a-zA-Z$])(?:\\[ ,;:]|[\s~])*\\(?:text|mbox|mathrm|textrm)\s*\{([^{}]*)\}(\^\{?\d\}?)?", re.S
+)
+_BARE_UNIT = re.compile(
+    r"(.*[\d})])(?:\\[ ,;:]|[\s~])*((?:[A-Za-z]+\.?)(?:\s+[A-Za-z]+\.?){0,2})(\^\{?\d\}?)?", re.DOTALL
+)
+_SHORT = frozenset({"mm", "cm", "dm", "km", "ft", "in", "yd", "mi", "kg", "mg", "lb", "lbs", "oz", "ml", "mph", "sq"})
+_SHORT_WORDS = frozenset({"day", "men", "sec", "min", "hrs", "hr", "kph", "feet", "inch"})
+_NOT_UNITS = frozenset(
+    {
+        *("or", "and", "if", "is", "for", "when", "where", "not", "over", "times", "plus", "minus", "mod", "modulo"),
+        *("hundred", "thousand", "million", "billion", "trillion", "dozen", "percent", "base", "even", "odd", "prime"),
+        *("pi", "sqrt", "sin", "cos", "tan", "log", "exp", "infinity", "infty"),
+        *("alpha", "beta", "gamma", "delta", "theta", "lambda", "sigma", "omega"),
+    }
+)
+"""Words behind a number that belong to its value, or make it a condition."""
+_SAME = {
+    "mm": "millimeter millimetre",
+    "cm": "centimeter centimetre",
+    "m": "meter metre",
+    "km": "kilometer kilometre",
+    "in": "inch inches",
+    "ft": "foot feet",
+    "yd": "yard",
+    "mi": "mile",
+    "mg": "milligram",
+    "g": "gram",
+    "kg": "kilogram",
+    "lb": "pound",
+    "s": "sec second",
+    "min": "minute",
+    "h": "hr hour",
+    "day": "day",
+    "week": "week",
+    "month": "month",
+    "year": "year yr",
+    "dollar": "dollar",
+    "cent": "cent",
+    "am": "am",
+    "pm": "pm",
+    "radian": "radian rad",
+    "degree": "degree deg",
+}
+_NAME = {word: unit for unit, words in _SAME.items() for word in (unit, *words.split())}
+
+
+def split_unit(answer: str) -> tuple[str, str]:
+    """Return the value and the unit: (5, cm) of `5 \\text{ cm}` or `5 cm`; the unit is empty if there is none.
+
+    A single letter behind a number, as in 2h, is a variable.
+    """
+    found = _TEXT_UNIT.fullmatch(answer)
+    if found and _may_be_unit(found[2]):
+        return found[1].strip(), found[2] + (found[3] or "")
+    found = _BARE_UNIT.fullmatch(answer)
+    if found and _may_be_unit(found[2]) and _is_word(found[2].split()[0].rstrip(".").lower()):
+        return found[1].strip(), found[2] + (found[3] or "")
+    return answer, ""
+
+
+def units_differ(first: str, second: str) -> bool:
+    """Return whether both units are known and name different things; a missing or unknown unit differs from none."""
+    names = [_name(unit) for unit in (first, second)]
+    return None not in names and names[0] != names[1]
+
+
+def _may_be_unit(text: str) -> bool:
+    words = re.findall(r"[a-z]+", text.lower())
+    return bool(words) and not re.search(r"\d", text) and not _NOT_UNITS & set(words) and len(words) <= 4
+
+
+def _is_word(word: str) -> bool:
+    return len(word) >= 4 or word in _SHORT or word in _SHORT_WORDS
+
+
+def _name(unit: str) -> str | None:
+    """Return the canonical name of a simple unit; None for one that is not in the table, such as an area."""
+    word = re.sub(r"[\s.]", "", unit).lower()
+    return _NAME.get(word) or _NAME.get(word.removesuffix("s"))
