@@ -30,6 +30,11 @@ _SYMBOLS = {
     "\N{GREATER-THAN OR EQUAL TO}": r"\ge ",
     "\N{DEGREE SIGN}": r"^\circ",
     "\N{NO-BREAK SPACE}": " ",
+    "\N{SUPERSCRIPT TWO}": "^2",
+    "\N{SUPERSCRIPT THREE}": "^3",
+    "\N{VULGAR FRACTION ONE HALF}": r"\frac{1}{2}",
+    "\N{VULGAR FRACTION ONE QUARTER}": r"\frac{1}{4}",
+    "\N{VULGAR FRACTION THREE QUARTERS}": r"\frac{3}{4}",
 }
 """Signs that models and data sets write instead of LaTeX."""
 _WRAPPERS = tuple(
@@ -44,6 +49,9 @@ _WRAPPERS = tuple(
 _SPELLING = (
     (re.compile(r"\\!|\\displaystyle(?![a-zA-Z])"), ""),
     _THOUSANDS,
+    (re.compile(r"\N{SQUARE ROOT}\s*([0-9]+|[a-zA-Z])"), r"\\sqrt{\1}"),
+    (re.compile(r"\\?(?<![a-zA-Z])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(r"^-?\d{1,3}(?: \d{3})+$"), lambda found: found[0].replace(" ", "")),
     (re.compile(r"(?<!\\)\{(\d{1,3}(?:,\d{3})+)\}"), lambda found: "{" + found[1].replace(",", "") + "}"),
     (re.compile(r"\\([dt]?frac)\s*\\pi\s*(\d)(?!\d)"), r"\\\1{\\pi}{\2}"),
     (re.compile(r"\s*(?:\\text\{\s*per\s?cent\s*\}|\bper\s?cent|\\?%)$", re.IGNORECASE), r"\\%"),

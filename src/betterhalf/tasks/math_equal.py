@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import traceback
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -16,10 +17,12 @@ from typing import Any
 from betterhalf.tasks.math_answer import spell_plainly
 from betterhalf.tasks.math_exact import (
     both_unsolvable,
+    contradicts,
     differ_somewhere,
     equal_if_positive,
     exact,
     is_constant,
+    lengths_differ,
     same_constant,
 )
 from betterhalf.tasks.math_units import split_unit, units_differ
@@ -30,6 +33,7 @@ _BASE = re.compile(r"(?<=[0-9A-Z)])_\s*(?:\{\s*(?:\\text\s*\{)?\s*(\w+)\s*\}?\s*
 _TIME = re.compile(r"0*(\d{1,2}):(\d{2}(?::\d{2})?)")
 _DOTS = re.compile(r"\\[lcdv]?dots[cbmi]?(?![a-zA-Z])|\.\.\.|\u2026")
 _ROUNDED = re.compile(r"-?\d*\.(\d{6,})")
+_LIBRARIES = frozenset({"sympy", "mpmath", "latex2sympy2_extended", "math_verify", "antlr4"})
 _BASE_NAMES = {
     "two": "2",
     "three": "3",
@@ -74,9 +78,12 @@ def why_unmeetable(gold: str) -> str | None:
     if _by_form(value, value):
         return None
     parsed = _parse(value.removesuffix("\\%"))[0]
-    if parsed is None or _verify(parsed, parsed):
-        return None
-    return "its value does not equal itself; is it infinite, or divided by zero?"
+    try:
+        if parsed is None or _compared(value, parsed, parsed):
+            return None
+    except UnparsedAnswerError:
+        pass
+    return "its value does not equal itself; it may divide by zero"
 
 
 def _by_form(gold: str, candidate: str) -> bool | None:
@@ -132,9 +139,25 @@ def _same(gold: str, candidate: str) -> bool:
         return True
     if right is None:
         raise UnparsedAnswerError(candidate)
-    if left is None:
+    if left is None or ("\\{" not in gold + candidate and lengths_differ(left, right)):
         return False
-    left, right = exact(left), exact(right)
+    return _compared(gold, left, right)
+
+
+def _compared(gold: str, left: Any, right: Any) -> bool:
+    try:
+        return _equal_values(gold, exact(left), exact(right))
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:
+        if not _is_of_library(error):
+            raise
+        raise UnparsedAnswerError(f"{type(error).__name__} in sympy") from error
+
+
+def _equal_values(gold: str, left: Any, right: Any) -> bool:
+    if contradicts(right):
+        return False
     if is_constant(left) and is_constant(right):
         rounded = _ROUNDED.fullmatch(gold)
         return same_constant(left, right, len(rounded[1]) if rounded else None)
@@ -143,10 +166,16 @@ def _same(gold: str, candidate: str) -> bool:
     return equal_if_positive(left, right) and not differ_somewhere(left, right)
 
 
+def _is_of_library(error: Exception) -> bool:
+    """Return whether sympy, or what it stands on, failed on an expression: models write anything."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES for frame, _ in frames)
+
+
 def _verify(gold: Any, candidate: Any) -> bool:
     from math_verify import verify
 
-    return bool(verify([gold], [candidate], timeout_seconds=None))
+    return bool(verify([gold], [candidate], timeout_seconds=None, raise_on_error=True))
 
 
 def _parse(answer: str) -> tuple[Any | None, str]:
@@ -161,9 +190,9 @@ def _parse(answer: str) -> tuple[Any | None, str]:
 
 @lru_cache(maxsize=1)
 def _config() -> Any:
-    """Read the box alone, and leave units: math-verify takes 2h for two hours."""
+    """Read the whole box or nothing, not a fraction inside it; leave units, since math-verify takes 2h for 2 hours."""
     from math_verify import LatexExtractionConfig
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    default = LatexExtractionConfig(boxed_match_priority=0)
+    default = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
     return replace(default, normalization_config=replace(default.normalization_config, units=False))

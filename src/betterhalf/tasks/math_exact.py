@@ -11,7 +11,7 @@ _POINTS = ("1.37", "-2.13", "0.61", "-0.29")
 
 
 def exact(expression: Any) -> Any:
-    """Return an expression with its decimals as fractions, and each rational constant worked out."""
+    """Return an expression with its decimals as fractions, each rational constant worked out, and i as sqrt(-1)."""
     import sympy
     from latex2sympy2_extended.logic import And
     from latex2sympy2_extended.sets import FiniteSet
@@ -22,7 +22,7 @@ def exact(expression: Any) -> Any:
         return FiniteSet(*map(exact, expression._unsorted_args))
     if isinstance(expression, sympy.Tuple):
         return sympy.Tuple(*map(exact, expression.args))
-    if isinstance(expression, sympy.Interval):
+    if isinstance(expression, sympy.Interval) and expression.args:  # the reals are one without
         start, end, left_open, right_open = expression.args
         return sympy.Interval(exact(start), exact(end), left_open, right_open)
     if isinstance(expression, And):
@@ -35,8 +35,9 @@ def exact(expression: Any) -> Any:
 def _exact_value(expression: Any) -> Any:
     import sympy
 
-    decimals = {number: sympy.Rational(str(number)) for number in expression.atoms(sympy.Float)}
-    expression = expression.xreplace(decimals) if decimals else expression
+    changes = {number: sympy.Rational(str(number)) for number in expression.atoms(sympy.Float)}
+    changes |= {symbol: sympy.I for symbol in expression.free_symbols if symbol.name == "i"}
+    expression = expression.xreplace(changes) if changes else expression
     if not is_constant(expression):
         return expression
     value = expression.doit()
@@ -124,3 +125,18 @@ def both_unsolvable(gold: Any, candidate: Any) -> bool:
     if right == 0 or sympy.simplify(left / right).is_constant():
         return False
     return not sympy.solve(left, left.free_symbols)
+
+
+def contradicts(candidate: Any) -> bool:
+    """Return whether an equation between numbers is wrong, such as 7 = 5."""
+    import sympy
+
+    if not (isinstance(candidate, sympy.Eq) and is_constant(candidate.lhs) and is_constant(candidate.rhs)):
+        return False
+    return not same_constant(candidate.lhs, candidate.rhs)
+
+
+def lengths_differ(gold: Any, candidate: Any) -> bool:
+    """Return whether two lists differ in length; read as sets, 1,1,2 would be 1,2."""
+    members = [getattr(side, "_unsorted_args", None) for side in (gold, candidate)]
+    return None not in members and len({len(side) for side in members if side is not None}) > 1

@@ -148,7 +148,10 @@ class MathGrader:
             # spawn: a fork of a process with torch's threads can deadlock.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPool(max_workers=self._workers, initializer=start_worker, context=context)
-        return self._pool.schedule(function, args=call, timeout=self._seconds)
+        try:
+            return self._pool.schedule(function, args=call, timeout=self._seconds)
+        except RuntimeError as error:  # pebble's word for a pool that broke between two batches
+            raise BrokenProcessPool(str(error)) from error
 
     def _replace_pool(self) -> None:
         self.close()

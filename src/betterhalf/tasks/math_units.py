@@ -21,6 +21,7 @@ _NOT_UNITS = frozenset(
     }
 )
 """Words behind a number that belong to its value, or make it a condition."""
+_POWER = re.compile(r"(square|sq|cubic|cu|)(.*?)(\d?)", re.DOTALL)
 _SAME = {
     "mm": "millimeter millimetre",
     "cm": "centimeter centimetre",
@@ -80,7 +81,10 @@ def _is_word(word: str) -> bool:
     return len(word) >= 4 or word in _SHORT or word in _SHORT_WORDS
 
 
-def _name(unit: str) -> str | None:
-    """Return the canonical name of a simple unit; None for one that is not in the table, such as an area."""
-    word = re.sub(r"[\s.]", "", unit).lower()
-    return _NAME.get(word) or _NAME.get(word.removesuffix("s"))
+def _name(unit: str) -> tuple[str, str] | None:
+    """Return the canonical name and the power of a unit, (ft, 2) of `sq. ft`; None for one not in the table."""
+    found = _POWER.fullmatch(re.sub(r"[\s.{}^]", "", unit).lower())
+    assert found is not None  # the pattern takes any text
+    area, word, power = found.groups()
+    name = _NAME.get(word) or _NAME.get(word.removesuffix("s"))
+    return (name, power or {"s": "2", "c": "3"}.get(area[:1], "1")) if name else None

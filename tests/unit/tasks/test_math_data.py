@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +38,12 @@ def write(tmp_path: Path, text: str) -> str:
     return str(file)
 
 
+def defect_of(row: MathRow) -> str:
+    """The reason why a row cannot be read."""
+    assert row.defect is not None
+    return f"{row.defect.place}: {row.defect.reason}; {row.defect.fix}"
+
+
 def test_rows_keep_their_order_and_numbers_become_text(tmp_path: Path) -> None:
     path = write(tmp_path, '{"problem": "1+1?", "answer": 2, "level": 1}\n\n{"answer": "\\\\frac12", "problem": "p"}\n')
     assert load_rows(path, "train") == [
@@ -59,8 +67,7 @@ def test_rows_keep_their_order_and_numbers_become_text(tmp_path: Path) -> None:
 def test_a_bad_row_is_named_by_its_line(tmp_path: Path, bad: str, message: str) -> None:
     path = write(tmp_path, f'{{"problem": "p", "answer": "1"}}\n\n{bad}\n')
     first, second = load_rows(path, "train")
-    assert first.defect is None and second.defect is not None
-    assert re.search(message, f"{second.defect.place}: {second.defect.reason}")
+    assert first.defect is None and re.search(message, defect_of(second))
 
 
 def test_bytes_that_are_not_utf_8_spoil_their_row_alone(tmp_path: Path) -> None:
@@ -68,6 +75,46 @@ def test_bytes_that_are_not_utf_8_spoil_their_row_alone(tmp_path: Path) -> None:
     file.write_bytes(b'{"problem": "caf\xe9", "answer": "1"}\n{"problem": "p", "answer": "1"}\n')
     first, second = load_rows(str(file), "train")
     assert first.defect is not None and "it is not UTF-8" in first.defect.reason and second.defect is None
+
+
+@pytest.mark.parametrize(
+    ("number", "digits"),
+    [
+        ("1e22", "10000000000000000000000"),
+        ("0.00001", "0.00001"),
+        ("1E-7", "0.0000001"),
+        ("2.50", "2.50"),
+        ("12345678901234567890123", "12345678901234567890123"),
+        ("0.1000000000000000055511151231257827", "0.1000000000000000055511151231257827"),
+    ],
+)
+def test_a_number_keeps_the_digits_it_is_written_with(tmp_path: Path, number: str, digits: str) -> None:
+    path = write(tmp_path, f'{{"problem": 7, "answer": {number}, "score": NaN}}')
+    assert load_rows(path, "train") == [MathRow(problem="7", answer=digits)]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999999999", "9" * 5000])
+@pytest.mark.parametrize("field", ["problem", "answer"])
+def test_a_number_that_no_answer_equals_is_refused(tmp_path: Path, number: str, field: str) -> None:
+    row = {"problem": '"p"', "answer": '"1"'} | {field: number}
+    path = write(tmp_path, f'{{"problem": {row["problem"]}, "answer": {row["answer"]}}}')
+    assert re.search(rf"row 1: the field `{field}` is .*; give a finite number", defect_of(load_rows(path, "train")[0]))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    path = write(tmp_path, '\ufeff{"problem": "p", "answer": "1"}\n')
+    assert load_rows(path, "train") == [MathRow(problem="p", answer="1")]
+
+
+def test_numbers_of_a_hub_row_are_read_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[dict[str, Any]] = [{"problem": "p", "answer": answer} for answer in (1e22, 1e-05, 5.0, Decimal("1E+3"))]
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: rows))
+    answers = [row.answer for row in load_rows("org/name", "test")]
+    assert answers == ["10000000000000000000000", "0.00001", "5.0", "1000"]
+    for bad in (math.nan, math.inf, 10**5000):
+        rows.append({"problem": "p", "answer": bad})
+        assert "row 5: the field `answer` is" in defect_of(load_rows("org/name", "test")[4])
+        rows.pop()
 
 
 @pytest.mark.parametrize("text", ["", "\n\n"])

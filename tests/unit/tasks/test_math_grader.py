@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
+from betterhalf.errors import RewardError
 from betterhalf.tasks.math_grader import MathGrader
 from betterhalf.types import Prompt
 
@@ -67,3 +74,162 @@ def test_closing_twice_is_harmless_and_grading_goes_on_after(grader: MathGrader)
     grader.close()
     grader.close()
     assert grader.rewards([prompt("3")], [r"\boxed{6/2}"], ["stop"]) == [1.0]
+
+
+def test_an_answer_that_cannot_be_read_scores_nothing_and_is_counted(grader: MathGrader) -> None:
+    texts = [r"\boxed{+\times}", r"\boxed{+\times}", r"\boxed{4}", "3"]
+    assert grader.rewards([prompt("3")] * 4, texts, ["stop"] * 4) == [0.0] * 4
+    assert (grader.unparsed_answers, grader.timeouts) == (2, 0)
+
+
+COMPARISONS = """
+import pickle, sys
+from betterhalf.tasks.math_equal import UnparsedAnswerError
+
+def bare_type_error(gold, candidate):
+    return len(3)
+
+def missing_package(gold, candidate):
+    import no_such_package
+
+def leaves(gold, candidate):
+    sys.exit("bye")
+
+def no_verdict(gold, candidate):
+    return None
+
+def too_much(gold, candidate):
+    raise MemoryError
+
+def unreadable(gold, candidate):
+    raise UnparsedAnswerError(candidate)
+"""
+
+
+@pytest.fixture
+def comparing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], MathGrader]]:
+    """Make a grader with one of COMPARISONS, from a module that workers can import."""
+    (tmp_path / "comparisons_for_a_test.py").write_text(COMPARISONS, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    made: list[MathGrader] = []
+
+    def make(name: str) -> MathGrader:
+        equal = getattr(import_module("comparisons_for_a_test"), name)
+        made.append(MathGrader("chat", seconds=10.0, workers=1, equal=equal))
+        return made[-1]
+
+    yield make
+    for grader in made:
+        grader.close()
+    sys.modules.pop("comparisons_for_a_test", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("bare_type_error", r"failed in a worker: TypeError: object of type 'int' has no len\(\)"),
+        ("missing_package", "failed in a worker: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("leaves", "failed in a worker: SystemExit: bye"),
+        ("no_verdict", "returned None for '3' and '4'; make it return True or False"),
+    ],
+)
+def test_a_comparison_that_fails_is_an_error(comparing: Callable[[str], MathGrader], name: str, words: str) -> None:
+    with pytest.raises(RewardError, match=words):
+        comparing(name).rewards([prompt("3")], [r"\boxed{4}"], ["stop"])
+
+
+def test_a_comparison_may_run_out_of_memory_or_find_no_answer(comparing: Callable[[str], MathGrader]) -> None:
+    for name, counts in (("too_much", (1, 0)), ("unreadable", (0, 1))):
+        grader = comparing(name)
+        assert grader.rewards([prompt("3")], [r"\boxed{4}"], ["stop"]) == [0.0]
+        assert (grader.timeouts, grader.unparsed_answers) == counts
+
+
+def test_a_comparison_that_no_worker_can_import_is_an_error() -> None:
+    grader = MathGrader("chat", seconds=10.0, workers=1, equal=lambda gold, candidate: True)
+    try:
+        with pytest.raises(RewardError, match="PicklingError|AttributeError"):
+            grader.rewards([prompt("3")], [r"\boxed{4}"], ["stop"])
+    finally:
+        grader.close()
+
+
+def test_workers_that_miss_a_package_are_an_error_that_names_it(
+    grader: MathGrader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "math_verify.py").write_text("import a_package_that_is_missing", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RewardError, match="cannot start: ModuleNotFoundError: No module named 'a_package_that"):
+        grader.rewards([prompt("3")], [r"\boxed{6/2}"], ["stop"])
+
+
+SCRIPT = """
+from betterhalf.tasks.math_grader import MathGrader
+from betterhalf.types import Prompt
+
+def main():
+    grader = MathGrader("chat", seconds=5.0, workers=2)
+    print(grader.rewards([Prompt(prompt_id="0", text="", token_ids=(1,), answer="3")], [r"\\boxed{6/2}"], ["stop"]))
+    grader.close()
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("main()", "cannot start: betterhalf.errors.RewardError: the main module grades while it is imported"),
+        ("if __name__ != '__main__': raise KeyError('no such setting')\nmain()", "KeyError: 'no such setting'"),
+        ("import os\nif __name__ != '__main__': os._exit(7)\nmain()", "cannot start: it ends with status 7"),
+    ],
+)
+def test_a_main_module_that_workers_cannot_import_is_an_error(tmp_path: Path, call: str, words: str) -> None:
+    done = run_script(tmp_path, call)
+    assert done.returncode == 1
+    error = done.stderr.strip().splitlines()[-1]
+    assert error.startswith("betterhalf.errors.RewardError: the grader's workers cannot start")
+    assert words in error
+    assert '`if __name__ == "__main__":`' in error
+
+
+def test_a_guarded_main_module_grades(tmp_path: Path) -> None:
+    assert run_script(tmp_path, 'if __name__ == "__main__":\n    main()').stdout == "[1.0]\n"
+
+
+def run_script(folder: Path, call: str) -> subprocess.CompletedProcess[str]:
+    script = folder / "script.py"
+    script.write_text(SCRIPT + call + "\n", encoding="utf-8")
+    return subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_an_idle_worker_that_is_killed_is_replaced(grader: MathGrader) -> None:
+    assert grader.rewards([prompt("3")], [r"\boxed{6/2}"], ["stop"]) == [1.0]
+    (worker,) = [child for child in multiprocessing.active_children() if child.name == "pebble_pool_worker"]
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(0.5)
+    assert grader.rewards([prompt("3")], [r"\boxed{9/3}"], ["stop"]) == [1.0]
+
+
+def test_golds_are_checked_once_each_and_in_their_order(grader: MathGrader) -> None:
+    golds = ["5", "#### 5", r"\frac{1}{0}", "5", "{", r"\frac{1}{0}", r"\log_2 8", "#### "]
+    reasons = grader.check_golds(golds)
+    assert [reason is None for reason in reasons] == [True, True, False, True, False, False, True, False]
+    assert "divide by zero" in str(reasons[2])
+    assert reasons[2] == reasons[5]
+
+
+def test_simple_golds_start_no_worker(grader: MathGrader) -> None:
+    assert grader.check_golds(["5", r"\frac{17}{2}", r"\text{even}", "x^2 + 1"]) == [None] * 4
+    assert grader._pool is None
+
+
+def test_a_gold_that_takes_too_long_is_named(grader: MathGrader) -> None:
+    (reason,) = grader.check_golds([r"\frac{1}{10^{10^{10}}} + \log 2"])
+    assert "takes more than 1 s" in str(reason)
+
+
+def test_gold_fields_are_read_before_they_are_compared(grader: MathGrader) -> None:
+    golds = ["6 / 2 = 3\n#### 3", "The answer is 3", "1e+22"]
+    texts = [r"\boxed{3}", r"\boxed{3}", r"\boxed{10^{22}}"]
+    assert grader.rewards([prompt(gold) for gold in golds], texts, ["stop"] * 3) == [1.0] * 3
