@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from betterhalf.errors import EngineError
+from betterhalf.models import loading
 from betterhalf.run_dir import read_json, read_jsonl, write_json_atomic
 from betterhalf.runs import assembly
 from betterhalf.tasks.rewards import TextGrader
@@ -57,7 +58,7 @@ def test_a_bad_row_beyond_the_first_thousands_is_found_before_the_first_step(tra
     assert not run.exists()
 
     message = train(0, *MATH, data, "task.bad_rows=skip")
-    assert "task.bad_rows=skip leaves out 1 rows and keeps 2099" in message and message.count("row 2090") == 1
+    assert "task.bad_rows=skip leaves out 1 of 2100 rows:" in message and message.count("row 2090") == 1
     assert [row["row"].rpartition(", ")[2] for row in read_jsonl(run / "bad_rows.jsonl")] == ["row 2090"]
     assert read_json(run / "summary.json")["rows_left_out"] == 1
     train(0, *MATH, data, "task.bad_rows=skip", "--resume")
@@ -90,7 +91,7 @@ def test_a_sanity_test_leaves_bad_rows_out_of_its_set_and_resumes(
     assert "row 2: its prompt" in ends(2, *sanity)
     assert not (tmp_path / "run").exists()
     ends(1, *sanity, "task.bad_rows=skip", "sanity.pass_accuracy=1")
-    assert len(shown) == 1 and "leaves out 2 rows and keeps 4" in shown[0]
+    assert len(shown) == 1 and "leaves out 2 of 6 rows" in shown[0]
     counted = read_jsonl(tmp_path / "run" / "perfectible.jsonl")[1:]
     assert [row["prompt_id"] for row in counted] == ["math/0", "math/2", "math/3", "math/5"]
     assert read_json(tmp_path / "run" / "summary.json")["rows_left_out"] == 2
@@ -102,6 +103,20 @@ def test_a_sanity_test_leaves_bad_rows_out_of_its_set_and_resumes(
     data_file(tmp_path, rows)
     message = ends(2, *resume)
     assert "1 of 4 prompts" in message and "data.jsonl, row 4" in message and "task.allow_changed_data" in message
+
+
+def test_a_chat_template_that_raises_is_bad_input(train: Ends, ends: Ends, tmp_path: Path) -> None:
+    model = shutil.copytree(Path(loading.__file__).parent / "demo", tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{{ raise_exception('System role not supported') }}")
+    data = data_file(tmp_path, sums(3))
+    for message in (
+        train(2, f"model={model}", "task=math", data),
+        train(2, f"model={model}", "task.style=word_problem"),
+        ends(2, "doctor", model, "task.style=word_problem"),
+    ):
+        assert "fails with TemplateError: System role not supported" in message
+        assert "Correct the template (chat_template.jinja" in message
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("verb", ["doctor", "probe"])

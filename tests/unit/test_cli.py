@@ -166,7 +166,7 @@ def test_config_prints_toml_and_the_difference_of_two(capsys: pytest.CaptureFixt
         (["--jsn"], "unknown option '--jsn'"),
         (["train", SMOKE, "--resum"], "unknown option '--resum'. Did you mean --resume?"),
         (["train", SMOKE, "--seed=3"], "Settings are written without dashes: seed=3."),
-        (["evaluate", "demo", "--resume"], "unknown option '--resume'"),
+        (["doctor", "demo", "--resume"], "unknown option '--resume'"),
         (["train"], "train takes EXPERIMENT, got nothing."),
         (["train", "a", "b"], "train takes EXPERIMENT, got a b."),
         (["export", "a"], "export takes RUN DIR, got a."),

@@ -145,8 +145,8 @@ def load_task(model: LoadedModel, config: RunConfig, *, rows: int | None = None)
         task.close()
         raise
     if screened.left_out:
-        key, kept = bad_rows_rule(config).key, len(screened)
-        lines = [f"{key}=skip leaves out {len(screened.left_out)} rows and keeps {kept}:", *listing(screened.left_out)]
+        key, left = bad_rows_rule(config).key, screened.left_out
+        lines = [f"{key}=skip leaves out {len(left)} of {len(left) + len(screened)} rows:", *listing(left)]
         show_note("\n".join(lines), mode=config.logging.console)
     return screened
 

@@ -208,11 +208,11 @@ def _refusal(bad: Sequence[BadRow], looked_at: int, rule: BadRowRule) -> str:
     fixes = _fixes(bad)
     if rule.action == "refuse" and len(bad) < looked_at:
         fixes.append(f"leave such rows out with {rule.key}=skip")
-    cure = f"{_listed(fixes)}."
-    cure = cure[0].upper() + cure[1:]
+    advice = f"{_listed(fixes)}."
+    advice = advice[0].upper() + advice[1:]
     if len(bad) == 1:
-        return f"{bad[0].place}: {bad[0].reason} (1 of {looked_at} rows cannot be used). {cure}"
-    return "\n".join([f"{len(bad)} of {looked_at} rows cannot be used:", *listing(bad), cure])
+        return f"{bad[0].place}: {bad[0].reason} (1 of {looked_at} rows cannot be used). {advice}"
+    return "\n".join([f"{len(bad)} of {looked_at} rows cannot be used:", *listing(bad), advice])
 
 
 def _fixes(bad: Sequence[BadRow]) -> list[str]:
