@@ -209,7 +209,7 @@ def test_a_set_whose_prompts_have_changed_is_refused_unless_allowed(tmp_path: Pa
     base = MathTask(path=str(tmp_path / "rows.jsonl"), template="none")
     path, _ = math_set(tmp_path, ["a", "b", "c"], ["math/0", "math/1", "math/2"], base)
     Path(base.path).write_text("".join(json.dumps({"problem": text, "answer": "2"}) + "\n" for text in "aBc"))
-    with pytest.raises(InputError, match=r"1 of 3 prompts .* rows.jsonl, row 2. .*task.base.allow_changed_data=true"):
+    with pytest.raises(InputError, match=r"1 of 3 prompts .*rows.jsonl, row 2. .*task.base.allow_changed_data=true"):
         build_task(PerfectibleTask(path=str(path), base=base), Characters())
     allowed = base.model_copy(update={"allow_changed_data": True})
     assert build_task(PerfectibleTask(path=str(path), base=allowed), Characters()).prompt(1).text == "B"
