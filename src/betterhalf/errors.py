@@ -9,7 +9,7 @@
     +-- RunError            (RuntimeError)  exit 3   failure while running
         +-- EngineError                     exit 3   the rollout engine failed or returned nonsense
         |   +-- EngineDiedError             exit 3   the engine's process ended; a new one can take over
-        +-- RewardError                     exit 3   a reward is not a finite number
+        +-- RewardError                     exit 3   a reward is not a finite number, or the grader cannot work
         +-- WeightSyncError                 exit 3   the engine does not hold the weights it was sent
         +-- LossScaleError                  exit 3   the loss scale is at its floor and still overflows
         +-- NumericsError                   exit 3   the trainer's logprobs are not finite
@@ -65,7 +65,7 @@ class EngineDiedError(EngineError):
 
 
 class RewardError(RunError):
-    """A reward is NaN, infinite, or there is one too many or too few."""
+    """A reward is NaN or infinite, one is missing or extra, or the grader cannot start or fails by itself."""
 
 
 class WeightSyncError(RunError):

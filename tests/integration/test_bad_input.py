@@ -314,3 +314,22 @@ def test_a_reward_that_takes_too_long_scores_nothing_and_is_counted(
     (row,) = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert row["rollout/reward_timeouts"] == 4
     assert row["rollout/reward/mean"] == 0
+
+
+def test_an_answer_that_cannot_be_read_scores_nothing_and_is_counted(
+    train: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(math_grader, "extract_answer", lambda *_: r"+\times")
+    train(0, *MATH, data_file(tmp_path, SUM), "task.reward_workers=1")
+    (row,) = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert row["rollout/unparsed_answers"] == 4
+    assert (row["rollout/reward_timeouts"], row["rollout/reward/mean"]) == (0, 0)
+
+
+def test_a_grader_that_cannot_start_stops_the_run(train: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "math_verify.py").write_text("import a_package_that_is_missing", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(math_grader, "extract_answer", lambda *_: "3^2")
+    message = train(3, *MATH, data_file(tmp_path, SUM), "task.reward_workers=1")
+    assert "cannot start: ModuleNotFoundError: No module named 'a_package_that_is_missing'" in message
+    assert "install what is missing" in message

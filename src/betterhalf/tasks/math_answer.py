@@ -65,7 +65,7 @@ _ANSWER_IS = re.compile(
 )
 _WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _MARKUP = re.compile(r"\\(?:begin|end)\{[^{}]*\}|\\(?:text|mbox|mathrm|textbf|textit)\b")
-_VERBS = frozenset({"is", "are", "was", "were", "equals", "becomes", "gives", "has", "have", "be", "gets", "sold"})
+_VERBS = frozenset({"is", "are", "was", "were", "equals", "becomes", "gives", "has", "have", "be", "gets"})
 _FINITE = re.compile(
     r"(?:[0-9A-Za-z\s+=,.()\[\]{}<>|$%&-]|\\[\\{}$%!,;: ]"
     r"|\\[dt]?frac\s*(?:\{-?[\w+ -]*\}\s*\{[1-9][0-9]*\}|[1-9]\s*[1-9])|[0-9]\s*/\s*[1-9]|\^(?:[0-9]|\{[0-9]{1,2}\})"

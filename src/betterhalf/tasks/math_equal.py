@@ -161,9 +161,11 @@ def _equal_values(gold: str, left: Any, right: Any) -> bool:
     if is_constant(left) and is_constant(right):
         rounded = _ROUNDED.fullmatch(gold)
         return same_constant(left, right, len(rounded[1]) if rounded else None)
+    if differ_somewhere(left, right):
+        return False
     if _verify(left, right):
-        return not differ_somewhere(left, right) and not both_unsolvable(left, right)
-    return equal_if_positive(left, right) and not differ_somewhere(left, right)
+        return not both_unsolvable(left, right)
+    return equal_if_positive(left, right)
 
 
 def _is_of_library(error: Exception) -> bool:

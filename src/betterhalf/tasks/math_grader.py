@@ -175,5 +175,6 @@ def _result(future: ProcessFuture[Any]) -> Any:
     if isinstance(error, BrokenProcessPool):
         raise error
     raise RewardError(
-        f"the comparison of answers failed in a worker: {last_error(error)}; mend the comparison, or what it needs"
+        f"the comparison of answers failed in a worker: {last_error(error)}; "
+        "fix the comparison, or install what it needs"
     ) from error

@@ -99,7 +99,13 @@ PAIRS = [
     ("x^2", "x^2+10^{-20}", False),
     ("3.14", r"\pi", False),
     (r"\sqrt{2}", "1.41421356", False),
-    ("1.41421356", r"\sqrt2", True),  # six decimals or more are a rounded number
+    ("1.41421356", r"\sqrt2", True),  # six decimals or more may be a rounded number
+    ("0.333333", r"\frac13", True),
+    ("0.000992", "0.0009924", False),
+    ("0.33333", r"\frac13", False),
+    (r"\frac{\pi^2}{6}", r"\sum_{k=1}^{\infty} \frac{1}{k^2}", True),
+    (r"\frac{3}{4}", r"\int_0^1 \sqrt[3]{x} dx", True),
+    ("1,i,-i", "-i,1,i", True),
     (r"0.\overline{3}", r"\frac13", True),
     (r"0.1\overline{6}", r"\frac16", True),
     # roots of positive variables, but of no others
@@ -158,7 +164,7 @@ PAIRS = [
 
 
 def verdict(gold: str, boxed: str) -> bool | str:
-    """What the grader makes of a gold field and a box."""
+    """Verdict of the grader on a gold field and a box."""
     answer, candidate = gold_answer(gold), last_boxed(rf"\boxed{{{boxed}}}")
     assert candidate is not None
     try:
