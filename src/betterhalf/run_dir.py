@@ -40,8 +40,8 @@ class RunDir:
             raise InputError(f"{run.path} holds no run to resume. Leave out --resume, or name the right run_dir.")
         if not resume and run.holds_run:
             raise InputError(
-                f"{run.path} already holds a run. Continue it with --resume (train and sanity), or choose another "
-                "run_dir=PATH."
+                f"{run.path} already holds a run. Continue it with --resume (train, sanity, evaluate), or choose "
+                "another run_dir=PATH."
             )
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -120,6 +120,21 @@ class RunDir:
     def perfectible(self) -> Path:
         """Prompts that the base policy solves sometimes."""
         return self.path / "perfectible.jsonl"
+
+    @property
+    def bad_rows(self) -> Path:
+        """Rows of the data that cannot be used and were left out, with the reasons; absent if there are none."""
+        return self.path / "bad_rows.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        """The scores of each prompt evaluated so far."""
+        return self.path / "evaluation.jsonl"
+
+    @property
+    def evaluated(self) -> Path:
+        """The weights and the data that an evaluation is of."""
+        return self.path / "evaluation.json"
 
     @property
     def probe(self) -> Path:

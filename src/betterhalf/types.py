@@ -64,6 +64,12 @@ class GenerateRequest:
     """Number of completions wanted."""
     key: tuple[int, int, int]
     """(seed, step, prompt index): with sibling and position it determines every random draw."""
+    prompt_id: str = ""
+    """Names the prompt in messages; empty where it has no name."""
+
+    def label(self, index: int) -> str:
+        """Name of the prompt in a message; its place among the requests if it has none."""
+        return f"prompt {self.prompt_id or index}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +93,7 @@ class Rollout:
     prompt: Prompt
     completion: Completion
     text: str
-    """The completion, decoded, without special tokens."""
+    """The completion, decoded, without its stop token where that is a special one."""
     reward: float
 
 

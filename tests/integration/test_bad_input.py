@@ -116,9 +116,9 @@ def test_wrong_settings_leave_nothing_and_the_corrected_command_works(
     ("lines", "words"),
     [
         ([], ["is empty", "at least one row of `problem` and `answer`"]),
-        ([SUM, "", "{'problem': 1}"], ["row 3, is not JSON", "one object with `problem` and `answer`"]),
-        ([SUM, '"2+7="'], ["row 2, is a str", "must be an object"]),
-        ([SUM, '{"problem": "2+7="}'], ["row 2: the field `answer` is missing", "this one has 'problem'"]),
+        ([SUM, "", "{'problem': 1}"], ["row 3: it is not JSON", "one object with `problem` and `answer`", "=skip"]),
+        ([SUM, '"2+7="'], ["row 2: it is a str", "as an object"]),
+        ([SUM, '{"problem": "2+7="}'], ["row 2: the field `answer` is missing", "it has 'problem'"]),
         ([json.dumps({"problem": "1+" * 70 + "1=", "answer": "71"})], ["context of 128", "142 tokens", "Shorten or"]),
     ],
     ids=["empty", "not JSON", "not an object", "lacks a field", "longer than the context"],

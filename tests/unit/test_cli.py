@@ -101,8 +101,9 @@ def test_evaluate_starts_from_the_configuration_of_a_run(replace: Callable[..., 
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text('{"seed": 9, "name": "mine"}')
     assert cli.main(["evaluate", str(tmp_path), "evaluate.samples=4"]) == 0
-    target, config, run_dir = calls[0]
-    assert (target, config.seed, config.name, config.evaluate.samples, run_dir) == (str(tmp_path), 9, "mine", 4, None)
+    target, config, *others = calls[0]
+    assert (target, config.seed, config.name, config.evaluate.samples) == (str(tmp_path), 9, "mine", 4)
+    assert others == [None, False]
 
 
 def test_evaluate_takes_a_model_folder_for_a_model(replace: Callable[..., Calls], tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_evaluate_takes_a_model_folder_for_a_model(replace: Callable[..., Calls]
     calls = replace("betterhalf.runs.evaluate", "evaluate", {})
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     assert cli.main(["evaluate", str(tmp_path), "run_dir=out"]) == 0
-    assert calls == [(str(tmp_path), load_config(None), "out")]
+    assert calls == [(str(tmp_path), load_config(None), "out", False)]
 
 
 def test_evaluating_a_sanity_run_names_its_arms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +166,7 @@ def test_config_prints_toml_and_the_difference_of_two(capsys: pytest.CaptureFixt
         (["--jsn"], "unknown option '--jsn'"),
         (["train", SMOKE, "--resum"], "unknown option '--resum'. Did you mean --resume?"),
         (["train", SMOKE, "--seed=3"], "Settings are written without dashes: seed=3."),
-        (["evaluate", "demo", "--resume"], "unknown option '--resume'"),
+        (["doctor", "demo", "--resume"], "unknown option '--resume'"),
         (["train"], "train takes EXPERIMENT, got nothing."),
         (["train", "a", "b"], "train takes EXPERIMENT, got a b."),
         (["export", "a"], "export takes RUN DIR, got a."),

@@ -39,7 +39,7 @@ def _evaluate(request: Request) -> Answer:
     config = request.config(_run_config(target))
     from betterhalf.runs.evaluate import evaluate
 
-    result = evaluate(target, config, request.run_dir)
+    result = evaluate(target, config, request.run_dir, request.options["resume"])
     return Answer(result=result, show=lambda: _show(result))
 
 
@@ -197,7 +197,8 @@ VERBS = {
         run=_evaluate,
         words="MODEL|RUN",
         num_words=(1, 1),
-        help="avg@k and pass@k, sampled by the rollout engine",
+        help="avg@k and pass@k, sampled by the rollout engine; with run_dir=DIR, --resume keeps what is scored",
+        options=(RESUME,),
     ),
     "report": Verb(
         run=_report,

@@ -84,6 +84,11 @@ class ArithmeticTask(Section):
     """Seed of the problems (not of the run)."""
     terms: int = Field(8, ge=2, le=16)
     """Digits in a running sum."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """Rows that cannot be used (too long, not encodable, an answer that cannot be met): stop before the run and name
+    them, or leave them out and count them."""
+    allow_changed_data: bool = False
+    """Resume a run even if its rows, or the code of its reward, are not those it was started with."""
 
 
 class MathTask(Section):
@@ -100,6 +105,11 @@ class MathTask(Section):
     """Time limit for grading one completion; a time-out scores 0 and is counted."""
     reward_workers: int = Field(2, ge=1)
     """Worker processes that grade."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """Rows that cannot be used (too long, not encodable, an answer that cannot be met): stop before the run and name
+    them, or leave them out and count them."""
+    allow_changed_data: bool = False
+    """Resume a run even if its rows, or the code of its reward, are not those it was started with."""
 
 
 class PerfectibleTask(Section):

@@ -254,6 +254,15 @@ def _phase_events(label: str, total: int, out: TextIO) -> Iterator[PhaseProgress
     yield PhaseProgress(shown)
 
 
+def show_note(text: str, *, mode: ConsoleMode = "auto", stream: TextIO | None = None) -> None:
+    """Show a note outside the steps of a run, such as what was left out of its data; nothing when `quiet`."""
+    out = stream or sys.stderr
+    if mode == "events" or (mode != "quiet" and events_wanted()):
+        emit(out, {"note": text})
+    elif mode != "quiet":
+        print(text, file=out)
+
+
 def resolve_mode(mode: ConsoleMode, out: RichConsole) -> ConsoleMode:
     """`auto` made concrete: `live` when `out` is a terminal that can move its cursor. A parent that shows our progress
     gets events, unless all is to be quiet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +12,22 @@ import torch
 from betterhalf.algorithms.advantage import check_group_size, check_overlong_buffer
 from betterhalf.algorithms.presets import Algorithm, resolve_algorithm
 from betterhalf.config.engine import require_whole_distribution
-from betterhalf.config.schema import RunConfig
-from betterhalf.errors import ConfigError, InputError, MissingExtraError
+from betterhalf.config.schema import PerfectibleTask, RunConfig
+from betterhalf.errors import ConfigError, MissingExtraError
+from betterhalf.metrics.console import progress as show_progress
+from betterhalf.metrics.console import show_note
 from betterhalf.models.description import ModelFacts, describe_model
 from betterhalf.models.loading import load_weights
 from betterhalf.models.stop_tokens import TurnEnd
 from betterhalf.precision.policy import PrecisionPolicy, build_policy
 from betterhalf.rollout.build import build_engine, check_engine, require_engine
 from betterhalf.rollout.engine import RolloutEngine
+from betterhalf.run_dir import RunDir, write_text_atomic
 from betterhalf.runs.model_checks import check_model, check_roles, require_stop_token, show_notes
 from betterhalf.tasks.build import build_task
+from betterhalf.tasks.dataset import DatasetTask
+from betterhalf.tasks.fingerprint import DataRecord
+from betterhalf.tasks.screening import BadRowRule, PromptLimits, listing, screen
 from betterhalf.tasks.task import Task
 from betterhalf.training.policy_trainer import PolicyTrainer
 
@@ -35,6 +42,8 @@ class Parts:
     tokenizer: Any
     """transformers tokenizer: decodes completions."""
     task: Task
+    data: DataRecord
+    """Digests of the task's rows and of its reward."""
     trainer: PolicyTrainer
     """The wing of pi."""
     engine: RolloutEngine
@@ -60,7 +69,7 @@ def choose_device(config: RunConfig) -> torch.device:
     return torch.device(wanted)
 
 
-def assemble(config: RunConfig, *, evaluating: bool = False) -> Parts:
+def assemble(config: RunConfig, *, rows: int | None = None, evaluating: bool = False) -> Parts:
     """Load the model once and build trainer, engine and task around it.
 
     What is wrong is said in this order, so that it is said early and alike on every machine: the configuration, the
@@ -68,6 +77,7 @@ def assemble(config: RunConfig, *, evaluating: bool = False) -> Parts:
 
     Args:
         config: of the run.
+        rows: rows of the task that will be used, from the first on; all if absent.
         evaluating: the engine only samples, and nobody compares its logprobs with the trainer's, so it may sample from
             a truncated distribution.
 
@@ -84,14 +94,13 @@ def assemble(config: RunConfig, *, evaluating: bool = False) -> Parts:
     described = describe_model(config.model)
     check_model(described, config)
     require_stop_token(described, config.model)
-    task = build_task(config.task, described.tokenizer)
+    task = load_task(described, config, rows=rows)
     try:
-        check_context(described, task, config)
         device = choose_device(config)
         require_logging(config)
         require_engine(config, device)
         model = load_weights(described)
-        show_notes(model)
+        show_notes(model, config.logging.console)
         policy = build_policy(config.precision, device)
         engine = build_engine(config, model.hf_config, model.stop_token_ids, policy)
         trainer = PolicyTrainer(model, config=config, policy=policy, algorithm=algorithm)
@@ -104,6 +113,7 @@ def assemble(config: RunConfig, *, evaluating: bool = False) -> Parts:
         algorithm=algorithm,
         tokenizer=model.tokenizer,
         task=task,
+        data=task.record(),
         trainer=trainer,
         engine=engine,
         turn_end=model.turn_end,
@@ -123,26 +133,60 @@ def require_logging(config: RunConfig) -> None:
         )
 
 
-def check_context(model: ModelFacts, task: Task, config: RunConfig) -> None:
-    """Refuse, before anything is sampled, a prompt that leaves no room for a completion of the length limit.
+def load_task(model: ModelFacts, config: RunConfig, *, rows: int | None = None) -> Task:
+    """The task of the configuration, every row checked before anything is sampled; rows left out are shown.
+
+    Args:
+        model: gives tokenizer, context and vocabulary.
+        config: task, length limit, and `task.bad_rows`.
+        rows: rows that will be used, from the first on; all if absent.
 
     Raises:
-        InputError: names the longest prompt and the limit that would fit.
+        InputError: rows that cannot be used, named by file and row number, unless they are to be left out.
     """
-    indices = range(min(len(task), _PROMPTS_CHECKED))
-    longest = max((task.prompt(index) for index in indices), key=lambda prompt: len(prompt.token_ids))
-    room = model.context_length - len(longest.token_ids)
-    if room < config.sampling.max_tokens:
-        planned = f" and sampling.max_tokens={config.sampling.max_tokens}" if room > 0 else ""
-        cure = f"Set sampling.max_tokens={room} or less" if room > 0 else "Shorten or drop the prompt"
-        raise InputError(
-            f"the model's context of {model.context_length} is too short for prompt {longest.prompt_id!r} of "
-            f"{len(longest.token_ids)} tokens{planned}. {cure}, or choose a model with a longer context."
-        )
+    task = build_task(config.task, model.tokenizer)
+    try:
+        screened = _screened(task, model, config, rows)
+    except BaseException:
+        task.close()
+        raise
+    if screened.left_out:
+        key, left = bad_rows_rule(config).key, screened.left_out
+        lines = [f"{key}=skip leaves out {len(left)} of {len(left) + len(screened)} rows:", *listing(left)]
+        show_note("\n".join(lines), mode=config.logging.console)
+    return screened
 
 
-_PROMPTS_CHECKED = 2048
-"""Prompts whose length is looked at before the run; the engine refuses later ones itself."""
+def write_left_out(run: RunDir, task: Task) -> None:
+    """Write the rows that were left out to `bad_rows.jsonl`; no file if there are none."""
+    run.bad_rows.unlink(missing_ok=True)
+    if task.left_out:
+        rows = ({"row": bad.place, "reason": bad.reason} for bad in task.left_out)
+        write_text_atomic(run.bad_rows, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _screened(task: DatasetTask, model: ModelFacts, config: RunConfig, rows: int | None) -> DatasetTask:
+    limits = PromptLimits(
+        context_length=model.context_length,
+        max_tokens=config.sampling.max_tokens,
+        vocab_size=int(model.hf_config.vocab_size),
+    )
+    rule, total = bad_rows_rule(config), len(task) if rows is None else min(rows, len(task))
+    if total < _ROWS_WITHOUT_PROGRESS:
+        return screen(task, limits, rule, count=rows)
+    with show_progress("check rows", total, mode=config.logging.console) as bar:
+        return screen(task, limits, rule, count=rows, advance=bar.advance)
+
+
+_ROWS_WITHOUT_PROGRESS = 10_000
+"""Fewer are checked in the time it takes to read a line."""
+
+
+def bad_rows_rule(config: RunConfig) -> BadRowRule:
+    """What the configuration says of rows that cannot be used; a perfectible set follows its base."""
+    if isinstance(config.task, PerfectibleTask):
+        return BadRowRule(action=config.task.base.bad_rows, key="task.base.bad_rows")
+    return BadRowRule(action=config.task.bad_rows, key="task.bad_rows")
 
 
 def with_precision(config: RunConfig, precision: str) -> RunConfig:

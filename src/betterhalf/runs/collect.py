@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from betterhalf.rollout.engine import require_version
 from betterhalf.runs.assembly import Parts
+from betterhalf.runs.decoding import completion_texts
 from betterhalf.runs.recovery import Restarts, restarts_of, surviving
 from betterhalf.runs.stopwatch import Stopwatch
 from betterhalf.runs.weight_sync import revive
@@ -137,7 +138,10 @@ def sample_groups(
     with clock("generate"):
         requests = [
             GenerateRequest(
-                token_ids=prompt.token_ids, group_size=group_size, key=(parts.config.seed, step, first_index + index)
+                token_ids=prompt.token_ids,
+                group_size=group_size,
+                key=(parts.config.seed, step, first_index + index),
+                prompt_id=prompt.prompt_id,
             )
             for index, prompt in enumerate(prompts)
         ]
@@ -159,7 +163,7 @@ def _generate(parts: Parts, requests: list[GenerateRequest], restarts: Restarts)
 
 def _scored(parts: Parts, prompts: Sequence[Prompt], siblings: Sequence[tuple[Completion, ...]]) -> list[RolloutGroup]:
     flat = [(prompt, completion) for prompt, group in zip(prompts, siblings, strict=True) for completion in group]
-    texts = parts.tokenizer.batch_decode([list(c.token_ids) for _, c in flat], skip_special_tokens=True)
+    texts = completion_texts(parts.tokenizer, [completion for _, completion in flat])
     rewards = parts.task.rewards([prompt for prompt, _ in flat], texts, [c.finish_reason for _, c in flat])
     rewards = check_rewards(rewards, len(flat))
     rollouts = iter(

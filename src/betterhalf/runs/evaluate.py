@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,21 @@ from typing import Any
 from betterhalf.config.load import resolved_json
 from betterhalf.config.schema import RunConfig
 from betterhalf.environment import environment
-from betterhalf.errors import CheckpointError
+from betterhalf.errors import BetterhalfError, CheckpointError, InputError
 from betterhalf.metrics.console import progress as show_progress
-from betterhalf.run_dir import RunDir, append_jsonl, write_json_atomic
-from betterhalf.runs.assembly import Parts, assemble
+from betterhalf.metrics.console import show_note
+from betterhalf.precision.contract import Contract, folded_digest
+from betterhalf.run_dir import RunDir, append_jsonl, read_json, read_jsonl, write_json_atomic, write_text_atomic
+from betterhalf.runs.assembly import Parts, assemble, write_left_out
 from betterhalf.runs.collect import sample_groups
+from betterhalf.runs.data_check import require_same_data, without_permission
 from betterhalf.runs.folder import run_folder
 from betterhalf.runs.stopwatch import Stopwatch
+from betterhalf.runs.train import require_same_config
 from betterhalf.runs.truncation import ADVICE
 from betterhalf.runs.weight_sync import first_sync
 from betterhalf.training import checkpoint
-from betterhalf.types import Prompt
+from betterhalf.types import Prompt, RolloutGroup
 
 EVALUATION_STEP = 2**31 - 1
 """Stands in for the step in the random key, so that evaluation never draws what training drew."""
@@ -55,27 +60,38 @@ def score_prompts(
     *,
     step: int = EVALUATION_STEP,
     first_index: int = 0,
-    advance: Callable[[int], None] = lambda count: None,
+    keep: Callable[[Sequence[PromptScore]], None] = lambda scores: None,
 ) -> list[PromptScore]:
-    """Sample `samples` completions of each prompt from the engine and count what is solved."""
+    """Sample `samples` completions of each prompt from the engine and count what is solved.
+
+    Args:
+        parts: engine, task and settings.
+        prompts: what to score.
+        samples: completions of each.
+        step: stands for the step in the random key.
+        first_index: place of the first prompt in the random key.
+        keep: called with the scores of some prompts as soon as they are known.
+    """
     scores: list[PromptScore] = []
     clock = Stopwatch()
     for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
-        part = prompts[start : start + _PROMPTS_AT_ONCE]
-        for group in sample_groups(parts, part, samples, step, first_index + start, clock):
-            completions = [rollout.completion for rollout in group.rollouts]
-            scores.append(
-                PromptScore(
-                    prompt_id=group.prompt.prompt_id,
-                    solved=sum(reward >= 1.0 for reward in group.rewards),
-                    samples=samples,
-                    reward=statistics.fmean(group.rewards),
-                    truncated=sum(completion.finish_reason == "length" for completion in completions),
-                    tokens=sum(len(completion.token_ids) for completion in completions),
-                )
-            )
-        advance(len(part))
+        block = prompts[start : start + _PROMPTS_AT_ONCE]
+        found = [_score(group) for group in sample_groups(parts, block, samples, step, first_index + start, clock)]
+        keep(found)
+        scores += found
     return scores
+
+
+def _score(group: RolloutGroup) -> PromptScore:
+    completions = [rollout.completion for rollout in group.rollouts]
+    return PromptScore(
+        prompt_id=group.prompt.prompt_id,
+        solved=sum(reward >= 1.0 for reward in group.rewards),
+        samples=len(completions),
+        reward=statistics.fmean(group.rewards),
+        truncated=sum(completion.finish_reason == "length" for completion in completions),
+        tokens=sum(len(completion.token_ids) for completion in completions),
+    )
 
 
 def average_reward(scores: Sequence[PromptScore]) -> float:
@@ -102,16 +118,23 @@ def evaluation_summary(scores: Sequence[PromptScore]) -> dict[str, Any]:
     }
 
 
-def evaluate(target: str, config: RunConfig, run_dir: str | None) -> dict[str, Any]:
+def evaluate(target: str, config: RunConfig, run_dir: str | None, resume: bool = False) -> dict[str, Any]:
     """Evaluate a model, or the newest checkpoint of a run, on a task.
 
     Args:
         target: MODEL, or the folder of a run (then `config` should be the run's own).
         config: task, sampling, precision and `evaluate` settings.
         run_dir: where `evaluation.jsonl` and `summary.json` go; `runs/evaluate-<name>-<time>` if absent.
+        resume: keep the scores that the folder already holds.
+
+    Raises:
+        InputError: bad input, or `resume` with other weights, data or settings.
+        RunError: a failure while sampling or grading; the scores so far are kept.
     """
+    if resume and run_dir is None:
+        raise InputError("--resume needs the folder of the evaluation to continue; add run_dir=PATH")
     started = time.perf_counter()
-    with run_folder(run_dir, "evaluate", Path(target).name) as run:
+    with run_folder(run_dir, "evaluate", Path(target).name, resume=resume) as run:
         summary = {"verb": "evaluate", "target": target, **_evaluate_in(run, _with_target(config, target), target)}
         summary |= {"seconds": time.perf_counter() - started, "run_dir": str(run.path)}
         write_json_atomic(run.summary, summary)
@@ -119,33 +142,88 @@ def evaluate(target: str, config: RunConfig, run_dir: str | None) -> dict[str, A
 
 
 def _evaluate_in(run: RunDir, config: RunConfig, target: str) -> dict[str, Any]:
+    if run.config.exists():
+        _require_evaluation(run, config)
     if RunDir(Path(target)).configured:
         require_checkpoint(target)
-    parts = assemble(config, evaluating=True)
+    parts = assemble(config, rows=config.evaluate.max_prompts, evaluating=True)
     try:
         if RunDir(Path(target)).configured:
             load_trained(parts, target)
         contract = first_sync(parts)
-        write_json_atomic(run.config, resolved_json(config))
-        write_json_atomic(run.environment, environment())
-        write_json_atomic(run.contract, contract.to_json())
-        scores = _score_with_progress(parts, config)
+        if run.evaluated.exists():
+            _require_same_subject(run, parts)
+        _write_head(run, parts, contract)
+        scores = _score_rest(run, parts)
     finally:
         parts.close()
-    for score in scores:
-        append_jsonl(run.path / "evaluation.jsonl", asdict(score))
-    summary = evaluation_summary(scores)
+    summary = evaluation_summary(scores) | {"rows_left_out": len(parts.task.left_out)}
     if summary["truncated_fraction"] == 1:
         limit = config.sampling.max_tokens
-        print(f"note: all completions were cut off at sampling.max_tokens={limit}; {ADVICE}", file=sys.stderr)
+        show_note(f"all completions were cut off at sampling.max_tokens={limit}; {ADVICE}", mode=config.logging.console)
     return summary
 
 
-def _score_with_progress(parts: Parts, config: RunConfig) -> list[PromptScore]:
-    count = min(len(parts.task), config.evaluate.max_prompts or len(parts.task))
-    prompts = [parts.task.prompt(index) for index in range(count)]
-    with show_progress("evaluate", count, mode=config.logging.console) as bar:
-        return score_prompts(parts, prompts, config.evaluate.samples, advance=bar.advance)
+def _require_evaluation(run: RunDir, config: RunConfig) -> None:
+    """Refuse to continue what is not an evaluation, or was started with other settings."""
+    if not run.evaluated.exists():
+        raise InputError(f"{run.path} holds no evaluation to continue; leave out --resume, or name another run_dir")
+    require_same_config(run, config)
+
+
+def _require_same_subject(run: RunDir, parts: Parts) -> None:
+    """Refuse to continue with other weights or other data: the scores would be of neither."""
+    saved = read_json(run.evaluated)
+    if saved["weights_digest"] != folded_digest(parts.engine.digests()):
+        raise InputError(
+            f"{run.path} was evaluated with other weights (a run's newest checkpoint may have changed); restore them, "
+            "or start again in another run_dir"
+        )
+    note = require_same_data(str(run.path), saved["data"], parts.data, parts.task.place, parts.config)
+    if note:
+        show_note(note, mode=parts.config.logging.console)
+
+
+def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:
+    """What the scores will be of; the configuration comes last: with it, the head is whole."""
+    write_json_atomic(run.environment, environment())
+    write_json_atomic(run.contract, contract.to_json())
+    write_left_out(run, parts.task)
+    subject = {"weights_digest": folded_digest(parts.engine.digests()), "data": parts.data.to_json()}
+    write_json_atomic(run.evaluated, subject)
+    write_json_atomic(run.config, resolved_json(without_permission(parts.config)))
+
+
+def _score_rest(run: RunDir, parts: Parts) -> list[PromptScore]:
+    """Score the prompts that the folder does not hold yet; each block is written as soon as it is scored."""
+    config, count = parts.config, min(len(parts.task), parts.config.evaluate.max_prompts or len(parts.task))
+    done = [PromptScore(**row) for row in read_jsonl(run.evaluation)]
+    # Logits depend a little on what is batched together, so a block that was cut off is scored again, whole.
+    done = done[: len(done) - len(done) % _PROMPTS_AT_ONCE] if len(done) < count else done
+    write_text_atomic(run.evaluation, "".join(json.dumps(asdict(score)) + "\n" for score in done))
+    prompts = [parts.task.prompt(index) for index in range(len(done), count)]
+    with show_progress("evaluate", count, mode=config.logging.console) as bar, _kept(run, count):
+        bar.advance(len(done))
+
+        def keep(scores: Sequence[PromptScore]) -> None:
+            for score in scores:
+                append_jsonl(run.evaluation, asdict(score))
+            bar.advance(len(scores))
+
+        return done + score_prompts(parts, prompts, config.evaluate.samples, first_index=len(done), keep=keep)
+
+
+@contextmanager
+def _kept(run: RunDir, count: int) -> Iterator[None]:
+    """Say in an error that ends an evaluation what of it is kept."""
+    try:
+        yield
+    except BetterhalfError as error:
+        done = len(read_jsonl(run.evaluation))
+        raise type(error)(
+            f"{str(error).rstrip('.')}. {done} of {count} prompts are scored and kept in {run.evaluation}; "
+            "go on from there with --resume"
+        ) from error
 
 
 def _with_target(config: RunConfig, target: str) -> RunConfig:

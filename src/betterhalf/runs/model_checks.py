@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 from betterhalf.config.schema import ModelConfig, RunConfig
 from betterhalf.errors import ContractError, InputError
+from betterhalf.metrics.console import ConsoleMode, show_note
 from betterhalf.models.description import ModelDescription, ModelFacts
 from betterhalf.models.stop_tokens import require_in_vocabulary
 from betterhalf.precision.islands import resolve_islands
@@ -53,7 +52,7 @@ def check_islands(model: ModelFacts, config: RunConfig) -> None:
         InputError: names the nearest module, or the engine.
     """
     islands = resolve_islands(config.precision.fp32_modules, model.hf_config.num_hidden_layers)
-    if islands and config.engine.type != "native":
+    if islands and config.engine.type != "native" and not config.precision.allow_difference:
         raise InputError(
             f"engine.type={config.engine.type} computes every module in the rollout dtype, so it has no FP32 islands "
             f"({islands.described()}); set engine.type=native, or drop precision.fp32_modules and set precision=bf16."
@@ -77,12 +76,12 @@ def require_stop_token(model: ModelFacts, config: ModelConfig) -> None:
     )
 
 
-def show_notes(model: ModelFacts) -> None:
-    """Print on standard error what the user should know of a model, each note once in a process."""
+def show_notes(model: ModelFacts, mode: ConsoleMode = "auto") -> None:
+    """Show what the user should know of a model, each note once in a process."""
     for note in (*model.notes, *_stop_notes(model)):
         if note not in _shown:
             _shown.add(note)
-            print(f"note: {note}", file=sys.stderr)
+            show_note(f"note: {note}", mode=mode)
 
 
 _shown: set[str] = set()

@@ -9,7 +9,8 @@ from betterhalf.environment import environment
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.precision.contract import folded_digest
 from betterhalf.run_dir import RunDir, plain_json, truncate_jsonl
-from betterhalf.runs.assembly import Parts, assemble
+from betterhalf.runs.assembly import Parts, assemble, write_left_out
+from betterhalf.runs.data_check import allows_changed_data, task_prefix
 from betterhalf.runs.evaluate import score_prompts
 from betterhalf.runs.weight_sync import first_sync
 from betterhalf.tasks.perfectible import (
@@ -19,6 +20,7 @@ from betterhalf.tasks.perfectible import (
     open_perfectible,
     read_kept,
 )
+from betterhalf.tasks.perfectible_task import require_same_rows
 
 PERFECTIBLE_STEP = 2**31 - 2
 """Stands in for the step in the random key, so that counting never draws what training or evaluation draws."""
@@ -45,8 +47,9 @@ def build_perfectible(config: RunConfig, run: RunDir) -> tuple[Path, int]:
     path = run.perfectible.resolve()
     # FP32 has no islands, but those of the arms must be modules of the model before hours of counting.
     in_fp32 = PrecisionConfig(preset="fp32", fp32_modules=config.precision.fp32_modules)
-    parts = assemble(config.model_copy(update={"precision": in_fp32}))
+    parts = assemble(config.model_copy(update={"precision": in_fp32}), rows=config.sanity.candidates)
     try:
+        write_left_out(run, parts.task)
         _count(parts, path)
     finally:
         parts.close()
@@ -64,7 +67,10 @@ def _count(parts: Parts, path: Path) -> None:
     candidates = min(config.sanity.candidates, len(parts.task))
     first_sync(parts)
     provenance = _provenance(parts, candidates, folded_digest(parts.engine.digests()))
-    done = len(open_perfectible(path, provenance)) if path.exists() else 0
+    rows = open_perfectible(path, provenance) if path.exists() else []
+    if not allows_changed_data(config):
+        require_same_rows(path, rows[:candidates], parts.data, parts.task.place, task_prefix(config))
+    done = len(rows)
     if done < candidates:
         # Logits depend a little on what is batched together, so a block that was cut off is counted again, whole.
         done -= done % _PROMPTS_AT_ONCE
@@ -85,9 +91,14 @@ def _count_some(parts: Parts, indices: range, path: Path, provenance: Provenance
     if not path.exists():
         open_perfectible(path, provenance)
     for index, score in zip(indices, scores, strict=True):
-        append_solved(
-            path, SolvedRow(index=index, prompt_id=score.prompt_id, solved=score.solved, samples=score.samples)
+        row = SolvedRow(
+            index=index,
+            prompt_id=score.prompt_id,
+            solved=score.solved,
+            samples=score.samples,
+            digest=parts.data.row(index),
         )
+        append_solved(path, row)
 
 
 def _provenance(parts: Parts, candidates: int, digest: str) -> Provenance:

@@ -18,9 +18,10 @@ from betterhalf.errors import EngineError, LossScaleError, NumericsError, Watchd
 from betterhalf.metrics.console import Console
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.report.page import write_report
-from betterhalf.run_dir import RunDir, read_json, write_json_atomic
+from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
 from betterhalf.runs.arms import plan_arms, train_side_by_side
 from betterhalf.runs.assembly import Parts, with_precision
+from betterhalf.runs.data_check import without_permission
 from betterhalf.runs.evaluate import average_reward, score_prompts
 from betterhalf.runs.folder import run_folder
 from betterhalf.runs.model_checks import check_roles
@@ -59,13 +60,14 @@ def _sanity_in(run: RunDir, config: RunConfig) -> dict[str, Any]:
     kept, parameters = build_perfectible(config, run)
     # Not before the set stands: a count that kept nothing can go on with other bounds.
     write_json_atomic(run.environment, environment())
-    write_json_atomic(run.config, resolved_json(config))
+    write_json_atomic(run.config, resolved_json(without_permission(config)))
     arms = _run_arms(run, config, kept, parameters)
     summary = {
         "verb": "sanity",
         "passed": arms[config.sanity.arms[0]]["passed"],
         "k3_ratio": k3_ratio(arms),
         "arms": {name: {key: arm.get(key) for key in ARM_KEYS} for name, arm in arms.items()},
+        "rows_left_out": len(read_jsonl(run.bad_rows)),
         "reasons": {name: arm["reason"] for name, arm in arms.items() if "reason" in arm},
         "seconds": time.perf_counter() - started,
         "run_dir": str(run.path),
@@ -153,5 +155,7 @@ def evaluate_arm(parts: Parts, label: str) -> float:
     at_one = replace(parts, config=config.model_copy(update={"sampling": sampling}))
     prompts = [parts.task.prompt(index) for index in range(len(parts.task))]
     with show_progress(f"{label}: final accuracy", len(prompts), mode=config.logging.console) as bar:
-        scores = score_prompts(at_one, prompts, config.sanity.evaluation_samples, advance=bar.advance)
+        scores = score_prompts(
+            at_one, prompts, config.sanity.evaluation_samples, keep=lambda scores: bar.advance(len(scores))
+        )
     return average_reward(scores)

@@ -12,13 +12,14 @@ from betterhalf.config.load import config_difference, load_config, resolved_json
 from betterhalf.config.schema import RunConfig
 from betterhalf.environment import environment
 from betterhalf.errors import InputError, WatchdogError
-from betterhalf.metrics.console import Console
+from betterhalf.metrics.console import Console, show_note
 from betterhalf.metrics.sinks import JsonlSink, MetricSink, Sinks, TensorBoardSink
 from betterhalf.precision.contract import Contract
 from betterhalf.process import chosen_threads
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, append_jsonl, read_jsonl, truncate_jsonl, write_json_atomic
-from betterhalf.runs.assembly import Parts, algorithm_record, assemble
+from betterhalf.runs.assembly import Parts, algorithm_record, assemble, write_left_out
+from betterhalf.runs.data_check import RESUMABLE_KEYS, require_same_data, without_permission
 from betterhalf.runs.folder import run_folder
 from betterhalf.runs.loop import KeptRollout, Progress, StepResult, train_steps
 from betterhalf.runs.watchdog import Alarm, Stopped, WatchState, require_sound_levels
@@ -68,8 +69,9 @@ def run_training(
         contract = first_sync(parts)
         if not run.config.exists():
             _write_head(run, parts, contract)
+        write_left_out(run, parts.task)
         # A resumed run may have other watchdog levels; its own configuration must name those in force.
-        write_json_atomic(run.config, resolved_json(config))
+        write_json_atomic(run.config, resolved_json(without_permission(config)))
         # A run under way has no result: that it was stopped once is in watchdog.jsonl.
         run.summary.unlink(missing_ok=True)
         with Console(config.logging.console, total_steps=config.training.steps, label=label) as console:
@@ -86,12 +88,14 @@ def run_training(
 
 
 def require_same_config(run: RunDir, config: RunConfig) -> None:
-    """Refuse to continue a run under another configuration; only the watchdog's levels may change.
+    """Refuse to continue a run under another configuration; only two kinds of settings may change.
 
-    They decide when a run ends, and a stopped run must be able to go on; what they changed so far is in the checkpoint.
+    The watchdog's levels decide when a run ends, and a stopped run must be able to go on; what they changed so far is
+    in the checkpoint. What to do about bad or changed rows is decided when a run meets them; the data itself is
+    compared row by row.
     """
     found = config_difference(load_config(run.config), config)
-    changes = [change for change in found if not change.key.startswith("watchdog.")]
+    changes = [change for change in found if not _may_change(change.key)]
     if changes:
         lines = "\n".join(f"  {change}" for change in changes)
         raise InputError(
@@ -99,6 +103,11 @@ def require_same_config(run: RunDir, config: RunConfig) -> None:
             f"Resume with the same experiment and overrides (naming {run.path} as the experiment takes its own), or "
             "start a new run in another run_dir"
         )
+
+
+def _may_change(key: str) -> bool:
+    section, _, rest = key.partition(".")
+    return section == "watchdog" or (section == "task" and rest.removeprefix("base.") in RESUMABLE_KEYS)
 
 
 def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:
@@ -181,6 +190,7 @@ def save_checkpoint(parts: Parts, run: RunDir, progress: Progress) -> None:
         "trainer": parts.trainer.state_values(),
         "position": progress.position,
         "watch": progress.watch.to_json(),
+        "data": parts.data.to_json(),
     }
     tensors = parts.trainer.state_tensors()
     saved = checkpoint.Checkpoint(step=progress.step, tensors=tensors, values=values)
@@ -194,6 +204,11 @@ def _restore(parts: Parts, run: RunDir) -> Progress:
     if path is not None:
         saved = checkpoint.load(path)
         checkpoint.require_parameters(path, parts.trainer.weights.masters, saved.tensors["model"])
+        note = require_same_data(
+            f"checkpoint {path}", saved.values.get("data"), parts.data, parts.task.place, parts.config
+        )
+        if note:
+            show_note(note, mode=parts.config.logging.console)
         parts.trainer.load_state(saved.tensors, saved.values["trainer"])
         watch = WatchState.from_json(saved.values.get("watch", {}))
         progress = Progress(step=saved.step, position=int(saved.values["position"]), watch=watch)
@@ -239,6 +254,7 @@ def summarise(run: RunDir, config: RunConfig) -> dict[str, Any]:
         "precision": config.precision.roles().model_dump(),
         "algorithm": config.algorithm.preset,
         "steps": len(rows),
+        "rows_left_out": len(read_jsonl(run.bad_rows)),
         **(_totals(rows) if rows else {}),
         "run_dir": str(run.path),
     }

@@ -10,10 +10,11 @@ from itertools import accumulate
 from betterhalf.config.schema import ArithmeticTask
 from betterhalf.tasks.dataset import DatasetTask
 from betterhalf.tasks.draw import draw_int
-from betterhalf.tasks.prompting import chat_prompt, plain_prompt
+from betterhalf.tasks.fingerprint import reward_source, text_digest
+from betterhalf.tasks.prompting import Draft, chat_draft, plain_draft, require_chat_template
 from betterhalf.tasks.rewards import TextGrader
+from betterhalf.tasks.row import Row
 from betterhalf.tasks.task import Tokenizer
-from betterhalf.types import Prompt
 
 END_MARK = "."
 """Last character of a running sum; the demo model's stop token."""
@@ -52,11 +53,17 @@ class RunningSums:
         """Problems in the data set."""
         return self.config.num_prompts
 
-    def prompt(self, index: int) -> Prompt:
+    def row(self, index: int) -> Row:
         """Problem `index`; depends on the task's seed and `index` alone."""
         digits = running_sum_digits(self.config.seed, index, self.config.terms)
+        name = f"running_sum/{index}"
         question = running_sum_question(digits)
-        return plain_prompt(self.tokenizer, f"running_sum/{index}", question, answer=str(sum(digits)))
+        return Row(prompt_id=name, place=f"prompt {name!r}", question=question, answer=str(sum(digits)))
+
+    def draft(self, index: int) -> Draft:
+        """Problem `index` as it stands."""
+        row = self.row(index)
+        return plain_draft(row.prompt_id, row.question, answer=row.answer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,10 +148,16 @@ class WordProblems:
         """Problems in the data set."""
         return self.config.num_prompts
 
-    def prompt(self, index: int) -> Prompt:
+    def row(self, index: int) -> Row:
         """Problem `index`; depends on the task's seed and `index` alone."""
         question, answer = word_problem(self.config.seed, index)
-        return chat_prompt(self.tokenizer, f"word_problem/{index}", question, answer=str(answer))
+        name = f"word_problem/{index}"
+        return Row(prompt_id=name, place=f"prompt {name!r}", question=question, answer=str(answer))
+
+    def draft(self, index: int) -> Draft:
+        """Problem `index` in the chat template."""
+        row = self.row(index)
+        return chat_draft(self.tokenizer, row.prompt_id, row.question, answer=row.answer)
 
 
 def build_arithmetic(config: ArithmeticTask, tokenizer: Tokenizer) -> DatasetTask:
@@ -156,10 +169,16 @@ def build_arithmetic(config: ArithmeticTask, tokenizer: Tokenizer) -> DatasetTas
     style = config.style
     if style == "auto":
         style = "word_problem" if tokenizer.chat_template else "running_sum"
+    source = reward_source({"task": "arithmetic", "style": style}, modules=("arithmetic", "rewards"), packages=())
     if style == "running_sum":
         return DatasetTask(
-            problems=RunningSums(config=config, tokenizer=tokenizer), grader=TextGrader(solves=solves_running_sum)
+            problems=RunningSums(config=config, tokenizer=tokenizer),
+            grader=TextGrader(solves=solves_running_sum),
+            reward_source=source,
         )
+    require_chat_template(tokenizer)
     return DatasetTask(
-        problems=WordProblems(config=config, tokenizer=tokenizer), grader=TextGrader(solves=solves_word_problem)
+        problems=WordProblems(config=config, tokenizer=tokenizer),
+        grader=TextGrader(solves=solves_word_problem),
+        reward_source=source | {"chat template": text_digest(str(tokenizer.chat_template))},
     )

@@ -7,12 +7,13 @@ from typing import Any
 
 from betterhalf.config.schema import PerfectibleTask, TaskConfig
 from betterhalf.tasks.arithmetic import build_arithmetic
+from betterhalf.tasks.dataset import DatasetTask
 from betterhalf.tasks.math import build_math
 from betterhalf.tasks.perfectible_task import restrict
-from betterhalf.tasks.task import Task, Tokenizer
+from betterhalf.tasks.task import Tokenizer
 
 
-def build_task(config: TaskConfig, tokenizer: Tokenizer) -> Task:
+def build_task(config: TaskConfig, tokenizer: Tokenizer) -> DatasetTask:
     """The task a configuration describes; close it after use.
 
     Raises:
@@ -22,11 +23,11 @@ def build_task(config: TaskConfig, tokenizer: Tokenizer) -> Task:
     return _BUILDERS[config.type](config, tokenizer)
 
 
-def _build_perfectible(config: PerfectibleTask, tokenizer: Tokenizer) -> Task:
+def _build_perfectible(config: PerfectibleTask, tokenizer: Tokenizer) -> DatasetTask:
     return restrict(config, build_task(config.base, tokenizer))
 
 
-_BUILDERS: dict[str, Callable[[Any, Tokenizer], Task]] = {
+_BUILDERS: dict[str, Callable[[Any, Tokenizer], DatasetTask]] = {
     "arithmetic": build_arithmetic,
     "math": build_math,
     "perfectible": _build_perfectible,

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from betterhalf.config.schema import MathTask
 from betterhalf.tasks.dataset import DatasetTask
+from betterhalf.tasks.fingerprint import reward_source, text_digest
 from betterhalf.tasks.math_data import MathRow, load_rows
 from betterhalf.tasks.math_grader import MathGrader
-from betterhalf.tasks.prompting import chat_prompt, plain_prompt, templated_prompt
+from betterhalf.tasks.prompting import Draft, chat_draft, plain_draft, require_chat_template, templated_draft
+from betterhalf.tasks.row import Row
 from betterhalf.tasks.task import Tokenizer
-from betterhalf.types import Prompt
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 """As in the paper (arXiv 2510.26788) and the models' own cards."""
@@ -40,6 +41,8 @@ def render(template: str, problem: str) -> str:
 class MathProblems:
     """Rows of a data set, put to the model in one template."""
 
+    source: str
+    """File or data set, for people."""
     rows: list[MathRow]
     template: str
     """`chat`, `r1_distill`, `qwen_math` or `none`."""
@@ -49,24 +52,45 @@ class MathProblems:
         """Problems in the data set."""
         return len(self.rows)
 
-    def prompt(self, index: int) -> Prompt:
-        """The problem of row `index`."""
-        row, name = self.rows[index], f"math/{index}"
+    def row(self, index: int) -> Row:
+        """Row `index`, counted from 0 without blank lines."""
+        row = self.rows[index]
+        place = f"{self.source}, row {row.number}"
+        return Row(prompt_id=f"math/{index}", place=place, question=row.problem, answer=row.answer, defect=row.defect)
+
+    def draft(self, index: int) -> Draft:
+        """The problem of row `index` in the template."""
+        row = self.row(index)
         if self.template == "chat":
-            return chat_prompt(self.tokenizer, name, f"{row.problem} {INSTRUCTION}", answer=row.answer)
+            return chat_draft(self.tokenizer, row.prompt_id, f"{row.question} {INSTRUCTION}", answer=row.answer)
         if self.template == "none":
-            return plain_prompt(self.tokenizer, name, row.problem, answer=row.answer)
-        return templated_prompt(self.tokenizer, name, render(self.template, row.problem), answer=row.answer)
+            return plain_draft(row.prompt_id, row.question, answer=row.answer)
+        return templated_draft(row.prompt_id, render(self.template, row.question), answer=row.answer)
 
 
 def build_math(config: MathTask, tokenizer: Tokenizer) -> DatasetTask:
     """The task of a data file or hub name; its worker processes start with the first answers to grade.
 
     Raises:
-        InputError: the data cannot be read, is empty, or lacks a field; or no chat template where one is needed.
+        InputError: the data cannot be read or is empty; or no chat template where one is needed.
         MissingExtraError: the data set is on the hub and `datasets` is not installed.
     """
-    problems = MathProblems(rows=load_rows(config.path, config.split), template=config.template, tokenizer=tokenizer)
-    problems.prompt(0)
-    grader = MathGrader(config.template, seconds=config.reward_seconds, workers=config.reward_workers)
-    return DatasetTask(problems=problems, grader=grader)
+    if config.template == "chat":
+        require_chat_template(tokenizer)
+    rows = load_rows(config.path, config.split)
+    return DatasetTask(
+        problems=MathProblems(source=config.path, rows=rows, template=config.template, tokenizer=tokenizer),
+        grader=MathGrader(config.template, seconds=config.reward_seconds, workers=config.reward_workers),
+        reward_source=_reward_source(config, tokenizer),
+    )
+
+
+def _reward_source(config: MathTask, tokenizer: Tokenizer) -> dict[str, str]:
+    settings = {"task": "math", "template": config.template}
+    text = str(tokenizer.chat_template) if config.template == "chat" else TEMPLATES.get(config.template, "")
+    settings["template text"] = text_digest(text + INSTRUCTION)
+    return reward_source(settings, modules=_REWARD_MODULES, packages=_REWARD_PACKAGES)
+
+
+_REWARD_MODULES = ("math_answer", "math_equal", "math_exact", "math_units", "math_grader")
+_REWARD_PACKAGES = ("math-verify", "latex2sympy2_extended", "sympy")

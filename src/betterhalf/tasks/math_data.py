@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from betterhalf.errors import InputError, MissingExtraError
 from betterhalf.tasks.math_answer import MAX_DIGITS, plain_number
+from betterhalf.tasks.row import BadRow, RowError
 
 
 class _Number(str):
@@ -25,13 +27,17 @@ class MathRow:
     """The question, in plain text or LaTeX."""
     answer: str
     """The gold answer, without \\boxed."""
+    number: int = field(default=0, compare=False)
+    """Place in the source, counted from 1 as an editor does, blank lines included."""
+    defect: BadRow | None = field(default=None, compare=False)
+    """Set when the row cannot be read; then problem and answer are empty."""
 
 
 def load_rows(path: str, split: str) -> list[MathRow]:
-    """All rows of a JSONL file, of a local folder, or of a data set on the hub.
+    """All rows of a JSONL file, of a local folder, or of a data set on the hub; those that cannot be read say why.
 
     Raises:
-        InputError: no such data, no rows, or a row that is not an object with the two fields.
+        InputError: no such data, or no rows.
         MissingExtraError: a folder or hub name, and the package `datasets` is not installed.
     """
     file = Path(path).expanduser()
@@ -44,47 +50,60 @@ def load_rows(path: str, split: str) -> list[MathRow]:
 def _jsonl_rows(file: Path) -> list[MathRow]:
     """Rows of a JSONL file; blank lines are passed over, but counted."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
         raise InputError(f"{file} cannot be read ({error}); give a JSONL file in UTF-8") from error
-    return [_parse(line, number, str(file)) for number, line in enumerate(lines, start=1) if line.strip()]
+    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    return [_read(_parse, line, place=f"{file}, row {number}", number=number) for number, line in numbered]
 
 
-def _parse(line: str, number: int, source: str) -> MathRow:
+def _read(parse: Callable[[Any], tuple[str, str]], source: Any, *, place: str, number: int) -> MathRow:
+    """Problem and answer of a row, or why it has none."""
     try:
-        row = json.loads(line, parse_int=_Number, parse_float=_Number, parse_constant=_Number)
+        problem, answer = parse(source)
+    except RowError as error:
+        defect = BadRow(place=place, reason=error.reason, fix=error.fix)
+        return MathRow(problem="", answer="", number=number, defect=defect)
+    return MathRow(problem=problem, answer=answer, number=number)
+
+
+def _parse(line: bytes) -> tuple[str, str]:
+    fix = "write each line as one object with `problem` and `answer`, in UTF-8"
+    try:
+        return _fields(json.loads(line.decode(), parse_int=_Number, parse_float=_Number, parse_constant=_Number))
+    except UnicodeDecodeError as error:
+        raise RowError(f"it is not UTF-8 ({error.reason} at byte {error.start + 1})", fix) from error
     except ValueError as error:
-        raise InputError(
-            f"{source}, row {number}, is not JSON ({error}); each line must be one object with `problem` and `answer`"
-        ) from error
-    return _row(row, number, source)
+        if isinstance(error, RowError):
+            raise
+        raise RowError(f"it is not JSON ({error})", fix) from error
+    except RecursionError as error:
+        raise RowError("it is nested too deeply", fix) from error
 
 
-def _row(row: Any, number: int, source: str) -> MathRow:
+def _fields(row: Any) -> tuple[str, str]:
     if not isinstance(row, dict):
         kind = "number" if isinstance(row, _Number) else type(row).__name__
-        raise InputError(f"{source}, row {number}, is a {kind}; it must be an object with `problem` and `answer`")
-    return MathRow(problem=_field(row, "problem", number, source), answer=_field(row, "answer", number, source))
+        raise RowError(f"it is a {kind}", "write each row as an object with `problem` and `answer`")
+    return _field(row, "problem"), _field(row, "answer")
 
 
-def _field(row: dict[str, Any], name: str, number: int, source: str) -> str:
+def _field(row: dict[str, Any], name: str) -> str:
     """Return a field as text; a number is as good as its digits, written without an exponent."""
     value = row.get(name)
     if isinstance(value, _Number | int | float | Decimal) and not isinstance(value, bool):
         digits = _digits(value)
         if digits is None:
             found = "a huge number" if isinstance(value, int) else str(value)[:40]
-            raise InputError(
-                f"{source}, row {number}: the field `{name}` is {found}; "
-                f"give a finite number of at most {MAX_DIGITS} digits, or the answer as text"
+            raise RowError(
+                f"the field `{name}` is {found}",
+                f"give a finite number of at most {MAX_DIGITS} digits, or the answer as text",
             )
         return digits
     if not isinstance(value, str) or not value.strip():
         found = "holds no text" if name in row else "is missing"
-        raise InputError(
-            f"{source}, row {number}: the field `{name}` {found}; each row needs `problem` and `answer`, "
-            f"and this one has {', '.join(map(repr, row)) or 'nothing'}"
-        )
+        has = ", ".join(map(repr, row)) or "nothing"
+        raise RowError(f"the field `{name}` {found} (it has {has})", "give each row `problem` and `answer`")
     return value
 
 
@@ -98,7 +117,8 @@ def _digits(value: _Number | int | float | Decimal) -> str | None:
 def _data_set_rows(path: str, split: str) -> list[MathRow]:
     if not Path(path).is_dir() and (Path(path).suffix in (".jsonl", ".json") or path.startswith((".", "/", "~"))):
         raise InputError(f"there is no data file {path!r}; check task.path")
-    return [_row(row, number, path) for number, row in enumerate(_load_data_set(path, split), start=1)]
+    numbered = enumerate(_load_data_set(path, split), start=1)
+    return [_read(_fields, row, place=f"{path}, row {number}", number=number) for number, row in numbered]
 
 
 def _load_data_set(path: str, split: str) -> Iterable[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from betterhalf.errors import InputError
 from betterhalf.run_dir import append_jsonl, plain_json, read_jsonl, write_text_atomic
 
-SAME_DATA_KEYS = frozenset({"path", "reward_seconds", "reward_workers"})
+SAME_DATA_KEYS = frozenset({"path", "reward_seconds", "reward_workers", "bad_rows", "allow_changed_data"})
 """Task settings that may differ between counting and training: a moved file holds the same problems."""
 
 
@@ -66,10 +66,13 @@ class SolvedRow:
     """How often one prompt was solved."""
 
     index: int
-    """In the base task."""
+    """Number of the candidate: its place among the rows of the base task that can be used."""
     prompt_id: str
+    """Names the row itself."""
     solved: int
     samples: int
+    digest: str = ""
+    """Of the row's content; empty in files of older versions."""
 
 
 def select(solved_counts: Sequence[int], samples: int, lower: float, upper: float) -> PerfectibleResult:
@@ -183,7 +186,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignored: frozens
 
 
 def _require_same(path: Path, old: Any, new: Any) -> None:
-    found = differences(old, new)
+    found = differences(old, new, ignored=frozenset({"bad_rows", "allow_changed_data"}))
     if found:
         raise InputError(
             f"{path} was counted under other circumstances ({'; '.join(found)}); "

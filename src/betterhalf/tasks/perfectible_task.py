@@ -2,46 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from betterhalf.config.schema import PerfectibleTask
 from betterhalf.errors import InputError
 from betterhalf.run_dir import plain_json
-from betterhalf.tasks.dataset import DatasetTask
+from betterhalf.tasks.dataset import DatasetTask, Problems, Subset
+from betterhalf.tasks.fingerprint import DataRecord
 from betterhalf.tasks.perfectible import SAME_DATA_KEYS, Provenance, SolvedRow, differences, read_kept
-from betterhalf.tasks.task import Task
-from betterhalf.types import Prompt
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subset:
-    """Some problems of a task."""
-
-    base: Task
-    indices: tuple[int, ...]
-    """Of the base task, in order."""
-
-    def __len__(self) -> int:
-        """Problems kept."""
-        return len(self.indices)
-
-    def prompt(self, index: int) -> Prompt:
-        """The problem at `index` among those kept."""
-        return self.base.prompt(self.indices[index])
-
-
-def restrict(config: PerfectibleTask, base: Task) -> DatasetTask:
+def restrict(config: PerfectibleTask, base: DatasetTask) -> DatasetTask:
     """The prompts that the file keeps; rewards come from `base`, which this task closes.
 
     Raises:
-        InputError: the file is missing, unfinished, or was counted on another task.
+        InputError: the file is missing, unfinished, or was counted on another task or other rows.
     """
     path = Path(config.path).expanduser()
     provenance, rows = read_kept(path)
     _require_same_task(path, provenance, config)
-    _require_same_prompts(path, rows, base)
-    return DatasetTask(problems=Subset(base=base, indices=tuple(row.index for row in rows)), grader=base)
+    indices = _places(path, rows, base.problems)
+    task = replace(base, problems=Subset(base=base.problems, indices=indices))
+    if not config.base.allow_changed_data:
+        require_same_rows(path, rows, task.record(), task.place, "task.base.")
+    return task
+
+
+def require_same_rows(
+    path: Path, rows: Sequence[SolvedRow], data: DataRecord, place: Callable[[int], str], prefix: str
+) -> None:
+    """Refuse rows that are not those whose solutions were counted.
+
+    Args:
+        path: the file with the counts.
+        rows: those it holds.
+        data: digests of the task's rows; row i of the file is row i of the task.
+        place: names a row of the task.
+        prefix: of the keys of the task's settings.
+
+    Raises:
+        InputError: names the first, and how many differ.
+    """
+    different = [index for index, row in enumerate(rows) if row.digest and row.digest != data.row(index)]
+    if different:
+        raise InputError(
+            f"{len(different)} of {len(rows)} prompts of {path} are not those that were counted; the first is "
+            f"{place(different[0])}. Restore the data, count again in another run_dir, or set "
+            f"{prefix}allow_changed_data=true"
+        )
 
 
 def _require_same_task(path: Path, provenance: Provenance, config: PerfectibleTask) -> None:
@@ -52,11 +62,15 @@ def _require_same_task(path: Path, provenance: Provenance, config: PerfectibleTa
         raise InputError(f"{path} was counted on another task ({'; '.join(found)}); set task.base to that task")
 
 
-def _require_same_prompts(path: Path, rows: list[SolvedRow], base: Task) -> None:
-    """A shorter or reordered data file under the same settings would train on the wrong prompts."""
+def _places(path: Path, rows: Sequence[SolvedRow], problems: Problems) -> list[int]:
+    """Index in the base task of each prompt, by its id: candidates are numbered without the rows left out."""
+    if all(row.index < len(problems) and problems.row(row.index).prompt_id == row.prompt_id for row in rows):
+        return [row.index for row in rows]
+    known = {problems.row(index).prompt_id: index for index in range(len(problems))}
     for row in rows:
-        if row.index >= len(base) or base.prompt(row.index).prompt_id != row.prompt_id:
+        if row.prompt_id not in known:
             raise InputError(
-                f"{path} keeps prompt {row.index} as {row.prompt_id!r}, which the base task does not have there; "
+                f"{path} keeps prompt {row.index} as {row.prompt_id!r}, which the base task does not have; "
                 "point task.base at the data that was counted"
             )
+    return [known[row.prompt_id] for row in rows]

@@ -72,5 +72,9 @@ class TextGrader:
             for prompt, text, reason in zip(prompts, texts, finish_reasons, strict=True)
         ]
 
+    def check_golds(self, answers: Sequence[str]) -> list[str | None]:
+        """Generated answers can all be met."""
+        return [None] * len(answers)
+
     def close(self) -> None:
         """Nothing to release."""

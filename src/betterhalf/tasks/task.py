@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from betterhalf.types import FinishReason, Prompt
+
+if TYPE_CHECKING:
+    from betterhalf.tasks.fingerprint import DataRecord
+    from betterhalf.tasks.row import BadRow
 
 
 class Tokenizer(Protocol):
@@ -15,6 +19,12 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Text to token ids."""
+        ...
+
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool = True, return_attention_mask: bool = True
+    ) -> Mapping[str, Any]:
+        """Several texts to token ids, under `input_ids`."""
         ...
 
     def apply_chat_template(
@@ -29,6 +39,11 @@ class Task(Protocol):
 
     def __len__(self) -> int:
         """Prompts in the data set; at least 1."""
+        ...
+
+    @property
+    def left_out(self) -> Sequence[BadRow]:
+        """Rows of the data that cannot be used and were skipped, in order."""
         ...
 
     def prompt(self, index: int) -> Prompt:
@@ -53,6 +68,14 @@ class Task(Protocol):
     @property
     def timeouts(self) -> int:
         """Rewards that ran out of time so far."""
+        ...
+
+    def record(self) -> DataRecord:
+        """Digests of the rows, in order, and of what the reward is computed by: what a resumed run must find again."""
+        ...
+
+    def place(self, index: int) -> str:
+        """Name of row `index` for people: its file and row number, or its prompt id."""
         ...
 
     @property

@@ -122,9 +122,8 @@ def test_one_turn_of_the_stream_gives_every_prompt_once() -> None:
 
 
 def test_a_word_problem_without_chat_template_names_the_cure() -> None:
-    task = build_task(ArithmeticTask(style="word_problem"), FakeTokenizer(chat_template=None))
     with pytest.raises(InputError, match="instruction-tuned"):
-        task.prompt(0)
+        build_task(ArithmeticTask(style="word_problem"), FakeTokenizer(chat_template=None))
 
 
 @pytest.mark.parametrize(

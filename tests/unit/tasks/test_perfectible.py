@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from betterhalf.config.schema import ArithmeticTask, PerfectibleTask
+from betterhalf.config.schema import ArithmeticTask, MathTask, PerfectibleTask
 from betterhalf.errors import InputError
 from betterhalf.tasks.arithmetic import running_sum_digits, running_sum_solution
 from betterhalf.tasks.build import build_task
+from betterhalf.tasks.dataset import DatasetTask
 from betterhalf.tasks.perfectible import (
     Provenance,
     SolvedRow,
@@ -45,6 +47,11 @@ class Characters:
     """One id for each character."""
 
     chat_template = None
+
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool = True, return_attention_mask: bool = True
+    ) -> dict[str, Any]:
+        return {"input_ids": [self.encode(one) for one in text]}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [ord(character) for character in text]
@@ -177,6 +184,35 @@ def test_a_set_counted_on_another_task_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "perfectible.jsonl", [5, 5, 5, 5])
     with pytest.raises(InputError, match=r"another task \(seed: 0 -> 1\)"):
         build_task(PerfectibleTask(path=str(path), base=ArithmeticTask(num_prompts=6, seed=1)), Characters())
+
+
+def math_set(folder: Path, problems: list[str], ids: list[str], base: MathTask) -> tuple[Path, DatasetTask]:
+    """A perfectible set of these rows, and the base task it was counted on."""
+    Path(base.path).write_text("".join(json.dumps({"problem": text, "answer": "2"}) + "\n" for text in problems))
+    task = build_task(base, Characters())
+    digests = {task.problems.row(i).prompt_id: task.record().row(i) for i in range(len(task))}
+    path = folder / "perfectible.jsonl"
+    open_perfectible(path, replace(PROVENANCE, task=base.model_dump(), candidates=len(ids)))
+    for index, name in enumerate(ids):
+        append_solved(path, SolvedRow(index=index, prompt_id=name, solved=5, samples=10, digest=digests[name]))
+    return path, task
+
+
+def test_a_set_counted_without_bad_rows_finds_its_prompts_by_their_names(tmp_path: Path) -> None:
+    base = MathTask(path=str(tmp_path / "rows.jsonl"), template="none", bad_rows="skip")
+    path, task = math_set(tmp_path, ["a", "bad", "b", "c"], ["math/0", "math/2", "math/3"], base)
+    kept = build_task(PerfectibleTask(path=str(path), base=base), Characters())
+    assert [kept.prompt(i) for i in range(3)] == [task.prompt(i) for i in (0, 2, 3)]
+
+
+def test_a_set_whose_prompts_have_changed_is_refused_unless_allowed(tmp_path: Path) -> None:
+    base = MathTask(path=str(tmp_path / "rows.jsonl"), template="none")
+    path, _ = math_set(tmp_path, ["a", "b", "c"], ["math/0", "math/1", "math/2"], base)
+    Path(base.path).write_text("".join(json.dumps({"problem": text, "answer": "2"}) + "\n" for text in "aBc"))
+    with pytest.raises(InputError, match=r"1 of 3 prompts .*rows.jsonl, row 2. .*task.base.allow_changed_data=true"):
+        build_task(PerfectibleTask(path=str(path), base=base), Characters())
+    allowed = base.model_copy(update={"allow_changed_data": True})
+    assert build_task(PerfectibleTask(path=str(path), base=allowed), Characters()).prompt(1).text == "B"
 
 
 def test_prompts_that_the_base_lacks_are_refused(tmp_path: Path) -> None:

@@ -163,17 +163,18 @@ class NativeEngine:
             length = len(request.token_ids)
             if not 0 < length < context:
                 raise InputError(
-                    f"prompt {index} has {length} tokens, but the model's context of {context} must hold it and one "
-                    "token more; shorten or drop it"
+                    f"{request.label(index)} has {length} tokens, but the model's context of {context} must hold it "
+                    "and one token more; shorten or drop it"
                 )
             if not 0 <= min(request.token_ids) <= max(request.token_ids) < vocabulary:
                 raise InputError(
-                    f"prompt {index} holds a token outside the model's vocabulary of {vocabulary}; "
+                    f"{request.label(index)} holds a token outside the model's vocabulary of {vocabulary}; "
                     "use the model's own tokenizer"
                 )
             sequences += [
                 SlotSequence(
                     request=index,
+                    label=request.label(index),
                     sibling=sibling,
                     prompt_length=length,
                     max_tokens=min(max_tokens, context - length),
@@ -264,7 +265,7 @@ class NativeEngine:
         (slot,) = [slot for slot, other in enumerate(table.sequences) if other is sequence]
         position = int(table.positions[slot]) - 1
         raise EngineError(
-            f"prompt {sequence.request}, sibling {sequence.sibling}: the logits of completion token {position} are "
+            f"{sequence.label}, sibling {sequence.sibling}: the logits of completion token {position} are "
             f"not finite in {dtype_name(self._rounding.dtype)}: {self._weights.why_not_finite()}"
         )
 

@@ -26,6 +26,8 @@ class Sequence:
     """Most tokens it may sample, the model's context respected."""
     key: int
     """Start of its stream of random numbers; see `sampler.sequence_key`."""
+    label: str = ""
+    """Names its prompt in messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

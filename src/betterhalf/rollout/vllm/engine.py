@@ -149,7 +149,10 @@ class VllmEngine:
             distribution=options.distribution(sampling),
             stop_token_ids=self._stops,
         )
-        found = {place: self._completion(place, one, version) for place, one in zip(places, sampled, strict=True)}
+        found = {
+            place: self._completion(requests[place[0]].label(place[0]), place[1], one, version)
+            for place, one in zip(places, sampled, strict=True)
+        }
         return [
             tuple(found[index, sibling] for sibling in range(request.group_size))
             for index, request in enumerate(requests)
@@ -166,19 +169,19 @@ class VllmEngine:
             length = len(request.token_ids)
             if not 0 < length < self._context:
                 raise InputError(
-                    f"prompt {index} has {length} tokens, but the model's context of {self._context} must hold it and "
-                    "one token more; shorten or drop it"
+                    f"{request.label(index)} has {length} tokens, but the model's context of {self._context} must "
+                    "hold it and one token more; shorten or drop it"
                 )
-            _require_in_vocabulary(f"prompt {index}", request.token_ids, vocabulary)
+            _require_in_vocabulary(request.label(index), request.token_ids, vocabulary)
 
     def _completion(
-        self, place: tuple[int, int], sampled: tuple[tuple[int, ...], tuple[float, ...], bool], version: int
+        self, label: str, sibling: int, sampled: tuple[tuple[int, ...], tuple[float, ...], bool], version: int
     ) -> Completion:
         token_ids, logprobs, stopped = sampled
         bad = next((i for i, logprob in enumerate(logprobs) if not math.isfinite(logprob)), None)
         if bad is not None or not token_ids:
             raise EngineError(
-                f"prompt {place[0]}, sibling {place[1]}: the logprob of completion token {bad or 0} is not finite in "
+                f"{label}, sibling {sibling}: the logprob of completion token {bad or 0} is not finite in "
                 f"{self._policy.roles.rollout_dtype}; {_NOT_FINITE}"
             )
         return Completion(

@@ -276,6 +276,6 @@ def _sampling(subject: Subject) -> Subject:
 @contextmanager
 def _opened(target: str, config: RunConfig) -> Iterator[Subject]:
     """The subject with training's length limit; its prompts need room for the doctor's completions alone."""
-    with open_subject(target, _shortened(_plain(config))) as opened:
+    with open_subject(target, _shortened(_plain(config)), prompts=config.doctor.prompts) as opened:
         restored = opened.config.model_copy(update={"sampling": config.sampling})
         yield dataclasses.replace(opened, config=restored)

@@ -25,6 +25,7 @@ from betterhalf.diagnostics.gradient_gap import gradient_gap, weight_spread
 from betterhalf.errors import InputError
 from betterhalf.precision.loss_scaler import build_loss_scaler
 from betterhalf.runs.assembly import choose_device
+from betterhalf.runs.decoding import completion_texts
 from betterhalf.runs.examine.subject import Subject, trainer_in
 from betterhalf.tasks.rewards import check_rewards
 from betterhalf.training.pack import pack_step
@@ -219,7 +220,7 @@ def _scored(subject: Subject, groups: Groups) -> list[list[Rollout]]:
     """The first `probe.gradient_completions` completions with their rewards, siblings together."""
     flat = [(number, prompt, c) for number, (prompt, siblings) in enumerate(groups) for c in siblings]
     flat = flat[: subject.config.probe.gradient_completions]
-    texts = subject.model.tokenizer.batch_decode([list(c.token_ids) for _, _, c in flat], skip_special_tokens=True)
+    texts = completion_texts(subject.model.tokenizer, [completion for _, _, completion in flat])
     rewards = subject.task.rewards([prompt for _, prompt, _ in flat], texts, [c.finish_reason for _, _, c in flat])
     rewards = check_rewards(rewards, len(flat))
     out: dict[int, list[Rollout]] = {}

@@ -124,7 +124,7 @@ def _probe_model(
 
 def _open_short(target: str, config: RunConfig) -> AbstractContextManager[Subject]:
     """Open without asking for room for completions of the length limit: how much there is, is found out later."""
-    return open_subject(target, _sampling(config, max_tokens=1))
+    return open_subject(target, _sampling(config, max_tokens=1), prompts=config.probe.prompts)
 
 
 def _with_room(subject: Subject, prompts: Sequence[Prompt], max_tokens: int) -> Subject:

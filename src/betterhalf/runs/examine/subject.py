@@ -25,10 +25,9 @@ from betterhalf.precision.policy import PrecisionPolicy, build_policy
 from betterhalf.rollout.build import build_engine, require_engine
 from betterhalf.rollout.engine import RolloutEngine, require_version
 from betterhalf.run_dir import RunDir
-from betterhalf.runs.assembly import check_context, choose_device
+from betterhalf.runs.assembly import choose_device, load_task
 from betterhalf.runs.evaluate import newest_checkpoint
 from betterhalf.runs.model_checks import check_islands, check_model, show_notes
-from betterhalf.tasks.build import build_task
 from betterhalf.tasks.task import Task
 from betterhalf.training import checkpoint
 from betterhalf.training.policy_trainer import PolicyTrainer
@@ -61,17 +60,20 @@ class Subject:
 
 
 @contextmanager
-def open_subject(target: str, config: RunConfig, *, samples: bool = True) -> Iterator[Subject]:
+def open_subject(
+    target: str, config: RunConfig, *, prompts: int | None = None, samples: bool = True
+) -> Iterator[Subject]:
     """Load a model, or the newest checkpoint of a run (then `config` is the run's own).
 
     Args:
         target: MODEL or RUN.
         config: of the examination.
+        prompts: prompts of the task that will be looked at; all if absent.
         samples: whether the engine will sample; without, the model need not be one that it knows.
 
     Raises:
-        InputError: truncated sampling, an unknown or damaged model, no tokenizer, prompts longer than its context, or
-            FP32 islands that it does not have.
+        InputError: truncated sampling, an unknown or damaged model, no tokenizer, a row of the data that cannot be
+            used, or FP32 islands that the model does not have.
         MissingExtraError: the model or the data needs a package that is not installed.
     """
     require_whole_distribution(config.sampling)
@@ -80,15 +82,14 @@ def open_subject(target: str, config: RunConfig, *, samples: bool = True) -> Ite
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": target})})
     described = describe_model(config.model)
     (check_model if samples else check_islands)(described, config)
-    task = build_task(config.task, described.tokenizer)
+    task = load_task(described, config, rows=prompts)
     try:
-        check_context(described, task, config)
         device = choose_device(config)
         if samples:
             require_engine(config, device)
         trained = newest_checkpoint(target) if is_run else None
         model = load_weights(described)
-        show_notes(model)
+        show_notes(model, config.logging.console)
         if trained is not None:
             _load_trained(model, *trained)
         yield Subject(target=target, config=config, model=model, task=task)
@@ -144,7 +145,12 @@ def sample_groups_of(
 ) -> list[tuple[Completion, ...]]:
     """`group_size` completions of each prompt; the same random numbers for every engine and precision."""
     requests = [
-        GenerateRequest(token_ids=prompt.token_ids, group_size=group_size, key=(subject.config.seed, 0, index))
+        GenerateRequest(
+            token_ids=prompt.token_ids,
+            group_size=group_size,
+            key=(subject.config.seed, 0, index),
+            prompt_id=prompt.prompt_id,
+        )
         for index, prompt in enumerate(prompts)
     ]
     siblings = engine.generate(requests, subject.config.sampling)

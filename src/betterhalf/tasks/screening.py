@@ -1,0 +1,237 @@
+"""Look at every row before a run: what the model, its tokenizer or the grader cannot take is found here, by row.
+
+A row that fails late costs everything done by then, and a resumed run would meet it again.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from betterhalf.errors import InputError
+from betterhalf.tasks.dataset import DatasetTask, Subset
+from betterhalf.tasks.prompting import Draft, encode_texts
+from betterhalf.tasks.row import BadRow, Row, RowError
+from betterhalf.tasks.task import Tokenizer
+
+_ROWS_AT_ONCE = 1024
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLimits:
+    """What a prompt must fit into."""
+
+    context_length: int
+    """Positions of the model: prompt and completion together."""
+    max_tokens: int
+    """Length limit of a completion."""
+    vocab_size: int
+    """Token ids that the model has an embedding for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadRowRule:
+    """What to do about rows that cannot be used."""
+
+    action: Literal["refuse", "skip"]
+    key: str
+    """Key of the configuration that sets it, for messages."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Found:
+    """What the rows looked at so far have given."""
+
+    indices: list[int]
+    """Rows that can be used, in order."""
+    encoded: list[array[int]]
+    """Their token ids: 4 bytes each, where a tuple would take 8 and more."""
+    bad: list[BadRow]
+
+
+def screen(
+    task: DatasetTask,
+    limits: PromptLimits,
+    rule: BadRowRule,
+    *,
+    count: int | None = None,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> DatasetTask:
+    """Check every row that a run may use: its text, its place in the template, its length, its gold answer.
+
+    Args:
+        task: all rows.
+        limits: what a prompt must fit into.
+        rule: refuse bad rows, or leave them out.
+        count: rows that will be used, from the first on; all if absent.
+        advance: told of the number of rows looked at.
+
+    Returns:
+        The task of the rows that can be used, in their order and under their own prompt ids; prompts are encoded.
+
+    Raises:
+        InputError: a row is bad and to be refused, or no row is left.
+    """
+    wanted = len(task) if count is None else min(count, len(task))
+    found = _Found(indices=[], encoded=[], bad=[])
+    most = wanted if rule.action == "refuse" else len(task)
+    for index, token_ids, bad in _checked(task, limits, most, min(wanted, _ROWS_AT_ONCE), advance):
+        if bad is not None:
+            found.bad.append(bad)
+            continue
+        found.indices.append(index)
+        found.encoded.append(token_ids)
+        if len(found.indices) == wanted:
+            break
+    if found.bad and (rule.action == "refuse" or not found.indices):
+        raise InputError(_refusal(found.bad, len(found.bad) + len(found.indices), rule))
+    problems = Subset(base=task.problems, indices=found.indices)
+    return replace(task, problems=problems, encoded=found.encoded, left_out=tuple(found.bad))
+
+
+def _checked(
+    task: DatasetTask, limits: PromptLimits, rows: int, at_once: int, advance: Callable[[int], None]
+) -> Iterator[tuple[int, array[int], BadRow | None]]:
+    """Index, token ids and defect of each row."""
+    for start in range(0, rows, at_once):
+        block = range(start, min(start + at_once, rows))
+        checked = [task.problems.row(index) for index in block]
+        drafts = [_drafted(task, index, row) for index, row in zip(block, checked, strict=True)]
+        encoded = _encoded(task.problems.tokenizer, checked, drafts)
+        results = [_fitted(row, ids, limits) for row, ids in zip(checked, encoded, strict=True)]
+        yield from zip(block, *zip(*_graded(task, checked, results), strict=True), strict=True)
+        advance(len(block))
+
+
+def _drafted(task: DatasetTask, index: int, row: Row) -> Draft | BadRow:
+    """The text for the model."""
+    if row.defect is not None:
+        return row.defect
+    for name, text in (("question", row.question), ("answer", row.answer)):
+        if (place := _surrogate(text)) is not None:
+            return BadRow(
+                place=row.place,
+                reason=f"character {place + 1} of its {name} is half of a surrogate pair, which has no encoding",
+                fix="replace that character",
+            )
+    try:
+        return task.problems.draft(index)
+    except RowError as error:
+        return BadRow(place=row.place, reason=error.reason, fix=error.fix)
+
+
+def _surrogate(text: str) -> int | None:
+    """Index of the first lone surrogate."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def _encoded(
+    tokenizer: Tokenizer, rows: Sequence[Row], drafts: Sequence[Draft | BadRow]
+) -> list[Sequence[int] | BadRow]:
+    """The token ids of all drafts at once, or of one after another where one of them makes the tokenizer fail."""
+    ready = [draft for draft in drafts if isinstance(draft, Draft)]
+    try:
+        found: Iterator[Sequence[int] | BadRow] = iter(encode_texts(tokenizer, ready) if ready else [])
+        return [next(found) if isinstance(draft, Draft) else draft for draft in drafts]
+    except Exception:  # each kind of tokenizer has its own
+        return [_encoded_alone(tokenizer, row, draft) for row, draft in zip(rows, drafts, strict=True)]
+
+
+def _encoded_alone(tokenizer: Tokenizer, row: Row, draft: Draft | BadRow) -> Sequence[int] | BadRow:
+    if isinstance(draft, BadRow):
+        return draft
+    try:
+        return encode_texts(tokenizer, [draft])[0]
+    except Exception as error:
+        reason = f"the model's tokenizer fails with {type(error).__name__}: {error}"
+        return BadRow(place=row.place, reason=reason, fix="correct its text")
+
+
+def _fitted(row: Row, token_ids: Sequence[int] | BadRow, limits: PromptLimits) -> Sequence[int] | BadRow:
+    """Token ids that the model can read, with room for a completion."""
+    if isinstance(token_ids, BadRow):
+        return token_ids
+    size, room = len(token_ids), limits.context_length - len(token_ids)
+    if not size:
+        return BadRow(place=row.place, reason="its prompt has no tokens", fix="give it a text")
+    if not 0 <= min(token_ids) <= max(token_ids) < limits.vocab_size:
+        reason = f"token {max(token_ids)} of its prompt is outside the model's vocabulary of {limits.vocab_size}"
+        return BadRow(place=row.place, reason=reason, fix="use the model's own tokenizer")
+    if room <= 0:
+        reason = f"its prompt of {size} tokens leaves no room in the model's context of {limits.context_length}"
+        return BadRow(place=row.place, reason=reason, fix="shorten or drop it")
+    if room < limits.max_tokens:
+        reason = (
+            f"its prompt of {size} tokens and sampling.max_tokens={limits.max_tokens} exceed the model's context of "
+            f"{limits.context_length}"
+        )
+        return BadRow(place=row.place, reason=reason, fix="shorten or drop it", room=room)
+    return token_ids
+
+
+def _graded(
+    task: DatasetTask, rows: Sequence[Row], results: Sequence[Sequence[int] | BadRow]
+) -> list[tuple[array[int], BadRow | None]]:
+    """Token ids and defect, once the gold answers of what is sound so far have been tried on the grader."""
+    sound = [row for row, result in zip(rows, results, strict=True) if not isinstance(result, BadRow)]
+    reasons = iter(task.grader.check_golds([row.answer for row in sound]))
+    return [_with_gold(row, result, reasons) for row, result in zip(rows, results, strict=True)]
+
+
+def _with_gold(
+    row: Row, result: Sequence[int] | BadRow, reasons: Iterator[str | None]
+) -> tuple[array[int], BadRow | None]:
+    if isinstance(result, BadRow):
+        return array("i"), result
+    reason = next(reasons)
+    bad = (
+        None
+        if reason is None
+        else BadRow(
+            place=row.place,
+            reason=f"no completion can meet its answer {row.answer!r}: {reason}",
+            fix="correct the answer",
+        )
+    )
+    return array("i", result), bad
+
+
+def _refusal(bad: Sequence[BadRow], looked_at: int, rule: BadRowRule) -> str:
+    """The message for rows that cannot be used: the first of them, how many there are, and what to do."""
+    fixes = _fixes(bad)
+    if rule.action == "refuse" and len(bad) < looked_at:
+        fixes.append(f"leave such rows out with {rule.key}=skip")
+    advice = f"{_listed(fixes)}."
+    advice = advice[0].upper() + advice[1:]
+    if len(bad) == 1:
+        return f"{bad[0].place}: {bad[0].reason} (1 of {looked_at} rows cannot be used). {advice}"
+    return "\n".join([f"{len(bad)} of {looked_at} rows cannot be used:", *listing(bad), advice])
+
+
+def _fixes(bad: Sequence[BadRow]) -> list[str]:
+    """What to do, each thing once."""
+    fixes = list(dict.fromkeys(row.fix for row in bad))[:_SHOWN]
+    rooms = [row.room for row in bad if row.room is not None]
+    if len(rooms) == len(bad):
+        fixes = [f"set sampling.max_tokens={min(rooms)} or less"]
+    if any("context" in row.reason for row in bad):
+        fixes.append("choose a model with a longer context")
+    return fixes
+
+
+def _listed(words: Sequence[str]) -> str:
+    """`a, b, or c`."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])}, or {words[-1]}"
+
+
+def listing(bad: Sequence[BadRow]) -> list[str]:
+    """The first rows with their reasons, one to a line, and how many more there are."""
+    lines = [f"  {row.place}: {row.reason}" for row in bad[:_SHOWN]]
+    return [*lines, f"  ... and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else lines
