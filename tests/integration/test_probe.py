@@ -202,7 +202,7 @@ def test_prompts_longer_than_the_context_end_with_status_2(ends: Ends, tmp_path:
     path = write(tmp_path / "long.jsonl", [{"problem": "12345678" * 16, "answer": "1"}])
     arguments = ("task.type=math", f"task.path={path}", "task.template=none", f"run_dir={tmp_path / 'run'}")
     said = ends(2, "probe", "demo", *arguments, QUIET)
-    assert "context of 128 is too short" in said and "[transformers]" not in said
+    assert "leaves no room in the model's context of 128" in said and "[transformers]" not in said
     assert not (tmp_path / "run").exists()
 
 
