@@ -27,6 +27,8 @@ HARMLESS = {
     ("rollout/native/slots.py", "scatter"): "one value for each place",
     ("rollout/sampler.py", "cumsum"): "of integers",
     ("rollout/sampler.py", "gather"): "without a gradient",
+    ("rollout/sampler.py", "scatter"): "a permutation: each place once",
+    ("runs/arms.py", "put"): "of a queue",
     ("runs/examine/pairs.py", "repeat_interleave"): "without a gradient",
     ("training/master_weights.py", "index_add"): "rows of a sparse gradient, of which only a CPU makes any, each once",
     ("training/pack.py", "bincount"): "without weights: counts",

@@ -198,6 +198,8 @@ def test_the_same_task_type_keeps_the_keys_of_the_base(tmp_path: Path) -> None:
         "type": "arithmetic",
         "style": "running_sum",
         "num_prompts": 4096,
+        "bad_rows": "refuse",
+        "allow_changed_data": False,
         "seed": 2,
         "terms": 5,
     }

@@ -11,7 +11,7 @@ from betterhalf.config.schema import ModelConfig
 from betterhalf.models.description import describe_model
 from betterhalf.models.gguf import tokenizer_flags
 from betterhalf.models.loading import load_model
-from betterhalf.tasks.prompting import plain_prompt, templated_prompt
+from betterhalf.tasks.prompting import encode, plain_draft, templated_draft
 
 WriteGguf = Callable[..., Path]
 
@@ -37,8 +37,8 @@ def test_prompts_hold_the_tokens_that_the_file_says_are_added(
     begin, word, end = IDS[tokenizer]
     before = (begin,) * flags.get("add_bos_token", tokenizer == "llama")
     behind = (end,) * flags.get("add_eos_token", False)
-    assert plain_prompt(model.tokenizer, "0", "ab", answer="").token_ids == (*before, word, *behind)
-    assert templated_prompt(model.tokenizer, "0", "ab", answer="").token_ids == (word,)
+    assert encode(model.tokenizer, plain_draft("0", "ab", answer="")).token_ids == (*before, word, *behind)
+    assert encode(model.tokenizer, templated_draft("0", "ab", answer="")).token_ids == (word,)
 
 
 def test_the_byte_level_tokenizer_of_llama_3_begins_texts_unless_the_file_says_otherwise(

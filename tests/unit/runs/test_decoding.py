@@ -56,7 +56,8 @@ def test_a_mark_that_the_template_names_is_graded_though_the_tokenizer_calls_it_
         config=RunConfig(),
         tokenizer=tokenizer,
         task=task,
-        engine=SimpleNamespace(generate=lambda requests, sampling: [siblings]),
+        engine=SimpleNamespace(generate=lambda requests, sampling: [siblings], wake=lambda: None),
+        trainer=SimpleNamespace(policy_version=0),
     )
     (group,) = sample_groups(parts, [task.prompt(0)], 3, 1, 0, Stopwatch())
     task.close()

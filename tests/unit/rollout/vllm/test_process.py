@@ -157,6 +157,6 @@ def test_an_assertion_is_a_refusal_while_vllm_starts_and_a_failure_once_it_runs(
             process.ask("start", options={"mixed_windows": True})
         process.ask("start", options={})
         with pytest.raises(EngineError, match="vLLM failed: a block is still in use"):
-            process.ask("generate", requests=(), temperature=1.0, stop_token_ids=())
+            process.ask("generate", requests=(), distribution={"temperature": 1.0}, stop_token_ids=())
     finally:
         process.close(grace=0.0)
