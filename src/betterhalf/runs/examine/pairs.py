@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from itertools import compress
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ Group = tuple[Prompt, tuple[Completion, ...]]
 Scores = Sequence[Sequence[float]]
 """For each completion, the trainer's logprob of each of its tokens."""
 
+Value = TypeVar("Value")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
@@ -44,11 +47,14 @@ class Sample:
     """[S] names the prompt of each."""
     groups: tuple[Group, ...] = ()
     """The same with whole prompts, where they are known."""
+    scored: tuple[tuple[bool, ...], ...] = ()
+    """[S] of a file: which tokens of each completion the engine sampled; all of them if empty."""
 
-    @property
-    def num_tokens(self) -> int:
-        """Completion tokens."""
-        return sum(len(completion.token_ids) for _, completion in self.items)
+    def only_scored(self, rows: Sequence[Sequence[Value]]) -> list[list[Value]]:
+        """Of the values that every completion token has, those of the tokens that the engine sampled."""
+        if not self.scored:
+            return [list(row) for row in rows]
+        return [list(compress(row, scored)) for row, scored in zip(rows, self.scored, strict=True)]
 
 
 class Recorder:
@@ -241,12 +247,13 @@ def compare(train: str, sample: Sample, scores: Scores, config: RunConfig, *, se
         EngineError, NumericsError: logprobs that are not finite.
     """
     names = {name: number for number, name in enumerate(dict.fromkeys(sample.prompt_ids))}
-    lengths = torch.tensor([len(completion.token_ids) for _, completion in sample.items])
+    behavior = sample.only_scored([completion.behavior_logprobs for _, completion in sample.items])
+    lengths = torch.tensor(list(map(len, behavior)))
     return pair_report(
         train,
         sample.rollout,
-        _flat(scores),
-        _flat([completion.behavior_logprobs for _, completion in sample.items]),
+        _flat(sample.only_scored(scores)),
+        _flat(behavior),
         torch.arange(len(lengths)).repeat_interleave(lengths),
         len(lengths),
         seconds=seconds,
