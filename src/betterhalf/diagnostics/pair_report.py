@@ -41,6 +41,33 @@ class Estimate:
     high: float
 
 
+RAW_RATIO = 10.0
+"""How many times smaller k3 is at temperature 1 than at the stated one, for the logprobs to be called raw.
+
+Measured with the demo model and SmolLM2-135M at temperatures 0.6 to 0.9: raw logprobs give 18 (BF16, 0.9) to 1e9
+(FP32), processed ones at most 0.06. Two policies that really differ, at either temperature, give about 1.
+"""
+
+_RAW_LEAST = 1e-8
+"""k3 below which both readings are rounding, and their ratio is chance: a wrong temperature gives 1e-4 and more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TemperatureFit:
+    """Two readings of given behavior logprobs: of softmax(logits / temperature), and raw, of softmax(logits)."""
+
+    stated: float
+    """The temperature that the file, or else the configuration, gives; not 1."""
+    k3_at_stated: float
+    """Mean k3 in nats when the trainer divides its logits by it."""
+    k3_at_1: float
+    """The same when the trainer does not divide them."""
+    tokens: int
+    """Tokens that both were measured on."""
+    raw: bool
+    """Whether the logprobs fit temperature 1: its k3 is `RAW_RATIO` times smaller, or more."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairReport:
     """One pair, measured; or, with `error`, why it could not be: its numbers are NaN then and its series empty."""
@@ -78,6 +105,8 @@ class PairReport:
     """Bins by position in the completion."""
     by_probability: tuple[GapBin, ...] = ()
     """Bins by mu."""
+    temperature: TemperatureFit | None = None
+    """For given logprobs at a temperature other than 1: which temperature they fit."""
     error: str | None = None
     """Why there is nothing else."""
 
@@ -93,6 +122,18 @@ class PairReport:
 def failed_pair(train: str, rollout: str, error: str, *, seconds: float = 0.0) -> PairReport:
     """A pair of which nothing is known but why."""
     return PairReport(train=train, rollout=rollout, seconds=seconds, metrics={}, error=error)
+
+
+def temperature_fit(stated: float, behavior_logprobs_C: Tensor, at_stated_C: Tensor, at_1_C: Tensor) -> TemperatureFit:
+    """Compare behavior logprobs with the trainer's at the stated temperature and at 1; float64 [C] each."""
+    at_stated, at_1 = (float(k3(pi_C - behavior_logprobs_C).mean()) for pi_C in (at_stated_C, at_1_C))
+    return TemperatureFit(
+        stated=stated,
+        k3_at_stated=at_stated,
+        k3_at_1=at_1,
+        tokens=behavior_logprobs_C.numel(),
+        raw=at_stated > _RAW_LEAST and at_stated >= RAW_RATIO * at_1,
+    )
 
 
 def pair_report(

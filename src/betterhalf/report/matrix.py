@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from betterhalf.metrics.catalogue import CATALOGUE
+from betterhalf.report.pairs import raw_logprobs_sentence
 
 WIDTH = 110
 """Columns, unless the terminal is wider."""
@@ -62,9 +63,11 @@ def show_probe(result: Mapping[str, Any], stream: TextIO | None = None) -> None:
 
 
 def probe_sentences(result: Mapping[str, Any]) -> list[str]:
-    """The ratio of the mismatches, what failed, and the seconds, in plain words."""
+    """The ratio of the mismatches, the seconds, raw logprobs, and what failed, in plain words."""
     sentences = [_ratio(result.get("bf16_over_fp16")), _cost(result.get("seconds") or {})]
-    failed = [pair for pair in result.get("pairs", []) if "error" in pair]
+    pairs = result.get("pairs", [])
+    sentences += [raw_logprobs_sentence(pair) for pair in pairs]
+    failed = [pair for pair in pairs if "error" in pair]
     sentences += [f"{pair['train']}/{pair['rollout']} could not be measured: {pair['error']}" for pair in failed]
     return [sentence for sentence in sentences if sentence]
 

@@ -62,6 +62,19 @@ def dtypes(names: Sequence[str]) -> list[str]:
     return sorted(dict.fromkeys(names), key=lambda name: _STYLES.get(name, len(_STYLES)))
 
 
+def raw_logprobs_sentence(row: Mapping[str, Any]) -> str:
+    """Say that the behavior logprobs of a pair fit temperature 1 instead of the stated one; empty if they do not."""
+    fit = mapping(row, "temperature")
+    if not fit.get("raw"):
+        return ""
+    stated, at_stated, at_1, tokens = (number(fit.get(key)) for key in ("stated", "k3_at_stated", "k3_at_1", "tokens"))
+    return (
+        f"{row.get('train')}/{row.get('rollout')}: the dump's logprobs fit temperature 1 (raw): k3 {at_1:.2e}, against "
+        f"{at_stated:.2e} at {stated:g}, over {tokens:,.0f} tokens. The pair's numbers are those at {stated:g} and no "
+        f"mismatch. Dump the logprobs of softmax(logits / {stated:g}) (vLLM: logprobs_mode=processed_logprobs)."
+    )
+
+
 def _read(row: Mapping[str, Any], index: int) -> Pair:
     train, rollout = (str(row.get(key) or "?") for key in ("train", "rollout"))
     bounds = row.get("k3_ci")

@@ -12,7 +12,7 @@ from betterhalf.report.fields import mapping, mappings, number
 from betterhalf.report.heat import heat_table
 from betterhalf.report.localize_figures import localize_part
 from betterhalf.report.markup import figures, note, notice, part, section, shown, table
-from betterhalf.report.pairs import Pair, read_pairs
+from betterhalf.report.pairs import Pair, raw_logprobs_sentence, read_pairs
 from betterhalf.report.probe_figures import probe_figures
 
 _BITS_APART = 3
@@ -29,6 +29,7 @@ def probe_section(study: Study, several: bool) -> str:
     prefix = f"probe{study.index}-"
     content = [
         note(_subject(study.result)),
+        "".join(notice(said) for pair in pairs if (said := raw_logprobs_sentence(pair.row))),
         matrix_part(pairs, confidence, number(study.result.get("bf16_over_fp16"))),
         figures(probe_figures(prefix, pairs)),
         part("Every pair", pair_table(pairs) + _quantities(pairs)) if pairs else "",

@@ -31,7 +31,10 @@ Key = TypeVar("Key")
 
 _SHOWN_REJECTIONS = 10
 
-_PAIR_KEYS = ("train", "rollout", "k3", "k3_ci", "mean_abs", "max_abs", "sequence_kl", "slope_per_1k", "tokens")
+_PAIR_KEYS = (
+    *("train", "rollout", "k3", "k3_ci", "mean_abs", "max_abs", "sequence_kl", "slope_per_1k", "tokens"),
+    "temperature",
+)
 
 
 def probe(
