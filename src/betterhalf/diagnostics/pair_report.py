@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from betterhalf import ops
-from betterhalf.diagnostics.bootstrap import bootstrap_intervals
 from betterhalf.diagnostics.budget import Budget, fit_budget
+from betterhalf.diagnostics.intervals import Interval, confidence_intervals
 from betterhalf.diagnostics.logprob_gap import (
     PROBABILITY_EDGES,
     GapBin,
@@ -38,7 +38,11 @@ class Estimate:
 
     value: float
     low: float
+    """NaN where there is no interval."""
     high: float
+    """NaN where there is no interval."""
+    reason: str | None
+    """Why there is no interval; None where there is one."""
 
 
 RAW_RATIO = 10.0
@@ -81,7 +85,7 @@ class PairReport:
     k3: float = math.nan
     """Mean over tokens, in nats."""
     k3_ci: tuple[float, float] = (math.nan, math.nan)
-    """Its confidence interval."""
+    """Its confidence interval; NaN where there is none, for the reason that `metrics` gives."""
     mean_abs: float = math.nan
     """Mean of abs(pi - mu), in probability."""
     max_abs: float = math.nan
@@ -163,7 +167,7 @@ def pair_report(
         bootstrap: resamples behind the intervals.
         confidence: their level.
         seed: of the resamples.
-        cluster_index_S: int64 [S], which prompt each completion continues; see `bootstrap_intervals`.
+        cluster_index_S: int64 [S], which prompt each completion continues; see `confidence_intervals`.
 
     Raises:
         EngineError: behavior logprobs are not finite.
@@ -173,7 +177,7 @@ def pair_report(
     trainer_C, behavior_C = trainer_logprobs_C.detach().double(), behavior_logprobs_C.detach().double()
     data = (trainer_C, behavior_C, sequence_index_C, num_sequences)
     values = mismatch_metrics(*data)
-    intervals = bootstrap_intervals(
+    intervals = confidence_intervals(
         *data, resamples=bootstrap, confidence=confidence, seed=seed, cluster_index_S=cluster_index_S
     )
     d_C = ops.log_ratio(trainer_C, behavior_C)
@@ -182,7 +186,7 @@ def pair_report(
         rollout=rollout,
         seconds=seconds,
         k3=values["mismatch/k3/mean"],
-        k3_ci=intervals["mismatch/k3/mean"],
+        k3_ci=(intervals["mismatch/k3/mean"].low, intervals["mismatch/k3/mean"].high),
         mean_abs=values["mismatch/prob_gap/mean_abs"],
         max_abs=max(abs(values["mismatch/prob_gap/max"]), abs(values["mismatch/prob_gap/min"])),
         sequence_kl=float(k3(d_C).sum()) / num_sequences,
@@ -197,9 +201,11 @@ def pair_report(
     )
 
 
-def _estimates(values: dict[str, float], intervals: dict[str, tuple[float, float]]) -> dict[str, Estimate]:
+def _estimates(values: dict[str, float], intervals: dict[str, Interval]) -> dict[str, Estimate]:
     return {
-        name.removeprefix("mismatch/"): Estimate(value=value, low=intervals[name][0], high=intervals[name][1])
+        name.removeprefix("mismatch/"): Estimate(
+            value=value, low=intervals[name].low, high=intervals[name].high, reason=intervals[name].reason
+        )
         for name, value in values.items()
     }
 

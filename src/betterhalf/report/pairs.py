@@ -33,6 +33,11 @@ class Pair:
     """The pair as it stands in the file."""
 
     @property
+    def no_interval(self) -> str:
+        """Why k3 has no interval; empty if it has one."""
+        return str(mapping(mapping(self.row, "metrics"), "k3/mean").get("reason") or "")
+
+    @property
     def name(self) -> str:
         """The precision of both sides, or of trainer and engine."""
         return self.train if self.train == self.rollout else f"{self.train} / {self.rollout}"

@@ -118,14 +118,27 @@ def _quantities(pairs: Sequence[Pair]) -> str:
     names = list(dict.fromkeys(name for pair in measured for name in mapping(pair.row, "metrics")))
     if not names:
         return ""
-    rows = [[name, *(_interval(mapping(mapping(pair.row, "metrics"), name)) for pair in measured)] for name in names]
+    notes: list[str] = []
+    rows = [
+        [name, *(_interval(mapping(mapping(pair.row, "metrics"), name), notes) for pair in measured)] for name in names
+    ]
     head = ["quantity", *(f"{pair.train} / {pair.rollout}" for pair in measured)]
-    return f"<details><summary>Every quantity with its interval</summary>{table(head, rows)}</details>"
+    return f"<details><summary>Every quantity with its interval</summary>{table(head, rows)}{_reasons(notes)}</details>"
 
 
-def _interval(metric: Mapping[str, Any]) -> str:
+def _reasons(notes: Sequence[str]) -> str:
+    return "".join(note(f"({number}) no interval: {reason}") for number, reason in enumerate(notes, start=1))
+
+
+def _interval(metric: Mapping[str, Any], notes: list[str]) -> str:
+    """A value with its interval, or with the number of the note that says why there is none."""
     value, low, high = (number(metric.get(key)) for key in ("value", "low", "high"))
     bounds = f" [{shown(low)}, {shown(high)}]" if math.isfinite(low) and math.isfinite(high) else ""
+    reason = metric.get("reason")
+    if isinstance(reason, str):
+        if reason not in notes:
+            notes.append(reason)
+        bounds = f" ({notes.index(reason) + 1})"
     return shown(value, ".4g") + bounds
 
 

@@ -52,12 +52,13 @@ def test_the_numbers_are_those_of_the_definitions() -> None:
     assert found.tokens == 5
 
 
-def test_every_metric_has_an_interval_and_the_value_of_mismatch_metrics() -> None:
+def test_every_metric_has_the_value_of_mismatch_metrics_and_an_interval_or_a_reason() -> None:
     found = report()
     mu = torch.tensor(BEHAVIOR, dtype=torch.float64)
     expected = mismatch_metrics(mu + torch.tensor(RATIO, dtype=torch.float64), mu, torch.tensor(INDEX), 2)
     assert {f"mismatch/{name}": metric.value for name, metric in found.metrics.items()} == expected
-    assert all(metric.low <= metric.high for metric in found.metrics.values())
+    assert all((metric.low <= metric.high) is (metric.reason is None) for metric in found.metrics.values())
+    assert found.metrics["prob_gap/max"].reason and not found.metrics["log_ratio/mean"].reason
     assert found.k3_ci == (found.metrics["k3/mean"].low, found.metrics["k3/mean"].high)
 
 
@@ -85,7 +86,7 @@ def test_json_has_the_documented_keys_and_no_error() -> None:
         *("train", "rollout", "seconds", "k3", "k3_ci", "mean_abs", "max_abs", "sequence_kl", "slope_per_1k", "tokens"),
         *("metrics", "budget", "points", "completions", "by_position", "by_probability", "temperature"),
     ]
-    assert data["metrics"]["k3/mean"].keys() == {"value", "low", "high"}
+    assert data["metrics"]["k3/mean"].keys() == {"value", "low", "high", "reason"}
     assert data["budget"].keys() == {"sigma2", "correlation", "predicted_ess", "observed_ess", "max_length"}
     assert data["by_position"][0]["tokens"] == 2
 
