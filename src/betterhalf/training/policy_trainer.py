@@ -42,8 +42,10 @@ class OptimReport:
     """First parameter with a non-finite gradient, when skipped."""
     grad_norm: float
     """Global norm of the unscaled gradient before clipping; NaN when skipped."""
-    underflow_fraction: float
+    subnormal_fraction: float
     """Share of non-zero scaled gradient entries below the compute format's smallest normal number."""
+    zero_fraction: float
+    """Share of gradient entries that are zero: turned to zero, or zero in exact arithmetic too."""
     overflow_fraction: float
     """Share of gradient entries that are not finite."""
 
@@ -187,7 +189,8 @@ class PolicyTrainer:
             skipped=found.found_inf,
             first_offender=found.first_offender,
             grad_norm=found.norm,
-            underflow_fraction=found.underflow_fraction,
+            subnormal_fraction=found.subnormal_fraction,
+            zero_fraction=found.zero_fraction,
             overflow_fraction=found.overflow_fraction,
         )
 
