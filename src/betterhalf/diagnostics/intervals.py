@@ -1,7 +1,7 @@
 """Confidence intervals of the mismatch metrics, and where there is none, why.
 
-An interval has to cover: a percentile bootstrap does not, with some sixteen prompts and skewed quantities (84% instead
-of 95% for k3, 45% for the 1st percentile of the sequence log-ratio, 28% for a small effective sample size). Three kinds
+An interval has to cover: a percentile bootstrap does not, with some sixteen prompts and skewed quantities (86% instead
+of 95% for k3, 47% for the 1st percentile of the sequence log-ratio, 15% for a small effective sample size). Three kinds
 of metrics are told apart.
 
 * Means and what is made of means: the bootstrap's standard error, on a scale without bounds (the logarithm of what is
