@@ -36,7 +36,7 @@ def test_generation_settings_that_cannot_be_saved_are_left_out_and_named(
     model = demo_with(tmp_path / file.partition(".")[0], file, do_sample=False, temperature=0.7, top_p=0.9)
     if file == "config.json":
         (model / "generation_config.json").unlink()
-    said = train(0, f"model={model}")
+    said = train(0, f"model={model}", "logging.console=lines")
     assert "note: " in said and "export leaves out temperature, top_p" in said
     ends(0, "export", tmp_path / "run", tmp_path / "exported")
     saved = json.loads((tmp_path / "exported" / "generation_config.json").read_text())

@@ -71,7 +71,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "dropout": ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
     "vocabulary": ({"vocab_size": 9}, "its tokenizer one of 16"),
     "stop token": ({"eos_token_id": 16}, "stop token 16 (eos_token_id in config.json): its vocabulary has 16 tokens"),
-    "context": ({"max_position_embeddings": 24}, "context of 24 is too short"),
+    "context": ({"max_position_embeddings": 24}, "the model's context of 24"),
     "quantized": ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights"),
 }
 
@@ -84,7 +84,7 @@ def test_what_config_json_tells_is_refused_before_weights_are_read(
     model = changed_demo(tmp_path / "model", **changes)
     if verb == "probe" and "max_position_embeddings" in changes:
         model = change(model, max_position_embeddings=12)  # it takes what room there is
-        words = "context of 12 is too short"
+        words = "leaves no room in the model's context of 12"
     assert words in refused(verb, model)
 
 

@@ -36,7 +36,7 @@ def test_a_head_of_its_own_is_trained_sampled_with_and_exported_whatever_config_
 ) -> None:
     """The demo's head differs from its embedding; the run is that of the folder that says so."""
     model = demo_that_says(tmp_path / "model", tied=True)
-    said = train(0, f"model={model}")
+    said = train(0, f"model={model}", "logging.console=lines")
     assert "config.json" in said and "tie_word_embeddings=true" in said and "differs from the embedding" in said
     train(0, f"run_dir={tmp_path / 'untied'}")
     first, second = (
@@ -57,7 +57,7 @@ def test_a_copy_of_the_embedding_in_the_file_stays_tied(train: Ends, ends: Ends,
         weights[HEAD] = weights[EMBEDDING].clone()
 
     model = demo_that_says(tmp_path / "model", tied=True, change=copy_head)
-    assert "tie_word_embeddings" not in train(0, f"model={model}")
+    assert "tie_word_embeddings" not in train(0, f"model={model}", "logging.console=lines")
     assert HEAD not in load_file(tmp_path / "run" / "checkpoints" / "step-000001" / "model.safetensors")
     ends(0, "export", tmp_path / "run", tmp_path / "exported")
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["tie_word_embeddings"] is True

@@ -36,7 +36,7 @@ ALWAYS = {
     *(f"mismatch/sequence_log_ratio/{s}" for s in ("mean", "std", "p1", "p99")),
     *(f"mismatch/{n}" for n in ("slope_per_1k", "ess_fraction", "chi2_token", "pearson", "tokens")),
     *(f"optim/{n}" for n in ("loss_scale", "skipped", "grad_norm", "learning_rate")),
-    *(f"optim/{n}" for n in ("underflow_fraction", "overflow_fraction", "first_offender")),
+    *(f"optim/{n}" for n in ("subnormal_fraction", "zero_fraction", "overflow_fraction", "first_offender")),
     *(
         f"policy/{n}"
         for n in ("entropy/mean", "clip_fraction", "mask_fraction", "truncate_fraction", "loss", "version")

@@ -66,7 +66,7 @@ class ProbeConfig(Section):
     group_size: int = Field(4, ge=1)
     """Completions of each prompt."""
     bootstrap: int = Field(1000, ge=1)
-    """Resamples, of prompts with all their completions, behind each confidence interval."""
+    """Resamples, of prompts with all their completions, behind the standard error of each confidence interval."""
     confidence: float = Field(0.95, gt=0, lt=1)
     """Level of the intervals."""
     gradient_completions: int = Field(16, ge=2)

@@ -1,10 +1,10 @@
-"""Confidence intervals of the mismatch metrics: a percentile bootstrap over whole completions.
+"""Resamples of the mismatch metrics: over whole completions, or over prompts with all their completions.
 
 Tokens of a completion are correlated, so tokens must not be resampled one by one; completions are, whole (the cluster
 bootstrap; B. Efron, R. Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3). Siblings share a prompt, and
 with it the difficulty of its continuations, so where prompts are known and numerous enough, prompts are resampled with
 all their completions: an interval then speaks of other prompts of the same kind. With fewer than `FEWEST_CLUSTERS`
-prompts a percentile interval over them would be far too narrow, and completions are resampled instead.
+prompts completions are resampled instead.
 
 A resample is a row of counts: how often each completion was drawn. Every metric is computed from those counts exactly
 as `mismatch_metrics` would compute it on the copied data: means through sums over each completion, extremes through
@@ -26,6 +26,9 @@ from betterhalf.diagnostics.logprob_gap import k3
 
 FEWEST_CLUSTERS = 8
 """Prompts needed before they, instead of completions, are resampled."""
+
+_GROUPS = 256
+"""Clusters are left out one by one up to here, and in this many groups beyond."""
 
 _CHUNK = 1 << 20
 """Counts held at once: resamples times completions."""
@@ -66,43 +69,62 @@ class _Ranked:
     owners: Tensor
 
 
-def bootstrap_intervals(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resamples:
+    """The `mismatch/` metrics, named without their area, of the data and of what was drawn from them."""
+
+    estimate: dict[str, Tensor]
+    """float64 []: of the data."""
+    values: dict[str, Tensor]
+    """float64 [B]: of each resample."""
+    without: dict[str, Tensor]
+    """float64 [K]: of the data without one cluster, or one of `_GROUPS` groups of them (the jackknife)."""
+    cluster_S: Tensor
+    """int64 [S]: the cluster of each completion."""
+    sequence_index_C: Tensor
+    """int64 [C]: the completion of each token."""
+    sequence_log_ratio_S: Tensor
+    """float64 [S]: the summed log-ratio."""
+    unit: str
+    """Name of a cluster: prompt or completion."""
+
+
+def resample(
     trainer_logprobs_C: Tensor,
     behavior_logprobs_C: Tensor,
     sequence_index_C: Tensor,
     num_sequences: int,
     *,
     resamples: int,
-    confidence: float,
     seed: int,
     cluster_index_S: Tensor | None = None,
-) -> dict[str, tuple[float, float]]:
-    """Percentile interval of every `mismatch/` metric; the same resamples for all of them.
+) -> Resamples:
+    """Draw clusters with replacement, and leave out each one in turn; the same draws for all metrics.
 
     Args:
-        trainer_logprobs_C: [C], finite.
-        behavior_logprobs_C: [C], finite.
+        trainer_logprobs_C: float64 [C], finite.
+        behavior_logprobs_C: float64 [C], finite.
         sequence_index_C: int64 [C], which completion each token belongs to; completions without tokens do not count.
         num_sequences: S.
         resamples: B.
-        confidence: level of the intervals, between 0 and 1.
-        seed: the same seed gives the same resamples for the same completions, so pairs can be compared.
+        seed: the same seed gives the same resamples for the same completions.
         cluster_index_S: int64 [S], which prompt each completion continues; completions stand for themselves if absent.
-
-    Returns:
-        Name -> (low, high).
     """
-    trainer_C, behavior_C = trainer_logprobs_C.detach().double().cpu(), behavior_logprobs_C.detach().double().cpu()
-    index_C, cluster_S = _only_present(sequence_index_C.cpu(), num_sequences, cluster_index_S)
-    statistics = _statistics(trainer_C, behavior_C, index_C, len(cluster_S))
+    index_C, cluster_S = _only_present(sequence_index_C, num_sequences, cluster_index_S)
+    statistics = _statistics(trainer_logprobs_C, behavior_logprobs_C, index_C, len(cluster_S))
+    clusters = int(cluster_S.max()) + 1
+    alone = _metrics(statistics, torch.ones(1, len(cluster_S), dtype=torch.float64))
+    others = [_metrics(statistics, counts) for counts in _all_but_one(cluster_S % _GROUPS)]
     chunks = [_metrics(statistics, counts) for counts in _draws(cluster_S, resamples, seed)]
-    tail = (1 - confidence) / 2
-    levels = torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    intervals = {}
-    for name in chunks[0]:
-        low, high = torch.cat([chunk[name] for chunk in chunks]).quantile(levels).tolist()
-        intervals[f"mismatch/{name}"] = (low, high)
-    return intervals
+    return Resamples(
+        estimate={name: value[0] for name, value in alone.items()},
+        values={name: torch.cat([chunk[name] for chunk in chunks]) for name in alone},
+        without={name: torch.cat([chunk[name] for chunk in others]) for name in alone} if others else dict(alone),
+        cluster_S=cluster_S,
+        sequence_index_C=index_C,
+        sequence_log_ratio_S=statistics.d_S,
+        unit="completion" if clusters == len(cluster_S) else "prompt",
+    )
 
 
 def resampled_metrics(
@@ -147,6 +169,14 @@ def _draws(cluster_S: Tensor, resamples: int, seed: int) -> Iterator[Tensor]:
         counts = torch.zeros(rows, clusters, dtype=torch.float64)
         counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
         yield counts[:, cluster_S]
+
+
+def _all_but_one(cluster_S: Tensor) -> Iterator[Tensor]:
+    """Counts [K, S] that leave out one cluster each, a chunk at a time; none if there is but one cluster."""
+    clusters, at_once = int(cluster_S.max()) + 1, max(1, _CHUNK // len(cluster_S))
+    for start in range(0, clusters if clusters > 1 else 0, at_once):
+        left_out = torch.arange(start, min(clusters, start + at_once)).unsqueeze(1)
+        yield (cluster_S != left_out).double()
 
 
 def _statistics(trainer_C: Tensor, behavior_C: Tensor, index_C: Tensor, num_sequences: int) -> _Statistics:

@@ -24,7 +24,8 @@ from betterhalf import ops
 from betterhalf.diagnostics.logprob_gap import ess_fraction
 
 ESS_FLOOR = 0.5
-"""Below this share the weights have lost half of the batch; published guidance calls more than it good (verl)."""
+"""Below this share the weights have lost half of the batch. It is no published bound: the effective sample sizes of
+verl and others are of token weights, or of truncated ones, and differ on the same data (docs/mismatch.md)."""
 
 CORRELATION_FLOOR = 0.1
 """Lowest fitted correlation: a handful of sums that happen to agree must not promise an unlimited length."""

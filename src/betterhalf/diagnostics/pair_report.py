@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from betterhalf import ops
-from betterhalf.diagnostics.bootstrap import bootstrap_intervals
 from betterhalf.diagnostics.budget import Budget, fit_budget
+from betterhalf.diagnostics.intervals import Interval, confidence_intervals
 from betterhalf.diagnostics.logprob_gap import (
     PROBABILITY_EDGES,
     GapBin,
@@ -38,7 +38,38 @@ class Estimate:
 
     value: float
     low: float
+    """NaN where there is no interval."""
     high: float
+    """NaN where there is no interval."""
+    reason: str | None
+    """Why there is no interval; None where there is one."""
+
+
+RAW_RATIO = 10.0
+"""How many times smaller k3 is at temperature 1 than at the stated one, for the logprobs to be called raw.
+
+Measured with the demo model and SmolLM2-135M at temperatures 0.6 to 0.9: raw logprobs give 18 (BF16, 0.9) to 1e9
+(FP32), processed ones at most 0.06. Two policies that really differ, at either temperature, give about 1.
+"""
+
+_RAW_LEAST = 1e-8
+"""k3 below which both readings are rounding, and their ratio is chance: a wrong temperature gives 1e-4 and more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TemperatureFit:
+    """Two readings of given behavior logprobs: of softmax(logits / temperature), and raw, of softmax(logits)."""
+
+    stated: float
+    """The temperature that the file, or else the configuration, gives; not 1."""
+    k3_at_stated: float
+    """Mean k3 in nats when the trainer divides its logits by it."""
+    k3_at_1: float
+    """The same when the trainer does not divide them."""
+    tokens: int
+    """Tokens that both were measured on."""
+    raw: bool
+    """Whether the logprobs fit temperature 1: its k3 is `RAW_RATIO` times smaller, or more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +85,7 @@ class PairReport:
     k3: float = math.nan
     """Mean over tokens, in nats."""
     k3_ci: tuple[float, float] = (math.nan, math.nan)
-    """Its confidence interval."""
+    """Its confidence interval; NaN where there is none, for the reason that `metrics` gives."""
     mean_abs: float = math.nan
     """Mean of abs(pi - mu), in probability."""
     max_abs: float = math.nan
@@ -78,6 +109,8 @@ class PairReport:
     """Bins by position in the completion."""
     by_probability: tuple[GapBin, ...] = ()
     """Bins by mu."""
+    temperature: TemperatureFit | None = None
+    """For given logprobs at a temperature other than 1: which temperature they fit."""
     error: str | None = None
     """Why there is nothing else."""
 
@@ -93,6 +126,18 @@ class PairReport:
 def failed_pair(train: str, rollout: str, error: str, *, seconds: float = 0.0) -> PairReport:
     """A pair of which nothing is known but why."""
     return PairReport(train=train, rollout=rollout, seconds=seconds, metrics={}, error=error)
+
+
+def temperature_fit(stated: float, behavior_logprobs_C: Tensor, at_stated_C: Tensor, at_1_C: Tensor) -> TemperatureFit:
+    """Compare behavior logprobs with the trainer's at the stated temperature and at 1; float64 [C] each."""
+    at_stated, at_1 = (float(k3(pi_C - behavior_logprobs_C).mean()) for pi_C in (at_stated_C, at_1_C))
+    return TemperatureFit(
+        stated=stated,
+        k3_at_stated=at_stated,
+        k3_at_1=at_1,
+        tokens=behavior_logprobs_C.numel(),
+        raw=at_stated > _RAW_LEAST and at_stated >= RAW_RATIO * at_1,
+    )
 
 
 def pair_report(
@@ -122,7 +167,7 @@ def pair_report(
         bootstrap: resamples behind the intervals.
         confidence: their level.
         seed: of the resamples.
-        cluster_index_S: int64 [S], which prompt each completion continues; see `bootstrap_intervals`.
+        cluster_index_S: int64 [S], which prompt each completion continues; see `confidence_intervals`.
 
     Raises:
         EngineError: behavior logprobs are not finite.
@@ -132,7 +177,7 @@ def pair_report(
     trainer_C, behavior_C = trainer_logprobs_C.detach().double(), behavior_logprobs_C.detach().double()
     data = (trainer_C, behavior_C, sequence_index_C, num_sequences)
     values = mismatch_metrics(*data)
-    intervals = bootstrap_intervals(
+    intervals = confidence_intervals(
         *data, resamples=bootstrap, confidence=confidence, seed=seed, cluster_index_S=cluster_index_S
     )
     d_C = ops.log_ratio(trainer_C, behavior_C)
@@ -141,7 +186,7 @@ def pair_report(
         rollout=rollout,
         seconds=seconds,
         k3=values["mismatch/k3/mean"],
-        k3_ci=intervals["mismatch/k3/mean"],
+        k3_ci=(intervals["mismatch/k3/mean"].low, intervals["mismatch/k3/mean"].high),
         mean_abs=values["mismatch/prob_gap/mean_abs"],
         max_abs=max(abs(values["mismatch/prob_gap/max"]), abs(values["mismatch/prob_gap/min"])),
         sequence_kl=float(k3(d_C).sum()) / num_sequences,
@@ -156,9 +201,11 @@ def pair_report(
     )
 
 
-def _estimates(values: dict[str, float], intervals: dict[str, tuple[float, float]]) -> dict[str, Estimate]:
+def _estimates(values: dict[str, float], intervals: dict[str, Interval]) -> dict[str, Estimate]:
     return {
-        name.removeprefix("mismatch/"): Estimate(value=value, low=intervals[name][0], high=intervals[name][1])
+        name.removeprefix("mismatch/"): Estimate(
+            value=value, low=intervals[name].low, high=intervals[name].high, reason=intervals[name].reason
+        )
         for name, value in values.items()
     }
 

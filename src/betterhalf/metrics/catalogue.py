@@ -38,6 +38,10 @@ class Metric:
 
 _VERL = "verl, docs on rollout correction"
 _NEMO = "NeMo-RL, GRPO guide"
+_HALF = (
+    "by definition: below it half of the batch is lost. Measured (docs/mismatch.md): SmolLM2 at 147 tokens 0.996 in "
+    "FP16, 0.70 in BF16; demo at 35 tokens with an engine whose weights are 20% off 0.63"
+)
 
 _MISMATCH = (
     Metric(
@@ -96,8 +100,8 @@ _MISMATCH = (
         "mismatch/ess_fraction",
         "share",
         "Effective sample size of the completions weighted by pi/mu, before anything is truncated.",
-        (0.3, None),
-        _VERL + ": below 0.3 bad, above 0.5 good",
+        (0.5, None),
+        _HALF,
     ),
     Metric(
         "mismatch/chi2_token",
@@ -130,14 +134,14 @@ _BUDGET = (
         "share",
         "Effective sample size predicted for the step's lengths: 1 / mean(exp(L sigma2 tau)).",
         (0.5, None),
-        _VERL + f": above 0.5 good; the prediction is {_LOGNORMAL}",
+        f"by definition: below it half of the batch is lost; the prediction is {_LOGNORMAL}",
     ),
     Metric(
         "budget/observed_ess",
         "share",
         "Effective sample size that the completions weighted by pi/mu really have; never below 1 / completions.",
-        (0.3, None),
-        _VERL + ": below 0.3 bad, above 0.5 good",
+        (0.5, None),
+        _HALF,
     ),
     Metric(
         "budget/max_length",
@@ -166,11 +170,20 @@ _OPTIM = (
     ),
     Metric("optim/learning_rate", "1", "Learning rate of the last optimizer step."),
     Metric(
-        "optim/underflow_fraction",
+        "optim/subnormal_fraction",
         "share",
-        "Non-zero scaled gradient elements below the smallest normal number of the compute dtype, mean of the step.",
-        (None, 0.01),
-        "the share at which the doctor calls a model unsafe",
+        "Scaled gradient elements below the smallest normal number of the compute dtype, among those that are not "
+        "zero, mean of the step: they have lost bits and are not lost.",
+        (None, 0.1),
+        "measured, demo in FP16, 12 steps: 2e-4 at loss scale 65536, 2e-3 at 4096, 0.08 at 64, 0.96 at 1, where 2e-7, "
+        "2e-6, 1e-4 and 3e-3 of the elements have become zero",
+    ),
+    Metric(
+        "optim/zero_fraction",
+        "share",
+        "Gradient elements that are exactly zero, mean of the step. What became zero in half precision is the excess "
+        "over an FP32 run: in exact arithmetic, too, some are zero (rows of an untied embedding for absent tokens; "
+        "7.7e-4 in demo). The doctor counts against FP32, and calls 1% unsafe.",
     ),
     Metric(
         "optim/overflow_fraction",

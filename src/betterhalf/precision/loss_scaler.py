@@ -40,8 +40,10 @@ class UnscaleReport:
     """First parameter, in the order given, with a non-finite gradient on this rank."""
     norm: float
     """L2 norm of all ranks' unscaled gradients together, before clipping; NaN with `found_inf`."""
-    underflow_fraction: float
+    subnormal_fraction: float
     """Share of all ranks' non-zero entries below the smallest normal number of the compute format."""
+    zero_fraction: float
+    """Share of all ranks' entries that are zero: turned to zero, or zero in exact arithmetic too."""
     overflow_fraction: float
     """Share of all ranks' entries that are infinite or NaN."""
 
@@ -101,7 +103,7 @@ class DynamicLossScaler:
     """Grows after a number of clean optimizer steps, backs off on overflow; for FP16."""
 
     def __init__(self, config: LossScaleConfig, compute_dtype: DtypeName) -> None:
-        """Start at `config.initial`; `compute_dtype` says what counts as underflow."""
+        """Start at `config.initial`; `compute_dtype` says what counts as subnormal."""
         self._config = config
         self._smallest_normal = FORMATS[compute_dtype].min_normal
         # A scale of zero could never be undone, so there is a floor even without one.
@@ -196,7 +198,7 @@ class NullLossScaler:
     scale: float = 1.0
 
     def __init__(self, config: LossScaleConfig, compute_dtype: DtypeName) -> None:
-        """`compute_dtype` says what counts as underflow; of `config` only `max_skips_at_floor` is used."""
+        """`compute_dtype` says what counts as subnormal; of `config` only `max_skips_at_floor` is used."""
         self._max_skips = config.max_skips_at_floor
         self._smallest_normal = FORMATS[compute_dtype].min_normal
         self._skips_in_row = 0
@@ -269,11 +271,13 @@ def _unscale(
     clipped = 1.0 if max_norm is None or found_inf else min(1.0, max_norm / (norm + _NORM_EPSILON))
     if tensors and clipped / scale != 1.0:
         torch._foreach_mul_(tensors, clipped / scale)
+    entries, nonzero = sum(grad.numel() for grad in tensors), sum(one.nonzero for one in found)
     return UnscaleReport(
         found_inf=found_inf,
         first_offender=offenders[0] if offenders else None,
         norm=norm,
-        underflow_fraction=small / max(nonzero, 1),
+        subnormal_fraction=small / max(nonzero, 1),
+        zero_fraction=(entries - nonzero) / max(entries, 1),
         overflow_fraction=broken / max(entries, 1),
     )
 

@@ -51,7 +51,7 @@ def _cell(pair: Pair | None) -> str:
     if pair.error:
         return f'<td class="none">failed<small>{escape(pair.error)}</small></td>'
     low, high = pair.interval
-    interval = f"{low:.1e} to {high:.1e}" if math.isfinite(low) and math.isfinite(high) else ""
+    interval = f"{low:.1e} to {high:.1e}" if math.isfinite(low) and math.isfinite(high) else escape(pair.no_interval)
     same = " same" if pair.train == pair.rollout else ""
     return f'<td class="h{shade(pair.k3)}{same}"><b>{pair.k3:.2e}</b><small>{interval}</small></td>'
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from betterhalf.metrics.catalogue import CATALOGUE
+from betterhalf.report.pairs import raw_logprobs_sentence
 
 WIDTH = 110
 """Columns, unless the terminal is wider."""
@@ -62,9 +63,11 @@ def show_probe(result: Mapping[str, Any], stream: TextIO | None = None) -> None:
 
 
 def probe_sentences(result: Mapping[str, Any]) -> list[str]:
-    """The ratio of the mismatches, what failed, and the seconds, in plain words."""
+    """The ratio of the mismatches, the seconds, raw logprobs, and what failed, in plain words."""
     sentences = [_ratio(result.get("bf16_over_fp16")), _cost(result.get("seconds") or {})]
-    failed = [pair for pair in result.get("pairs", []) if "error" in pair]
+    pairs = result.get("pairs", [])
+    sentences += [raw_logprobs_sentence(pair) for pair in pairs]
+    failed = [pair for pair in pairs if "error" in pair]
     sentences += [f"{pair['train']}/{pair['rollout']} could not be measured: {pair['error']}" for pair in failed]
     return [sentence for sentence in sentences if sentence]
 
@@ -82,10 +85,15 @@ def _print_matrix(out: Console, pairs: Sequence[Mapping[str, Any]], level: str) 
     """k3 of each pair: a row for each trainer dtype, a column for each rollout dtype."""
     found = {(pair["train"], pair["rollout"]): pair for pair in pairs}
     trains = list(dict.fromkeys(pair["train"] for pair in pairs))
+    notes: list[str] = []
 
     def cell(train: str, rollout: str) -> Text:
         pair = found.get((train, rollout))
-        text = _with_interval(pair["k3"], *pair["k3_ci"]) if pair else "-"
+        if not pair:
+            return Text("-")
+        reason = ((pair.get("metrics") or {}).get("k3/mean") or {}).get("reason")
+        low, high = pair["k3_ci"]
+        text = _with_interval(pair["k3"], low, high, _noted(notes, reason))
         return Text(text, style="bold" if train == rollout else "")
 
     columns = {
@@ -93,6 +101,7 @@ def _print_matrix(out: Console, pairs: Sequence[Mapping[str, Any]], level: str) 
         for rollout in dict.fromkeys(pair["rollout"] for pair in pairs)
     }
     _print_columns(out, f"k3 in nats per token, with its {level} interval", "trainer", trains, columns)
+    _print_notes(out, notes)
 
 
 def _rows(pairs: Sequence[Mapping[str, Any]]) -> Table:
@@ -115,15 +124,20 @@ def _print_quantities(out: Console, pairs: Sequence[Mapping[str, Any]], level: s
     known = (name.removeprefix("mismatch/") for name in CATALOGUE if name.startswith("mismatch/"))
     metrics = [pair.get("metrics") or {} for pair in pairs]
     names = [name for name in known if name != "tokens" and any(name in found for found in metrics)]
+    notes: list[str] = []
 
     def cell(metric: Mapping[str, Any] | None) -> Text:
-        return Text(_with_interval(metric["value"], metric["low"], metric["high"]) if metric else "-")
+        if not metric:
+            return Text("-")
+        mark = _noted(notes, metric.get("reason"))
+        return Text(_with_interval(metric["value"], metric.get("low"), metric.get("high"), mark))
 
     columns = {
         f"{pair['train']}/{pair['rollout']}": [cell(found.get(name)) for name in names]
         for pair, found in zip(pairs, metrics, strict=True)
     }
     _print_columns(out, f"every quantity, with its {level} interval", "mismatch/", names, columns)
+    _print_notes(out, notes)
 
 
 def _print_columns(
@@ -173,8 +187,29 @@ def _table(title: str, first: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def _with_interval(value: float | None, low: float | None, high: float | None) -> str:
-    """A value and its interval, whose bounds lose a digit where they would push the table apart."""
+def _noted(notes: list[str], reason: str | None) -> str:
+    """Mark of a note, which is added to the others if it is new; none without a reason."""
+    if not reason:
+        return ""
+    if reason not in notes:
+        notes.append(reason)
+    return f"({notes.index(reason) + 1})"
+
+
+def _print_notes(out: Console, notes: Sequence[str]) -> None:
+    for number, reason in enumerate(notes, start=1):
+        out.print(Text(f"({number}) no interval: {reason}"))
+    if notes:
+        out.print()
+
+
+def _with_interval(value: float | None, low: float | None, high: float | None, mark: str) -> str:
+    """A value and its interval, or the mark of the note that says why there is none.
+
+    Bounds lose a digit where they would push the table apart.
+    """
+    if mark:
+        return f"{_short(value)} {mark}"
     text = f"{_short(value)} [{_short(low)}, {_short(high)}]"
     return text if len(text) <= _CELL else f"{_short(value)} [{_short(low, digits=1)}, {_short(high, digits=1)}]"
 

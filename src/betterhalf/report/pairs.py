@@ -33,6 +33,11 @@ class Pair:
     """The pair as it stands in the file."""
 
     @property
+    def no_interval(self) -> str:
+        """Why k3 has no interval; empty if it has one."""
+        return str(mapping(mapping(self.row, "metrics"), "k3/mean").get("reason") or "")
+
+    @property
     def name(self) -> str:
         """The precision of both sides, or of trainer and engine."""
         return self.train if self.train == self.rollout else f"{self.train} / {self.rollout}"
@@ -60,6 +65,19 @@ def matched(pairs: Sequence[Pair]) -> list[Pair]:
 def dtypes(names: Sequence[str]) -> list[str]:
     """Each name once: FP16, BF16, FP32 first, then others as they come."""
     return sorted(dict.fromkeys(names), key=lambda name: _STYLES.get(name, len(_STYLES)))
+
+
+def raw_logprobs_sentence(row: Mapping[str, Any]) -> str:
+    """Say that the behavior logprobs of a pair fit temperature 1 instead of the stated one; empty if they do not."""
+    fit = mapping(row, "temperature")
+    if not fit.get("raw"):
+        return ""
+    stated, at_stated, at_1, tokens = (number(fit.get(key)) for key in ("stated", "k3_at_stated", "k3_at_1", "tokens"))
+    return (
+        f"{row.get('train')}/{row.get('rollout')}: the dump's logprobs fit temperature 1 (raw): k3 {at_1:.2e}, against "
+        f"{at_stated:.2e} at {stated:g}, over {tokens:,.0f} tokens. The pair's numbers are those at {stated:g} and no "
+        f"mismatch. Dump the logprobs of softmax(logits / {stated:g}) (vLLM: logprobs_mode=processed_logprobs)."
+    )
 
 
 def _read(row: Mapping[str, Any], index: int) -> Pair:

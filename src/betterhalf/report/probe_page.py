@@ -12,7 +12,7 @@ from betterhalf.report.fields import mapping, mappings, number
 from betterhalf.report.heat import heat_table
 from betterhalf.report.localize_figures import localize_part
 from betterhalf.report.markup import figures, note, notice, part, section, shown, table
-from betterhalf.report.pairs import Pair, read_pairs
+from betterhalf.report.pairs import Pair, raw_logprobs_sentence, read_pairs
 from betterhalf.report.probe_figures import probe_figures
 
 _BITS_APART = 3
@@ -29,6 +29,7 @@ def probe_section(study: Study, several: bool) -> str:
     prefix = f"probe{study.index}-"
     content = [
         note(_subject(study.result)),
+        "".join(notice(said) for pair in pairs if (said := raw_logprobs_sentence(pair.row))),
         matrix_part(pairs, confidence, number(study.result.get("bf16_over_fp16"))),
         figures(probe_figures(prefix, pairs)),
         part("Every pair", pair_table(pairs) + _quantities(pairs)) if pairs else "",
@@ -117,14 +118,27 @@ def _quantities(pairs: Sequence[Pair]) -> str:
     names = list(dict.fromkeys(name for pair in measured for name in mapping(pair.row, "metrics")))
     if not names:
         return ""
-    rows = [[name, *(_interval(mapping(mapping(pair.row, "metrics"), name)) for pair in measured)] for name in names]
+    notes: list[str] = []
+    rows = [
+        [name, *(_interval(mapping(mapping(pair.row, "metrics"), name), notes) for pair in measured)] for name in names
+    ]
     head = ["quantity", *(f"{pair.train} / {pair.rollout}" for pair in measured)]
-    return f"<details><summary>Every quantity with its interval</summary>{table(head, rows)}</details>"
+    return f"<details><summary>Every quantity with its interval</summary>{table(head, rows)}{_reasons(notes)}</details>"
 
 
-def _interval(metric: Mapping[str, Any]) -> str:
+def _reasons(notes: Sequence[str]) -> str:
+    return "".join(note(f"({number}) no interval: {reason}") for number, reason in enumerate(notes, start=1))
+
+
+def _interval(metric: Mapping[str, Any], notes: list[str]) -> str:
+    """A value with its interval, or with the number of the note that says why there is none."""
     value, low, high = (number(metric.get(key)) for key in ("value", "low", "high"))
     bounds = f" [{shown(low)}, {shown(high)}]" if math.isfinite(low) and math.isfinite(high) else ""
+    reason = metric.get("reason")
+    if isinstance(reason, str):
+        if reason not in notes:
+            notes.append(reason)
+        bounds = f" ({notes.index(reason) + 1})"
     return shown(value, ".4g") + bounds
 
 

@@ -43,8 +43,10 @@ class OptimReport:
     """First parameter with a non-finite gradient on this rank, when skipped; None if another rank found it."""
     grad_norm: float
     """Norm of the unscaled gradient over all ranks before clipping; NaN when skipped."""
-    underflow_fraction: float
+    subnormal_fraction: float
     """Share, over all ranks, of non-zero scaled gradient entries below the compute format's smallest normal number."""
+    zero_fraction: float
+    """Share, over all ranks, of gradient entries that are zero: turned to zero, or zero in exact arithmetic too."""
     overflow_fraction: float
     """Share, over all ranks, of gradient entries that are not finite."""
 
@@ -192,7 +194,8 @@ class PolicyTrainer:
             skipped=found.found_inf,
             first_offender=found.first_offender,
             grad_norm=found.norm,
-            underflow_fraction=found.underflow_fraction,
+            subnormal_fraction=found.subnormal_fraction,
+            zero_fraction=found.zero_fraction,
             overflow_fraction=found.overflow_fraction,
         )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from betterhalf.diagnostics.logprob_gap import mismatch_metrics
-from betterhalf.diagnostics.pair_report import MAX_POINTS, PairReport, failed_pair, pair_report
+from betterhalf.diagnostics.pair_report import MAX_POINTS, PairReport, failed_pair, pair_report, temperature_fit
 from betterhalf.errors import EngineError, NumericsError
 
 BEHAVIOR = [-0.5, -2.0, -1.0, -0.25, -3.0]
@@ -52,12 +52,13 @@ def test_the_numbers_are_those_of_the_definitions() -> None:
     assert found.tokens == 5
 
 
-def test_every_metric_has_an_interval_and_the_value_of_mismatch_metrics() -> None:
+def test_every_metric_has_the_value_of_mismatch_metrics_and_an_interval_or_a_reason() -> None:
     found = report()
     mu = torch.tensor(BEHAVIOR, dtype=torch.float64)
     expected = mismatch_metrics(mu + torch.tensor(RATIO, dtype=torch.float64), mu, torch.tensor(INDEX), 2)
     assert {f"mismatch/{name}": metric.value for name, metric in found.metrics.items()} == expected
-    assert all(metric.low <= metric.high for metric in found.metrics.values())
+    assert all((metric.low <= metric.high) is (metric.reason is None) for metric in found.metrics.values())
+    assert found.metrics["prob_gap/max"].reason and not found.metrics["log_ratio/mean"].reason
     assert found.k3_ci == (found.metrics["k3/mean"].low, found.metrics["k3/mean"].high)
 
 
@@ -83,11 +84,27 @@ def test_json_has_the_documented_keys_and_no_error() -> None:
     data = json.loads(json.dumps(report().to_json()))
     assert list(data) == [
         *("train", "rollout", "seconds", "k3", "k3_ci", "mean_abs", "max_abs", "sequence_kl", "slope_per_1k", "tokens"),
-        *("metrics", "budget", "points", "completions", "by_position", "by_probability"),
+        *("metrics", "budget", "points", "completions", "by_position", "by_probability", "temperature"),
     ]
-    assert data["metrics"]["k3/mean"].keys() == {"value", "low", "high"}
+    assert data["metrics"]["k3/mean"].keys() == {"value", "low", "high", "reason"}
     assert data["budget"].keys() == {"sigma2", "correlation", "predicted_ess", "observed_ess", "max_length"}
     assert data["by_position"][0]["tokens"] == 2
+
+
+def test_logprobs_are_raw_where_temperature_1_fits_ten_times_better() -> None:
+    mu = torch.tensor(BEHAVIOR, dtype=torch.float64)
+    gap = torch.tensor(RATIO, dtype=torch.float64)
+
+    def raw(stated: float, at_1: float) -> bool:
+        return temperature_fit(0.7, mu, mu + stated * gap, mu + at_1 * gap).raw
+
+    # k3 grows as the square of the log-ratio.
+    assert raw(1.0, 0.0) and raw(1.0, 0.3)
+    assert not raw(1.0, 0.4) and not raw(0.3, 1.0)
+    assert not raw(1e-4, 0.0), "rounding decides nothing"
+    fit = temperature_fit(0.7, mu, mu + gap, mu)
+    assert (fit.k3_at_1, fit.tokens, fit.stated) == (0.0, 5, 0.7)
+    assert fit.k3_at_stated == pytest.approx(sum(map(exact_k3, RATIO)) / 5)
 
 
 def test_a_failed_pair_says_why_and_nothing_else() -> None:

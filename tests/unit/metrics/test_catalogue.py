@@ -30,7 +30,7 @@ def test_catalogue_holds_the_names_of_the_design() -> None:
         "log_ratio/mean log_ratio/std log_ratio/p99_abs log_ratio/max_abs "
         "sequence_log_ratio/mean sequence_log_ratio/std sequence_log_ratio/p1 sequence_log_ratio/p99 "
         "slope_per_1k ess_fraction chi2_token pearson tokens",
-        "optim": "loss_scale skipped grad_norm learning_rate underflow_fraction overflow_fraction",
+        "optim": "loss_scale skipped grad_norm learning_rate subnormal_fraction zero_fraction overflow_fraction",
         "policy": "entropy/mean clip_fraction mask_fraction truncate_fraction loss version",
         "rollout": "reward/mean reward/std length/mean length/max truncated_fraction zero_advantage_fraction",
         "time": "step_seconds generate_seconds reward_seconds measure_seconds train_seconds sync_seconds",

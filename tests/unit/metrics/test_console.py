@@ -130,7 +130,7 @@ def test_a_phase_away_from_a_terminal_prints_its_start_and_its_end() -> None:
         ("mismatch/k3/mean", 1.01e-3, "high"),
         ("mismatch/k3/mean", math.nan, "high"),
         ("mismatch/k3/mean", None, ""),
-        ("mismatch/ess_fraction", 0.29, "low"),
+        ("mismatch/ess_fraction", 0.49, "low"),
         ("rollout/reward/mean", 0.5, ""),
     ],
 )

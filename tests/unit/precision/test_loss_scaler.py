@@ -115,11 +115,12 @@ def test_huge_finite_gradients_are_not_taken_for_infinite() -> None:
 
 
 @pytest.mark.parametrize("scaler", [dynamic(initial=2.0**10), build_loss_scaler(LossScaleConfig(), "fp32")])
-def test_the_underflow_share_counts_scaled_nonzero_entries_below_the_smallest_normal(scaler: LossScaler) -> None:
+def test_subnormal_entries_are_counted_among_those_that_are_not_zero_and_zeros_among_all(scaler: LossScaler) -> None:
     tiny = FP16_TINY if isinstance(scaler, DynamicLossScaler) else 2.0**-126
     grad = torch.tensor([0.0, 0.0, tiny / 2, -tiny / 2, tiny, -tiny, 1.0, tiny * 0.999])
     report = scaler.unscale([("a", grad), ("b", torch.tensor([2.0, -0.0]))])
-    assert report.underflow_fraction == 3 / 7
+    assert report.subnormal_fraction == 3 / 7
+    assert report.zero_fraction == 3 / 10
 
 
 @pytest.mark.parametrize("max_norm", [1.0, 1e6, None])
@@ -150,9 +151,25 @@ def test_a_broken_gradient_has_no_norm_and_is_not_clipped() -> None:
     assert math.isnan(report.norm) and good.tolist() == [1.5, 2.0]
 
 
-def test_gradients_that_are_all_zero_have_no_underflow() -> None:
+def test_what_a_small_loss_scale_turns_to_zero_is_told_from_what_it_makes_subnormal() -> None:
+    """Gradient entries of 2^-30 to 2^-11: in FP16, 2^-25 and less becomes zero, and the rest below 2^-14 subnormal."""
+    exact = 2.0 ** -torch.arange(11.0, 31.0)
+    for scale, subnormal, zero in ((1.0, 10 / 14, 6 / 20), (2.0**6, 10 / 20, 0.0), (2.0**16, 0.0, 0.0)):
+        half = (exact * scale).half().float()
+        report = dynamic(initial=scale).unscale([("w", half)])
+        assert (report.subnormal_fraction, report.zero_fraction) == (subnormal, zero)
+
+
+def test_gradients_that_are_all_zero_have_no_subnormal_entries() -> None:
     report = dynamic().unscale([("a", torch.zeros(4))])
-    assert (report.underflow_fraction, report.overflow_fraction, report.found_inf) == (0.0, 0.0, False)
+    assert (report.subnormal_fraction, report.overflow_fraction, report.found_inf) == (0.0, 0.0, False)
+    assert report.zero_fraction == 1.0
+    assert dynamic().unscale([]).zero_fraction == 0.0
+
+
+def test_gradients_that_are_not_finite_are_not_zero() -> None:
+    report = dynamic().unscale([("a", torch.tensor([torch.nan, torch.inf, 0.0, 1.0]))])
+    assert report.zero_fraction == 0.25
 
 
 def test_the_null_scaler_leaves_gradients_alone_and_still_finds_nan() -> None:
@@ -244,7 +261,8 @@ def test_ranks_with_shards_clip_and_report_as_one_process_with_all_of_them(
     for report in reports:
         assert report.found_inf == alone.found_inf == broken
         assert report.norm == pytest.approx(alone.norm, rel=1e-14, nan_ok=True)
-        assert report.underflow_fraction == alone.underflow_fraction
+        assert report.subnormal_fraction == alone.subnormal_fraction
+        assert report.zero_fraction == alone.zero_fraction
         assert report.overflow_fraction == alone.overflow_fraction
     assert len({str(report.norm) for report in reports}) == 1
     assert [report.first_offender for report in reports] == ([None, "c", None] if broken else [None] * 3)

@@ -37,6 +37,12 @@ def test_cells_hold_number_interval_error_or_absence() -> None:
     assert "95% interval" in page
 
 
+def test_a_cell_without_interval_says_why() -> None:
+    metrics = {"k3/mean": {"value": 1e-5, "low": None, "high": None, "reason": "one prompt carries it"}}
+    page = heat(pair("fp16", "fp16", k3=1e-5, k3_ci=[None, None], metrics=metrics))
+    assert "<b>1.00e-05</b><small>one prompt carries it</small>" in page
+
+
 def test_matched_pairs_alone_are_one_row() -> None:
     page = heat(pair("fp32", "fp32", k3=1e-12), pair("fp16", "fp16", k3=1e-7), pair("bf16", "bf16", k3=1e-5))
     assert page.count("<tr>") == 2

@@ -47,3 +47,20 @@ def test_pairs_of_one_rollout_stand_side_by_side(value: float) -> None:
     stream = io.StringIO()
     show_probe({"pairs": [pair(train, "fp16", value) for train in ("fp16", "bf16", "fp32")]}, stream)
     assert stream.getvalue().count("slope_per_1k") == 1
+
+
+def test_the_reason_for_having_no_interval_stands_below_the_table_once() -> None:
+    none = {"value": 0.5, "low": None, "high": None, "reason": "64 completions are too few"}
+    first, second = (pair(train, "fp16", 1e-4) for train in ("fp16", "bf16"))
+    for row in (first, second):
+        row["metrics"] = row["metrics"] | {"sequence_log_ratio/p1": none, "prob_gap/max": none | {"reason": "extreme"}}
+    second["metrics"]["k3/mean"] = none | {"reason": "one prompt carries it"}
+    second["k3_ci"] = [None, None]
+    stream = io.StringIO()
+    show_probe({"pairs": [first, second]}, stream)
+    shown = stream.getvalue()
+    assert shown.count("no interval: 64 completions are too few") == 1
+    assert shown.count("no interval: one prompt carries it") == 2, "below k3 and below the other quantities"
+    (row,) = (line for line in shown.splitlines() if "sequence_log_ratio/p1" in line)
+    number = shown[: shown.index(" no interval: 64")].rsplit("\n", 1)[-1]
+    assert row.count(f"0.5000 {number}") == 2

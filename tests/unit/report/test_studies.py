@@ -26,6 +26,17 @@ def page_of(tmp_path: Path, file: str, result: Tree, name: str = "study") -> Out
     return outline(render(load([fill_study(tmp_path / name, file, result)])))
 
 
+def test_a_probe_page_gives_the_reason_for_having_no_interval(tmp_path: Path) -> None:
+    result = probe_json()
+    none = {"value": -0.5, "low": None, "high": None, "reason": "64 completions are too few"}
+    for pair in result["pairs"]:
+        if "metrics" in pair:
+            pair["metrics"]["sequence_log_ratio/p1"] = none
+    page = page_of(tmp_path, "probe.json", result)
+    assert "sequence_log_ratio/p1 -0.5 (1)" in page.text
+    assert page.text.count("(1) no interval: 64 completions are too few") == 1
+
+
 def test_a_probe_page_has_matrix_ratio_figures_and_tables(tmp_path: Path) -> None:
     page = page_of(tmp_path, "probe.json", probe_json())
     for expected in (

@@ -10,6 +10,7 @@ Each line is one completion:
     finish_reason      str      optional: `stop` or `length`
     temperature        float    optional: both logprobs are of softmax(logits / temperature)
     rollout_dtype, trainer_dtype   optional: fp16, bf16 or fp32
+    response_mask      [0, 1]   optional: 1 for the tokens that the engine sampled; other names in `dump_masks`
 
 A bad line is reported by number and reason, and the rest is kept. TRL's names and shapes are recognised (`trl_dump`).
 """
@@ -25,8 +26,9 @@ from typing import Any, cast, get_args
 
 from betterhalf.errors import InputError
 from betterhalf.run_dir import write_text_atomic
+from betterhalf.runs.examine.dump_masks import Kept, read_masks, refuse_unknown_masks
 from betterhalf.runs.examine.scoring import Item
-from betterhalf.runs.examine.trl_dump import is_trl, trl_lines, trl_rows
+from betterhalf.runs.examine.trl_dump import is_trl, trl_line, trl_rows
 from betterhalf.types import Completion, DtypeName
 
 UNKNOWN = "dump"
@@ -57,7 +59,11 @@ class DumpLine:
     """As given, else one name for each distinct prompt."""
     prompt_token_ids: tuple[int, ...]
     completion: Completion
+    """Tokens up to the last that was sampled; 0 stands for the logprob of those that were not."""
+    scored: tuple[bool, ...]
+    """For each token of the completion: whether the engine sampled it."""
     trainer_logprobs: tuple[float, ...] | None
+    """For each token of the completion; 0 for those that were not sampled."""
     temperature: float | None
     rollout: str
     """Rollout dtype, or `UNKNOWN`."""
@@ -191,33 +197,35 @@ def _completions(number: int, text: bytes) -> Iterator[DumpLine | Rejection]:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
+    refuse_unknown_masks(record)
     if not is_trl(record):
         yield _parsed(number, record)
         return
     for place, row in enumerate(trl_rows(record), start=1):
         try:
-            for plain in trl_lines(row):
-                yield _parsed(number, plain)
+            yield _parsed(number, trl_line(row))
         except ValueError as error:
             yield Rejection(line=number, reason=f"completion {place}: {error}")
 
 
 def _parsed(number: int, record: dict[str, Any]) -> DumpLine:
-    prompt = _token_ids(record, "prompt_token_ids")
-    token_ids = _token_ids(record, "token_ids")
-    behavior = _logprobs(record, "behavior_logprobs", len(token_ids))
-    trainer = record.get("trainer_logprobs")
+    prompt, token_ids = _list(record, "prompt_token_ids"), _list(record, "token_ids")
+    kept = read_masks(record, prompt, token_ids)
+    count = len(kept.scored)
     return DumpLine(
         number=number,
         prompt_id="" if record.get("prompt_id") is None else str(record["prompt_id"]),
-        prompt_token_ids=prompt,
+        prompt_token_ids=_token_ids("prompt_token_ids", prompt, kept.prompt),
         completion=Completion(
-            token_ids=token_ids,
-            behavior_logprobs=behavior,
+            token_ids=_token_ids("token_ids", token_ids, range(count)),
+            behavior_logprobs=_logprobs(record, "behavior_logprobs", len(token_ids), kept),
             finish_reason="length" if record.get("finish_reason") == "length" else "stop",
             policy_version=0,
         ),
-        trainer_logprobs=None if trainer is None else _logprobs(record, "trainer_logprobs", len(token_ids)),
+        scored=kept.scored,
+        trainer_logprobs=None
+        if record.get("trainer_logprobs") is None
+        else _logprobs(record, "trainer_logprobs", len(token_ids), kept),
         temperature=_temperature(record.get("temperature")),
         rollout=_dtype(record, "rollout_dtype"),
         train=_dtype(record, "trainer_dtype"),
@@ -235,7 +243,7 @@ def _with_prompt_ids(lines: Sequence[DumpLine]) -> tuple[DumpLine, ...]:
     )
 
 
-def _token_ids(record: dict[str, Any], key: str) -> tuple[int, ...]:
+def _list(record: dict[str, Any], key: str) -> list[Any]:
     values = record.get(key)
     if values is None:
         raise ValueError(f"{key} is missing")
@@ -243,13 +251,20 @@ def _token_ids(record: dict[str, Any], key: str) -> tuple[int, ...]:
         raise ValueError(f"{key} is no list")
     if not values:
         raise ValueError(f"{key} is empty")
-    for place, value in enumerate(values):
-        if type(value) is not int or value < 0:
-            raise ValueError(f"{key}[{place}] = {_shown(value)} is no token id")
-    return tuple(values)
+    return values
 
 
-def _logprobs(record: dict[str, Any], key: str, count: int) -> tuple[float, ...]:
+def _token_ids(key: str, values: Sequence[Any], places: range) -> tuple[int, ...]:
+    for place in places:
+        if type(values[place]) is not int or values[place] < 0:
+            raise ValueError(f"{key}[{place}] = {_shown(values[place])} is no token id")
+    if not places:
+        raise ValueError(f"{key} is empty")
+    return tuple(values[places.start : places.stop])
+
+
+def _logprobs(record: dict[str, Any], key: str, count: int, kept: Kept) -> tuple[float, ...]:
+    """Logprobs of the tokens that are scored; 0 for the others, whatever placeholder they have."""
     values = record.get(key)
     if values is None:
         raise ValueError(f"{key} is missing{_other_name(record)}")
@@ -257,12 +272,15 @@ def _logprobs(record: dict[str, Any], key: str, count: int) -> tuple[float, ...]
         raise ValueError(f"{key} is no list")
     if len(values) != count:
         raise ValueError(f"{key} has {len(values)} values for {count} token_ids")
-    for place, value in enumerate(values):
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"{key}[{place}] = {_shown(value)} is no finite number")
-        if value > LARGEST_LOGPROB:
-            raise ValueError(f"{key}[{place}] = {value:g} is positive: no logprob")
-    return tuple(float(value) for value in values)
+    return tuple(_logprob(key, place, values[place]) if scored else 0.0 for place, scored in enumerate(kept.scored))
+
+
+def _logprob(key: str, place: int, value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{key}[{place}] = {_shown(value)} is no finite number")
+    if value > LARGEST_LOGPROB:
+        raise ValueError(f"{key}[{place}] = {value:g} is positive: no logprob")
+    return float(value)
 
 
 def _temperature(value: Any) -> float | None:

@@ -9,14 +9,15 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from itertools import accumulate, compress
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from betterhalf.config.schema import RunConfig
-from betterhalf.diagnostics.pair_report import PairReport, failed_pair, pair_report
+from betterhalf.diagnostics.pair_report import PairReport, TemperatureFit, failed_pair, pair_report, temperature_fit
 from betterhalf.errors import BetterhalfError, EngineDiedError, MissingExtraError
 from betterhalf.run_dir import RunDir
 from betterhalf.runs.examine.dump import write_dump
@@ -31,6 +32,11 @@ Group = tuple[Prompt, tuple[Completion, ...]]
 Scores = Sequence[Sequence[float]]
 """For each completion, the trainer's logprob of each of its tokens."""
 
+Value = TypeVar("Value")
+
+_FIT_TOKENS = 4096
+"""Completion tokens that tell raw from processed logprobs."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
@@ -44,11 +50,14 @@ class Sample:
     """[S] names the prompt of each."""
     groups: tuple[Group, ...] = ()
     """The same with whole prompts, where they are known."""
+    scored: tuple[tuple[bool, ...], ...] = ()
+    """[S] of a file: which tokens of each completion the engine sampled; all of them if empty."""
 
-    @property
-    def num_tokens(self) -> int:
-        """Completion tokens."""
-        return sum(len(completion.token_ids) for _, completion in self.items)
+    def only_scored(self, rows: Sequence[Sequence[Value]]) -> list[list[Value]]:
+        """Of the values that every completion token has, those of the tokens that the engine sampled."""
+        if not self.scored:
+            return [list(row) for row in rows]
+        return [list(compress(row, scored)) for row, scored in zip(rows, self.scored, strict=True)]
 
 
 class Recorder:
@@ -230,8 +239,24 @@ def _measure(
     started = time.perf_counter()
     scores = score_completions(trainer, sample.items, config)
     report = compare(train, sample, scores, config, seconds=time.perf_counter() - started)
+    if sample.scored and config.sampling.temperature != 1.0:
+        report = replace(report, temperature=_temperature_fit(trainer, sample, scores, config))
     recorder.measured(report, sample, scores)
     return report
+
+
+def _temperature_fit(trainer: PolicyTrainer, sample: Sample, scores: Scores, config: RunConfig) -> TemperatureFit:
+    """Whether a file's logprobs are of the stated temperature or raw, by the first completions."""
+    behavior = sample.only_scored([completion.behavior_logprobs for _, completion in sample.items])
+    count = 1 + sum(total < _FIT_TOKENS for total in accumulate(map(len, behavior[:-1])))
+    first = replace(sample, items=sample.items[:count], scored=sample.scored[:count])
+    raw = score_completions(trainer, first.items, config, temperature=1.0)
+    return temperature_fit(
+        config.sampling.temperature,
+        _flat(behavior[:count]),
+        _flat(first.only_scored(scores[:count])),
+        _flat(first.only_scored(raw)),
+    )
 
 
 def compare(train: str, sample: Sample, scores: Scores, config: RunConfig, *, seconds: float) -> PairReport:
@@ -241,12 +266,13 @@ def compare(train: str, sample: Sample, scores: Scores, config: RunConfig, *, se
         EngineError, NumericsError: logprobs that are not finite.
     """
     names = {name: number for number, name in enumerate(dict.fromkeys(sample.prompt_ids))}
-    lengths = torch.tensor([len(completion.token_ids) for _, completion in sample.items])
+    behavior = sample.only_scored([completion.behavior_logprobs for _, completion in sample.items])
+    lengths = torch.tensor(list(map(len, behavior)))
     return pair_report(
         train,
         sample.rollout,
-        _flat(scores),
-        _flat([completion.behavior_logprobs for _, completion in sample.items]),
+        _flat(sample.only_scored(scores)),
+        _flat(behavior),
         torch.arange(len(lengths)).repeat_interleave(lengths),
         len(lengths),
         seconds=seconds,

@@ -31,7 +31,10 @@ Key = TypeVar("Key")
 
 _SHOWN_REJECTIONS = 10
 
-_PAIR_KEYS = ("train", "rollout", "k3", "k3_ci", "mean_abs", "max_abs", "sequence_kl", "slope_per_1k", "tokens")
+_PAIR_KEYS = (
+    *("train", "rollout", "k3", "k3_ci", "mean_abs", "max_abs", "sequence_kl", "slope_per_1k", "tokens"),
+    "temperature",
+)
 
 
 def probe(
@@ -196,7 +199,7 @@ def _record_dump(run: RunDir, subject: Subject | None, config: RunConfig, target
             advance=bar.advance,
             keep_rollouts=False,
         )
-        record.result["max_tokens"] = max(len(line.completion.token_ids) for line in dump.lines)
+        record.result["max_tokens"] = max(sum(line.scored) for line in dump.lines)
         record.save()
         if dump.rejected:
             keep_rejected(run.path / "rejected.jsonl", dump.rejected)
@@ -226,6 +229,7 @@ def _sample(rollout: str, lines: Sequence[DumpLine]) -> Sample:
         rollout=rollout,
         items=tuple((line.prompt_token_ids, line.completion) for line in lines),
         prompt_ids=tuple(line.prompt_id for line in lines),
+        scored=tuple(line.scored for line in lines),
     )
 
 

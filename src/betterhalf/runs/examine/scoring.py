@@ -13,13 +13,16 @@ Item = tuple[Sequence[int], Completion]
 """The prompt's token ids, and what was sampled after them."""
 
 
-def score_completions(trainer: PolicyTrainer, items: Sequence[Item], config: RunConfig) -> list[list[float]]:
-    """log pi of each token of each completion, at the trainer's weights and temperature.
+def score_completions(
+    trainer: PolicyTrainer, items: Sequence[Item], config: RunConfig, *, temperature: float | None = None
+) -> list[list[float]]:
+    """Score each token of each completion by log pi, at the trainer's weights and temperature.
 
     Args:
-        trainer: the wing of pi.
+        trainer: computes pi.
         items: prompts of at least one token, completions of at least one.
         config: `training.tokens_per_micro_batch` bounds a forward pass.
+        temperature: replaces the trainer's.
 
     Returns:
         For each item, in order, one FP32 logprob for each token; not finite where the forward pass was not.
@@ -27,7 +30,7 @@ def score_completions(trainer: PolicyTrainer, items: Sequence[Item], config: Run
     rollouts = [_as_rollout(token_ids, completion) for token_ids, completion in items]
     scores: dict[int, list[float]] = {}
     for pack in pack_measured(rollouts, config, trainer.policy.device):
-        logprobs_C, _ = trainer.measure(pack)
+        logprobs_C, _ = trainer.measure(pack, temperature)
         scores |= by_rollout(pack, logprobs_C)
     return [scores[index] for index in range(len(items))]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,14 @@ class TokenTable:
 
 def _columns(train: str, sample: Sample, trainer_logprobs: Scores) -> dict[str, Sequence[Any]]:
     completions = [completion for _, completion in sample.items]
-    lengths = [len(completion.token_ids) for completion in completions]
-    tokens = sum(lengths)
-    return {
-        "train": [train] * tokens,
-        "rollout": [sample.rollout] * tokens,
-        "completion": [number for number, length in enumerate(lengths) for _ in range(length)],
-        "position": [position for length in lengths for position in range(length)],
-        "token_id": [token for completion in completions for token in completion.token_ids],
-        "behavior_logprob": [value for completion in completions for value in completion.behavior_logprobs],
-        "trainer_logprob": [value for row in trainer_logprobs for value in row],
+    positions = sample.only_scored([range(len(completion.token_ids)) for completion in completions])
+    columns: dict[str, Iterable[Iterable[Any]]] = {
+        "completion": [[number] * len(row) for number, row in enumerate(positions)],
+        "position": positions,
+        "token_id": sample.only_scored([completion.token_ids for completion in completions]),
+        "behavior_logprob": sample.only_scored([completion.behavior_logprobs for completion in completions]),
+        "trainer_logprob": sample.only_scored(trainer_logprobs),
     }
+    flat = {name: list(chain.from_iterable(rows)) for name, rows in columns.items()}
+    tokens = len(flat["position"])
+    return {"train": [train] * tokens, "rollout": [sample.rollout] * tokens, **flat}

@@ -14,19 +14,18 @@ TRL's log of completions holds text alone and cannot be used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import groupby
+from collections.abc import Mapping
 from typing import Any
 
+from betterhalf.runs.examine.dump_masks import KNOWN_MASKS, read_masks
+
 _BEHAVIOR = ("sampling_per_token_logps", "logprobs")
-_OWN_WORDS = ("tool_mask", "env_mask")
-_MASKS = ("prompt_mask", "completion_mask")
-_PASSED_ON = ("prompt_id", "finish_reason", "temperature", "rollout_dtype", "trainer_dtype")
+_PASSED_ON = ("prompt_id", "finish_reason", "temperature", "rollout_dtype", "trainer_dtype", *KNOWN_MASKS)
 
 
 _COLUMNS = {
     *("prompt_ids", "completion_ids", "logprob_token_ids", "old_per_token_logps"),
-    *(*_BEHAVIOR, *_OWN_WORDS, *_MASKS, *_PASSED_ON),
+    *(*_BEHAVIOR, *_PASSED_ON),
 }
 """All that matters of a batch; images, rewards and the like may have any shape."""
 
@@ -57,16 +56,21 @@ def trl_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{key: column[index] for key, column in columns.items()} for index in range(count)]
 
 
-def trl_lines(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The lines that one completion makes, in the schema of `dump`.
-
-    Tokens that an environment wrote were not sampled: each stretch of the model's own becomes a line, with everything
-    before it as its prompt.
+def trl_line(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The line that one completion makes, in the schema of `dump`; padding and masks stay as they are.
 
     Raises:
         ValueError: its parts do not belong together.
     """
-    yield from _own_stretches(_unpadded(row))
+    line = {name: row[name] for name in _PASSED_ON if row.get(name) is not None}
+    line["prompt_token_ids"] = row.get("prompt_ids", [])
+    line["token_ids"] = row["completion_ids"]
+    behavior = next((row[name] for name in _BEHAVIOR if row.get(name) is not None), None)
+    if behavior is not None:
+        line["behavior_logprobs"] = _sampled(behavior, row)
+    if row.get("old_per_token_logps") is not None:
+        line["trainer_logprobs"] = row["old_per_token_logps"]
+    return line
 
 
 def _column(key: str, value: Any, count: int) -> list[Any]:
@@ -80,69 +84,34 @@ def _column(key: str, value: Any, count: int) -> list[Any]:
     raise ValueError(f"{key} has {len(value)} rows for {count} completion_ids")
 
 
-def _unpadded(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Names of the schema, without padding; `own` marks the tokens that the model sampled."""
-    tokens, mask = row["completion_ids"], row.get("completion_mask")
-    behavior = next((row[name] for name in _BEHAVIOR if row.get(name) is not None), None)
-    own = next((row[name] for name in _OWN_WORDS if row.get(name) is not None), None)
-    out = {name: row[name] for name in _PASSED_ON if row.get(name) is not None}
-    out["prompt_token_ids"] = _masked("prompt_ids", row.get("prompt_ids", []), row.get("prompt_mask"))
-    out["token_ids"] = _masked("completion_ids", tokens, mask)
-    if behavior is not None:
-        out["behavior_logprobs"] = _sampled(_masked("logprobs", behavior, mask), row, out["token_ids"])
-    if row.get("old_per_token_logps") is not None:
-        out["trainer_logprobs"] = _masked("old_per_token_logps", row["old_per_token_logps"], mask)
-    if own is not None:
-        out["own"] = _masked("env_mask", own, mask)
-    return out
-
-
-def _masked(name: str, values: Any, mask: Any) -> list[Any]:
-    """The values where the mask is 1; all without a mask."""
-    if not isinstance(values, list):
-        raise ValueError(f"{name} is no list")
-    if mask is None:
-        return values
-    if not isinstance(mask, list) or len(values) != len(mask):
-        raise ValueError(f"{name} has {len(values)} values, which its mask does not match")
-    return [value for value, keep in zip(values, mask, strict=True) if keep]
-
-
-def _sampled(logprobs: list[Any], row: Mapping[str, Any], tokens: list[Any]) -> list[Any]:
-    """One logprob for each token, out of vLLM's list of the most likely ones."""
-    if not any(isinstance(value, list) for value in logprobs):
+def _sampled(logprobs: Any, row: Mapping[str, Any]) -> Any:
+    """One logprob for each token, out of vLLM's list of the most likely ones; None where none was sampled."""
+    tokens, prompt = row["completion_ids"], row.get("prompt_ids", [])
+    if not isinstance(logprobs, list) or not any(isinstance(value, list) for value in logprobs):
         return logprobs
-    if all(isinstance(value, list) and len(value) == 1 for value in logprobs):
-        return [value[0] for value in logprobs]
-    if "logprob_token_ids" not in row:
+    if not isinstance(prompt, list):
+        raise ValueError("prompt_ids is no list")
+    if len(logprobs) != len(tokens):
+        raise ValueError(f"logprobs has {len(logprobs)} values for {len(tokens)} completion_ids")
+    scored = read_masks(row, prompt, tokens).scored
+    return [
+        _of_token(place, value, row) if place < len(scored) and scored[place] else None
+        for place, value in enumerate(logprobs)
+    ]
+
+
+def _of_token(place: int, value: Any, row: Mapping[str, Any]) -> Any:
+    """The sampled token's logprob: the only one, or the one that `logprob_token_ids` gives it."""
+    if not isinstance(value, list):
+        return value
+    if len(value) == 1:
+        return value[0]
+    token, ids = row["completion_ids"][place], row.get("logprob_token_ids")
+    if ids is None:
         raise ValueError("logprobs lists several candidates for a token; add logprob_token_ids, or generate with one")
-    ids = _masked("logprob_token_ids", row["logprob_token_ids"], row.get("completion_mask"))
-    if not len(ids) == len(logprobs) == len(tokens):
-        raise ValueError(f"{len(ids)} logprob_token_ids and {len(logprobs)} logprobs for {len(tokens)} tokens")
-    return [_of_token(*candidate) for candidate in zip(tokens, ids, logprobs, strict=True)]
-
-
-def _of_token(token: Any, ids: Any, values: Any) -> Any:
-    if not isinstance(ids, list) or not isinstance(values, list) or len(ids) != len(values) or token not in ids:
+    if not isinstance(ids, list) or len(ids) != len(row["completion_ids"]):
+        raise ValueError(f"logprob_token_ids does not match the {len(row['completion_ids'])} completion_ids")
+    candidates = ids[place]
+    if not isinstance(candidates, list) or len(candidates) != len(value) or token not in candidates:
         raise ValueError(f"logprobs has none for the sampled token {token}")
-    return values[ids.index(token)]
-
-
-def _own_stretches(line: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    own = line.pop("own", None)
-    if own is None or all(own):
-        yield line
-        return
-    if len(own) != len(line["token_ids"]):
-        raise ValueError(f"env_mask has {len(own)} values for {len(line['token_ids'])} tokens")
-    start = 0
-    for sampled, stretch in groupby(own, key=bool):
-        end = start + len(list(stretch))
-        if sampled:
-            yield _cut(line, start, end)
-        start = end
-
-
-def _cut(line: Mapping[str, Any], start: int, end: int) -> dict[str, Any]:
-    parts = {key: line[key][start:end] for key in ("token_ids", "behavior_logprobs", "trainer_logprobs") if key in line}
-    return {**line, **parts, "prompt_token_ids": line["prompt_token_ids"] + line["token_ids"][:start]}
+    return value[candidates.index(token)]

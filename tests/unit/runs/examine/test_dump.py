@@ -189,17 +189,17 @@ def test_trl_trainer_inputs_lose_their_padding(tmp_path: Path) -> None:
     assert [line.trainer_logprobs for line in lines] == [(-1.5, -2.5), (-3.5,)]
 
 
-def test_tokens_that_an_environment_wrote_become_context(tmp_path: Path) -> None:
+def test_tokens_that_an_environment_wrote_are_read_and_not_scored(tmp_path: Path) -> None:
     row = {
         "prompt_ids": [1],
         "completion_ids": [10, 11, 20, 21, 12],
         "logprobs": [-1.0, -2.0, 0.0, 0.0, -3.0],
         "env_mask": [1, 1, 0, 0, 1],
     }
-    first, second = dump_of(tmp_path, row).lines
-    assert (first.prompt_token_ids, first.completion.token_ids) == ((1,), (10, 11))
-    assert (second.prompt_token_ids, second.completion.token_ids) == ((1, 10, 11, 20, 21), (12,))
-    assert second.completion.behavior_logprobs == (-3.0,)
+    (line,) = dump_of(tmp_path, row).lines
+    assert (line.prompt_token_ids, line.completion.token_ids) == ((1,), (10, 11, 20, 21, 12))
+    assert line.scored == (True, True, False, False, True)
+    assert line.completion.behavior_logprobs == (-1.0, -2.0, 0.0, 0.0, -3.0)
 
 
 def test_the_sampled_token_is_found_among_trls_top_logprobs(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def test_an_interruption_keeps_what_was_measured(tmp_path: Path, monkeypatch: py
 
 def test_json_has_the_documented_keys_alone() -> None:
     pair = dict.fromkeys(("train", "rollout", "k3", "k3_ci", "mean_abs", "max_abs", "sequence_kl", "slope_per_1k"), 0)
-    pair |= {"tokens": 1, "seconds": 2.0, "metrics": {}, "points": []}
+    pair |= {"tokens": 1, "temperature": None, "seconds": 2.0, "metrics": {}, "points": []}
     found = probe_json({"pairs": [pair], "bf16_over_fp16": 60.0, "run_dir": "r", "gradient": None})
     assert found.keys() == {"pairs", "bf16_over_fp16", "run_dir"}
     assert found["pairs"][0].keys() == pair.keys() - {"metrics", "points"}

@@ -1,0 +1,141 @@
+"""Masks in the rows of a dump: which tokens were sampled by the engine, and which are padding.
+
+In a conversation with tools, part of a completion was written by the environment. Frameworks keep such tokens in the
+completion and mark them with a zero: the model reads them, but nobody sampled them, so that they have no logprobs, only
+placeholders. Padding is marked with a zero, too. A zero with a one after it is a token that is read and not scored;
+zeros at the end of a completion are padding.
+
+Two masks are about reading instead of scoring, and for the prompt alone a zero can mean padding on the left:
+
+* `attention_mask`: a zero is a token that nobody reads. Zeros may only surround the sequence.
+* `prompt_mask`: TRL marks padding with it; others fill it with zeros, since prompts are not trained on. Zeros on either
+  end that cover one repeated token are padding; all others say nothing about the prompt, which is never scored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+KNOWN_MASKS = {
+    "response_mask": "verl",
+    "loss_mask": "slime, AReaL, verl",
+    "loss_masks": "SkyRL",
+    "action_mask": "OpenRLHF",
+    "env_mask": "TRL's rollout functions",
+    "tool_mask": "TRL's trainer",
+    "completion_mask": "TRL, prime-rl",
+    "attention_mask": "transformers",
+    "prompt_mask": "TRL, prime-rl",
+}
+"""Masks that are read, and who writes them."""
+
+OTHER_MASKS = frozenset({"pixel_attention_mask"})
+"""Masks of something else than tokens, which are passed over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """The tokens of one row that are used."""
+
+    prompt: range
+    """Places of the prompt without padding."""
+    scored: tuple[bool, ...]
+    """For each completion token up to the last sampled one: whether the engine sampled it."""
+
+
+def refuse_unknown_masks(record: Mapping[str, Any]) -> None:
+    """Refuse a key that looks like a mask and is none of `KNOWN_MASKS`: ignored, it would spoil every number.
+
+    Raises:
+        ValueError: with the name of the key.
+    """
+    for key, value in record.items():
+        if "mask" in key.lower() and value is not None and key not in KNOWN_MASKS and key not in OTHER_MASKS:
+            raise ValueError(
+                f"{key} looks like a mask and is none that is known; rename it to the one it is "
+                f"({', '.join(KNOWN_MASKS)}), or leave it out"
+            )
+
+
+def read_masks(record: Mapping[str, Any], prompt: Sequence[Any], completion: Sequence[Any]) -> Kept:
+    """Read all masks of a row; a token counts as sampled where every one of them is 1.
+
+    Args:
+        record: the row; masks have a value for each token of the completion, or of prompt and completion.
+        prompt: token ids as they stand in the row, padding included.
+        completion: token ids as they stand in the row, padding included.
+
+    Raises:
+        ValueError: a mask has other values or another length, hides a token that others follow from the model, or
+            leaves nothing to score.
+    """
+    kept, scored = range(len(prompt)), [True] * len(completion)
+    for name, mask in _masks(record, len(prompt), len(completion)):
+        split = len(mask) - len(completion) if name != "prompt_mask" else len(mask)
+        before, after = mask[:split], mask[split:]
+        if name == "attention_mask":
+            _require_contiguous(name, before, after)
+        if name == "attention_mask" or (name == "prompt_mask" and _is_padding(before, prompt)):
+            kept = _both(kept, _without_ends(before)) if before else kept
+        scored = [one and other for one, other in zip(scored, after, strict=True)] if after else scored
+    if completion and not any(scored):
+        raise ValueError(f"no token is left to score after {_names(record)}")
+    return Kept(prompt=kept, scored=tuple(scored[: len(_without_ends(scored, start=False))]))
+
+
+def _masks(record: Mapping[str, Any], prompt: int, completion: int) -> Iterator[tuple[str, list[bool]]]:
+    """(name, values) of each mask that the row has."""
+    for name in KNOWN_MASKS:
+        values = record.get(name)
+        if values is None:
+            continue
+        if not isinstance(values, list):
+            raise ValueError(f"{name} is no list")
+        lengths = (prompt,) if name == "prompt_mask" else (completion, prompt + completion)
+        if len(values) not in lengths:
+            wanted = f"{prompt} prompt tokens" + ("" if name == "prompt_mask" else f" and {completion} token_ids")
+            raise ValueError(f"{name} has {len(values)} values for {wanted}")
+        yield name, [_bit(name, place, value) for place, value in enumerate(values)]
+
+
+def _bit(name: str, place: int, value: Any) -> bool:
+    if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+        raise ValueError(f"{name}[{place}] = {json.dumps(value, default=str)[:40]} is neither 0 nor 1")
+    return bool(value)
+
+
+def _require_contiguous(name: str, before: Sequence[bool], after: Sequence[bool]) -> None:
+    for part, values in (("prompt", before), ("completion", after)):
+        inside = _without_ends(values, start=part == "prompt")
+        if not all(values[place] for place in inside):
+            raise ValueError(
+                f"{name} has a zero between ones of the {part}, and the trainer reads every token in between; mark "
+                "tokens that are read but were not sampled in response_mask instead"
+            )
+
+
+def _is_padding(mask: Sequence[bool], prompt: Sequence[Any]) -> bool:
+    """Whether the zeros on both ends of a prompt cover one repeated token; a mask without ones says nothing."""
+    inside = _without_ends(mask)
+    outside = [*prompt[: inside.start], *prompt[inside.stop :]]
+    return any(mask) and all(token == outside[0] for token in outside)
+
+
+def _without_ends(mask: Sequence[bool], *, start: bool = True) -> range:
+    """Places from the first one, or from the very first place without `start`, to the last one."""
+    ones = [place for place, value in enumerate(mask) if value]
+    if not ones:
+        return range(0)
+    return range(ones[0] if start else 0, ones[-1] + 1)
+
+
+def _both(first: range, second: range) -> range:
+    return range(max(first.start, second.start), min(first.stop, second.stop))
+
+
+def _names(record: Mapping[str, Any]) -> str:
+    present = [name for name in KNOWN_MASKS if name != "prompt_mask" and record.get(name) is not None]
+    return " and ".join(present)
