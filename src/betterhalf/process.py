@@ -22,7 +22,7 @@ from typing import Any
 SPIN_COUNT = 20_000
 """Turns that a waiting thread spins before it sleeps, as `GOMP_SPINCOUNT`: 0.3 to 1 ms, depending on the processor."""
 
-SLOW_WAKE_MICROSECONDS = 10.0
+SLOW_WAKE_MICROSECONDS = 5.0
 """Spinning pays from here on: a step of a small model wakes its threads some ten thousand times."""
 
 _ROUND_TRIPS = 200

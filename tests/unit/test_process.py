@@ -34,7 +34,7 @@ def test_threads_spin_where_waking_is_slow_and_the_cores_are_idle(machine: pytes
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("idle_cores", 3.0), ("wake_microseconds", 5.0), ("idle_cores", None), ("wake_microseconds", None)],
+    [("idle_cores", 3.0), ("wake_microseconds", 2.0), ("idle_cores", None), ("wake_microseconds", None)],
 )
 def test_threads_sleep_on_a_busy_machine_or_where_waking_is_fast(
     machine: pytest.MonkeyPatch, name: str, value: float | None
