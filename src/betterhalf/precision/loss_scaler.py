@@ -271,7 +271,6 @@ def _unscale(
     clipped = 1.0 if max_norm is None or found_inf else min(1.0, max_norm / (norm + _NORM_EPSILON))
     if tensors and clipped / scale != 1.0:
         torch._foreach_mul_(tensors, clipped / scale)
-    entries, nonzero = sum(grad.numel() for grad in tensors), sum(one.nonzero for one in found)
     return UnscaleReport(
         found_inf=found_inf,
         first_offender=offenders[0] if offenders else None,
