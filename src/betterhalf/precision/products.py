@@ -34,6 +34,14 @@ def _onednn() -> bool:
 
 
 @cache
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies the format on this processor: without instructions for a half format it refuses."""
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@cache
 def _plain_by_onednn() -> bool:
     """Whether oneDNN also gets FP32 products of weights that are not packed: not where MKL is at home."""
     # Older versions of torch do not tell the processor's name.
@@ -45,14 +53,14 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """`left @ right^T + bias`, without a gradient of its own.
 
     Args:
-        left: [M, K], float32 or bfloat16, any strides.
+        left: [M, K], any strides.
         right: [N, K] in the same dtype, any strides, or a result of `packed`.
         bias: [N] in the same dtype.
 
     Returns:
         [M, N] in the same dtype, contiguous; FP32 sums.
     """
-    if right.layout == torch.strided and not (left.is_cpu and _plain_by_onednn()):
+    if right.layout == torch.strided and not (left.is_cpu and _plain_by_onednn() and _onednn_takes(left.dtype)):
         return F.linear(left, right, bias)
     if not left.numel():
         return left.new_zeros(left.shape[0], right.shape[0]) + (0 if bias is None else bias)
@@ -176,8 +184,8 @@ def quick(dtype: torch.dtype) -> bool:
 
 
 def packed(weight: Tensor) -> Tensor:
-    """The matrix [N, K] in blocks, for `product` alone; where there is no oneDNN, or on a GPU, the very tensor."""
-    if weight.is_cuda or not _onednn():
+    """The matrix [N, K] in blocks, for `product` alone; on a GPU, or where oneDNN does not take it, the very tensor."""
+    if weight.is_cuda or not (_onednn() and _onednn_takes(weight.dtype)):
         return weight
     out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
     return out

@@ -69,7 +69,7 @@ def assert_close(got: Tensor, left: Tensor, right: Tensor, bias: Tensor | None =
     assert ((got.double() - exact).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products_equal_float64_but_for_rounding(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     left, right, bias = operands(*shape, dtype)
@@ -108,6 +108,16 @@ def test_a_packed_weight_serves_any_number_of_rows_and_unpacks_to_itself() -> No
     for rows in (1, 2, 31, 32, 33, 129):
         left = torch.randn(rows, 96)
         assert_close(product(left, weight), left, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_format_that_the_processor_lacks_goes_another_way(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_onednn_takes", lambda wanted: wanted == torch.float32)
+    left, right, bias = operands(33, 64, 40, dtype)
+    assert packed(right) is right
+    assert_close(product(left, packed(right), bias), left, right, bias)
 
 
 def test_no_rows_give_no_rows() -> None:
