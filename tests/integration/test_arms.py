@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import signal
@@ -50,6 +51,30 @@ def test_side_by_side_the_arms_have_the_same_numbers_as_one_after_the_other(
         first, second = (results[at_once]["arms"][name] for at_once in (1, 2))
         assert {**first, "seconds": 0} == {**second, "seconds": 0}
         assert read_json(two / "environment.json")["threads"]["count"] == 1
+
+
+def test_changed_data_that_is_allowed_is_allowed_in_the_arms_too(small_config: Configured, tmp_path: Path) -> None:
+    rows = [{"problem": f"1+2+3+1+1+2+1+{i}=", "answer": 11 + i} for i in range(1, 5)]
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+
+    def run_sanity(resume: bool, **task: Any) -> None:
+        data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        settings = small_config(
+            training={"steps": 1, "prompts_per_step": 2, "group_size": 2, "optimizer_steps": 1},
+            sanity={"candidates": 4, "samples": 2, "evaluation_samples": 1, "lower": 0, "upper": 1, "arms_at_once": 2},
+        ).model_dump()
+        settings["task"] = {"type": "math", "path": str(data), "template": "none", **task}
+        sanity(RunConfig.model_validate(settings), str(run), resume=resume)
+
+    run_sanity(resume=False)
+    for name in ("fp16", "bf16"):
+        (run / "arms" / name / "summary.json").unlink()
+    rows[2] = {"problem": "1+1+1+1+1+1+1+1=", "answer": 8}
+    with pytest.raises(InputError, match="1 of 4 prompts"):
+        run_sanity(resume=True)
+    run_sanity(resume=True, allow_changed_data=True)
+    assert read_json(run / "config.json")["task"]["allow_changed_data"] is False
+    assert all((run / "arms" / name / "summary.json").exists() for name in ("fp16", "bf16"))
 
 
 def prepared(config: RunConfig, path: Path) -> RunDir:

@@ -27,6 +27,7 @@ from betterhalf.metrics.several import SeveralRuns
 from betterhalf.process import chosen_threads, usable_cores
 from betterhalf.run_dir import RunDir
 from betterhalf.runs.assembly import choose_device
+from betterhalf.runs.data_check import permission
 
 BYTES_PER_PARAMETER = 32
 """Memory of an arm on a CPU: FP32 masters, two Adam states and gradients (16), the trainer's and the engine's widened
@@ -112,7 +113,7 @@ def train_side_by_side(run: RunDir, config: RunConfig, names: Sequence[str], per
         while waiting or running:
             while waiting and len(running) < plan.at_once:
                 name = waiting.popleft()
-                running[name] = _Arm(run, name, perfectible, plan.threads, arrived)
+                running[name] = _Arm(run, name, perfectible, plan.threads, arrived, permission(config))
             name, line = arrived.get()
             if line is None:
                 running.pop(name).finish()
@@ -133,13 +134,24 @@ def _all_ended(running: Mapping[str, _Arm]) -> Iterator[None]:
 class _Arm:
     """The process that trains one arm."""
 
-    def __init__(self, run: RunDir, name: str, perfectible: Path, threads: int, arrived: _Lines) -> None:
-        """Start it; its output goes to `arrived`, and at its end None."""
+    def __init__(
+        self,
+        run: RunDir,
+        name: str,
+        perfectible: Path,
+        threads: int,
+        arrived: _Lines,
+        overrides: Sequence[str] = (),
+    ) -> None:
+        """Start it; its output goes to `arrived`, and at its end None.
+
+        `overrides` are what `run.config`, from which the process takes its settings, does not keep.
+        """
         self._name = name
         self._error: dict[str, Any] | None = None
         self._tail: deque[str] = deque(maxlen=_LINES_KEPT)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", _MODULE, str(run.path), name, str(perfectible), str(os.getpid())],
+            [sys.executable, "-m", _MODULE, str(run.path), name, str(perfectible), str(os.getpid()), *overrides],
             env={**os.environ, events.VARIABLE: "1", "OMP_NUM_THREADS": str(threads)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
