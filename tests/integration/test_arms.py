@@ -20,6 +20,7 @@ from betterhalf.config.schema import RunConfig
 from betterhalf.errors import EngineError, InputError, RunError
 from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
 from betterhalf.runs import arms as arms_module
+from betterhalf.runs import sanity as sanity_module
 from betterhalf.runs.arms import ArmPlan, plan_arms, train_side_by_side
 from betterhalf.runs.sanity import sanity
 
@@ -182,3 +183,29 @@ def test_a_plan_says_what_was_chosen() -> None:
     assert TWO.described(("fp16", "bf16")) == "fp16 and bf16: 2 side by side, 1 thread each (a test)"
     one = ArmPlan(at_once=1, threads=2, reason="why")
     assert one.described(("a", "b", "c")) == "3 arms: one after the other, 2 threads each (why)"
+    assert TWO.described(("bf16",)) == "bf16: alone, 1 thread (a test)"
+
+
+def test_an_arm_that_is_left_when_a_run_is_resumed_keeps_its_threads(
+    small_config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arms_module, "chosen_threads", lambda: None)
+    monkeypatch.setattr(arms_module, "usable_cores", lambda: 2)
+    trained: dict[tuple[str, ...], int] = {}
+
+    def train(run: RunDir, config: RunConfig, names: list[str], perfectible: Path, plan: ArmPlan) -> None:
+        trained[tuple(names)] = plan.threads
+        for name in names:
+            finish(name)
+
+    def finish(name: str) -> None:
+        run.arm(name).path.mkdir(parents=True)
+        write_json_atomic(run.arm(name).summary, {"passed": True})
+
+    monkeypatch.setattr(sanity_module, "train_side_by_side", train)
+    run = RunDir.create(tmp_path / "run", resume=False)
+    finish("fp16")
+    for _ in range(2):  # the second time nothing is left
+        arms = sanity_module._run_arms(run, small_config(device="cpu"), tmp_path / "perfectible.jsonl", 10**6)
+        assert list(arms) == ["fp16", "bf16"]
+    assert trained == {("bf16",): 1}

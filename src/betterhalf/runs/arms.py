@@ -58,8 +58,10 @@ class ArmPlan:
     def described(self, names: Sequence[str]) -> str:
         """One line for people."""
         arms = " and ".join(names) if len(names) < 3 else f"{len(names)} arms"
-        how = f"{self.at_once} side by side" if self.at_once > 1 else "one after the other"
-        return f"{arms}: {how}, {self.threads} thread{'' if self.threads == 1 else 's'} each ({self.reason})"
+        at_once = min(self.at_once, len(names))
+        how = f"{at_once} side by side" if at_once > 1 else "one after the other" if len(names) > 1 else "alone"
+        each = " each" if len(names) > 1 else ""
+        return f"{arms}: {how}, {self.threads} thread{'' if self.threads == 1 else 's'}{each} ({self.reason})"
 
 
 def plan_arms(config: RunConfig, count: int, parameters: int) -> ArmPlan:
@@ -69,7 +71,7 @@ def plan_arms(config: RunConfig, count: int, parameters: int) -> ArmPlan:
 
     Args:
         config: of the sanity run.
-        count: arms still to train.
+        count: arms of the run, those that are finished included.
         parameters: of the model.
     """
     threads = chosen.count if (chosen := chosen_threads()) else usable_cores()
@@ -82,7 +84,7 @@ def plan_arms(config: RunConfig, count: int, parameters: int) -> ArmPlan:
         return _plan(1, threads, f"engine.type={config.engine.type} takes all cores")
     if (fit := _fit_in_memory(parameters)) < min(count, threads):
         return _plan(max(1, fit), threads, "as many as fit into memory")
-    return _plan(min(count, threads), threads, f"{threads} threads in all")
+    return _plan(min(count, threads), threads, f"{threads} thread{'' if threads == 1 else 's'} in all")
 
 
 def _plan(at_once: int, threads: int, reason: str) -> ArmPlan:
