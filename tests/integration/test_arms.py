@@ -21,8 +21,10 @@ from betterhalf.errors import EngineError, InputError, RunError
 from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
 from betterhalf.runs import arms as arms_module
 from betterhalf.runs import sanity as sanity_module
+from betterhalf.runs.arm_process import public_name
 from betterhalf.runs.arms import ArmPlan, plan_arms, train_side_by_side
 from betterhalf.runs.sanity import sanity
+from betterhalf.tasks.row import RowError
 
 Configured = Callable[..., RunConfig]
 SANITY = {"candidates": 16, "samples": 8, "evaluation_samples": 4, "pass_accuracy": 0.2}
@@ -116,6 +118,34 @@ def test_an_arm_that_is_killed_is_named_with_its_last_words(small_config: Config
         arm.finish()
     assert "  a warning" in str(caught.value)
     arm.end()
+
+
+LEAVES_A_CHILD = """
+import os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, flush=True)
+os._exit(5)
+"""
+
+
+def test_an_arm_that_leaves_a_process_behind_still_ends(
+    small_config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "leaves_a_child.py").write_text(LEAVES_A_CHILD)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(arms_module, "_MODULE", "leaves_a_child")
+    lines: queue.SimpleQueue[tuple[str, str | None]] = queue.SimpleQueue()
+    arm = arms_module._Arm(prepared(small_config(), tmp_path / "run"), "fp16", tmp_path / "set.jsonl", 1, lines)
+    _, child = lines.get(timeout=60)
+    assert child is not None and lines.get(timeout=60) == ("fp16", None)
+    with pytest.raises(RunError, match="exit status 5"):
+        arm.finish()
+    wait_for(lambda: not alive(int(child)))
+
+
+def test_an_error_of_a_private_class_travels_as_its_nearest_public_one() -> None:
+    assert public_name(RowError("it is too long", "shorten it")) == "InputError"
+    assert public_name(EngineError("words")) == "EngineError"
 
 
 def test_arms_end_with_the_process_that_started_them(small_config: Configured, tmp_path: Path) -> None:

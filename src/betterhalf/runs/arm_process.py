@@ -9,9 +9,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from betterhalf import errors
 from betterhalf.errors import BetterhalfError
 from betterhalf.metrics.events import emit
 from betterhalf.process import end_with_parent, prepare_process
+
+
+def public_name(error: BetterhalfError) -> str:
+    """Name of the error's class, or of the nearest base class that `errors` defines."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
 
 
 def main() -> int:
@@ -27,7 +33,7 @@ def main() -> int:
     try:
         run_arm(load_config(run.config, overrides), name, Path(perfectible), run.arm(name))
     except BetterhalfError as error:
-        emit(sys.stderr, {"error": type(error).__name__, "message": str(error)})
+        emit(sys.stderr, {"error": public_name(error), "message": str(error)})
         return error.exit_code
     except OSError as error:
         words = {"message": error.strerror or str(error), "errno": error.errno, "filename": error.filename}

@@ -164,6 +164,7 @@ class _Arm:
             start_new_session=True,
         )
         threading.Thread(target=self._read, args=(arrived,), daemon=True).start()
+        threading.Thread(target=self._clear, daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -176,6 +177,14 @@ class _Arm:
             for line in output:
                 arrived.put((self._name, line))
         arrived.put((self._name, None))
+
+    def _clear(self) -> None:
+        """End what the process leaves behind when it ends: its output would stay open, and `_read` wait for more.
+
+        Not by SIGKILL: the resource tracker of `multiprocessing`, which SIGTERM leaves alone, has yet to clean up.
+        """
+        self._process.wait()
+        self._signal(signal.SIGTERM)
 
     def take(self, line: str) -> dict[str, Any] | None:
         """The event to show of a line of output; any other line becomes a note, and is kept for an obituary."""
@@ -210,10 +219,14 @@ class _Arm:
     def end(self) -> None:
         """End the process and its group, first politely; harmless when it has ended."""
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, number)
+            self._signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_GRACE_SECONDS)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process and its group, if anything of it is left."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
 
 
 def _raised(event: Mapping[str, Any]) -> Exception:
