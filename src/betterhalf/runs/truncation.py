@@ -1,4 +1,4 @@
-"""What it means when every completion runs to the length limit: no stop token was sampled."""
+"""Notes for when every completion runs to the length limit: no stop token was sampled."""
 
 from __future__ import annotations
 
