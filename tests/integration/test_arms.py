@@ -110,7 +110,7 @@ def test_an_arm_that_is_killed_is_named_with_its_last_words(small_config: Config
     run = prepared(small_config(), tmp_path / "run")
     lines: queue.SimpleQueue[tuple[str, str | None]] = queue.SimpleQueue()
     arm = arms_module._Arm(run, "fp16", tmp_path / "missing.jsonl", 1, lines)
-    assert arm.take("a warning\n") == {"note": "a warning"}
+    assert arm.take("a warning\n") == {"output": "a warning"}
     os.kill(arm.pid, signal.SIGKILL)
     while lines.get(timeout=60)[1] is not None:
         pass

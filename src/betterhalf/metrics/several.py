@@ -46,7 +46,10 @@ class SeveralRuns:
             self._live = None
 
     def show(self, label: str, event: Mapping[str, Any]) -> None:
-        """Show one event of the run `label`; unknown events show nothing."""
+        """Show one event of the run `label`, or a line of its `output` that is no event; unknown events show nothing.
+
+        Output is shown even when `quiet`: what one process says past its console, such as a warning, is not silenced.
+        """
         if self._mode == "events":
             if "error" not in event:  # whoever raises it shows it
                 emit(self._stream, {"run": label, **event})
@@ -54,6 +57,8 @@ class SeveralRuns:
             self._step(label, event)
         elif "note" in event:
             self._note(label, str(event["note"]))
+        elif "output" in event:
+            self._print(f"{label}: {event['output']}")
         elif "phase" in event:
             self._phase(label, event)
 

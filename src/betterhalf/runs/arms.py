@@ -187,12 +187,12 @@ class _Arm:
         self._signal(signal.SIGTERM)
 
     def take(self, line: str) -> dict[str, Any] | None:
-        """The event to show of a line of output; any other line becomes a note, and is kept for an obituary."""
+        """The event to show of a line of output; any other line becomes `output`, and is kept for an obituary."""
         event = events.parse(line)
         if event is None:
             text = line.rstrip()
             self._tail.append(text)
-            return {"note": text} if text else None
+            return {"output": text} if text else None
         if "error" in event:
             self._error = event
         return event

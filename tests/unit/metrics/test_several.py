@@ -86,13 +86,14 @@ def test_on_a_terminal_each_run_has_a_panel(monkeypatch: pytest.MonkeyPatch) -> 
         assert text in last
 
 
-def test_quiet_shows_nothing() -> None:
+def test_quiet_shows_only_what_is_no_event() -> None:
     stream = io.StringIO()
     with SeveralRuns("quiet", labels=("a",), total_steps=2, stream=stream) as view:
         view.show("a", {"step": 1, "metrics": METRICS})
         view.show("a", {"note": "hello"})
         view.show("a", {"phase": "p", "done": 0, "total": 1})
-    assert stream.getvalue() == ""
+        view.show("a", {"output": "a warning"})
+    assert stream.getvalue() == "a: a warning\n"
 
 
 def test_phases_of_one_name_are_told_apart() -> None:
