@@ -21,7 +21,7 @@ _MARK = "\x1e"
 
 
 def wanted(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the parent process asked for events."""
+    """Return whether the parent process asked for events."""
     return environment.get(VARIABLE) == "1"
 
 

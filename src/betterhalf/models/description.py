@@ -1,4 +1,4 @@
-"""What a model's configuration files say, read before any of its weights."""
+"""Facts from a model's configuration files, read before any of its weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from betterhalf.models.stop_tokens import (
 )
 
 _LENGTH_WARNING = "sequence-length-is-longer-than-the-specified-maximum"
-"""What transformers calls its warning of long texts among those that were given."""
+"""Key under which transformers remembers that it has warned of long texts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class ModelFacts:
     """A decoder as its files describe it, with everything around its weights."""
 
     name: str
-    """As the user wrote it."""
+    """Name, path or file in the user's words."""
     hf_config: Any
     """Its transformers configuration."""
     tokenizer: Any
@@ -43,7 +43,7 @@ class ModelFacts:
     turn_end: TurnEnd | None = None
     """The token with which the chat template ends the assistant's turn, if it shows one."""
     notes: tuple[str, ...] = ()
-    """What the user should know of these files."""
+    """Notes on these files for the user."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ class ModelDescription(ModelFacts):
 
     source: ModelSource
     stop_tokens: tuple[StopToken, ...]
-    """Where each of `stop_token_ids` is declared."""
+    """The tokens of `stop_token_ids`, each with the place that declares it."""
     skeleton: Any
     """The transformers module on the meta device: names and shapes, no numbers."""
 

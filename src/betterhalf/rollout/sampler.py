@@ -27,7 +27,7 @@ _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distribution:
-    """What of the model's distribution is sampled from."""
+    """The part of the model's distribution that is sampled from."""
 
     temperature: float
     """Logits are divided by this first."""
@@ -40,7 +40,7 @@ class Distribution:
 
     @property
     def truncated(self) -> bool:
-        """Whether some tokens cannot be drawn."""
+        """True if some tokens cannot be drawn."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 

@@ -58,7 +58,7 @@ def data_changes(saved: DataRecord, data: DataRecord, place: Callable[[int], str
 
 
 def allows_changed_data(config: RunConfig) -> bool:
-    """Whether the task's rows may differ from those the run was started with."""
+    """Return whether the task's rows may differ from those the run was started with."""
     task = config.task.base if isinstance(config.task, PerfectibleTask) else config.task
     return task.allow_changed_data
 
@@ -78,5 +78,5 @@ def permission(config: RunConfig) -> tuple[str, ...]:
 
 
 def task_prefix(config: RunConfig) -> str:
-    """Where the settings of the task's rows are: a perfectible set has those of its base."""
+    """Prefix of the keys of the task's rows; a perfectible set has them in its base."""
     return "task.base." if isinstance(config.task, PerfectibleTask) else "task."

@@ -1,4 +1,4 @@
-"""Whether a model fits the configuration of a run, by its configuration files alone: no weight is read here."""
+"""Check by its configuration files alone that a model fits the configuration of a run: no weight is read here."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def _run_arms(run: RunDir, config: RunConfig, kept: Path, parameters: int) -> di
 
 
 def _finished(arm: RunDir) -> bool:
-    """Whether an arm has a result; a watchdog's stop is none, for a resumed run may go on from there."""
+    """Return whether an arm has a result; a watchdog's stop is none, for a resumed run may go on from there."""
     return arm.summary.exists() and "stopped" not in read_json(arm.summary)
 
 

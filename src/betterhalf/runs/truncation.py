@@ -27,4 +27,4 @@ ADVICE = (
     "raise it if answers need more room, or check that the model was taught to end with its stop token "
     "(model.stop_tokens names another)"
 )
-"""What to do when nothing ends a completion."""
+"""Advice for when nothing ends a completion."""

@@ -54,7 +54,7 @@ def probe(
         run_dir: where everything goes; `runs/probe-<name>-<time>` if absent.
         from_dump: JSONL file in the schema of `runs.dump`, analysed instead of sampling.
         gradient: also measure what the mismatch does to the policy gradient.
-        localize: also look for the first operation where trainer and engine part.
+        localize: also look for the first operation where trainer and engine diverge.
 
     Returns:
         The content of `probe.json`.
