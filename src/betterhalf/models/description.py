@@ -53,8 +53,6 @@ class ModelDescription(ModelFacts):
     source: ModelSource
     stop_tokens: tuple[StopToken, ...]
     """The tokens of `stop_token_ids`, each with the place that declares it."""
-    skeleton: Any
-    """The transformers module on the meta device: names and shapes, no numbers."""
 
 
 def describe_model(config: ModelConfig) -> ModelDescription:
@@ -70,8 +68,7 @@ def describe_model(config: ModelConfig) -> ModelDescription:
     with quiet(), explained(config.name):
         hf_config = AutoConfig.from_pretrained(source.location, **source.arguments)
         _require_plain_weights(config.name, hf_config)
-        skeleton = _skeleton(hf_config)
-        require_packable(skeleton)
+        require_packable(_skeleton(hf_config))
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments, **flags)
         generation = read_generation(source)
     # Prompts beyond the context are refused by name; its own warning of them would come on top.
@@ -91,11 +88,11 @@ def describe_model(config: ModelConfig) -> ModelDescription:
         context_length=int(hf_config.max_position_embeddings),
         notes=() if why is None else (f"model {config.name!r} could not be exported after training: {why}",),
         source=source,
-        skeleton=skeleton,
     )
 
 
 def _skeleton(hf_config: Any) -> Any:
+    """The transformers module on the meta device: names and shapes, no numbers."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)  # type: ignore[no-untyped-call]
 
