@@ -1,4 +1,4 @@
-"""How should threads wait, and do two runs finish sooner side by side than one after the other?
+"""Compare ways for threads to wait, and two runs side by side with two in sequence.
 
     python benchmarks/waiting.py [--steps 5] [--repeats 3]
 

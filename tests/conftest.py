@@ -1,4 +1,4 @@
-"""What holds for every test: nothing reaches for the hub, slow and GPU tests say why they are skipped.
+"""Rules for every test: nothing reaches for the hub, slow and GPU tests say why they are skipped.
 
 And small GGUF files, which tests of several folders read.
 """

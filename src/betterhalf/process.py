@@ -90,7 +90,7 @@ def variables(threads: Threads) -> dict[str, str]:
 
 
 def chosen_threads() -> Threads | None:
-    """What `prepare_process` chose; None in a process that never called it, such as a notebook."""
+    """Return the choice of `prepare_process`; None in a process that never called it, such as a notebook."""
     return _chosen
 
 

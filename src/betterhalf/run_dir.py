@@ -338,7 +338,7 @@ def _write_or_undo(fd: int, line: bytes, size: int) -> None:
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether a write failed for want of space, or of what a quota allows; safetensors tells the number in words."""
+    """Return whether a write failed because disk or quota is full; safetensors gives the number in its message."""
     full = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError):
         return error.errno in full

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import signal
@@ -19,8 +20,11 @@ from betterhalf.config.schema import RunConfig
 from betterhalf.errors import EngineError, InputError, RunError
 from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
 from betterhalf.runs import arms as arms_module
+from betterhalf.runs import sanity as sanity_module
+from betterhalf.runs.arm_process import public_name
 from betterhalf.runs.arms import ArmPlan, plan_arms, train_side_by_side
 from betterhalf.runs.sanity import sanity
+from betterhalf.tasks.row import RowError
 
 Configured = Callable[..., RunConfig]
 SANITY = {"candidates": 16, "samples": 8, "evaluation_samples": 4, "pass_accuracy": 0.2}
@@ -50,6 +54,30 @@ def test_side_by_side_the_arms_have_the_same_numbers_as_one_after_the_other(
         first, second = (results[at_once]["arms"][name] for at_once in (1, 2))
         assert {**first, "seconds": 0} == {**second, "seconds": 0}
         assert read_json(two / "environment.json")["threads"]["count"] == 1
+
+
+def test_changed_data_that_is_allowed_is_allowed_in_the_arms_too(small_config: Configured, tmp_path: Path) -> None:
+    rows = [{"problem": f"1+2+3+1+1+2+1+{i}=", "answer": 11 + i} for i in range(1, 5)]
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+
+    def run_sanity(resume: bool, **task: Any) -> None:
+        data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        settings = small_config(
+            training={"steps": 1, "prompts_per_step": 2, "group_size": 2, "optimizer_steps": 1},
+            sanity={"candidates": 4, "samples": 2, "evaluation_samples": 1, "lower": 0, "upper": 1, "arms_at_once": 2},
+        ).model_dump()
+        settings["task"] = {"type": "math", "path": str(data), "template": "none", **task}
+        sanity(RunConfig.model_validate(settings), str(run), resume=resume)
+
+    run_sanity(resume=False)
+    for name in ("fp16", "bf16"):
+        (run / "arms" / name / "summary.json").unlink()
+    rows[2] = {"problem": "1+1+1+1+1+1+1+1=", "answer": 8}
+    with pytest.raises(InputError, match="1 of 4 prompts"):
+        run_sanity(resume=True)
+    run_sanity(resume=True, allow_changed_data=True)
+    assert read_json(run / "config.json")["task"]["allow_changed_data"] is False
+    assert all((run / "arms" / name / "summary.json").exists() for name in ("fp16", "bf16"))
 
 
 def prepared(config: RunConfig, path: Path) -> RunDir:
@@ -82,7 +110,7 @@ def test_an_arm_that_is_killed_is_named_with_its_last_words(small_config: Config
     run = prepared(small_config(), tmp_path / "run")
     lines: queue.SimpleQueue[tuple[str, str | None]] = queue.SimpleQueue()
     arm = arms_module._Arm(run, "fp16", tmp_path / "missing.jsonl", 1, lines)
-    assert arm.take("a warning\n") == {"note": "a warning"}
+    assert arm.take("a warning\n") == {"output": "a warning"}
     os.kill(arm.pid, signal.SIGKILL)
     while lines.get(timeout=60)[1] is not None:
         pass
@@ -90,6 +118,34 @@ def test_an_arm_that_is_killed_is_named_with_its_last_words(small_config: Config
         arm.finish()
     assert "  a warning" in str(caught.value)
     arm.end()
+
+
+LEAVES_A_CHILD = """
+import os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, flush=True)
+os._exit(5)
+"""
+
+
+def test_an_arm_that_leaves_a_process_behind_still_ends(
+    small_config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "leaves_a_child.py").write_text(LEAVES_A_CHILD)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(arms_module, "_MODULE", "leaves_a_child")
+    lines: queue.SimpleQueue[tuple[str, str | None]] = queue.SimpleQueue()
+    arm = arms_module._Arm(prepared(small_config(), tmp_path / "run"), "fp16", tmp_path / "set.jsonl", 1, lines)
+    _, child = lines.get(timeout=60)
+    assert child is not None and lines.get(timeout=60) == ("fp16", None)
+    with pytest.raises(RunError, match="exit status 5"):
+        arm.finish()
+    wait_for(lambda: not alive(int(child)))
+
+
+def test_an_error_of_a_private_class_travels_as_its_nearest_public_one() -> None:
+    assert public_name(RowError("it is too long", "shorten it")) == "InputError"
+    assert public_name(EngineError("words")) == "EngineError"
 
 
 def test_arms_end_with_the_process_that_started_them(small_config: Configured, tmp_path: Path) -> None:
@@ -157,3 +213,29 @@ def test_a_plan_says_what_was_chosen() -> None:
     assert TWO.described(("fp16", "bf16")) == "fp16 and bf16: 2 side by side, 1 thread each (a test)"
     one = ArmPlan(at_once=1, threads=2, reason="why")
     assert one.described(("a", "b", "c")) == "3 arms: one after the other, 2 threads each (why)"
+    assert TWO.described(("bf16",)) == "bf16: alone, 1 thread (a test)"
+
+
+def test_an_arm_that_is_left_when_a_run_is_resumed_keeps_its_threads(
+    small_config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arms_module, "chosen_threads", lambda: None)
+    monkeypatch.setattr(arms_module, "usable_cores", lambda: 2)
+    trained: dict[tuple[str, ...], int] = {}
+
+    def train(run: RunDir, config: RunConfig, names: list[str], perfectible: Path, plan: ArmPlan) -> None:
+        trained[tuple(names)] = plan.threads
+        for name in names:
+            finish(name)
+
+    def finish(name: str) -> None:
+        run.arm(name).path.mkdir(parents=True)
+        write_json_atomic(run.arm(name).summary, {"passed": True})
+
+    monkeypatch.setattr(sanity_module, "train_side_by_side", train)
+    run = RunDir.create(tmp_path / "run", resume=False)
+    finish("fp16")
+    for _ in range(2):  # the second time nothing is left
+        arms = sanity_module._run_arms(run, small_config(device="cpu"), tmp_path / "perfectible.jsonl", 10**6)
+        assert list(arms) == ["fp16", "bf16"]
+    assert trained == {("bf16",): 1}

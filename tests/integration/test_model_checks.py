@@ -1,4 +1,4 @@
-"""What a model's configuration files tell is refused before its weights are read, whatever the verb."""
+"""Every verb refuses what a model's configuration files tell, before its weights are read."""
 
 from __future__ import annotations
 

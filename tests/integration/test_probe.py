@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import pytest
+import torch
+from transformers import Olmo2Config, Olmo2ForCausalLM
 
 from betterhalf import cli
+from betterhalf.models import loading
 from betterhalf.run_dir import read_json, read_jsonl
 
 Ends = Callable[..., str]
@@ -129,6 +133,25 @@ def test_with_a_model_given_trainer_logprobs_make_a_pair_of_their_own(
     assert found["pairs"][0]["k3"] == 0.0
     assert found["pairs"][0]["tokens"] == len(rows[0]["token_ids"])
     assert found["pairs"][1]["tokens"] == sum(len(row["token_ids"]) for row in rows)
+
+
+def test_a_model_that_no_engine_here_knows_scores_a_dump(
+    measured: Path, probe: Probe, ends: Ends, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(Path(loading.__file__).parent / "demo", model, ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = json.loads((model / "config.json").read_text())
+    config = Olmo2Config(
+        **{key: value for key, value in settings.items() if key not in ("architectures", "model_type")}
+    )
+    torch.manual_seed(0)
+    Olmo2ForCausalLM(config).save_pretrained(model)
+    dump = ("--from-dump", measured / "rollouts-fp32.jsonl", "precision.pairs=fp32/fp32")
+    (pair,) = probe(model, *dump, f"run_dir={tmp_path / 'run'}")["pairs"]
+    assert pair["tokens"] == sum(len(row["token_ids"]) for row in rows_of(measured / "rollouts-fp32.jsonl"))
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "attention_dropout": 0.1}))
+    assert "attention_dropout=0.1" in ends(2, "probe", model, *dump, QUIET, f"run_dir={tmp_path / 'other'}")
 
 
 def test_trls_rollouts_are_recognised(measured: Path, probe: Probe, tmp_path: Path) -> None:

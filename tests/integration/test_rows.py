@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from betterhalf.config.schema import PerfectibleTask, RunConfig
 from betterhalf.errors import EngineError
 from betterhalf.models import loading
-from betterhalf.run_dir import read_json, read_jsonl, write_json_atomic
+from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
 from betterhalf.runs import assembly
+from betterhalf.runs.perfect import build_perfectible
 from betterhalf.tasks.rewards import TextGrader
 
 Ends = Callable[..., str]
@@ -103,6 +105,27 @@ def test_a_sanity_test_leaves_bad_rows_out_of_its_set_and_resumes(
     data_file(tmp_path, rows)
     message = ends(2, *resume)
     assert "1 of 4 prompts" in message and "data.jsonl, row 4" in message and "task.allow_changed_data" in message
+
+
+def test_a_sanity_test_on_a_ready_set_writes_what_it_leaves_out(tmp_path: Path) -> None:
+    data_file(tmp_path, [*sums(2), LONG])
+    task = {"type": "math", "path": str(tmp_path / "data.jsonl"), "template": "none", "bad_rows": "skip"}
+    path, run = tmp_path / "perfectible.jsonl", RunDir.create(tmp_path / "run", resume=False)
+    config = RunConfig.model_validate(
+        {
+            "task": {"type": "perfectible", "path": str(path), "base": task},
+            "sampling": {"max_tokens": 16},
+            "logging": {"console": "quiet"},
+        }
+    )
+    assert isinstance(config.task, PerfectibleTask)
+    counted = {"candidates": 3, "samples": 2, "lower": 0.2, "upper": 0.8, "seed": 0, "max_tokens": 16}
+    made_by = {"model": "demo", "weights_digest": "", "temperature": 1.0, "engine_dtype": "fp32", "versions": {}}
+    provenance = {**counted, **made_by, "task": config.task.base.model_dump()}
+    rows = [{"index": i, "prompt_id": f"math/{i}", "solved": 1, "samples": 2} for i in range(3)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in ({"provenance": provenance}, *rows)))
+    build_perfectible(config, run)
+    assert [row["row"].rpartition(", ")[2] for row in read_jsonl(run.bad_rows)] == ["row 3"]
 
 
 def test_a_chat_template_that_raises_is_bad_input(train: Ends, ends: Ends, tmp_path: Path) -> None:
@@ -240,7 +263,6 @@ def test_an_evaluation_is_not_continued_on_other_data_or_in_another_kind_of_fold
 
 
 def test_an_engine_names_the_prompt_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    from betterhalf.config.schema import RunConfig
     from betterhalf.errors import InputError
     from betterhalf.runs.assembly import assemble
     from betterhalf.runs.collect import sample_groups

@@ -19,7 +19,7 @@ from betterhalf.runs.rollout_metrics import rollout_metrics
 from betterhalf.runs.stopwatch import Stopwatch
 from betterhalf.runs.weight_sync import sync_weights
 from betterhalf.training.pack import pack_step
-from betterhalf.types import FinishReason, Prompt
+from betterhalf.types import FinishReason, Prompt, RolloutGroup
 
 Configured = Callable[..., RunConfig]
 
@@ -156,6 +156,26 @@ def test_what_dynamic_sampling_leaves_out_is_measured_and_changes_nothing_else(
     assert {key: found[key] for key in unmoved} == {key: plain[key] for key in unmoved}
     ratio = found["system/kept_tokens_per_second"] / found["system/tokens_per_second"]
     assert ratio == pytest.approx(collected.kept_tokens / collected.tokens)
+
+
+def test_completions_that_were_left_out_also_say_whether_anything_ends(
+    build: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(group: RolloutGroup) -> RolloutGroup:
+        rollouts = (replace(r, completion=replace(r.completion, finish_reason="length")) for r in group.rollouts)
+        return replace(group, rollouts=tuple(rollouts))
+
+    parts = build(algorithm={"preset": "dapo", "overlong_buffer": 0})
+    collected = sampled_dynamically(parts, 3)
+    assert collected.left_out
+    kept = replace(collected, groups=tuple(map(cut_off, collected.groups)))
+    both = replace(kept, left_out=tuple(map(cut_off, collected.left_out)))
+    notes = []
+    for shown in (kept, both):
+        monkeypatch.setattr(loop, "collect_groups", lambda *_, shown=shown: shown)
+        notes.append(loop.train_step(parts, loop.Progress()).truncation)
+    assert notes[0] is None
+    assert notes[1] is not None and notes[1].startswith("all 32 completions were cut off")
 
 
 def test_a_step_without_dynamic_sampling_trains_on_all_it_samples(build: Callable[..., Parts]) -> None:

@@ -1,4 +1,4 @@
-"""How a configuration becomes an `Algorithm`, and what the presets are without any change."""
+"""Resolve a configuration to an `Algorithm`; the presets as they are without any change."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ VERBS = {
         options=(
             Option(name="from-dump", value="FILE", help="analyse rollouts of another framework (JSONL, docs/probe.md)"),
             Option(name="gradient", help="also what the mismatch does to the policy gradient"),
-            Option(name="localize", help="also the first layer and operation where trainer and engine part"),
+            Option(name="localize", help="also the first layer and operation where trainer and engine diverge"),
         ),
     ),
     "evaluate": Verb(

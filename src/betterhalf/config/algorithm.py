@@ -39,7 +39,7 @@ class AlgorithmConfig(Section):
     correction: RatioConfig = PRESETS[_DEFAULT].correction
     """The proximal/behavior ratio that corrects for the mismatch; `level = "none"` switches it off."""
     aggregation: AggregationKind = PRESETS[_DEFAULT].aggregation
-    """How token losses become one number."""
+    """Reduction of token losses to one number."""
     denominator: DenominatorKind = PRESETS[_DEFAULT].denominator
     """`all`: fixed before masking, as in the paper. `kept`: rejected tokens leave the denominator."""
     dynamic_sampling: bool = PRESETS[_DEFAULT].dynamic_sampling

@@ -64,7 +64,7 @@ EngineConfig = Annotated[
 
 
 class SamplingConfig(Section):
-    """How completions are drawn."""
+    """Sampling of completions."""
 
     temperature: float = Field(1.0, gt=0)
     """Logits are divided by this, on both sides, before the log-softmax."""

@@ -8,7 +8,7 @@ from betterhalf.config.section import Section
 
 
 class RatioConfig(Section):
-    """How one importance ratio enters the loss. Bounds are bounds of the ratio itself (0.8 to 1.28, not 0.2 / 0.28)."""
+    """One importance ratio in the loss. Bounds are bounds of the ratio itself (0.8 to 1.28, not 0.2 / 0.28)."""
 
     shorthand: ClassVar[str | None] = "level"
 
@@ -17,7 +17,7 @@ class RatioConfig(Section):
     ratio: Literal["current/proximal", "current/behavior", "proximal/behavior"] = "current/proximal"
     """Numerator and denominator."""
     treatment: Literal["raw", "truncate", "mask", "clip"] = "raw"
-    """As it is; cap at `upper`; drop outside [lower, upper]; PPO's two-sided clip."""
+    """Leave it as it is; cap at `upper`; drop outside [lower, upper]; PPO's two-sided clip."""
     lower: float | None = None
     """Lower bound of the ratio; `"none"` for no bound."""
     upper: float | None = None

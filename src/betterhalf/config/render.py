@@ -12,7 +12,7 @@ from typing import Any
 from betterhalf.config.schema import RunConfig
 
 _ABSENT = "none"
-"""What makes an optional value absent."""
+"""Word that makes an optional value absent."""
 _OVER_A_PRESET = ("algorithm.surrogate", "algorithm.correction")
 """Sections that change what a preset gives."""
 

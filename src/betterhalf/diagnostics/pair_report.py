@@ -46,7 +46,7 @@ class Estimate:
 
 
 RAW_RATIO = 10.0
-"""How many times smaller k3 is at temperature 1 than at the stated one, for the logprobs to be called raw.
+"""Factor by which k3 is smaller at temperature 1 than at the stated one, for the logprobs to be called raw.
 
 Measured with the demo model and SmolLM2-135M at temperatures 0.6 to 0.9: raw logprobs give 18 (BF16, 0.9) to 1e9
 (FP32), processed ones at most 0.06. Two policies that really differ, at either temperature, give about 1.
@@ -69,7 +69,7 @@ class TemperatureFit:
     tokens: int
     """Tokens that both were measured on."""
     raw: bool
-    """Whether the logprobs fit temperature 1: its k3 is `RAW_RATIO` times smaller, or more."""
+    """True if the logprobs fit temperature 1: its k3 is `RAW_RATIO` times smaller, or more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

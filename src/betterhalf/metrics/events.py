@@ -3,8 +3,10 @@
     {"step": 3, "metrics": {...}}                      one more step
     {"note": "..."}                                    one line, or a table, for people
     {"phase": "final accuracy", "done": 8, "total": 320}
+    {"error": "RewardError", "message": "..."}         why the process ends
 
-Whatever else the child writes is no event, and stays as it is.
+A process that shows several runs passes their events on, with the name of the run under `run`. Whatever else the child
+writes is no event, and stays as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ _MARK = "\x1e"
 
 
 def wanted(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the parent process asked for events."""
+    """Return whether the parent process asked for events."""
     return environment.get(VARIABLE) == "1"
 
 

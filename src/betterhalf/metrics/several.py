@@ -1,4 +1,7 @@
-"""Several runs at once on one terminal, from the events of their processes."""
+"""Several runs at once on one terminal, from the events of their processes.
+
+A process whose own parent asked for events passes those of its runs on, with the name of the run under `run`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 from betterhalf.metrics.console import ConsoleMode, StepView, duration, resolve_mode
+from betterhalf.metrics.events import emit
 
 
 class SeveralRuns:
@@ -22,7 +26,8 @@ class SeveralRuns:
         self, mode: ConsoleMode, *, labels: Sequence[str], total_steps: int, stream: TextIO | None = None
     ) -> None:
         """Args: how to show; names of the runs; steps of each; standard error if `stream` is absent."""
-        self._out = RichConsole(file=stream or sys.stderr, highlight=False, soft_wrap=False)
+        self._stream = stream or sys.stderr
+        self._out = RichConsole(file=self._stream, highlight=False, soft_wrap=False)
         self._mode = resolve_mode(mode, self._out)
         self._views = {label: StepView(total_steps=total_steps, label=label) for label in labels}
         self._phases: dict[str, str] = {}
@@ -41,13 +46,21 @@ class SeveralRuns:
             self._live = None
 
     def show(self, label: str, event: Mapping[str, Any]) -> None:
-        """Show one event of the run `label`; unknown events show nothing."""
-        if "step" in event:
+        """Show one event of the run `label`, or a line of its `output` that is no event; unknown events show nothing.
+
+        Output is shown even when `quiet`: what one process says past its console, such as a warning, is not silenced.
+        """
+        if self._mode == "events":
+            if "error" not in event:  # whoever raises it shows it
+                emit(self._stream, {"run": label, **event})
+        elif "step" in event:
             self._step(label, event)
         elif "note" in event:
             self._note(label, str(event["note"]))
+        elif "output" in event:
+            self._print(f"{label}: {event['output']}")
         elif "phase" in event:
-            self._phase(event)
+            self._phase(label, event)
 
     def _step(self, label: str, event: Mapping[str, Any]) -> None:
         view = self._views[label]
@@ -60,8 +73,10 @@ class SeveralRuns:
         if self._mode != "quiet":
             self._print(f"{label}:\n{text}" if "\n" in text else f"{label}: {text}")
 
-    def _phase(self, event: Mapping[str, Any]) -> None:
+    def _phase(self, label: str, event: Mapping[str, Any]) -> None:
         name, done, total = str(event["phase"]), int(event["done"]), int(event["total"])
+        if not name.startswith(f"{label}: "):
+            name = f"{label}: {name}"
         started = self._phase_started.setdefault(name, time.monotonic())
         text = f"{name}: {done}/{total}"
         self._phases[name] = text

@@ -1,4 +1,4 @@
-"""What a model's configuration files say, read before any of its weights."""
+"""Facts from a model's configuration files, read before any of its weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from betterhalf.models.stop_tokens import (
 )
 
 _LENGTH_WARNING = "sequence-length-is-longer-than-the-specified-maximum"
-"""What transformers calls its warning of long texts among those that were given."""
+"""Key under which transformers remembers that it has warned of long texts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class ModelFacts:
     """A decoder as its files describe it, with everything around its weights."""
 
     name: str
-    """As the user wrote it."""
+    """Name, path or file in the user's words."""
     hf_config: Any
     """Its transformers configuration."""
     tokenizer: Any
@@ -43,7 +43,7 @@ class ModelFacts:
     turn_end: TurnEnd | None = None
     """The token with which the chat template ends the assistant's turn, if it shows one."""
     notes: tuple[str, ...] = ()
-    """What the user should know of these files."""
+    """Notes on these files for the user."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +52,7 @@ class ModelDescription(ModelFacts):
 
     source: ModelSource
     stop_tokens: tuple[StopToken, ...]
-    """Where each of `stop_token_ids` is declared."""
-    skeleton: Any
-    """The transformers module on the meta device: names and shapes, no numbers."""
+    """The tokens of `stop_token_ids`, each with the place that declares it."""
 
 
 def describe_model(config: ModelConfig) -> ModelDescription:
@@ -70,8 +68,7 @@ def describe_model(config: ModelConfig) -> ModelDescription:
     with quiet(), explained(config.name):
         hf_config = AutoConfig.from_pretrained(source.location, **source.arguments)
         _require_plain_weights(config.name, hf_config)
-        skeleton = _skeleton(hf_config)
-        require_packable(skeleton)
+        require_packable(_skeleton(hf_config))
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments, **flags)
         generation = read_generation(source)
     # Prompts beyond the context are refused by name; its own warning of them would come on top.
@@ -91,11 +88,11 @@ def describe_model(config: ModelConfig) -> ModelDescription:
         context_length=int(hf_config.max_position_embeddings),
         notes=() if why is None else (f"model {config.name!r} could not be exported after training: {why}",),
         source=source,
-        skeleton=skeleton,
     )
 
 
 def _skeleton(hf_config: Any) -> Any:
+    """The transformers module on the meta device: names and shapes, no numbers."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)  # type: ignore[no-untyped-call]
 

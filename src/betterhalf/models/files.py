@@ -27,7 +27,7 @@ _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """Where a model's files are, in the terms of `from_pretrained`."""
+    """Location of a model's files, in the terms of `from_pretrained`."""
 
     location: str
     """Folder, or name on the hub."""
@@ -41,7 +41,7 @@ class ModelSource:
         return None if name is None else Path(self.location, name)
 
     def holds(self, name: str) -> bool:
-        """Whether the source is a local folder with a file of this name."""
+        """Return whether the source is a local folder with a file of this name."""
         return self.gguf is None and Path(self.location, name).is_file()
 
     def named(self, name: str) -> str:

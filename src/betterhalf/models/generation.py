@@ -11,7 +11,7 @@ from betterhalf.errors import InputError
 from betterhalf.models.files import ModelSource, first_line, quiet
 
 FILE = "generation_config.json"
-"""Where a model folder keeps it."""
+"""Name of its file in a model folder."""
 
 _FIRST = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample")
 """Settings that are kept before all others where some exclude each other."""
@@ -40,7 +40,7 @@ def read_generation(source: ModelSource) -> GenerationConfig | None:
 
 
 def can_be_saved(generation: GenerationConfig) -> bool:
-    """Whether `save_pretrained` accepts it; it refuses settings that exclude each other."""
+    """Return whether `save_pretrained` accepts it; it refuses settings that exclude each other."""
     try:
         with quiet():
             generation.validate(strict=True)
@@ -50,7 +50,7 @@ def can_be_saved(generation: GenerationConfig) -> bool:
 
 
 def repaired(generation: GenerationConfig) -> tuple[GenerationConfig, tuple[str, ...]]:
-    """What can be saved of a generation configuration, and the names of the settings left out of it.
+    """Return what can be saved of a generation configuration, and the names of the settings left out.
 
     Token ids and `do_sample` stay, so that generation stops and samples as before; of the others those go that
     transformers refuses beside them, such as a temperature where nothing is sampled.
@@ -78,7 +78,7 @@ def _accepted(settings: dict[str, Any]) -> bool:
 
 
 def why_not_saved(hf_config: Any) -> str | None:
-    """What `save_pretrained` says against a model configuration; None if it writes it."""
+    """Return the objection of `save_pretrained` to a model configuration; None if it writes it."""
     try:
         with quiet(), tempfile.TemporaryDirectory() as folder:
             hf_config.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What a GGUF file says about its tokenizer and transformers leaves out.
+"""Settings of the tokenizer that a GGUF file holds and transformers leaves out.
 
 A GGUF file begins with metadata, key after key, before the table of tensors and the tensors themselves:
 

@@ -20,11 +20,11 @@ class StopToken:
 
     token_id: int
     source: str
-    """What declares it, for messages."""
+    """Setting and file that declare it, for messages."""
 
 
 def declared_stop_tokens(source: ModelSource, hf_config: Any, generation: Any, tokenizer: Any) -> tuple[StopToken, ...]:
-    """What the model's files call the end of a sequence: generation configuration, configuration and tokenizer."""
+    """Return the ends of a sequence that generation configuration, configuration and tokenizer declare."""
     places = (
         (FILE, getattr(generation, "eos_token_id", None), "eos_token_id"),
         (source.named("config.json"), getattr(hf_config, "eos_token_id", None), "eos_token_id"),

@@ -151,7 +151,7 @@ _ROWS, _RESULTS = 64, 256
 
 
 def sums_in_fp32(multiply: Callable[[Tensor, Tensor], Tensor], weight: Tensor) -> bool:
-    """Whether `multiply(x, weight)`, of `x @ weight^T`, sums in FP32.
+    """Return whether `multiply(x, weight)`, of `x @ weight^T`, sums in FP32.
 
     Args:
         multiply: gets operands that lie on the grid of `weight`; the dtype of its result does not matter.

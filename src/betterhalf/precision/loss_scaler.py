@@ -282,7 +282,7 @@ def _unscale(
 
 
 def _totals(tensors: list[Tensor], found: list[Inspection]) -> tuple[float, ...]:
-    """Of this rank's gradients: sum of squares, and how many entries are not zero, small, broken, there at all."""
+    """Sum of squares of this rank's gradients, and the numbers of non-zero, small, broken and all entries."""
     return (
         math.fsum(one.square for one in found),
         sum(one.nonzero for one in found),

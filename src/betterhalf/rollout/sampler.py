@@ -22,12 +22,15 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _NEIGHBOURS = 256
 """Tokens whose probabilities are summed up for the first look."""
+_WHOLE = 2**52
+"""Stands for a probability of 1 where probabilities are added up as integers."""
+
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distribution:
-    """What of the model's distribution is sampled from."""
+    """The part of the model's distribution that is sampled from."""
 
     temperature: float
     """Logits are divided by this first."""
@@ -40,7 +43,7 @@ class Distribution:
 
     @property
     def truncated(self) -> bool:
-        """Whether some tokens cannot be drawn."""
+        """True if some tokens cannot be drawn."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
@@ -131,9 +134,10 @@ def truncated(scaled: Tensor, wanted: Distribution) -> Tensor:
         scaled = scaled.masked_fill(scaled < least, -torch.inf)
     if wanted.top_p < 1:
         ranked, order = scaled.sort(dim=-1, descending=True, stable=True)
-        shares = ranked.double().softmax(-1)
+        # Integers, whose sums are exact in any order, as in `draw`.
+        shares = (ranked.double().softmax(-1) * _WHOLE).round().long()
         # Cut off are those before which the likelier ones have reached `top_p` already.
-        beyond = shares.cumsum(-1) - shares >= wanted.top_p
+        beyond = shares.cumsum(-1) - shares >= round(wanted.top_p * _WHOLE)
         scaled = scaled.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
     return scaled
 

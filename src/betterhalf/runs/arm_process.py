@@ -1,7 +1,7 @@
 """The process that trains one arm of a sanity run, started by `runs/arms.py`.
 
-`python -m betterhalf.runs.arm_process SANITY_RUN ARM PERFECTIBLE PARENT_PID`. It shows its progress as events, the
-last of which is its error, if it has one.
+`python -m betterhalf.runs.arm_process SANITY_RUN ARM PERFECTIBLE PARENT_PID [key=value ...]`. It shows its progress as
+events, the last of which is its error, if it has one.
 """
 
 from __future__ import annotations
@@ -9,14 +9,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from betterhalf import errors
 from betterhalf.errors import BetterhalfError
 from betterhalf.metrics.events import emit
 from betterhalf.process import end_with_parent, prepare_process
 
 
+def public_name(error: BetterhalfError) -> str:
+    """Name of the error's class, or of the nearest base class that `errors` defines."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+
+
 def main() -> int:
     """Train the arm that the command line names, and return the exit status."""
-    folder, name, perfectible, parent = sys.argv[1:]
+    folder, name, perfectible, parent, *overrides = sys.argv[1:]
     end_with_parent(int(parent))
     prepare_process()
     from betterhalf.config.load import load_config
@@ -25,9 +31,9 @@ def main() -> int:
 
     run = RunDir(Path(folder))
     try:
-        run_arm(load_config(run.config), name, Path(perfectible), run.arm(name))
+        run_arm(load_config(run.config, overrides), name, Path(perfectible), run.arm(name))
     except BetterhalfError as error:
-        emit(sys.stderr, {"error": type(error).__name__, "message": str(error)})
+        emit(sys.stderr, {"error": public_name(error), "message": str(error)})
         return error.exit_code
     except OSError as error:
         words = {"message": error.strerror or str(error), "errno": error.errno, "filename": error.filename}

@@ -27,6 +27,7 @@ from betterhalf.metrics.several import SeveralRuns
 from betterhalf.process import chosen_threads, usable_cores
 from betterhalf.run_dir import RunDir
 from betterhalf.runs.assembly import choose_device
+from betterhalf.runs.data_check import permission
 
 BYTES_PER_PARAMETER = 32
 """Memory of an arm on a CPU: FP32 masters, two Adam states and gradients (16), the trainer's and the engine's widened
@@ -57,8 +58,10 @@ class ArmPlan:
     def described(self, names: Sequence[str]) -> str:
         """One line for people."""
         arms = " and ".join(names) if len(names) < 3 else f"{len(names)} arms"
-        how = f"{self.at_once} side by side" if self.at_once > 1 else "one after the other"
-        return f"{arms}: {how}, {self.threads} thread{'' if self.threads == 1 else 's'} each ({self.reason})"
+        at_once = min(self.at_once, len(names))
+        how = f"{at_once} side by side" if at_once > 1 else "one after the other" if len(names) > 1 else "alone"
+        each = " each" if len(names) > 1 else ""
+        return f"{arms}: {how}, {self.threads} thread{'' if self.threads == 1 else 's'}{each} ({self.reason})"
 
 
 def plan_arms(config: RunConfig, count: int, parameters: int) -> ArmPlan:
@@ -68,7 +71,7 @@ def plan_arms(config: RunConfig, count: int, parameters: int) -> ArmPlan:
 
     Args:
         config: of the sanity run.
-        count: arms still to train.
+        count: arms of the run, those that are finished included.
         parameters: of the model.
     """
     threads = chosen.count if (chosen := chosen_threads()) else usable_cores()
@@ -81,7 +84,7 @@ def plan_arms(config: RunConfig, count: int, parameters: int) -> ArmPlan:
         return _plan(1, threads, f"engine.type={config.engine.type} takes all cores")
     if (fit := _fit_in_memory(parameters)) < min(count, threads):
         return _plan(max(1, fit), threads, "as many as fit into memory")
-    return _plan(min(count, threads), threads, f"{threads} threads in all")
+    return _plan(min(count, threads), threads, f"{threads} thread{'' if threads == 1 else 's'} in all")
 
 
 def _plan(at_once: int, threads: int, reason: str) -> ArmPlan:
@@ -112,7 +115,7 @@ def train_side_by_side(run: RunDir, config: RunConfig, names: Sequence[str], per
         while waiting or running:
             while waiting and len(running) < plan.at_once:
                 name = waiting.popleft()
-                running[name] = _Arm(run, name, perfectible, plan.threads, arrived)
+                running[name] = _Arm(run, name, perfectible, plan.threads, arrived, permission(config))
             name, line = arrived.get()
             if line is None:
                 running.pop(name).finish()
@@ -133,13 +136,24 @@ def _all_ended(running: Mapping[str, _Arm]) -> Iterator[None]:
 class _Arm:
     """The process that trains one arm."""
 
-    def __init__(self, run: RunDir, name: str, perfectible: Path, threads: int, arrived: _Lines) -> None:
-        """Start it; its output goes to `arrived`, and at its end None."""
+    def __init__(
+        self,
+        run: RunDir,
+        name: str,
+        perfectible: Path,
+        threads: int,
+        arrived: _Lines,
+        overrides: Sequence[str] = (),
+    ) -> None:
+        """Start it; its output goes to `arrived`, and at its end None.
+
+        `overrides` are what `run.config`, from which the process takes its settings, does not keep.
+        """
         self._name = name
         self._error: dict[str, Any] | None = None
         self._tail: deque[str] = deque(maxlen=_LINES_KEPT)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", _MODULE, str(run.path), name, str(perfectible), str(os.getpid())],
+            [sys.executable, "-m", _MODULE, str(run.path), name, str(perfectible), str(os.getpid()), *overrides],
             env={**os.environ, events.VARIABLE: "1", "OMP_NUM_THREADS": str(threads)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -150,6 +164,7 @@ class _Arm:
             start_new_session=True,
         )
         threading.Thread(target=self._read, args=(arrived,), daemon=True).start()
+        threading.Thread(target=self._clear, daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -163,13 +178,21 @@ class _Arm:
                 arrived.put((self._name, line))
         arrived.put((self._name, None))
 
+    def _clear(self) -> None:
+        """End what the process leaves behind when it ends: its output would stay open, and `_read` wait for more.
+
+        Not by SIGKILL: the resource tracker of `multiprocessing`, which SIGTERM leaves alone, has yet to clean up.
+        """
+        self._process.wait()
+        self._signal(signal.SIGTERM)
+
     def take(self, line: str) -> dict[str, Any] | None:
-        """The event to show of a line of output; any other line becomes a note, and is kept for an obituary."""
+        """The event to show of a line of output; any other line becomes `output`, and is kept for an obituary."""
         event = events.parse(line)
         if event is None:
             text = line.rstrip()
             self._tail.append(text)
-            return {"note": text} if text else None
+            return {"output": text} if text else None
         if "error" in event:
             self._error = event
         return event
@@ -196,10 +219,14 @@ class _Arm:
     def end(self) -> None:
         """End the process and its group, first politely; harmless when it has ended."""
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, number)
+            self._signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_GRACE_SECONDS)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process and its group, if anything of it is left."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
 
 
 def _raised(event: Mapping[str, Any]) -> Exception:

@@ -183,7 +183,7 @@ _ROWS_WITHOUT_PROGRESS = 10_000
 
 
 def bad_rows_rule(config: RunConfig) -> BadRowRule:
-    """What the configuration says of rows that cannot be used; a perfectible set follows its base."""
+    """Return the configured rule for rows that cannot be used; a perfectible set follows its base."""
     if isinstance(config.task, PerfectibleTask):
         return BadRowRule(action=config.task.base.bad_rows, key="task.base.bad_rows")
     return BadRowRule(action=config.task.bad_rows, key="task.bad_rows")

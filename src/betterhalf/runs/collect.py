@@ -69,7 +69,7 @@ class Collected:
 
 
 def has_signal(group: RolloutGroup) -> bool:
-    """Whether the rewards of the siblings differ."""
+    """Return whether the rewards of the siblings differ."""
     return len(set(group.rewards)) > 1
 
 

@@ -58,7 +58,7 @@ def data_changes(saved: DataRecord, data: DataRecord, place: Callable[[int], str
 
 
 def allows_changed_data(config: RunConfig) -> bool:
-    """Whether the task's rows may differ from those the run was started with."""
+    """Return whether the task's rows may differ from those the run was started with."""
     task = config.task.base if isinstance(config.task, PerfectibleTask) else config.task
     return task.allow_changed_data
 
@@ -72,6 +72,11 @@ def without_permission(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"task": task.model_copy(update={"allow_changed_data": False})})
 
 
+def permission(config: RunConfig) -> tuple[str, ...]:
+    """The override that gives back to a kept configuration what `without_permission` took from it."""
+    return (f"{task_prefix(config)}allow_changed_data=true",) if allows_changed_data(config) else ()
+
+
 def task_prefix(config: RunConfig) -> str:
-    """Where the settings of the task's rows are: a perfectible set has those of its base."""
+    """Prefix of the keys of the task's rows; a perfectible set has them in its base."""
     return "task.base." if isinstance(config.task, PerfectibleTask) else "task."

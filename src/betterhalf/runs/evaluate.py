@@ -185,7 +185,7 @@ def _require_same_subject(run: RunDir, parts: Parts) -> None:
 
 
 def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:
-    """What the scores will be of; the configuration comes last: with it, the head is whole."""
+    """Record the subject of the scores; the configuration comes last: with it, the head is whole."""
     write_json_atomic(run.environment, environment())
     write_json_atomic(run.contract, contract.to_json())
     write_left_out(run, parts.task)

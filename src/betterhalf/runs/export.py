@@ -69,7 +69,7 @@ def _save(model: LoadedModel, target: Path) -> None:
 
 
 def _why_not_written(target: Path, error: Exception) -> str:
-    """What was seen, and a fix that fits it."""
+    """Message for a failed write: its cause as seen, and a fix for that cause."""
     said = f"{target} cannot be written ({first_line(error)})"
     if disk_full(error):
         return f"{said}; free disk space, or name another folder"

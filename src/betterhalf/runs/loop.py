@@ -145,7 +145,7 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
         metrics=metrics,
         profile=gap.profile,
         alarms=watch.alarms,
-        truncation=truncation_note(parts, collected.rollouts) if step == 1 else None,
+        truncation=truncation_note(parts, collected.rollouts + collected.left_out_rollouts) if step == 1 else None,
         kept=keep_rollouts(parts, collected.rollouts, advantages, measured, step),
     )
 

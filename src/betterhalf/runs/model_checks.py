@@ -1,4 +1,4 @@
-"""Whether a model fits the configuration of a run, by its configuration files alone: no weight is read here."""
+"""Check by its configuration files alone that a model fits the configuration of a run: no weight is read here."""
 
 from __future__ import annotations
 
@@ -32,17 +32,24 @@ def check_roles(config: RunConfig, where: str = "") -> None:
         check_cache_dtype(roles)
 
 
-def check_model(model: ModelDescription, config: RunConfig) -> None:
+def check_model(model: ModelDescription, config: RunConfig, *, samples: bool = True) -> None:
     """Refuse a model that the run's engine or trainer cannot compute as told.
+
+    Args:
+        model: its configuration files.
+        config: engine and precision.
+        samples: whether the engine will run; without, it need not know the model.
 
     Raises:
         InputError: the engine does not know the architecture, the model has dropout, a stop token is not in its
             vocabulary, or it lacks an FP32 island of the configuration.
     """
-    check_architecture(config, model.hf_config)
+    if samples:
+        check_architecture(config, model.hf_config)
     check_islands(model, config)
     require_no_dropout(model.hf_config)
-    require_in_vocabulary(model.name, model.stop_tokens, model.hf_config.vocab_size)
+    if samples:
+        require_in_vocabulary(model.name, model.stop_tokens, model.hf_config.vocab_size)
 
 
 def check_islands(model: ModelFacts, config: RunConfig) -> None:

@@ -43,6 +43,7 @@ def build_perfectible(config: RunConfig, run: RunDir) -> tuple[Path, int]:
     if isinstance(config.task, PerfectibleTask):
         parts = assemble(config)  # finds what is wrong with it before an arm starts
         parts.close()
+        write_left_out(run, parts.task)
         return Path(config.task.path).expanduser().resolve(), _parameters(parts)
     path = run.perfectible.resolve()
     # FP32 has no islands, but those of the arms must be modules of the model before hours of counting.

@@ -15,8 +15,8 @@ from betterhalf.config.load import resolved_json
 from betterhalf.config.schema import PerfectibleTask, RunConfig
 from betterhalf.environment import environment
 from betterhalf.errors import EngineError, LossScaleError, NumericsError, WatchdogError
-from betterhalf.metrics.console import Console
 from betterhalf.metrics.console import progress as show_progress
+from betterhalf.metrics.console import show_note
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
 from betterhalf.runs.arms import plan_arms, train_side_by_side
@@ -81,17 +81,19 @@ def _run_arms(run: RunDir, config: RunConfig, kept: Path, parameters: int) -> di
     """Train the arms that are not finished, side by side where that is faster; the summary of each, in order."""
     names = config.sanity.arms
     open_arms = [name for name in names if not _finished(run.arm(name))]
-    plan = plan_arms(config, len(open_arms), parameters)
+    # For all arms, so that those left when a run is resumed have the threads, and with them the bits, they had before.
+    plan = plan_arms(config, len(names), parameters)
     if open_arms:
-        Console(config.logging.console, total_steps=0, label="").note(plan.described(open_arms))
+        show_note(plan.described(open_arms), mode=config.logging.console)
     if plan.at_once == 1:
         return {name: run_arm(config, name, kept, run.arm(name)) for name in names}
-    train_side_by_side(run, config, open_arms, kept, plan)
+    if open_arms:
+        train_side_by_side(run, config, open_arms, kept, plan)
     return {name: read_json(run.arm(name).summary) for name in names}
 
 
 def _finished(arm: RunDir) -> bool:
-    """Whether an arm has a result; a watchdog's stop is none, for a resumed run may go on from there."""
+    """Return whether an arm has a result; a watchdog's stop is none, for a resumed run may go on from there."""
     return arm.summary.exists() and "stopped" not in read_json(arm.summary)
 
 

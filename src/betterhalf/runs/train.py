@@ -163,8 +163,8 @@ def _stop(parts: Parts, run: RunDir, stop: Alarm) -> WatchdogError:
     return WatchdogError(
         f"the watchdog stopped the run in step {stop.step}: {stop.reason}. Nothing of that step was learned; "
         f"{run.path} holds the {stop.step - 1} finished before it, and watchdog.jsonl what was measured. See where "
-        f"trainer and engine part with `betterhalf doctor {run.path}` and `betterhalf probe {run.path} --localize`; go "
-        "on with --resume once the cause is gone, or with other watchdog.levels, which a resumed run may change"
+        f"trainer and engine diverge with `betterhalf doctor {run.path}` and `betterhalf probe {run.path} --localize`; "
+        "go on with --resume once the cause is gone, or with other watchdog.levels, which a resumed run may change"
     )
 
 

@@ -1,4 +1,4 @@
-"""What it means when every completion runs to the length limit: no stop token was sampled."""
+"""Notes for when every completion runs to the length limit: no stop token was sampled."""
 
 from __future__ import annotations
 
@@ -27,4 +27,4 @@ ADVICE = (
     "raise it if answers need more room, or check that the model was taught to end with its stop token "
     "(model.stop_tokens names another)"
 )
-"""What to do when nothing ends a completion."""
+"""Advice for when nothing ends a completion."""

@@ -74,7 +74,7 @@ class DatasetTask:
     problems: Problems
     grader: Grader
     reward_source: Mapping[str, str]
-    """What rewards and prompts are made by, besides the rows; see `fingerprint.reward_source`."""
+    """Settings and code that make rewards and prompts from the rows; see `fingerprint.reward_source`."""
     encoded: Sequence[Sequence[int]] | None = None
     """Token ids of every prompt, once `screening.screen` has checked them."""
     left_out: tuple[BadRow, ...] = ()

@@ -18,12 +18,12 @@ ROW_BYTES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataRecord:
-    """What a run learns from, as a checkpoint keeps it."""
+    """The data that a run learns from, as a checkpoint keeps it."""
 
     row_digests: bytes
     """ROW_BYTES for each row, in order."""
     reward: dict[str, str]
-    """What rewards and prompts are made by, besides the rows."""
+    """Settings and code that make rewards and prompts from the rows."""
 
     @property
     def rows(self) -> int:
@@ -64,7 +64,7 @@ def row_digest(row: Row) -> bytes:
 
 
 def reward_source(settings: Mapping[str, Any], *, modules: Iterable[str], packages: Iterable[str]) -> dict[str, str]:
-    """What rewards and prompts are made by.
+    """Collect the settings and the code that make rewards and prompts.
 
     Args:
         settings: those of the task that decide prompts and rewards.

@@ -72,7 +72,7 @@ class SolvedRow:
     solved: int
     samples: int
     digest: str = ""
-    """Of the row's content; empty in files of older versions."""
+    """Digest of the row's content; empty in files of older versions."""
 
 
 def select(solved_counts: Sequence[int], samples: int, lower: float, upper: float) -> PerfectibleResult:

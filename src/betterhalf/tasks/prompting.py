@@ -18,7 +18,7 @@ class Draft:
 
     prompt_id: str
     text: str
-    """What the model reads."""
+    """Text that the model reads."""
     add_special_tokens: bool
     """Let the tokenizer add its special tokens; false where the text already holds them."""
     answer: str

@@ -14,7 +14,7 @@ class Row:
     prompt_id: str
     """Stable name; also names the prompt in `rollouts.jsonl`."""
     place: str
-    """Where a person finds it: file and row number, counted from 1 as an editor does; or the prompt id."""
+    """Place where a person finds it: file and row number, counted from 1 as an editor does; or the prompt id."""
     question: str
     answer: str
     """Gold answer."""
@@ -27,11 +27,11 @@ class BadRow:
     """A row that cannot be used."""
 
     place: str
-    """As in `Row`."""
+    """The `place` of `Row`."""
     reason: str
-    """What is wrong, as a clause."""
+    """Defect, as a clause."""
     fix: str
-    """What to do about it, as a clause in the imperative."""
+    """Remedy, as a clause in the imperative."""
     room: int | None = None
     """Largest `sampling.max_tokens` that fits beside the prompt; set when only that is too large."""
 

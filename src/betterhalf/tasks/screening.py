@@ -22,7 +22,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptLimits:
-    """What a prompt must fit into."""
+    """Limits on the size and the tokens of a prompt."""
 
     context_length: int
     """Positions of the model: prompt and completion together."""
@@ -34,7 +34,7 @@ class PromptLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BadRowRule:
-    """What to do about rows that cannot be used."""
+    """Rule for rows that cannot be used."""
 
     action: Literal["refuse", "skip"]
     key: str
@@ -43,7 +43,7 @@ class BadRowRule:
 
 @dataclass(slots=True, kw_only=True)
 class _Found:
-    """What the rows looked at so far have given."""
+    """Results of the rows looked at so far."""
 
     indices: list[int]
     """Rows that can be used, in order."""
@@ -216,7 +216,7 @@ def _refusal(bad: Sequence[BadRow], looked_at: int, rule: BadRowRule) -> str:
 
 
 def _fixes(bad: Sequence[BadRow]) -> list[str]:
-    """What to do, each thing once."""
+    """List the fixes, each once."""
     fixes = list(dict.fromkeys(row.fix for row in bad))[:_SHOWN]
     rooms = [row.room for row in bad if row.room is not None]
     if len(rooms) == len(bad):

@@ -27,7 +27,7 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 
 def changes(*overrides: str, preset: str) -> dict[str, Any]:
-    """What overrides change of a preset: resolved keys and values."""
+    """Resolved keys and values of a preset that overrides change."""
     plain, changed = load_config(None, [f"algorithm={preset}"]), load_config(None, [f"algorithm={preset}", *overrides])
     return {change.key.removeprefix("algorithm."): change.right for change in config_difference(plain, changed)}
 

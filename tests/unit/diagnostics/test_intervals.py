@@ -78,7 +78,7 @@ def test_intervals_cover_for_every_kind_of_noise_and_every_metric_that_has_one()
 
 
 def test_a_small_effective_sample_size_has_no_interval_and_says_why() -> None:
-    """Where the true share is 0.45, intervals made of 64 completions miss it two times in five."""
+    """Intervals made of 64 completions miss a true share of 0.45 two times in five."""
     data = probe_like("normal", 0.2, 16, 0)
     settings = {"resamples": 50, "confidence": 0.95, "seed": 0}
     found = confidence_intervals(*data[:4], **settings, cluster_index_S=data[4])["mismatch/ess_fraction"]

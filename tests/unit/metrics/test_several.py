@@ -86,10 +86,31 @@ def test_on_a_terminal_each_run_has_a_panel(monkeypatch: pytest.MonkeyPatch) -> 
         assert text in last
 
 
-def test_quiet_shows_nothing() -> None:
+def test_quiet_shows_only_what_is_no_event() -> None:
     stream = io.StringIO()
     with SeveralRuns("quiet", labels=("a",), total_steps=2, stream=stream) as view:
         view.show("a", {"step": 1, "metrics": METRICS})
         view.show("a", {"note": "hello"})
         view.show("a", {"phase": "p", "done": 0, "total": 1})
-    assert stream.getvalue() == ""
+        view.show("a", {"output": "a warning"})
+    assert stream.getvalue() == "a: a warning\n"
+
+
+def test_phases_of_one_name_are_told_apart() -> None:
+    stream = io.StringIO()
+    with SeveralRuns("lines", labels=("a", "b"), total_steps=2, stream=stream) as view:
+        for label in ("a", "b"):
+            view.show(label, {"phase": "check rows", "done": 0, "total": 9})
+    assert stream.getvalue().splitlines() == ["a: check rows: 0/9", "b: check rows: 0/9"]
+
+
+def test_events_are_passed_on_to_a_parent_that_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = [event for event in child_output(monkeypatch) if event is not None]
+    monkeypatch.setenv(events.VARIABLE, "1")
+    stream = io.StringIO()
+    with SeveralRuns("auto", labels=("fp16",), total_steps=2, stream=stream) as view:
+        for event in [*shown, {"error": "InputError", "message": "shown by whoever raises it"}]:
+            view.show("fp16", event)
+    passed = [events.parse(line) for line in stream.getvalue().removesuffix("\n").split("\n")]
+    assert [event and event.pop("run") for event in passed] == ["fp16"] * len(shown)
+    assert [str(event) for event in passed] == [str(event) for event in shown]  # as text, for NaN equals nothing

@@ -1,4 +1,4 @@
-"""What a GGUF file says about the tokens around a text holds for the prompts made of it."""
+"""Prompts have the tokens around a text that a GGUF file asks for."""
 
 from __future__ import annotations
 

@@ -295,7 +295,7 @@ def test_the_probe_tells_fp32_sums_from_narrower_ones_in_every_order(
 
 @pytest.mark.parametrize("bits", [7, 10])
 def test_fp32_operands_that_are_rounded_show(bits: int) -> None:
-    """As TF32 does to 10 stored bits, and oneDNN's bf16 mode to 7."""
+    """Round as TF32 does, to 10 stored bits, or as oneDNN's bf16 mode does, to 7."""
 
     def multiply(x: Tensor, w: Tensor) -> Tensor:
         scale = 2.0 ** (w.abs().clamp(min=1e-30).log2().floor() - bits)

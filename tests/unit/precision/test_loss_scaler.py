@@ -306,7 +306,7 @@ def history(scaler: LossScaler, overflows: str) -> list[float]:
 
 def by_deepspeeds_rules(overflows: str, hysteresis: int, growth_interval: int, consecutive: bool) -> list[float]:
     """Scales as DeepSpeed's documentation has them: each overflow uses up one of `hysteresis` attempts; with the last
-    one left the scale is halved instead. Attempts are restored when the scale grows, after so many steps without an
+    one left the scale is halved instead. Attempts are restored when the scale grows, after a number of steps without an
     overflow, and with `consecutive_hysteresis` by every step without one."""
     scale, attempts, last_overflow, scales = 2.0**16, hysteresis, -1, []
     for step, mark in enumerate(overflows):

@@ -80,7 +80,7 @@ def _linear_layers(decoder: Decoder) -> dict[str, str]:
 
 @torch.inference_mode()
 def _sums_in_fp32(decoder: Decoder, rounding: Rounding, shape: torch.Size, held: torch.dtype) -> bool:
-    """Whether a projection of this shape, held in this dtype, sums in FP32."""
+    """Return whether a projection of this shape, held in this dtype, sums in FP32."""
     storage = decoder.weights.storage
 
     def multiply(x: Tensor, weight: Tensor) -> Tensor:

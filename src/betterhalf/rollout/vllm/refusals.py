@@ -50,7 +50,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _asserted(assertion: AssertionError) -> str:
-    """What the assertion says, or, as most say nothing, its source and place."""
+    """Return the assertion's message, or, since most have none, its source and place."""
     frames = traceback.extract_tb(assertion.__traceback__)
     if str(assertion).strip() or not frames:
         return reason(assertion)

@@ -118,7 +118,7 @@ def _require_contiguous(name: str, before: Sequence[bool], after: Sequence[bool]
 
 
 def _is_padding(mask: Sequence[bool], prompt: Sequence[Any]) -> bool:
-    """Whether the zeros on both ends of a prompt cover one repeated token; a mask without ones says nothing."""
+    """Return whether the zeros on both ends of a prompt cover one repeated token; a mask without ones says nothing."""
     inside = _without_ends(mask)
     outside = [*prompt[: inside.start], *prompt[inside.stop :]]
     return any(mask) and all(token == outside[0] for token in outside)

@@ -54,7 +54,7 @@ class Sample:
     """[S] of a file: which tokens of each completion the engine sampled; all of them if empty."""
 
     def only_scored(self, rows: Sequence[Sequence[Value]]) -> list[list[Value]]:
-        """Of the values that every completion token has, those of the tokens that the engine sampled."""
+        """Reduce values of all completion tokens to those of the tokens that the engine sampled."""
         if not self.scored:
             return [list(row) for row in rows]
         return [list(compress(row, scored)) for row, scored in zip(rows, self.scored, strict=True)]
@@ -246,7 +246,7 @@ def _measure(
 
 
 def _temperature_fit(trainer: PolicyTrainer, sample: Sample, scores: Scores, config: RunConfig) -> TemperatureFit:
-    """Whether a file's logprobs are of the stated temperature or raw, by the first completions."""
+    """Tell whether a file's logprobs are of the stated temperature or raw, by the first completions."""
     behavior = sample.only_scored([completion.behavior_logprobs for _, completion in sample.items])
     count = 1 + sum(total < _FIT_TOKENS for total in accumulate(map(len, behavior[:-1])))
     first = replace(sample, items=sample.items[:count], scored=sample.scored[:count])

@@ -54,7 +54,7 @@ def probe(
         run_dir: where everything goes; `runs/probe-<name>-<time>` if absent.
         from_dump: JSONL file in the schema of `runs.dump`, analysed instead of sampling.
         gradient: also measure what the mismatch does to the policy gradient.
-        localize: also look for the first operation where trainer and engine part.
+        localize: also look for the first operation where trainer and engine diverge.
 
     Returns:
         The content of `probe.json`.
@@ -125,9 +125,9 @@ def _probe_model(
         return record.finish()
 
 
-def _open_short(target: str, config: RunConfig) -> AbstractContextManager[Subject]:
+def _open_short(target: str, config: RunConfig, *, samples: bool = True) -> AbstractContextManager[Subject]:
     """Open without asking for room for completions of the length limit: how much there is, is found out later."""
-    return open_subject(target, _sampling(config, max_tokens=1), prompts=config.probe.prompts)
+    return open_subject(target, _sampling(config, max_tokens=1), prompts=config.probe.prompts, samples=samples)
 
 
 def _with_room(subject: Subject, prompts: Sequence[Prompt], max_tokens: int) -> Subject:
@@ -169,7 +169,7 @@ def _probe_dump(target: str | None, config: RunConfig, run_dir: str | None, path
         with run_folder(run_dir, "probe", path.stem) as run:
             return _record_dump(run, None, config, str(path), dump)
     config = _at_temperature(config, dump)
-    with run_folder(run_dir, "probe", Path(target).name) as run, _open_short(target, config) as subject:
+    with run_folder(run_dir, "probe", Path(target).name) as run, _open_short(target, config, samples=False) as subject:
         vocabulary = subject.model.module.get_input_embeddings().weight.shape[0]
         dump = dump.keep(fits_model(vocabulary, subject.model.context_length, config.sampling.temperature))
         return _record_dump(run, subject, config, target, dump)

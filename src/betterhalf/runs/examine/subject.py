@@ -27,7 +27,7 @@ from betterhalf.rollout.engine import RolloutEngine, require_version
 from betterhalf.run_dir import RunDir
 from betterhalf.runs.assembly import choose_device, load_task
 from betterhalf.runs.evaluate import newest_checkpoint
-from betterhalf.runs.model_checks import check_islands, check_model, show_notes
+from betterhalf.runs.model_checks import check_model, show_notes
 from betterhalf.tasks.task import Task
 from betterhalf.training import checkpoint
 from betterhalf.training.policy_trainer import PolicyTrainer
@@ -81,7 +81,7 @@ def open_subject(
     if not is_run:
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": target})})
     described = describe_model(config.model)
-    (check_model if samples else check_islands)(described, config)
+    check_model(described, config, samples=samples)
     task = load_task(described, config, rows=prompts)
     try:
         device = choose_device(config)
