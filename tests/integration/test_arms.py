@@ -209,6 +209,15 @@ def test_the_plan_follows_the_machine_and_the_settings(
     assert plan() == (1, 1)
 
 
+def test_a_container_s_memory_limits_the_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(arms_module, "_MEMORY_LIMIT", limit)
+    unlimited = arms_module._fit_in_memory(10**6)
+    for text, fit in (("max\n", unlimited), (f"{3 * arms_module.BYTES_BESIDE}\n", 2)):
+        limit.write_text(text)
+        assert arms_module._fit_in_memory(10**6) == fit
+
+
 def test_a_plan_says_what_was_chosen() -> None:
     assert TWO.described(("fp16", "bf16")) == "fp16 and bf16: 2 side by side, 1 thread each (a test)"
     one = ArmPlan(at_once=1, threads=2, reason="why")

@@ -39,6 +39,9 @@ BYTES_BESIDE = 2 * 2**30
 _Lines = queue.SimpleQueue[tuple[str, str | None]]
 """Name of an arm and a line of its output; None at the end of it."""
 
+_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""Memory that a container may use."""
+
 _MODULE = "betterhalf.runs.arm_process"
 _LINES_KEPT = 15
 _GRACE_SECONDS = 10.0
@@ -98,6 +101,8 @@ def _fit_in_memory(parameters: int) -> int:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return 1
+    with contextlib.suppress(OSError, ValueError):  # "max", or no control groups
+        total = min(total, int(_MEMORY_LIMIT.read_text(encoding="ascii")))
     return int(0.8 * total / (parameters * BYTES_PER_PARAMETER + BYTES_BESIDE))
 
 
