@@ -102,6 +102,14 @@ def test_a_gguf_file_of_another_family_is_refused_by_its_header(
     assert "does not know architecture 'phi3'" in refused(verb, model)
 
 
+def test_a_gguf_file_that_transformers_does_not_read_names_the_families(
+    refused: Verb, tmp_path: Path, write_gguf: Callable[..., Path]
+) -> None:
+    message = refused("doctor", write_gguf(tmp_path / "weird.gguf", architecture="weird", tensors=False))
+    assert "architecture weird" in message and "use a decoder such as llama" in message
+    assert "restore its files" not in message
+
+
 def test_a_file_that_is_no_gguf_file_says_so(refused: Verb, tmp_path: Path, write_gguf: Callable[..., Path]) -> None:
     whole = write_gguf(tmp_path / "whole.gguf").read_bytes()
     for content in (b"", b"PK" * 40, whole[:1000]):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from betterhalf.config.schema import ModelConfig
 from betterhalf.errors import ConfigError, InputError
@@ -52,6 +53,17 @@ def test_a_model_without_a_stop_token_is_refused_with_the_ways_to_name_one(
         assert "declares no stop token" in message and "eos_token_id in its generation_config.json" in message
         assert "model.stop_tokens" in message and "model.allow_no_stop_token=true" in message
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_stop_token_that_only_transformers_assumes_is_none(train: Ends, tmp_path: Path) -> None:
+    """A Llama configuration without the key has end of sequence 2, which is the digit 0 of the demo model."""
+    model = without_stop(tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        entries = json.loads((model / name).read_text())
+        del entries["eos_token_id"]
+        (model / name).write_text(json.dumps(entries))
+    assert AutoConfig.from_pretrained(model).eos_token_id == 2
+    assert "declares no stop token" in train(2, f"model={model}")
 
 
 def test_a_stop_token_named_in_the_configuration_gives_the_run_of_one_that_the_files_name(

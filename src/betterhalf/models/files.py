@@ -133,6 +133,8 @@ def first_line(error: BaseException) -> str:
 
 
 def _fix(name: str, error: Exception) -> str:
+    if "is not supported yet" in str(error) or "does not recognize this architecture" in str(error):
+        return "transformers does not read this architecture; use a decoder such as llama, mistral, qwen2 or qwen3"
     if Path(name).expanduser().exists() or name in BUILT_IN:
         return "restore its files, as `save_pretrained` writes them, or name another model"
     if not isinstance(error, OSError):

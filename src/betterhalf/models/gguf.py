@@ -16,7 +16,7 @@ from typing import IO
 
 from betterhalf.errors import InputError
 
-_STRING, _ARRAY, _BOOL = 8, 9, 7
+_STRING, _ARRAY, _BOOL, _U32 = 8, 9, 7, 4
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Value type -> its bytes: u8, i8, u16, i16, u32, i32, f32, bool, u64, i64, f64."""
 
@@ -45,19 +45,33 @@ def tokenizer_flags(path: Path) -> dict[str, bool]:
     return flags
 
 
-def _tokenizer_entries(file: IO[bytes]) -> dict[str, str | bool]:
-    """The metadata about the tokenizer that are a text or a flag, by their names without prefix."""
+def declares_end_token(path: Path) -> bool:
+    """Return whether a GGUF file names the token that ends a text; `tokenizer_flags` has found its metadata whole."""
+    with path.open("rb") as file:
+        return "eos_token_id" in _tokenizer_entries(file)
+
+
+def _tokenizer_entries(file: IO[bytes]) -> dict[str, str | bool | int]:
+    """The metadata about the tokenizer that are a text, a flag or a token id, by their names without prefix."""
     magic, _, _, keys = struct.unpack("<4sIQQ", file.read(24))
     if magic != b"GGUF":
         raise KeyError(magic)
-    found: dict[str, str | bool] = {}
+    found: dict[str, str | bool | int] = {}
     for _ in range(keys):
         name, (kind,) = _string(file), struct.unpack("<I", file.read(4))
-        if name.startswith(_PREFIX) and kind in (_BOOL, _STRING):
-            found[name.removeprefix(_PREFIX)] = _string(file) if kind == _STRING else bool(file.read(1)[0])
+        if name.startswith(_PREFIX) and kind in (_BOOL, _STRING, _U32):
+            found[name.removeprefix(_PREFIX)] = _value(file, kind)
         else:
             _skip(file, kind)
     return found
+
+
+def _value(file: IO[bytes], kind: int) -> str | bool | int:
+    if kind == _STRING:
+        return _string(file)
+    if kind == _BOOL:
+        return bool(file.read(1)[0])
+    return int(struct.unpack("<I", file.read(4))[0])
 
 
 def _string(file: IO[bytes]) -> str:

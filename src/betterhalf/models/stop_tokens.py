@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from betterhalf.errors import ConfigError, InputError
 from betterhalf.models.files import ModelSource
 from betterhalf.models.generation import FILE
+from betterhalf.models.gguf import declares_end_token
 
 _QUESTION, _ANSWER = "betterhalf question", "betterhalf answer"
 """Contents of the turns that show how a template ends them."""
@@ -24,10 +27,15 @@ class StopToken:
 
 
 def declared_stop_tokens(source: ModelSource, hf_config: Any, generation: Any, tokenizer: Any) -> tuple[StopToken, ...]:
-    """Return the ends of a sequence that generation configuration, configuration and tokenizer declare."""
+    """Return what the model's files call the end of a sequence: generation configuration, configuration, tokenizer.
+
+    `hf_config` counts only where the file has the key: transformers has a default for some architectures, 2 for Llama,
+    whatever token that is.
+    """
+    in_config = getattr(hf_config, "eos_token_id", None) if _config_declares(source) else None
     places = (
         (FILE, getattr(generation, "eos_token_id", None), "eos_token_id"),
-        (source.named("config.json"), getattr(hf_config, "eos_token_id", None), "eos_token_id"),
+        (source.named("config.json"), in_config, "eos_token_id"),
         (source.named("tokenizer_config.json"), tokenizer.eos_token_id, f"eos_token {tokenizer.eos_token!r}"),
     )
     found: dict[int, StopToken] = {}
@@ -36,6 +44,13 @@ def declared_stop_tokens(source: ModelSource, hf_config: Any, generation: Any, t
         for token_id in map(int, ids):
             found.setdefault(token_id, StopToken(token_id=token_id, source=f"{key} in {file}"))
     return tuple(found[token_id] for token_id in sorted(found))
+
+
+def _config_declares(source: ModelSource) -> bool:
+    if source.gguf is not None:
+        return declares_end_token(source.gguf)
+    raw, _ = PretrainedConfig.get_config_dict(source.location, **source.arguments)
+    return "eos_token_id" in raw or "eos_token_id" in (raw.get("text_config") or {})
 
 
 def chosen_stop_tokens(tokens: Sequence[str | int], tokenizer: Any) -> tuple[StopToken, ...]:
