@@ -252,3 +252,9 @@ def test_a_reader_that_stops_early_is_no_error() -> None:
     command = f"{sys.executable} -m betterhalf.cli config {SMOKE} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_config_refuses_an_algorithm_that_contradicts_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("algorithm.correction.level=token", "algorithm.correction.ratio=proximal/behavior")
+    assert cli.main(["config", SMOKE, *words, "algorithm.correction.treatment=truncate"]) == 2
+    assert "truncates without an upper bound" in capsys.readouterr().err

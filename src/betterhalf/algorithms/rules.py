@@ -64,8 +64,8 @@ _ANY: tuple[Rule, ...] = (
     ),
     (
         lambda r: r.lower is not None and r.upper is not None and r.lower > r.upper,
-        "has lower above upper",
-        "swap them",
+        "has lower above upper, of which one may be the preset's",
+        "give both, the smaller one as lower",
     ),
     (
         lambda r: r.treatment == "raw" and (r.lower is not None or r.upper is not None),
@@ -73,9 +73,14 @@ _ANY: tuple[Rule, ...] = (
         'leave them out, or set treatment = "truncate", "mask" or "clip"',
     ),
     (
-        lambda r: r.treatment == "truncate" and (r.upper is None or r.lower is not None),
-        "truncates, which takes `upper` and nothing else",
-        "give upper and leave out lower",
+        lambda r: r.treatment == "truncate" and r.upper is None,
+        "truncates without an upper bound",
+        "give upper, as in 3",
+    ),
+    (
+        lambda r: r.treatment == "truncate" and r.lower is not None,
+        "truncates, which takes no lower bound",
+        "leave out lower",
     ),
     (
         lambda r: r.treatment == "mask" and r.lower is None and r.upper is None,
@@ -83,9 +88,14 @@ _ANY: tuple[Rule, ...] = (
         "give lower, upper or both",
     ),
     (
-        lambda r: r.treatment == "clip" and (r.lower is None or r.upper is None or not r.lower <= 1 <= r.upper),
-        "clips without two bounds around 1",
+        lambda r: r.treatment == "clip" and (r.lower is None or r.upper is None),
+        "clips without two bounds",
         "give lower and upper, as in 0.8 and 1.28",
+    ),
+    (
+        lambda r: r.treatment == "clip" and not (r.lower or 0) <= 1 <= (r.upper or 0),
+        "clips between bounds that do not lie on both sides of 1",
+        "give a lower bound of at most 1 and an upper bound of at least 1, as in 0.8 and 1.28",
     ),
     (
         lambda r: r.treatment != "mask" and not r.keep_weight,

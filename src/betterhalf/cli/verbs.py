@@ -78,10 +78,13 @@ def _report(request: Request) -> Answer:
 
 
 def _config(request: Request) -> Answer:
+    from betterhalf.algorithms.presets import resolve_algorithm
     from betterhalf.config.load import config_difference, resolved_json
     from betterhalf.config.render import toml_text
 
     left, *others = [request.config(word) for word in request.words]
+    for config in (left, *others):
+        resolve_algorithm(config.algorithm)  # says whether its choices contradict each other
     if not others:
         return Answer(result=resolved_json(left), show=lambda: print(toml_text(left).rstrip()))
     changes = config_difference(left, others[0])
