@@ -18,12 +18,15 @@ import pytest
 from betterhalf.config.load import resolved_json
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import EngineError, InputError, RunError
+from betterhalf.metrics import events
 from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
+from betterhalf.runs import arm_process
 from betterhalf.runs import arms as arms_module
 from betterhalf.runs import sanity as sanity_module
 from betterhalf.runs.arm_process import public_name
 from betterhalf.runs.arms import ArmPlan, plan_arms, train_side_by_side
 from betterhalf.runs.sanity import sanity
+from betterhalf.runs.train import require_same_config
 from betterhalf.tasks.row import RowError
 
 Configured = Callable[..., RunConfig]
@@ -90,7 +93,7 @@ def test_an_error_of_an_arm_is_raised_as_what_it_was(small_config: Configured, t
     config = small_config()
     run = prepared(config, tmp_path / "run")
     with pytest.raises(InputError, match=r"missing\.jsonl"):
-        train_side_by_side(run, config, ("fp16", "bf16"), tmp_path / "missing.jsonl", TWO)
+        train_side_by_side(run, config, {"fp16": 1, "bf16": 1}, tmp_path / "missing.jsonl", at_once=2)
 
 
 @pytest.mark.parametrize(
@@ -230,15 +233,15 @@ def test_an_arm_that_is_left_when_a_run_is_resumed_keeps_its_threads(
 ) -> None:
     monkeypatch.setattr(arms_module, "chosen_threads", lambda: None)
     monkeypatch.setattr(arms_module, "usable_cores", lambda: 2)
-    trained: dict[tuple[str, ...], int] = {}
+    trained: list[tuple[dict[str, int], int]] = []
 
-    def train(run: RunDir, config: RunConfig, names: list[str], perfectible: Path, plan: ArmPlan) -> None:
-        trained[tuple(names)] = plan.threads
-        for name in names:
+    def train(run: RunDir, config: RunConfig, threads: dict[str, int], perfectible: Path, at_once: int) -> None:
+        trained.append((threads, at_once))
+        for name in threads:
             finish(name)
 
     def finish(name: str) -> None:
-        run.arm(name).path.mkdir(parents=True)
+        run.arm(name).path.mkdir(parents=True, exist_ok=True)
         write_json_atomic(run.arm(name).summary, {"passed": True})
 
     monkeypatch.setattr(sanity_module, "train_side_by_side", train)
@@ -247,4 +250,40 @@ def test_an_arm_that_is_left_when_a_run_is_resumed_keeps_its_threads(
     for _ in range(2):  # the second time nothing is left
         arms = sanity_module._run_arms(run, small_config(device="cpu"), tmp_path / "perfectible.jsonl", 10**6)
         assert list(arms) == ["fp16", "bf16"]
-    assert trained == {("bf16",): 1}
+    assert trained == [({"bf16": 1}, 2)]
+
+    # One at a time, as after a lack of memory: still with the threads that the arm has had.
+    run.arm("bf16").summary.unlink()
+    write_json_atomic(run.arm("bf16").environment, {"threads": {"count": 1}})
+    one = small_config(device="cpu", sanity={"arms_at_once": 1})
+    sanity_module._run_arms(run, one, tmp_path / "perfectible.jsonl", 10**6)
+    assert trained[1:] == [({"bf16": 1}, 1)]
+
+
+def test_an_arm_that_is_interrupted_or_fails_says_so_in_one_sentence(
+    small_config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raising(error: BaseException) -> Callable[..., None]:
+        def run_arm(*_: object) -> None:
+            raise error
+
+        return run_arm
+
+    run = prepared(small_config(), tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["", str(run.path), "fp16", "set.jsonl", str(os.getppid())])
+    monkeypatch.setattr(arm_process, "end_with_parent", lambda parent: None)
+    for error, status, words in (
+        (KeyboardInterrupt(), 130, "the arm fp16 was interrupted; --resume continues it"),
+        (ZeroDivisionError("why"), 3, "the arm fp16 failed: ZeroDivisionError: why. Please report this"),
+    ):
+        monkeypatch.setattr(sanity_module, "run_arm", raising(error))
+        assert arm_process.main() == status
+        event = events.parse(capsys.readouterr().err.rstrip("\n").rpartition("\n")[2])
+        assert event is not None and event["error"] == "RunError" and words in event["message"]
+
+
+def test_the_number_of_arms_at_once_may_change_when_a_run_is_resumed(small_config: Configured, tmp_path: Path) -> None:
+    run = prepared(small_config(), tmp_path / "run")
+    require_same_config(run, small_config(sanity={"arms_at_once": 1}))
+    with pytest.raises(InputError, match=r"sanity\.samples"):
+        require_same_config(run, small_config(sanity={"samples": 9}))

@@ -7,6 +7,7 @@ events, the last of which is its error, if it has one.
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
 
 from betterhalf import errors
@@ -35,9 +36,18 @@ def main() -> int:
     except BetterhalfError as error:
         emit(sys.stderr, {"error": public_name(error), "message": str(error)})
         return error.exit_code
+    except KeyboardInterrupt:
+        emit(sys.stderr, {"error": "RunError", "message": f"the arm {name} was interrupted; --resume continues it"})
+        return 130
     except OSError as error:
         words = {"message": error.strerror or str(error), "errno": error.errno, "filename": error.filename}
         emit(sys.stderr, {"error": "OSError", **words})
+        return 3
+    except Exception as error:
+        # An error nobody foresaw: the traceback, which becomes a note, is what a bug report needs.
+        traceback.print_exc()
+        message = f"the arm {name} failed: {type(error).__name__}: {error}. Please report this, with the lines above."
+        emit(sys.stderr, {"error": "RunError", "message": message})
         return 3
     return 0
 

@@ -106,21 +106,30 @@ def _fit_in_memory(parameters: int) -> int:
     return int(0.8 * total / (parameters * BYTES_PER_PARAMETER + BYTES_BESIDE))
 
 
-def train_side_by_side(run: RunDir, config: RunConfig, names: Sequence[str], perfectible: Path, plan: ArmPlan) -> None:
-    """Train the arms in processes of their own, showing all of them; each leaves its run folder with a summary.
+def train_side_by_side(
+    run: RunDir, config: RunConfig, threads: Mapping[str, int], perfectible: Path, at_once: int
+) -> None:
+    """Train arms in processes of their own, showing all of them; each leaves its run folder with a summary.
+
+    Args:
+        run: the sanity run, whose configuration is written.
+        config: the same configuration.
+        threads: arms to train, and the threads of each.
+        perfectible: the set they train on.
+        at_once: processes at a time.
 
     Raises:
         BetterhalfError: what an arm raised; the other arms are ended, and --resume continues all of them.
         RunError: an arm's process ended without a word.
     """
-    view = SeveralRuns(config.logging.console, labels=names, total_steps=config.training.steps)
-    waiting, running = deque(names), dict[str, _Arm]()
+    view = SeveralRuns(config.logging.console, labels=tuple(threads), total_steps=config.training.steps)
+    waiting, running = deque(threads), dict[str, _Arm]()
     arrived: _Lines = queue.SimpleQueue()
     with view, _all_ended(running):
         while waiting or running:
-            while waiting and len(running) < plan.at_once:
+            while waiting and len(running) < at_once:
                 name = waiting.popleft()
-                running[name] = _Arm(run, name, perfectible, plan.threads, arrived, permission(config))
+                running[name] = _Arm(run, name, perfectible, threads[name], arrived, permission(config))
             name, line = arrived.get()
             if line is None:
                 running.pop(name).finish()

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from betterhalf.run_dir import RunDir
 
+_RESUMABLE = ("train", "sanity", "evaluate")
+"""Verbs that take --resume."""
+
 
 def default_run_dir(verb: str, name: str) -> Path:
     """`runs/<verb>-<name>-<time>`, local time to the second; numbered when that is taken."""
@@ -40,7 +43,8 @@ def run_folder(run_dir: str | None, verb: str, name: str, *, resume: bool = Fals
         yield RunDir.create(path, resume=resume)
     except KeyboardInterrupt as interrupt:
         if path.is_dir() and any(path.iterdir()):
-            raise KeyboardInterrupt(f"interrupted; what was done by then is in {path}") from interrupt
+            go_on = "; --resume continues it" if verb in _RESUMABLE else ""
+            raise KeyboardInterrupt(f"interrupted; what was done by then is in {path}{go_on}") from interrupt
         raise
     finally:
         _remove_empty(made)

@@ -26,7 +26,7 @@ from betterhalf.runs.evaluate import average_reward, score_prompts
 from betterhalf.runs.folder import run_folder
 from betterhalf.runs.model_checks import check_roles
 from betterhalf.runs.perfect import build_perfectible
-from betterhalf.runs.train import require_same_config, run_training, summarise
+from betterhalf.runs.train import recorded_threads, require_same_config, run_training, summarise
 from betterhalf.runs.watchdog import require_sound_levels
 
 ARM_KEYS = ("passed", "final_accuracy", "mismatch_k3", "mismatch_max_abs", "skipped_steps", "seconds")
@@ -81,14 +81,15 @@ def _run_arms(run: RunDir, config: RunConfig, kept: Path, parameters: int) -> di
     """Train the arms that are not finished, side by side where that is faster; the summary of each, in order."""
     names = config.sanity.arms
     open_arms = [name for name in names if not _finished(run.arm(name))]
-    # For all arms, so that those left when a run is resumed have the threads, and with them the bits, they had before.
+    # For all arms, not for those left when a run is resumed: these keep the threads, and with them the bits, they had.
     plan = plan_arms(config, len(names), parameters)
     if open_arms:
         show_note(plan.described(open_arms), mode=config.logging.console)
-    if plan.at_once == 1:
+    threads: dict[str, int] = {name: recorded_threads(run.arm(name)) or plan.threads for name in open_arms}
+    if plan.at_once == 1 and set(threads.values()) <= {plan.threads}:
         return {name: run_arm(config, name, kept, run.arm(name)) for name in names}
     if open_arms:
-        train_side_by_side(run, config, open_arms, kept, plan)
+        train_side_by_side(run, config, threads, kept, plan.at_once)
     return {name: read_json(run.arm(name).summary) for name in names}
 
 

@@ -17,7 +17,7 @@ from betterhalf.metrics.sinks import JsonlSink, MetricSink, Sinks, TensorBoardSi
 from betterhalf.precision.contract import Contract
 from betterhalf.process import chosen_threads
 from betterhalf.report.page import write_report
-from betterhalf.run_dir import RunDir, append_jsonl, read_jsonl, truncate_jsonl, write_json_atomic
+from betterhalf.run_dir import RunDir, append_jsonl, read_json, read_jsonl, truncate_jsonl, write_json_atomic
 from betterhalf.runs.assembly import Parts, algorithm_record, assemble, write_left_out
 from betterhalf.runs.data_check import RESUMABLE_KEYS, require_same_data, without_permission
 from betterhalf.runs.folder import run_folder
@@ -63,6 +63,7 @@ def run_training(
     require_sound_levels(config)
     if run.config.exists():
         require_same_config(run, config)
+    threads = _threads_note(run)
     parts = assemble(config)
     try:
         progress = _restore(parts, run) if resume else Progress()
@@ -75,8 +76,8 @@ def run_training(
         # A run under way has no result: that it was stopped once is in watchdog.jsonl.
         run.summary.unlink(missing_ok=True)
         with Console(config.logging.console, total_steps=config.training.steps, label=label) as console:
-            if threads := chosen_threads():
-                console.note(str(threads))
+            if threads:
+                console.note(threads)
             console.note(contract.table())
             _train_and_record(parts, run, progress, console)
         extra = after(parts) if after else {}
@@ -87,12 +88,33 @@ def run_training(
     return summary
 
 
+def _threads_note(run: RunDir) -> str | None:
+    """For people: the threads of this process, and whether the run that it continues had others."""
+    threads = chosen_threads()
+    if threads is None:
+        return None
+    before = recorded_threads(run)
+    if before in (None, threads.count):
+        return str(threads)
+    return (
+        f"{threads}\nthe steps before had {before}: sums have another order now, and so other last bits; "
+        f"OMP_NUM_THREADS={before} goes on as before"
+    )
+
+
+def recorded_threads(run: RunDir) -> int | None:
+    """Threads that the run was started with; None if it was not, or by a version that did not write them."""
+    if not run.environment.exists():
+        return None
+    return (read_json(run.environment).get("threads") or {}).get("count")
+
+
 def require_same_config(run: RunDir, config: RunConfig) -> None:
-    """Refuse to continue a run under another configuration; only two kinds of settings may change.
+    """Refuse to continue a run under another configuration; only three kinds of settings may change.
 
     The watchdog's levels decide when a run ends, and a stopped run must be able to go on; what they changed so far is
     in the checkpoint. What to do about bad or changed rows is decided when a run meets them; the data itself is
-    compared row by row.
+    compared row by row. `sanity.arms_at_once` changes no number: a resumed arm keeps its threads.
     """
     found = config_difference(load_config(run.config), config)
     changes = [change for change in found if not _may_change(change.key)]
@@ -107,7 +129,9 @@ def require_same_config(run: RunDir, config: RunConfig) -> None:
 
 def _may_change(key: str) -> bool:
     section, _, rest = key.partition(".")
-    return section == "watchdog" or (section == "task" and rest.removeprefix("base.") in RESUMABLE_KEYS)
+    if section == "task":
+        return rest.removeprefix("base.") in RESUMABLE_KEYS
+    return section == "watchdog" or key == "sanity.arms_at_once"
 
 
 def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:

@@ -18,6 +18,16 @@ def test_an_interruption_names_the_folder_that_holds_something(tmp_path: Path) -
     assert (path / "probe.json").exists()
 
 
+@pytest.mark.parametrize("verb", ["train", "sanity", "evaluate"])
+def test_an_interruption_of_what_can_be_continued_says_how(verb: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(KeyboardInterrupt, match="; --resume continues it$"),
+        run_folder(str(tmp_path), verb, "x") as run,
+    ):
+        run.metrics.write_text("")
+        raise KeyboardInterrupt
+
+
 def test_an_interruption_before_anything_was_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt, match="^$"), run_folder(str(tmp_path / "deep" / "run"), "probe", "demo"):
         raise KeyboardInterrupt
