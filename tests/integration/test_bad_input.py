@@ -345,10 +345,16 @@ def test_an_answer_that_cannot_be_read_scores_nothing_and_is_counted(
     assert (row["rollout/reward_timeouts"], row["rollout/reward/mean"]) == (0, 0)
 
 
-def test_a_grader_that_cannot_start_stops_the_run(train: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grader_that_cannot_start_is_found_before_the_run(
+    train: Ends, ends: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No completion of the demo model has a box, so none would ever need a worker."""
     (tmp_path / "math_verify.py").write_text("import a_package_that_is_missing", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(math_grader, "extract_answer", lambda *_: "3^2")
-    message = train(3, *MATH, data_file(tmp_path, SUM), "task.reward_workers=1")
-    assert "cannot start: ModuleNotFoundError: No module named 'a_package_that_is_missing'" in message
-    assert "install what is missing" in message
+    settings = (*MATH, data_file(tmp_path, SUM), "task.reward_workers=1")
+    few = ("sampling.max_tokens=4", "probe.prompts=1", "probe.group_size=1", "precision.pairs=fp32/fp32")
+    fault = "cannot start (ModuleNotFoundError: No module named 'a_package_that_is_missing'); install the package"
+    assert fault in train(3, *settings)
+    assert fault in ends(3, "evaluate", "demo", *settings, f"run_dir={tmp_path / 'scored'}")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "scored").exists()
+    ends(0, "probe", "demo", *settings, *few, f"run_dir={tmp_path / 'probed'}")

@@ -133,20 +133,22 @@ def require_logging(config: RunConfig) -> None:
         )
 
 
-def load_task(model: ModelFacts, config: RunConfig, *, rows: int | None = None) -> Task:
+def load_task(model: ModelFacts, config: RunConfig, *, rows: int | None = None, will_grade: bool = True) -> Task:
     """The task of the configuration, every row checked before anything is sampled; rows left out are shown.
 
     Args:
         model: gives tokenizer, context and vocabulary.
         config: task, length limit, and `task.bad_rows`.
         rows: rows that will be used, from the first on; all if absent.
+        will_grade: whether completions will be graded, so that the grader tries itself out before anything else.
 
     Raises:
+        RewardError: the grader cannot work.
         InputError: rows that cannot be used, named by file and row number, unless they are to be left out.
     """
     task = build_task(config.task, model.tokenizer)
     try:
-        screened = _screened(task, model, config, rows)
+        screened = _screened(task, model, config, rows, will_grade=will_grade)
     except BaseException:
         task.close()
         raise
@@ -165,7 +167,9 @@ def write_left_out(run: RunDir, task: Task) -> None:
         write_text_atomic(run.bad_rows, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _screened(task: DatasetTask, model: ModelFacts, config: RunConfig, rows: int | None) -> DatasetTask:
+def _screened(
+    task: DatasetTask, model: ModelFacts, config: RunConfig, rows: int | None, *, will_grade: bool
+) -> DatasetTask:
     limits = PromptLimits(
         context_length=model.context_length,
         max_tokens=config.sampling.max_tokens,
@@ -173,9 +177,9 @@ def _screened(task: DatasetTask, model: ModelFacts, config: RunConfig, rows: int
     )
     rule, total = bad_rows_rule(config), len(task) if rows is None else min(rows, len(task))
     if total < _ROWS_WITHOUT_PROGRESS:
-        return screen(task, limits, rule, count=rows)
+        return screen(task, limits, rule, count=rows, will_grade=will_grade)
     with show_progress("check rows", total, mode=config.logging.console) as bar:
-        return screen(task, limits, rule, count=rows, advance=bar.advance)
+        return screen(task, limits, rule, count=rows, will_grade=will_grade, advance=bar.advance)
 
 
 _ROWS_WITHOUT_PROGRESS = 10_000

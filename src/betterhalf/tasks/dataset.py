@@ -58,8 +58,14 @@ class Grader(Protocol):
         """One reward for each completion."""
         ...
 
-    def check_golds(self, answers: Sequence[str]) -> list[str | None]:
-        """Return one reason for each gold answer that no completion can meet; None for the others."""
+    def check_golds(self, answers: Sequence[str], *, will_grade: bool = True) -> list[str | None]:
+        """Return one reason for each gold answer that no completion can meet; None for the others.
+
+        Args: the gold answers; and whether completions will be graded, so that the grader tries itself out first.
+
+        Raises:
+            RewardError: the grader cannot work.
+        """
         ...
 
     def close(self) -> None:

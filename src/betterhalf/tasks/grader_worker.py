@@ -17,15 +17,32 @@ WORKER_MEMORY_BYTES = 4 * 2**30
 REHEARSAL_SECONDS = 120.0
 """Limit on a rehearsed start, which imports the main module again."""
 
-_REHEARSAL = """
-import pickle, sys
+_READY, _BAD_MAIN, _BAD_WORKER = 90, 91, 92
+"""Exit statuses of a rehearsal; any other comes from the main module, which may end the process."""
+_REHEARSAL = f"""
+import pickle, sys, traceback
 from multiprocessing import process, spawn
+def attempt(function, *args, status):
+    try:
+        function(*args)
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(status)
+def start():
+    from betterhalf.tasks.grader_worker import start_worker
+    start_worker()
 data = pickle.load(sys.stdin.buffer)
 process.current_process()._inheriting = True
-spawn.prepare(data)
-from betterhalf.tasks.grader_worker import start_worker
-start_worker()
+attempt(spawn.prepare, data, status={_BAD_MAIN})
+attempt(start, status={_BAD_WORKER})
+sys.exit({_READY})
 """
+MAIN_MODULE_GRADES = (
+    "the main module grades while it is imported, and each worker imports it again; "
+    'put its calls under `if __name__ == "__main__":`'
+)
+_GUARD = 'put what it does under `if __name__ == "__main__":`'
+_MISSING = re.compile(r"ModuleNotFoundError\b")
 _ERROR_LINE = re.compile(r"^(?:[A-Za-z_][\w.]*)?(?:Error|Exception|Exit|Interrupt|Warning)\b", re.MULTILINE)
 
 
@@ -37,7 +54,7 @@ def start_worker() -> None:
 
 
 def why_workers_fail() -> str | None:
-    """Start a worker once more, with its messages caught; return the last error, or None if it starts.
+    """Start a worker once more, with its messages caught; return what is wrong and its fix, or None if it starts.
 
     The start is that of `multiprocessing`: the main module is imported under another name.
     """
@@ -49,10 +66,22 @@ def why_workers_fail() -> str | None:
             command, input=pickle.dumps(data), capture_output=True, timeout=REHEARSAL_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        return f"importing the main module takes more than {REHEARSAL_SECONDS:g} s"
-    if done.returncode == 0:
+        return f"importing the main module again takes a worker more than {REHEARSAL_SECONDS:g} s; {_GUARD}"
+    if done.returncode == _READY:
         return None
-    return _last_error_of(done.stderr.decode(errors="replace")) or f"it ends with status {done.returncode}"
+    return _fault(done.returncode, _last_error_of(done.stderr.decode(errors="replace")))
+
+
+def _fault(status: int, error: str) -> str:
+    """Return one sentence of what is wrong and one of how to mend it, by the cause that was seen."""
+    if MAIN_MODULE_GRADES in error:
+        return MAIN_MODULE_GRADES
+    if _MISSING.match(error):
+        return f"the grader's workers cannot start ({error}); install the package that is missing"
+    if status == _BAD_WORKER:
+        return f"the grader's workers cannot start ({error}); see that `import math_verify` works in this environment"
+    cause = error if status == _BAD_MAIN else f"it ends with status {status}"
+    return f"the grader's workers cannot import the main module again ({cause}); {_GUARD}"
 
 
 def last_error(error: BaseException) -> str:
@@ -65,7 +94,7 @@ def _last_error_of(messages: str) -> str:
     """Return the last error in a process's messages, on one line."""
     found = [match.start() for match in _ERROR_LINE.finditer(messages)]
     lines = messages[found[-1] :] if found else next(iter(messages.strip().splitlines()[-1:]), "")
-    return " ".join(lines.split())[:400].rstrip(".")
+    return " ".join(lines.split())[:600].rstrip(".")
 
 
 def _bound_memory() -> None:

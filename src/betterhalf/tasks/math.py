@@ -92,5 +92,5 @@ def _reward_source(config: MathTask, tokenizer: Tokenizer) -> dict[str, str]:
     return reward_source(settings, modules=_REWARD_MODULES, packages=_REWARD_PACKAGES)
 
 
-_REWARD_MODULES = ("math_answer", "math_equal", "math_exact", "math_units", "math_grader")
+_REWARD_MODULES = ("math_markup", "math_answer", "math_equal", "math_exact", "math_units", "math_grader")
 _REWARD_PACKAGES = ("math-verify", "latex2sympy2_extended", "sympy")

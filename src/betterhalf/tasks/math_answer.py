@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from decimal import Decimal, InvalidOperation
 
+from betterhalf.tasks.math_markup import ascii_signs, without_markup
+
 _THINK_END = "</think>"
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -19,24 +21,6 @@ _SAME_LOOK = (
     (re.compile(r"\\(?:text|mbox|mathrm)\{([^{}]*)\}"), r"\1"),
     (re.compile(r"\.$"), ""),
 )
-_SYMBOLS = {
-    "\N{MINUS SIGN}": "-",
-    "\N{EN DASH}": "-",
-    "\N{MULTIPLICATION SIGN}": r"\times ",
-    "\N{MIDDLE DOT}": r"\cdot ",
-    "\N{GREEK SMALL LETTER PI}": r"\pi ",
-    "\N{INFINITY}": r"\infty ",
-    "\N{LESS-THAN OR EQUAL TO}": r"\le ",
-    "\N{GREATER-THAN OR EQUAL TO}": r"\ge ",
-    "\N{DEGREE SIGN}": r"^\circ",
-    "\N{NO-BREAK SPACE}": " ",
-    "\N{SUPERSCRIPT TWO}": "^2",
-    "\N{SUPERSCRIPT THREE}": "^3",
-    "\N{VULGAR FRACTION ONE HALF}": r"\frac{1}{2}",
-    "\N{VULGAR FRACTION ONE QUARTER}": r"\frac{1}{4}",
-    "\N{VULGAR FRACTION THREE QUARTERS}": r"\frac{3}{4}",
-}
-"""Signs that models and data sets write instead of LaTeX."""
 _WRAPPERS = tuple(
     re.compile(pattern, re.DOTALL)
     for pattern in (
@@ -56,13 +40,14 @@ _SPELLING = (
     (re.compile(r"\\([dt]?frac)\s*\\pi\s*(\d)(?!\d)"), r"\\\1{\\pi}{\2}"),
     (re.compile(r"\s*(?:\\text\{\s*per\s?cent\s*\}|\bper\s?cent|\\?%)$", re.IGNORECASE), r"\\%"),
 )
-_FINAL_PERIOD = re.compile(r"(?<![.\\])\.$")
+_FINAL_MARK = re.compile(r"(?<![.,;\\])[.,;]$")
 _REPEATING = re.compile(r"(-?)(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
-_FLOAT = re.compile(r"([+-]?\d+(?:\.\d+)?)([eE])([+-]?)(\d+)")
+_FLOAT = re.compile(r"(?<![\w.\\^{])(\d+(?:\.\d+)?|\.\d+)([eE])([+-]?)(\d+)(?![\w.^])")
 _ANSWER_IS = re.compile(
-    r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:(?:final|correct|right)\s+)?answer\s*(?:is\b\s*:?|[:=])\s*(.+)",
+    r"(?:#+\s*)?(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:(?:final|correct|right)\s+)?answer\s*(?:is\b\s*:?|[:=])\s*(.+)",
     re.IGNORECASE | re.DOTALL,
 )
+_ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.IGNORECASE | re.DOTALL)
 _WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _MARKUP = re.compile(r"\\(?:begin|end)\{[^{}]*\}|\\(?:text|mbox|mathrm|textbf|textit)\b")
 _VERBS = frozenset({"is", "are", "was", "were", "equals", "becomes", "gives", "has", "have", "be", "gets"})
@@ -112,13 +97,18 @@ def extract_answer(text: str, template: str) -> str | None:
 
 
 def gold_answer(gold: str) -> str:
-    """Return the answer that a gold field gives: its box, the text after `####` (GSM8K), or after "The answer is"."""
-    text = gold.strip()
+    """Return the answer that a gold field gives, without markup and in ASCII signs.
+
+    That is its box, its <answer>, or the text after `####` (GSM8K) or after "The answer is".
+    """
+    text = ascii_signs(gold).strip()
     if "####" in text:
         text = text.rpartition("####")[2].strip()
-    text = last_boxed(text) or text
+    tagged = _ANSWER_TAG.findall(text)
+    text = tagged[-1].strip() if tagged else text
+    text = without_markup(last_boxed(text) or text)
     said = _ANSWER_IS.fullmatch(text)
-    return said[1].strip() if said else text
+    return without_markup(said[1].strip()) if said else text
 
 
 def look_alike(gold: str, candidate: str) -> bool:
@@ -133,20 +123,19 @@ def _plain(answer: str) -> str:
 
 
 def spell_plainly(answer: str) -> str:
-    """Return an answer as math-verify reads it best: no $...$, no final period, plain numbers, ASCII signs."""
-    for sign, latex in _SYMBOLS.items():
-        answer = answer.replace(sign, latex)
-    answer = _unwrapped(answer)
+    """Return an answer as math-verify reads it best: no $...$, markup or final period; plain numbers, ASCII signs."""
+    answer = _unwrapped(ascii_signs(answer))
     for pattern, replacement in _SPELLING:
         answer = pattern.sub(replacement, answer).strip()
-    return _plain_float(_REPEATING.sub(_fraction, answer))
+    answer = _REPEATING.sub(_fraction, answer)
+    return answer if "_" in answer else _FLOAT.sub(_plain_float, answer)  # 1E5_{16} has no exponent
 
 
 def _unwrapped(answer: str) -> str:
-    """Strip $...$, \\(...\\), {...} and a final period, as often as they are there."""
+    """Strip $...$, \\(...\\), {...}, markup and a final period, as often as they are there."""
     before = None
     while before != answer:
-        before, answer = answer, _FINAL_PERIOD.sub("", answer.strip())
+        before, answer = answer, without_markup(_FINAL_MARK.sub("", answer.strip()))
         for wrapper in _WRAPPERS:
             found = wrapper.fullmatch(answer)
             answer = found[1] if found else answer
@@ -173,14 +162,24 @@ def plain_number(text: str) -> str | None:
     return f"{number:f}"
 
 
-def _plain_float(answer: str) -> str:
-    """Write 1e+22 and 1E5 in digits; leave 2e+3, which is 2e + 3, alone: no program writes 2000 like that."""
-    found = _FLOAT.fullmatch(answer)
-    if not found:
-        return answer
-    _, letter, sign, digits = found.groups()
-    as_printed = repr(float(answer)) == answer or (len(digits) >= 2 and int(sign + digits) not in range(-4, 16))
-    return plain_number(answer) or answer if letter == "E" or not sign or as_printed else answer
+def _plain_float(found: re.Match[str]) -> str:
+    """Write 1e-5, 1.5e-3, 1e+22, 2e3 and 1E5 in digits; leave 2e-3, which may be 2e - 3."""
+    return found[0] if _may_be_sum(found) else plain_number(found[0]) or found[0]
+
+
+def _may_be_sum(found: re.Match[str]) -> bool:
+    """Return whether e may be Euler's number: no sum is written like 1e-5, 1.5e-3, 2e-05 or 2e+22."""
+    front, letter, sign, digits = found.groups()
+    as_printed = digits.startswith("0") or (len(digits) >= 2 and int(sign + digits) not in range(-4, 16))
+    return letter == "e" and bool(sign) and front != "1" and "." not in front and not as_printed
+
+
+def readings(value: str) -> list[str]:
+    """Return what a value may mean: itself, and 0.002 for 2e-3, where spell_plainly left that open."""
+    front = "-" if value.startswith("-") else ""
+    found = _FLOAT.fullmatch(value.removeprefix("-"))
+    number = plain_number(found[0]) if found and _may_be_sum(found) else None
+    return [value] if number is None else [value, front + number]
 
 
 def is_surely_finite(answer: str) -> bool:

@@ -14,6 +14,14 @@ from betterhalf.errors import InputError, MissingExtraError
 from betterhalf.tasks.math_answer import MAX_DIGITS, plain_number
 from betterhalf.tasks.row import BadRow, RowError
 
+_OTHER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+"""Byte order marks; that of UTF-32 begins like that of UTF-16."""
+
 
 class _Number(str):
     """A number of JSON as it is written there: a float would round it."""
@@ -50,9 +58,13 @@ def load_rows(path: str, split: str) -> list[MathRow]:
 def _jsonl_rows(file: Path) -> list[MathRow]:
     """Rows of a JSONL file; blank lines are passed over, but counted."""
     try:
-        lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+        data = file.read_bytes()
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error}); give a JSONL file in UTF-8") from error
+    encoding = next((name for mark, name in _OTHER_MARKS.items() if data.startswith(mark)), None)
+    if encoding is not None:
+        raise InputError(f"{file} is in {encoding}; save it as UTF-8")
+    lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
     numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
     return [_read(_parse, line, place=f"{file}, row {number}", number=number) for number, line in numbered]
 

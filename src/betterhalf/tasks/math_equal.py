@@ -12,9 +12,10 @@ import re
 import traceback
 from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
-from betterhalf.tasks.math_answer import spell_plainly
+from betterhalf.tasks.math_answer import readings, spell_plainly
 from betterhalf.tasks.math_exact import (
     both_unsolvable,
     contradicts,
@@ -64,6 +65,10 @@ def equivalent(gold: str, candidate: str) -> bool:
     (gold, gold_unit), (candidate, unit) = split_unit(gold), split_unit(candidate)
     if units_differ(gold_unit, unit):
         return False
+    return any(_equal(*pair) for pair in product(readings(gold), readings(candidate)))
+
+
+def _equal(gold: str, candidate: str) -> bool:
     verdict = _by_form(gold, candidate)
     if verdict is not None:
         return verdict

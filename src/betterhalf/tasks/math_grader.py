@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from enum import Enum
@@ -12,13 +13,17 @@ from typing import Any
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from betterhalf.errors import RewardError
-from betterhalf.tasks.grader_worker import last_error, start_worker, why_workers_fail
+from betterhalf.tasks.grader_worker import MAIN_MODULE_GRADES, last_error, start_worker, why_workers_fail
 from betterhalf.tasks.math_answer import extract_answer, gold_answer, is_surely_finite, look_alike, shape_fault
 from betterhalf.tasks.math_equal import UnparsedAnswerError, equivalent, why_unmeetable
 from betterhalf.types import FinishReason, Prompt
 
 Pair = tuple[str, str]
 """Gold answer and candidate."""
+_TRIVIAL_PAIR = ("1/2", "0.5")
+_TRIALS = 3
+START_SECONDS = 20.0
+"""Time after which workers without a first result are looked into."""
 
 
 class Failure(Enum):
@@ -33,7 +38,7 @@ class MathGrader:
 
     A worker that is still busy when its time is up is killed and replaced; that completion scores 0 and counts in
     `timeouts`, and so does one that runs out of memory or brings its worker down. An answer that cannot be read scores
-    0 and counts in `unparsed_answers`. Workers start with the first answers that need them.
+    0 and counts in `unparsed_answers`. Workers start with the check of the gold answers, and stay.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class MathGrader:
         self._workers = workers
         self._equal = equal
         self._pool: ProcessPool | None = None
+        self._tried = False
         self._timeouts = 0
         self._unparsed = 0
 
@@ -79,12 +85,17 @@ class MathGrader:
         self._unparsed += results.count(Failure.UNPARSED)
         return [float(result is True) for result in results]
 
-    def check_golds(self, answers: Sequence[str]) -> list[str | None]:
+    def check_golds(self, answers: Sequence[str], *, will_grade: bool = True) -> list[str | None]:
         """Return one reason for each gold answer that a completion cannot meet by boxing it; None for the others.
+
+        A grader that will grade starts its workers, and has one of them compare two answers.
 
         Raises:
             RewardError: the workers cannot start, or the comparison itself failed.
         """
+        if will_grade and not self._tried:
+            self._try_out()
+            self._tried = True
         faults = {gold: shape_fault(gold) for gold in dict.fromkeys(answers)}
         hard = {gold: gold_answer(gold) for gold, fault in faults.items() if fault is None}
         hard = {gold: answer for gold, answer in hard.items() if not is_surely_finite(answer)}
@@ -99,6 +110,23 @@ class MathGrader:
             self._pool.stop()  # type: ignore[no-untyped-call]
             self._pool.join()
             self._pool = None
+
+    def _try_out(self) -> None:
+        """Compare two answers that are equal, so that a grader that cannot work is found before anything is sampled."""
+        for _ in range(_TRIALS):  # a busy machine may let a short limit pass once
+            verdict = self._compare([_TRIVIAL_PAIR])[_TRIVIAL_PAIR]
+            if verdict is not Failure.RESOURCES:
+                break
+        if verdict is Failure.RESOURCES:
+            raise RewardError(
+                f"the grader's workers cannot compare {' and '.join(_TRIVIAL_PAIR)} within {self._seconds:g} s and "
+                "their memory; raise task.reward_seconds, or give the machine less to do"
+            )
+        if verdict is not True:
+            raise RewardError(
+                f"the grader does not find {' and '.join(_TRIVIAL_PAIR)} equal; "
+                "install the versions of math-verify and sympy that betterhalf asks for"
+            )
 
     def _pair(self, prompt: Prompt, text: str) -> Pair | None:
         candidate = extract_answer(text, self._template)
@@ -122,10 +150,15 @@ class MathGrader:
 
         A pool also breaks when an idle worker is killed from outside, so it is replaced once before that is an error.
         """
+        starting = self._pool is None
         try:
-            return self._results([self._submit(function, call) for call in calls])
+            futures = [self._submit(function, call) for call in calls]
+            if starting and futures and not wait(futures, START_SECONDS, FIRST_COMPLETED).done:
+                self._require_start()
+            return self._results(futures)
         except BrokenProcessPool:
-            self._replace_pool()
+            self.close()
+            self._require_start()
         try:
             return self._results([self._submit(function, call) for call in calls])
         except BrokenProcessPool as error:
@@ -141,10 +174,7 @@ class MathGrader:
     def _submit(self, function: Callable[..., Any], call: tuple[str, ...]) -> ProcessFuture[Any]:
         if self._pool is None:
             if getattr(multiprocessing.current_process(), "_inheriting", False):
-                raise RewardError(
-                    "the main module grades while it is imported, and each worker imports it; "
-                    'put its calls under `if __name__ == "__main__":`'
-                )
+                raise RewardError(MAIN_MODULE_GRADES)
             # spawn: a fork of a process with torch's threads can deadlock.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPool(max_workers=self._workers, initializer=start_worker, context=context)
@@ -153,14 +183,12 @@ class MathGrader:
         except RuntimeError as error:  # pebble's word for a pool that broke between two batches
             raise BrokenProcessPool(str(error)) from error
 
-    def _replace_pool(self) -> None:
-        self.close()
-        reason = why_workers_fail()
-        if reason is not None:
-            raise RewardError(
-                f"the grader's workers cannot start: {reason}. Each worker imports math-verify and the main module "
-                'again; install what is missing, and put what the main module does under `if __name__ == "__main__":`'
-            )
+    def _require_start(self) -> None:
+        """Raise an error if no worker can start; pebble replaces one that ends with status 0, for ever."""
+        fault = why_workers_fail()
+        if fault is not None:
+            self.close()
+            raise RewardError(fault)
 
 
 def _result(future: ProcessFuture[Any]) -> Any:
@@ -174,7 +202,5 @@ def _result(future: ProcessFuture[Any]) -> Any:
         return Failure.UNPARSED
     if isinstance(error, BrokenProcessPool):
         raise error
-    raise RewardError(
-        f"the comparison of answers failed in a worker: {last_error(error)}; "
-        "fix the comparison, or install what it needs"
-    ) from error
+    fix = "install what it needs" if isinstance(error, ImportError) else "fix the comparison"
+    raise RewardError(f"the comparison of answers failed in a worker: {last_error(error)}; {fix}") from error

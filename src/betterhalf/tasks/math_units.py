@@ -10,8 +10,14 @@ _TEXT_UNIT = re.compile(
 _BARE_UNIT = re.compile(
     r"(.*[\d})])(?:\\[ ,;:]|[\s~])*((?:[A-Za-z]+\.?)(?:\s+[A-Za-z]+\.?){0,2})(\^\{?\d\}?)?", re.DOTALL
 )
+_RATE = re.compile(
+    r"(.*[\d})%$])(?:\\[ ,;:]|[\s~])+([A-Za-z]+(?:\^?\{?\d\}?)?\s*/\s*[A-Za-z]+(?:\^?\{?\d\}?)?)", re.DOTALL
+)
+"""5 km/h, but not 5m/s without a space, which is a quotient of variables."""
 _SHORT = frozenset({"mm", "cm", "dm", "km", "ft", "in", "yd", "mi", "kg", "mg", "lb", "lbs", "oz", "ml", "mph", "sq"})
-_SHORT_WORDS = frozenset({"day", "men", "sec", "min", "hrs", "hr", "kph", "feet", "inch"})
+_SHORT_WORDS = frozenset(
+    {"day", "men", "sec", "min", "hrs", "hr", "yr", "yrs", "kph", "feet", "inch", "cup", "tsp", "ton", "gal"}
+)
 _NOT_UNITS = frozenset(
     {
         *("or", "and", "if", "is", "for", "when", "where", "not", "over", "times", "plus", "minus", "mod", "modulo"),
@@ -44,19 +50,28 @@ _SAME = {
     "year": "year yr",
     "dollar": "dollar",
     "cent": "cent",
+    "l": "liter litre",
+    "ml": "milliliter millilitre",
     "am": "am",
     "pm": "pm",
     "radian": "radian rad",
     "degree": "degree deg",
 }
 _NAME = {word: unit for unit, words in _SAME.items() for word in (unit, *words.split())}
+_RATES = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h"}
+_PER = re.compile(r"/|\bper\b")
+Unit = tuple[tuple[str, str], ...]
+"""Names and powers, of a rate two: ((km, 1), (h, 1))."""
 
 
 def split_unit(answer: str) -> tuple[str, str]:
     """Return the value and the unit: (5, cm) of `5 \\text{ cm}` or `5 cm`; the unit is empty if there is none.
 
-    A single letter behind a number, as in 2h, is a variable.
+    A single letter behind a number, as in 2h, is a variable; 5 m/s has a unit.
     """
+    found = _RATE.fullmatch(answer)
+    if found and _name(found[2]) is not None:
+        return found[1].strip(), found[2]
     found = _TEXT_UNIT.fullmatch(answer)
     if found and _may_be_unit(found[2]):
         return found[1].strip(), found[2] + (found[3] or "")
@@ -81,9 +96,16 @@ def _is_word(word: str) -> bool:
     return len(word) >= 4 or word in _SHORT or word in _SHORT_WORDS
 
 
-def _name(unit: str) -> tuple[str, str] | None:
-    """Return the canonical name and the power of a unit, (ft, 2) of `sq. ft`; None for one not in the table."""
-    found = _POWER.fullmatch(re.sub(r"[\s.{}^]", "", unit).lower())
+def _name(unit: str) -> Unit | None:
+    """Return the canonical names and powers of a unit: ((ft, 2),) of `sq. ft`; None for one not in the table."""
+    bare = re.sub(r"[.{}^]|\\[ ,;:]", " ", unit).strip().lower()
+    parts = [_simple_name(part) for part in _PER.split(_RATES.get(bare, bare))]
+    known = tuple(part for part in parts if part is not None)
+    return known if len(known) == len(parts) else None
+
+
+def _simple_name(unit: str) -> tuple[str, str] | None:
+    found = _POWER.fullmatch(re.sub(r"\s", "", unit))
     assert found is not None  # the pattern takes any text
     area, word, power = found.groups()
     name = _NAME.get(word) or _NAME.get(word.removesuffix("s"))

@@ -58,6 +58,7 @@ def screen(
     rule: BadRowRule,
     *,
     count: int | None = None,
+    will_grade: bool = True,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> DatasetTask:
     """Check every row that a run may use: its text, its place in the template, its length, its gold answer.
@@ -67,6 +68,7 @@ def screen(
         limits: what a prompt must fit into.
         rule: refuse bad rows, or leave them out.
         count: rows that will be used, from the first on; all if absent.
+        will_grade: whether completions will be graded, so that the grader tries itself out first.
         advance: told of the number of rows looked at.
 
     Returns:
@@ -74,11 +76,13 @@ def screen(
 
     Raises:
         InputError: a row is bad and to be refused, or no row is left.
+        RewardError: the grader cannot work.
     """
     wanted = len(task) if count is None else min(count, len(task))
     found = _Found(indices=[], encoded=[], bad=[])
     most = wanted if rule.action == "refuse" else len(task)
-    for index, token_ids, bad in _checked(task, limits, most, min(wanted, _ROWS_AT_ONCE), advance):
+    blocks = _blocks(most, min(wanted, _ROWS_AT_ONCE))
+    for index, token_ids, bad in _checked(task, limits, blocks, will_grade=will_grade, advance=advance):
         if bad is not None:
             found.bad.append(bad)
             continue
@@ -92,17 +96,25 @@ def screen(
     return replace(task, problems=problems, encoded=found.encoded, left_out=tuple(found.bad))
 
 
+def _blocks(rows: int, at_once: int) -> list[range]:
+    return [range(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]
+
+
 def _checked(
-    task: DatasetTask, limits: PromptLimits, rows: int, at_once: int, advance: Callable[[int], None]
+    task: DatasetTask,
+    limits: PromptLimits,
+    blocks: Sequence[range],
+    *,
+    will_grade: bool,
+    advance: Callable[[int], None],
 ) -> Iterator[tuple[int, array[int], BadRow | None]]:
     """Index, token ids and defect of each row."""
-    for start in range(0, rows, at_once):
-        block = range(start, min(start + at_once, rows))
+    for block in blocks:
         checked = [task.problems.row(index) for index in block]
         drafts = [_drafted(task, index, row) for index, row in zip(block, checked, strict=True)]
         encoded = _encoded(task.problems.tokenizer, checked, drafts)
         results = [_fitted(row, ids, limits) for row, ids in zip(checked, encoded, strict=True)]
-        yield from zip(block, *zip(*_graded(task, checked, results), strict=True), strict=True)
+        yield from zip(block, *zip(*_graded(task, checked, results, will_grade=will_grade), strict=True), strict=True)
         advance(len(block))
 
 
@@ -177,11 +189,11 @@ def _fitted(row: Row, token_ids: Sequence[int] | BadRow, limits: PromptLimits) -
 
 
 def _graded(
-    task: DatasetTask, rows: Sequence[Row], results: Sequence[Sequence[int] | BadRow]
+    task: DatasetTask, rows: Sequence[Row], results: Sequence[Sequence[int] | BadRow], *, will_grade: bool
 ) -> list[tuple[array[int], BadRow | None]]:
     """Token ids and defect, once the gold answers of what is sound so far have been tried on the grader."""
     sound = [row for row, result in zip(rows, results, strict=True) if not isinstance(result, BadRow)]
-    reasons = iter(task.grader.check_golds([row.answer for row in sound]))
+    reasons = iter(task.grader.check_golds([row.answer for row in sound], will_grade=will_grade) if sound else [])
     return [_with_gold(row, result, reasons) for row, result in zip(rows, results, strict=True)]
 
 

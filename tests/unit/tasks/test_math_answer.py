@@ -94,6 +94,12 @@ def test_a_space_between_digits_is_no_spacing(gold: str, candidate: str) -> None
         (r"Thus $x = \boxed{5}$.", "5"),
         (" 5 ", "5"),
         ("answered", "answered"),
+        ("A: 5", "A: 5"),
+        ("The answer is **5**.", "5."),
+        ("<answer> 5 </answer>", "5"),
+        ("2**3**2", "2**3**2"),
+        ("a_1 + b_1", "a_1 + b_1"),
+        ("x < y > z", "x < y > z"),
     ],
 )
 def test_a_gold_field_gives_its_answer(gold: str, answer: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from betterhalf.config.schema import MathTask
 from betterhalf.errors import InputError, MissingExtraError
+from betterhalf.tasks import math as math_module
 from betterhalf.tasks.build import build_task
 from betterhalf.tasks.math import INSTRUCTION, render
 from betterhalf.tasks.math_data import MathRow, load_rows
@@ -104,6 +105,19 @@ def test_a_number_that_no_answer_equals_is_refused(tmp_path: Path, number: str, 
 def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
     path = write(tmp_path, '\ufeff{"problem": "p", "answer": "1"}\n')
     assert load_rows(path, "train") == [MathRow(problem="p", answer="1")]
+
+
+@pytest.mark.parametrize("mark, codec", [("\ufeff", "utf-16-le"), ("\ufeff", "utf-16-be"), ("", "utf-32")])
+def test_a_file_in_another_encoding_is_one_error(tmp_path: Path, mark: str, codec: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes((mark + '{"problem": "p", "answer": "1"}\n' * 3).encode(codec))
+    with pytest.raises(InputError, match=rf"rows.jsonl is in {codec[:6].upper()}; save it as UTF-8$"):
+        load_rows(str(file), "train")
+
+
+def test_all_that_grades_counts_in_the_digest_of_the_reward() -> None:
+    grading = {file.stem for file in Path(math_module.__file__).parent.glob("math_*.py")} - {"math_data"}
+    assert grading == set(math_module._REWARD_MODULES)
 
 
 def test_numbers_of_a_hub_row_are_read_alike(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,9 @@ def missing_package(gold, candidate):
 def leaves(gold, candidate):
     sys.exit("bye")
 
+def always_no(gold, candidate):
+    return False
+
 def no_verdict(gold, candidate):
     return None
 
@@ -159,15 +162,40 @@ def test_workers_that_miss_a_package_are_an_error_that_names_it(
 ) -> None:
     (tmp_path / "math_verify.py").write_text("import a_package_that_is_missing", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RewardError, match="cannot start: ModuleNotFoundError: No module named 'a_package_that"):
+    with pytest.raises(RewardError) as caught:
         grader.rewards([prompt("3")], [r"\boxed{6/2}"], ["stop"])
+    error = "ModuleNotFoundError: No module named 'a_package_that_is_missing'"
+    assert str(caught.value) == f"the grader's workers cannot start ({error}); install the package that is missing"
+
+
+def test_workers_that_cannot_start_are_found_before_an_answer_needs_one(
+    grader: MathGrader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "math_verify.py").write_text("raise ValueError('broken')", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RewardError, match=r"cannot start \(ValueError: broken\); see that `import math_verify` works"):
+        grader.check_golds(["5"])
+
+
+def test_a_grader_that_says_no_to_equal_answers_is_found_before_the_run(comparing: Callable[[str], MathGrader]) -> None:
+    for name, words in (
+        ("always_no", "does not find 1/2 and 0.5 equal; install the versions"),
+        ("too_much", "cannot compare 1/2 and 0.5 within 10 s .*; raise task.reward_seconds"),
+        ("unreadable", "does not find 1/2 and 0.5 equal"),
+        ("missing_package", "No module named 'no_such_package'; install what it needs$"),
+        ("bare_type_error", "; fix the comparison$"),
+    ):
+        with pytest.raises(RewardError, match=words):
+            comparing(name).check_golds(["5"])
 
 
 SCRIPT = """
+from betterhalf.tasks import math_grader
 from betterhalf.tasks.math_grader import MathGrader
 from betterhalf.types import Prompt
 
 def main():
+    math_grader.START_SECONDS = 3.0
     grader = MathGrader("chat", seconds=5.0, workers=2)
     print(grader.rewards([Prompt(prompt_id="0", text="", token_ids=(1,), answer="3")], [r"\\boxed{6/2}"], ["stop"]))
     grader.close()
@@ -175,21 +203,34 @@ def main():
 """
 
 
+def failing(statement: str) -> str:
+    return f"if __name__ != '__main__':\n    {statement}\nmain()"
+
+
+def cannot_import(cause: str) -> str:
+    return f"the grader's workers cannot import the main module again ({cause}); put what it does"
+
+
+def missing(cause: str) -> str:
+    return f"the grader's workers cannot start ({cause}); install the package that is missing"
+
+
 @pytest.mark.parametrize(
-    ("call", "words"),
+    ("call", "message"),
     [
-        ("main()", "cannot start: betterhalf.errors.RewardError: the main module grades while it is imported"),
-        ("if __name__ != '__main__': raise KeyError('no such setting')\nmain()", "KeyError: 'no such setting'"),
-        ("import os\nif __name__ != '__main__': os._exit(7)\nmain()", "cannot start: it ends with status 7"),
+        ("main()", "the main module grades while it is imported, and each worker imports it again; put its calls"),
+        (failing("raise KeyError('no such setting')"), cannot_import("KeyError: 'no such setting'")),
+        (failing("import os; os._exit(7)"), cannot_import("it ends with status 7")),
+        (failing("import sys; sys.exit(0)"), cannot_import("SystemExit: 0")),
+        (failing("import no_such_package"), missing("ModuleNotFoundError: No module named 'no_such_package'")),
     ],
 )
-def test_a_main_module_that_workers_cannot_import_is_an_error(tmp_path: Path, call: str, words: str) -> None:
+def test_a_main_module_that_workers_cannot_import_is_an_error(tmp_path: Path, call: str, message: str) -> None:
     done = run_script(tmp_path, call)
     assert done.returncode == 1
     error = done.stderr.strip().splitlines()[-1]
-    assert error.startswith("betterhalf.errors.RewardError: the grader's workers cannot start")
-    assert words in error
-    assert '`if __name__ == "__main__":`' in error
+    guard = "" if message.endswith("missing") else ' under `if __name__ == "__main__":`'
+    assert error == f"betterhalf.errors.RewardError: {message}{guard}"
 
 
 def test_a_guarded_main_module_grades(tmp_path: Path) -> None:
@@ -219,9 +260,20 @@ def test_golds_are_checked_once_each_and_in_their_order(grader: MathGrader) -> N
     assert reasons[2] == reasons[5]
 
 
-def test_simple_golds_start_no_worker(grader: MathGrader) -> None:
-    assert grader.check_golds(["5", r"\frac{17}{2}", r"\text{even}", "x^2 + 1"]) == [None] * 4
+SIMPLE = ["5", r"\frac{17}{2}", r"\text{even}", "x^2 + 1"]
+
+
+def test_simple_golds_start_no_worker_where_nothing_will_be_graded(grader: MathGrader) -> None:
+    assert grader.check_golds(SIMPLE, will_grade=False) == [None] * 4
     assert grader._pool is None
+
+
+def test_the_grader_is_tried_out_once_and_its_workers_stay(grader: MathGrader) -> None:
+    assert grader.check_golds(SIMPLE) == [None] * 4
+    pool = grader._pool
+    assert pool is not None
+    assert grader.check_golds(SIMPLE) == [None] * 4
+    assert grader._pool is pool
 
 
 def test_a_gold_that_takes_too_long_is_named(grader: MathGrader) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from betterhalf.errors import InputError
 from betterhalf.models.loading import load_model
 from betterhalf.tasks.build import build_task
 from betterhalf.tasks.dataset import DatasetTask
+from betterhalf.tasks.math_grader import MathGrader
 from betterhalf.tasks.screening import BadRowRule, PromptLimits, screen
 
 LIMITS = PromptLimits(context_length=128, max_tokens=40, vocab_size=16)
@@ -33,8 +35,20 @@ def tokenizer() -> Any:
     return load_model(ModelConfig(name="demo")).tokenizer
 
 
+_BUILT: list[DatasetTask] = []
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    """End the workers of every task that a test built."""
+    yield
+    while _BUILT:
+        _BUILT.pop().close()
+
+
 def task_of(path: Path, tokenizer: Any, **settings: Any) -> DatasetTask:
-    return build_task(MathTask(path=str(path), **{"template": "none", **settings}), tokenizer)
+    _BUILT.append(build_task(MathTask(path=str(path), **{"template": "none", **settings}), tokenizer))
+    return _BUILT[-1]
 
 
 def test_a_bad_row_far_down_is_found_and_named_by_its_line(tmp_path: Path, tokenizer: Any) -> None:
@@ -175,3 +189,13 @@ def test_a_template_that_refuses_one_row_leaves_the_others(
     path = rows_file(tmp_path, {"problem": "1+1=", "answer": "2"}, SUM)
     screened = screen(task_of(path, picky, template="chat"), LIMITS, SKIP)
     assert len(screened) == 1 and "row 2" in screened.left_out[0].place and "no sevens" in screened.left_out[0].reason
+
+
+@pytest.mark.parametrize("will_grade", [True, False])
+def test_workers_start_with_the_check_where_completions_will_be_graded(
+    tmp_path: Path, tokenizer: Any, will_grade: bool
+) -> None:
+    task = task_of(rows_file(tmp_path, SUM), tokenizer)
+    assert isinstance(task.grader, MathGrader)
+    assert len(screen(task, LIMITS, REFUSE, will_grade=will_grade)) == 1
+    assert (task.grader._pool is not None) is will_grade

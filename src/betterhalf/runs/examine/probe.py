@@ -99,7 +99,10 @@ def _probe_model(
     started = time.perf_counter()
     pairs = wanted_pairs(config)
     check_engine(config)
-    with run_folder(run_dir, "probe", Path(target).name) as run, _open_short(target, config) as subject:
+    with (
+        run_folder(run_dir, "probe", Path(target).name) as run,
+        _open_short(target, config, grades=gradient) as subject,
+    ):
         load_seconds = time.perf_counter() - started
         prompts = subject.prompts(config.probe.prompts)
         subject = _with_room(subject, prompts, config.sampling.max_tokens)
@@ -125,9 +128,12 @@ def _probe_model(
         return record.finish()
 
 
-def _open_short(target: str, config: RunConfig, *, samples: bool = True) -> AbstractContextManager[Subject]:
+def _open_short(
+    target: str, config: RunConfig, *, samples: bool = True, grades: bool = False
+) -> AbstractContextManager[Subject]:
     """Open without asking for room for completions of the length limit: how much there is, is found out later."""
-    return open_subject(target, _sampling(config, max_tokens=1), prompts=config.probe.prompts, samples=samples)
+    short, prompts = _sampling(config, max_tokens=1), config.probe.prompts
+    return open_subject(target, short, prompts=prompts, samples=samples, grades=grades)
 
 
 def _with_room(subject: Subject, prompts: Sequence[Prompt], max_tokens: int) -> Subject:

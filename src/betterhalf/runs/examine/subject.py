@@ -61,7 +61,7 @@ class Subject:
 
 @contextmanager
 def open_subject(
-    target: str, config: RunConfig, *, prompts: int | None = None, samples: bool = True
+    target: str, config: RunConfig, *, prompts: int | None = None, samples: bool = True, grades: bool = False
 ) -> Iterator[Subject]:
     """Load a model, or the newest checkpoint of a run (then `config` is the run's own).
 
@@ -70,6 +70,7 @@ def open_subject(
         config: of the examination.
         prompts: prompts of the task that will be looked at; all if absent.
         samples: whether the engine will sample; without, the model need not be one that it knows.
+        grades: whether completions will be graded; without, the grader's workers need not start.
 
     Raises:
         InputError: truncated sampling, an unknown or damaged model, no tokenizer, a row of the data that cannot be
@@ -82,7 +83,7 @@ def open_subject(
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": target})})
     described = describe_model(config.model)
     check_model(described, config, samples=samples)
-    task = load_task(described, config, rows=prompts)
+    task = load_task(described, config, rows=prompts, will_grade=grades)
     try:
         device = choose_device(config)
         if samples:
