@@ -8,16 +8,35 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from betterhalf.process import prepare_process
+from betterhalf.process import choose_threads, variables
 
-THREADS = prepare_process()
-"""Chosen as the command line does it, for both sides: peers in processes of their own inherit it."""
+_CHOSEN = "BETTERHALF_BENCHMARK_THREADS"
+"""Environment variable that tells a script started again what was chosen."""
+
+
+def choose() -> str:
+    """Choose threads and waiting as the command line does, for both sides; return what was chosen.
+
+    The scripts import torch first, and it reads its settings when it is loaded: a script is started again with them.
+    Peers in processes of their own inherit them.
+    """
+    threads = choose_threads(os.environ)
+    if _CHOSEN in os.environ or threads.waiting == "as set":
+        return os.environ.get(_CHOSEN, str(threads))
+    os.environ.update(variables(threads) | {_CHOSEN: str(threads)})
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+THREADS = choose() if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent else "not chosen"
 
 Action = Callable[[], Any]
 Better = Literal["higher", "lower"]

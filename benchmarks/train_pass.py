@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def our_pass(model: LoadedModel, token_ids_T: Tensor, dtype: DtypeName) -> Actio
     """The trainer's forward and backward pass."""
     config = RunConfig(precision=PrecisionConfig(preset=dtype))
     policy = build_policy(config.precision, torch.device("cpu"))
-    copied = LoadedModel(**{name: getattr(model, name) for name in model.__slots__} | {"module": duplicate(model)})
+    copied = replace(model, module=duplicate(model))
     trainer = PolicyTrainer(copied, config=config, policy=policy, algorithm=resolve_algorithm(AlgorithmConfig()))
     micro = pack_of(token_ids_T.unsqueeze(0))
 
