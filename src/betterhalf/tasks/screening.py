@@ -114,8 +114,10 @@ def _checked(
         drafts = [_drafted(task, index, row) for index, row in zip(block, checked, strict=True)]
         encoded = _encoded(task.problems.tokenizer, checked, drafts)
         results = [_fitted(row, ids, limits) for row, ids in zip(checked, encoded, strict=True)]
-        yield from zip(block, *zip(*_graded(task, checked, results, will_grade=will_grade), strict=True), strict=True)
+        graded = _graded(task, checked, results, will_grade=will_grade)
+        # Before the rows are taken: whoever has enough of them does not come back for the last block.
         advance(len(block))
+        yield from zip(block, *zip(*graded, strict=True), strict=True)
 
 
 def _drafted(task: DatasetTask, index: int, row: Row) -> Draft | BadRow:

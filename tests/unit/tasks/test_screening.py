@@ -62,6 +62,13 @@ def test_a_bad_row_far_down_is_found_and_named_by_its_line(tmp_path: Path, token
     assert "1 of 2100 rows" in message and "task.bad_rows=skip" in message
 
 
+@pytest.mark.parametrize("rule", [REFUSE, SKIP])
+def test_progress_reaches_the_last_row(rule: BadRowRule, tmp_path: Path, tokenizer: Any) -> None:
+    advanced: list[int] = []
+    screen(task_of(rows_file(tmp_path, *[SUM] * 1100), tokenizer), LIMITS, rule, advance=advanced.append)
+    assert sum(advanced) == 1100
+
+
 def test_rows_left_out_are_counted_and_the_others_keep_their_names(tmp_path: Path, tokenizer: Any) -> None:
     rows: list[Any] = [{"problem": f"{i % 9}+1=", "answer": str(i % 9 + 1)} for i in range(30)]
     rows[3], rows[17], rows[29] = LONG, {"problem": "\ud800", "answer": "1"}, {"problem": "2+2=", "answer": "\\frac{"}
