@@ -40,20 +40,19 @@ _HISTORY_STEPS = 4096
 _STYLES = {"ok": "green", "high": "bold red", "low": "bold red", "": "dim"}
 
 
-class Console:
-    """Shows the steps of one run. A context manager, so that the terminal is restored whatever happens."""
+class TerminalView:
+    """A live view on a terminal, or lines. A context manager, so that the terminal is restored whatever happens."""
 
-    def __init__(self, mode: ConsoleMode, *, total_steps: int, label: str, stream: TextIO | None = None) -> None:
-        """`label` names the run (an arm of a sanity run, say); `stream` is standard error if absent."""
-        self._out = RichConsole(file=stream or sys.stderr, highlight=False, soft_wrap=False)
-        self._mode = resolve_mode(mode, self._out)
+    def __init__(self, mode: ConsoleMode, stream: TextIO | None) -> None:
+        """Show on `stream`, on standard error if absent."""
         self._stream = stream or sys.stderr
-        self._view = StepView(total_steps=total_steps, label=label)
+        self._out = RichConsole(file=self._stream, highlight=False, soft_wrap=False)
+        self._mode = resolve_mode(mode, self._out)
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
         if self._mode == "live":
-            self._live = Live(self._view.panel(self._out.width), console=self._out, auto_refresh=False)
+            self._live = Live(self._view_now(), console=self._out, auto_refresh=False)
             self._live.start(refresh=True)
         return self
 
@@ -62,12 +61,33 @@ class Console:
             self._live.stop()
             self._live = None
 
+    def _view_now(self) -> RenderableType:
+        """The live view as it is now; each kind of view has its own."""
+        raise NotImplementedError
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.update(self._view_now(), refresh=True)
+
+    def _print(self, text: str) -> None:
+        # A line of a log is never cut or wrapped at the width that some terminal would have.
+        wrap = self._live is not None
+        self._out.print(Text(text), overflow="fold" if wrap else "ignore", no_wrap=not wrap, crop=wrap)
+
+
+class Console(TerminalView):
+    """Shows the steps of one run."""
+
+    def __init__(self, mode: ConsoleMode, *, total_steps: int, label: str, stream: TextIO | None = None) -> None:
+        """`label` names the run (an arm of a sanity run, say); `stream` is standard error if absent."""
+        super().__init__(mode, stream)
+        self._view = StepView(total_steps=total_steps, label=label)
+
     def update(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
         """Show the metrics of `step`; names that are missing show as a dash."""
         self._view.add(step, metrics)
-        if self._live is not None:
-            self._live.update(self._view.panel(self._out.width), refresh=True)
-        elif self._mode == "lines":
+        self._refresh()
+        if self._mode == "lines":
             self._print(self._view.line())
         elif self._mode == "events":
             emit(self._stream, {"step": step, "metrics": dict(metrics)})
@@ -79,10 +99,8 @@ class Console:
         elif self._mode != "quiet":
             self._print(text)
 
-    def _print(self, text: str) -> None:
-        # A line of a log is never cut or wrapped at the width that some terminal would have.
-        wrap = self._live is not None
-        self._out.print(Text(text), overflow="fold" if wrap else "ignore", no_wrap=not wrap, crop=wrap)
+    def _view_now(self) -> RenderableType:
+        return self._view.panel(self._out.width)
 
 
 class StepView:

@@ -5,45 +5,28 @@ A process whose own parent asked for events passes those of its runs on, with th
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
-from rich.console import Console as RichConsole
-from rich.console import Group
-from rich.live import Live
+from rich.console import Group, RenderableType
 from rich.text import Text
 
-from betterhalf.metrics.console import ConsoleMode, StepView, duration, resolve_mode
+from betterhalf.metrics.console import ConsoleMode, StepView, TerminalView, duration
 from betterhalf.metrics.events import emit
 
 
-class SeveralRuns:
+class SeveralRuns(TerminalView):
     """Shows the steps of runs side by side: a panel for each on a terminal, labelled lines elsewhere."""
 
     def __init__(
         self, mode: ConsoleMode, *, labels: Sequence[str], total_steps: int, stream: TextIO | None = None
     ) -> None:
         """Args: how to show; names of the runs; steps of each; standard error if `stream` is absent."""
-        self._stream = stream or sys.stderr
-        self._out = RichConsole(file=self._stream, highlight=False, soft_wrap=False)
-        self._mode = resolve_mode(mode, self._out)
+        super().__init__(mode, stream)
         self._views = {label: StepView(total_steps=total_steps, label=label) for label in labels}
         self._phases: dict[str, str] = {}
         self._phase_started: dict[str, float] = {}
-        self._live: Live | None = None
-
-    def __enter__(self) -> Self:
-        if self._mode == "live":
-            self._live = Live(self._panels(), console=self._out, auto_refresh=False)
-            self._live.start(refresh=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
 
     def show(self, label: str, event: Mapping[str, Any]) -> None:
         """Show one event of the run `label`, or a line of its `output` that is no event; unknown events show nothing.
@@ -86,15 +69,6 @@ class SeveralRuns:
             self._print(f"{text} in {duration(time.monotonic() - started)}")
         self._refresh()
 
-    def _refresh(self) -> None:
-        if self._live is not None:
-            self._live.update(self._panels(), refresh=True)
-
-    def _panels(self) -> Group:
+    def _view_now(self) -> RenderableType:
         panels = [view.panel(self._out.width) for view in self._views.values()]
         return Group(*panels, *(Text(line, style="dim") for line in self._phases.values()))
-
-    def _print(self, text: str) -> None:
-        # A line of a log is never cut or wrapped at the width that some terminal would have.
-        wrap = self._live is not None
-        self._out.print(Text(text), overflow="fold" if wrap else "ignore", no_wrap=not wrap, crop=wrap)
