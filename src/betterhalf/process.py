@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 SPIN_COUNT = 20_000
-"""Turns that a waiting thread spins before it sleeps, as `GOMP_SPINCOUNT`: 0.3 to 1 ms, depending on the processor."""
+"""Turns that a waiting thread spins before it sleeps, as `GOMP_SPINCOUNT`."""
 
 SLOW_WAKE_MICROSECONDS = 5.0
-"""Spinning pays from here on: a step of a small model wakes its threads some ten thousand times."""
+"""Threads spin where waking takes at least this long; at 12 us a step of the demo gains a fifth (docs/LOG.md)."""
 
 _ROUND_TRIPS = 200
 _LOAD_SECONDS = 0.1
@@ -62,7 +62,7 @@ def prepare_process() -> Threads:
 
     The number of threads depends on the machine alone, since the order of sums, and with it every bit, depends on that
     number. How they wait changes no bit, so it is chosen by a measurement of a tenth of a second: a thread that sleeps
-    takes 10 to 60 us to wake on many machines, many times as long as a small operation; a thread that spins is there
+    took 12 and 63 us to wake on two machines, longer than a small operation takes; a thread that spins is there
     at once, but takes the core from whatever else runs. So threads spin only where waking is slow and the cores are
     idle.
 

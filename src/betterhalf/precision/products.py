@@ -35,7 +35,7 @@ def _onednn() -> bool:
 
 @cache
 def _onednn_takes(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies the format on this processor: without instructions for a half format it refuses."""
+    """Return whether oneDNN multiplies the format here; it refuses a half format that the processor lacks."""
     if dtype == torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -30,11 +30,11 @@ from betterhalf.runs.assembly import choose_device
 from betterhalf.runs.data_check import permission
 
 BYTES_PER_PARAMETER = 32
-"""Memory of an arm on a CPU: FP32 masters, two Adam states and gradients (16), the trainer's and the engine's widened
-weights (8), and what a weight sync and an optimizer step hold for a moment (8)."""
+"""Memory of an arm on a CPU, estimated by what it holds: FP32 masters, two Adam states and gradients (16), the
+trainer's and the engine's widened weights (8), and what a sync and an optimizer step hold for a moment (8)."""
 
 BYTES_BESIDE = 2 * 2**30
-"""Libraries, activations, logits and cache of an arm."""
+"""Estimate for libraries, activations, logits and cache of an arm."""
 
 _Lines = queue.SimpleQueue[tuple[str, str | None]]
 """Name of an arm and a line of its output; None at the end of it."""

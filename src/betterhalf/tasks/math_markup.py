@@ -47,7 +47,7 @@ _AROUND = (
     re.compile(r"<([a-zA-Z]\w*)>(?P<inside>.*)</\1>", re.DOTALL),
     re.compile(r"(?:=|\\approx(?![a-zA-Z])|\\simeq(?![a-zA-Z])|~)\s*(?=[^\s=~])(.+)", re.DOTALL),
 )
-"""What stands around a whole answer: emphasis, code, a tag; and a relation that has no left side."""
+"""Remove markup around a whole answer (emphasis, code, a tag), and a relation that has no left side."""
 _NUMBER_WORD = (
     r"zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen"
     r"|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|million|billion"

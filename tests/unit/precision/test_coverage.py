@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -171,7 +172,9 @@ def test_a_product_of_half_activations_is_refused_where_sums_must_be_fp32() -> N
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("precision", [*HALVES, {"preset": "fp16", "fp32_modules": ["model.layers.1.mlp"]}])
 def test_sound_decoders_are_covered(config: Any, tied: bool, precision: dict[str, Any]) -> None:
-    trainer_of(tiny(config, tie_word_embeddings=tied), precision)
+    facts = trainer_of(tiny(config, tie_word_embeddings=tied), precision).report().facts
+    assert sum(int(number) for number in re.findall(r"\d+(?= )", facts["linear_layers"])) == 14
+    assert facts["matmul_sums"] == "fp32"
 
 
 # -- what is reported
