@@ -24,16 +24,16 @@ from torch import Tensor
 from betterhalf.config.schema import RunConfig
 from betterhalf.diagnostics.budget import Budget, fit_budget, predict_ess
 from betterhalf.diagnostics.logprob_gap import k3
-from betterhalf.runs.assembly import choose_device
-from betterhalf.runs.examine.subject import (
+from betterhalf.examine.subject import (
     Subject,
     engine_in,
     open_subject,
-    policy_in,
+    precision_in,
     rounded_weights,
     sample_groups_of,
     trainer_in,
 )
+from betterhalf.setup.device import choose_device
 from betterhalf.tasks.prompting import chat_prompt
 from betterhalf.training.pack import by_rollout, pack_step
 from betterhalf.types import DtypeName, Prompt, Rollout
@@ -121,7 +121,7 @@ def sampled(subject: Subject, cell: Cell, prompts: int, group_size: int) -> list
     chosen = subject.prompts(prompts) if subject.target == "demo" else questions(subject, prompts)
     with engine_in(subject, cell.rollout) as engine:
         if cell.noise:
-            weights = rounded_weights(subject.model, policy_in(subject, cell.rollout).wire_dtype)
+            weights = rounded_weights(subject.model, precision_in(subject, cell.rollout).wire_dtype)
             engine.load_weights(noisy(weights, cell.noise), policy_version=0)
         groups = sample_groups_of(subject, engine, chosen, group_size)
     return [

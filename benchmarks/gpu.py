@@ -31,8 +31,8 @@ from side_by_side import Row, Table, parser, seconds_of
 from betterhalf.algorithms.presets import resolve_algorithm
 from betterhalf.config.schema import AlgorithmConfig, RunConfig, SamplingConfig
 from betterhalf.models.loading import LoadedModel
-from betterhalf.precision.policy import build_policy
-from betterhalf.process import settled
+from betterhalf.precision.roles import build_precision
+from betterhalf.process import frozen_gc
 from betterhalf.rollout.build import build_engine
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import DtypeName, GenerateRequest
@@ -188,14 +188,14 @@ def config_of(args: argparse.Namespace, dtype: DtypeName) -> RunConfig:
 
 
 def trainer_for(args: argparse.Namespace, config: RunConfig, device: torch.device) -> PolicyTrainer:
-    policy = build_policy(config.precision, device)
+    precision = build_precision(config.precision, device)
     algorithm = resolve_algorithm(AlgorithmConfig())
-    return PolicyTrainer(random_model(args.model, device), config=config, policy=policy, algorithm=algorithm)
+    return PolicyTrainer(random_model(args.model, device), config=config, precision=precision, algorithm=algorithm)
 
 
 def time_steps(args: argparse.Namespace, trainer: PolicyTrainer) -> float:
     """Median seconds of an optimizer step."""
-    device = trainer.policy.device
+    device = trainer.precision.device
     ids = random_ids(trainer.module.config.vocab_size, args.tokens // args.length, args.length, device)
     pack = pack_of(ids)
 
@@ -206,13 +206,13 @@ def time_steps(args: argparse.Namespace, trainer: PolicyTrainer) -> float:
         if report.skipped:
             raise SystemExit(f"an optimizer step was skipped: {report.first_offender} was not finite")
 
-    with settled():
+    with frozen_gc():
         return timed(step, device, args.repeats)
 
 
 def time_tokens(args: argparse.Namespace, trainer: PolicyTrainer) -> float:
     """Median seconds of one decoded token of all sequences."""
-    engine = build_engine(trainer.config, trainer.module.config, (), trainer.policy)
+    engine = build_engine(trainer.config, trainer.module.config, (), trainer.precision)
     engine.load_weights(trainer.wire_weights(), policy_version=0)
     ids = random_ids(trainer.module.config.vocab_size, args.sequences // SIBLINGS, args.prompt).tolist()
     requests = [
@@ -222,8 +222,8 @@ def time_tokens(args: argparse.Namespace, trainer: PolicyTrainer) -> float:
     def sample(tokens: int) -> Callable[[], object]:
         return lambda: engine.generate(requests, SamplingConfig(max_tokens=tokens))
 
-    device = trainer.policy.device
-    with settled():
+    device = trainer.precision.device
+    with frozen_gc():
         # The longer first: it makes the cache, and the graphs, that both use.
         whole, first = (timed(sample(tokens), device, args.repeats, warm_up=1) for tokens in (args.new_tokens, 1))
     engine.close()

@@ -34,7 +34,7 @@ def one_pass(tokens: int) -> None:
     from betterhalf.algorithms.presets import resolve_algorithm
     from betterhalf.config.schema import AlgorithmConfig, RunConfig
     from betterhalf.models.loading import LoadedModel
-    from betterhalf.precision.policy import build_policy
+    from betterhalf.precision.roles import build_precision
     from betterhalf.training.policy_trainer import PolicyTrainer
 
     torch.manual_seed(0)
@@ -53,8 +53,8 @@ def one_pass(tokens: int) -> None:
         name="wide head", module=module, hf_config=hf, tokenizer=None, stop_token_ids=(), context_length=32768
     )
     config = RunConfig()
-    policy = build_policy(config.precision, torch.device("cpu"))
-    trainer = PolicyTrainer(model, config=config, policy=policy, algorithm=resolve_algorithm(AlgorithmConfig()))
+    precision = build_precision(config.precision, torch.device("cpu"))
+    trainer = PolicyTrainer(model, config=config, precision=precision, algorithm=resolve_algorithm(AlgorithmConfig()))
     warm = pack_of(random_ids(VOCABULARY, 1, 64))
     (-trainer.score(warm).mean() * LOSS_SCALE).backward()
     before = peak_gib()

@@ -45,7 +45,7 @@ def gap(model: str, precision: str, half_matmul: str, rounding: str, prompts: in
     try:
         sync_weights(parts)
         collected = collect_groups(parts, 1, 0, Stopwatch())
-        batch = pack_step(collected.rollouts, step_advantages(parts, collected), config, 1, parts.policy.device)
+        batch = pack_step(collected.rollouts, step_advantages(parts, collected), config, 1, parts.precision.device)
         return mismatch(measure(parts, batch, 1), config.sampling.max_tokens).metrics
     finally:
         parts.close()

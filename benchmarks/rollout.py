@@ -36,11 +36,11 @@ import torch
 from side_by_side import Action, Row, Table, parser, take_turns
 
 from betterhalf.config.schema import RunConfig, SamplingConfig
+from betterhalf.examine.subject import rounded_weights
 from betterhalf.models.loading import LoadedModel, load_model, quiet
 from betterhalf.precision.formats import torch_dtype
-from betterhalf.precision.policy import build_policy
+from betterhalf.precision.roles import build_precision
 from betterhalf.rollout.build import build_engine
-from betterhalf.runs.examine.subject import rounded_weights
 from betterhalf.tasks.build import build_task
 from betterhalf.types import DtypeName, GenerateRequest, Prompt
 
@@ -80,10 +80,10 @@ Sampler = Callable[[list[Prompt]], int]
 def engine_side(work: Work, engine: dict[str, Any], stack: ExitStack) -> Sampler:
     """One of our engines, as a run uses it."""
     config = RunConfig.model_validate({"precision": {"preset": work.dtype}, "engine": engine})
-    policy = build_policy(config.precision, torch.device("cpu"))
-    made = build_engine(config, work.model.hf_config, (), policy)
+    precision = build_precision(config.precision, torch.device("cpu"))
+    made = build_engine(config, work.model.hf_config, (), precision)
     stack.callback(made.close)
-    made.load_weights(rounded_weights(work.model, policy.wire_dtype), policy_version=0)
+    made.load_weights(rounded_weights(work.model, precision.wire_dtype), policy_version=0)
     sampling = SamplingConfig(max_tokens=work.tokens)
 
     def sample(prompts: list[Prompt]) -> int:

@@ -23,7 +23,7 @@ def main() -> None:
             try:
                 sync_weights(parts)
                 difference, mean = score_difference(parts)
-                bound = tolerance(parts.policy, mean)
+                bound = tolerance(parts.precision, mean)
                 print(f"| {name} | {engine} | {dtype} | {difference:.2g} | {bound:.2g} | {mean:.1f} |", flush=True)
             finally:
                 parts.close()

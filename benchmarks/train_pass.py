@@ -27,8 +27,8 @@ from betterhalf.algorithms.presets import resolve_algorithm
 from betterhalf.config.schema import AlgorithmConfig, ModelConfig, PrecisionConfig, RunConfig
 from betterhalf.models.loading import LoadedModel, load_model
 from betterhalf.precision.formats import torch_dtype
-from betterhalf.precision.policy import build_policy
 from betterhalf.precision.products import product
+from betterhalf.precision.roles import build_precision
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import DtypeName
 
@@ -46,9 +46,9 @@ PAIRS: tuple[tuple[DtypeName, DtypeName, float], ...] = (
 def our_pass(model: LoadedModel, token_ids_T: Tensor, dtype: DtypeName) -> Action:
     """The trainer's forward and backward pass."""
     config = RunConfig(precision=PrecisionConfig(preset=dtype))
-    policy = build_policy(config.precision, torch.device("cpu"))
+    precision = build_precision(config.precision, torch.device("cpu"))
     copied = replace(model, module=duplicate(model))
-    trainer = PolicyTrainer(copied, config=config, policy=policy, algorithm=resolve_algorithm(AlgorithmConfig()))
+    trainer = PolicyTrainer(copied, config=config, precision=precision, algorithm=resolve_algorithm(AlgorithmConfig()))
     micro = pack_of(token_ids_T.unsqueeze(0))
 
     def run() -> None:

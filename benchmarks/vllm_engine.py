@@ -16,7 +16,7 @@ import torch
 from betterhalf.config.schema import ModelConfig, PrecisionConfig, SamplingConfig, VllmEngineConfig
 from betterhalf.models.loading import LoadedModel, load_model
 from betterhalf.precision.contract import weights_digests
-from betterhalf.precision.policy import build_policy
+from betterhalf.precision.roles import build_precision
 from betterhalf.rollout.vllm.engine import VllmEngine
 from betterhalf.runs.score_check import fixed_tokens
 from betterhalf.types import GenerateRequest
@@ -31,11 +31,11 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def measure(model: LoadedModel, dtype: str, head: str) -> str:
-    policy = build_policy(PrecisionConfig.model_validate({"preset": dtype}), torch.device("cpu"))
+    precision = build_precision(PrecisionConfig.model_validate({"preset": dtype}), torch.device("cpu"))
     config = VllmEngineConfig.model_validate({"head_dtype": head})
     # No stop token: every completion has its full length.
-    engine = VllmEngine(model.hf_config, policy=policy, config=config, stop_token_ids=())
-    weights = [(name, p.detach().to(policy.wire_dtype)) for name, p in model.module.named_parameters()]
+    engine = VllmEngine(model.hf_config, precision=precision, config=config, stop_token_ids=())
+    weights = [(name, p.detach().to(precision.wire_dtype)) for name, p in model.module.named_parameters()]
     vocabulary = model.hf_config.vocab_size
     prompts = [tuple((7 * i + j) % vocabulary for j in range(24)) for i in range(SEQUENCES)]
     requests = [GenerateRequest(token_ids=ids, group_size=1, key=(0, 1, i)) for i, ids in enumerate(prompts)]

@@ -76,7 +76,7 @@ def open_parts(config: RunConfig, reward: Reward = "spread", equal_share: float 
     """The parts of a run with an engine that ignores stop tokens and holds the weights."""
     parts = assemble(config)
     parts.engine.close()
-    engine = build_engine(config, parts.trainer.module.config, (), parts.policy)
+    engine = build_engine(config, parts.trainer.module.config, (), parts.precision)
     parts = replace(parts, engine=engine)
     if reward == "spread":
         parts = with_rewards(parts, equal_share)

@@ -231,7 +231,7 @@ def end_with_parent(parent: int) -> None:
 
 
 @contextmanager
-def settled() -> Iterator[None]:
+def frozen_gc() -> Iterator[None]:
     """Keep Python's garbage collector off what exists now: models and libraries are a million objects, which it would
     look through again and again while a step makes some thousands."""
     if gc.get_freeze_count():

@@ -16,8 +16,9 @@ SRC = Path(__file__).parents[2] / "src"
 FILES = sorted((SRC / "betterhalf").rglob("*.py"))
 
 FLOORS = {
-    "cli": 6,
-    **dict.fromkeys(("runs", "integrations"), 5),
+    "cli": 7,
+    **dict.fromkeys(("runs", "examine"), 6),
+    "setup": 5,
     **dict.fromkeys(("rollout", "training"), 4),
     **dict.fromkeys(("models", "algorithms", "diagnostics", "tasks", "report"), 3),
     **dict.fromkeys(("precision", "metrics", "ops", "run_dir", "environment"), 2),

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from betterhalf.config.schema import RunConfig, SamplingConfig
 from betterhalf.errors import EngineError
 from betterhalf.precision.contract import weights_digests
-from betterhalf.precision.policy import build_policy
+from betterhalf.precision.roles import build_precision
 from betterhalf.rollout.build import build_engine
 from betterhalf.rollout.sampler import draw, sequence_key, uniforms
 from betterhalf.types import GenerateRequest
@@ -52,9 +52,9 @@ def module_of(family: str) -> Any:
 def engine_of(module: Any, precision: str, device: str = "cuda", islands: tuple[str, ...] = (), **settings: Any) -> Any:
     section = {"preset": precision, "fp32_modules": islands}
     config = RunConfig.model_validate({"precision": section, "engine": {"type": "native", **settings}})
-    policy = build_policy(config.precision, torch.device(device))
-    engine = build_engine(config, module.config, (3, 50), policy)
-    sent = ((name, p.detach().to(device, policy.wire_dtype)) for name, p in module.named_parameters())
+    roles = build_precision(config.precision, torch.device(device))
+    engine = build_engine(config, module.config, (3, 50), roles)
+    sent = ((name, p.detach().to(device, roles.wire_dtype)) for name, p in module.named_parameters())
     engine.load_weights(sent, policy_version=0)
     return engine
 

@@ -15,7 +15,7 @@ from betterhalf.config.schema import AlgorithmConfig, LossScaleConfig, RunConfig
 from betterhalf.models.loading import LoadedModel
 from betterhalf.precision.contract import weights_digests
 from betterhalf.precision.loss_scaler import build_loss_scaler
-from betterhalf.precision.policy import build_policy
+from betterhalf.precision.roles import build_precision
 from betterhalf.run_dir import RunDir, read_json, read_jsonl
 from betterhalf.runs.train import run_training
 from betterhalf.training.pack import pack_step
@@ -57,9 +57,9 @@ def trainer_on(
             "sampling": {"max_tokens": 16},
         }
     )
-    policy = build_policy(config.precision, torch.device(device))
+    roles = build_precision(config.precision, torch.device(device))
     algorithm = resolve_algorithm(AlgorithmConfig(preset="pg_seq_is"))
-    return PolicyTrainer(model, config=config, policy=policy, algorithm=algorithm), config
+    return PolicyTrainer(model, config=config, precision=roles, algorithm=algorithm), config
 
 
 def rollouts() -> list[Rollout]:

@@ -15,10 +15,10 @@ from betterhalf import cli
 from betterhalf.config.load import load_config
 from betterhalf.config.schema import ModelConfig, RunConfig
 from betterhalf.errors import EngineError, InputError
+from betterhalf.examine import doctor as doctor_module
+from betterhalf.examine.doctor import doctor
 from betterhalf.models.loading import load_model
 from betterhalf.rollout.native.engine import NativeEngine
-from betterhalf.runs.examine import doctor as doctor_module
-from betterhalf.runs.examine.doctor import doctor
 
 BLOCK = "model.layers.1"
 Change = Callable[[Any], None]

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from betterhalf.config.schema import RunConfig, SamplingConfig
 from betterhalf.errors import EngineDiedError, EngineError
+from betterhalf.examine.subject import open_subject, sample_groups_of
 from betterhalf.precision.contract import SideReport
 from betterhalf.runs import loop
 from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.evaluate import score_prompts
-from betterhalf.runs.examine.subject import open_subject, sample_groups_of
 from betterhalf.runs.weight_sync import first_sync, sync_weights
 from betterhalf.types import Completion, GenerateRequest
 

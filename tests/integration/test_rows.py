@@ -16,8 +16,8 @@ from betterhalf.config.schema import PerfectibleTask, RunConfig
 from betterhalf.errors import EngineError
 from betterhalf.models import loading
 from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
-from betterhalf.runs import assembly
 from betterhalf.runs.perfect import build_perfectible
+from betterhalf.setup import data
 from betterhalf.tasks.rewards import TextGrader
 
 Ends = Callable[..., str]
@@ -80,7 +80,7 @@ def test_a_sanity_test_leaves_bad_rows_out_of_its_set_and_resumes(
     ends: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[str] = []
-    monkeypatch.setattr(assembly, "show_note", lambda text, mode: shown.append(text))
+    monkeypatch.setattr(data, "show_note", lambda text, mode: shown.append(text))
     rows: list[Any] = [{"problem": "1+2+3+1+1+2+1+1=", "answer": total} for total in (12,) * 6]
     rows[1], rows[4] = LONG, {"problem": "\ud800", "answer": "1"}
     small = (

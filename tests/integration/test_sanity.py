@@ -155,7 +155,7 @@ def test_an_arm_its_own_precision_brings_down_is_a_failed_arm_and_the_others_sti
 
     def broken_in_fp16(parts: Parts, batch: StepBatch, step: int) -> loop.Measured:
         measured = real(parts, batch, step)
-        if parts.policy.roles.compute_dtype == "fp16" and step == 2:
+        if parts.precision.roles.compute_dtype == "fp16" and step == 2:
             next(iter(measured.logprobs.values()))[0] = float("nan")
         return measured
 

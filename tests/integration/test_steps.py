@@ -242,7 +242,7 @@ def test_kept_denominators_leave_rejected_tokens_out(build: Callable[..., Parts]
     parts = build(algorithm={"preset": "icepop", "denominator": "kept", "aggregation": "token_mean"})
     collected = collect_groups(parts, 1, 0, Stopwatch())
     advantages = loop.step_advantages(parts, collected)
-    batch = pack_step(collected.rollouts, advantages, parts.config, 1, parts.policy.device)
+    batch = pack_step(collected.rollouts, advantages, parts.config, 1, parts.precision.device)
     measured = loop.measure(parts, batch, 1)
     train_batch = batch.train_batches[0]
     rejected = 0
@@ -258,7 +258,7 @@ def test_a_sample_of_the_mismatch_is_not_biased_by_what_trains(build: Callable[.
     parts = build(mismatch={"sample_fraction": 0.4}, training={"tokens_per_micro_batch": 120})
     collected = collect_groups(parts, 1, 0, Stopwatch())
     advantages = loop.step_advantages(parts, collected)
-    batch = pack_step(collected.rollouts, advantages, parts.config, 1, parts.policy.device)
+    batch = pack_step(collected.rollouts, advantages, parts.config, 1, parts.precision.device)
     measured = loop.with_anchors(parts, batch, loop.measure(parts, batch, 1))
     trained = {id(pack) for b in batch.train_batches for pack in b.micro_batches}
     assert trained <= set(measured.logprobs)  # the anchor of every trained pack

@@ -18,10 +18,10 @@ from betterhalf.errors import ConfigError, InputError
 from betterhalf.models import loading
 from betterhalf.models.description import describe_model
 from betterhalf.models.loading import load_model
-from betterhalf.precision.policy import build_policy
+from betterhalf.precision.roles import build_precision
 from betterhalf.rollout.build import build_engine
 from betterhalf.run_dir import read_json, read_jsonl
-from betterhalf.runs.assembly import choose_device
+from betterhalf.setup.device import choose_device
 
 SMOKE = str(Path(__file__).parents[2] / "experiments" / "smoke" / "demo.toml")
 ONE_STEP = ("training.steps=1", "training.prompts_per_step=2", "training.group_size=2", "training.optimizer_steps=1")
@@ -102,9 +102,9 @@ def test_a_stop_token_outside_the_vocabulary_is_refused_with_its_source(
 
 def test_an_engine_refuses_a_stop_token_that_it_cannot_sample(small_config: Callable[..., Any]) -> None:
     config = small_config()
-    policy = build_policy(config.precision, choose_device(config))
+    precision = build_precision(config.precision, choose_device(config))
     with pytest.raises(InputError, match="stop token 16 is not in the model's vocabulary of 16 tokens"):
-        build_engine(config, load_model(ModelConfig(name="demo")).hf_config, (15, 16), policy)
+        build_engine(config, load_model(ModelConfig(name="demo")).hf_config, (15, 16), precision)
 
 
 def test_stop_tokens_are_named_by_text_or_by_id() -> None:

@@ -24,7 +24,7 @@ from betterhalf.config.schema import ModelConfig, PrecisionConfig, RunConfig, Sa
 from betterhalf.errors import EngineDiedError, EngineError, InputError, WeightSyncError
 from betterhalf.models.loading import LoadedModel, load_model
 from betterhalf.precision.contract import verify_sync, weights_digests
-from betterhalf.precision.policy import PrecisionPolicy, build_policy
+from betterhalf.precision.roles import Precision, build_precision
 from betterhalf.rollout.native.engine import NativeEngine
 from betterhalf.rollout.vllm.engine import VllmEngine
 from betterhalf.run_dir import RunDir, read_json, read_jsonl
@@ -49,30 +49,30 @@ def demo() -> LoadedModel:
     return load_model(ModelConfig(name="demo"))
 
 
-def policy_of(dtype: str) -> PrecisionPolicy:
-    return build_policy(PrecisionConfig.model_validate({"preset": dtype}), torch.device("cpu"))
+def precision_of(dtype: str) -> Precision:
+    return build_precision(PrecisionConfig.model_validate({"preset": dtype}), torch.device("cpu"))
 
 
-def wire(model: LoadedModel, policy: PrecisionPolicy) -> list[tuple[str, Tensor]]:
-    return [(name, weight.detach().to(policy.wire_dtype)) for name, weight in model.module.named_parameters()]
+def wire(model: LoadedModel, precision: Precision) -> list[tuple[str, Tensor]]:
+    return [(name, weight.detach().to(precision.wire_dtype)) for name, weight in model.module.named_parameters()]
 
 
 def engine_of(model: LoadedModel, dtype: str) -> VllmEngine:
     config, stops = VllmEngineConfig(max_concurrent=32), model.stop_token_ids
-    return VllmEngine(model.hf_config, policy=policy_of(dtype), config=config, stop_token_ids=stops)
+    return VllmEngine(model.hf_config, precision=precision_of(dtype), config=config, stop_token_ids=stops)
 
 
 @pytest.fixture(scope="module", params=DTYPES)
 def engine(request: pytest.FixtureRequest, demo: LoadedModel) -> Iterator[VllmEngine]:
     """A running engine with the demo model's weights."""
     made = engine_of(demo, request.param)
-    made.load_weights(wire(demo, policy_of(request.param)), policy_version=7)
+    made.load_weights(wire(demo, precision_of(request.param)), policy_version=7)
     yield made
     made.close()
 
 
 def dtype_of(engine: VllmEngine) -> str:
-    return engine._policy.roles.rollout_dtype
+    return engine._precision.roles.rollout_dtype
 
 
 def ask(*, step: int = 1, prompts: int = 3, group_size: int = 4) -> list[GenerateRequest]:
@@ -123,9 +123,9 @@ def test_scores_of_a_completion_are_its_behavior_logprobs_within_rounding(engine
 
 
 def test_scores_are_those_of_the_native_engine_within_rounding(engine: VllmEngine, demo: LoadedModel) -> None:
-    policy = engine._policy
-    native = NativeEngine(demo.hf_config, policy=policy, config=RunConfig().engine, stop_token_ids=())  # type: ignore[arg-type]
-    native.load_weights(wire(demo, policy), policy_version=0)
+    precision = engine._precision
+    native = NativeEngine(demo.hf_config, precision=precision, config=RunConfig().engine, stop_token_ids=())  # type: ignore[arg-type]
+    native.load_weights(wire(demo, precision), policy_version=0)
     completion = engine.generate(ask(prompts=1, group_size=1), SAMPLING)[0][0]
     sequence = (*PROMPT, 0, *completion.token_ids)
     bound = {"fp16": 0.02, "bf16": 0.2, "fp32": 1e-4}[dtype_of(engine)]
@@ -146,7 +146,7 @@ def test_tempered_sampling_reports_tempered_logprobs(engine: VllmEngine) -> None
 
 def test_it_holds_exactly_what_was_sent_and_says_what_it_runs(engine: VllmEngine, demo: LoadedModel) -> None:
     dtype, report = dtype_of(engine), engine.report()
-    assert report.digests == weights_digests(wire(demo, policy_of(dtype)))
+    assert report.digests == weights_digests(wire(demo, precision_of(dtype)))
     assert {report.dtypes[region] for region in ("weights", "compute", "kv", "wire")} == {dtype}
     assert report.dtypes["lm_head"] == "fp32"
     assert report.facts["engine"].startswith("vllm ")
@@ -156,18 +156,18 @@ def test_it_holds_exactly_what_was_sent_and_says_what_it_runs(engine: VllmEngine
 def test_new_weights_are_used_at_once_and_old_ones_give_the_old_completions(
     engine: VllmEngine, demo: LoadedModel
 ) -> None:
-    policy = engine._policy
+    precision = engine._precision
     before = engine.generate(ask(), SAMPLING)
-    engine.load_weights([(name, weight * 0.5) for name, weight in wire(demo, policy)], policy_version=8)
+    engine.load_weights([(name, weight * 0.5) for name, weight in wire(demo, precision)], policy_version=8)
     during = engine.generate(ask(), SAMPLING)
-    engine.load_weights(wire(demo, policy), policy_version=7)
+    engine.load_weights(wire(demo, precision), policy_version=7)
     assert {completion.policy_version for completion in flat(during)} == {8}
     assert [c.token_ids for c in flat(during)] != [c.token_ids for c in flat(before)]
     assert engine.generate(ask(), SAMPLING) == before
 
 
 def test_wrong_weights_are_refused_and_nothing_is_sampled_from_them(engine: VllmEngine, demo: LoadedModel) -> None:
-    good = wire(demo, engine._policy)
+    good = wire(demo, engine._precision)
     for bad, words in (
         (good[1:], "1 weights did not arrive"),
         ([*good, ("model.extra.weight", torch.zeros(1))], "no weight 'model.extra.weight'"),
@@ -190,7 +190,7 @@ def test_a_killed_engine_comes_back_with_the_same_completions(demo: LoadedModel,
     with pytest.raises(EngineDiedError, match="signal SIGKILL"):
         engine.generate(ask(), SAMPLING)
     engine.restart()
-    engine.load_weights(wire(demo, engine._policy), policy_version=7)
+    engine.load_weights(wire(demo, engine._precision), policy_version=7)
     assert engine.pid != old
     assert engine.generate(ask(), SAMPLING) == before
 
@@ -216,12 +216,14 @@ def test_a_weight_that_changes_inside_the_engine_is_found(
 ) -> None:
     (tmp_path / "perturbed_server.py").write_text(PERTURBED, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    policy, config = policy_of("fp16"), VllmEngineConfig(max_concurrent=4)
-    engine = VllmEngine(demo.hf_config, policy=policy, config=config, stop_token_ids=(), module="perturbed_server")
+    precision, config = precision_of("fp16"), VllmEngineConfig(max_concurrent=4)
+    engine = VllmEngine(
+        demo.hf_config, precision=precision, config=config, stop_token_ids=(), module="perturbed_server"
+    )
     try:
-        engine.load_weights(wire(demo, policy), policy_version=0)
+        engine.load_weights(wire(demo, precision), policy_version=0)
         with pytest.raises(WeightSyncError, match=r"1 of 30 parameters differ.*model\.layers\.1\.self_attn\.k_proj"):
-            verify_sync(weights_digests(wire(demo, policy)), engine.report().digests)
+            verify_sync(weights_digests(wire(demo, precision)), engine.report().digests)
     finally:
         engine.close()
 
@@ -232,7 +234,9 @@ def test_a_tied_head_follows_its_embedding(demo: LoadedModel) -> None:
     tied = type(demo.hf_config)(**{**demo.hf_config.to_dict(), "tie_word_embeddings": True})
     module = type(demo.module)(tied)
     weights = [(name, weight.detach()) for name, weight in module.named_parameters()]
-    engine = VllmEngine(tied, policy=policy_of("fp32"), config=VllmEngineConfig(max_concurrent=4), stop_token_ids=())
+    engine = VllmEngine(
+        tied, precision=precision_of("fp32"), config=VllmEngineConfig(max_concurrent=4), stop_token_ids=()
+    )
     try:
         engine.load_weights(weights, policy_version=0)
         assert engine.report().digests == weights_digests(weights)
@@ -248,7 +252,7 @@ def test_a_precision_that_vllm_refuses_is_bad_input() -> None:
         vocab_size=16, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, head_dim=32,
         num_key_value_heads=1, max_position_embeddings=64,
     )  # fmt: skip
-    engine = VllmEngine(config, policy=policy_of("fp16"), config=VllmEngineConfig(), stop_token_ids=())
+    engine = VllmEngine(config, precision=precision_of("fp16"), config=VllmEngineConfig(), stop_token_ids=())
     with pytest.raises(InputError, match=r"does not support float16.*precision=bf16 or precision=fp32"):
         engine.load_weights([], policy_version=0)
     assert engine.pid is None
@@ -260,7 +264,7 @@ def test_a_model_that_vllm_refuses_by_an_assertion_is_bad_input() -> None:
         num_key_value_heads=1, max_position_embeddings=64, use_sliding_window=True, sliding_window=8,
         max_window_layers=1,
     )  # fmt: skip
-    engine = VllmEngine(config, policy=policy_of("fp32"), config=VllmEngineConfig(), stop_token_ids=())
+    engine = VllmEngine(config, precision=precision_of("fp32"), config=VllmEngineConfig(), stop_token_ids=())
     with pytest.raises(InputError, match=r"(?i)vLLM refuses this model.*sliding window.*engine=native"):
         engine.load_weights([], policy_version=0)
     assert engine.pid is None

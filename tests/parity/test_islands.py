@@ -16,7 +16,7 @@ from betterhalf.errors import EngineError, InputError, NumericsError
 from betterhalf.models.loading import LoadedModel
 from betterhalf.precision.contract import compare
 from betterhalf.precision.formats import narrowest_format
-from betterhalf.precision.policy import PrecisionPolicy, build_policy
+from betterhalf.precision.roles import Precision, build_precision
 from betterhalf.rollout.build import build_engine
 from betterhalf.rollout.native.engine import NativeEngine
 from betterhalf.training.pack import pack_step
@@ -66,7 +66,7 @@ def overflowing() -> LoadedModel:
 
 def wings(
     model: LoadedModel, precision: dict[str, Any], rounding: str = "aligned", **training: Any
-) -> tuple[PolicyTrainer, NativeEngine, PrecisionPolicy]:
+) -> tuple[PolicyTrainer, NativeEngine, Precision]:
     """Trainer and engine at the same weights, as a run builds them."""
     config = RunConfig.model_validate(
         {
@@ -76,12 +76,12 @@ def wings(
             "training": {"tokens_per_micro_batch": 300, "optimizer_steps": 1, **training},
         }
     )
-    policy = build_policy(config.precision, torch.device("cpu"))
-    engine = build_engine(config, model.hf_config, model.stop_token_ids, policy)
-    trainer = PolicyTrainer(model, config=config, policy=policy, algorithm=resolve_algorithm(config.algorithm))
+    roles = build_precision(config.precision, torch.device("cpu"))
+    engine = build_engine(config, model.hf_config, model.stop_token_ids, roles)
+    trainer = PolicyTrainer(model, config=config, precision=roles, algorithm=resolve_algorithm(config.algorithm))
     engine.load_weights(trainer.wire_weights(), policy_version=0)
     assert isinstance(engine, NativeEngine)
-    return trainer, engine, policy
+    return trainer, engine, roles
 
 
 def packed(config: RunConfig, groups: list[tuple[Completion, ...]]) -> tuple[MicroBatch, ...]:

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from betterhalf.config.schema import RunConfig, SamplingConfig
-from betterhalf.precision.policy import build_policy
+from betterhalf.precision.roles import build_precision
 from betterhalf.rollout.build import build_engine
 from betterhalf.types import GenerateRequest
 
@@ -98,9 +98,9 @@ def gaps(module: Any, precision: str, engine_mode: str, reference_mode: str) -> 
     config = RunConfig.model_validate(
         {"precision": {"preset": precision, "half_matmul": "fp32_sums"}, "engine": {"rounding": engine_mode}}
     )
-    policy = build_policy(config.precision, torch.device("cpu"))
-    engine = build_engine(config, module.config, (), policy)
-    engine.load_weights(((n, p.detach().to(policy.wire_dtype)) for n, p in module.named_parameters()), policy_version=0)
+    roles = build_precision(config.precision, torch.device("cpu"))
+    engine = build_engine(config, module.config, (), roles)
+    engine.load_weights(((n, p.detach().to(roles.wire_dtype)) for n, p in module.named_parameters()), policy_version=0)
     reference = Reference(dict(module.state_dict()), HALVES[precision], reference_mode)
     requests = [
         GenerateRequest(token_ids=tuple((7 * i + k * k) % 29 for k in range(9)), group_size=4, key=(0, 0, i))

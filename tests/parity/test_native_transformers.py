@@ -10,7 +10,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from betterhalf.config.schema import RunConfig, SamplingConfig
-from betterhalf.precision.policy import build_policy
+from betterhalf.precision.roles import build_precision
 from betterhalf.rollout.build import build_engine
 from betterhalf.types import GenerateRequest
 
@@ -67,7 +67,7 @@ def module(request: pytest.FixtureRequest) -> Any:
 
 def engine_of(module: Any, **settings: Any) -> Any:
     config = RunConfig.model_validate({"precision": {"preset": "fp32"}, "engine": settings})
-    engine = build_engine(config, module.config, (), build_policy(config.precision, torch.device("cpu")))
+    engine = build_engine(config, module.config, (), build_precision(config.precision, torch.device("cpu")))
     engine.load_weights(((name, p.detach()) for name, p in module.named_parameters()), policy_version=0)
     return engine
 

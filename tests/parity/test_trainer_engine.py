@@ -14,7 +14,7 @@ from betterhalf.algorithms.presets import resolve_algorithm
 from betterhalf.config.schema import ModelConfig, RunConfig
 from betterhalf.diagnostics.logprob_gap import mismatch_metrics
 from betterhalf.models.loading import LoadedModel, load_model
-from betterhalf.precision.policy import build_policy
+from betterhalf.precision.roles import build_precision
 from betterhalf.rollout.build import build_engine
 from betterhalf.training.pack import pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
@@ -66,9 +66,9 @@ def gap(model: LoadedModel, precision: str, prompts: list[tuple[int, ...]], **en
             "training": {"tokens_per_micro_batch": 300, "optimizer_steps": 1},
         }
     )
-    policy = build_policy(config.precision, torch.device("cpu"))
-    native = build_engine(config, model.hf_config, model.stop_token_ids, policy)
-    trainer = PolicyTrainer(model, config=config, policy=policy, algorithm=resolve_algorithm(config.algorithm))
+    roles = build_precision(config.precision, torch.device("cpu"))
+    native = build_engine(config, model.hf_config, model.stop_token_ids, roles)
+    trainer = PolicyTrainer(model, config=config, precision=roles, algorithm=resolve_algorithm(config.algorithm))
     native.load_weights(trainer.wire_weights(), policy_version=0)
     assert native.report().digests == trainer.report().digests
     requests = [GenerateRequest(token_ids=ids, group_size=4, key=(0, 1, k)) for k, ids in enumerate(prompts)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from betterhalf import process
-from betterhalf.process import Threads, choose_threads, settled, variables
+from betterhalf.process import Threads, choose_threads, frozen_gc, variables
 
 SRC = Path(__file__).parents[2] / "src"
 
@@ -122,10 +122,10 @@ def test_a_line_says_what_was_chosen() -> None:
 
 def test_what_exists_is_put_aside_and_comes_back_once() -> None:
     before = gc.get_freeze_count()
-    with settled():
+    with frozen_gc():
         frozen = gc.get_freeze_count()
         assert frozen > before
-        with settled():
+        with frozen_gc():
             assert gc.get_freeze_count() == frozen
         assert gc.get_freeze_count() == frozen
     assert gc.get_freeze_count() == before == 0

@@ -20,7 +20,7 @@ from betterhalf.run_dir import (
     truncate_jsonl,
     write_json_atomic,
 )
-from betterhalf.runs.folder import default_run_dir
+from betterhalf.setup.folder import default_run_dir
 
 
 def no_space(*_: object, **__: object) -> int:

@@ -49,7 +49,7 @@ def _probe(request: Request) -> Answer:
     if target is None and dump is None:
         raise InputError("probe takes MODEL, got nothing. Name a model or a run, or give --from-dump FILE.")
     config = request.config((_run_config(target) if target else None) or PROBE)
-    from betterhalf.runs.examine.probe import probe, probe_json
+    from betterhalf.examine.probe import probe, probe_json
 
     flags = {name: bool(request.options[name]) for name in ("gradient", "localize")}
     result = probe(target, config, request.run_dir, from_dump=dump, **flags)
@@ -59,7 +59,7 @@ def _probe(request: Request) -> Answer:
 def _doctor(request: Request) -> Answer:
     target = request.words[0]
     config = request.config(_run_config(target) or PROBE)
-    from betterhalf.runs.examine.doctor import doctor, doctor_json
+    from betterhalf.examine.doctor import doctor, doctor_json
 
     result = doctor(target, config, request.run_dir)
     return Answer(result=doctor_json(result), show=lambda: _show_doctor(result), passed=bool(result["passed"]))
@@ -68,7 +68,7 @@ def _doctor(request: Request) -> Answer:
 def _report(request: Request) -> Answer:
     from betterhalf.report.page import write_report
     from betterhalf.run_dir import RunDir
-    from betterhalf.runs.folder import default_run_dir
+    from betterhalf.setup.folder import default_run_dir
 
     runs = [RunDir.open(word) for word in request.words]
     folder = runs[0].path if len(runs) == 1 else default_run_dir("report", "comparison")
@@ -128,7 +128,7 @@ def _show_sanity(result: dict[str, Any]) -> None:
 
 
 def _show_probe(result: dict[str, Any]) -> None:
-    from betterhalf.report.localize_text import show_localize
+    from betterhalf.examine.localize_text import show_localize
     from betterhalf.report.matrix import show_probe
 
     show_probe(result)
@@ -138,7 +138,7 @@ def _show_probe(result: dict[str, Any]) -> None:
 
 
 def _show_doctor(result: dict[str, Any]) -> None:
-    from betterhalf.report.doctor_text import show_doctor
+    from betterhalf.examine.doctor_text import show_doctor
 
     show_doctor(result)
     _show_folder(result)

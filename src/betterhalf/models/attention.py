@@ -28,7 +28,7 @@ from transformers import AttentionInterface
 from betterhalf.errors import InputError
 from betterhalf.models.blocked_attention import blocked_attention
 from betterhalf.precision.island_hooks import round_through
-from betterhalf.precision.products import quick
+from betterhalf.precision.products import has_native_matmul
 from betterhalf.types import PackedSegment
 
 Segments = tuple[PackedSegment, ...]
@@ -89,7 +89,7 @@ def _has_convolution(module: torch.nn.Module) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class SegmentBatch:
     """Neighbouring segments of one length, whose prefixes have one length too: they share an attention call."""
 
     count: int
@@ -103,15 +103,15 @@ class Run:
 
 
 @lru_cache(maxsize=64)
-def runs_of(segments: Segments) -> tuple[Run, ...]:
+def segment_batches(segments: Segments) -> tuple[SegmentBatch, ...]:
     """The runs of a pack, in order; every layer asks for them."""
-    runs: list[Run] = []
+    runs: list[SegmentBatch] = []
     places: list[tuple[int, int]] = []
     for (length, before), group in groupby(segments, key=lambda segment: (segment.length, _before(segments, segment))):
         members = tuple(group)
         places.extend((len(runs), k) for k in range(len(members)))
         prefixes = tuple(places[member.prefix] for member in members if member.prefix is not None)
-        runs.append(Run(count=len(members), length=length, prefix_length=before, prefixes=prefixes))
+        runs.append(SegmentBatch(count=len(members), length=length, prefix_length=before, prefixes=prefixes))
     return tuple(runs)
 
 
@@ -142,7 +142,7 @@ def _by_runs(
     attend: _Attend, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None
 ) -> Tensor:
     """Attention of each segment: q [1, heads, T, D], k and v [1, kv_heads, T, D] -> [1, T, heads, D]."""
-    runs = runs_of(segments)
+    runs = segment_batches(segments)
     queries, keys, values = (
         _folded(q, runs),
         _after_prefixes(_folded(k, runs), runs),
@@ -155,7 +155,7 @@ def _by_runs(
     return torch.cat(parts).unsqueeze(0)
 
 
-def _folded(x: Tensor, runs: tuple[Run, ...]) -> list[Tensor]:
+def _folded(x: Tensor, runs: tuple[SegmentBatch, ...]) -> list[Tensor]:
     """The rows of each run, [N, heads, L, D], from those of the pack, [1, heads, T, D]."""
     pieces = torch.split(x[0], [run.count * run.length for run in runs], dim=1)
     return [
@@ -164,7 +164,7 @@ def _folded(x: Tensor, runs: tuple[Run, ...]) -> list[Tensor]:
     ]
 
 
-def _after_prefixes(folded: list[Tensor], runs: tuple[Run, ...]) -> list[Tensor]:
+def _after_prefixes(folded: list[Tensor], runs: tuple[SegmentBatch, ...]) -> list[Tensor]:
     """Each run's keys (or values) with those of its prefixes before them: [N, kv_heads, P + L, D]."""
     # One unbind for each run that holds prompts: its gradient is one stack, however many siblings there are.
     prompts = {index: folded[index].unbind() for index in {index for run in runs for index, _ in run.prefixes}}
@@ -178,7 +178,7 @@ def _after_prefixes(folded: list[Tensor], runs: tuple[Run, ...]) -> list[Tensor]
 
 def _own_dtype(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
     """`_by_runs` as the query's dtype is multiplied; a format that the processor cannot multiply is left to torch."""
-    if q.is_cuda or not quick(q.dtype):
+    if q.is_cuda or not has_native_matmul(q.dtype):
         return _by_runs(_fused, q, k, v, segments, scale, window)
     return _blocked(q, k, v, segments, scale, window, q.dtype)
 

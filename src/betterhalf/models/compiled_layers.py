@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from betterhalf.errors import InputError
-from betterhalf.precision.half_linear import HalfLinear
+from betterhalf.precision.cpu_linear import CpuLinear
 
 
 def compile_layers(decoder: Any, device: torch.device) -> None:
@@ -25,7 +25,7 @@ def compile_layers(decoder: Any, device: torch.device) -> None:
         _require_compiler()
     for layer in decoder.layers:
         for part in layer.modules():
-            if isinstance(part, HalfLinear):
+            if isinstance(part, CpuLinear):
                 part.forward = torch.compiler.disable(part.forward)  # type: ignore[method-assign, no-untyped-call]
         layer.compile(dynamic=True, options={"emulate_precision_casts": True})
 

@@ -16,53 +16,53 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from betterhalf.errors import InputError
-from betterhalf.precision.half_embedding import HalfEmbedding
-from betterhalf.precision.half_linear import HalfLinear
-from betterhalf.precision.policy import PrecisionPolicy
+from betterhalf.precision.cpu_embedding import CpuEmbedding
+from betterhalf.precision.cpu_linear import CpuLinear
+from betterhalf.precision.roles import Precision
 
 # -- what is covered
 
 
-def require_covered(module: nn.Module, policy: PrecisionPolicy) -> None:
+def require_covered(module: nn.Module, precision: Precision) -> None:
     """Refuse weights that belong to no layer with a precision rule; in FP32 there is no rule to keep.
 
-    Call it when parameters have the compute dtype and `use_half_linear` and `use_half_embedding` have replaced theirs.
+    Call it when parameters have the compute dtype and `use_cpu_linear` and `use_cpu_embedding` have replaced theirs.
 
     Raises:
         InputError: names the modules that hold a parameter of two or more axes and are no such layer.
     """
-    if policy.roles.compute_dtype == "fp32":
+    if precision.roles.compute_dtype == "fp32":
         return
     bare = [
         f"{name or 'the model'} ({type(part).__name__})"
         for name, part in module.named_modules()
         if any(p.is_floating_point() and p.dim() > 1 for p in part.parameters(recurse=False))
-        and not _covered(part, policy)
+        and not _covered(part, precision)
     ]
     if bare:
-        raise InputError(_uncovered(bare, policy))
+        raise InputError(_uncovered(bare, precision))
 
 
-def _covered(part: nn.Module, policy: PrecisionPolicy) -> bool:
+def _covered(part: nn.Module, precision: Precision) -> bool:
     """Exactly the layers with rules; a subclass may compute what it likes."""
-    sums = policy.fp32_sums(policy.roles.compute_dtype)
+    sums = precision.fp32_sums(precision.roles.compute_dtype)
     if type(part) is nn.Linear:
         return part.weight.dtype == torch.float32 or not sums
     if type(part) is nn.Embedding:
-        return policy.device.type != "cpu" or part.weight.dtype == torch.float32
-    return type(part) in (HalfLinear, HalfEmbedding)
+        return precision.device.type != "cpu" or part.weight.dtype == torch.float32
+    return type(part) in (CpuLinear, CpuEmbedding)
 
 
-def _uncovered(names: Sequence[str], policy: PrecisionPolicy) -> str:
+def _uncovered(names: Sequence[str], precision: Precision) -> str:
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (
-        f"the precision rules of {policy.roles.compute_dtype} cover nn.Linear and nn.Embedding, but the model also "
+        f"the precision rules of {precision.roles.compute_dtype} cover nn.Linear and nn.Embedding, but the model also "
         f"multiplies by weights in {shown}; train it with precision=fp32, or use a model such as llama, mistral, "
         "qwen2 or qwen3"
     )
 
 
-def require_no_half_products(module: nn.Module, policy: PrecisionPolicy, run: Callable[[], object]) -> None:
+def require_no_half_products(module: nn.Module, precision: Precision, run: Callable[[], object]) -> None:
     """Refuse a model that multiplies half tensors past its covered layers where products must have FP32 sums.
 
     Args:
@@ -73,14 +73,14 @@ def require_no_half_products(module: nn.Module, policy: PrecisionPolicy, run: Ca
     Raises:
         InputError: names the weights, as far as they are parameters.
     """
-    if not policy.fp32_sums(policy.roles.compute_dtype):
+    if not precision.fp32_sums(precision.roles.compute_dtype):
         return
     with torch.no_grad(), _HalfProducts() as seen:
         run()
     if seen.operands:
         names = {parameter.data_ptr(): name for name, parameter in module.named_parameters()}
         found = {names.get(operand.data_ptr(), "") for operand in seen.operands} - {""}
-        raise InputError(_uncovered(sorted(found) or ["operations of its own"], policy))
+        raise InputError(_uncovered(sorted(found) or ["operations of its own"], precision))
 
 
 _PRODUCTS = {
@@ -108,15 +108,15 @@ class _HalfProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
 # -- what runs
 
 
-def linear_layers(module: nn.Module, head: nn.Module | None) -> list[nn.Linear | HalfLinear]:
+def linear_layers(module: nn.Module, head: nn.Module | None) -> list[nn.Linear | CpuLinear]:
     """The covered linear layers of a model, each once, without the LM head."""
-    parts = (part for part in module.modules() if isinstance(part, nn.Linear | HalfLinear) and part is not head)
-    return [part for part in parts if type(part) in (nn.Linear, HalfLinear)]
+    parts = (part for part in module.modules() if isinstance(part, nn.Linear | CpuLinear) and part is not head)
+    return [part for part in parts if type(part) in (nn.Linear, CpuLinear)]
 
 
-def described(layers: Sequence[nn.Linear | HalfLinear]) -> str:
+def described(layers: Sequence[nn.Linear | CpuLinear]) -> str:
     """For the contract: how many layers there are of each kind."""
-    return in_words("fp32" if _is_fp32(x) else "widened" if isinstance(x, HalfLinear) else "native" for x in layers)
+    return in_words("fp32" if _is_fp32(x) else "widened" if isinstance(x, CpuLinear) else "native" for x in layers)
 
 
 LayerKind = Literal["widened", "native", "fp32"]
@@ -131,11 +131,11 @@ def in_words(kinds: Iterable[LayerKind]) -> str:
     return ", ".join(f"{counts[kind]} {words}" for kind, words in _KINDS.items() if counts[kind]) or "none"
 
 
-def _is_fp32(layer: nn.Linear | HalfLinear) -> bool:
+def _is_fp32(layer: nn.Linear | CpuLinear) -> bool:
     return layer.weight.dtype == torch.float32
 
 
-def layers_sum(layers: Sequence[nn.Linear | HalfLinear]) -> str:
+def layers_sum(layers: Sequence[nn.Linear | CpuLinear]) -> str:
     """For the contract: the sums of a model's layers, forward and backward, one of each kind and shape being run."""
     kinds = {(type(x), x.weight.shape, x.weight.dtype, x.bias is None): x for x in reversed(layers)}
     return sums_in_words([_sums_in_fp32(layer) for layer in kinds.values()])
@@ -161,7 +161,7 @@ def sums_in_fp32(multiply: Callable[[Tensor, Tensor], Tensor], weight: Tensor) -
     return _exact(multiply(_ones(_ROWS, inputs, weight), _terms(min(outputs, _RESULTS), inputs, weight)), weight)
 
 
-def _sums_in_fp32(layer: nn.Linear | HalfLinear) -> bool:
+def _sums_in_fp32(layer: nn.Linear | CpuLinear) -> bool:
     """Run the layer on other weights: its results, and its gradients of inputs and of weights, as sums of `_terms`."""
     weight = layer.weight.detach()
     outputs, inputs = weight.shape
@@ -176,7 +176,7 @@ def _sums_in_fp32(layer: nn.Linear | HalfLinear) -> bool:
 
 
 @torch.enable_grad()
-def _pass(layer: nn.Linear | HalfLinear, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _pass(layer: nn.Linear | CpuLinear, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Result, and the gradients of x and weight when each result has gradient 1."""
     x, weight = (t.contiguous().requires_grad_() for t in (x, weight))
     others = {} if layer.bias is None else {"bias": torch.zeros_like(weight[:, 0])}

@@ -178,7 +178,7 @@ def _exact_batches() -> bool:
     return bool(((found - exact).abs() <= 128 * 2.0**-24 * exact).all())
 
 
-def quick(dtype: torch.dtype) -> bool:
+def has_native_matmul(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies the format itself; torch's fallback is ten times slower than FP32."""
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 

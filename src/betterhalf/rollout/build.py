@@ -8,29 +8,27 @@ from typing import Any
 import torch
 
 from betterhalf.config.schema import NativeEngineConfig, RunConfig, VllmEngineConfig
-from betterhalf.precision.policy import PrecisionPolicy
+from betterhalf.precision.roles import Precision
 from betterhalf.rollout.engine import RolloutEngine
 from betterhalf.rollout.native.config import decoder_config
 from betterhalf.rollout.native.engine import NativeEngine, require_kernels
 from betterhalf.rollout.vllm.engine import VllmEngine
 from betterhalf.rollout.vllm.options import architectures, check_installed, check_sampling
 
-_Builder = Callable[[RunConfig, Any, tuple[int, ...], PrecisionPolicy], RolloutEngine]
+_Builder = Callable[[RunConfig, Any, tuple[int, ...], Precision], RolloutEngine]
 
 
-def _native(
-    config: RunConfig, hf_config: Any, stop_token_ids: tuple[int, ...], policy: PrecisionPolicy
-) -> RolloutEngine:
+def _native(config: RunConfig, hf_config: Any, stop_token_ids: tuple[int, ...], precision: Precision) -> RolloutEngine:
     assert isinstance(config.engine, NativeEngineConfig)
-    return NativeEngine(hf_config, policy=policy, config=config.engine, stop_token_ids=stop_token_ids)
+    return NativeEngine(hf_config, precision=precision, config=config.engine, stop_token_ids=stop_token_ids)
 
 
-def _vllm(config: RunConfig, hf_config: Any, stop_token_ids: tuple[int, ...], policy: PrecisionPolicy) -> RolloutEngine:
+def _vllm(config: RunConfig, hf_config: Any, stop_token_ids: tuple[int, ...], precision: Precision) -> RolloutEngine:
     assert isinstance(config.engine, VllmEngineConfig)
     check_sampling(config.sampling)
     return VllmEngine(
         hf_config,
-        policy=policy,
+        precision=precision,
         config=config.engine,
         stop_token_ids=stop_token_ids,
         seed=config.seed,
@@ -78,7 +76,7 @@ def require_engine(config: RunConfig, device: torch.device) -> None:
 
 
 def build_engine(
-    config: RunConfig, hf_config: Any, stop_token_ids: Iterable[int], policy: PrecisionPolicy
+    config: RunConfig, hf_config: Any, stop_token_ids: Iterable[int], precision: Precision
 ) -> RolloutEngine:
     """The engine that `config.engine.type` names, without weights.
 
@@ -92,4 +90,4 @@ def build_engine(
         InputError: the engine does not know the architecture, or cannot do what is asked.
         MissingExtraError: the engine is not installed.
     """
-    return _ENGINES[config.engine.type](config, hf_config, tuple(stop_token_ids), policy)
+    return _ENGINES[config.engine.type](config, hf_config, tuple(stop_token_ids), precision)

@@ -26,8 +26,8 @@ from betterhalf.metrics import events
 from betterhalf.metrics.several import SeveralRuns
 from betterhalf.process import chosen_threads, usable_cores
 from betterhalf.run_dir import RunDir
-from betterhalf.runs.assembly import choose_device
 from betterhalf.runs.data_check import permission
+from betterhalf.setup.device import choose_device
 
 BYTES_PER_PARAMETER = 32
 """Memory of an arm on a CPU, estimated by what it holds: FP32 masters, two Adam states and gradients (16), the

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from betterhalf.rollout.engine import require_version
 from betterhalf.runs.assembly import Parts
-from betterhalf.runs.decoding import completion_texts
-from betterhalf.runs.recovery import Restarts, restarts_of, surviving
+from betterhalf.runs.recovery import Restarts, restarts_of, retry_on_engine_death
 from betterhalf.runs.stopwatch import Stopwatch
 from betterhalf.runs.weight_sync import revive
+from betterhalf.setup.decoding import completion_texts
 from betterhalf.tasks.rewards import check_rewards
 from betterhalf.types import Completion, GenerateRequest, Prompt, Rollout, RolloutGroup
 
@@ -156,7 +156,7 @@ def _generate(parts: Parts, requests: list[GenerateRequest], restarts: Restarts)
         parts.engine.wake()
         return parts.engine.generate(requests, parts.config.sampling)
 
-    siblings = surviving(sample, lambda: revive(parts), restarts)
+    siblings = retry_on_engine_death(sample, lambda: revive(parts), restarts)
     require_version(siblings, parts.trainer.policy_version)
     return siblings
 

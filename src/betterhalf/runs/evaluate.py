@@ -15,19 +15,21 @@ from typing import Any
 from betterhalf.config.load import resolved_json
 from betterhalf.config.schema import RunConfig
 from betterhalf.environment import environment
-from betterhalf.errors import BetterhalfError, CheckpointError, InputError
+from betterhalf.errors import BetterhalfError, InputError
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.metrics.console import show_note
 from betterhalf.precision.contract import Contract, folded_digest
 from betterhalf.run_dir import RunDir, append_jsonl, read_json, read_jsonl, write_json_atomic, write_text_atomic
-from betterhalf.runs.assembly import Parts, assemble, write_left_out
+from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.collect import sample_groups
 from betterhalf.runs.data_check import require_same_data, without_permission
-from betterhalf.runs.folder import run_folder
 from betterhalf.runs.stopwatch import Stopwatch
 from betterhalf.runs.train import require_same_config
 from betterhalf.runs.truncation import ADVICE
 from betterhalf.runs.weight_sync import first_sync
+from betterhalf.setup.data import write_left_out
+from betterhalf.setup.folder import run_folder
+from betterhalf.setup.trained_policy import newest_checkpoint, require_checkpoint
 from betterhalf.training import checkpoint
 from betterhalf.types import Prompt, RolloutGroup
 
@@ -245,27 +247,3 @@ def load_trained(parts: Parts, run_path: str) -> int:
     parts.trainer.weights.load(saved.tensors["model"])
     parts.trainer.policy_version = int(saved.values["trainer"]["policy_version"])
     return saved.step
-
-
-def newest_checkpoint(run_path: str) -> tuple[Path, checkpoint.Checkpoint]:
-    """Path and content of a run's newest checkpoint.
-
-    Raises:
-        CheckpointError: there is none, or it is corrupted.
-    """
-    path = require_checkpoint(run_path)
-    return path, checkpoint.load(path)
-
-
-def require_checkpoint(run_path: str) -> Path:
-    """Path of a run's newest checkpoint.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = checkpoint.latest(RunDir.open(run_path).checkpoints)
-    if path is None:
-        raise CheckpointError(
-            f"run {run_path} has no checkpoint yet; let it reach one (training.checkpoint_every), or name a model"
-        )
-    return path

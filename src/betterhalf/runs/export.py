@@ -15,8 +15,8 @@ from betterhalf.models.files import first_line, quiet
 from betterhalf.models.loading import LoadedModel, load_model
 from betterhalf.precision.formats import torch_dtype
 from betterhalf.run_dir import RunDir, disk_full
-from betterhalf.runs.evaluate import newest_checkpoint
-from betterhalf.runs.model_checks import show_notes
+from betterhalf.setup.model_checks import show_notes
+from betterhalf.setup.trained_policy import newest_checkpoint
 from betterhalf.training import checkpoint
 
 

@@ -19,7 +19,7 @@ from betterhalf.algorithms.loss_stats import LossStats, policy_metrics
 from betterhalf.algorithms.policy_loss import batch_denominators, kept_counts, kept_mask
 from betterhalf.diagnostics.budget import budget_metrics, fit_budget
 from betterhalf.diagnostics.logprob_gap import GapProfile, gap_profile, mismatch_metrics
-from betterhalf.process import settled
+from betterhalf.process import frozen_gc
 from betterhalf.runs import watchdog
 from betterhalf.runs.assembly import Parts
 from betterhalf.runs.collect import Collected, collect_groups
@@ -99,7 +99,7 @@ class Gap:
 
 def train_steps(parts: Parts, progress: Progress, on_step: Callable[[StepResult], None]) -> Progress:
     """Run the steps after `progress` up to `training.steps`, telling `on_step` of each when it is complete."""
-    with settled():
+    with frozen_gc():
         while progress.step < parts.config.training.steps:
             result = train_step(parts, progress)
             progress = result.progress
@@ -114,7 +114,7 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
     parts.engine.sleep()
     advantages = step_advantages(parts, collected)
     batch = pack_step(
-        collected.rollouts, advantages, parts.config, step, parts.policy.device, left_out=collected.left_out_rollouts
+        collected.rollouts, advantages, parts.config, step, parts.precision.device, left_out=collected.left_out_rollouts
     )
     with clock("measure"):
         measured = measure(parts, batch, step)
@@ -138,7 +138,7 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
         **clock.metrics(_PHASES),
         "system/tokens_per_second": collected.tokens / seconds,
         "system/kept_tokens_per_second": collected.kept_tokens / seconds,
-        "system/peak_memory_gib": peak_memory_gib(parts.policy.device),
+        "system/peak_memory_gib": peak_memory_gib(parts.precision.device),
     }
     return StepResult(
         progress=Progress(step=step, position=collected.position, watch=watch.state),

@@ -9,10 +9,11 @@ from betterhalf.environment import environment
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.precision.contract import folded_digest
 from betterhalf.run_dir import RunDir, plain_json, truncate_jsonl
-from betterhalf.runs.assembly import Parts, assemble, write_left_out
+from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.data_check import allows_changed_data, task_prefix
 from betterhalf.runs.evaluate import score_prompts
 from betterhalf.runs.weight_sync import first_sync
+from betterhalf.setup.data import write_left_out
 from betterhalf.tasks.perfectible import (
     Provenance,
     SolvedRow,

@@ -40,7 +40,7 @@ def restarts_of(config: RunConfig) -> Restarts:
     return Restarts(config.engine.max_restarts if isinstance(config.engine, VllmEngineConfig) else 0)
 
 
-def surviving(action: Callable[[], _T], revive: Callable[[], object], restarts: Restarts) -> _T:
+def retry_on_engine_death(action: Callable[[], _T], revive: Callable[[], object], restarts: Restarts) -> _T:
     """The result of `action`; when the engine dies in it, `revive` and do it again.
 
     `revive` may find the new engine dead as well: that counts like another death.

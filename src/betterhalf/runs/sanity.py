@@ -23,11 +23,11 @@ from betterhalf.runs.arms import plan_arms, train_side_by_side
 from betterhalf.runs.assembly import Parts, with_precision
 from betterhalf.runs.data_check import without_permission
 from betterhalf.runs.evaluate import average_reward, score_prompts
-from betterhalf.runs.folder import run_folder
-from betterhalf.runs.model_checks import check_roles
 from betterhalf.runs.perfect import build_perfectible
 from betterhalf.runs.train import recorded_threads, require_same_config, run_training, summarise
 from betterhalf.runs.watchdog import require_sound_levels
+from betterhalf.setup.folder import run_folder
+from betterhalf.setup.model_checks import check_roles
 
 ARM_KEYS = ("passed", "final_accuracy", "mismatch_k3", "mismatch_max_abs", "skipped_steps", "seconds")
 

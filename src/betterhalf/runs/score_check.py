@@ -12,7 +12,7 @@ import torch
 
 from betterhalf.errors import WeightSyncError
 from betterhalf.precision.formats import FORMATS
-from betterhalf.precision.policy import PrecisionPolicy
+from betterhalf.precision.roles import Precision
 from betterhalf.runs.assembly import Parts
 from betterhalf.types import MicroBatch, PackedSegment
 
@@ -24,12 +24,12 @@ _FLOOR = 1e-3
 """Nats; where both formats are fine, other orders of summation still differ."""
 
 
-def tolerance(policy: PrecisionPolicy, mean_logprob: float) -> float:
+def tolerance(precision: Precision, mean_logprob: float) -> float:
     """Mean absolute difference of logprobs, in nats, that rounding may make.
 
     The largest of 1e-3, 64 unit roundoffs, and 16 unit roundoffs times the mean absolute logprob.
     """
-    formats = (policy.roles.compute_dtype, policy.roles.rollout_dtype)
+    formats = (precision.roles.compute_dtype, precision.roles.rollout_dtype)
     roundoff = max(FORMATS[name].unit_roundoff for name in formats)
     return max(_FLOOR, roundoff * max(_ROUNDOFFS, _RELATIVE * abs(mean_logprob)))
 
@@ -40,7 +40,7 @@ def score_difference(parts: Parts) -> tuple[float, float]:
     hf_config = parts.trainer.module.config
     token_ids = fixed_tokens(hf_config.vocab_size, min(_TOKENS, hf_config.max_position_embeddings))
     behavior = torch.tensor(parts.engine.score([token_ids])[0], dtype=torch.float64)
-    logprobs, _ = parts.trainer.measure(_whole(token_ids, parts.policy.device), temperature=1.0)
+    logprobs, _ = parts.trainer.measure(_whole(token_ids, parts.precision.device), temperature=1.0)
     return float((logprobs.double().cpu() - behavior).abs().mean()), float(logprobs.double().mean())
 
 
@@ -56,7 +56,7 @@ def check_scores(parts: Parts) -> None:
     difference, mean_logprob = score_difference(parts)
     if not math.isfinite(mean_logprob):
         return
-    allowed = tolerance(parts.policy, mean_logprob)
+    allowed = tolerance(parts.precision, mean_logprob)
     if not difference <= allowed:
         raise WeightSyncError(
             f"after the weight sync the engine scores a prompt {difference:.3g} nats per token apart from the trainer "

@@ -18,12 +18,13 @@ from betterhalf.precision.contract import Contract
 from betterhalf.process import chosen_threads
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, append_jsonl, read_json, read_jsonl, truncate_jsonl, write_json_atomic
-from betterhalf.runs.assembly import Parts, algorithm_record, assemble, write_left_out
+from betterhalf.runs.assembly import Parts, algorithm_record, assemble
 from betterhalf.runs.data_check import RESUMABLE_KEYS, require_same_data, without_permission
-from betterhalf.runs.folder import run_folder
 from betterhalf.runs.loop import KeptRollout, Progress, StepResult, train_steps
 from betterhalf.runs.watchdog import Alarm, Stopped, WatchState, require_sound_levels
 from betterhalf.runs.weight_sync import first_sync
+from betterhalf.setup.data import write_left_out
+from betterhalf.setup.folder import run_folder
 from betterhalf.training import checkpoint
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from betterhalf.precision.contract import Contract, compare, enforce, tensor_digest, verify_sync
 from betterhalf.runs.assembly import Parts
-from betterhalf.runs.recovery import restarts_of, surviving
+from betterhalf.runs.recovery import restarts_of, retry_on_engine_death
 from betterhalf.runs.score_check import check_scores
 
 
@@ -20,7 +20,7 @@ def first_sync(parts: Parts) -> Contract:
         ContractError: the two sides differ in precision and `precision.allow_difference` is false.
         WeightSyncError, EngineDiedError: as `sync_weights`.
     """
-    return surviving(lambda: _first(parts), parts.engine.restart, restarts_of(parts.config))
+    return retry_on_engine_death(lambda: _first(parts), parts.engine.restart, restarts_of(parts.config))
 
 
 def sync_weights(parts: Parts) -> None:
@@ -32,7 +32,7 @@ def sync_weights(parts: Parts) -> None:
         WeightSyncError: the engine holds other tensors than were sent, or does not compute with them.
         EngineDiedError: the engine dies again and again.
     """
-    surviving(lambda: _sync(parts), parts.engine.restart, restarts_of(parts.config))
+    retry_on_engine_death(lambda: _sync(parts), parts.engine.restart, restarts_of(parts.config))
 
 
 def revive(parts: Parts) -> None:
@@ -66,7 +66,7 @@ def _send(parts: Parts) -> None:
     trainer, engine = parts.trainer, parts.engine
     engine.wake()
     sent: dict[str, str] = {}
-    wire = _noting(trainer.wire_weights(), parts.policy.rollout_dtype, sent)
+    wire = _noting(trainer.wire_weights(), parts.precision.rollout_dtype, sent)
     engine.load_weights(wire, policy_version=trainer.policy_version)
     verify_sync(sent, engine.digests())
 

@@ -20,16 +20,16 @@ from betterhalf.models.compiled_layers import compile_layers
 from betterhalf.models.loading import LoadedModel
 from betterhalf.precision import coverage
 from betterhalf.precision.contract import SideReport, weights_digests
+from betterhalf.precision.cpu_embedding import use_cpu_embedding
+from betterhalf.precision.cpu_linear import Widened, use_cpu_linear
 from betterhalf.precision.formats import dtype_name, narrowest_format
-from betterhalf.precision.half_embedding import use_half_embedding
-from betterhalf.precision.half_linear import Widened, use_half_linear
 from betterhalf.precision.island_hooks import use_islands
 from betterhalf.precision.loss_scaler import LossScaler, build_loss_scaler
-from betterhalf.precision.policy import PrecisionPolicy
-from betterhalf.precision.products import quick
+from betterhalf.precision.products import has_native_matmul
+from betterhalf.precision.roles import Precision
 from betterhalf.training.distributed import Collective, SingleProcess
 from betterhalf.training.master_weights import MasterWeights
-from betterhalf.training.token_scores import Chunks, Head, head_logits, measure_tokens, token_logprobs
+from betterhalf.training.token_scores import Head, LogitsWorkspace, head_logits, measure_tokens, token_logprobs
 from betterhalf.types import Denominators, MicroBatch, PackedSegment
 
 
@@ -59,7 +59,7 @@ class PolicyTrainer:
         model: LoadedModel,
         *,
         config: RunConfig,
-        policy: PrecisionPolicy,
+        precision: Precision,
         algorithm: Algorithm,
         collective: Collective | None = None,
     ) -> None:
@@ -71,32 +71,32 @@ class PolicyTrainer:
                 compiler.
         """
         self.config = config
-        self.policy = policy
+        self.precision = precision
         self.algorithm = algorithm
         self.collective: Collective = collective or SingleProcess()
         self.policy_version = 0
-        self.module = model.module.to(policy.device)
+        self.module = model.module.to(precision.device)
         require_no_dropout(self.module.config)
-        self.islands = policy.islands(self.module.config.num_hidden_layers, policy.roles.compute_dtype)
-        use_islands(self.module, self.islands, policy.compute_dtype)
-        self.weights = MasterWeights(self.module, policy.compute_dtype, self.islands)
-        use_half_linear(self.module, policy)
-        use_half_embedding(self.module, policy)
-        coverage.require_covered(self.module, policy)
-        sums = policy.fp32_sums(policy.roles.compute_dtype)
-        self.attention = attention_name(policy.device, _head_dim(self.module.config), fp32_sums=sums)
+        self.islands = precision.islands(self.module.config.num_hidden_layers, precision.roles.compute_dtype)
+        use_islands(self.module, self.islands, precision.compute_dtype)
+        self.weights = MasterWeights(self.module, precision.compute_dtype, self.islands)
+        use_cpu_linear(self.module, precision)
+        use_cpu_embedding(self.module, precision)
+        coverage.require_covered(self.module, precision)
+        sums = precision.fp32_sums(precision.roles.compute_dtype)
+        self.attention = attention_name(precision.device, _head_dim(self.module.config), fp32_sums=sums)
         use_packed_attention(self.module, self.attention, compiled=config.training.compile_layers)
         if config.training.activation_checkpointing:
             self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.module.train()
-        coverage.require_no_half_products(self.module, policy, lambda: self._few_hidden(2))
+        coverage.require_no_half_products(self.module, precision, lambda: self._few_hidden(2))
         if config.training.compile_layers:
-            compile_layers(self.module.get_decoder(), policy.device)
-        self.scaler: LossScaler = build_loss_scaler(config.precision.loss_scale, policy.roles.compute_dtype)
+            compile_layers(self.module.get_decoder(), precision.device)
+        self.scaler: LossScaler = build_loss_scaler(config.precision.loss_scale, precision.roles.compute_dtype)
         self.optimizer = self._build_optimizer()
-        self._head_leaf = self._head_weight()
-        self._head_wide = Widened(self._head_leaf)
-        self._chunks = Chunks(logits=config.training.logits_mib * 2**18)
+        self._head_parameter = self._make_head_parameter()
+        self._head_wide = Widened(self._head_parameter)
+        self._workspace = LogitsWorkspace(logits=config.training.logits_mib * 2**18)
 
     def _build_optimizer(self) -> torch.optim.AdamW:
         settings = self.config.optimizer
@@ -123,7 +123,7 @@ class PolicyTrainer:
         # An embedding, because siblings repeat a row: on a GPU its gradient is added up in FP32, in a fixed order.
         return functional.embedding(micro.loss_rows_C, hidden_TH)
 
-    def _head_weight(self) -> Tensor:
+    def _make_head_parameter(self) -> Tensor:
         """The head's weight, [V, H]: a leaf of its own also when it is tied to the embedding."""
         weight: torch.nn.Parameter = self.module.get_output_embeddings().weight
         tied = weight is self.module.get_input_embeddings().weight
@@ -131,10 +131,12 @@ class PolicyTrainer:
 
     def _head(self) -> Head:
         """The head as its products use it: on a CPU logits take it widened to FP32, once for each update."""
-        weight = self._head_leaf.detach()
+        weight = self._head_parameter.detach()
         wide = weight if weight.is_cuda or weight.dtype == torch.float32 else self._head_wide()
-        native = weight.is_cuda or (quick(weight.dtype) and not self.policy.fp32_sums(self.policy.roles.compute_dtype))
-        return Head(leaf=self._head_leaf, scoring=wide, learning=weight if native else wide)
+        native = weight.is_cuda or (
+            has_native_matmul(weight.dtype) and not self.precision.fp32_sums(self.precision.roles.compute_dtype)
+        )
+        return Head(weight=self._head_parameter, logits_weight=wide, grad_weight=weight if native else wide)
 
     @torch.no_grad()
     def measure(self, micro: MicroBatch, temperature: float | None = None) -> tuple[Tensor, Tensor]:
@@ -146,13 +148,13 @@ class PolicyTrainer:
         with torch.set_grad_enabled(self.config.training.compile_layers):
             hidden = self._hidden_rows(micro).detach()
         temperature = self.config.sampling.temperature if temperature is None else temperature
-        return measure_tokens(hidden, self._head(), micro.target_ids_C, temperature, self._chunks)
+        return measure_tokens(hidden, self._head(), micro.target_ids_C, temperature, self._workspace)
 
     def score(self, micro: MicroBatch) -> Tensor:
         """Trainer logprobs of each completion token, float32 [C], with gradients; bitwise those of `measure`."""
         hidden = self._hidden_rows(micro)
         temperature = self.config.sampling.temperature
-        return token_logprobs(hidden, self._head(), micro.target_ids_C, temperature, self._chunks)
+        return token_logprobs(hidden, self._head(), micro.target_ids_C, temperature, self._workspace)
 
     # -- learning
 
@@ -203,7 +205,7 @@ class PolicyTrainer:
 
     def wire_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(unfused Hugging Face name, master rounded once to the wire dtype)."""
-        return self.weights.on_the_wire(self.policy.wire_dtype)
+        return self.weights.on_the_wire(self.precision.wire_dtype)
 
     def report(self) -> SideReport:
         """What the trainer really runs, read from its live tensors and a forward pass over a few tokens.
@@ -242,7 +244,7 @@ class PolicyTrainer:
                 "fp32_modules": self.islands.described(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
-                "device": str(self.policy.device),
+                "device": str(self.precision.device),
             },
             digests=weights_digests(self.weights.computing()),
         )
@@ -253,16 +255,16 @@ class PolicyTrainer:
         hidden = self._few_hidden(8)
         if not bool(hidden.isfinite().all()):
             raise NumericsError(
-                f"the trainer's hidden states are not finite in {self.policy.roles.compute_dtype}; check the model's "
-                "files for NaN, or train in a wider range with precision=bf16 or precision=fp32, or make the modules "
-                "that overflow FP32 islands with precision.fp32_modules"
+                f"the trainer's hidden states are not finite in {self.precision.roles.compute_dtype}; check the "
+                "model's files for NaN, or train in a wider range with precision=bf16 or precision=fp32, or make the "
+                "modules that overflow FP32 islands with precision.fp32_modules"
             )
-        return hidden, head_logits(hidden, self._head().scoring)
+        return hidden, head_logits(hidden, self._head().logits_weight)
 
     def _few_hidden(self, most: int) -> Tensor:
         """Final hidden states of the first ids of the vocabulary, `most` or all of them: [T, H]."""
         count = min(most, self.module.get_input_embeddings().weight.shape[0])
-        ids = torch.arange(count, device=self.policy.device).unsqueeze(0)
+        ids = torch.arange(count, device=self.precision.device).unsqueeze(0)
         whole = PackLayout((PackedSegment(length=count),))
         out = self.module.get_decoder()(input_ids=ids, position_ids=ids, layout=whole, use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]

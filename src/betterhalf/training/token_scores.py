@@ -32,15 +32,15 @@ _FEWEST_COLUMNS = 256
 class Head:
     """The LM head's weight, [V, H], once for the optimizer and once for each kind of product; often the same tensor."""
 
-    leaf: Tensor
+    weight: Tensor
     """In the compute dtype; receives the gradient, rounded once."""
-    scoring: Tensor
+    logits_weight: Tensor
     """For logits: FP32 on a CPU, the leaf's values in the compute dtype on a GPU."""
-    learning: Tensor
+    grad_weight: Tensor
     """For the gradient's products: FP32, or half where half products are the device's own."""
 
 
-class Chunks:
+class LogitsWorkspace:
     """How much of the logits is alive at once, and on a CPU the memory they lie in.
 
     That memory is kept from pass to pass: Linux takes large pieces back when they are free, and to fault them in anew
@@ -99,46 +99,46 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_CH: Tensor,
-        leaf_VH: Tensor,
-        scoring_VH: Tensor,
-        learning_VH: Tensor,
+        weight_VH: Tensor,
+        logits_weight_VH: Tensor,
+        grad_weight_VH: Tensor,
         targets_C: Tensor,
         temperature: float,
-        chunks: Chunks,
+        workspace: LogitsWorkspace,
     ) -> Tensor:
-        rows, parts = chunks.rows(scoring_VH.shape[0]), []
+        rows, parts = workspace.rows(logits_weight_VH.shape[0]), []
         for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True):
-            logits = chunks.multiply(hidden, scoring_VH)
+            logits = workspace.multiply(hidden, logits_weight_VH)
             parts.append(ops.normalised(logits, targets, temperature))
         logprobs_C, normaliser_C = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        ctx.save_for_backward(hidden_CH, scoring_VH, learning_VH, targets_C, normaliser_C)
-        ctx.leaf_VH = leaf_VH
-        ctx.temperature, ctx.chunks = temperature, chunks
-        ctx.logits_CV, ctx.use = (logits if len(parts) == 1 else None), chunks.uses
+        ctx.save_for_backward(hidden_CH, logits_weight_VH, grad_weight_VH, targets_C, normaliser_C)
+        ctx.weight_VH = weight_VH
+        ctx.temperature, ctx.workspace = temperature, workspace
+        ctx.logits_CV, ctx.use = (logits if len(parts) == 1 else None), workspace.uses
         return logprobs_C
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None, None]:
-        hidden_CH, scoring_VH, learning_VH, targets_C, normaliser_C = ctx.saved_tensors
+        hidden_CH, logits_weight_VH, grad_weight_VH, targets_C, normaliser_C = ctx.saved_tensors
         grad_hidden = torch.zeros(hidden_CH.shape, dtype=torch.float32, device=hidden_CH.device)
-        total = direct_sum(ctx.leaf_VH) if ctx.needs_input_grad[1] else None
+        total = direct_sum(ctx.weight_VH) if ctx.needs_input_grad[1] else None
         alone = ctx.needs_input_grad[1] and total is None
-        grad_leaf = torch.empty_like(learning_VH, dtype=hidden_CH.dtype) if alone else None
-        columns = ctx.chunks.columns(hidden_CH.shape[0], on_cpu=hidden_CH.is_cpu)
-        kept = ctx.logits_CV if ctx.use == ctx.chunks.uses else None
-        operand = hidden_CH.to(learning_VH.dtype)
-        for start in range(0, learning_VH.shape[0], columns):
+        grad_VH = torch.empty_like(grad_weight_VH, dtype=hidden_CH.dtype) if alone else None
+        columns = ctx.workspace.columns(hidden_CH.shape[0], on_cpu=hidden_CH.is_cpu)
+        kept = ctx.logits_CV if ctx.use == ctx.workspace.uses else None
+        operand = hidden_CH.to(grad_weight_VH.dtype)
+        for start in range(0, grad_weight_VH.shape[0], columns):
             part = slice(start, start + columns)
-            logits = head_logits(hidden_CH, scoring_VH[part]) if kept is None else kept[:, part]
+            logits = head_logits(hidden_CH, logits_weight_VH[part]) if kept is None else kept[:, part]
             grad_logits = _grad_logits(
-                logits, targets_C - start, normaliser_C, grad_outputs[0], ctx.temperature, learning_VH.dtype
+                logits, targets_C - start, normaliser_C, grad_outputs[0], ctx.temperature, grad_weight_VH.dtype
             )
-            grad_hidden += _product(grad_logits, learning_VH[part])
+            grad_hidden += _product(grad_logits, grad_weight_VH[part])
             if total is not None:
                 add_product(total[part], grad_logits.t(), operand.t())
-            elif grad_leaf is not None:
-                grad_leaf[part] = ctx.chunks.multiply_back(grad_logits.t(), operand)
-        return grad_hidden.to(hidden_CH.dtype), grad_leaf, None, None, None, None, None
+            elif grad_VH is not None:
+                grad_VH[part] = ctx.workspace.multiply_back(grad_logits.t(), operand)
+        return grad_hidden.to(hidden_CH.dtype), grad_VH, None, None, None, None, None
 
 
 def head_logits(hidden_CH: Tensor, wide_VH: Tensor) -> Tensor:
@@ -180,7 +180,9 @@ def _grad_logits(
     return grad.scatter_add_(1, here, (grad_C * inside).unsqueeze(-1)).to(dtype)
 
 
-def token_logprobs(hidden_CH: Tensor, head: Head, targets_C: Tensor, temperature: float, chunks: Chunks) -> Tensor:
+def token_logprobs(
+    hidden_CH: Tensor, head: Head, targets_C: Tensor, temperature: float, workspace: LogitsWorkspace
+) -> Tensor:
     """Differentiable logprobs of the targets.
 
     Args:
@@ -193,22 +195,24 @@ def token_logprobs(hidden_CH: Tensor, head: Head, targets_C: Tensor, temperature
     Returns:
         float32 [C].
     """
-    out = _TokenLogprobs.apply(hidden_CH, head.leaf, head.scoring, head.learning, targets_C, temperature, chunks)  # type: ignore[no-untyped-call]
+    out = _TokenLogprobs.apply(
+        hidden_CH, head.weight, head.logits_weight, head.grad_weight, targets_C, temperature, workspace
+    )  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
     return out
 
 
 @torch.no_grad()
 def measure_tokens(
-    hidden_CH: Tensor, head: Head, targets_C: Tensor, temperature: float, chunks: Chunks
+    hidden_CH: Tensor, head: Head, targets_C: Tensor, temperature: float, workspace: LogitsWorkspace
 ) -> tuple[Tensor, Tensor]:
     """Logprobs of the targets and entropy of their distributions, both float32 [C], without gradients.
 
     The logprobs equal those of `token_logprobs` bit for bit: same chunks, same products.
     """
-    rows, logprobs, entropies = chunks.rows(head.scoring.shape[0]), [], []
+    rows, logprobs, entropies = workspace.rows(head.logits_weight.shape[0]), [], []
     for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True):
-        logits = chunks.multiply(hidden, head.scoring)
+        logits = workspace.multiply(hidden, head.logits_weight)
         found = ops.logprobs_and_entropy(logits, targets, temperature)
         logprobs.append(found[0])
         entropies.append(found[1])

@@ -11,10 +11,10 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from betterhalf.config.schema import RunConfig
-from betterhalf.precision.policy import build_policy
+from betterhalf.precision.roles import build_precision
 from betterhalf.rollout.build import build_engine
-from betterhalf.rollout.native import blocks as blocks_module
 from betterhalf.rollout.native import decoder as decoder_module
+from betterhalf.rollout.native import fused_parameter
 from betterhalf.rollout.native import rounding as rounding_module
 from betterhalf.rollout.native.decoder import Decoder
 from betterhalf.rollout.native.kv_cache import KVCache
@@ -48,9 +48,9 @@ def decoder_of(family: str, precision: dict[str, Any], rounding: str) -> Decoder
     torch.manual_seed(5)
     module = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32).eval()
     config = RunConfig.model_validate({"precision": precision, "engine": {"rounding": rounding}})
-    policy = build_policy(config.precision, torch.device("cpu"))
-    engine: Any = build_engine(config, module.config, (), policy)
-    sent = ((name, p.detach().to(policy.wire_dtype)) for name, p in module.named_parameters())
+    roles = build_precision(config.precision, torch.device("cpu"))
+    engine: Any = build_engine(config, module.config, (), roles)
+    sent = ((name, p.detach().to(roles.wire_dtype)) for name, p in module.named_parameters())
     engine.load_weights(sent, policy_version=0)
     return engine.decoder
 
@@ -91,7 +91,7 @@ PRECISIONS: list[tuple[dict[str, Any], float]] = [
 def test_a_down_projection_in_parts_decodes_the_same(
     precision: dict[str, Any], bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks_module, "packed", lambda weight: weight)
+    monkeypatch.setattr(fused_parameter, "packed", lambda weight: weight)
     decoder, multiply = decoder_of("llama", precision, "engine"), torch.bmm
     expected = decoded(decoder, cache_for(decoder, gpu=False))
     parts: list[tuple[int, ...]] = []

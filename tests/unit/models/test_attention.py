@@ -18,7 +18,7 @@ from betterhalf.models.attention import (
     packed_attention_varlen,
     repeat_prefixes,
     require_packable,
-    runs_of,
+    segment_batches,
 )
 from betterhalf.types import PackedSegment
 
@@ -56,7 +56,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 
 
 def test_runs_have_equal_lengths_and_prefix_lengths() -> None:
-    runs = [(run.count, run.length, run.prefix_length, run.prefixes) for run in runs_of(SEGMENTS)]
+    runs = [(run.count, run.length, run.prefix_length, run.prefixes) for run in segment_batches(SEGMENTS)]
     assert runs == [
         (2, 3, 0, ()),
         (1, 5, 0, ()),

@@ -18,9 +18,9 @@ from betterhalf.algorithms.presets import resolve_algorithm
 from betterhalf.config.schema import AlgorithmConfig, RunConfig
 from betterhalf.errors import InputError
 from betterhalf.models.loading import LoadedModel
-from betterhalf.precision import half_linear
+from betterhalf.precision import cpu_linear
 from betterhalf.precision.coverage import sums_in_fp32
-from betterhalf.precision.policy import build_policy
+from betterhalf.precision.roles import build_precision
 from betterhalf.rollout.build import build_engine
 from betterhalf.rollout.native import decoder
 from betterhalf.training.policy_trainer import PolicyTrainer
@@ -54,8 +54,8 @@ def trainer_of(module: Any, precision: dict[str, Any]) -> PolicyTrainer:
     model = LoadedModel(
         name="tiny", module=module, hf_config=module.config, tokenizer=None, stop_token_ids=(0,), context_length=64
     )
-    policy = build_policy(config.precision, torch.device("cpu"))
-    return PolicyTrainer(model, config=config, policy=policy, algorithm=resolve_algorithm(AlgorithmConfig()))
+    roles = build_precision(config.precision, torch.device("cpu"))
+    return PolicyTrainer(model, config=config, precision=roles, algorithm=resolve_algorithm(AlgorithmConfig()))
 
 
 # -- what is covered
@@ -193,7 +193,7 @@ def test_sound_decoders_are_covered(config: Any, tied: bool, precision: dict[str
 @pytest.mark.parametrize("bias", [False, True])
 def test_both_sides_report_the_same_layers_and_fp32_sums(precision: dict[str, Any], layers: str, bias: bool) -> None:
     trainer = trainer_of(tiny(mlp_bias=bias), precision)
-    engine = build_engine(configured(precision), trainer.module.config, (0,), trainer.policy)
+    engine = build_engine(configured(precision), trainer.module.config, (0,), trainer.precision)
     engine.load_weights(trainer.wire_weights(), policy_version=0)
     for report in (trainer.report(), engine.report()):
         assert (report.facts["linear_layers"], report.facts["matmul_sums"]) == (layers, "fp32")
@@ -216,9 +216,9 @@ def in_half(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def test_sums_in_half_show_whatever_the_configuration_says(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(tiny(), {"preset": "fp16"})
-    engine = build_engine(configured({"preset": "fp16"}), trainer.module.config, (0,), trainer.policy)
+    engine = build_engine(configured({"preset": "fp16"}), trainer.module.config, (0,), trainer.precision)
     engine.load_weights(trainer.wire_weights(), policy_version=0)
-    monkeypatch.setattr(half_linear, "product", in_half)
+    monkeypatch.setattr(cpu_linear, "product", in_half)
     assert trainer.report().facts["matmul_sums"] == "less than fp32"
     assert engine.report().facts["matmul_sums"] == "fp32"
     monkeypatch.undo()
@@ -230,14 +230,14 @@ def test_sums_in_half_show_whatever_the_configuration_says(monkeypatch: pytest.M
 @pytest.mark.parametrize("of", ["inputs", "weights"])
 def test_gradients_summed_in_half_show_as_well(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Tensor] = []
-    exact = half_linear.product
+    exact = cpu_linear.product
 
     def second_or_third(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
         calls.append(left)
         return (in_half if len(calls) % 3 == {"inputs": 2, "weights": 0}[of] else exact)(left, right, bias)
 
     trainer = trainer_of(tiny(), {"preset": "fp16"})
-    monkeypatch.setattr(half_linear, "product", second_or_third)
+    monkeypatch.setattr(cpu_linear, "product", second_or_third)
     trainer._few_hidden = lambda most: torch.ones(most, 32)  # type: ignore[method-assign]
     assert trainer.report().facts["matmul_sums"] == "less than fp32"
 

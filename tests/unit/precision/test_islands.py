@@ -9,7 +9,7 @@ from betterhalf.config.schema import PrecisionConfig
 from betterhalf.errors import InputError
 from betterhalf.precision.island_hooks import round_through
 from betterhalf.precision.islands import resolve_islands
-from betterhalf.precision.policy import build_policy
+from betterhalf.precision.roles import build_precision
 
 FLAGS = ("stream_in", "attention", "output", "stream_mid", "mlp", "down", "stream_out")
 
@@ -87,7 +87,7 @@ def test_what_cannot_be_an_island_is_refused_with_the_nearest_name(pattern: str,
 
 def test_fp32_has_no_islands_but_refuses_wrong_names_all_the_same() -> None:
     right, wrong = (
-        build_policy(PrecisionConfig(fp32_modules=(name,)), torch.device("cpu"))
+        build_precision(PrecisionConfig(fp32_modules=(name,)), torch.device("cpu"))
         for name in ("model.layers.0", "model.layers.9")
     )
     assert not right.islands(2, "fp32") and right.islands(2, "fp16")

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from betterhalf.config.schema import RunConfig
-from betterhalf.precision.policy import build_policy
+from betterhalf.precision.roles import build_precision
 from betterhalf.rollout.build import build_engine
 from betterhalf.rollout.native.engine import NativeEngine
 
@@ -55,11 +55,11 @@ def make_engine(module: Any, wire: Callable[..., Any]) -> Callable[..., NativeEn
     ) -> NativeEngine:
         section = {"preset": precision} if isinstance(precision, str) else precision
         config = RunConfig.model_validate({"precision": section, "engine": engine})
-        policy = build_policy(config.precision, torch.device("cpu"))
-        built = build_engine(config, module.config, stop_token_ids, policy)
+        roles = build_precision(config.precision, torch.device("cpu"))
+        built = build_engine(config, module.config, stop_token_ids, roles)
         assert isinstance(built, NativeEngine)
         if load:
-            built.load_weights(wire(policy.wire_dtype), policy_version=3)
+            built.load_weights(wire(roles.wire_dtype), policy_version=3)
         return built
 
     return make

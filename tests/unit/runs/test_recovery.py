@@ -6,7 +6,7 @@ import pytest
 
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import EngineDiedError, EngineError
-from betterhalf.runs.recovery import Restarts, restarts_of, surviving
+from betterhalf.runs.recovery import Restarts, restarts_of, retry_on_engine_death
 
 
 class Engine:
@@ -33,7 +33,7 @@ class Engine:
 def run(engine: Engine, limit: int) -> tuple[str, list[str], int]:
     notes: list[str] = []
     restarts = Restarts(limit, notes.append)
-    return surviving(engine.work, engine.revive, restarts), notes, restarts.count
+    return retry_on_engine_death(engine.work, engine.revive, restarts), notes, restarts.count
 
 
 def test_a_healthy_engine_is_left_alone() -> None:
@@ -66,7 +66,7 @@ def test_other_errors_are_not_survived() -> None:
         raise EngineError("nonsense")
 
     with pytest.raises(EngineError, match="nonsense"):
-        surviving(fail, fail, Restarts(3))
+        retry_on_engine_death(fail, fail, Restarts(3))
 
 
 def test_only_an_engine_with_a_process_is_restarted() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from betterhalf.config.schema import PrecisionConfig, RunConfig
 from betterhalf.errors import WeightSyncError
-from betterhalf.precision.policy import build_policy
+from betterhalf.precision.roles import build_precision
 from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.score_check import check_scores, fixed_tokens, score_difference, tolerance
 from betterhalf.runs.weight_sync import sync_weights
@@ -27,7 +27,7 @@ def parts(request: pytest.FixtureRequest) -> Iterator[Parts]:
 
 def test_rounding_stays_within_a_third_of_the_tolerance(parts: Parts) -> None:
     difference, mean_logprob = score_difference(parts)
-    assert 0 < difference < tolerance(parts.policy, mean_logprob) / 3
+    assert 0 < difference < tolerance(parts.precision, mean_logprob) / 3
 
 
 def test_an_engine_that_computes_with_other_weights_is_refused(parts: Parts) -> None:
@@ -62,7 +62,7 @@ def test_a_trainer_that_is_not_finite_is_left_to_the_step(parts: Parts, monkeypa
 )
 def test_the_tolerance_is_that_of_the_coarser_format(trainer: str, rollout: str, mean: float, expected: float) -> None:
     config = PrecisionConfig.model_validate({"compute_dtype": trainer, "rollout_dtype": rollout})
-    assert tolerance(build_policy(config, torch.device("cpu")), mean) == expected
+    assert tolerance(build_precision(config, torch.device("cpu")), mean) == expected
 
 
 def test_the_prompt_is_the_same_every_time_and_scattered() -> None:

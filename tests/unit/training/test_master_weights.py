@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from betterhalf.precision.contract import weights_digests
-from betterhalf.precision.half_embedding import HalfEmbedding
+from betterhalf.precision.cpu_embedding import CpuEmbedding
 from betterhalf.precision.islands import resolve_islands
 from betterhalf.training import master_weights
 from betterhalf.training.master_weights import MasterWeights
@@ -55,7 +55,7 @@ def test_gradients_are_added_in_parts_of_any_size(shape: tuple[int, ...], monkey
 
 
 def test_both_uses_of_an_fp32_parameter_add_to_its_one_gradient() -> None:
-    module = nn.ModuleDict({"table": HalfEmbedding(nn.Embedding(3, 1))})
+    module = nn.ModuleDict({"table": CpuEmbedding(nn.Embedding(3, 1))})
     weights = MasterWeights(module, torch.float32)
     head = weights.second_use(module["table"].weight)
     for expected in ([1.0, 12.0, 1.0], [2.0, 24.0, 2.0]):
@@ -68,7 +68,7 @@ def test_both_uses_of_an_fp32_parameter_add_to_its_one_gradient() -> None:
 
 
 def test_sparse_gradients_of_an_embedding_add_up_and_forget_the_past() -> None:
-    module = nn.ModuleDict({"table": HalfEmbedding(nn.Embedding(4, 1))})
+    module = nn.ModuleDict({"table": CpuEmbedding(nn.Embedding(4, 1))})
     weights = MasterWeights(module, torch.float16)
     for tokens, expected in (([1, 1, 3], [0.0, 2.0, 0.0, 1.0]), ([0, 3], [1.0, 2.0, 0.0, 2.0])):
         module["table"](torch.tensor(tokens)).sum().backward()

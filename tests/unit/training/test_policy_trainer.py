@@ -17,7 +17,7 @@ from betterhalf.algorithms.presets import resolve_algorithm
 from betterhalf.config.schema import AlgorithmConfig, RunConfig
 from betterhalf.errors import InputError, LossScaleError
 from betterhalf.models.loading import LoadedModel
-from betterhalf.precision.policy import build_policy
+from betterhalf.precision.roles import build_precision
 from betterhalf.training.pack import by_rollout, pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, MicroBatch, Prompt, Rollout
@@ -58,9 +58,9 @@ def settings(preset: str, /, **changes: Any) -> RunConfig:
 
 
 def trainer_for(config: RunConfig, family: str = "llama", **changes: Any) -> PolicyTrainer:
-    policy = build_policy(config.precision, torch.device("cpu"))
+    precision = build_precision(config.precision, torch.device("cpu"))
     algorithm = resolve_algorithm(AlgorithmConfig(preset="pg_seq_is"))
-    return PolicyTrainer(tiny_model(family, **changes), config=config, policy=policy, algorithm=algorithm)
+    return PolicyTrainer(tiny_model(family, **changes), config=config, precision=precision, algorithm=algorithm)
 
 
 def rollouts(count: int = 6) -> list[Rollout]:

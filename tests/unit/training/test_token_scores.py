@@ -7,20 +7,20 @@ import torch
 
 from betterhalf import ops
 from betterhalf.training import token_scores
-from betterhalf.training.token_scores import Chunks, Head, measure_tokens, token_logprobs
+from betterhalf.training.token_scores import Head, LogitsWorkspace, measure_tokens, token_logprobs
 
 VOCABULARY = 600
 """Three chunks of the fewest columns."""
 
 
-def chunks(rows: int) -> Chunks:
+def workspace(rows: int) -> LogitsWorkspace:
     """So many rows in a chunk of the forward pass, and 256 columns in one of the backward pass."""
-    return Chunks(logits=rows * VOCABULARY)
+    return LogitsWorkspace(logits=rows * VOCABULARY)
 
 
 def head(weight: torch.Tensor, *, wide: bool = False) -> Head:
-    values = weight.detach()
-    return Head(leaf=weight, scoring=values.float() if wide else values, learning=values.float() if wide else values)
+    values = weight.detach().float() if wide else weight.detach()
+    return Head(weight=weight, logits_weight=values, grad_weight=values)
 
 
 def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -48,7 +48,7 @@ def test_forward_and_backward_equal_float64(rows: int, temperature: float) -> No
     hidden, weight, targets, upstream = problem(torch.float32)
     logprobs64, grad_hidden64, grad_weight64 = reference(hidden, weight, targets, upstream, temperature)
     hidden.requires_grad_(), weight.requires_grad_()
-    logprobs = token_logprobs(hidden, head(weight), targets, temperature, chunks(rows))
+    logprobs = token_logprobs(hidden, head(weight), targets, temperature, workspace(rows))
     (logprobs * upstream).sum().backward()
     torch.testing.assert_close(logprobs.double(), logprobs64, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(hidden.grad.double(), grad_hidden64, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
@@ -59,7 +59,7 @@ def test_half_gradients_are_rounded_once_after_the_sum_over_chunks() -> None:
     hidden, weight, targets, upstream = problem(torch.float16)
     _, grad_hidden64, grad_weight64 = reference(hidden, weight, targets, upstream, 1.0)
     hidden.requires_grad_(), weight.requires_grad_()
-    logprobs = token_logprobs(hidden, head(weight, wide=True), targets, 1.0, chunks(2))
+    logprobs = token_logprobs(hidden, head(weight, wide=True), targets, 1.0, workspace(2))
     (logprobs * upstream).sum().backward()
     assert hidden.grad is not None and weight.grad is not None
     assert weight.grad.dtype == torch.float16
@@ -73,8 +73,8 @@ def test_where_half_products_are_native_the_logits_gradient_is_rounded_to_half_b
     logprobs64, grad_hidden64, grad_weight64 = reference(hidden, weight, targets, upstream, 1.0)
     hidden.requires_grad_(), weight.requires_grad_()
     values = weight.detach()
-    native = Head(leaf=weight, scoring=values.float(), learning=values)
-    logprobs = token_logprobs(hidden, native, targets, 1.0, chunks(2))
+    native = Head(weight=weight, logits_weight=values.float(), grad_weight=values)
+    logprobs = token_logprobs(hidden, native, targets, 1.0, workspace(2))
     (logprobs * upstream).sum().backward()
     assert hidden.grad is not None and weight.grad is not None
     torch.testing.assert_close(logprobs.double(), logprobs64, rtol=1e-5, atol=1e-6)  # logits are FP32 all the same
@@ -85,20 +85,20 @@ def test_where_half_products_are_native_the_logits_gradient_is_rounded_to_half_b
 
 def test_measuring_gives_the_bits_of_training_and_the_entropy() -> None:
     hidden, weight, targets, _ = problem(torch.float32)
-    trained = token_logprobs(hidden, head(weight), targets, 0.7, chunks(4))
-    measured, entropies = measure_tokens(hidden, head(weight), targets, 0.7, chunks(4))
+    trained = token_logprobs(hidden, head(weight), targets, 0.7, workspace(4))
+    measured, entropies = measure_tokens(hidden, head(weight), targets, 0.7, workspace(4))
     assert torch.equal(trained, measured)
     p = ((hidden.double() @ weight.double().t()) / 0.7).softmax(-1)
     torch.testing.assert_close(entropies.double(), -(p * p.log()).sum(-1), rtol=1e-5, atol=1e-6)
 
 
 def test_chunks_fit_the_budget_and_the_cache() -> None:
-    one_mib = Chunks(logits=2**18)
+    one_mib = LogitsWorkspace(logits=2**18)
     assert one_mib.rows(1024) == 256
     assert one_mib.rows(10**7) == 1
     assert one_mib.columns(512, on_cpu=True) == one_mib.columns(512, on_cpu=False) == 512
     assert one_mib.columns(10**6, on_cpu=True) == 256
-    large = Chunks(logits=2**26)
+    large = LogitsWorkspace(logits=2**26)
     assert large.columns(512, on_cpu=True) == 4096  # 8 MiB
     assert large.columns(512, on_cpu=False) == 2**17
 
@@ -108,7 +108,7 @@ def test_targets_are_found_in_whichever_chunk_they_lie() -> None:
     targets = torch.tensor([0, 255, 256, 257, 511, 512, 513, 599, 300, 1, 598])
     _, grad_hidden64, grad_weight64 = reference(hidden, weight, targets, upstream, 1.0)
     hidden.requires_grad_(), weight.requires_grad_()
-    logprobs = token_logprobs(hidden, head(weight), targets, 1.0, chunks(3))
+    logprobs = token_logprobs(hidden, head(weight), targets, 1.0, workspace(3))
     (logprobs * upstream).sum().backward()
     torch.testing.assert_close(hidden.grad.double(), grad_hidden64, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
     torch.testing.assert_close(weight.grad.double(), grad_weight64, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
@@ -123,7 +123,7 @@ def test_parts_of_the_vocabulary_are_put_together_from_kept_logits_too(
     hidden, weight, targets, upstream = problem(torch.float32)
     _, grad_hidden64, grad_weight64 = reference(hidden, weight, targets, upstream, temperature)
     hidden.requires_grad_(), weight.requires_grad_()
-    logprobs = token_logprobs(hidden, head(weight), targets, temperature, chunks(rows))
+    logprobs = token_logprobs(hidden, head(weight), targets, temperature, workspace(rows))
     for _ in range(2):
         hidden.grad = weight.grad = None
         (logprobs * upstream).sum().backward(retain_graph=True)
@@ -133,7 +133,7 @@ def test_parts_of_the_vocabulary_are_put_together_from_kept_logits_too(
 
 def test_logits_lie_in_one_memory_from_pass_to_pass_whatever_the_mode() -> None:
     hidden, weight, targets, _ = problem(torch.float32)
-    chunk = chunks(11)
+    chunk = workspace(11)
     with torch.inference_mode():
         first = measure_tokens(hidden, head(weight), targets, 1.0, chunk)[0].clone()
     place = chunk.multiply(hidden, weight).data_ptr()
@@ -148,7 +148,7 @@ def test_a_pass_between_forward_and_backward_leaves_the_gradient_alone() -> None
     hidden, weight, targets, upstream = problem(torch.float32)
     grads = []
     for disturbed in (False, True):
-        chunk, leaf = chunks(11), hidden.clone().requires_grad_()
+        chunk, leaf = workspace(11), hidden.clone().requires_grad_()
         logprobs = token_logprobs(leaf, head(weight), targets, 1.0, chunk)
         if disturbed:
             measure_tokens(3 * hidden, head(weight), targets, 1.0, chunk)

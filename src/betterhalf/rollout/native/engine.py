@@ -15,19 +15,18 @@ from betterhalf.errors import EngineError, InputError
 from betterhalf.kernels import has_triton
 from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.formats import dtype_name
-from betterhalf.precision.policy import PrecisionPolicy
+from betterhalf.precision.roles import Precision
 from betterhalf.rollout import sampler
 from betterhalf.rollout.engine import stop_ids
 from betterhalf.rollout.native.config import decoder_config
 from betterhalf.rollout.native.cuda_graphs import DecodeGraphs, batch_bucket
 from betterhalf.rollout.native.decoder import Decoder
 from betterhalf.rollout.native.kv_cache import KVCache
-from betterhalf.rollout.native.launched import Launched
+from betterhalf.rollout.native.pending_step import PendingStep
 from betterhalf.rollout.native.queue import PromptQueue
 from betterhalf.rollout.native.report import engine_report
 from betterhalf.rollout.native.rounding import Rounding
-from betterhalf.rollout.native.slots import Sampled, SlotTable
-from betterhalf.rollout.native.slots import Sequence as SlotSequence
+from betterhalf.rollout.native.slots import ActiveSequence, Sampled, SlotTable
 from betterhalf.rollout.native.weights import DecoderWeights, Storage
 from betterhalf.types import Completion, GenerateRequest
 
@@ -44,7 +43,7 @@ class NativeEngine:
         self,
         hf_config: Any,
         *,
-        policy: PrecisionPolicy,
+        precision: Precision,
         config: NativeEngineConfig,
         stop_token_ids: Iterable[int],
     ) -> None:
@@ -54,15 +53,15 @@ class NativeEngine:
             InputError: the architecture is not one the engine computes, or lacks an FP32 island of the configuration;
                 a stop token is not in its vocabulary; or there is no Triton for a GPU.
         """
-        require_kernels(policy.device)
-        self._policy = policy
+        require_kernels(precision.device)
+        self._precision = precision
         self._config = config
         self._shape = decoder_config(hf_config)
-        self._rounding = _rounding(policy, config)
-        islands = policy.islands(self._shape.num_layers, policy.roles.rollout_dtype)
-        self._weights = DecoderWeights(self._shape, _storage(policy), islands)
+        self._rounding = _rounding(precision, config)
+        islands = precision.islands(self._shape.num_layers, precision.roles.rollout_dtype)
+        self._weights = DecoderWeights(self._shape, _storage(precision), islands)
         self._decoder = Decoder(self._shape, self._weights, self._rounding, islands)
-        self._stop_lookup = torch.zeros(self._shape.vocab_size, dtype=torch.bool, device=policy.device)
+        self._stop_lookup = torch.zeros(self._shape.vocab_size, dtype=torch.bool, device=precision.device)
         self._stop_lookup[list(stop_ids(stop_token_ids, self._shape.vocab_size))] = True
         self._policy_version: int | None = None
         self._table: SlotTable | None = None
@@ -94,7 +93,7 @@ class NativeEngine:
                 "the model's context; shorten or drop it"
             )
         self._decoder.reserve(len(token_ids))
-        tokens = torch.tensor(token_ids, device=self._policy.device)
+        tokens = torch.tensor(token_ids, device=self._precision.device)
         hidden = self._decoder.hidden_rows(tokens, (len(token_ids),))[:-1]
         rows = max(1, _MAX_LOGITS // self._shape.vocab_size)
         parts = zip(torch.split(hidden, rows), torch.split(tokens[1:], rows), strict=True)
@@ -112,7 +111,7 @@ class NativeEngine:
 
     def report(self) -> SideReport:
         """What the engine really runs, read from its tensors."""
-        return engine_report(self._decoder, self._policy, self._config)
+        return engine_report(self._decoder, self._precision, self._config)
 
     def sleep(self) -> None:
         """Nothing: cache and graphs are small beside the trainer's activations, and making them anew costs more."""
@@ -138,25 +137,25 @@ class NativeEngine:
         if not sequences:
             return [() for _ in requests]
         table = self._reserve(sequences)
-        queue = PromptQueue(self._decoder, requests, sequences, self._policy.device)
+        queue = PromptQueue(self._decoder, requests, sequences, self._precision.device)
         wanted = _distribution(sampling)
         found: list[Sampled] = []
-        launched: deque[Launched] = deque()
+        pending: deque[PendingStep] = deque()
         try:
             while queue or table.active:
                 while queue and table.free:
                     found += self._retire(table, self._admit(queue, table, wanted))
                 if table.active:
-                    launched.append(self._step(table, wanted))
-                while len(launched) > (self._lag if table.active else 0):
-                    found += self._retire(table, launched.popleft())
+                    pending.append(self._step(table, wanted))
+                while len(pending) > (self._lag if table.active else 0):
+                    found += self._retire(table, pending.popleft())
         except BaseException:
             # Non-finite keys and values must not outlive the sequence that made them.
             self.close()
             raise
         return self._completions(requests, found)
 
-    def _sequences(self, requests: Sequence[GenerateRequest], max_tokens: int) -> list[SlotSequence]:
+    def _sequences(self, requests: Sequence[GenerateRequest], max_tokens: int) -> list[ActiveSequence]:
         context, vocabulary = self._shape.max_positions, self._shape.vocab_size
         sequences = []
         for index, request in enumerate(requests):
@@ -172,7 +171,7 @@ class NativeEngine:
                     "use the model's own tokenizer"
                 )
             sequences += [
-                SlotSequence(
+                ActiveSequence(
                     request=index,
                     label=request.label(index),
                     sibling=sibling,
@@ -184,7 +183,7 @@ class NativeEngine:
             ]
         return sequences
 
-    def _reserve(self, sequences: list[SlotSequence]) -> SlotTable:
+    def _reserve(self, sequences: list[ActiveSequence]) -> SlotTable:
         """A table and cache that are large enough; the last ones if they are, so that graphs survive."""
         slots = self._slots(len(sequences))
         length = max(s.prompt_length + s.max_tokens for s in sequences)
@@ -201,11 +200,11 @@ class NativeEngine:
         """Of a cache for so many sequences. On a GPU a whole bucket, so that the buckets of later steps, which round
         differently, do not depend on how large earlier calls were."""
         most = self._config.max_concurrent
-        return batch_bucket(sequences, most) if self._policy.device.type == "cuda" else min(most, sequences)
+        return batch_bucket(sequences, most) if self._precision.device.type == "cuda" else min(most, sequences)
 
     def _allocate(self, slots: int, length: int, tokens: int) -> SlotTable:
-        device = self._policy.device
-        dtype = torch.float32 if device.type == "cpu" else self._policy.kv_dtype
+        device = self._precision.device
+        dtype = torch.float32 if device.type == "cpu" else self._precision.kv_dtype
         cache = KVCache(self._shape, slots=slots, max_length=length, dtype=dtype, device=device)
         self._decoder.reserve(length)
         self._table = SlotTable(cache, tokens, self._stop_lookup)
@@ -219,13 +218,13 @@ class NativeEngine:
         that have ended stand still meanwhile."""
         return 0 if self._graphs is None else 1
 
-    def _admit(self, queue: PromptQueue, table: SlotTable, wanted: sampler.Distribution) -> Launched:
+    def _admit(self, queue: PromptQueue, table: SlotTable, wanted: sampler.Distribution) -> PendingStep:
         """Fill the free slots from the queue and sample the first token of each new sequence."""
         admitted, hidden = queue.take(table.free, table.cache, table.active)
         slots = table.admit(admitted)
-        return Launched(self._draw(table, slots, hidden, wanted), admitted)
+        return PendingStep(self._draw(table, slots, hidden, wanted), admitted)
 
-    def _step(self, table: SlotTable, wanted: sampler.Distribution) -> Launched:
+    def _step(self, table: SlotTable, wanted: sampler.Distribution) -> PendingStep:
         """One token for every active sequence."""
         if self._graphs is not None:
             events = self._graphs.run(self._decode, wanted)
@@ -233,7 +232,7 @@ class NativeEngine:
             attended = min(table.longest + 1, table.cache.max_length)
             events = self._decode(table, table.active, attended, wanted)
         table.advance()
-        return Launched(events, list(table.sequences))
+        return PendingStep(events, list(table.sequences))
 
     def _decode(self, table: SlotTable, count: int, attended: int, wanted: sampler.Distribution) -> Tensor:
         """One token for the first `count` slots, all of it on the device: what `SlotTable.record` says of each."""
@@ -253,14 +252,14 @@ class NativeEngine:
             events.append(table.record(where, draw))
         return torch.cat(events) if len(events) > 1 else events[0]
 
-    def _retire(self, table: SlotTable, launched: Launched) -> list[Sampled]:
+    def _retire(self, table: SlotTable, pending: PendingStep) -> list[Sampled]:
         """Take out the sequences that ended in a step."""
-        ended, broken = launched.result()
+        ended, broken = pending.result()
         if broken:
             self._refuse(table, broken[0])
         return [table.retire(ended)] if ended else []
 
-    def _refuse(self, table: SlotTable, sequence: SlotSequence) -> None:
+    def _refuse(self, table: SlotTable, sequence: ActiveSequence) -> None:
         """Say of which token the logits were not finite."""
         (slot,) = [slot for slot, other in enumerate(table.sequences) if other is sequence]
         position = int(table.positions[slot]) - 1
@@ -304,22 +303,22 @@ def _distribution(sampling: SamplingConfig) -> sampler.Distribution:
     )
 
 
-def _rounding(policy: PrecisionPolicy, config: NativeEngineConfig) -> Rounding:
-    widened = policy.fp32_sums(policy.roles.rollout_dtype)
+def _rounding(precision: Precision, config: NativeEngineConfig) -> Rounding:
+    widened = precision.fp32_sums(precision.roles.rollout_dtype)
     return Rounding(
         mode=config.rounding,
-        dtype=policy.rollout_dtype,
-        container=torch.float32 if widened else policy.rollout_dtype,
-        kv_dtype=policy.kv_dtype,
+        dtype=precision.rollout_dtype,
+        container=torch.float32 if widened else precision.rollout_dtype,
+        kv_dtype=precision.kv_dtype,
     )
 
 
-def _storage(policy: PrecisionPolicy) -> Storage:
+def _storage(precision: Precision) -> Storage:
     """On a CPU the head is FP32, for its products are; projections are too where half products have FP32 sums."""
-    widened = policy.fp32_sums(policy.roles.rollout_dtype)
+    widened = precision.fp32_sums(precision.roles.rollout_dtype)
     return Storage(
-        grid=policy.rollout_dtype,
-        linear=torch.float32 if widened else policy.rollout_dtype,
-        head=torch.float32 if policy.device.type == "cpu" else policy.rollout_dtype,
-        device=policy.device,
+        grid=precision.rollout_dtype,
+        linear=torch.float32 if widened else precision.rollout_dtype,
+        head=torch.float32 if precision.device.type == "cpu" else precision.rollout_dtype,
+        device=precision.device,
     )

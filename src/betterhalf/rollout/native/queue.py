@@ -12,7 +12,7 @@ from torch import Tensor
 
 from betterhalf.rollout.native.decoder import Decoder
 from betterhalf.rollout.native.kv_cache import KVCache
-from betterhalf.rollout.native.slots import Sequence as SlotSequence
+from betterhalf.rollout.native.slots import ActiveSequence
 from betterhalf.types import GenerateRequest
 
 _PREFILL_TOKENS = 4096
@@ -36,7 +36,7 @@ class PromptQueue:
         self,
         decoder: Decoder,
         requests: Sequence[GenerateRequest],
-        sequences: list[SlotSequence],
+        sequences: list[ActiveSequence],
         device: torch.device,
     ) -> None:
         self._decoder = decoder
@@ -50,7 +50,7 @@ class PromptQueue:
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
-    def take(self, count: int, cache: KVCache, first_slot: int) -> tuple[list[SlotSequence], Tensor]:
+    def take(self, count: int, cache: KVCache, first_slot: int) -> tuple[list[ActiveSequence], Tensor]:
         """Move up to `count` sequences, at least one, into the cache's slots from `first_slot` on.
 
         Returns:

@@ -10,13 +10,13 @@ from betterhalf.errors import EngineError
 from betterhalf.precision import coverage
 from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.formats import dtype_name, narrowest_format
-from betterhalf.precision.policy import PrecisionPolicy
 from betterhalf.precision.products import packed
+from betterhalf.precision.roles import Precision
 from betterhalf.rollout.native.decoder import Decoder, linear
 from betterhalf.rollout.native.rounding import Rounding
 
 
-def engine_report(decoder: Decoder, policy: PrecisionPolicy, config: NativeEngineConfig) -> SideReport:
+def engine_report(decoder: Decoder, precision: Precision, config: NativeEngineConfig) -> SideReport:
     """Formats, facts and weight digests of a decoder.
 
     Raises:
@@ -29,13 +29,13 @@ def engine_report(decoder: Decoder, policy: PrecisionPolicy, config: NativeEngin
         dtypes={
             "weights": held,
             "compute": narrowest_format(hidden),
-            "wire": dtype_name(weights.wire_dtype or policy.wire_dtype),
+            "wire": dtype_name(weights.wire_dtype or precision.wire_dtype),
             "kv": narrowest_format(cached),
             "lm_head": dtype_name(decoder.logits(hidden).dtype),
             "rope": dtype_name(decoder.rope_dtype),
             "norm": held,
         },
-        facts=_facts(decoder, policy, config),
+        facts=_facts(decoder, precision, config),
         digests=weights_digests(weights.narrowed()),
     )
 
@@ -52,8 +52,8 @@ def _probe(decoder: Decoder) -> tuple[Tensor, Tensor]:
     return hidden, cached
 
 
-def _facts(decoder: Decoder, policy: PrecisionPolicy, config: NativeEngineConfig) -> dict[str, str]:
-    on_cpu = policy.device.type == "cpu"
+def _facts(decoder: Decoder, precision: Precision, config: NativeEngineConfig) -> dict[str, str]:
+    on_cpu = precision.device.type == "cpu"
     return {
         "engine": f"native ({decoder.config.architecture})",
         "attention": "batched products in FP32" if on_cpu else "torch over prompts, Triton over the cache",
@@ -62,7 +62,7 @@ def _facts(decoder: Decoder, policy: PrecisionPolicy, config: NativeEngineConfig
         "fp32_modules": decoder.islands.described(),
         "kv_storage": "FP32 holding values of kv_dtype" if on_cpu else "kv_dtype",
         "torch": torch.__version__,
-        "device": str(policy.device),
+        "device": str(precision.device),
     }
 
 

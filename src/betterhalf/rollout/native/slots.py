@@ -15,7 +15,7 @@ ENDED, BROKEN = 1, 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sequence:
+class ActiveSequence:
     """One sibling of one prompt."""
 
     request: int
@@ -34,7 +34,7 @@ class Sequence:
 class Sampled:
     """Sequences that have ended, and copies of what their slots held, which nobody waits for before all have ended."""
 
-    sequences: list[Sequence]
+    sequences: list[ActiveSequence]
     """N of them."""
     counts: Tensor
     """int64 [N]: tokens sampled."""
@@ -52,7 +52,7 @@ class SlotTable:
         self.cache = cache
         self.active = 0
         """Slots in use: 0 to `active`."""
-        self.sequences: list[Sequence] = []
+        self.sequences: list[ActiveSequence] = []
         """Owner of each active slot."""
         self.tokens, self.lengths, self.positions, self.limits, self.keys, self.running = (
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(6)
@@ -88,7 +88,7 @@ class SlotTable:
         self.positions.zero_()
         self.running.zero_()
 
-    def admit(self, sequences: list[Sequence]) -> slice:
+    def admit(self, sequences: list[ActiveSequence]) -> slice:
         """Put sequences into the next free slots; their prompts must be in the cache already. Returns those slots."""
         added = slice(self.active, self.active + len(sequences))
         for target, values in (
@@ -134,7 +134,7 @@ class SlotTable:
         """What a step changes, but for the cache and what was sampled; to be restored after a graph's warm-up."""
         return self.tokens, self.lengths, self.positions, self.running
 
-    def retire(self, sequences: list[Sequence]) -> Sampled:
+    def retire(self, sequences: list[ActiveSequence]) -> Sampled:
         """Take out sequences, and close the gaps with the last active ones."""
         gone = {id(sequence) for sequence in sequences}
         ended = [slot for slot, sequence in enumerate(self.sequences) if id(sequence) in gone]

@@ -11,8 +11,8 @@ from torch import Tensor
 from betterhalf.errors import EngineError
 from betterhalf.precision.formats import dtype_name
 from betterhalf.precision.islands import Islands, LayerIslands, resolve_islands
-from betterhalf.rollout.native.blocks import Block
 from betterhalf.rollout.native.config import DecoderConfig
+from betterhalf.rollout.native.fused_parameter import FusedParameter
 from betterhalf.types import DtypeName
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -64,17 +64,17 @@ class Storage:
         """Right sides of products are held packed, so a tied head is a tensor beside the embedding."""
         return self.device.type == "cpu"
 
-    def plain(self, name: str, rows: int, width: int | None, dtype: torch.dtype) -> Block:
+    def plain(self, name: str, rows: int, width: int | None, dtype: torch.dtype) -> FusedParameter:
         """One parameter with ordinary strides."""
-        return Block({name: rows}, width, dtype=dtype, device=self.device, packs=False)
+        return FusedParameter({name: rows}, width, dtype=dtype, device=self.device, packs=False)
 
-    def matrix(self, parts: Mapping[str, int], width: int, dtype: torch.dtype) -> Block:
+    def matrix(self, parts: Mapping[str, int], width: int, dtype: torch.dtype) -> FusedParameter:
         """Parameters end to end, as the right side of one product."""
-        return Block(parts, width, dtype=dtype, device=self.device, packs=self.packs)
+        return FusedParameter(parts, width, dtype=dtype, device=self.device, packs=self.packs)
 
-    def bias(self, parts: Mapping[str, int], dtype: torch.dtype) -> Block:
+    def bias(self, parts: Mapping[str, int], dtype: torch.dtype) -> FusedParameter:
         """Biases end to end."""
-        return Block(parts, None, dtype=dtype, device=self.device, packs=False)
+        return FusedParameter(parts, None, dtype=dtype, device=self.device, packs=False)
 
 
 class DecoderWeights:
@@ -110,9 +110,9 @@ class DecoderWeights:
     def _tied(self) -> bool:
         return self._head.names == (_EMBEDDING,)
 
-    def _holders(self) -> dict[str, list[Block]]:
+    def _holders(self) -> dict[str, list[FusedParameter]]:
         """Name -> the blocks that hold the parameter: two for a tied embedding whose head is packed."""
-        holders: dict[str, list[Block]] = {}
+        holders: dict[str, list[FusedParameter]] = {}
         for block in self._blocks:
             for name in block.names:
                 holders.setdefault(name, []).append(block)
@@ -192,7 +192,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-def _check(name: str, tensor: Tensor, holders: Mapping[str, list[Block]], missing: set[str]) -> None:
+def _check(name: str, tensor: Tensor, holders: Mapping[str, list[FusedParameter]], missing: set[str]) -> None:
     if name not in holders:
         raise EngineError(f"the engine has no weight {name!r}; send the unfused Hugging Face names of this model")
     if name not in missing:
@@ -205,7 +205,9 @@ def _check(name: str, tensor: Tensor, holders: Mapping[str, list[Block]], missin
         )
 
 
-def _layer_blocks(config: DecoderConfig, storage: Storage, prefix: str, islands: LayerIslands) -> dict[str, Block]:
+def _layer_blocks(
+    config: DecoderConfig, storage: Storage, prefix: str, islands: LayerIslands
+) -> dict[str, FusedParameter]:
     """Field of `LayerWeights` -> its block, in the module's order; those the architecture lacks are left out."""
     hidden, wide = config.hidden_size, torch.float32
     qkv_rows = dict(zip("qkv", (config.query_size, config.kv_size, config.kv_size), strict=True))
@@ -218,7 +220,7 @@ def _layer_blocks(config: DecoderConfig, storage: Storage, prefix: str, islands:
         ("gate_up", gate_up, hidden, islands.mlp, config.mlp_bias),
         ("down", down, config.intermediate_size, islands.down, config.mlp_bias),
     )
-    blocks: dict[str, Block] = {}
+    blocks: dict[str, FusedParameter] = {}
     for field, parts, width, island, has_bias in projections:
         dtype = wide if island else storage.linear
         blocks[field] = storage.matrix({f"{name}.weight": rows for name, rows in parts.items()}, width, dtype)
@@ -232,6 +234,6 @@ def _layer_blocks(config: DecoderConfig, storage: Storage, prefix: str, islands:
     return blocks
 
 
-def _layer_weights(blocks: Mapping[str, Block]) -> LayerWeights:
+def _layer_weights(blocks: Mapping[str, FusedParameter]) -> LayerWeights:
     held = {name: block.tensor for name, block in blocks.items()}
     return LayerWeights(**{field.name: held.get(field.name) for field in fields(LayerWeights)})  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from betterhalf.config.schema import SamplingConfig, VllmEngineConfig
 from betterhalf.errors import EngineDiedError, EngineError, InputError
 from betterhalf.precision.contract import SideReport
 from betterhalf.precision.formats import dtype_name
-from betterhalf.precision.policy import PrecisionPolicy
+from betterhalf.precision.roles import Precision
 from betterhalf.rollout.engine import stop_ids
 from betterhalf.rollout.sampler import sequence_key
 from betterhalf.rollout.vllm import options, transfer
@@ -39,7 +39,7 @@ class VllmEngine:
         self,
         hf_config: Any,
         *,
-        policy: PrecisionPolicy,
+        precision: Precision,
         config: VllmEngineConfig,
         stop_token_ids: Iterable[int],
         seed: int = 0,
@@ -59,9 +59,9 @@ class VllmEngine:
             InputError: vLLM cannot do what is asked.
             MissingExtraError: it is not installed.
         """
-        options.check_supported(policy)
+        options.check_supported(precision)
         options.check_installed()
-        self._hf_config, self._policy, self._config, self._seed = hf_config, policy, config, seed
+        self._hf_config, self._precision, self._config, self._seed = hf_config, precision, config, seed
         self._stops = stop_ids(stop_token_ids, hf_config.vocab_size)
         self._module = module
         self._context = options.context_length(hf_config)
@@ -89,9 +89,9 @@ class VllmEngine:
             folder = Path(self._folder.name)
             try:
                 options.write_model(folder, self._hf_config)
-                variables = options.environment(self._config, self._policy)
+                variables = options.environment(self._config, self._precision)
                 self._process = ServerProcess(self._module, variables, folder / "vllm.log")
-                llm = options.llm_options(folder, self._hf_config, self._config, self._policy, self._seed)
+                llm = options.llm_options(folder, self._hf_config, self._config, self._precision, self._seed)
                 self._shapes = self._ask_started("start", seconds=self._config.start_seconds, options=llm)
             except EngineDiedError as error:
                 # Not a death to be survived: what ends one start ends the next.
@@ -182,7 +182,7 @@ class VllmEngine:
         if bad is not None or not token_ids:
             raise EngineError(
                 f"{label}, sibling {sibling}: the logprob of completion token {bad or 0} is not finite in "
-                f"{self._policy.roles.rollout_dtype}; {_NOT_FINITE}"
+                f"{self._precision.roles.rollout_dtype}; {_NOT_FINITE}"
             )
         return Completion(
             token_ids=token_ids,
@@ -208,7 +208,7 @@ class VllmEngine:
         for index, logprobs in enumerate(scores):
             if not all(map(math.isfinite, logprobs)):
                 raise EngineError(
-                    f"sequence {index}: its logprobs are not finite in {self._policy.roles.rollout_dtype}; "
+                    f"sequence {index}: its logprobs are not finite in {self._precision.roles.rollout_dtype}; "
                     f"{_NOT_FINITE}"
                 )
         return scores
@@ -229,8 +229,8 @@ class VllmEngine:
         self.wake()
         self._policy_version = None
         arriving = transfer.checked(weights, self._shapes)
-        if options.transfers_by_handle(self._config, self._policy):
-            self._wire = transfer.send_handles(self._ask, arriving, self._policy.device)
+        if options.transfers_by_handle(self._config, self._precision):
+            self._wire = transfer.send_handles(self._ask, arriving, self._precision.device)
         else:
             self._wire = transfer.send_file(self._ask, arriving)
         self._policy_version = policy_version
@@ -252,9 +252,9 @@ class VllmEngine:
         found = self._ask("report", token_ids=tuple(range(count)))
         if not found["finite"]:
             raise EngineError(
-                f"the engine's hidden states are not finite in {self._policy.roles.rollout_dtype}; {_NOT_FINITE}"
+                f"the engine's hidden states are not finite in {self._precision.roles.rollout_dtype}; {_NOT_FINITE}"
             )
-        wire = self._policy.roles.wire_dtype if self._wire is None else dtype_name(self._wire)
+        wire = self._precision.roles.wire_dtype if self._wire is None else dtype_name(self._wire)
         facts = found["facts"] | {"kernels": "batch-invariant" if self._config.batch_invariant else "ordinary"}
         return SideReport(side="engine", dtypes=found["dtypes"] | {"wire": wire}, facts=facts, digests=found["digests"])
 
@@ -262,7 +262,7 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """Weights to the host and no cache, on a GPU that the trainer shares; nothing on a CPU."""
-        shared = self._policy.device.type == "cuda" and self._config.sleep == "auto"
+        shared = self._precision.device.type == "cuda" and self._config.sleep == "auto"
         if shared and self._process is not None and not self._asleep and self._died is None:
             self._ask("sleep")
             self._asleep = True

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from betterhalf.config.schema import PrecisionRoles, SamplingConfig, VllmEngineConfig
 from betterhalf.errors import ConfigError, InputError, MissingExtraError
 from betterhalf.precision.formats import dtype_keyword
-from betterhalf.precision.policy import PrecisionPolicy
+from betterhalf.precision.roles import Precision
 from betterhalf.rollout.vllm.refusals import INSTALL
 
 _GIB = 2**30
@@ -33,14 +33,14 @@ def check_installed() -> None:
         raise MissingExtraError(f"engine.type=vllm needs vLLM, which is not installed. {INSTALL}, or set engine=native")
 
 
-def check_supported(policy: PrecisionPolicy) -> None:
+def check_supported(precision: Precision) -> None:
     """Refuse what vLLM cannot do, before anything is started.
 
     Raises:
         InputError: a KV dtype of its own, or FP32 islands.
     """
-    check_cache_dtype(policy.roles)
-    if policy.fp32_modules:
+    check_cache_dtype(precision.roles)
+    if precision.fp32_modules:
         raise InputError(
             "vLLM computes all modules in one dtype, so precision.fp32_modules cannot be applied in it; "
             "empty it, or set engine=native"
@@ -104,20 +104,20 @@ def architectures(hf_config: Any) -> list[str]:
 
 
 def llm_options(
-    folder: Path, hf_config: Any, config: VllmEngineConfig, policy: PrecisionPolicy, seed: int
+    folder: Path, hf_config: Any, config: VllmEngineConfig, precision: Precision, seed: int
 ) -> dict[str, Any]:
     """Keyword arguments of `vllm.LLM`; plain values, so that they travel."""
-    on_cpu = policy.device.type == "cpu"
+    on_cpu = precision.device.type == "cpu"
     options: dict[str, Any] = {
         "model": str(folder),
         "load_format": "dummy",
         "skip_tokenizer_init": True,
-        "dtype": dtype_keyword(policy.roles.rollout_dtype),
+        "dtype": dtype_keyword(precision.roles.rollout_dtype),
         "kv_cache_dtype": "auto",
         # One more than the context: vLLM samples a token behind each prompt it scores, but never computes with it.
         "max_model_len": context_length(hf_config) + 1,
         "max_num_seqs": config.max_concurrent,
-        "enforce_eager": not uses_compile(config, policy),
+        "enforce_eager": not uses_compile(config, precision),
         "generation_config": "vllm",
         # Logprobs of the tempered distribution that is sampled from.
         "logprobs_mode": "processed_logprobs",
@@ -132,22 +132,22 @@ def llm_options(
     if config.head_dtype == "fp32":
         options["hf_overrides"] = {"head_dtype": dtype_keyword("fp32")}
     if on_cpu:
-        return options | {"kv_cache_memory_bytes": _cache_bytes(hf_config, config, policy)}
+        return options | {"kv_cache_memory_bytes": _cache_bytes(hf_config, config, precision)}
     options["gpu_memory_utilization"] = config.gpu_memory_utilization
     options["enable_sleep_mode"] = config.sleep == "auto"
-    if transfers_by_handle(config, policy):
+    if transfers_by_handle(config, precision):
         options["weight_transfer_config"] = {"backend": "ipc"}
     return options
 
 
-def uses_compile(config: VllmEngineConfig, policy: PrecisionPolicy) -> bool:
+def uses_compile(config: VllmEngineConfig, precision: Precision) -> bool:
     """Whether vLLM compiles: as told, else on a GPU only."""
-    return policy.device.type != "cpu" if config.compile is None else config.compile
+    return precision.device.type != "cpu" if config.compile is None else config.compile
 
 
-def transfers_by_handle(config: VllmEngineConfig, policy: PrecisionPolicy) -> bool:
+def transfers_by_handle(config: VllmEngineConfig, precision: Precision) -> bool:
     """Whether weights go through vLLM's weight-transfer API (CUDA IPC: both on the same GPU) rather than a file."""
-    return policy.device.type == "cuda" and config.tensor_parallel_size == 1
+    return precision.device.type == "cuda" and config.tensor_parallel_size == 1
 
 
 def context_length(hf_config: Any) -> int:
@@ -156,18 +156,18 @@ def context_length(hf_config: Any) -> int:
     return length
 
 
-def _cache_bytes(hf_config: Any, config: VllmEngineConfig, policy: PrecisionPolicy) -> int:
+def _cache_bytes(hf_config: Any, config: VllmEngineConfig, precision: Precision) -> int:
     """Memory for keys and values on a CPU: as much as can be used at once, at most `engine.kv_cache_gib`."""
     allowed = int(config.kv_cache_gib * _GIB)
     heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-    token = 2 * hf_config.num_hidden_layers * heads * head_dim * policy.rollout_dtype.itemsize
+    token = 2 * hf_config.num_hidden_layers * heads * head_dim * precision.rollout_dtype.itemsize
     blocks = -(-(context_length(hf_config) + 1) // _BLOCK) + 1
     needed: int = (config.max_concurrent * blocks + 1) * _BLOCK * token
     return min(allowed, needed)
 
 
-def environment(config: VllmEngineConfig, policy: PrecisionPolicy) -> dict[str, str]:
+def environment(config: VllmEngineConfig, precision: Precision) -> dict[str, str]:
     """Variables of the child: everything in one process, offline, silent about us."""
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -180,7 +180,7 @@ def environment(config: VllmEngineConfig, policy: PrecisionPolicy) -> dict[str, 
     }
     if config.batch_invariant:
         variables["VLLM_BATCH_INVARIANT"] = "1"
-    if policy.device.type == "cpu" and not uses_compile(config, policy):
+    if precision.device.type == "cpu" and not uses_compile(config, precision):
         # vLLM's sampler compiles its ranking of tokens at the first request, whatever `enforce_eager` says; on a CPU
         # that calls a C++ compiler and takes longer than the start.
         variables["TORCHDYNAMO_DISABLE"] = "1"

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from betterhalf.config.schema import PrecisionConfig, SamplingConfig, VllmEngineConfig
 from betterhalf.errors import ConfigError
-from betterhalf.precision.policy import PrecisionPolicy, build_policy
+from betterhalf.precision.roles import Precision, build_precision
 from betterhalf.rollout.vllm import options
 
 CONFIG = LlamaConfig(
@@ -20,41 +20,41 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 
 
-def policy(dtype: str = "fp16", device: str = "cpu") -> PrecisionPolicy:
-    return build_policy(PrecisionConfig.model_validate({"preset": dtype}), torch.device(device))
+def precision(dtype: str = "fp16", device: str = "cpu") -> Precision:
+    return build_precision(PrecisionConfig.model_validate({"preset": dtype}), torch.device(device))
 
 
 def test_the_cache_is_as_large_as_it_can_be_used() -> None:
     """Two blocks of 128 tokens hold 256 positions, one is spare; each token takes 2 x 3 x 2 x 16 values."""
-    small = options.llm_options(Path("m"), CONFIG, VllmEngineConfig(max_concurrent=5), policy(), 0)
+    small = options.llm_options(Path("m"), CONFIG, VllmEngineConfig(max_concurrent=5), precision(), 0)
     assert small["kv_cache_memory_bytes"] == (5 * 3 + 1) * 128 * (2 * 3 * 2 * 16) * 2
-    large = options.llm_options(Path("m"), CONFIG, VllmEngineConfig(kv_cache_gib=0.001), policy(), 0)
+    large = options.llm_options(Path("m"), CONFIG, VllmEngineConfig(kv_cache_gib=0.001), precision(), 0)
     assert large["kv_cache_memory_bytes"] == int(0.001 * 2**30)
 
 
 def test_the_head_is_fp32_unless_told_otherwise() -> None:
-    fp32 = options.llm_options(Path("m"), CONFIG, VllmEngineConfig(), policy(), 0)
+    fp32 = options.llm_options(Path("m"), CONFIG, VllmEngineConfig(), precision(), 0)
     assert fp32["hf_overrides"] == {"head_dtype": "float32"}
     assert fp32["dtype"] == "float16"
     assert "hf_overrides" not in options.llm_options(
-        Path("m"), CONFIG, VllmEngineConfig(head_dtype="model"), policy(), 0
+        Path("m"), CONFIG, VllmEngineConfig(head_dtype="model"), precision(), 0
     )
 
 
 def test_a_gpu_gets_handles_sleep_and_compilation_a_cpu_none_of_them() -> None:
-    gpu = options.llm_options(Path("m"), CONFIG, VllmEngineConfig(), policy(device="cuda"), 0)
+    gpu = options.llm_options(Path("m"), CONFIG, VllmEngineConfig(), precision(device="cuda"), 0)
     assert gpu["weight_transfer_config"] == {"backend": "ipc"}
     assert gpu["enable_sleep_mode"] and not gpu["enforce_eager"]
-    cpu = options.llm_options(Path("m"), CONFIG, VllmEngineConfig(), policy(), 0)
+    cpu = options.llm_options(Path("m"), CONFIG, VllmEngineConfig(), precision(), 0)
     assert cpu["enforce_eager"] and not {"weight_transfer_config", "enable_sleep_mode"} & cpu.keys()
-    assert "TORCHDYNAMO_DISABLE" in options.environment(VllmEngineConfig(), policy())
-    assert "TORCHDYNAMO_DISABLE" not in options.environment(VllmEngineConfig(), policy(device="cuda"))
+    assert "TORCHDYNAMO_DISABLE" in options.environment(VllmEngineConfig(), precision())
+    assert "TORCHDYNAMO_DISABLE" not in options.environment(VllmEngineConfig(), precision(device="cuda"))
 
 
 def test_two_gpus_load_from_a_file() -> None:
     config = VllmEngineConfig(tensor_parallel_size=2)
-    assert not options.transfers_by_handle(config, policy(device="cuda"))
-    assert "weight_transfer_config" not in options.llm_options(Path("m"), CONFIG, config, policy(device="cuda"), 0)
+    assert not options.transfers_by_handle(config, precision(device="cuda"))
+    assert "weight_transfer_config" not in options.llm_options(Path("m"), CONFIG, config, precision(device="cuda"), 0)
 
 
 def test_the_model_file_names_its_architecture(tmp_path: Path) -> None:

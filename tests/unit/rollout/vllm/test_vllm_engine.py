@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from betterhalf.config.schema import PrecisionConfig, SamplingConfig, VllmEngineConfig
 from betterhalf.errors import ConfigError, EngineDiedError, EngineError, InputError, MissingExtraError
-from betterhalf.precision.policy import build_policy
+from betterhalf.precision.roles import build_precision
 from betterhalf.rollout.sampler import sequence_key
 from betterhalf.rollout.vllm import engine as engine_module
 from betterhalf.rollout.vllm.engine import VllmEngine
@@ -35,9 +35,9 @@ def make(fake_module: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     def build(
         precision: dict[str, Any] | None = None, *, load: bool = True, device: str = "cpu", **settings: Any
     ) -> VllmEngine:
-        policy = build_policy(PrecisionConfig.model_validate(precision or {}), torch.device(device))
+        roles = build_precision(PrecisionConfig.model_validate(precision or {}), torch.device(device))
         config = VllmEngineConfig.model_validate(settings)
-        made.append(VllmEngine(CONFIG, policy=policy, config=config, stop_token_ids=(5,), module=fake_module))
+        made.append(VllmEngine(CONFIG, precision=roles, config=config, stop_token_ids=(5,), module=fake_module))
         if load:
             made[-1].load_weights(WEIGHTS.items(), policy_version=4)
         return made[-1]
@@ -156,9 +156,9 @@ def test_a_temperature_that_vllm_would_replace_is_refused(make: Make) -> None:
 
 def test_without_vllm_the_extra_is_named(fake_module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    policy = build_policy(PrecisionConfig(), torch.device("cpu"))
+    precision = build_precision(PrecisionConfig(), torch.device("cpu"))
     with pytest.raises(MissingExtraError, match=r"betterhalf\[vllm\](.|\n)*--vllm-cpu(.|\n)*torchvision"):
-        VllmEngine(CONFIG, policy=policy, config=VllmEngineConfig(), stop_token_ids=(), module=fake_module)
+        VllmEngine(CONFIG, precision=precision, config=VllmEngineConfig(), stop_token_ids=(), module=fake_module)
 
 
 def test_on_a_cpu_nothing_sleeps(make: Make) -> None:

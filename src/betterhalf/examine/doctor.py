@@ -1,0 +1,281 @@
+"""`betterhalf doctor`: which precision is safe for a model and an engine, found out without training.
+
+1. Sample a few completions in every precision.
+2. Census: how large values get, forward and backward, and what each precision does with them.
+3. Mismatch of every matched pair, on the same completions.
+4. A verdict for each precision, FP32 islands where FP16 lacks range, and a configuration to start from.
+
+`doctor.json` is written anew after each of these, so that what is measured is on disk whatever fails later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from betterhalf.config.load import resolved_json
+from betterhalf.config.schema import RunConfig
+from betterhalf.diagnostics.numerics import Census
+from betterhalf.diagnostics.pair_report import PairReport, failed_pair
+from betterhalf.diagnostics.verdict import (
+    PREFERENCE,
+    Agreement,
+    PairFinding,
+    Verdict,
+    cramped,
+    engine_agreement,
+    judge,
+    overflowing,
+    recommend,
+)
+from betterhalf.environment import environment
+from betterhalf.errors import BetterhalfError, InputError, MissingExtraError
+from betterhalf.examine.census import CensusBatch, Reference, census_batch, reference, take_census
+from betterhalf.examine.islands import Islands, find_islands
+from betterhalf.examine.pairs import Recorder, Sample, sample_dtypes, score_pairs, write_rollouts
+from betterhalf.examine.recommendation import config_text
+from betterhalf.examine.subject import Subject, open_subject
+from betterhalf.metrics.console import PhaseProgress
+from betterhalf.metrics.console import progress as show_progress
+from betterhalf.report.page import write_report
+from betterhalf.rollout.build import check_engine
+from betterhalf.run_dir import RunDir, write_json_atomic
+from betterhalf.setup.device import choose_device
+from betterhalf.setup.folder import run_folder
+from betterhalf.types import Completion, DtypeName, Prompt
+
+_PAIRS: tuple[tuple[DtypeName, DtypeName], ...] = (("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16"))
+"""FP32 first: its completions are those of the census, and it tells rounding from bugs."""
+
+_PHASES = 2 * len(_PAIRS) + 1 + len(PREFERENCE)
+"""Rollouts and pairs, the FP32 reference, and the censuses: what the progress counts."""
+
+Samples = Mapping[str, Sample | BetterhalfError]
+"""By rollout dtype: what was sampled, or why it could not be."""
+
+
+def doctor(target: str, config: RunConfig, run_dir: str | None) -> dict[str, Any]:
+    """Examine a model, or the newest checkpoint of a run.
+
+    Args:
+        target: MODEL, or the folder of a run (then `config` should be the run's own).
+        config: task, engine, sizes of a train batch, and `doctor` settings; overrides of single precision roles are
+            left aside, FP32 islands are kept.
+        run_dir: gets `doctor.json`, `summary.json`, the rollouts and `report.html`; `runs/doctor-<name>-<time>` if
+            absent.
+
+    Returns:
+        What `doctor.json` holds, and `passed`: the engine agrees with the trainer, and `precision.preset` is not
+        unsafe.
+
+    Raises:
+        InputError: the model, its prompts or the configuration cannot be used.
+        MissingExtraError: a package is not installed.
+    """
+    started = time.perf_counter()
+    check_engine(config)
+    with run_folder(run_dir, "doctor", Path(target).name) as run, _opened(target, config) as subject:
+        with show_progress("doctor", _PHASES, mode=config.logging.console) as bar:
+            result = _examine(_Examination(run=run, subject=subject, bar=bar, started=started))
+        write_json_atomic(
+            run.summary, {key: value for key, value in result.items() if key not in ("census", "mismatch")}
+        )
+        write_report([run], run.report)
+        return result
+
+
+def doctor_json(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a result that `--json` prints."""
+    return {key: result[key] for key in ("verdicts", "recommended", "run_dir")}
+
+
+@dataclass(slots=True)
+class _Examination:
+    """What is known so far."""
+
+    run: RunDir
+    subject: Subject
+    bar: PhaseProgress
+    started: float
+    censuses: dict[DtypeName, Census] = field(default_factory=dict)
+    reports: list[PairReport] = field(default_factory=list)
+    verdicts: dict[DtypeName, Verdict] = field(default_factory=dict)
+    agreement: Agreement | None = None
+    islands: Islands | None = None
+    recommended: DtypeName | None = None
+
+    def finding(self, dtype: DtypeName) -> PairFinding | None:
+        """What the matched pair of a precision says."""
+        for report in self.reports:
+            if report.train == dtype:
+                return _finding(report, self.subject.config.sampling.max_tokens)
+        return None
+
+    def result(self) -> dict[str, Any]:
+        """`doctor.json` of what is known so far."""
+        verdicts, recommended = self.verdicts, self.recommended
+        asked = verdicts.get(self.subject.config.precision.preset)
+        agrees = self.agreement is None or self.agreement.agrees
+        return {
+            "verb": "doctor",
+            "target": self.subject.target,
+            "verdicts": {name: verdict.to_json() for name, verdict in verdicts.items()},
+            "recommended": recommended,
+            "config": config_text(self.subject, recommended, verdicts, self.censuses, self.islands),
+            "census": {name: census.to_json() for name, census in self.censuses.items()},
+            "islands": self.islands.to_json() if self.islands else None,
+            "mismatch": [report.to_json() for report in self.reports],
+            "engine_agrees": self.agreement.to_json() if self.agreement else None,
+            "passed": agrees and asked is not None and asked.verdict != "unsafe",
+            "seconds": time.perf_counter() - self.started,
+            "run_dir": str(self.run.path),
+        }
+
+    def write_head(self) -> None:
+        """Put on disk what was asked, and of which machine."""
+        if not self.run.config.exists():
+            write_json_atomic(self.run.environment, environment())
+            write_json_atomic(self.run.config, resolved_json(self.subject.config))
+
+    def write(self) -> None:
+        """Put it on disk."""
+        self.write_head()
+        write_json_atomic(self.run.path / "doctor.json", self.result())
+
+
+class _Record(Recorder):
+    """Keeps rollouts, and counts what is done with.
+
+    The folder stays empty until there is one: bad input is often found only when the engine starts.
+    """
+
+    def __init__(self, examination: _Examination) -> None:
+        self._examination = examination
+
+    def sampled(self, sample: Sample) -> None:
+        self._examination.write_head()
+        write_rollouts(self._examination.run, sample, self._examination.subject.config.sampling.temperature)
+
+    def advance(self, label: str) -> None:
+        self._examination.bar.advance()
+
+
+def _examine(known: _Examination) -> dict[str, Any]:
+    prompts = known.subject.prompts(known.subject.config.doctor.prompts)
+    samples = _sample(_sampling(known.subject), _PAIRS, prompts, _Record(known))
+    batch = _census_batch(known.subject, prompts, samples)
+    truth = reference(known.subject, batch)
+    known.bar.advance()
+    for dtype in PREFERENCE:
+        known.censuses[dtype] = take_census(known.subject, dtype, batch, truth)
+        known.bar.advance()
+        known.write()
+    known.reports = score_pairs(_sampling(known.subject), _PAIRS, samples, _Record(known))
+    known.write()
+    known.agreement = engine_agreement(known.finding("fp32"))
+    known.verdicts = {dtype: judge(known.censuses[dtype], known.finding(dtype)) for dtype in PREFERENCE}
+    known.recommended = recommend(known.verdicts)
+    known.write()
+    if overflowing(known.censuses["fp16"]) or cramped(known.censuses["fp16"]):
+        known.islands = _islands(known, batch, truth, prompts)
+        known.recommended = _with_cure(known)
+        known.write()
+    return known.result()
+
+
+def _sample(
+    subject: Subject, pairs: Sequence[tuple[DtypeName, DtypeName]], prompts: Sequence[Prompt], record: Recorder
+) -> Samples:
+    """Rollouts by dtype, or why there are none; bad input and missing packages are raised."""
+    try:
+        return sample_dtypes(subject, pairs, prompts, subject.config.doctor.group_size, record)
+    except (InputError, MissingExtraError):
+        raise
+    except BetterhalfError as error:
+        return {rollout: error.with_traceback(None) for _, rollout in pairs}
+
+
+def _census_batch(subject: Subject, prompts: Sequence[Prompt], samples: Samples) -> CensusBatch:
+    """Tokens of the first precision that could sample; else the prompts' own second halves in their place."""
+    sampled = (sample for sample in samples.values() if isinstance(sample, Sample))
+    first = next(sampled, None)
+    groups = [group for _, group in first.groups] if first else [(_half_of(prompt),) for prompt in prompts]
+    shown = prompts if first else [_first_half(prompt) for prompt in prompts]
+    return census_batch(subject, shown, groups, choose_device(subject.config))
+
+
+def _first_half(prompt: Prompt) -> Prompt:
+    return dataclasses.replace(prompt, token_ids=prompt.token_ids[: (len(prompt.token_ids) + 1) // 2])
+
+
+def _half_of(prompt: Prompt) -> Completion:
+    rest = prompt.token_ids[(len(prompt.token_ids) + 1) // 2 :] or prompt.token_ids
+    return Completion(token_ids=rest, behavior_logprobs=(0.0,) * len(rest), finish_reason="length", policy_version=0)
+
+
+def _islands(known: _Examination, batch: CensusBatch, truth: Reference, prompts: Sequence[Prompt]) -> Islands:
+    def judged(subject: Subject, census: Census) -> Verdict:
+        """By the same rules as without islands; the pair is measured when the census alone says nothing against it."""
+        alone = judge(census, None)
+        if alone.verdict == "unsafe":
+            return alone
+        report = _pair_of(_sampling(subject), census.dtype, prompts)
+        return judge(census, _finding(report, subject.config.sampling.max_tokens))
+
+    return find_islands(known.subject, batch, truth, known.censuses["fp16"], judged)
+
+
+def _pair_of(subject: Subject, dtype: DtypeName, prompts: Sequence[Prompt]) -> PairReport:
+    """One matched pair, measured anew; the engine may refuse islands."""
+    pairs = ((dtype, dtype),)
+    try:
+        samples = sample_dtypes(subject, pairs, prompts, subject.config.doctor.group_size, Recorder())
+        return score_pairs(subject, pairs, samples, Recorder())[0]
+    except BetterhalfError as error:
+        return failed_pair(dtype, dtype, str(error))
+
+
+def _with_cure(known: _Examination) -> DtypeName | None:
+    """FP16 with islands when it is ok by the same rules; else what is recommended without."""
+    islands = known.islands
+    return "fp16" if islands and islands.cures and islands.verdict.verdict == "ok" else known.recommended
+
+
+def _finding(report: PairReport, response_length: int) -> PairFinding:
+    return PairFinding(
+        values={name: estimate.value for name, estimate in report.metrics.items()},
+        budget=report.budget,
+        response_length=response_length,
+        failure=report.error,
+    )
+
+
+def _plain(config: RunConfig) -> RunConfig:
+    """Without overrides of single roles, which would keep a precision from being what its name says."""
+    roles = ("compute_dtype", "rollout_dtype", "wire_dtype", "kv_dtype")
+    precision = config.precision.model_copy(update=dict.fromkeys(roles))
+    return config.model_copy(update={"precision": precision})
+
+
+def _shortened(config: RunConfig) -> RunConfig:
+    """With the doctor's own length limit, if that is shorter than training's."""
+    limit = min(config.doctor.max_tokens, config.sampling.max_tokens)
+    return config.model_copy(update={"sampling": config.sampling.model_copy(update={"max_tokens": limit})})
+
+
+def _sampling(subject: Subject) -> Subject:
+    """The subject as it is sampled from."""
+    return dataclasses.replace(subject, config=_shortened(subject.config))
+
+
+@contextmanager
+def _opened(target: str, config: RunConfig) -> Iterator[Subject]:
+    """The subject with training's length limit; its prompts need room for the doctor's completions alone."""
+    with open_subject(target, _shortened(_plain(config)), prompts=config.doctor.prompts) as opened:
+        restored = opened.config.model_copy(update={"sampling": config.sampling})
+        yield dataclasses.replace(opened, config=restored)

@@ -1,0 +1,255 @@
+"""What the mismatch does to learning, without learning: the policy gradient of one batch in each precision.
+
+Two questions, one batch. How far does a half trainer's gradient lie from the FP32 trainer's on the same tokens? And how
+far do the sequence importance weights between matched trainer and engine turn a gradient? Every gradient is that of
+`PolicyTrainer.forward_backward`, as accumulated in FP32 over the micro-batches that training would use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from betterhalf import ops
+from betterhalf.algorithms.advantage import group_advantages
+from betterhalf.algorithms.presets import PRESETS
+from betterhalf.config.schema import AlgorithmConfig, LossScaleConfig
+from betterhalf.diagnostics.gradient_gap import gradient_gap, weight_spread
+from betterhalf.errors import InputError
+from betterhalf.examine.subject import Subject, trainer_in
+from betterhalf.precision.loss_scaler import build_loss_scaler
+from betterhalf.setup.decoding import completion_texts
+from betterhalf.setup.device import choose_device
+from betterhalf.tasks.rewards import check_rewards
+from betterhalf.training.pack import pack_step
+from betterhalf.training.policy_trainer import PolicyTrainer
+from betterhalf.types import Completion, DtypeName, PresetName, Prompt, Rollout, TrainBatch
+
+Groups = Sequence[tuple[Prompt, tuple[Completion, ...]]]
+"""Prompts, each with its siblings."""
+
+TRAINER_DTYPES: tuple[DtypeName, ...] = ("fp32", "fp16", "bf16")
+"""Trainers compared, the reference first."""
+
+PLAIN: PresetName = "reinforce"
+"""log pi times advantage over a constant length."""
+WEIGHTED: PresetName = "pg_seq_is"
+"""The same, each sequence multiplied by its raw weight pi/mu."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Attempt:
+    """How a gradient was obtained; it stands in the masters, still multiplied by the scale."""
+
+    scale: float
+    """The loss scale of the last attempt."""
+    halvings: int
+    """Times the scale was halved because the gradient was not finite."""
+    finite: bool
+
+
+def measure_gradients(
+    subject: Subject, rollouts: Mapping[DtypeName, Groups], *, advance: Callable[[str], None] = lambda stage: None
+) -> dict[str, Any]:
+    """The section `gradient` of `probe.json`.
+
+    Args:
+        subject: what is examined; `probe.gradient_completions` of its configuration is the size of the batch.
+        rollouts: completions by rollout dtype, sampled at the subject's weights. Trainers are compared on the tokens of
+            fp32 if given, else of the first; weights are measured on each dtype's own.
+        advance: told what is done next, before each gradient.
+
+    Returns:
+        `rows`: each trainer against the FP32 trainer, FP16 with the configured loss scale and without one. `weights`:
+        for each rollout dtype, the matched trainer's gradient with weights against without. `advantages`: `signs`
+        when the rewards of some rollout dtype give no advantage at all, and seeded signs +-1 stand in for all.
+
+    Raises:
+        InputError: there are no rollouts.
+        RewardError: a reward is not finite.
+    """
+    if not rollouts or not all(rollouts.values()):
+        raise InputError("there are no completions to take a gradient of; sample at least one for each precision.")
+    plain = dataclasses.replace(
+        subject, config=subject.config.model_copy(update={"algorithm": AlgorithmConfig(preset=PLAIN)})
+    )
+    batches, kind = _batches(plain, rollouts)
+    base: DtypeName = "fp32" if "fp32" in batches else next(iter(batches))
+    comparison = _Comparison(subject=plain, batches=batches, base=base, advance=advance)
+    for dtype in TRAINER_DTYPES:
+        comparison.add(dtype)
+        gc.collect()  # parameters and their hooks refer to each other; the next trainer needs this one's memory
+    return {
+        "rows": comparison.rows,
+        "weights": [comparison.weights[dtype] for dtype in rollouts],
+        **_sizes(batches[base]),
+        "advantages": kind,
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Comparison:
+    """What is known so far; one trainer lives at a time, the first one's gradient stays as the reference."""
+
+    subject: Subject
+    batches: Mapping[DtypeName, TrainBatch]
+    """By rollout dtype."""
+    base: DtypeName
+    """Whose tokens the trainers are compared on."""
+    advance: Callable[[str], None]
+    reference: dict[str, Tensor] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    weights: dict[DtypeName, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, dtype: DtypeName) -> None:
+        """Build one trainer, take its gradients, let go of it."""
+        trainer = trainer_in(self.subject, dtype)
+        configured = trainer.scaler.scale
+        for scale in dict.fromkeys((configured, 1.0)):
+            self.advance(f"gradient of the {dtype} trainer, loss scale {scale:g}")
+            self._compare(trainer, dtype, scale)
+        if dtype in self.batches:
+            self.advance(f"importance weights of the {dtype} rollouts")
+            self.weights[dtype] = self._weigh(trainer, dtype, configured)
+
+    def _compare(self, trainer: PolicyTrainer, dtype: DtypeName, scale: float) -> None:
+        attempt = _accumulate(trainer, self.batches[self.base], scale)
+        if not self.reference:
+            self.reference.update(_unscaled(trainer, attempt))
+        gap = gradient_gap(trainer.weights.gradients(), self.reference, scale=attempt.scale)
+        self.rows.append(
+            {
+                "train": dtype,
+                "loss_scale": attempt.scale,
+                **dataclasses.asdict(gap),
+                "overflow": attempt.halvings > 0 or not attempt.finite,
+                "initial_loss_scale": scale,
+                "halvings": attempt.halvings,
+            }
+        )
+
+    def _weigh(self, trainer: PolicyTrainer, dtype: DtypeName, scale: float) -> dict[str, Any]:
+        """The gradient with raw sequence weights against the one without: one trainer, one set of tokens."""
+        batch = self.batches[dtype]
+        if dtype == self.base == TRAINER_DTYPES[0]:
+            plain = self.reference
+        else:
+            plain = _unscaled(trainer, _accumulate(trainer, batch, scale))
+        trainer.algorithm = PRESETS[WEIGHTED]
+        attempt = _accumulate(trainer, batch, scale)
+        gap = gradient_gap(trainer.weights.gradients(), plain, scale=attempt.scale)
+        return {
+            "rollout": dtype,
+            "relative_change": gap.relative_error,
+            "cosine": gap.cosine,
+            **dataclasses.asdict(weight_spread(_sequence_log_ratios(trainer, batch))),
+        }
+
+
+# -- gradients
+
+
+def _accumulate(trainer: PolicyTrainer, batch: TrainBatch, scale: float) -> _Attempt:
+    """Leave the batch's gradient in the masters; while it overflows, try again with half the loss scale.
+
+    It does not fall below 1, where the half backward would lose more than it does without a loss scale.
+    """
+    halvings = 0
+    while True:
+        forward_finite, finite = _backward(trainer, batch, scale)
+        if finite or not forward_finite or scale < 2.0:
+            return _Attempt(scale=scale, halvings=halvings, finite=finite)
+        scale, halvings = scale / 2, halvings + 1
+
+
+def _backward(trainer: PolicyTrainer, batch: TrainBatch, scale: float) -> tuple[bool, bool]:
+    """One pass over the micro-batches; whether the loss is finite, and whether it and the gradient are."""
+    trainer.scaler = build_loss_scaler(LossScaleConfig(initial=scale), trainer.precision.roles.compute_dtype)
+    trainer.weights.zero_grad()
+    for micro in batch.micro_batches:
+        if not bool(trainer.forward_backward(micro, None, batch.denominators).loss.isfinite()):
+            return False, False
+    return True, all(bool(gradient.isfinite().all()) for _, gradient in trainer.weights.gradients())
+
+
+def _unscaled(trainer: PolicyTrainer, attempt: _Attempt) -> dict[str, Tensor]:
+    """A copy of the gradient. Scales are powers of two where nobody chose otherwise, and then dividing is exact."""
+    return {name: gradient / attempt.scale for name, gradient in trainer.weights.gradients()}
+
+
+@torch.no_grad()
+def _sequence_log_ratios(trainer: PolicyTrainer, batch: TrainBatch) -> Tensor:
+    """log pi - log mu summed over each completion, float64 [S], zero advantages included."""
+    sums = []
+    for pack in batch.packs:
+        trainer_logprobs_C, _ = trainer.measure(pack)
+        log_ratio_C = ops.log_ratio(trainer_logprobs_C.double(), pack.behavior_logprobs_C.double())
+        sums.append(ops.segment_sum(log_ratio_C, pack.sequence_index_C, pack.num_sequences))
+    return torch.cat(sums)
+
+
+# -- the batch
+
+
+def _batches(
+    subject: Subject, rollouts: Mapping[DtypeName, Groups]
+) -> tuple[dict[DtypeName, TrainBatch], Literal["rewards", "signs"]]:
+    """One train batch for each rollout dtype, and what its advantages are made of."""
+    scored = {dtype: _scored(subject, groups) for dtype, groups in rollouts.items()}
+    advantages = {dtype: _reward_advantages(groups) for dtype, groups in scored.items()}
+    kind: Literal["rewards", "signs"] = "rewards" if all(any(values) for values in advantages.values()) else "signs"
+    if kind == "signs":
+        advantages = {dtype: _signs(len(values), subject.config.seed) for dtype, values in advantages.items()}
+    config = subject.config
+    config = config.model_copy(update={"training": config.training.model_copy(update={"optimizer_steps": 1})})
+    device = choose_device(config)
+    return {
+        dtype: pack_step([r for group in groups for r in group], advantages[dtype], config, 0, device).train_batches[0]
+        for dtype, groups in scored.items()
+    }, kind
+
+
+def _scored(subject: Subject, groups: Groups) -> list[list[Rollout]]:
+    """The first `probe.gradient_completions` completions with their rewards, siblings together."""
+    flat = [(number, prompt, c) for number, (prompt, siblings) in enumerate(groups) for c in siblings]
+    flat = flat[: subject.config.probe.gradient_completions]
+    texts = completion_texts(subject.model.tokenizer, [completion for _, _, completion in flat])
+    rewards = subject.task.rewards([prompt for _, prompt, _ in flat], texts, [c.finish_reason for _, _, c in flat])
+    rewards = check_rewards(rewards, len(flat))
+    out: dict[int, list[Rollout]] = {}
+    for (number, prompt, completion), text, reward in zip(flat, texts, rewards, strict=True):
+        rollout = Rollout(prompt=prompt, completion=completion, text=text, reward=reward)
+        out.setdefault(number, []).append(rollout)
+    return list(out.values())
+
+
+def _reward_advantages(groups: Sequence[Sequence[Rollout]]) -> list[float]:
+    """Reward minus the group's mean; 0 for a group of one, which has no baseline."""
+    out: list[float] = []
+    for group in groups:
+        rewards = torch.tensor([[rollout.reward for rollout in group]])
+        out += group_advantages(rewards, "group_mean")[0].tolist() if len(group) > 1 else [0.0]
+    return out
+
+
+def _signs(count: int, seed: int) -> list[float]:
+    """Seeded advantages +1 and -1, as many of one as of the other but for one."""
+    signs = [1.0 if index % 2 == 0 else -1.0 for index in range(count)]
+    random.Random(f"signs-{seed}").shuffle(signs)
+    return signs
+
+
+def _sizes(batch: TrainBatch) -> dict[str, int]:
+    return {
+        "completions": int(batch.denominators.sequences),
+        "trained_completions": sum(micro.num_sequences for micro in batch.micro_batches),
+        "tokens": int(batch.denominators.tokens),
+        "micro_batches": len(batch.micro_batches),
+    }

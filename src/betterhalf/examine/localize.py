@@ -1,0 +1,209 @@
+"""The first divergence: one sequence through trainer and native engine, and the first operation that differs.
+
+Three comparisons. Trainer against engine, where every operation of the engine reads the trainer's results (`forced`),
+so that a difference is that operation's own; then both running freely, for the growth from layer to layer. And the
+engine against itself: prompt pass against decoding through the cache, and decoding alone against decoding in a batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from betterhalf.config.engine import NativeEngineConfig
+from betterhalf.diagnostics.divergence import (
+    HINTS,
+    Difference,
+    Sizes,
+    Trace,
+    Yardstick,
+    compare,
+    compare_traces,
+    first_beyond,
+    first_unequal,
+    growth,
+)
+from betterhalf.errors import InputError
+from betterhalf.examine.engine_trace import decoded_trace, whole_trace
+from betterhalf.examine.subject import Subject, config_in, precision_in, rounded_weights, trainer_in
+from betterhalf.examine.trainer_trace import trainer_logits, trainer_trace
+from betterhalf.rollout.build import build_engine
+from betterhalf.rollout.native.decoder import Decoder
+from betterhalf.rollout.native.engine import NativeEngine
+from betterhalf.training.policy_trainer import PolicyTrainer
+from betterhalf.types import DtypeName
+
+BATCH = 8
+"""Sequences in the batch that decoding alone is compared with."""
+
+_MAX_DECODED = 64
+"""Tokens of the completion that are replayed; more find nothing else and cost a decode step each, four times."""
+_MAX_TRACED = 2**28
+"""Values in one trace (1 GiB in FP32); a sequence too long for it is cut."""
+_MAX_LOGITS = 2**23
+"""Logits compared (64 MiB in FP64 on each side)."""
+
+_OVERFLOW = "a value left the range of the format: `betterhalf doctor` names the modules and their cure"
+
+
+def localize(subject: Subject, token_ids: Sequence[int], prompt_length: int, *, dtype: DtypeName) -> dict[str, Any]:
+    """Replay one sequence through both wings of a subject in one precision; the native engine, whatever is configured.
+
+    Args:
+        subject: the model and the settings of trainer and engine.
+        token_ids: prompt and completion; a long completion is cut.
+        prompt_length: tokens of the prompt, at least one, followed by at least one token.
+        dtype: precision of both sides.
+
+    Returns:
+        The object `localize` of probe.json; see docs/localize.md.
+
+    Raises:
+        InputError: an architecture the native engine does not compute, or a sequence without prompt or completion.
+    """
+    subject = _with_native_engine(subject)
+    engine, trainer = _engine_unchecked(subject, dtype), trainer_in(subject, dtype, hooked=True)
+    return localize_pair(trainer, engine.decoder, token_ids, prompt_length, dtype=dtype)
+
+
+def localize_pair(
+    trainer: PolicyTrainer, decoder: Decoder, token_ids: Sequence[int], prompt_length: int, *, dtype: DtypeName
+) -> dict[str, Any]:
+    """As `localize`, on a trainer and a decoder that hold their weights."""
+    tokens = _replayed(decoder, token_ids, prompt_length)
+    against_trainer = _yardstick(decoder, dtype, len(tokens), trainer=True)
+    against_itself = _yardstick(decoder, dtype, len(tokens), trainer=False)
+    theirs = trainer_trace(trainer, tokens)
+    whole, alone = whole_trace(decoder, tokens), decoded_trace(decoder, tokens, prompt_length)
+    beside = decoded_trace(decoder, tokens, prompt_length, batch=BATCH)
+    forced = whole_trace(decoder, tokens, forced=theirs)
+    comparisons = {"trainer_engine": _comparison(("engine", "trainer"), theirs, forced, whole, against_trainer)}
+    comparisons["trainer_engine"].forced.append(
+        _compare_logits(trainer, decoder, theirs, prompt_length, against_trainer)
+    )
+    forced = decoded_trace(decoder, tokens, prompt_length, forced=whole)
+    comparisons["prefill_decode"] = _comparison(("decode", "prefill"), whole, forced, alone, against_itself)
+    forced = decoded_trace(decoder, tokens, prompt_length, batch=BATCH, forced=alone)
+    sides = (f"batch of {BATCH}", "batch of 1")
+    comparisons["batch"] = _comparison(sides, alone, forced, beside, against_itself)
+    head = {"dtype": dtype, "rounding": decoder.rounding.mode, "tokens": len(tokens), "prompt_length": prompt_length}
+    return head | _as_json(comparisons)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Comparison:
+    """Two ways of computing one sequence."""
+
+    sides: tuple[str, str]
+    """Names of the result and of the reference."""
+    forced: list[Difference]
+    """Of each operation, computed from the reference's inputs."""
+    growth: list[float | None]
+    """Difference of the residual stream after each layer, both running freely."""
+
+
+def _comparison(
+    sides: tuple[str, str], reference: Trace, forced: Trace, freely: Trace, yardstick: Yardstick
+) -> _Comparison:
+    return _Comparison(
+        sides=sides,
+        forced=compare_traces(forced, reference, yardstick),
+        growth=growth(compare_traces(freely, reference, yardstick)),
+    )
+
+
+def _with_native_engine(subject: Subject) -> Subject:
+    if isinstance(subject.config.engine, NativeEngineConfig):
+        return subject
+    config = subject.config.model_copy(update={"engine": NativeEngineConfig()})
+    return dataclasses.replace(subject, config=config)
+
+
+def _engine_unchecked(subject: Subject, dtype: DtypeName) -> NativeEngine:
+    """An engine with the subject's weights that nothing has run on: where values overflow is what we are to find."""
+    model, precision = subject.model, precision_in(subject, dtype)
+    engine = build_engine(config_in(subject, dtype), model.hf_config, model.stop_token_ids, precision)
+    assert isinstance(engine, NativeEngine)
+    engine.load_weights(rounded_weights(model, precision.wire_dtype), policy_version=0)
+    return engine
+
+
+def _replayed(decoder: Decoder, token_ids: Sequence[int], prompt_length: int) -> tuple[int, ...]:
+    """The prompt and as much of the completion as is worth its time and memory."""
+    if not 0 < prompt_length < len(token_ids):
+        raise InputError(
+            f"a sequence of {len(token_ids)} tokens with a prompt of {prompt_length} cannot be replayed through "
+            "prefill and decoding; give a prompt and a completion of at least one token each"
+        )
+    config = decoder.config
+    widths = 8 * config.hidden_size + 3 * config.query_size + 3 * config.kv_size + 3 * config.intermediate_size
+    room = max(_MAX_TRACED // (widths * config.num_layers), prompt_length + 1)
+    return tuple(token_ids[: min(room, prompt_length + _MAX_DECODED)])
+
+
+def _yardstick(decoder: Decoder, dtype: DtypeName, tokens: int, *, trainer: bool) -> Yardstick:
+    config, mode = decoder.config, decoder.rounding.mode
+    sizes = Sizes(
+        hidden=config.hidden_size,
+        heads=config.query_size,
+        intermediate=config.intermediate_size,
+        attended=tokens + config.head_dim,
+    )
+    sides = (mode, "trainer" if trainer else mode)
+    return Yardstick(dtype=dtype, sides=sides, sizes=sizes, head_norms=config.qk_norm)
+
+
+@torch.no_grad()
+def _compare_logits(
+    trainer: PolicyTrainer, decoder: Decoder, theirs: Trace, prompt_length: int, yardstick: Yardstick
+) -> Difference:
+    """The heads of both sides on the trainer's final hidden states of rows that predict completion tokens."""
+    first, rows = prompt_length - 1, max(1, _MAX_LOGITS // decoder.config.vocab_size)
+    hidden = theirs["final_norm", None][first : first + rows]
+    ours = decoder.logits(hidden.to(decoder.rounding.container))
+    return compare(("logits", None), ours, trainer_logits(trainer, hidden), yardstick, first_token=first)
+
+
+def _as_json(comparisons: dict[str, _Comparison]) -> dict[str, Any]:
+    forced = comparisons["trainer_engine"].forced
+    summaries = {name: _summary(comparison) for name, comparison in comparisons.items()}
+    summaries["batch"]["sizes"] = [1, BATCH]
+    layers = range(len(comparisons["trainer_engine"].growth))
+    return {
+        "first": summaries["trainer_engine"]["first"],
+        "operations": [
+            {"layer": one.layer, "operation": one.operation, "local": one.local, "bound": one.bound} for one in forced
+        ],
+        "growth": [{"layer": n, **{name: one.growth[n] for name, one in comparisons.items()}} for n in layers],
+        "comparisons": summaries,
+    }
+
+
+def _summary(comparison: _Comparison) -> dict[str, Any]:
+    """First beyond rounding, first that is not bitwise equal, and the one that comes nearest to its bound."""
+    finite = [one for one in comparison.forced if one.local is not None]
+    found = {
+        "first": first_beyond(comparison.forced),
+        "first_unequal": first_unequal(comparison.forced),
+        "nearest": max(finite, key=lambda one: (one.local or 0.0) / one.bound, default=None),
+    }
+    return {name: None if one is None else _record(one, comparison.sides) for name, one in found.items()}
+
+
+def _record(one: Difference, sides: tuple[str, str]) -> dict[str, Any]:
+    """A difference as probe.json holds it; `not_finite` names the sides that hold NaN or infinity."""
+    finite = (one.result_finite, one.reference_finite)
+    not_finite = [side for side, is_finite in zip(sides, finite, strict=True) if not is_finite]
+    return {
+        "layer": one.layer,
+        "operation": one.operation,
+        "difference": one.local,
+        "bound": one.bound,
+        "token": one.token,
+        "not_finite": not_finite,
+        "hint": _OVERFLOW if not_finite else HINTS[one.operation],
+    }

@@ -1,0 +1,264 @@
+"""`betterhalf probe`: how far sampling and training policy are apart, for each pair of precisions, without training."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from betterhalf.config.schema import RunConfig
+from betterhalf.errors import InputError
+from betterhalf.examine.dump import UNKNOWN, Dump, DumpLine, fits_model, lacks_trainer_logprobs, read_dump
+from betterhalf.examine.pairs import Sample, compare, measure_pairs, sample_dtypes, score_pairs
+from betterhalf.examine.probe_record import ProbeRecord, keep_rejected
+from betterhalf.examine.subject import Subject, open_subject
+from betterhalf.metrics.console import progress
+from betterhalf.rollout.build import check_engine
+from betterhalf.run_dir import RunDir
+from betterhalf.setup.folder import run_folder
+from betterhalf.types import DtypeName, Prompt
+
+__all__ = ["measure_pairs", "probe", "probe_json", "wanted_pairs"]
+
+DTYPES: tuple[DtypeName, ...] = ("fp16", "bf16", "fp32")
+"""Order of rows and columns."""
+
+Key = TypeVar("Key")
+
+_SHOWN_REJECTIONS = 10
+
+_PAIR_KEYS = (
+    *("train", "rollout", "k3", "k3_ci", "mean_abs", "max_abs", "sequence_kl", "slope_per_1k", "tokens"),
+    "temperature",
+)
+
+
+def probe(
+    target: str | None,
+    config: RunConfig,
+    run_dir: str | None,
+    *,
+    from_dump: str | None = None,
+    gradient: bool = False,
+    localize: bool = False,
+) -> dict[str, Any]:
+    """Measure the mismatch of a model, or of rollouts that another framework sampled.
+
+    Args:
+        target: MODEL or RUN; may be None with a dump that brings its trainer logprobs.
+        config: model, task, sampling, engine and `probe` settings; `precision.pairs` says what is measured.
+        run_dir: where everything goes; `runs/probe-<name>-<time>` if absent.
+        from_dump: JSONL file in the schema of `runs.dump`, analysed instead of sampling.
+        gradient: also measure what the mismatch does to the policy gradient.
+        localize: also look for the first operation where trainer and engine diverge.
+
+    Returns:
+        The content of `probe.json`.
+
+    Raises:
+        InputError: bad model, dump or settings; what was measured before is on disk.
+        RunError: a pair could not be measured; all others are on disk.
+    """
+    if from_dump is None and target is None:
+        raise InputError("probe has nothing to look at. Name a model or a run, or give --from-dump FILE.")
+    if from_dump is None:
+        return _probe_model(cast(str, target), config, run_dir, gradient=gradient, localize=localize)
+    if gradient or localize:
+        raise InputError("--gradient and --localize need rollouts of their own; leave them out with --from-dump.")
+    return _probe_dump(target, config, run_dir, Path(from_dump))
+
+
+def probe_json(result: dict[str, Any]) -> dict[str, Any]:
+    """What `--json` prints: the pairs in a few numbers, the ratio, and where the rest is."""
+    keys = (*_PAIR_KEYS, "seconds")
+    pairs = [{key: pair.get(key) for key in keys} for pair in result["pairs"]]
+    return {"pairs": pairs, "bf16_over_fp16": result["bf16_over_fp16"], "run_dir": result["run_dir"]}
+
+
+def wanted_pairs(config: RunConfig) -> list[tuple[DtypeName, DtypeName]]:
+    """(trainer dtype, rollout dtype) of each pair that `precision.pairs` asks for."""
+    pairs = config.precision.pairs
+    if pairs == "full":
+        return [(train, rollout) for train in DTYPES for rollout in DTYPES]
+    if pairs == "matched":
+        return [(dtype, dtype) for dtype in DTYPES]
+    named = [tuple(pair.split("/")) for pair in dict.fromkeys(pairs)]
+    return cast(list[tuple[DtypeName, DtypeName]], named)
+
+
+# -- a model's own rollouts
+
+
+def _probe_model(
+    target: str, config: RunConfig, run_dir: str | None, *, gradient: bool, localize: bool
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    pairs = wanted_pairs(config)
+    check_engine(config)
+    with (
+        run_folder(run_dir, "probe", Path(target).name) as run,
+        _open_short(target, config, grades=gradient) as subject,
+    ):
+        load_seconds = time.perf_counter() - started
+        prompts = subject.prompts(config.probe.prompts)
+        subject = _with_room(subject, prompts, config.sampling.max_tokens)
+        total = len({rollout for _, rollout in pairs}) + len(pairs) + gradient + localize
+        with progress("probe", total, mode=config.logging.console) as bar:
+            record = ProbeRecord(
+                run,
+                subject.config,
+                target=target,
+                engine=config.engine.type,
+                completions=len(prompts) * config.probe.group_size,
+                pairs=pairs,
+                advance=bar.advance,
+            )
+            record.result["seconds"]["load"] = load_seconds
+            samples = sample_dtypes(subject, pairs, prompts, config.probe.group_size, record)
+            score_pairs(subject, pairs, samples, record)
+            good = {rollout: sample for rollout, sample in samples.items() if isinstance(sample, Sample)}
+            if gradient:
+                record.add_part("gradient", lambda: _gradient(subject, good))
+            if localize:
+                record.add_part("localize", lambda: _localize(subject, good))
+        return record.finish()
+
+
+def _open_short(
+    target: str, config: RunConfig, *, samples: bool = True, grades: bool = False
+) -> AbstractContextManager[Subject]:
+    """Open without asking for room for completions of the length limit: how much there is, is found out later."""
+    short, prompts = _sampling(config, max_tokens=1), config.probe.prompts
+    return open_subject(target, short, prompts=prompts, samples=samples, grades=grades)
+
+
+def _with_room(subject: Subject, prompts: Sequence[Prompt], max_tokens: int) -> Subject:
+    """The subject with the length limit as configured, or as the context leaves room for."""
+    room = subject.model.context_length - max(len(prompt.token_ids) for prompt in prompts)
+    if room < max_tokens:
+        print(f"completions are limited to {room} tokens: the model's context has no room for more", file=sys.stderr)
+    return replace(subject, config=_sampling(subject.config, max_tokens=min(max_tokens, room)))
+
+
+def _sampling(config: RunConfig, **changes: float) -> RunConfig:
+    return config.model_copy(update={"sampling": config.sampling.model_copy(update=changes)})
+
+
+def _gradient(subject: Subject, samples: dict[str, Sample]) -> dict[str, Any]:
+    from betterhalf.examine.gradient import measure_gradients
+
+    return measure_gradients(subject, {cast(DtypeName, name): sample.groups for name, sample in samples.items()})
+
+
+def _localize(subject: Subject, samples: dict[str, Sample]) -> dict[str, Any]:
+    """Replay the longest completion of the configured precision, or of whichever was sampled."""
+    from betterhalf.examine.localize import localize
+
+    preset = subject.config.precision.preset
+    dtype = preset if preset in samples else cast(DtypeName, next(iter(samples)))
+    prompt, completion = max(samples[dtype].items, key=lambda item: len(item[1].token_ids))
+    return localize(subject, [*prompt, *completion.token_ids], len(prompt), dtype=dtype)
+
+
+# -- a dump
+
+
+def _probe_dump(target: str | None, config: RunConfig, run_dir: str | None, path: Path) -> dict[str, Any]:
+    """Analyse a file; lines that bring trainer logprobs make a pair of their own beside those that MODEL scores."""
+    dump = read_dump(path)
+    if target is None:
+        dump = dump.keep(lacks_trainer_logprobs)
+        with run_folder(run_dir, "probe", path.stem) as run:
+            return _record_dump(run, None, config, str(path), dump)
+    config = _at_temperature(config, dump)
+    with run_folder(run_dir, "probe", Path(target).name) as run, _open_short(target, config, samples=False) as subject:
+        vocabulary = subject.model.module.get_input_embeddings().weight.shape[0]
+        dump = dump.keep(fits_model(vocabulary, subject.model.context_length, config.sampling.temperature))
+        return _record_dump(run, subject, config, target, dump)
+
+
+def _at_temperature(config: RunConfig, dump: Dump) -> RunConfig:
+    """The first temperature that the file states decides; lines that state another are rejected."""
+    stated = next((line.temperature for line in dump.lines if line.temperature is not None), None)
+    if stated is None:
+        return config
+    return _sampling(config, temperature=stated)
+
+
+def _record_dump(run: RunDir, subject: Subject | None, config: RunConfig, target: str, dump: Dump) -> dict[str, Any]:
+    _show_rejected(dump)
+    given = _given_pairs(dump.lines, named=subject is None)
+    samples = {rollout: _sample(rollout, lines) for rollout, lines in _by(dump.lines, lambda line: line.rollout)}
+    scored = [(train, rollout) for rollout in samples for train in _scoring_dtypes(config, rollout)] if subject else []
+    with progress("probe", len(given) + len(scored), mode=config.logging.console) as bar:
+        record = ProbeRecord(
+            run,
+            config,
+            target=target,
+            engine=UNKNOWN,
+            completions=len(dump.lines),
+            pairs=[*given, *scored],
+            advance=bar.advance,
+            keep_rollouts=False,
+        )
+        record.result["max_tokens"] = max(sum(line.scored) for line in dump.lines)
+        record.save()
+        if dump.rejected:
+            keep_rejected(run.path / "rejected.jsonl", dump.rejected)
+        for (train, rollout), lines in given.items():
+            _measure_given(record, train, _sample(rollout, lines), lines, config)
+        if subject is not None:
+            score_pairs(subject, scored, samples, record)
+    return record.finish()
+
+
+def _given_pairs(lines: Sequence[DumpLine], *, named: bool) -> dict[tuple[str, str], list[DumpLine]]:
+    """Lines with trainer logprobs by (trainer dtype, rollout dtype); beside MODEL's own, the former stays unnamed."""
+    with_trainer = [line for line in lines if line.trainer_logprobs is not None]
+    return dict(_by(with_trainer, lambda line: (line.train if named else UNKNOWN, line.rollout)))
+
+
+def _by(lines: Sequence[DumpLine], key: Callable[[DumpLine], Key]) -> list[tuple[Key, list[DumpLine]]]:
+    """Lines by their key, in order of first appearance."""
+    groups: dict[Key, list[DumpLine]] = {}
+    for line in lines:
+        groups.setdefault(key(line), []).append(line)
+    return list(groups.items())
+
+
+def _sample(rollout: str, lines: Sequence[DumpLine]) -> Sample:
+    return Sample(
+        rollout=rollout,
+        items=tuple((line.prompt_token_ids, line.completion) for line in lines),
+        prompt_ids=tuple(line.prompt_id for line in lines),
+        scored=tuple(line.scored for line in lines),
+    )
+
+
+def _measure_given(
+    record: ProbeRecord, train: str, sample: Sample, lines: Sequence[DumpLine], config: RunConfig
+) -> None:
+    scores = [line.trainer_logprobs or () for line in lines]
+    record.measured(compare(train, sample, scores, config, seconds=0.0), sample, scores)
+    record.advance(f"{train}/{sample.rollout}")
+
+
+def _scoring_dtypes(config: RunConfig, rollout: str) -> tuple[DtypeName, ...]:
+    """Trainer dtypes in which MODEL scores a dump; `matched`: that of the rollouts, or the preset if unknown."""
+    pairs = config.precision.pairs
+    if pairs == "full":
+        return DTYPES
+    if pairs == "matched":
+        return (config.precision.preset if rollout == UNKNOWN else cast(DtypeName, rollout),)
+    return tuple(dict.fromkeys(train for train, _ in wanted_pairs(config)))
+
+
+def _show_rejected(dump: Dump) -> None:
+    for rejection in dump.rejected[:_SHOWN_REJECTIONS]:
+        print(f"line {rejection.line} is not used: {rejection.reason}", file=sys.stderr)
+    if (more := len(dump.rejected) - _SHOWN_REJECTIONS) > 0:
+        print(f"and {more} more; rejected.jsonl in the run folder has them all", file=sys.stderr)

@@ -1,0 +1,175 @@
+"""A model under examination by `probe` or `doctor`: its weights, its prompts, and both wings in any precision.
+
+Nothing here trains. Each trainer works on a copy of the weights, so that the next one starts from the same numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from betterhalf.algorithms.presets import resolve_algorithm
+from betterhalf.config.engine import require_whole_distribution
+from betterhalf.config.schema import RunConfig
+from betterhalf.models.description import describe_model
+from betterhalf.models.loading import LoadedModel, load_weights
+from betterhalf.precision.contract import verify_sync, weights_digests
+from betterhalf.precision.roles import Precision, build_precision
+from betterhalf.rollout.build import build_engine, require_engine
+from betterhalf.rollout.engine import RolloutEngine, require_version
+from betterhalf.run_dir import RunDir
+from betterhalf.setup.data import load_task
+from betterhalf.setup.device import choose_device
+from betterhalf.setup.model_checks import check_model, show_notes
+from betterhalf.setup.trained_policy import newest_checkpoint
+from betterhalf.tasks.task import Task
+from betterhalf.training import checkpoint
+from betterhalf.training.policy_trainer import PolicyTrainer
+from betterhalf.types import Completion, DtypeName, GenerateRequest, Prompt
+
+POLICY_VERSION = 0
+"""Version under which an examined model's weights are loaded: nothing is trained here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is examined."""
+
+    target: str
+    """MODEL or RUN, as the user wrote it."""
+    config: RunConfig
+    """Settings; its precision is replaced by the one of the moment."""
+    model: LoadedModel
+    """FP32 weights that nobody changes."""
+    task: Task
+    """Gives prompts and, for gradients, rewards."""
+
+    def close(self) -> None:
+        """End the task's worker processes."""
+        self.task.close()
+
+    def prompts(self, count: int) -> list[Prompt]:
+        """The first `count` prompts of the task, or all if it has fewer."""
+        return [self.task.prompt(index) for index in range(min(count, len(self.task)))]
+
+
+@contextmanager
+def open_subject(
+    target: str, config: RunConfig, *, prompts: int | None = None, samples: bool = True, grades: bool = False
+) -> Iterator[Subject]:
+    """Load a model, or the newest checkpoint of a run (then `config` is the run's own).
+
+    Args:
+        target: MODEL or RUN.
+        config: of the examination.
+        prompts: prompts of the task that will be looked at; all if absent.
+        samples: whether the engine will sample; without, the model need not be one that it knows.
+        grades: whether completions will be graded; without, the grader's workers need not start.
+
+    Raises:
+        InputError: truncated sampling, an unknown or damaged model, no tokenizer, a row of the data that cannot be
+            used, or FP32 islands that the model does not have.
+        MissingExtraError: the model or the data needs a package that is not installed.
+    """
+    require_whole_distribution(config.sampling)
+    is_run = RunDir(Path(target)).configured
+    if not is_run:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"name": target})})
+    described = describe_model(config.model)
+    check_model(described, config, samples=samples)
+    task = load_task(described, config, rows=prompts, will_grade=grades)
+    try:
+        device = choose_device(config)
+        if samples:
+            require_engine(config, device)
+        trained = newest_checkpoint(target) if is_run else None
+        model = load_weights(described)
+        show_notes(model, config.logging.console)
+        if trained is not None:
+            _load_trained(model, *trained)
+        yield Subject(target=target, config=config, model=model, task=task)
+    finally:
+        task.close()
+
+
+def config_in(subject: Subject, dtype: DtypeName) -> RunConfig:
+    """The subject's settings with every role in one format: overrides of single roles are for runs."""
+    roles = dict.fromkeys(("compute_dtype", "rollout_dtype", "wire_dtype", "kv_dtype"))
+    precision = subject.config.precision.model_copy(update={"preset": dtype, **roles})
+    return subject.config.model_copy(update={"precision": precision})
+
+
+def precision_in(subject: Subject, dtype: DtypeName) -> Precision:
+    """Every role in one format, on the device of the configuration."""
+    return build_precision(config_in(subject, dtype).precision, choose_device(subject.config))
+
+
+def trainer_in(subject: Subject, dtype: DtypeName, *, hooked: bool = False) -> PolicyTrainer:
+    """A trainer in `dtype` on its own copy of the weights; not compiled if it is to be `hooked`, for compiled layers
+    would not call hooks."""
+    config = config_in(subject, dtype)
+    if hooked:
+        config = config.model_copy(update={"training": config.training.model_copy(update={"compile_layers": False})})
+    model = dataclasses.replace(subject.model, module=copy.deepcopy(subject.model.module))
+    algorithm = resolve_algorithm(config.algorithm)
+    return PolicyTrainer(model, config=config, precision=precision_in(subject, dtype), algorithm=algorithm)
+
+
+@contextmanager
+def engine_in(subject: Subject, dtype: DtypeName) -> Iterator[RolloutEngine]:
+    """The configured engine in `dtype`, holding the subject's weights, which are verified; closed at the end.
+
+    Raises:
+        InputError: the engine does not know the architecture, or refuses the format.
+        WeightSyncError: it holds other weights than it was sent.
+    """
+    precision = precision_in(subject, dtype)
+    model = subject.model
+    engine = build_engine(config_in(subject, dtype), model.hf_config, model.stop_token_ids, precision)
+    try:
+        engine.load_weights(rounded_weights(model, precision.wire_dtype), policy_version=POLICY_VERSION)
+        sent = rounded_weights(model, precision.rollout_dtype)
+        verify_sync(weights_digests(sent), engine.digests())
+        yield engine
+    finally:
+        engine.close()
+
+
+def sample_groups_of(
+    subject: Subject, engine: RolloutEngine, prompts: Sequence[Prompt], group_size: int
+) -> list[tuple[Completion, ...]]:
+    """`group_size` completions of each prompt; the same random numbers for every engine and precision."""
+    requests = [
+        GenerateRequest(
+            token_ids=prompt.token_ids,
+            group_size=group_size,
+            key=(subject.config.seed, 0, index),
+            prompt_id=prompt.prompt_id,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    siblings = engine.generate(requests, subject.config.sampling)
+    require_version(siblings, POLICY_VERSION)
+    return siblings
+
+
+def rounded_weights(model: LoadedModel, dtype: torch.dtype) -> Iterable[tuple[str, Tensor]]:
+    """(unfused Hugging Face name, FP32 weight rounded once to `dtype`), one at a time."""
+    for name, parameter in model.module.named_parameters():
+        yield name, parameter.detach().to(dtype)
+
+
+@torch.no_grad()
+def _load_trained(model: LoadedModel, path: Path, saved: checkpoint.Checkpoint) -> None:
+    """Replace the weights by those of a checkpoint."""
+    parameters = dict(model.module.named_parameters())
+    checkpoint.require_parameters(path, parameters, saved.tensors["model"])
+    for name, parameter in parameters.items():
+        parameter.copy_(saved.tensors["model"][name])

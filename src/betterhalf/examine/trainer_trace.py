@@ -1,0 +1,151 @@
+"""The result of every operation inside the trainer's transformers module, in the layout of the native engine's taps.
+
+Forward hooks see what goes into and comes out of each module. Rotated queries and keys exist only as arguments of the
+attention function, which is wrapped for the moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from betterhalf.diagnostics.divergence import Place, Trace
+from betterhalf.rollout.native.decoder import OPERATIONS
+from betterhalf.training.policy_trainer import PolicyTrainer
+from betterhalf.training.token_scores import head_logits
+from betterhalf.types import MicroBatch, PackedSegment
+
+_Keep = Callable[[str, int | None, Tensor], None]
+"""(operation, layer, its result [1, T, ...])."""
+
+_AROUND_LAYER: dict[str, tuple[str | None, str | None]] = {
+    "input_layernorm": (None, "attention_norm"),
+    "self_attn.q_proj": (None, "queries"),
+    "self_attn.k_proj": (None, "keys"),
+    "self_attn.v_proj": (None, "values"),
+    "self_attn.o_proj": ("attention", "attention_output"),
+    "post_attention_layernorm": ("attention_residual", "mlp_norm"),
+    "mlp.gate_proj": (None, "gate"),
+    "mlp.up_proj": (None, "up"),
+    "mlp.down_proj": ("swiglu", "down"),
+}
+"""Module of a layer -> the operations whose results are its input and its output."""
+
+
+@torch.no_grad()
+def trainer_trace(trainer: PolicyTrainer, token_ids: tuple[int, ...]) -> Trace:
+    """Run one sequence through the trainer, as it scores one, and keep every operation's result [T, ...]."""
+    found: dict[Place, Tensor] = {}
+
+    def keep(operation: str, layer: int | None, result: Tensor) -> None:
+        found[operation, layer] = result[0].detach().clone()
+
+    decoder = trainer.module.get_decoder()
+    with ExitStack() as hooks:
+        _hook_ends(decoder, keep, hooks)
+        for index, layer in enumerate(decoder.layers):
+            _hook_layer(index, layer, keep, hooks)
+        hooks.enter_context(_rotated_heads(trainer.attention, keep))
+        trainer.measure(_one_sequence(token_ids, trainer.precision.device))
+    return _in_order(found, len(decoder.layers))
+
+
+@torch.no_grad()
+def trainer_logits(trainer: PolicyTrainer, hidden: Tensor) -> Tensor:
+    """FP32 logits [N, V] of final hidden states [N, H], computed as the trainer's scoring does."""
+    weight = trainer.module.get_output_embeddings().weight.detach()
+    return head_logits(hidden, weight if weight.is_cuda else weight.float())
+
+
+def _hook_ends(decoder: Any, keep: _Keep, hooks: ExitStack) -> None:
+    """The residual stream between layers, and what is outside of them."""
+    last = len(decoder.layers) - 1
+    for index, layer in enumerate(decoder.layers):
+        operation, before = ("mlp_residual", index - 1) if index else ("embedding", None)
+        hooks.enter_context(_input_of(layer, operation, before, keep))
+    hooks.enter_context(_input_of(decoder.norm, "mlp_residual", last, keep))
+    hooks.enter_context(_output_of(decoder.norm, "final_norm", None, keep))
+
+
+def _hook_layer(index: int, layer: nn.Module, keep: _Keep, hooks: ExitStack) -> None:
+    for name, (before, after) in _AROUND_LAYER.items():
+        module = layer.get_submodule(name)
+        if before is not None:
+            hooks.enter_context(_input_of(module, before, index, keep))
+        if after is not None:
+            hooks.enter_context(_output_of(module, after, index, keep))
+
+
+@contextmanager
+def _input_of(module: nn.Module, operation: str, layer: int | None, keep: _Keep) -> Iterator[None]:
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(operation, layer, args[0] if args else kwargs["hidden_states"])
+
+    with module.register_forward_pre_hook(before, with_kwargs=True):
+        yield
+
+
+@contextmanager
+def _output_of(module: nn.Module, operation: str, layer: int | None, keep: _Keep) -> Iterator[None]:
+    def after(_: nn.Module, __: tuple[Any, ...], result: Tensor) -> None:
+        keep(operation, layer, result)
+
+    with module.register_forward_hook(after):
+        yield
+
+
+@contextmanager
+def _rotated_heads(name: str, keep: _Keep) -> Iterator[None]:
+    """Record queries and keys as they enter the attention registered under this name."""
+    attend = ALL_ATTENTION_FUNCTIONS[name]
+
+    def recording(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        keep("rotated_queries", module.layer_idx, query.transpose(1, 2))
+        keep("rotated_keys", module.layer_idx, key.transpose(1, 2))
+        return attend(module, query, key, value, *args, **kwargs)
+
+    # The instance's own entry goes before the one registered for the class, which stays as it is.
+    ALL_ATTENTION_FUNCTIONS[name] = recording
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS.pop(name)
+
+
+def _in_order(found: dict[Place, Tensor], layers: int) -> Trace:
+    """Every operation in the order of computation; heads as [T, heads, D], gate and up side by side."""
+    for layer in range(layers):
+        head_dim = found["rotated_queries", layer].shape[-1]
+        for operation in ("queries", "keys", "values"):
+            rows = found[operation, layer]
+            found[operation, layer] = rows.view(rows.shape[0], -1, head_dim)
+        found["gate_up", layer] = torch.cat((found["gate", layer], found["up", layer]), -1)
+    return {place: found[place] for place in _places(layers)}
+
+
+def _places(layers: int) -> list[Place]:
+    first, *within, last = OPERATIONS
+    inner: list[Place] = [(operation, layer) for layer in range(layers) for operation in within]
+    return [(first, None), *inner, (last, None)]
+
+
+def _one_sequence(token_ids: tuple[int, ...], device: torch.device) -> MicroBatch:
+    """The sequence alone in a pack; behavior logprobs and advantages play no part."""
+    tokens = torch.tensor(token_ids, device=device)
+    positions = torch.arange(len(token_ids), device=device)
+    return MicroBatch(
+        token_ids_T=tokens,
+        position_ids_T=positions,
+        segments=(PackedSegment(length=len(token_ids)),),
+        loss_rows_C=positions[:-1],
+        target_ids_C=tokens[1:],
+        sequence_index_C=torch.zeros_like(positions[:-1]),
+        behavior_logprobs_C=torch.zeros(len(token_ids) - 1, device=device),
+        advantages_S=torch.zeros(1, device=device),
+        rollout_index_S=(0,),
+    )

@@ -1,0 +1,75 @@
+"""Embeddings on a CPU whose gradient is summed in FP32 and rounded once, and holds only the rows that occur.
+
+torch's CPU backward of an embedding adds the gradients of equal tokens one after another in their own dtype: in FP16 a
+sum of ones stops at 2048, in BF16 at 256. A token occurs hundreds of times in a pack, so that loses bits for good. In
+FP32 nothing is lost, but a gradient as large as the vocabulary is made and added for some hundreds of rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from betterhalf.precision.roles import Precision
+
+
+class _CpuEmbeddingFunction(torch.autograd.Function):
+    """weight [V, H], token ids [...] -> [..., H]; sparse gradient by an FP32 sum for each row, rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_VH: Tensor, token_ids: Tensor, padding_idx: int | None) -> Tensor:
+        ctx.save_for_backward(token_ids)
+        ctx.shape, ctx.dtype, ctx.padding_idx = weight_VH.shape, weight_VH.dtype, padding_idx
+        return F.embedding(token_ids, weight_VH)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (token_ids,) = ctx.saved_tensors
+        rows = grad_outputs[0].reshape(-1, ctx.shape[1]).float()
+        present, place = token_ids.reshape(-1).unique(return_inverse=True)
+        total = torch.zeros(present.shape[0], ctx.shape[1], dtype=torch.float32, device=rows.device)
+        total.index_add_(0, place, rows)
+        if ctx.padding_idx is not None:
+            total[present == ctx.padding_idx] = 0
+        # Sparse: a pack has some hundreds of rows; a dense gradient of all would be written and read once more.
+        # Its rows are in range: they are those of tokens that were looked up.
+        with torch.sparse.check_sparse_tensor_invariants(enable=False):  # type: ignore[no-untyped-call]
+            grad = torch.sparse_coo_tensor(present[None], total.to(ctx.dtype), ctx.shape)
+        return grad, None, None
+
+
+class CpuEmbedding(nn.Module):
+    """Takes the place of an `nn.Embedding`: same parameter, same name, same padding rule."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        """Adopt the very parameter of `embedding`."""
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.padding_idx = embedding.padding_idx
+        self.weight = embedding.weight
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """int64 [...] -> [..., H] in the weight's dtype."""
+        out = _CpuEmbeddingFunction.apply(self.weight, token_ids, self.padding_idx)  # type: ignore[no-untyped-call]
+        assert isinstance(out, Tensor)
+        return out
+
+
+def use_cpu_embedding(module: nn.Module, precision: Precision) -> int:
+    """Replace, in place, every `nn.Embedding` inside `module` that holds the compute dtype on a CPU.
+
+    Returns:
+        How many were replaced; 0 on a GPU, whose kernel sums in FP32.
+    """
+    if precision.device.type != "cpu":
+        return 0
+    count = 0
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Embedding and child.weight.dtype == precision.compute_dtype:
+                setattr(parent, name, CpuEmbedding(child))
+                count += 1
+    return count

@@ -1,0 +1,75 @@
+"""The task of a run: its data read, every row checked, and rows that are left out shown and recorded."""
+
+from __future__ import annotations
+
+import json
+
+from betterhalf.config.schema import PerfectibleTask, RunConfig
+from betterhalf.metrics.console import progress as show_progress
+from betterhalf.metrics.console import show_note
+from betterhalf.models.description import ModelFacts
+from betterhalf.run_dir import RunDir, write_text_atomic
+from betterhalf.tasks.build import build_task
+from betterhalf.tasks.dataset import DatasetTask
+from betterhalf.tasks.screening import BadRowRule, PromptLimits, listing, screen
+from betterhalf.tasks.task import Task
+
+
+def load_task(model: ModelFacts, config: RunConfig, *, rows: int | None = None, will_grade: bool = True) -> Task:
+    """The task of the configuration, every row checked before anything is sampled; rows left out are shown.
+
+    Args:
+        model: gives tokenizer, context and vocabulary.
+        config: task, length limit, and `task.bad_rows`.
+        rows: rows that will be used, from the first on; all if absent.
+        will_grade: whether completions will be graded, so that the grader tries itself out before anything else.
+
+    Raises:
+        RewardError: the grader cannot work.
+        InputError: rows that cannot be used, named by file and row number, unless they are to be left out.
+    """
+    task = build_task(config.task, model.tokenizer)
+    try:
+        screened = _screened(task, model, config, rows, will_grade=will_grade)
+    except BaseException:
+        task.close()
+        raise
+    if screened.left_out:
+        key, left = bad_rows_rule(config).key, screened.left_out
+        lines = [f"{key}=skip leaves out {len(left)} of {len(left) + len(screened)} rows:", *listing(left)]
+        show_note("\n".join(lines), mode=config.logging.console)
+    return screened
+
+
+def write_left_out(run: RunDir, task: Task) -> None:
+    """Write the rows that were left out to `bad_rows.jsonl`; no file if there are none."""
+    run.bad_rows.unlink(missing_ok=True)
+    if task.left_out:
+        rows = ({"row": bad.place, "reason": bad.reason} for bad in task.left_out)
+        write_text_atomic(run.bad_rows, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _screened(
+    task: DatasetTask, model: ModelFacts, config: RunConfig, rows: int | None, *, will_grade: bool
+) -> DatasetTask:
+    limits = PromptLimits(
+        context_length=model.context_length,
+        max_tokens=config.sampling.max_tokens,
+        vocab_size=int(model.hf_config.vocab_size),
+    )
+    rule, total = bad_rows_rule(config), len(task) if rows is None else min(rows, len(task))
+    if total < _ROWS_WITHOUT_PROGRESS:
+        return screen(task, limits, rule, count=rows, will_grade=will_grade)
+    with show_progress("check rows", total, mode=config.logging.console) as bar:
+        return screen(task, limits, rule, count=rows, will_grade=will_grade, advance=bar.advance)
+
+
+_ROWS_WITHOUT_PROGRESS = 10_000
+"""Fewer are checked in the time it takes to read a line."""
+
+
+def bad_rows_rule(config: RunConfig) -> BadRowRule:
+    """Return the configured rule for rows that cannot be used; a perfectible set follows its base."""
+    if isinstance(config.task, PerfectibleTask):
+        return BadRowRule(action=config.task.base.bad_rows, key="task.base.bad_rows")
+    return BadRowRule(action=config.task.bad_rows, key="task.bad_rows")

@@ -1,0 +1,122 @@
+"""What the doctor makes of its measurements: islands for a place, and a configuration that loads."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from betterhalf.config.load import load_config
+from betterhalf.config.schema import RunConfig
+from betterhalf.diagnostics.numerics import Census, Kind, Spot
+from betterhalf.diagnostics.verdict import Verdict
+from betterhalf.examine.doctor import doctor_json
+from betterhalf.examine.islands import Islands, _grown, islands_for
+from betterhalf.examine.recommendation import config_text
+from betterhalf.examine.subject import Subject, open_subject
+from betterhalf.types import DtypeName
+
+LAYER = "model.layers.3"
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    with open_subject("demo", RunConfig()) as opened:
+        return opened
+
+
+def census(dtype: DtypeName, safe: float | None = 2.0**20, scale: float = 2.0**18) -> Census:
+    return Census(
+        dtype=dtype,
+        ranges=(),
+        first_forward=None,
+        first_backward=None,
+        largest_safe_loss_scale=safe,
+        loss_scale=scale,
+        zeroed_fraction=0.0,
+        zeroed_fraction_unscaled=0.0,
+    )
+
+
+def verdict(word: str, reason: str = 'because "x" # y') -> Verdict:
+    return Verdict(verdict=word, reasons=(reason,), modules=())  # type: ignore[arg-type]
+
+
+def loaded(text: str, tmp_path: Path) -> RunConfig:
+    file = tmp_path / "recommended.toml"
+    file.write_text(text, encoding="utf-8")
+    return load_config(file)
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "islands"),
+    [
+        (f"{LAYER}.mlp.down_proj", "forward", [f"{LAYER}.mlp.down_proj", f"{LAYER}.mlp", LAYER]),
+        (f"{LAYER}.mlp.down_proj", "input", [f"{LAYER}.mlp", LAYER]),
+        (f"{LAYER}.mlp.up_proj", "backward", [f"{LAYER}.mlp", LAYER]),
+        (f"{LAYER}.mlp.act_fn", "forward", [f"{LAYER}.mlp", LAYER]),
+        (f"{LAYER}.self_attn.o_proj", "forward", [f"{LAYER}.self_attn.o_proj", f"{LAYER}.self_attn", LAYER]),
+        (f"{LAYER}.self_attn.o_proj", "input", [f"{LAYER}.self_attn", LAYER]),
+        (f"{LAYER}.self_attn.q_norm", "forward", [f"{LAYER}.self_attn", LAYER]),
+        (f"{LAYER}.input_layernorm", "forward", [LAYER]),
+        (LAYER, "forward", [LAYER]),
+        (f"{LAYER}.mlp.down_proj", "weight", []),
+        ("model.embed_tokens", "forward", []),
+        ("lm_head", "gradient", []),
+    ],
+)
+def test_a_place_is_covered_by_the_narrowest_island_that_helps(module: str, kind: Kind, islands: list[str]) -> None:
+    assert list(islands_for(Spot(module=module, kind=kind))) == islands
+
+
+def test_islands_grow_only_where_they_were_tried() -> None:
+    gate, act = (Spot(module=f"{LAYER}.mlp.{name}", kind="forward") for name in ("gate_proj", "act_fn"))
+    once = _grown((), (gate, act))
+    assert once == (f"{LAYER}.mlp",)
+    assert _grown(once, (act,)) == (LAYER,)
+    assert _grown((LAYER,), (gate,)) == (LAYER,)
+    assert _grown((), (Spot(module="model.embed_tokens", kind="forward"),)) == ()
+
+
+def test_the_configuration_of_fp16_can_be_pasted(subject: Subject, tmp_path: Path) -> None:
+    verdicts: dict[DtypeName, Verdict] = {"fp16": verdict("ok"), "bf16": verdict("watch")}
+    text = config_text(subject, "fp16", verdicts, {"fp16": census("fp16")}, None)
+    config = loaded(text, tmp_path)
+    assert (config.model.name, config.precision.preset) == ("demo", "fp16")
+    assert config.precision.loss_scale.initial == 2.0**18
+    assert tomllib.loads(text).keys() == {"model", "precision"}
+    settings = [line for line in text.splitlines() if "=" in line and not line.startswith("#")]
+    assert settings and all("  # " in line for line in settings)
+
+
+def test_islands_that_cure_are_in_the_configuration(subject: Subject, tmp_path: Path) -> None:
+    island = f"{LAYER}.mlp.down_proj"
+    cure = Islands(
+        modules=(island,), cures=True, reason="", verdict=verdict("ok"), census=census("fp16", 2.0**10, 2.0**8)
+    )
+    broken = census("fp16", None, 1.0)
+    text = config_text(subject, "fp16", {"fp16": verdict("unsafe", "it\noverflows")}, {"fp16": broken}, cure)
+    config = loaded(text, tmp_path)
+    assert config.precision.fp32_modules == (island,)
+    assert config.precision.loss_scale.initial == 2.0**8
+    assert "it overflows" in text
+
+
+def test_other_formats_get_no_loss_scale(subject: Subject, tmp_path: Path) -> None:
+    cure = Islands(modules=("model.layers.0",), cures=True, reason="", verdict=verdict("watch"), census=census("fp16"))
+    verdicts: dict[DtypeName, Verdict] = {"fp16": verdict("unsafe"), "bf16": verdict("ok")}
+    text = config_text(subject, "bf16", verdicts, {"bf16": census("bf16", 2.0**32, 1.0)}, cure)
+    config = loaded(text, tmp_path)
+    assert config.precision.preset == "bf16"
+    assert config.precision.fp32_modules == ()
+    assert "loss_scale" not in text
+
+
+def test_before_a_recommendation_there_is_no_configuration(subject: Subject) -> None:
+    assert config_text(subject, None, {}, {}, None) == ""
+
+
+def test_json_has_the_promised_keys_alone() -> None:
+    result = {"verdicts": {}, "recommended": "fp16", "run_dir": "x", "census": {}, "passed": True}
+    assert doctor_json(result) == {"verdicts": {}, "recommended": "fp16", "run_dir": "x"}

@@ -1,0 +1,34 @@
+"""A run's folder: what an interruption says about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from betterhalf.setup.folder import run_folder
+
+
+def test_an_interruption_names_the_folder_that_holds_something(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "run"
+    words = f"^interrupted; what was done by then is in {path}$"
+    with pytest.raises(KeyboardInterrupt, match=words), run_folder(str(path), "probe", "demo") as run:
+        (run.path / "probe.json").write_text("{}")
+        raise KeyboardInterrupt
+    assert (path / "probe.json").exists()
+
+
+@pytest.mark.parametrize("verb", ["train", "sanity", "evaluate"])
+def test_an_interruption_of_what_can_be_continued_says_how(verb: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(KeyboardInterrupt, match="; --resume continues it$"),
+        run_folder(str(tmp_path), verb, "x") as run,
+    ):
+        run.metrics.write_text("")
+        raise KeyboardInterrupt
+
+
+def test_an_interruption_before_anything_was_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt, match="^$"), run_folder(str(tmp_path / "deep" / "run"), "probe", "demo"):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "deep").exists()
