@@ -34,7 +34,7 @@ from betterhalf.examine.subject import (
     trainer_in,
 )
 from betterhalf.setup.device import choose_device
-from betterhalf.tasks.prompting import chat_prompt
+from betterhalf.tasks.prompting import chat_draft, encode
 from betterhalf.training.pack import by_rollout, pack_step
 from betterhalf.types import DtypeName, Prompt, Rollout
 
@@ -133,7 +133,9 @@ def sampled(subject: Subject, cell: Cell, prompts: int, group_size: int) -> list
 def questions(subject: Subject, count: int) -> list[Prompt]:
     """Return open questions in the model's chat template: each form of question with a topic."""
     texts = [form.format(topic) for form in FORMS for topic in TOPICS][:count]
-    return [chat_prompt(subject.model.tokenizer, f"open/{i}", text, answer="") for i, text in enumerate(texts)]
+    tokenizer = subject.model.tokenizer
+    drafts = (chat_draft(tokenizer, f"open/{i}", text, answer="") for i, text in enumerate(texts))
+    return [encode(tokenizer, draft) for draft in drafts]
 
 
 def noisy(weights: Iterable[tuple[str, Tensor]], noise: float) -> Iterator[tuple[str, Tensor]]:
@@ -145,7 +147,7 @@ def noisy(weights: Iterable[tuple[str, Tensor]], noise: float) -> Iterator[tuple
 
 
 def scored(subject: Subject, dtype: DtypeName, groups: Sequence[Sequence[Rollout]]) -> Sample:
-    """log pi - log mu of each token, by the trainer in `dtype`."""
+    """Return log pi - log mu of each token, scored by the trainer in `dtype`."""
     flat = [rollout for group in groups for rollout in group]
     trainer = trainer_in(subject, dtype)
     by_index: dict[int, list[float]] = {}
