@@ -15,7 +15,8 @@ from betterhalf.examine.subject import open_subject, sample_groups_of
 from betterhalf.precision.contract import SideReport
 from betterhalf.runs import loop
 from betterhalf.runs.assembly import Parts, assemble
-from betterhalf.runs.evaluate import score_prompts
+from betterhalf.runs.evaluate import evaluate_prompts
+from betterhalf.runs.progress import Progress
 from betterhalf.runs.weight_sync import first_sync, sync_weights
 from betterhalf.types import Completion, GenerateRequest
 
@@ -95,7 +96,7 @@ def strict(small_config: Callable[..., RunConfig]) -> Iterator[Strict]:
 
 def test_a_step_that_skips_every_optimizer_step_leaves_an_engine_that_the_next_one_wakes(strict: Strict) -> None:
     parts, engine = strict(precision=OVERFLOWS)
-    first = loop.train_step(parts, loop.Progress())
+    first = loop.train_step(parts, Progress())
     assert first.metrics["optim/skipped"] == 2 and first.metrics["policy/version"] == 0
     assert engine.asleep
     second = loop.train_step(parts, first.progress)
@@ -106,15 +107,15 @@ def test_a_step_that_skips_every_optimizer_step_leaves_an_engine_that_the_next_o
 
 def test_evaluation_after_a_last_step_without_an_update_wakes_the_engine(strict: Strict) -> None:
     parts, engine = strict(precision=OVERFLOWS)
-    loop.train_step(parts, loop.Progress())
+    loop.train_step(parts, Progress())
     assert engine.asleep
-    scores = score_prompts(parts, parts.task.prompts(0, 2, 0), 2)
-    assert [score.samples for score in scores] == [2, 2]
+    results = evaluate_prompts(parts, parts.task.prompts(0, 2, 0), 2, policy_version=0)
+    assert [result.samples for result in results] == [2, 2]
 
 
 def test_a_step_with_updates_leaves_an_engine_awake(strict: Strict) -> None:
     parts, engine = strict()
-    result = loop.train_step(parts, loop.Progress())
+    result = loop.train_step(parts, Progress())
     assert result.metrics["policy/version"] == 2 and engine.naps == 1 and not engine.asleep
     loop.train_step(parts, result.progress)
 
@@ -122,7 +123,7 @@ def test_a_step_with_updates_leaves_an_engine_awake(strict: Strict) -> None:
 def test_an_engine_that_dies_while_it_sleeps_is_restarted_with_the_weights_and_samples_the_same(strict: Strict) -> None:
     parts, engine = strict(precision=OVERFLOWS)
     parts = replace(parts, config=with_restarts(parts.config))
-    first = loop.train_step(parts, loop.Progress())
+    first = loop.train_step(parts, Progress())
     undisturbed = loop.train_step(parts, first.progress)
     engine.dies_at_wake = True
     disturbed = loop.train_step(parts, first.progress)
@@ -138,22 +139,23 @@ def with_restarts(config: RunConfig) -> RunConfig:
 
 def test_completions_of_stale_weights_are_refused_and_not_measured_as_mismatch(strict: Strict) -> None:
     parts, engine = strict()
-    first = loop.train_step(parts, loop.Progress())
+    first = loop.train_step(parts, Progress())
     engine.lag = 1
     with pytest.raises(EngineError, match=r"16 of 16 .* stale weights, of policy version 1, .* holds version 2"):
         loop.train_step(parts, first.progress)
     with pytest.raises(EngineError, match="stale weights"):
-        score_prompts(parts, parts.task.prompts(0, 1, 0), 1)
+        evaluate_prompts(parts, parts.task.prompts(0, 1, 0), 1, policy_version=2)
     assert EngineError.exit_code == 3
 
 
 def test_a_restored_version_is_that_of_the_next_completions(strict: Strict) -> None:
     parts, _ = strict()
-    parts.trainer.policy_version = 7
+    parts.trainer.load(replace(parts.trainer.state(), policy_version=7))
+    resumed = Progress(policy_version=7)
     with pytest.raises(EngineError, match="of policy version 0, where the trainer holds version 7"):
-        loop.train_step(parts, loop.Progress())
+        loop.train_step(parts, resumed)
     sync_weights(parts)
-    assert loop.train_step(parts, loop.Progress()).metrics["policy/version"] == 9
+    assert loop.train_step(parts, resumed).metrics["policy/version"] == 9
 
 
 def test_an_examined_model_is_sampled_at_the_version_it_was_loaded_under(

@@ -298,10 +298,10 @@ def test_a_run_whose_engine_is_killed_in_step_2_is_the_run_that_would_have_been(
     run_training(config, undisturbed, resume=False, label="undisturbed")
     collect: Callable[..., Any] = loop.collect_groups
 
-    def kill_then_collect(parts: Any, step: int, *rest: Any) -> Any:
-        if step == 2:
+    def kill_then_collect(parts: Any, progress: Any, *rest: Any) -> Any:
+        if progress.step == 1:
             os.kill(parts.engine.pid, signal.SIGKILL)
-        return collect(parts, step, *rest)
+        return collect(parts, progress, *rest)
 
     monkeypatch.setattr(loop, "collect_groups", kill_then_collect)
     run_training(config, killed, resume=False, label="killed")

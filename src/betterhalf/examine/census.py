@@ -16,9 +16,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
+from betterhalf.algorithms.presets import resolve_algorithm
 from betterhalf.diagnostics.numerics import (
     BACKWARD_KINDS,
     KINDS,
@@ -60,16 +60,13 @@ class CensusBatch:
         return sum(micro.num_tokens for micro in self.micro_batches)
 
 
-def census_batch(
-    subject: Subject, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]], device: torch.device
-) -> CensusBatch:
+def census_batch(subject: Subject, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]) -> CensusBatch:
     """Pack siblings of every prompt in turn, up to `CENSUS_TOKENS`, with advantages of +1 and -1 in turn.
 
     Args:
         subject: its configuration has the sizes of a train batch.
         prompts: [P].
         groups: [P], the completions of each.
-        device: where the tensors go.
     """
     rollouts: list[Rollout] = []
     room = CENSUS_TOKENS
@@ -82,9 +79,11 @@ def census_batch(
     advantages = [1.0 if index % 2 == 0 else -1.0 for index in range(len(rollouts))]
     training = subject.config.training.model_copy(update={"optimizer_steps": 1})
     config = subject.config.model_copy(update={"training": training})
-    (batch,) = pack_step(rollouts, advantages, config, 0, device).train_batches
+    step = pack_step(rollouts, advantages, config, 0)
+    (batch,) = step.train_batches
     return CensusBatch(
-        micro_batches=batch.micro_batches, denominators=_train_batch(subject, batch.denominators.tokens / len(rollouts))
+        micro_batches=tuple(step.chosen(batch.micro_batches)),
+        denominators=_train_batch(subject, batch.denominators.tokens / len(rollouts)),
     )
 
 
@@ -187,7 +186,7 @@ def _forward(trainer: PolicyTrainer, batch: CensusBatch, see: See) -> list[Tenso
     for name, weight in trainer.weights.computing():
         see(name.rpartition(".")[0], "weight", weight)
     with watched(trainer.module, see):
-        return [trainer.measure(micro)[0] for micro in batch.micro_batches]
+        return [scores.logprobs_C for scores in trainer.measure(batch.micro_batches)]
 
 
 def _backward(trainer: PolicyTrainer, batch: CensusBatch, proximal: Sequence[Tensor], scale: float, see: See) -> None:
@@ -200,10 +199,11 @@ def _backward(trainer: PolicyTrainer, batch: CensusBatch, proximal: Sequence[Ten
     if "scale" in state:
         trainer.scaler.load_state_dict({**state, "scale": scale})
     trainer.weights.zero_grad()
+    algorithm = resolve_algorithm(trainer.config.algorithm)
     for micro, proximal_C in zip(batch.micro_batches, proximal, strict=True):
-        matched = dataclasses.replace(micro, behavior_logprobs_C=proximal_C)
+        matched = dataclasses.replace(micro, behavior_logprobs_C=proximal_C, proximal_logprobs_C=proximal_C)
         with watched(trainer.module, see):
-            trainer.forward_backward(matched, proximal_C, batch.denominators)
+            trainer.forward_backward([matched], algorithm, batch.denominators)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,7 +45,6 @@ from betterhalf.metrics.console import progress as show_progress
 from betterhalf.report.page import write_report
 from betterhalf.rollout.build import check_engine
 from betterhalf.run_dir import RunDir, write_json_atomic
-from betterhalf.setup.device import choose_device
 from betterhalf.setup.folder import run_folder
 from betterhalf.types import Completion, DtypeName, Prompt
 
@@ -206,7 +205,7 @@ def _census_batch(subject: Subject, prompts: Sequence[Prompt], samples: Samples)
     first = next(sampled, None)
     groups = [group for _, group in first.groups] if first else [(_half_of(prompt),) for prompt in prompts]
     shown = prompts if first else [_first_half(prompt) for prompt in prompts]
-    return census_batch(subject, shown, groups, choose_device(subject.config))
+    return census_batch(subject, shown, groups)
 
 
 def _first_half(prompt: Prompt) -> Prompt:

@@ -19,18 +19,17 @@ from torch import Tensor
 
 from betterhalf import ops
 from betterhalf.algorithms.advantage import group_advantages
-from betterhalf.algorithms.presets import PRESETS
-from betterhalf.config.schema import AlgorithmConfig, LossScaleConfig
+from betterhalf.algorithms.presets import PRESETS, Algorithm
+from betterhalf.config.schema import LossScaleConfig
 from betterhalf.diagnostics.gradient_gap import gradient_gap, weight_spread
 from betterhalf.errors import InputError
 from betterhalf.examine.subject import Subject, trainer_in
 from betterhalf.precision.loss_scaler import build_loss_scaler
 from betterhalf.setup.decoding import completion_texts
-from betterhalf.setup.device import choose_device
 from betterhalf.tasks.rewards import check_rewards
 from betterhalf.training.pack import pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
-from betterhalf.types import Completion, DtypeName, PresetName, Prompt, Rollout, TrainBatch
+from betterhalf.types import Completion, DtypeName, PresetName, Prompt, Rollout, StepBatch
 
 Groups = Sequence[tuple[Prompt, tuple[Completion, ...]]]
 """Prompts, each with its siblings."""
@@ -77,12 +76,9 @@ def measure_gradients(
     """
     if not rollouts or not all(rollouts.values()):
         raise InputError("there are no completions to take a gradient of; sample at least one for each precision.")
-    plain = dataclasses.replace(
-        subject, config=subject.config.model_copy(update={"algorithm": AlgorithmConfig(preset=PLAIN)})
-    )
-    batches, kind = _batches(plain, rollouts)
+    batches, kind = _batches(subject, rollouts)
     base: DtypeName = "fp32" if "fp32" in batches else next(iter(batches))
-    comparison = _Comparison(subject=plain, batches=batches, base=base, advance=advance)
+    comparison = _Comparison(subject=subject, batches=batches, base=base, advance=advance)
     for dtype in TRAINER_DTYPES:
         comparison.add(dtype)
         gc.collect()  # parameters and their hooks refer to each other; the next trainer needs this one's memory
@@ -99,7 +95,7 @@ class _Comparison:
     """What is known so far; one trainer lives at a time, the first one's gradient stays as the reference."""
 
     subject: Subject
-    batches: Mapping[DtypeName, TrainBatch]
+    batches: Mapping[DtypeName, StepBatch]
     """By rollout dtype."""
     base: DtypeName
     """Whose tokens the trainers are compared on."""
@@ -120,7 +116,7 @@ class _Comparison:
             self.weights[dtype] = self._weigh(trainer, dtype, configured)
 
     def _compare(self, trainer: PolicyTrainer, dtype: DtypeName, scale: float) -> None:
-        attempt = _accumulate(trainer, self.batches[self.base], scale)
+        attempt = _accumulate(trainer, PRESETS[PLAIN], self.batches[self.base], scale)
         if not self.reference:
             self.reference.update(_unscaled(trainer, attempt))
         gap = gradient_gap(trainer.weights.gradients(), self.reference, scale=attempt.scale)
@@ -141,9 +137,8 @@ class _Comparison:
         if dtype == self.base == TRAINER_DTYPES[0]:
             plain = self.reference
         else:
-            plain = _unscaled(trainer, _accumulate(trainer, batch, scale))
-        trainer.algorithm = PRESETS[WEIGHTED]
-        attempt = _accumulate(trainer, batch, scale)
+            plain = _unscaled(trainer, _accumulate(trainer, PRESETS[PLAIN], batch, scale))
+        attempt = _accumulate(trainer, PRESETS[WEIGHTED], batch, scale)
         gap = gradient_gap(trainer.weights.gradients(), plain, scale=attempt.scale)
         return {
             "rollout": dtype,
@@ -156,25 +151,26 @@ class _Comparison:
 # -- gradients
 
 
-def _accumulate(trainer: PolicyTrainer, batch: TrainBatch, scale: float) -> _Attempt:
+def _accumulate(trainer: PolicyTrainer, algorithm: Algorithm, batch: StepBatch, scale: float) -> _Attempt:
     """Leave the batch's gradient in the masters; while it overflows, try again with half the loss scale.
 
     It does not fall below 1, where the half backward would lose more than it does without a loss scale.
     """
     halvings = 0
     while True:
-        forward_finite, finite = _backward(trainer, batch, scale)
+        forward_finite, finite = _backward(trainer, algorithm, batch, scale)
         if finite or not forward_finite or scale < 2.0:
             return _Attempt(scale=scale, halvings=halvings, finite=finite)
         scale, halvings = scale / 2, halvings + 1
 
 
-def _backward(trainer: PolicyTrainer, batch: TrainBatch, scale: float) -> tuple[bool, bool]:
+def _backward(trainer: PolicyTrainer, algorithm: Algorithm, batch: StepBatch, scale: float) -> tuple[bool, bool]:
     """One pass over the micro-batches; whether the loss is finite, and whether it and the gradient are."""
     trainer.scaler = build_loss_scaler(LossScaleConfig(initial=scale), trainer.precision.roles.compute_dtype)
     trainer.weights.zero_grad()
-    for micro in batch.micro_batches:
-        if not bool(trainer.forward_backward(micro, None, batch.denominators).loss.isfinite()):
+    (train_batch,) = batch.train_batches
+    for micro in batch.chosen(train_batch.micro_batches):
+        if not bool(trainer.forward_backward([micro], algorithm, train_batch.denominators).loss.isfinite()):
             return False, False
     return True, all(bool(gradient.isfinite().all()) for _, gradient in trainer.weights.gradients())
 
@@ -185,12 +181,11 @@ def _unscaled(trainer: PolicyTrainer, attempt: _Attempt) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _sequence_log_ratios(trainer: PolicyTrainer, batch: TrainBatch) -> Tensor:
+def _sequence_log_ratios(trainer: PolicyTrainer, batch: StepBatch) -> Tensor:
     """log pi - log mu summed over each completion, float64 [S], zero advantages included."""
     sums = []
-    for pack in batch.packs:
-        trainer_logprobs_C, _ = trainer.measure(pack)
-        log_ratio_C = ops.log_ratio(trainer_logprobs_C.double(), pack.behavior_logprobs_C.double())
+    for pack, scores in zip(batch.packs, trainer.measure(batch.packs), strict=True):
+        log_ratio_C = ops.log_ratio(scores.logprobs_C.double(), pack.behavior_logprobs_C.double())
         sums.append(ops.segment_sum(log_ratio_C, pack.sequence_index_C, pack.num_sequences))
     return torch.cat(sums)
 
@@ -200,23 +195,22 @@ def _sequence_log_ratios(trainer: PolicyTrainer, batch: TrainBatch) -> Tensor:
 
 def _batches(
     subject: Subject, rollouts: Mapping[DtypeName, Groups]
-) -> tuple[dict[DtypeName, TrainBatch], Literal["rewards", "signs"]]:
+) -> tuple[dict[DtypeName, StepBatch], Literal["rewards", "signs"]]:
     """One train batch for each rollout dtype, and what its advantages are made of."""
-    scored = {dtype: _scored(subject, groups) for dtype, groups in rollouts.items()}
-    advantages = {dtype: _reward_advantages(groups) for dtype, groups in scored.items()}
+    graded = {dtype: _graded(subject, groups) for dtype, groups in rollouts.items()}
+    advantages = {dtype: _reward_advantages(groups) for dtype, groups in graded.items()}
     kind: Literal["rewards", "signs"] = "rewards" if all(any(values) for values in advantages.values()) else "signs"
     if kind == "signs":
         advantages = {dtype: _signs(len(values), subject.config.seed) for dtype, values in advantages.items()}
     config = subject.config
     config = config.model_copy(update={"training": config.training.model_copy(update={"optimizer_steps": 1})})
-    device = choose_device(config)
     return {
-        dtype: pack_step([r for group in groups for r in group], advantages[dtype], config, 0, device).train_batches[0]
-        for dtype, groups in scored.items()
+        dtype: pack_step([r for group in groups for r in group], advantages[dtype], config, 0)
+        for dtype, groups in graded.items()
     }, kind
 
 
-def _scored(subject: Subject, groups: Groups) -> list[list[Rollout]]:
+def _graded(subject: Subject, groups: Groups) -> list[list[Rollout]]:
     """The first `probe.gradient_completions` completions with their rewards, siblings together."""
     flat = [(number, prompt, c) for number, (prompt, siblings) in enumerate(groups) for c in siblings]
     flat = flat[: subject.config.probe.gradient_completions]
@@ -246,10 +240,11 @@ def _signs(count: int, seed: int) -> list[float]:
     return signs
 
 
-def _sizes(batch: TrainBatch) -> dict[str, int]:
+def _sizes(step: StepBatch) -> dict[str, int]:
+    (batch,) = step.train_batches
     return {
         "completions": int(batch.denominators.sequences),
-        "trained_completions": sum(micro.num_sequences for micro in batch.micro_batches),
+        "trained_completions": sum(micro.num_sequences for micro in step.chosen(batch.micro_batches)),
         "tokens": int(batch.denominators.tokens),
         "micro_batches": len(batch.micro_batches),
     }

@@ -29,9 +29,9 @@ def score_completions(
     """
     rollouts = [_as_rollout(token_ids, completion) for token_ids, completion in items]
     scores: dict[int, list[float]] = {}
-    for pack in pack_measured(rollouts, config, trainer.precision.device):
-        logprobs_C, _ = trainer.measure(pack, temperature)
-        scores |= by_rollout(pack, logprobs_C)
+    for pack in pack_measured(rollouts, config):
+        (found,) = trainer.measure([pack], temperature)
+        scores |= by_rollout(pack, found.logprobs_C)
     return [scores[index] for index in range(len(items))]
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from betterhalf.algorithms.presets import resolve_algorithm
 from betterhalf.config.engine import require_whole_distribution
 from betterhalf.config.schema import RunConfig
 from betterhalf.models.description import describe_model
@@ -28,9 +27,8 @@ from betterhalf.run_dir import RunDir
 from betterhalf.setup.data import load_task
 from betterhalf.setup.device import choose_device
 from betterhalf.setup.model_checks import check_model, show_notes
-from betterhalf.setup.trained_policy import newest_checkpoint
+from betterhalf.setup.trained_policy import load_policy
 from betterhalf.tasks.task import Task
-from betterhalf.training import checkpoint
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, DtypeName, GenerateRequest, Prompt
 
@@ -89,11 +87,11 @@ def open_subject(
         device = choose_device(config)
         if samples:
             require_engine(config, device)
-        trained = newest_checkpoint(target) if is_run else None
+        trained = load_policy(target) if is_run else None
         model = load_weights(described)
         show_notes(model, config.logging.console)
         if trained is not None:
-            _load_trained(model, *trained)
+            trained.copy_into(model.module)
         yield Subject(target=target, config=config, model=model, task=task)
     finally:
         task.close()
@@ -118,8 +116,7 @@ def trainer_in(subject: Subject, dtype: DtypeName, *, hooked: bool = False) -> P
     if hooked:
         config = config.model_copy(update={"training": config.training.model_copy(update={"compile_layers": False})})
     model = dataclasses.replace(subject.model, module=copy.deepcopy(subject.model.module))
-    algorithm = resolve_algorithm(config.algorithm)
-    return PolicyTrainer(model, config=config, precision=precision_in(subject, dtype), algorithm=algorithm)
+    return PolicyTrainer(model, config=config, precision=precision_in(subject, dtype))
 
 
 @contextmanager
@@ -164,12 +161,3 @@ def rounded_weights(model: LoadedModel, dtype: torch.dtype) -> Iterable[tuple[st
     """(unfused Hugging Face name, FP32 weight rounded once to `dtype`), one at a time."""
     for name, parameter in model.module.named_parameters():
         yield name, parameter.detach().to(dtype)
-
-
-@torch.no_grad()
-def _load_trained(model: LoadedModel, path: Path, saved: checkpoint.Checkpoint) -> None:
-    """Replace the weights by those of a checkpoint."""
-    parameters = dict(model.module.named_parameters())
-    checkpoint.require_parameters(path, parameters, saved.tensors["model"])
-    for name, parameter in parameters.items():
-        parameter.copy_(saved.tensors["model"][name])

@@ -51,7 +51,7 @@ def trainer_trace(trainer: PolicyTrainer, token_ids: tuple[int, ...]) -> Trace:
         for index, layer in enumerate(decoder.layers):
             _hook_layer(index, layer, keep, hooks)
         hooks.enter_context(_rotated_heads(trainer.attention, keep))
-        trainer.measure(_one_sequence(token_ids, trainer.precision.device))
+        trainer.measure([_one_sequence(token_ids)])
     return _in_order(found, len(decoder.layers))
 
 
@@ -134,10 +134,10 @@ def _places(layers: int) -> list[Place]:
     return [(first, None), *inner, (last, None)]
 
 
-def _one_sequence(token_ids: tuple[int, ...], device: torch.device) -> MicroBatch:
+def _one_sequence(token_ids: tuple[int, ...]) -> MicroBatch:
     """The sequence alone in a pack; behavior logprobs and advantages play no part."""
-    tokens = torch.tensor(token_ids, device=device)
-    positions = torch.arange(len(token_ids), device=device)
+    tokens = torch.tensor(token_ids)
+    positions = torch.arange(len(token_ids))
     return MicroBatch(
         token_ids_T=tokens,
         position_ids_T=positions,
@@ -145,7 +145,7 @@ def _one_sequence(token_ids: tuple[int, ...], device: torch.device) -> MicroBatc
         loss_rows_C=positions[:-1],
         target_ids_C=tokens[1:],
         sequence_index_C=torch.zeros_like(positions[:-1]),
-        behavior_logprobs_C=torch.zeros(len(token_ids) - 1, device=device),
-        advantages_S=torch.zeros(1, device=device),
+        behavior_logprobs_C=torch.zeros(len(token_ids) - 1),
+        advantages_S=torch.zeros(1),
         rollout_index_S=(0,),
     )

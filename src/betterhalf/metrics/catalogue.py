@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from math import isnan
 
 from betterhalf.errors import InputError
+from betterhalf.types import Reduction
 
 Band = tuple[float | None, float | None]
 
@@ -29,6 +30,8 @@ class Metric:
     """(lowest, highest) healthy value; None on a side means no limit there, None altogether that there is no band."""
     source: str = ""
     """Where the band is from."""
+    reduction: Reduction = "mean"
+    """How values of the optimizer steps of one step become the value of the step."""
 
     def healthy(self, value: float) -> bool:
         """Whether the value lies in the band, bounds included; a value that is not a number never does."""
@@ -157,18 +160,27 @@ _OPTIM = (
         "Loss scale after the step; 1 where the loss is not scaled.",
         (1.0, None),
         "DESIGN",
+        reduction="last",
     ),
     Metric(
-        "optim/skipped", "optimizer steps", "Optimizer steps of this step refused because a gradient was not finite."
+        "optim/skipped",
+        "optimizer steps",
+        "Optimizer steps of this step refused because a gradient was not finite.",
+        reduction="sum",
     ),
     Metric("optim/first_offender", "name", "First parameter whose gradient was not finite; null when there was none."),
-    Metric("optim/updates_applied", "optimizer steps", "Optimizer steps of this step that changed the weights."),
+    Metric(
+        "optim/updates_applied",
+        "optimizer steps",
+        "Optimizer steps of this step that changed the weights.",
+        reduction="sum",
+    ),
     Metric(
         "optim/grad_norm",
         "1",
         "Global norm of the unscaled gradient before clipping, mean over applied updates; null without.",
     ),
-    Metric("optim/learning_rate", "1", "Learning rate of the last optimizer step."),
+    Metric("optim/learning_rate", "1", "Learning rate of the last optimizer step.", reduction="last"),
     Metric(
         "optim/subnormal_fraction",
         "share",
@@ -189,15 +201,16 @@ _OPTIM = (
         "optim/overflow_fraction",
         "share",
         "Gradient elements that are not finite, of the optimizer step with most of them.",
+        reduction="max",
     ),
 )
 
 _POLICY = (
-    Metric("policy/version", "updates", "Applied updates so far; a skipped step does not count."),
+    Metric("policy/version", "updates", "Applied updates so far; a skipped step does not count.", reduction="last"),
     Metric("policy/loss", "1", "Policy loss, mean over the optimizer steps of the step. Its size means little."),
     Metric("policy/entropy/mean", "nats", "Entropy of the trainer's distribution, mean over completion tokens."),
     Metric("policy/ratio/mean", "1", "Mean over tokens of the surrogate's ratio, before treatment."),
-    Metric("policy/ratio/max", "1", "Largest of them."),
+    Metric("policy/ratio/max", "1", "Largest of them.", reduction="max"),
     Metric("policy/clip_fraction", "share", "Tokens whose gradient PPO's clip (or dual clip) took away."),
     Metric("policy/mask_fraction", "share", "Tokens dropped by a mask, of the surrogate or of the correction."),
     Metric("policy/truncate_fraction", "share", "Tokens with a weight capped at its upper bound."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -25,6 +25,10 @@ class LoadedModel(ModelFacts):
     a quantization section."""
     generation_left_out: tuple[str, ...] = ()
     """Settings of its generation configuration that could not be saved and are gone."""
+
+    def facts(self) -> ModelFacts:
+        """Return everything but the weights."""
+        return ModelFacts(**{field.name: getattr(self, field.name) for field in fields(ModelFacts)})
 
 
 def load_model(config: ModelConfig) -> LoadedModel:

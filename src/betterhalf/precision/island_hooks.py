@@ -1,6 +1,6 @@
 """Make modules of a transformers decoder FP32 islands, by hooks: no module is cast or replaced.
 
-Each island's input is widened before it computes; its parameters are FP32 tensors already (`MasterWeights`). A norm
+Each island's input is widened before it computes; its parameters are FP32 tensors already (`ReplicatedWeights`). A norm
 that reads an FP32 residual hands on FP32; where a half module reads that, the norm's result is rounded once.
 """
 

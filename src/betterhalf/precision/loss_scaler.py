@@ -13,17 +13,19 @@ kinds of hysteresis.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from betterhalf.config.schema import LossScaleConfig
+from betterhalf.distributed.world import ONE_RANK, Collective, reduce_over_ranks
 from betterhalf.errors import CheckpointError, LossScaleError
 from betterhalf.precision.formats import FORMATS
 from betterhalf.precision.inspection import Inspection, inspect
+from betterhalf.reduction import MAX, SUM
 from betterhalf.types import DtypeName
 
 _NORM_EPSILON = 1e-6
@@ -37,7 +39,7 @@ class UnscaleReport:
     found_inf: bool
     """Some gradient on some rank is infinite or NaN: skip the optimizer step."""
     first_offender: str | None
-    """First parameter, in the order given, with a non-finite gradient on this rank."""
+    """First parameter, in the order given, with a non-finite gradient; of the first rank that has one."""
     norm: float
     """L2 norm of all ranks' unscaled gradients together, before clipping; NaN with `found_inf`."""
     subnormal_fraction: float
@@ -63,8 +65,7 @@ class LossScaler(Protocol):
     def unscale(
         self,
         grads: Iterable[tuple[str, Tensor]],
-        all_reduce_max: Callable[[Tensor], None] | None = None,
-        all_reduce_sum: Callable[[Tensor], None] | None = None,
+        ranks: Collective = ONE_RANK,
         *,
         max_norm: float | None = None,
     ) -> UnscaleReport:
@@ -72,9 +73,8 @@ class LossScaler(Protocol):
 
         Args:
             grads: (name, float32 gradient) in a fixed order: this rank's shard.
-            all_reduce_max: replaces a float32 [1] tensor by its maximum over the ranks, so that all skip alike.
-            all_reduce_sum: replaces a float64 vector by its sum over the shards, so that all clip alike.
-            max_norm: what the norm of all of them together is brought down to if it is larger; None clips nothing.
+            ranks: all ranks of the trainer, so that all skip, clip and report alike.
+            max_norm: upper bound of the norm of all of them together; None clips nothing.
         """
         ...
 
@@ -127,13 +127,12 @@ class DynamicLossScaler:
     def unscale(
         self,
         grads: Iterable[tuple[str, Tensor]],
-        all_reduce_max: Callable[[Tensor], None] | None = None,
-        all_reduce_sum: Callable[[Tensor], None] | None = None,
+        ranks: Collective = ONE_RANK,
         *,
         max_norm: float | None = None,
     ) -> UnscaleReport:
         """See `LossScaler.unscale`."""
-        report = _unscale(grads, self._scale, self._smallest_normal, max_norm, all_reduce_max, all_reduce_sum)
+        report = _unscale(grads, self._scale, self._smallest_normal, max_norm, ranks)
         self._last_offender = report.first_offender or self._last_offender
         return report
 
@@ -212,13 +211,12 @@ class NullLossScaler:
     def unscale(
         self,
         grads: Iterable[tuple[str, Tensor]],
-        all_reduce_max: Callable[[Tensor], None] | None = None,
-        all_reduce_sum: Callable[[Tensor], None] | None = None,
+        ranks: Collective = ONE_RANK,
         *,
         max_norm: float | None = None,
     ) -> UnscaleReport:
         """See `LossScaler.unscale`; the gradients are clipped only."""
-        report = _unscale(grads, 1.0, self._smallest_normal, max_norm, all_reduce_max, all_reduce_sum)
+        report = _unscale(grads, 1.0, self._smallest_normal, max_norm, ranks)
         self._last_offender = report.first_offender or self._last_offender
         return report
 
@@ -248,14 +246,31 @@ def build_loss_scaler(config: LossScaleConfig, compute_dtype: DtypeName) -> Loss
     return NullLossScaler(config, compute_dtype)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _GradientTotals:
+    """Sums over all gradients: of one rank's shard, and then of all ranks."""
+
+    square: float = field(metadata=SUM)
+    """Sum of squares of the scaled entries."""
+    nonzero: float = field(metadata=SUM)
+    """Number of non-zero entries."""
+    small: float = field(metadata=SUM)
+    """Number of non-zero entries below the compute format's smallest normal number."""
+    broken: float = field(metadata=SUM)
+    """Number of entries that are infinite or NaN."""
+    entries: float = field(metadata=SUM)
+    """Number of entries."""
+    found_inf: float = field(metadata=MAX)
+    """1 if an entry is infinite or NaN, else 0."""
+
+
 @torch.no_grad()
 def _unscale(
     grads: Iterable[tuple[str, Tensor]],
     scale: float,
     smallest_normal: float,
     max_norm: float | None,
-    all_reduce_max: Callable[[Tensor], None] | None,
-    all_reduce_sum: Callable[[Tensor], None] | None,
+    ranks: Collective,
 ) -> UnscaleReport:
     """Inspect, then divide and clip at once."""
     named = list(grads)
@@ -264,51 +279,42 @@ def _unscale(
     tensors = [grad for _, grad in named]
     device = tensors[0].device if tensors else None
     found = inspect(tensors, smallest_normal)
-    offenders = [name for (name, _), one in zip(named, found, strict=True) if one.broken]
-    found_inf = _any_rank(bool(offenders), all_reduce_max, device)
-    square, nonzero, small, broken, entries = _over_ranks(_totals(tensors, found), all_reduce_sum, device)
-    norm = math.nan if found_inf else math.sqrt(square) / scale
+    total = reduce_over_ranks(_totals(tensors, found), ranks, device)
+    found_inf = total.found_inf > 0
+    norm = math.nan if found_inf else math.sqrt(total.square) / scale
     clipped = 1.0 if max_norm is None or found_inf else min(1.0, max_norm / (norm + _NORM_EPSILON))
     if tensors and clipped / scale != 1.0:
         torch._foreach_mul_(tensors, clipped / scale)
     return UnscaleReport(
         found_inf=found_inf,
-        first_offender=offenders[0] if offenders else None,
+        first_offender=_first_offender([name for name, _ in named], found, ranks, device) if found_inf else None,
         norm=norm,
-        subnormal_fraction=small / max(nonzero, 1),
-        zero_fraction=(entries - nonzero) / max(entries, 1),
-        overflow_fraction=broken / max(entries, 1),
+        subnormal_fraction=total.small / max(total.nonzero, 1),
+        zero_fraction=(total.entries - total.nonzero) / max(total.entries, 1),
+        overflow_fraction=total.broken / max(total.entries, 1),
     )
 
 
-def _totals(tensors: list[Tensor], found: list[Inspection]) -> tuple[float, ...]:
-    """Sum of squares of this rank's gradients, and the numbers of non-zero, small, broken and all entries."""
-    return (
-        math.fsum(one.square for one in found),
-        sum(one.nonzero for one in found),
-        sum(one.small for one in found),
-        sum(one.broken for one in found),
-        sum(grad.numel() for grad in tensors),
+def _totals(tensors: list[Tensor], found: list[Inspection]) -> _GradientTotals:
+    """Sum what was found in this rank's gradients."""
+    return _GradientTotals(
+        square=math.fsum(one.square for one in found),
+        nonzero=sum(one.nonzero for one in found),
+        small=sum(one.small for one in found),
+        broken=sum(one.broken for one in found),
+        entries=sum(grad.numel() for grad in tensors),
+        found_inf=float(any(one.broken for one in found)),
     )
 
 
-def _over_ranks(
-    totals: tuple[float, ...], all_reduce_sum: Callable[[Tensor], None] | None, device: torch.device | None
-) -> tuple[float, ...]:
-    """In float64, which holds counts up to 2^53 exactly."""
-    if all_reduce_sum is None:
-        return totals
-    values = torch.tensor(totals, dtype=torch.float64, device=device)
-    all_reduce_sum(values)
-    return tuple(values.tolist())
-
-
-def _any_rank(found: bool, all_reduce_max: Callable[[Tensor], None] | None, device: torch.device | None) -> bool:
-    if all_reduce_max is None:
-        return found
-    flag = torch.full((1,), float(found), device=device)
-    all_reduce_max(flag)
-    return bool(flag.item() > 0)
+def _first_offender(
+    names: list[str], found: list[Inspection], ranks: Collective, device: torch.device | None
+) -> str | None:
+    """Name the first parameter with a non-finite gradient, of the first rank that has one."""
+    broken = [name for name, one in zip(names, found, strict=True) if one.broken]
+    encoded = torch.tensor(list("".join(broken[:1]).encode()), dtype=torch.uint8, device=device)
+    gathered = (bytes(values.tolist()).decode() for values in ranks.gather(encoded))
+    return next((name for name in gathered if name), None)
 
 
 def _require_scalar_fp32(loss: Tensor) -> None:

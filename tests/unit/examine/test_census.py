@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
+from betterhalf.algorithms.presets import PRESETS
 from betterhalf.config.schema import RunConfig
 from betterhalf.diagnostics.numerics import BACKWARD_KINDS, Kind, Spot
 from betterhalf.examine.census import (
@@ -61,7 +63,7 @@ def batch_of(subject: Subject, prompts: int = 4, group_size: int = 2, length: in
         ]
         for _ in range(prompts)
     ]
-    return census_batch(subject, subject.prompts(prompts), groups, torch.device("cpu"))
+    return census_batch(subject, subject.prompts(prompts), groups)
 
 
 @pytest.fixture
@@ -79,9 +81,9 @@ def broken() -> Callable[[Callable[[Mlp], None]], tuple[Subject, CensusBatch, Re
 
 def gradients_and_loss(trainer: PolicyTrainer, batch: CensusBatch) -> dict[str, torch.Tensor]:
     (micro,) = batch.micro_batches
-    proximal, _ = trainer.measure(micro)
-    output = trainer.forward_backward(micro, proximal, batch.denominators)
-    return {"loss": output.loss.detach(), **{name: gradient.clone() for name, gradient in trainer.weights.gradients()}}
+    anchored = replace(micro, proximal_logprobs_C=trainer.measure([micro])[0].logprobs_C)
+    stats = trainer.forward_backward([anchored], PRESETS["grpo"], batch.denominators)
+    return {"loss": stats.loss, **{name: gradient.clone() for name, gradient in trainer.weights.gradients()}}
 
 
 # -- hooks
@@ -115,7 +117,8 @@ def test_values_are_seen_in_the_order_of_computation(subject: Subject, batch: Ce
     trainer = trainer_in(subject, "fp32")
     places: list[tuple[str, Kind]] = []
     with watched(trainer.module, lambda name, kind, x: places.append((name, kind))):
-        trainer.forward_backward(batch.micro_batches[0], trainer.measure(batch.micro_batches[0])[0], batch.denominators)
+        trainer.measure(batch.micro_batches)
+        trainer.forward_backward(batch.micro_batches, PRESETS["pg_seq_is"], batch.denominators)
     first = places.index
     mlp = f"{LAYER}.mlp"
     assert first((f"{mlp}.gate_proj", "forward")) < first((f"{mlp}.down_proj", "input"))

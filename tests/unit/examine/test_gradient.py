@@ -67,8 +67,8 @@ def scored_by_trainer(subject: Subject, dtype: DtypeName, groups: Groups, weight
     flat = [Rollout(prompt=prompt, completion=c, text="", reward=0.0) for prompt, siblings in groups for c in siblings]
     trainer = trainer_in(subject, dtype)
     logprobs: dict[int, list[float]] = {}
-    for pack in pack_step(flat, [1.0] * len(flat), subject.config, 0, torch.device("cpu")).packs:
-        logprobs |= by_rollout(pack, trainer.measure(pack)[0])
+    for pack in pack_step(flat, [1.0] * len(flat), subject.config, 0).packs:
+        logprobs |= by_rollout(pack, trainer.measure([pack])[0].logprobs_C)
     scored = iter([(first - math.log(weight), *rest) for _, (first, *rest) in sorted(logprobs.items())])
     return [
         (prompt, tuple(dataclasses.replace(completion, behavior_logprobs=next(scored)) for completion in siblings))

@@ -85,10 +85,10 @@ def test_scores_are_those_of_the_packs_that_train(subject: Subject) -> None:
     trainer = trainer_in(subject, "fp16")
     scores = score_completions(trainer, [(prompt.token_ids, c) for prompt, c in flat], subject.config)
     rollouts = [Rollout(prompt=prompt, completion=c, text="", reward=0.0) for prompt, c in flat]
-    packs = pack_step(rollouts, [1.0] * 6, subject.config, 0, torch.device("cpu")).packs
+    packs = pack_step(rollouts, [1.0] * 6, subject.config, 0).packs
     expected = {}
     for pack in packs:
-        logprobs, _ = trainer.measure(pack)
+        logprobs = trainer.measure([pack])[0].logprobs_C
         for place, index in enumerate(pack.rollout_index_S):
             expected[index] = logprobs[pack.sequence_index_C == place]
     for index, row in enumerate(scores):

@@ -14,8 +14,7 @@ from transformers import LlamaConfig, MixtralConfig, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from betterhalf.algorithms.presets import resolve_algorithm
-from betterhalf.config.schema import AlgorithmConfig, RunConfig
+from betterhalf.config.schema import RunConfig
 from betterhalf.errors import InputError
 from betterhalf.models.loading import LoadedModel
 from betterhalf.precision import cpu_linear
@@ -55,7 +54,7 @@ def trainer_of(module: Any, precision: dict[str, Any]) -> PolicyTrainer:
         name="tiny", module=module, hf_config=module.config, tokenizer=None, stop_token_ids=(0,), context_length=64
     )
     roles = build_precision(config.precision, torch.device("cpu"))
-    return PolicyTrainer(model, config=config, precision=roles, algorithm=resolve_algorithm(AlgorithmConfig()))
+    return PolicyTrainer(model, config=config, precision=roles)
 
 
 # -- what is covered
@@ -194,7 +193,7 @@ def test_sound_decoders_are_covered(config: Any, tied: bool, precision: dict[str
 def test_both_sides_report_the_same_layers_and_fp32_sums(precision: dict[str, Any], layers: str, bias: bool) -> None:
     trainer = trainer_of(tiny(mlp_bias=bias), precision)
     engine = build_engine(configured(precision), trainer.module.config, (0,), trainer.precision)
-    engine.load_weights(trainer.wire_weights(), policy_version=0)
+    engine.load_weights(trainer.wire_weights().tensors, policy_version=0)
     for report in (trainer.report(), engine.report()):
         assert (report.facts["linear_layers"], report.facts["matmul_sums"]) == (layers, "fp32")
 
@@ -217,7 +216,7 @@ def in_half(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
 def test_sums_in_half_show_whatever_the_configuration_says(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(tiny(), {"preset": "fp16"})
     engine = build_engine(configured({"preset": "fp16"}), trainer.module.config, (0,), trainer.precision)
-    engine.load_weights(trainer.wire_weights(), policy_version=0)
+    engine.load_weights(trainer.wire_weights().tensors, policy_version=0)
     monkeypatch.setattr(cpu_linear, "product", in_half)
     assert trainer.report().facts["matmul_sums"] == "less than fp32"
     assert engine.report().facts["matmul_sums"] == "fp32"

@@ -7,7 +7,6 @@ import json
 import math
 import random
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from betterhalf.config.schema import LossScaleConfig
+from betterhalf.distributed.world import SingleProcess
 from betterhalf.errors import CheckpointError, LossScaleError
 from betterhalf.precision.loss_scaler import (
     DynamicLossScaler,
@@ -186,44 +186,38 @@ def test_half_gradients_are_refused() -> None:
         dynamic().unscale([("w", torch.ones(2, dtype=torch.float16))])
 
 
-def raise_flag(flag: Tensor) -> None:
-    flag.fill_(1.0)
-
-
-@pytest.mark.parametrize("grads", [[("w", torch.ones(2))], []])
-def test_an_overflow_on_another_rank_is_found_here_too(grads: list[tuple[str, Tensor]]) -> None:
-    assert not dynamic().unscale(grads, lambda flag: None).found_inf
-    report = dynamic().unscale(grads, raise_flag)
-    assert report.found_inf and report.first_offender is None
-
-
-def test_the_flag_offered_to_other_ranks_is_this_ranks_own() -> None:
-    seen: list[float] = []
-    for value in (1.0, torch.inf):
-        dynamic().unscale([("w", torch.full((2,), value))], lambda flag: seen.extend(flag.tolist()))
-    assert seen == [0.0, 1.0]
-
-
 class Ranks:
     """Threads that reduce over each other."""
 
     def __init__(self, count: int) -> None:
         self.barrier, self.given = threading.Barrier(count, timeout=60), [torch.empty(0)] * count
 
-    def of(self, rank: int, reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
-        def all_reduce(values: Tensor) -> None:
-            self.given[rank] = values.clone()
-            self.barrier.wait()
-            values.copy_(reduce(torch.stack(self.given)))
-            self.barrier.wait()
+    def of(self, rank: int) -> OneOfSeveral:
+        return OneOfSeveral(self, rank)
 
-        return all_reduce
 
-    def max_(self, rank: int) -> Callable[[Tensor], None]:
-        return self.of(rank, lambda given: given.amax(0))
+class OneOfSeveral:
+    """The collective of one of these threads."""
 
-    def sum_(self, rank: int) -> Callable[[Tensor], None]:
-        return self.of(rank, lambda given: given.sum(0))
+    def __init__(self, ranks: Ranks, rank: int) -> None:
+        self.ranks, self.rank = ranks, rank
+
+    def gather(self, values: Tensor) -> tuple[Tensor, ...]:
+        self.ranks.given[self.rank] = values.clone()
+        self.ranks.barrier.wait()
+        gathered = tuple(self.ranks.given)
+        self.ranks.barrier.wait()
+        return gathered
+
+    def max_(self, values: Tensor) -> None:
+        values.copy_(torch.stack(self.gather(values)).amax(0))
+
+    def sum_(self, values: Tensor) -> None:
+        values.copy_(torch.stack(self.gather(values)).sum(0))
+
+
+class Replica(SingleProcess):
+    """One of several ranks that hold the same: its sum over the shards of one replica does nothing."""
 
 
 Named = list[tuple[str, Tensor]]
@@ -235,7 +229,7 @@ def on_ranks(shards: list[Named], kind: Any, **settings: Any) -> list[UnscaleRep
 
     def unscale(rank: int) -> UnscaleReport:
         scaler = build_loss_scaler(LossScaleConfig(initial=256.0), kind)
-        return scaler.unscale(shards[rank], ranks.max_(rank), ranks.sum_(rank), **settings)
+        return scaler.unscale(shards[rank], ranks.of(rank), **settings)
 
     with ThreadPoolExecutor(len(shards)) as pool:
         return list(pool.map(unscale, range(len(shards))))
@@ -265,7 +259,7 @@ def test_ranks_with_shards_clip_and_report_as_one_process_with_all_of_them(
         assert report.zero_fraction == alone.zero_fraction
         assert report.overflow_fraction == alone.overflow_fraction
     assert len({str(report.norm) for report in reports}) == 1
-    assert [report.first_offender for report in reports] == ([None, "c", None] if broken else [None] * 3)
+    assert [report.first_offender for report in reports] == (["c"] * 3 if broken else [None] * 3)
     for (_, found), (_, expected) in zip([pair for shard in parts for pair in shard], together, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
 
@@ -273,7 +267,7 @@ def test_ranks_with_shards_clip_and_report_as_one_process_with_all_of_them(
 def test_replicas_do_not_add_up() -> None:
     """Each holds the whole gradient, so their `sum_` does nothing."""
     one, alone = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0])
-    report = dynamic(initial=1.0).unscale([("w", one)], lambda flag: None, lambda values: None, max_norm=1.0)
+    report = dynamic(initial=1.0).unscale([("w", one)], Replica(), max_norm=1.0)
     assert report.norm == dynamic(initial=1.0).unscale([("w", alone)], max_norm=1.0).norm == 5.0
     assert torch.equal(one, alone)
 
