@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from betterhalf import ops
-from betterhalf.config.ratio import RatioConfig
+from betterhalf.config.schema import RatioConfig
 
 Level = Literal["none", "token", "sequence", "geometric_mean"]
 

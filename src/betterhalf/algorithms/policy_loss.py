@@ -17,7 +17,7 @@ from betterhalf.algorithms.importance import Weights, importance_weights, leaves
 from betterhalf.algorithms.loss_stats import LossStats
 from betterhalf.algorithms.presets import Algorithm
 from betterhalf.config.presets import AggregationKind
-from betterhalf.config.ratio import RatioConfig
+from betterhalf.config.schema import RatioConfig
 from betterhalf.types import Denominators
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from betterhalf.config.ratio import RatioConfig
+from betterhalf.config.schema import RatioConfig
 from betterhalf.errors import ConfigError
 
 Rule = tuple[Callable[[RatioConfig], bool], str, str]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from betterhalf.algorithms.presets import resolve_algorithm
-from betterhalf.config.engine import require_whole_distribution
+from betterhalf.config.sampling import require_whole_distribution
 from betterhalf.config.schema import RunConfig
 from betterhalf.models.description import describe_model
 from betterhalf.models.loading import LoadedModel, load_weights

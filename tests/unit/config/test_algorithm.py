@@ -15,9 +15,8 @@ from betterhalf.config.algorithm import own_choices
 from betterhalf.config.load import config_difference, load_config, resolved_json
 from betterhalf.config.overrides import expand
 from betterhalf.config.presets import PRESETS
-from betterhalf.config.ratio import RatioConfig
 from betterhalf.config.render import toml_text
-from betterhalf.config.schema import AlgorithmConfig, RunConfig
+from betterhalf.config.schema import AlgorithmConfig, RatioConfig, RunConfig
 
 
 def write(folder: Path, name: str, text: str) -> Path:

@@ -1,0 +1,30 @@
+"""The section `[optimizer]`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from betterhalf.config.section import Section
+
+
+class OptimizerConfig(Section):
+    """AdamW on FP32 master weights."""
+
+    learning_rate: float = Field(1e-6, ge=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the moment estimates."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the denominator; states are FP32, where 1e-8 is not 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Global gradient norm is clipped to this, after unscaling."""
+    scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up; `linear` and `cosine` fall to `min_ratio` at the last step."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    min_ratio: float = Field(0.0, ge=0, le=1)
+    """Final learning rate as a share of the peak."""
