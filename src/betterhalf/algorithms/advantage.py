@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from betterhalf.config.presets import AdvantageKind
 from betterhalf.errors import ConfigError, RewardError
+from betterhalf.types import AdvantageKind
 
 STD_EPS = 1e-8
 """Added to the standard deviation, as in the paper's Oat code."""

@@ -16,9 +16,8 @@ from betterhalf import ops
 from betterhalf.algorithms.importance import Weights, importance_weights, leaves_trust_region
 from betterhalf.algorithms.loss_stats import LossStats
 from betterhalf.algorithms.presets import Algorithm
-from betterhalf.config.presets import AggregationKind
 from betterhalf.config.schema import RatioConfig
-from betterhalf.types import Denominators
+from betterhalf.types import AggregationKind, Denominators
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from betterhalf.config.presets import NO_RATIO, PRESETS, AdvantageKind, AggregationKind, DenominatorKind, Preset
+from betterhalf.config.presets import NO_RATIO, PRESETS, Preset
 from betterhalf.config.ratio import RatioConfig
 from betterhalf.config.section import Section
-from betterhalf.types import PresetName
+from betterhalf.types import AdvantageKind, AggregationKind, DenominatorKind, PresetName
 
 _DEFAULT: PresetName = "grpo"
 _CHOICES = tuple(field.name for field in fields(Preset))

@@ -7,13 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from betterhalf.config.section import Section
+from betterhalf.types import HeadDtype, RoundingMode, SleepMode
 
 
 class NativeEngineConfig(Section):
     """Our own decoder."""
 
     type: Literal["native"] = "native"
-    rounding: Literal["engine", "aligned"] = "engine"
+    rounding: RoundingMode = "engine"
     """`engine` rounds where production engines do; `aligned` rounds where the trainer does, which brings the two
     several times closer."""
     max_concurrent: int = Field(256, ge=1)
@@ -28,7 +29,7 @@ class VllmEngineConfig(Section):
     type: Literal["vllm"] = "vllm"
     max_concurrent: int = Field(256, ge=1)
     """Sequences decoded at once (vLLM's `max_num_seqs`)."""
-    head_dtype: Literal["fp32", "model"] = "fp32"
+    head_dtype: HeadDtype = "fp32"
     """Precision of the LM head's product: FP32, as in the trainer, or the rollout dtype, vLLM's own default."""
     kv_cache_gib: float = Field(2.0, gt=0)
     """Memory for the KV cache on a CPU, in GiB."""
@@ -43,7 +44,7 @@ class VllmEngineConfig(Section):
     equally."""
     batch_invariant: bool = False
     """vLLM's batch-invariant kernels (VLLM_BATCH_INVARIANT), where the platform has them."""
-    sleep: Literal["auto", "never"] = "auto"
+    sleep: SleepMode = "auto"
     """Free the GPU while the trainer works (`auto`: when they share it)."""
     start_seconds: float = Field(600.0, gt=0)
     """Time limit for starting the engine."""

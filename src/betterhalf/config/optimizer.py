@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from betterhalf.config.section import Section
+from betterhalf.types import SchedulerName
 
 
 class OptimizerConfig(Section):
@@ -22,7 +21,7 @@ class OptimizerConfig(Section):
     """Decoupled weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Global gradient norm is clipped to this, after unscaling."""
-    scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    scheduler: SchedulerName = "constant"
     """Shape after the warm-up; `linear` and `cosine` fall to `min_ratio` at the last step."""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import Field, field_validator
 
 from betterhalf.config.section import Section
-from betterhalf.types import DtypeName
+from betterhalf.types import DtypeName, HalfMatmul, PairSelection
 
 
 class PrecisionRoles(Section):
@@ -51,13 +51,15 @@ class LossScaleConfig(Section):
     """Skipped optimizer steps in a row at the floor before the run stops."""
 
 
-PairName = Annotated[str, Field(pattern="^(fp16|bf16|fp32)/(fp16|bf16|fp32)$")]
+_DTYPE = "|".join(get_args(DtypeName))
+
+PairName = Annotated[str, Field(pattern=f"^({_DTYPE})/({_DTYPE})$")]
 """`TRAINER/ROLLOUT`."""
 
 PAIR_NAMES = tuple(f"{train}/{rollout}" for train in get_args(DtypeName) for rollout in get_args(DtypeName))
 """All nine."""
 
-PrecisionPairs = Literal["full", "matched"] | tuple[PairName, ...]
+PrecisionPairs = PairSelection | tuple[PairName, ...]
 """Which (trainer dtype, rollout dtype) pairs the probe measures."""
 
 
@@ -78,7 +80,7 @@ class PrecisionConfig(Section):
     """Override for the engine's cache."""
     allow_difference: bool = False
     """Run although trainer and engine differ in precision (an ablation)."""
-    half_matmul: Literal["auto", "native", "fp32_sums"] = "auto"
+    half_matmul: HalfMatmul = "auto"
     """How half matrix products are computed on a CPU: by the processor's own half instructions (`native`), or with
     operands and results on the half grid and sums in FP32 (`fp32_sums`, as tensor cores do). `auto`: `fp32_sums` for
     FP16, `native` for BF16. On a GPU always native."""
@@ -97,7 +99,7 @@ class PrecisionConfig(Section):
     @classmethod
     def _known_pairs(cls, value: Any) -> Any:
         names = value if isinstance(value, (list, tuple)) else (value,)
-        if len(names) == 1 and names[0] in ("full", "matched"):
+        if len(names) == 1 and names[0] in get_args(PairSelection):
             return names[0]
         if not names:
             raise ValueError(

@@ -8,14 +8,9 @@ formula and the source of each.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from betterhalf.config.ratio import RatioConfig
-from betterhalf.types import PresetName
-
-AdvantageKind = Literal["group_mean", "group_standardised", "leave_one_out", "raw"]
-AggregationKind = Literal["constant_length", "sequence_mean", "token_mean"]
-DenominatorKind = Literal["all", "kept"]
+from betterhalf.types import AdvantageKind, AggregationKind, DenominatorKind, PresetName
 
 NO_RATIO = RatioConfig(level="none", gradient="score")
 """The ratio 1: as a surrogate it leaves log pi, as a correction it leaves the surrogate alone."""

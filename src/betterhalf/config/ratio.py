@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from betterhalf.config.section import Section
+from betterhalf.types import RatioGradient, RatioLevel, RatioName, RatioTreatment
 
 
 class RatioConfig(Section):
@@ -12,11 +13,11 @@ class RatioConfig(Section):
 
     shorthand: ClassVar[str | None] = "level"
 
-    level: Literal["none", "token", "sequence", "geometric_mean"]
+    level: RatioLevel
     """Per token; product over the sequence; geometric mean over the sequence; or no ratio (1)."""
-    ratio: Literal["current/proximal", "current/behavior", "proximal/behavior"] = "current/proximal"
+    ratio: RatioName = "current/proximal"
     """Numerator and denominator."""
-    treatment: Literal["raw", "truncate", "mask", "clip"] = "raw"
+    treatment: RatioTreatment = "raw"
     """Leave it as it is; cap at `upper`; drop outside [lower, upper]; PPO's two-sided clip."""
     lower: float | None = None
     """Lower bound of the ratio; `"none"` for no bound."""
@@ -24,7 +25,7 @@ class RatioConfig(Section):
     """Upper bound of the ratio; `"none"` for no bound."""
     keep_weight: bool = True
     """With `mask`: multiply what is kept by its ratio (true), or only mask (false)."""
-    gradient: Literal["ratio", "score"] = "ratio"
+    gradient: RatioGradient = "ratio"
     """Differentiate the ratio itself, or hold it constant and differentiate log pi."""
     dual_clip: float | None = None
     """Bound on the loss of negative advantages, as a multiple of the advantage (arXiv 1912.09729)."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from betterhalf.config.section import Section
+from betterhalf.types import ConsoleMode
 
 
 class LoggingConfig(Section):
     """What is shown and kept."""
 
-    console: Literal["auto", "live", "lines", "quiet"] = "auto"
+    console: ConsoleMode = "auto"
     """`live` dashboard on a terminal, plain `lines` elsewhere."""
     tensorboard: bool = False
     """Also write TensorBoard events (extra `tensorboard`)."""

@@ -5,7 +5,7 @@ Each section has a file of its own in this package. Other packages import every 
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,7 @@ from betterhalf.config.section import Section
 from betterhalf.config.task import ArithmeticTask, MathTask, PerfectibleTask, TaskConfig
 from betterhalf.config.training import TrainingConfig
 from betterhalf.config.watchdog import WatchdogConfig, WatchdogLevel
+from betterhalf.types import DeviceName
 
 __all__ = [
     "AlgorithmConfig",
@@ -64,7 +65,7 @@ class RunConfig(Section):
     """Names the run folder."""
     seed: int = Field(0, ge=0)
     """Seed of sampling, shuffling and data order."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = "auto"
     """Where trainer and engine live; `auto` takes a GPU when there is one."""
     model: ModelConfig = ModelConfig()
     precision: PrecisionConfig = PrecisionConfig()

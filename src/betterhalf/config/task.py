@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from betterhalf.config.section import Section
+from betterhalf.types import ArithmeticStyle, BadRowAction, PromptTemplate
 
 
 class ArithmeticTask(Section):
     """Arithmetic made up on the fly."""
 
     type: Literal["arithmetic"] = "arithmetic"
-    style: Literal["running_sum", "word_problem", "auto"] = "running_sum"
+    style: ArithmeticStyle = "running_sum"
     """`running_sum`: eight digits summed step by step, the demo model's task. `word_problem`: plain sentences for a
     chat model. `auto`: word problems if the tokenizer has a chat template, else running sums."""
     num_prompts: int = Field(4096, ge=1)
@@ -22,7 +23,7 @@ class ArithmeticTask(Section):
     """Seed of the problems (not of the run)."""
     terms: int = Field(8, ge=2, le=16)
     """Digits in a running sum."""
-    bad_rows: Literal["refuse", "skip"] = "refuse"
+    bad_rows: BadRowAction = "refuse"
     """Rows that cannot be used (too long, not encodable, an answer that cannot be met): stop before the run and name
     them, or leave them out and count them."""
     allow_changed_data: bool = False
@@ -37,13 +38,13 @@ class MathTask(Section):
     """JSONL file with the fields `problem` and `answer`, or a data-set name on the Hugging Face hub."""
     split: str = "train"
     """Split, when `path` is a hub name."""
-    template: Literal["chat", "r1_distill", "qwen_math", "none"] = "chat"
+    template: PromptTemplate = "chat"
     """How the problem is put to the model: the tokenizer's chat template, or one of the paper's two templates."""
     reward_seconds: float = Field(10.0, gt=0)
     """Time limit for grading one completion; a time-out scores 0 and is counted."""
     reward_workers: int = Field(2, ge=1)
     """Worker processes that grade."""
-    bad_rows: Literal["refuse", "skip"] = "refuse"
+    bad_rows: BadRowAction = "refuse"
     """Rows that cannot be used (too long, not encodable, an answer that cannot be met): stop before the run and name
     them, or leave them out and count them."""
     allow_changed_data: bool = False

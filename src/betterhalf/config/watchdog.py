@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
 from betterhalf.config.section import Section
+from betterhalf.types import WatchdogAction
 
 
 class WatchdogLevel(Section):
@@ -20,7 +21,7 @@ class WatchdogLevel(Section):
     """The rule fires above this."""
     steps: int = Field(1, ge=1)
     """Consecutive steps out of bounds before it fires."""
-    action: Literal["warn", "mask", "halve_learning_rate", "stop"] = "warn"
+    action: WatchdogAction = "warn"
     """`warn`: a note. `mask`: from this step on, drop completion tokens whose proximal/behavior ratio lies outside 0.5
     to 5 (IcePop, arXiv 2510.18855). `halve_learning_rate`: once each time it fires. `stop`: before this step's update;
     the run saves and ends with exit status 3."""
