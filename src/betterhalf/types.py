@@ -54,7 +54,7 @@ RatioName = Literal["current/proximal", "current/behavior", "proximal/behavior"]
 RatioTreatment = Literal["raw", "truncate", "mask", "clip"]
 """Treatments of a ratio outside its bounds."""
 
-RatioGradient = Literal["ratio", "score"]
+RatioGradient = Literal["ratio", "logprob"]
 """Factor of the surrogate that is differentiated: the ratio, or log pi with the ratio held constant."""
 
 RoundingMode = Literal["engine", "aligned"]

@@ -202,7 +202,7 @@ def _surrogate(config: RatioConfig, tokens: _Tokens) -> _Surrogate:
     """-(weight x advantage), differentiated through the weight or through log pi."""
     weights = _surrogate_weights(config, tokens)
     clipped_C = torch.zeros_like(weights.kept_C)
-    if config.level == "none" or config.gradient == "score":
+    if config.level == "none" or config.gradient == "logprob":
         loss_C = -(weights.weight_C.detach() * tokens.advantages_C) * tokens.current_C
     elif config.treatment == "clip":
         loss_C, clipped_C = _clipped(config, weights.raw_C, tokens.advantages_C)

@@ -119,7 +119,7 @@ def _missing(details: ErrorDetails, path: _Location) -> str:
 
 def _choice(details: ErrorDetails, path: _Location) -> str:
     allowed = keys.choices(_annotation(path))
-    hint = keys.nearest(details["input"], allowed)
+    hint = keys.nearest(keys.current_value(_names(path)[-1], details["input"]), allowed)
     cure = f" Did you mean {hint}?" if hint else ""
     return f"{_given(details, path)} is not one of {', '.join(map(str, allowed))}.{cure}"
 

@@ -28,6 +28,9 @@ _FAMILIAR = {
 }
 """Names of other frameworks, too unlike ours for a comparison of letters."""
 
+_RENAMED_VALUES = {("gradient", "score"): "logprob"}
+"""Current values by (last part of the key, value in earlier runs)."""
+
 
 def members(annotation: Any) -> tuple[Any, ...]:
     """The alternatives of a union, `None` included; the annotation itself if it is no union. Ignores Annotated."""
@@ -158,6 +161,11 @@ def nearest_key(wrong: str) -> str | None:
 def nearest(wrong: object, allowed: Sequence[object]) -> str | None:
     """The allowed value most like `wrong`, if any is close."""
     return _nearest(str(wrong), [str(value) for value in allowed])
+
+
+def current_value(leaf: str, value: object) -> object:
+    """Return the current name of a value that earlier runs call by another; any other value unchanged."""
+    return _RENAMED_VALUES.get((leaf, value), value) if isinstance(value, str) else value
 
 
 def _section_names() -> list[str]:

@@ -131,7 +131,15 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {error}. Correct that place.") from error
     if not isinstance(layer, dict):
         raise ConfigError(f"{path} holds no settings. Name the config.json of a run, or a TOML file.")
-    return _sparse(layer) if path.suffix == ".json" else layer
+    return _sparse(_renamed(layer)) if path.suffix == ".json" else layer
+
+
+def _renamed(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a run, which an earlier version may have written, with today's names of values."""
+    return {
+        key: _renamed(value) if isinstance(value, Mapping) else keys.current_value(key, value)
+        for key, value in resolved.items()
+    }
 
 
 def _sparse(resolved: Mapping[str, Any]) -> dict[str, Any]:

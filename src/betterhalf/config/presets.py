@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from betterhalf.config.ratio import RatioConfig
 from betterhalf.types import AdvantageKind, AggregationKind, DenominatorKind, PresetName
 
-NO_RATIO = RatioConfig(level="none", gradient="score")
+NO_RATIO = RatioConfig(level="none", gradient="logprob")
 """The ratio 1: as a surrogate it leaves log pi, as a correction it leaves the surrogate alone."""
 
 
@@ -75,17 +75,17 @@ PRESETS: dict[PresetName, Preset] = {
     ),
     "pg_seq_is": Preset(
         advantage="group_mean",
-        surrogate=_ratio("sequence current/behavior raw", gradient="score"),
+        surrogate=_ratio("sequence current/behavior raw", gradient="logprob"),
         aggregation="constant_length",
     ),
     "pg_seq_tis": Preset(
         advantage="group_mean",
-        surrogate=_ratio("sequence current/behavior truncate", upper=3, gradient="score"),
+        surrogate=_ratio("sequence current/behavior truncate", upper=3, gradient="logprob"),
         aggregation="constant_length",
     ),
     "pg_seq_mis": Preset(
         advantage="group_mean",
-        surrogate=_ratio("sequence current/behavior mask", upper=3, gradient="score"),
+        surrogate=_ratio("sequence current/behavior mask", upper=3, gradient="logprob"),
         aggregation="constant_length",
     ),
     "reinforce": Preset(
@@ -107,7 +107,7 @@ PRESETS: dict[PresetName, Preset] = {
     ),
     "cispo": Preset(
         advantage="group_standardised",
-        surrogate=_ratio("token current/proximal truncate", upper=5, gradient="score"),
+        surrogate=_ratio("token current/proximal truncate", upper=5, gradient="logprob"),
         aggregation="token_mean",
     ),
     "icepop": Preset(
@@ -124,7 +124,7 @@ PRESETS: dict[PresetName, Preset] = {
     ),
     "dppo_tv": Preset(
         advantage="group_mean",
-        surrogate=_ratio("token current/behavior truncate", upper=20, gradient="score", probability_gap=0.2),
+        surrogate=_ratio("token current/behavior truncate", upper=20, gradient="logprob", probability_gap=0.2),
         aggregation="token_mean",
     ),
 }
