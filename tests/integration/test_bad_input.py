@@ -158,7 +158,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(train: Ends, tmp_path: Path) ->
 def test_a_run_folder_that_cannot_be_made_is_named(place: str, train: Ends, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     message = train(2, f"run_dir={tmp_path / place}")
-    assert f"{tmp_path / place} cannot be made" in message and "Choose another folder with run_dir=PATH" in message
+    assert f"{tmp_path / place} cannot be created" in message and "Choose another folder with run_dir=PATH" in message
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
