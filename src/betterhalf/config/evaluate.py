@@ -1,4 +1,4 @@
-"""The section `[evaluate]`."""
+"""The section `[evaluate]`: sampling of `betterhalf evaluate`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from betterhalf.config.section import Section
 
 
 class EvaluateConfig(Section):
-    """How `evaluate` samples."""
+    """Sampling of `betterhalf evaluate`."""
 
     samples: int = Field(8, ge=1)
-    """Completions of each prompt: the k of avg@k and pass@k."""
+    """Number of completions of each prompt: the k of avg@k and pass@k."""
     max_prompts: int | None = Field(None, ge=1)
-    """Evaluate on the first so many prompts; all if absent."""
+    """Maximum number of prompts to evaluate; all if absent."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature."""

@@ -1,4 +1,4 @@
-"""The section `[model]`."""
+"""The section `[model]`: the model to train."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from betterhalf.config.section import Section
 
 
 class ModelConfig(Section):
-    """Which model is trained."""
+    """The model to train."""
 
     shorthand: ClassVar[str | None] = "name"
 
@@ -17,8 +17,8 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit, when `name` is a hub name."""
     stop_tokens: tuple[str | int, ...] = ()
-    """Tokens that end a completion, by text or id, such as `<|im_end|>`, instead of those that the model's files
-    declare; empty: as declared (`eos_token_id` of its generation configuration and configuration, the tokenizer's
-    `eos_token`)."""
+    """Tokens that end a completion, by text or id, such as `<|im_end|>`. They replace those that the model's files
+    declare (`eos_token_id` in its generation configuration and its configuration, `eos_token` of its tokenizer); empty
+    for the declared ones."""
     allow_no_stop_token: bool = False
-    """Sample although no token ends a completion: all of them run to `sampling.max_tokens`."""
+    """Allow a model without a stop token; all its completions are `sampling.max_tokens` long."""

@@ -1,4 +1,4 @@
-"""The section `[probe]`."""
+"""The section `[probe]`: sample and confidence intervals of `betterhalf probe`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from betterhalf.config.section import Section
 
 
 class ProbeConfig(Section):
-    """What `probe` samples and how it states its uncertainty."""
+    """Sample and confidence intervals of `betterhalf probe`."""
 
     prompts: int = Field(16, ge=1)
-    """Prompts, the first ones of the task."""
+    """Number of prompts, taken from the start of the task."""
     group_size: int = Field(4, ge=1)
-    """Completions of each prompt."""
+    """Number of completions of each prompt."""
     bootstrap: int = Field(1000, ge=1)
-    """Resamples, of prompts with all their completions, behind the standard error of each confidence interval."""
+    """Number of bootstrap resamples for the standard error of each confidence interval; a resample draws prompts with
+    all their completions."""
     confidence: float = Field(0.95, gt=0, lt=1)
-    """Level of the intervals."""
+    """Confidence level of the intervals."""
     gradient_completions: int = Field(16, ge=2)
-    """Completions in the batch of `--gradient`."""
+    """Number of completions in the batch of `--gradient`."""

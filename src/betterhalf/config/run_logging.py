@@ -1,4 +1,7 @@
-"""The section `[logging]`."""
+"""The section `[logging]`: terminal output and extra records.
+
+The file is not called `logging.py`, so that nothing mistakes it for the standard library's module.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ from betterhalf.types import ConsoleMode
 
 
 class LoggingConfig(Section):
-    """What is shown and kept."""
+    """Terminal output and extra records."""
 
     console: ConsoleMode = "auto"
-    """`live` dashboard on a terminal, plain `lines` elsewhere."""
+    """Progress on the terminal: a `live` dashboard, plain `lines`, or none (`quiet`). `auto`: `live` on a terminal,
+    `lines` elsewhere."""
     tensorboard: bool = False
-    """Also write TensorBoard events (extra `tensorboard`)."""
+    """Write TensorBoard events as well (needs the extra `tensorboard`)."""
     rollouts_per_step: int = Field(2, ge=0)
-    """Rollouts kept in `rollouts.jsonl` in each step, with per-token columns."""
+    """Number of rollouts that each step keeps in `rollouts.jsonl`, with per-token columns."""

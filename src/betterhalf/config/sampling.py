@@ -1,4 +1,4 @@
-"""The section `[sampling]`, and the refusal of truncated sampling where logprobs are compared."""
+"""The section `[sampling]`, and a check that sampling draws from the whole distribution."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ class SamplingConfig(Section):
     """Sampling of completions."""
 
     temperature: float = Field(1.0, gt=0)
-    """Logits are divided by this, on both sides, before the log-softmax."""
+    """Sampling temperature: trainer and engine divide logits by it before the log-softmax."""
     max_tokens: int = Field(64, ge=1)
-    """Length limit of a completion."""
+    """Maximum length of a completion, in tokens."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Sample from the likeliest tokens that together reach this probability. For `evaluate` only, as the next two: a
-    trainer scores the whole distribution."""
+    """Sample from the most likely tokens that together reach this probability. For `evaluate` only, as are the next
+    two: the trainer's logprobs are those of the whole distribution."""
     top_k: int = Field(-1, ge=-1)
-    """Sample from this many of the likeliest tokens; -1 or 0 for all. For `evaluate` only."""
+    """Number of most likely tokens to sample from; -1 or 0 for all. For `evaluate` only."""
     min_p: float = Field(0.0, ge=0, le=1)
-    """Sample from tokens at least this share as likely as the likeliest. For `evaluate` only."""
+    """Smallest probability of a token to sample, as a share of the largest one. For `evaluate` only."""
 
 
 def require_whole_distribution(sampling: SamplingConfig) -> None:
-    """Refuse truncated sampling where the trainer's logprobs are compared with the engine's.
+    """Refuse truncated sampling for a run that compares the trainer's logprobs with the engine's.
 
     Raises:
-        ConfigError: names the key and its neutral value.
+        ConfigError: `top_p`, `top_k` or `min_p` truncates; the message gives its neutral value.
     """
     for key, truncates, neutral in (
         ("top_p", sampling.top_p < 1, 1.0),
@@ -37,7 +37,7 @@ def require_whole_distribution(sampling: SamplingConfig) -> None:
     ):
         if truncates:
             raise ConfigError(
-                f"sampling.{key}={getattr(sampling, key)} truncates the distribution sampled from, but the trainer "
-                f"scores the whole one, which biases every importance ratio; set it to {neutral}, or use it with "
-                "`betterhalf evaluate` alone"
+                f"sampling.{key}={getattr(sampling, key)} truncates the distribution of the samples, but the "
+                "trainer's logprobs are those of the whole distribution, which biases every importance ratio. Set it "
+                f"to {neutral}, or use it with `betterhalf evaluate` only."
             )

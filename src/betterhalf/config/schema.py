@@ -62,11 +62,11 @@ class RunConfig(Section):
     """Everything that determines a run."""
 
     name: str = "run"
-    """Names the run folder."""
+    """Name of the run; part of the name of its folder."""
     seed: int = Field(0, ge=0)
     """Seed of sampling, shuffling and data order."""
     device: DeviceName = "auto"
-    """Where trainer and engine live; `auto` takes a GPU when there is one."""
+    """Device of trainer and engine; `auto` takes a GPU if there is one."""
     model: ModelConfig = ModelConfig()
     precision: PrecisionConfig = PrecisionConfig()
     engine: EngineConfig = NativeEngineConfig()
@@ -88,7 +88,7 @@ class RunConfig(Section):
         rollouts = self.training.prompts_per_step * self.training.group_size
         if self.training.optimizer_steps > rollouts:
             raise ValueError(
-                f"training.optimizer_steps={self.training.optimizer_steps} exceeds the {rollouts} rollouts of a step; "
-                "lower it, or raise training.prompts_per_step"
+                f"training.optimizer_steps={self.training.optimizer_steps} exceeds the {rollouts} rollouts of a step. "
+                "Lower it, or raise training.prompts_per_step."
             )
         return self

@@ -11,23 +11,23 @@ from betterhalf.types import ArithmeticStyle, BadRowAction, PromptTemplate
 
 
 class ArithmeticTask(Section):
-    """Arithmetic made up on the fly."""
+    """Arithmetic problems, generated from a seed."""
 
     type: Literal["arithmetic"] = "arithmetic"
     style: ArithmeticStyle = "running_sum"
-    """`running_sum`: eight digits summed step by step, the demo model's task. `word_problem`: plain sentences for a
-    chat model. `auto`: word problems if the tokenizer has a chat template, else running sums."""
+    """`running_sum`: digits added step by step, the task of the demo model. `word_problem`: plain sentences, for a chat
+    model. `auto`: word problems if the tokenizer has a chat template, running sums otherwise."""
     num_prompts: int = Field(4096, ge=1)
-    """Size of the data set; the i-th prompt depends on `seed` and i alone."""
+    """Size of the data set; the i-th prompt depends only on `seed` and i."""
     seed: int = 0
-    """Seed of the problems (not of the run)."""
+    """Seed of the problems, independent of the seed of the run."""
     terms: int = Field(8, ge=2, le=16)
-    """Digits in a running sum."""
+    """Number of digits in a running sum."""
     bad_rows: BadRowAction = "refuse"
-    """Rows that cannot be used (too long, not encodable, an answer that cannot be met): stop before the run and name
-    them, or leave them out and count them."""
+    """Rows that cannot be used (too long, not encodable, an answer that no completion can match): refuse to start and
+    name them, or skip and count them."""
     allow_changed_data: bool = False
-    """Resume a run even if its rows, or the code of its reward, are not those it was started with."""
+    """Allow a run to resume with other rows, or with another version of the reward's code, than it started with."""
 
 
 class MathTask(Section):
@@ -39,27 +39,27 @@ class MathTask(Section):
     split: str = "train"
     """Split, when `path` is a hub name."""
     template: PromptTemplate = "chat"
-    """How the problem is put to the model: the tokenizer's chat template, or one of the paper's two templates."""
+    """Prompt around a problem: the tokenizer's chat template, one of the paper's two templates, or none."""
     reward_seconds: float = Field(10.0, gt=0)
-    """Time limit for grading one completion; a time-out scores 0 and is counted."""
+    """Time limit for grading one completion; one that exceeds it gets the reward 0 and is counted."""
     reward_workers: int = Field(2, ge=1)
-    """Worker processes that grade."""
+    """Number of worker processes for grading."""
     bad_rows: BadRowAction = "refuse"
-    """Rows that cannot be used (too long, not encodable, an answer that cannot be met): stop before the run and name
-    them, or leave them out and count them."""
+    """Rows that cannot be used (too long, not encodable, an answer that no completion can match): refuse to start and
+    name them, or skip and count them."""
     allow_changed_data: bool = False
-    """Resume a run even if its rows, or the code of its reward, are not those it was started with."""
+    """Allow a run to resume with other rows, or with another version of the reward's code, than it started with."""
 
 
 class PerfectibleTask(Section):
-    """A perfectible set made earlier: only prompts that the base policy solves sometimes."""
+    """A perfectible set, made earlier: only prompts that the base policy solves in some of its attempts."""
 
     type: Literal["perfectible"] = "perfectible"
     path: str
-    """`perfectible.jsonl` written by `betterhalf sanity`."""
+    """A `perfectible.jsonl` that `betterhalf sanity` wrote."""
     base: Annotated[ArithmeticTask | MathTask, Field(discriminator="type")] = ArithmeticTask()
-    """The task whose prompts were filtered; it also gives the reward."""
+    """Task whose prompts were filtered; it also computes the reward."""
 
 
 TaskConfig = Annotated[ArithmeticTask | MathTask | PerfectibleTask, Field(discriminator="type")]
-"""The task; `type` chooses."""
+"""The task; its key `type` chooses the class."""

@@ -1,4 +1,4 @@
-"""The section `[training]`."""
+"""The section `[training]`: sizes of a step, memory, checkpoints."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from betterhalf.config.section import Section
 
 
 class TrainingConfig(Section):
-    """Sizes of a step, and what is saved."""
+    """Sizes of a step, memory, and checkpoints."""
 
     steps: int = Field(100, ge=1)
-    """Steps of the run; each is one rollout batch."""
+    """Number of steps; each trains on one rollout batch."""
     prompts_per_step: int = Field(32, ge=1)
-    """Prompts sampled in a step."""
+    """Number of prompts in a step."""
     group_size: int = Field(8, ge=1)
-    """Siblings of each prompt."""
+    """Number of completions of each prompt."""
     optimizer_steps: int = Field(4, ge=1)
-    """Optimizer steps for each rollout batch (the paper: 4)."""
+    """Number of optimizer steps on each rollout batch (the paper: 4)."""
     tokens_per_micro_batch: int = Field(4096, ge=1)
-    """Token budget of one forward-backward; a longer sequence gets a pack of its own."""
+    """Token budget of one forward-backward pass; a longer sequence gets its own pass."""
     logits_mib: int = Field(256, ge=1)
-    """Memory for FP32 logits; logprobs are computed in chunks that fit, never for all tokens at once."""
+    """Memory for FP32 logits, in MiB; logprobs are computed in chunks that fit into it."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     compile_layers: bool = False
-    """Compile the trainer's layers with torch.compile, which fuses norms, rope and SwiGLU; roundings to half are kept.
-    The first steps take up to a minute longer. On a CPU it needs a C++ compiler."""
+    """Compile the trainer's layers with torch.compile, which fuses norms, rope and SwiGLU and keeps every rounding to
+    half. The first steps take up to a minute longer. Needs a C++ compiler on a CPU."""
     checkpoint_every: int = Field(10, ge=0)
-    """Steps between checkpoints; 0 saves only the last."""
+    """Number of steps between checkpoints; 0 saves only the last."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Older checkpoints are deleted."""
+    """Number of checkpoints to keep; older ones are deleted."""

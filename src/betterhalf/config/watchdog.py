@@ -1,4 +1,4 @@
-"""The section `[watchdog]`."""
+"""The section `[watchdog]`: actions when a metric leaves its bounds."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from betterhalf.types import WatchdogAction
 
 
 class WatchdogLevel(Section):
-    """One rule: what is watched, and what happens when it leaves its bounds."""
+    """One rule: a metric, its bounds, and the action when it leaves them."""
 
     metric: str
-    """A metric known before the update of a step: `mismatch/...`, `budget/...` or `rollout/...`."""
+    """Metric to watch, one that is known before the update of a step: `mismatch/...`, `budget/...`, `rollout/...`."""
     below: float | None = None
-    """The rule fires below this."""
+    """Lower bound: the rule fires below this value."""
     above: float | None = None
-    """The rule fires above this."""
+    """Upper bound: the rule fires above this value."""
     steps: int = Field(1, ge=1)
-    """Consecutive steps out of bounds before it fires."""
+    """Number of consecutive steps out of bounds before the rule fires."""
     action: WatchdogAction = "warn"
-    """`warn`: a note. `mask`: from this step on, drop completion tokens whose proximal/behavior ratio lies outside 0.5
-    to 5 (IcePop, arXiv 2510.18855). `halve_learning_rate`: once each time it fires. `stop`: before this step's update;
-    the run saves and ends with exit status 3."""
+    """`warn`: show a note. `mask`: from this step on, drop completion tokens whose proximal/behavior ratio is outside
+    0.5 to 5 (IcePop, arXiv 2510.18855). `halve_learning_rate`: each time the rule fires. `stop`: before this step's
+    update; the run saves a checkpoint and ends with exit status 3."""
 
     @model_validator(mode="after")
     def _has_a_bound(self) -> Self:
         if self.below is None and self.above is None:
-            raise ValueError(f"watchdog level for {self.metric} has no bound; set below or above")
+            raise ValueError(f"watchdog level for {self.metric} has no bound. Set below or above.")
         return self
 
 
 class WatchdogConfig(Section):
-    """Rules checked in every step, after the mismatch is measured and before anything is updated."""
+    """Rules that each step checks after it has measured the mismatch and before any update."""
 
     levels: tuple[WatchdogLevel, ...] = (
         WatchdogLevel(metric="budget/predicted_ess", below=0.5, action="warn"),
         WatchdogLevel(metric="mismatch/k3/mean", above=1e-2, action="warn"),
         WatchdogLevel(metric="mismatch/k3/mean", above=0.1, action="stop"),
     )
-    """In order; every rule that fires acts."""
+    """Rules, in order; the action of every rule that fires is taken."""
