@@ -36,7 +36,64 @@ PresetName = Literal[
     "geo_mask",
     "dppo_tv",
 ]
-"""Names of the algorithm presets; `config.presets` says what each is made of."""
+"""Names of the algorithm presets; `config.presets` holds the choices behind each."""
+
+AdvantageKind = Literal["group_mean", "group_standardised", "leave_one_out", "raw"]
+"""Baselines of the advantage."""
+
+AggregationKind = Literal["constant_length", "sequence_mean", "token_mean"]
+"""Reductions of token losses to one number."""
+
+DenominatorKind = Literal["all", "kept"]
+"""Tokens that the denominator of the loss counts: all, or those that no mask rejects before the first update."""
+
+RatioLevel = Literal["none", "token", "sequence", "geometric_mean"]
+"""Levels of an importance ratio; `none` is the constant 1."""
+
+RatioName = Literal["current/proximal", "current/behavior", "proximal/behavior"]
+"""Numerator and denominator of an importance ratio."""
+
+RatioTreatment = Literal["raw", "truncate", "mask", "clip"]
+"""Treatments of a ratio outside its bounds."""
+
+RatioGradient = Literal["ratio", "logprob"]
+"""Factor of the surrogate that is differentiated: the ratio, or log pi with the ratio held constant."""
+
+RoundingMode = Literal["engine", "aligned"]
+"""Rounding points of the native engine: those of production engines, or those of the trainer."""
+
+HeadDtype = Literal["fp32", "model"]
+"""Precision of the LM head's product in vLLM; `model` is the rollout dtype."""
+
+SleepMode = Literal["auto", "never"]
+"""Use of vLLM's sleep mode while the trainer works."""
+
+HalfMatmul = Literal["auto", "native", "fp32_sums"]
+"""Computations of a half matrix product on a CPU."""
+
+PairSelection = Literal["full", "matched"]
+"""Named sets of (trainer dtype, rollout dtype) pairs."""
+
+ArithmeticStyle = Literal["running_sum", "word_problem", "auto"]
+"""Wordings of the arithmetic task."""
+
+PromptTemplate = Literal["chat", "r1_distill", "qwen_math", "none"]
+"""Templates that turn a maths problem into a prompt."""
+
+BadRowAction = Literal["refuse", "skip"]
+"""Actions on a row that cannot be used."""
+
+SchedulerName = Literal["constant", "linear", "cosine"]
+"""Shapes of the learning rate after the warm-up."""
+
+WatchdogAction = Literal["warn", "mask", "halve_learning_rate", "stop"]
+"""Actions of a watchdog rule that fires."""
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+"""Devices of a run; `auto` takes a GPU if there is one."""
+
+ConsoleMode = Literal["auto", "live", "lines", "quiet"]
+"""Forms of the terminal output that a configuration can choose."""
 
 Reduction = Literal["sum", "mean", "max", "last"]
 """Ways to combine the values of several micro-batches, optimizer steps or ranks; see `reduction`."""

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_models import tiny_config
 from torch import Tensor
-from transformers import Gemma2Config, Qwen2Config
+from transformers import Gemma2Config
 
 from betterhalf.config.schema import ModelConfig, PrecisionConfig, RunConfig, SamplingConfig, VllmEngineConfig
 from betterhalf.errors import EngineDiedError, EngineError, InputError, WeightSyncError
@@ -259,11 +260,7 @@ def test_a_precision_that_vllm_refuses_is_bad_input() -> None:
 
 
 def test_a_model_that_vllm_refuses_by_an_assertion_is_bad_input() -> None:
-    config = Qwen2Config(
-        vocab_size=16, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=1,
-        num_key_value_heads=1, max_position_embeddings=64, use_sliding_window=True, sliding_window=8,
-        max_window_layers=1,
-    )  # fmt: skip
+    config = tiny_config("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
     engine = VllmEngine(config, precision=precision_of("fp32"), config=VllmEngineConfig(), stop_token_ids=())
     with pytest.raises(InputError, match=r"(?i)vLLM refuses this model.*sliding window.*engine=native"):
         engine.load_weights([], policy_version=0)

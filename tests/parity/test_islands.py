@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_models import SMALL, loaded_model, tiny_config, tiny_module
 from torch import Tensor
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import EngineError, InputError, NumericsError
@@ -22,22 +21,8 @@ from betterhalf.training.pack import pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, GenerateRequest, MicroBatch, Prompt, Rollout
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-}
-FAMILIES: dict[str, Any] = {
-    "llama": LlamaConfig(**SIZES),
-    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SIZES),
-}
+FAMILIES: dict[str, Any] = {"llama": {}, "qwen2": {"tie_word_embeddings": True}, "qwen3": {}}
+"""What each family is built with."""
 DOWN = "model.layers.1.mlp.down_proj"
 ISLANDS = (DOWN, "model.layers.1.mlp", "model.layers.1.self_attn.o_proj", "model.layers.1.self_attn", "model.layers.1")
 PROMPTS = [tuple((7 * k + 3 * i) % 95 + 2 for i in range(3 + 4 * k)) for k in range(4)]
@@ -45,17 +30,12 @@ PROMPTS = [tuple((7 * k + 3 * i) % 95 + 2 for i in range(3 + 4 * k)) for k in ra
 
 def random_model(family: str = "llama", scaled: tuple[str, float] | None = None) -> LoadedModel:
     """A model of three layers; `scaled` multiplies the weights whose name starts so."""
-    torch.manual_seed(4)
-    module = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32).eval()
+    module = tiny_module(tiny_config(family, SMALL, **FAMILIES[family]), seed=4, biases=0.3)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.3)
             if scaled and name.startswith(scaled[0]):
                 parameter.mul_(scaled[1])
-    return LoadedModel(
-        name=family, module=module, hf_config=module.config, tokenizer=None, stop_token_ids=(1,), context_length=128
-    )
+    return loaded_model(module, stop_token_ids=(1,))
 
 
 def overflowing() -> LoadedModel:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from betterhalf.algorithms.presets import Algorithm
-from betterhalf.config.presets import AdvantageKind
 from betterhalf.errors import ConfigError, RewardError
-from betterhalf.types import RolloutGroup
+from betterhalf.types import AdvantageKind, RolloutGroup
 
 STD_EPS = 1e-8
 """Added to the standard deviation, as in the paper's Oat code."""

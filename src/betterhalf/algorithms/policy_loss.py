@@ -16,9 +16,8 @@ from betterhalf import ops
 from betterhalf.algorithms.importance import Weights, importance_weights, leaves_trust_region
 from betterhalf.algorithms.loss_stats import LossStats
 from betterhalf.algorithms.presets import Algorithm
-from betterhalf.config.presets import AggregationKind
-from betterhalf.config.ratio import RatioConfig
-from betterhalf.types import Denominators, LossInputs, TokenTensors
+from betterhalf.config.schema import RatioConfig
+from betterhalf.types import AggregationKind, Denominators, LossInputs, TokenTensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +149,7 @@ def _surrogate(config: RatioConfig, tokens: _Tokens) -> _Surrogate:
     """-(weight x advantage), differentiated through the weight or through log pi."""
     weights = _surrogate_weights(config, tokens)
     clipped_C = torch.zeros_like(weights.kept_C)
-    if config.level == "none" or config.gradient == "score":
+    if config.level == "none" or config.gradient == "logprob":
         loss_C = -(weights.weight_C.detach() * tokens.advantages_C) * tokens.current_C
     elif config.treatment == "clip":
         loss_C, clipped_C = _clipped(config, weights.raw_C, tokens.advantages_C)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from betterhalf.config.engine import NativeEngineConfig
+from betterhalf.config.schema import NativeEngineConfig
 from betterhalf.diagnostics.divergence import (
     HINTS,
     Difference,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import InputError
@@ -24,7 +24,7 @@ from betterhalf.types import DtypeName, Prompt
 
 __all__ = ["measure_pairs", "probe", "probe_json", "wanted_pairs"]
 
-DTYPES: tuple[DtypeName, ...] = ("fp16", "bf16", "fp32")
+DTYPES: tuple[DtypeName, ...] = get_args(DtypeName)
 """Order of rows and columns."""
 
 Key = TypeVar("Key")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from betterhalf.config.engine import require_whole_distribution
+from betterhalf.config.sampling import require_whole_distribution
 from betterhalf.config.schema import RunConfig
 from betterhalf.models.description import describe_model
 from betterhalf.models.loading import LoadedModel, load_weights

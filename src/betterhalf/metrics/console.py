@@ -27,8 +27,9 @@ from betterhalf.metrics.catalogue import CATALOGUE
 from betterhalf.metrics.events import emit
 from betterhalf.metrics.events import wanted as events_wanted
 from betterhalf.metrics.sinks import MetricValue
+from betterhalf.types import ConsoleMode
 
-ConsoleMode = Literal["auto", "live", "lines", "quiet", "events"]
+OutputMode = ConsoleMode | Literal["events"]
 """`auto` is `live` on a terminal and `lines` elsewhere; `events` are for a parent process (`metrics/events.py`)."""
 
 K3 = "mismatch/k3/mean"
@@ -43,7 +44,7 @@ _STYLES = {"ok": "green", "high": "bold red", "low": "bold red", "": "dim"}
 class TerminalView:
     """A live view on a terminal, or lines. A context manager, so that the terminal is restored whatever happens."""
 
-    def __init__(self, mode: ConsoleMode, stream: TextIO | None) -> None:
+    def __init__(self, mode: OutputMode, stream: TextIO | None) -> None:
         """Show on `stream`, on standard error if absent."""
         self._stream = stream or sys.stderr
         self._out = RichConsole(file=self._stream, highlight=False, soft_wrap=False)
@@ -78,7 +79,7 @@ class TerminalView:
 class Console(TerminalView):
     """Shows the steps of one run."""
 
-    def __init__(self, mode: ConsoleMode, *, total_steps: int, label: str, stream: TextIO | None = None) -> None:
+    def __init__(self, mode: OutputMode, *, total_steps: int, label: str, stream: TextIO | None = None) -> None:
         """`label` names the run (an arm of a sanity run, say); `stream` is standard error if absent."""
         super().__init__(mode, stream)
         self._view = StepView(total_steps=total_steps, label=label)
@@ -242,7 +243,7 @@ class PhaseProgress:
 
 @contextmanager
 def progress(
-    label: str, total: int, *, mode: ConsoleMode = "auto", stream: TextIO | None = None
+    label: str, total: int, *, mode: OutputMode = "auto", stream: TextIO | None = None
 ) -> Iterator[PhaseProgress]:
     """Show the progress of a phase of `total` units: a bar on a terminal, a line at start and end elsewhere."""
     out = RichConsole(file=stream or sys.stderr, highlight=False)
@@ -272,7 +273,7 @@ def _phase_events(label: str, total: int, out: TextIO) -> Iterator[PhaseProgress
     yield PhaseProgress(shown)
 
 
-def show_note(text: str, *, mode: ConsoleMode = "auto", stream: TextIO | None = None) -> None:
+def show_note(text: str, *, mode: OutputMode = "auto", stream: TextIO | None = None) -> None:
     """Show a note outside the steps of a run, such as what was left out of its data; nothing when `quiet`."""
     out = stream or sys.stderr
     if mode == "events" or (mode != "quiet" and events_wanted()):
@@ -281,7 +282,7 @@ def show_note(text: str, *, mode: ConsoleMode = "auto", stream: TextIO | None = 
         print(text, file=out)
 
 
-def resolve_mode(mode: ConsoleMode, out: RichConsole) -> ConsoleMode:
+def resolve_mode(mode: OutputMode, out: RichConsole) -> OutputMode:
     """`auto` made concrete: `live` when `out` is a terminal that can move its cursor. A parent that shows our progress
     gets events, unless all is to be quiet."""
     if events_wanted() and mode != "quiet":

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from betterhalf.metrics.console import ConsoleMode, StepView, TerminalView, duration
+from betterhalf.metrics.console import OutputMode, StepView, TerminalView, duration
 from betterhalf.metrics.events import emit
 
 
@@ -20,7 +20,7 @@ class SeveralRuns(TerminalView):
     """Shows the steps of runs side by side: a panel for each on a terminal, labelled lines elsewhere."""
 
     def __init__(
-        self, mode: ConsoleMode, *, labels: Sequence[str], total_steps: int, stream: TextIO | None = None
+        self, mode: OutputMode, *, labels: Sequence[str], total_steps: int, stream: TextIO | None = None
     ) -> None:
         """Args: how to show; names of the runs; steps of each; standard error if `stream` is absent."""
         super().__init__(mode, stream)

@@ -9,7 +9,7 @@ from typing import Any
 
 from betterhalf.algorithms.advantage import check_group_size, check_overlong_buffer
 from betterhalf.algorithms.presets import Algorithm, resolve_algorithm
-from betterhalf.config.engine import require_whole_distribution
+from betterhalf.config.sampling import require_whole_distribution
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import MissingExtraError
 from betterhalf.models.description import ModelDescription, ModelFacts, describe_model

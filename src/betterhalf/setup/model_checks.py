@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from betterhalf.config.schema import ModelConfig, RunConfig
 from betterhalf.errors import ContractError, InputError
-from betterhalf.metrics.console import ConsoleMode, show_note
+from betterhalf.metrics.console import OutputMode, show_note
 from betterhalf.models.description import ModelDescription, ModelFacts
 from betterhalf.models.stop_tokens import require_in_vocabulary
 from betterhalf.precision.islands import resolve_islands
@@ -83,7 +83,7 @@ def require_stop_token(model: ModelFacts, config: ModelConfig) -> None:
     )
 
 
-def show_notes(model: ModelFacts, mode: ConsoleMode = "auto") -> None:
+def show_notes(model: ModelFacts, mode: OutputMode = "auto") -> None:
     """Show what the user should know of a model, each note once in a process."""
     for note in (*model.notes, *_stop_notes(model)):
         if note not in _shown:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from betterhalf.errors import InputError
 from betterhalf.tasks.dataset import DatasetTask, Subset
 from betterhalf.tasks.prompting import Draft, encode_texts
 from betterhalf.tasks.row import BadRow, Row, RowError
 from betterhalf.tasks.task import Tokenizer
+from betterhalf.types import BadRowAction
 
 _ROWS_AT_ONCE = 1024
 _SHOWN = 5
@@ -36,7 +36,7 @@ class PromptLimits:
 class BadRowRule:
     """Rule for rows that cannot be used."""
 
-    action: Literal["refuse", "skip"]
+    action: BadRowAction
     key: str
     """Key of the configuration that sets it, for messages."""
 

@@ -40,7 +40,7 @@ def loss_and_gradient(algorithm: Algorithm) -> tuple[float, torch.Tensor]:
 def test_every_product_of_choices_is_refused_or_computes(place: str, level: str, treatment: str) -> None:
     ratio = "current/proximal" if place == "surrogate" else "proximal/behavior"
     resolved = []
-    for lower, upper, keep, gradient in itertools.product(BOUNDS, BOUNDS, ("true", "false"), ("ratio", "score")):
+    for lower, upper, keep, gradient in itertools.product(BOUNDS, BOUNDS, ("true", "false"), ("ratio", "logprob")):
         given = {"level": level, "ratio": ratio, "treatment": treatment, "lower": lower, "upper": upper}
         given |= {"keep_weight": keep, "gradient": gradient}
         overrides = [f"algorithm.{place}.{key}={value}" for key, value in given.items()]

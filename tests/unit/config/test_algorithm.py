@@ -15,9 +15,9 @@ from betterhalf.config.algorithm import own_choices
 from betterhalf.config.load import config_difference, load_config, resolved_json
 from betterhalf.config.overrides import expand
 from betterhalf.config.presets import PRESETS
-from betterhalf.config.ratio import RatioConfig
 from betterhalf.config.render import toml_text
-from betterhalf.config.schema import AlgorithmConfig, RunConfig
+from betterhalf.config.schema import AlgorithmConfig, RatioConfig, RunConfig
+from betterhalf.errors import ConfigError
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -62,7 +62,7 @@ def test_another_treatment_leaves_the_bounds_of_the_old_one_behind() -> None:
 
 def test_switching_a_ratio_off_or_on_keeps_nothing_of_the_preset() -> None:
     assert load_config(None, ["algorithm=icepop", "algorithm.correction=none"]).algorithm.correction == RatioConfig(
-        level="none", gradient="score"
+        level="none", gradient="logprob"
     )
     given = ["algorithm=reinforce", "algorithm.surrogate=token"]
     assert load_config(None, given).algorithm.surrogate == RatioConfig(level="token")
@@ -102,6 +102,21 @@ def test_a_config_json_that_left_the_presets_choices_out_means_the_same(tmp_path
     absent = {key: None for key in resolved["algorithm"] if key not in ("preset", "max_sampling_rounds")}
     write(tmp_path, "config.json", json.dumps({**resolved, "algorithm": {**resolved["algorithm"], **absent}}))
     assert config_difference(load_config(tmp_path), load_config(None, ["algorithm=dapo"])) == []
+
+
+@pytest.mark.parametrize("preset", ["grpo", "pg_seq_mis", "cispo"])
+def test_a_config_json_of_an_earlier_run_means_the_same(tmp_path: Path, preset: str) -> None:
+    """It may call the gradient through log pi "score"."""
+    config = load_config(None, [f"algorithm={preset}"])
+    text = json.dumps(resolved_json(config))
+    write(tmp_path, "config.json", text.replace('"gradient": "logprob"', '"gradient": "score"'))
+    assert '"score"' in (tmp_path / "config.json").read_text(encoding="utf-8")
+    assert load_config(tmp_path) == config
+
+
+def test_the_former_name_of_a_value_is_answered_with_the_present_one() -> None:
+    with pytest.raises(ConfigError, match=r'gradient = "score" is not one of ratio, logprob. Did you mean logprob\?'):
+        load_config(None, ["algorithm=cispo", "algorithm.surrogate.gradient=score"])
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -64,7 +64,7 @@ def test_a_circle_of_extends_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_base_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, "a.toml", 'extends = "gone.toml"')
-    with pytest.raises(ConfigError, match="a.toml extends 'gone.toml', which is not there"):
+    with pytest.raises(ConfigError, match="a.toml extends 'gone.toml', which does not exist"):
         load_config(path)
 
 
@@ -237,21 +237,21 @@ def test_the_task_inside_a_task_may_leave_its_type_out() -> None:
         ("algorithm=grop", "Did you mean grpo?"),
         ("task=mth", 'task.type = "mth" is not one of arithmetic, math, perfectible. Did you mean math?'),
         ("task=math", "task.path is required"),
-        ("task.path=x", "task.path belongs to another task.type than the one chosen."),
+        ("task.path=x", "task.path is not a key of the chosen task.type."),
         ("optimizer.betas=0.9", "optimizer.betas has too few values."),
         ("optimizer.betas=1,2,3", "optimizer.betas = [1, 2, 3] must be a list of 2 values."),
-        ("precision.pairs=mathced", "precision.pairs = 'mathced' is neither full nor matched nor a list"),
-        ("precision.pairs=fp32/bf61", "write precision.pairs=fp16/fp16,bf16/bf16"),
+        ("precision.pairs=mathced", "precision.pairs = 'mathced' is not full, matched or a list"),
+        ("precision.pairs=fp32/bf61", "Write a list such as precision.pairs=fp16/fp16,bf16/bf16."),
         ("precision.pairs=[]", "precision.pairs is empty, so there is nothing to measure"),
         ("engine=vlm", 'engine.type = "vlm" is not one of native, vllm. Did you mean vllm?'),
-        ("engine.kv_cache_gib=3", "engine.kv_cache_gib belongs to another engine.type than the one chosen."),
+        ("engine.kv_cache_gib=3", "engine.kv_cache_gib is not a key of the chosen engine.type."),
         ("watchdog.level=[]", "unknown key 'watchdog.level'. Did you mean 'watchdog.levels'?"),
         ("watchdog.levels=3", "watchdog.levels = 3 must be a list."),
         ("watchdog.levels=[3]", "watchdog.levels[0] = 3 does not fit"),
         ("watchdog.levels={above=1}", "watchdog.levels[0].metric is required"),
-        ('watchdog.levels={metric="a"}', "has no bound; set below or above"),
+        ('watchdog.levels={metric="a"}', "has no bound. Set below or above."),
         ('watchdog.levels={metric="a",abov=1,below=1}', "unknown key 'watchdog.levels[0].abov'. Did you mean 'above'?"),
-        ('watchdog.levels={metric="a",zzz=1,below=1}', "It takes metric, below, above, steps, action."),
+        ('watchdog.levels={metric="a",zzz=1,below=1}', "Its keys are metric, below, above, steps, action."),
         ('watchdog.levels={metric="a",below=1,steps=0}', "watchdog.levels[0].steps = 0 must be at least 1."),
         ('watchdog.levels={metric="a",below=1,action="stpo"}', "Did you mean stop?"),
         ("mismatch=4", "mismatch is a section. Set one of its keys, such as mismatch.sample_fraction."),

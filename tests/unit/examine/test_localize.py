@@ -13,10 +13,9 @@ from typing import Any, cast
 
 import pytest
 import torch
+from tests.tiny_models import SMALL, loaded_model, tiny_config, tiny_module
 from torch import Tensor
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from betterhalf import ops
 from betterhalf.config.schema import RunConfig
@@ -35,23 +34,13 @@ from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.native.rounding import Rounding, layer_roundings
 from betterhalf.types import DtypeName, GenerateRequest, PackedSegment
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-}
 FAMILIES: dict[str, Any] = {
-    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "mistral": MistralConfig(**SIZES, sliding_window=7),
-    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SIZES, tie_word_embeddings=False),
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 7},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": False},
 }
+"""What each family is built with."""
 PROMPT = 9
 TOKENS = tuple((7 * i * i + 3 * i) % 13 for i in range(15))
 """Ids that every model here knows, the demo's vocabulary of 16 included."""
@@ -63,15 +52,8 @@ Fault = Callable[[Decoder], None]
 def model(name: str) -> LoadedModel:
     if name == "demo":
         return load_model(RunConfig.model_validate({"model": {"name": "demo"}}).model)
-    torch.manual_seed(4)
-    module = AutoModelForCausalLM.from_config(FAMILIES[name], dtype=torch.float32).eval()
-    with torch.no_grad():
-        for key, parameter in module.named_parameters():
-            if key.endswith("bias") or "norm" in key:
-                parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return LoadedModel(
-        name=name, module=module, hf_config=module.config, tokenizer=None, stop_token_ids=(1,), context_length=128
-    )
+    module = tiny_module(tiny_config(name, SMALL, **FAMILIES[name]), seed=4, biases=0.3, norms=0.3)
+    return loaded_model(module, stop_token_ids=(1,))
 
 
 def subject(name: str = "demo", loaded: LoadedModel | None = None, **sections: Any) -> Subject:

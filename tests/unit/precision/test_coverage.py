@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_models import loaded_model, tiny_config, tiny_module
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, MixtralConfig, Qwen3Config
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import InputError
-from betterhalf.models.loading import LoadedModel
 from betterhalf.precision import cpu_linear
 from betterhalf.precision.coverage import sums_in_fp32
 from betterhalf.precision.roles import build_precision
@@ -24,24 +22,11 @@ from betterhalf.rollout.build import build_engine
 from betterhalf.rollout.native import decoder
 from betterhalf.training.policy_trainer import PolicyTrainer
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 31,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 HALVES = ({"preset": "fp16"}, {"preset": "bf16"}, {"preset": "bf16", "half_matmul": "fp32_sums"})
 
 
-def tiny(config: Any = LlamaConfig, **changes: Any) -> Any:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config(**SIZES, **changes), dtype=torch.float32).eval()
+def tiny(family: str = "llama", **changes: Any) -> Any:
+    return tiny_module(tiny_config(family, **changes), seed=0)
 
 
 def configured(precision: dict[str, Any]) -> RunConfig:
@@ -50,11 +35,8 @@ def configured(precision: dict[str, Any]) -> RunConfig:
 
 def trainer_of(module: Any, precision: dict[str, Any]) -> PolicyTrainer:
     config = configured(precision)
-    model = LoadedModel(
-        name="tiny", module=module, hf_config=module.config, tokenizer=None, stop_token_ids=(0,), context_length=64
-    )
     roles = build_precision(config.precision, torch.device("cpu"))
-    return PolicyTrainer(model, config=config, precision=roles)
+    return PolicyTrainer(loaded_model(module), config=config, precision=roles)
 
 
 # -- what is covered
@@ -129,8 +111,8 @@ def test_every_place_is_counted_and_the_first_are_named() -> None:
 
 def test_experts_of_a_real_mixture_are_refused_in_half_and_train_in_fp32() -> None:
     with pytest.raises(InputError, match=r"experts \(MixtralExperts\)"):
-        trainer_of(tiny(MixtralConfig), {"preset": "bf16"})
-    trainer_of(tiny(MixtralConfig), {"preset": "fp32"})
+        trainer_of(tiny("mixtral"), {"preset": "bf16"})
+    trainer_of(tiny("mixtral"), {"preset": "fp32"})
 
 
 class WithoutCalling(nn.Module):
@@ -167,11 +149,11 @@ def test_a_product_of_half_activations_is_refused_where_sums_must_be_fp32() -> N
         trainer_of(module, {"preset": "bf16", "half_matmul": "fp32_sums"})
 
 
-@pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("precision", [*HALVES, {"preset": "fp16", "fp32_modules": ["model.layers.1.mlp"]}])
-def test_sound_decoders_are_covered(config: Any, tied: bool, precision: dict[str, Any]) -> None:
-    facts = trainer_of(tiny(config, tie_word_embeddings=tied), precision).report().facts
+def test_sound_decoders_are_covered(family: str, tied: bool, precision: dict[str, Any]) -> None:
+    facts = trainer_of(tiny(family, tie_word_embeddings=tied), precision).report().facts
     assert sum(int(number) for number in re.findall(r"\d+(?= )", facts["linear_layers"])) == 14
     assert facts["matmul_sums"] == "fp32"
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests import tiny_models
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers import LlamaForCausalLM
 
 from betterhalf.algorithms.presets import PRESETS
 from betterhalf.config.schema import RunConfig
@@ -24,28 +24,12 @@ from betterhalf.training.pack import by_rollout, pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, MicroBatch, Prompt, Rollout
 
-SIZES = {
-    "vocab_size": 31,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-}
 ALGORITHM = PRESETS["pg_seq_is"]
-FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def tiny_model(family: str = "llama", **changes: Any) -> LoadedModel:
-    torch.manual_seed(0)
-    hf_config = FAMILIES[family](**{**SIZES, **changes})
-    module = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
-    return LoadedModel(
-        name="tiny", module=module, hf_config=hf_config, tokenizer=None, stop_token_ids=(0,), context_length=64
-    )
+    return tiny_models.tiny_model(family, seed=0, **{"tie_word_embeddings": True, **changes})
 
 
 def settings(preset: str, /, **changes: Any) -> RunConfig:
@@ -106,7 +90,7 @@ def alone(module: Any, rollout: Rollout) -> torch.Tensor:
     return logits.double().log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).squeeze(1)
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_packed_logprobs_equal_the_module_run_on_each_sequence_alone(family: str) -> None:
     config = settings("fp32")
     changes = {"sliding_window": 4} if family == "mistral" else {}

@@ -10,7 +10,6 @@ layer uses which.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,13 +17,14 @@ from torch.nn import functional as F
 
 from betterhalf.kernels import fused
 from betterhalf.precision.islands import Islands, LayerIslands
+from betterhalf.types import RoundingMode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounding:
     """Element-wise steps of the decoder, each rounding where its mode says."""
 
-    mode: Literal["engine", "aligned"]
+    mode: RoundingMode
     dtype: torch.dtype
     """The grid: rollout dtype."""
     container: torch.dtype
