@@ -281,9 +281,9 @@ def test_the_report_says_what_runs(make_engine, precision):
 def test_a_value_off_the_rollout_grid_shows_in_the_report(make_engine):
     engine = make_engine("fp16")
     weights, name = engine._weights, "model.layers.0.mlp.down_proj.weight"
-    block = weights._layers[0]["down"]
-    block.begin()
-    block.write(name, torch.full(block.shape(name), 1 / 3))
+    parameter = weights._layers[0]["down"]
+    parameter.begin()
+    parameter.write(name, torch.full(parameter.shape(name), 1 / 3))
     assert engine.report().dtypes["weights"] == "fp32"
 
 

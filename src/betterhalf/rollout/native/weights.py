@@ -92,11 +92,11 @@ class DecoderWeights:
         self._head = self._table if self._shares else storage.matrix(head, hidden, storage.head)
         self._norm = storage.plain(_NORM, hidden, None, torch.float32)
         self._layers = [
-            _layer_blocks(config, storage, f"model.layers.{index}.", layer)
+            _layer_parameters(config, storage, f"model.layers.{index}.", layer)
             for index, layer in enumerate(islands.layers)
         ]
-        between = [block for blocks in self._layers for block in blocks.values()]
-        self._blocks = [self._table, *between, self._norm, *([] if self._shares else [self._head])]
+        between = [parameter for layer in self._layers for parameter in layer.values()]
+        self._parameters = [self._table, *between, self._norm, *([] if self._shares else [self._head])]
         self._publish()
 
     def _publish(self) -> None:
@@ -104,18 +104,18 @@ class DecoderWeights:
         self.embedding = self._table.tensor
         self.head = self._head.tensor
         self.norm = self._norm.tensor
-        self.layers = [_layer_weights(blocks) for blocks in self._layers]
+        self.layers = [_layer_weights(layer) for layer in self._layers]
 
     @property
     def _tied(self) -> bool:
         return self._head.names == (_EMBEDDING,)
 
     def _holders(self) -> dict[str, list[FusedParameter]]:
-        """Name -> the blocks that hold the parameter: two for a tied embedding whose head is packed."""
+        """Return name -> the fused parameters that hold it: two for a tied embedding whose head is packed."""
         holders: dict[str, list[FusedParameter]] = {}
-        for block in self._blocks:
-            for name in block.names:
-                holders.setdefault(name, []).append(block)
+        for parameter in self._parameters:
+            for name in parameter.names:
+                holders.setdefault(name, []).append(parameter)
         return holders
 
     @torch.no_grad()
@@ -127,15 +127,15 @@ class DecoderWeights:
         """
         holders = self._holders()
         missing = set(holders)
-        for block in self._blocks:
-            block.begin()
+        for parameter in self._parameters:
+            parameter.begin()
         for name, tensor in weights:
             if name == _HEAD and self._tied:
                 continue
             _check(name, tensor, holders, missing)
             on_grid = tensor.detach().to(self.storage.grid)
-            for block in holders[name]:
-                block.write(name, on_grid)
+            for parameter in holders[name]:
+                parameter.write(name, on_grid)
             self.wire_dtype = tensor.dtype
             missing.discard(name)
         if missing:
@@ -152,15 +152,15 @@ class DecoderWeights:
             EngineError: a tied head and the embedding differ.
         """
         tied = self._tied and not self._shares
-        for block in self._blocks[:-1] if tied else self._blocks:
-            yield from block.read()
+        for parameter in self._parameters[:-1] if tied else self._parameters:
+            yield from parameter.read()
         if tied and not _same_bits(dict(self._head.read())[_EMBEDDING].to(self.storage.grid), self.embedding):
             raise EngineError("the engine's tied head and its embedding differ; send every weight on each sync")
 
     def projections(self) -> Iterator[tuple[tuple[str, ...], Tensor]]:
         """The layers' linear operations: names of the parameters that share a product, and its right side as held."""
-        blocks = (block for layer in self._layers for block in layer.values())
-        return ((block.names, block.tensor) for block in blocks if block.tensor.dim() > 1)
+        held = (parameter for layer in self._layers for parameter in layer.values())
+        return ((parameter.names, parameter.tensor) for parameter in held if parameter.tensor.dim() > 1)
 
     def why_not_finite(self) -> str:
         """For an error message: where NaN or infinity comes from, and the cure."""
@@ -205,10 +205,11 @@ def _check(name: str, tensor: Tensor, holders: Mapping[str, list[FusedParameter]
         )
 
 
-def _layer_blocks(
+def _layer_parameters(
     config: DecoderConfig, storage: Storage, prefix: str, islands: LayerIslands
 ) -> dict[str, FusedParameter]:
-    """Field of `LayerWeights` -> its block, in the module's order; those the architecture lacks are left out."""
+    """Return field of `LayerWeights` -> its fused parameter, in the module's order, without those that the
+    architecture lacks."""
     hidden, wide = config.hidden_size, torch.float32
     qkv_rows = dict(zip("qkv", (config.query_size, config.kv_size, config.kv_size), strict=True))
     qkv = {f"{prefix}self_attn.{x}_proj": rows for x, rows in qkv_rows.items()}
@@ -220,20 +221,20 @@ def _layer_blocks(
         ("gate_up", gate_up, hidden, islands.mlp, config.mlp_bias),
         ("down", down, config.intermediate_size, islands.down, config.mlp_bias),
     )
-    blocks: dict[str, FusedParameter] = {}
+    parameters: dict[str, FusedParameter] = {}
     for field, parts, width, island, has_bias in projections:
         dtype = wide if island else storage.linear
-        blocks[field] = storage.matrix({f"{name}.weight": rows for name, rows in parts.items()}, width, dtype)
+        parameters[field] = storage.matrix({f"{name}.weight": rows for name, rows in parts.items()}, width, dtype)
         if has_bias:
-            blocks[f"{field}_bias"] = storage.bias({f"{name}.bias": rows for name, rows in parts.items()}, dtype)
+            parameters[f"{field}_bias"] = storage.bias({f"{name}.bias": rows for name, rows in parts.items()}, dtype)
     norms = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     for field, name in norms.items():
-        blocks[field] = storage.plain(f"{prefix}{name}.weight", hidden, None, wide)
+        parameters[field] = storage.plain(f"{prefix}{name}.weight", hidden, None, wide)
     for field in ("q_norm", "k_norm") if config.qk_norm else ():
-        blocks[field] = storage.plain(f"{prefix}self_attn.{field}.weight", config.head_dim, None, wide)
-    return blocks
+        parameters[field] = storage.plain(f"{prefix}self_attn.{field}.weight", config.head_dim, None, wide)
+    return parameters
 
 
-def _layer_weights(blocks: Mapping[str, FusedParameter]) -> LayerWeights:
-    held = {name: block.tensor for name, block in blocks.items()}
+def _layer_weights(parameters: Mapping[str, FusedParameter]) -> LayerWeights:
+    held = {name: parameter.tensor for name, parameter in parameters.items()}
     return LayerWeights(**{field.name: held.get(field.name) for field in fields(LayerWeights)})  # type: ignore[arg-type]
