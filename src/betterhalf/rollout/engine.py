@@ -8,25 +8,9 @@ from typing import Protocol
 from torch import Tensor
 
 from betterhalf.config.schema import SamplingConfig
-from betterhalf.errors import EngineError, InputError
+from betterhalf.errors import EngineError
 from betterhalf.precision.contract import SideReport
 from betterhalf.types import Completion, GenerateRequest
-
-
-def stop_ids(token_ids: Iterable[int], vocabulary: int) -> tuple[int, ...]:
-    """The tokens that end a completion, sorted, each once.
-
-    Raises:
-        InputError: one is not in the vocabulary, so that it could never be sampled.
-    """
-    found = tuple(sorted(set(token_ids)))
-    for token_id in found:
-        if not 0 <= token_id < vocabulary:
-            raise InputError(
-                f"stop token {token_id} is not in the model's vocabulary of {vocabulary} tokens; name the tokens that "
-                "end a completion with model.stop_tokens"
-            )
-    return found
 
 
 class RolloutEngine(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.sampler import Draw
+from betterhalf.types import Completion
 
 ENDED, BROKEN = 1, 2
 """What a step may say of a sequence."""
@@ -32,16 +34,34 @@ class ActiveSequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """Sequences that have ended, and copies of what their slots held, which nobody waits for before all have ended."""
+    """N sequences that have ended, and copies of what their slots held, still on the device."""
 
     sequences: list[ActiveSequence]
-    """N of them."""
+    """The N sequences."""
     counts: Tensor
     """int64 [N]: tokens sampled."""
     token_ids: Tensor
-    """int64 [N, max_tokens + 1]; what lies beyond a count is of another sequence."""
+    """int64 [N, max_tokens + 1]; entries beyond a count belong to another sequence."""
     logprobs: Tensor
-    """float32 [N, max_tokens + 1], likewise."""
+    """float32 [N, max_tokens + 1]; entries beyond a count belong to another sequence."""
+
+    def completions(self, stops: Container[int], policy_version: int) -> list[Completion]:
+        """Return the completion of each sequence; waits for the device.
+
+        Args:
+            stops: tokens that end a completion.
+            policy_version: version of the weights that sampled.
+        """
+        rows = zip(self.counts.tolist(), self.token_ids.tolist(), self.logprobs.tolist(), strict=True)
+        return [
+            Completion(
+                token_ids=tuple(token_ids[:count]),
+                behavior_logprobs=tuple(logprobs[:count]),
+                finish_reason="stop" if token_ids[count - 1] in stops else "length",
+                policy_version=policy_version,
+            )
+            for count, token_ids, logprobs in rows
+        ]
 
 
 class SlotTable:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from betterhalf.config.schema import SamplingConfig, VllmEngineConfig
-from betterhalf.errors import EngineDiedError, EngineError, InputError
+from betterhalf.errors import EngineDiedError, EngineError
 from betterhalf.precision.contract import SideReport
 from betterhalf.precision.formats import dtype_name
 from betterhalf.precision.roles import Precision
-from betterhalf.rollout.engine import stop_ids
+from betterhalf.rollout.requests import check_requests, check_scores, check_sequences, stop_ids
 from betterhalf.rollout.sampler import sequence_key
 from betterhalf.rollout.vllm import options, transfer
 from betterhalf.rollout.vllm.process import ServerProcess
@@ -138,7 +138,7 @@ class VllmEngine:
         """Sample `group_size` completions for each request; see `RolloutEngine.generate`."""
         options.check_sampling(sampling)
         version = self._require_weights("generate")
-        self._check_prompts(requests)
+        check_requests(requests, self._context, self._hf_config.vocab_size)
         places = [(index, sibling) for index, request in enumerate(requests) for sibling in range(request.group_size)]
         if not places:
             return [() for _ in requests]
@@ -163,17 +163,6 @@ class VllmEngine:
         room = self._context - len(request.token_ids)
         return request.token_ids, min(max_tokens, room), sequence_key(request.key, sibling) & (2**63 - 1)
 
-    def _check_prompts(self, requests: Sequence[GenerateRequest]) -> None:
-        vocabulary = self._hf_config.vocab_size
-        for index, request in enumerate(requests):
-            length = len(request.token_ids)
-            if not 0 < length < self._context:
-                raise InputError(
-                    f"{request.label(index)} has {length} tokens, but the model's context of {self._context} must "
-                    "hold it and one token more; shorten or drop it"
-                )
-            _require_in_vocabulary(request.label(index), request.token_ids, vocabulary)
-
     def _completion(
         self, label: str, sibling: int, sampled: tuple[tuple[int, ...], tuple[float, ...], bool], version: int
     ) -> Completion:
@@ -194,23 +183,12 @@ class VllmEngine:
     def score(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
         """log mu of each given token but the first; see `RolloutEngine.score`."""
         self._require_weights("score")
-        for index, token_ids in enumerate(sequences):
-            if not 1 < len(token_ids) <= self._context:
-                raise InputError(
-                    f"sequence {index} has {len(token_ids)} tokens; the engine scores 2 to {self._context}, "
-                    "the model's context; shorten or drop it"
-                )
-            _require_in_vocabulary(f"sequence {index}", token_ids, self._hf_config.vocab_size)
+        check_sequences(sequences, self._context, self._hf_config.vocab_size)
         if not sequences:
             return []
         self.wake()
         scores: list[tuple[float, ...]] = self._ask("score", sequences=[tuple(ids) for ids in sequences])
-        for index, logprobs in enumerate(scores):
-            if not all(map(math.isfinite, logprobs)):
-                raise EngineError(
-                    f"sequence {index}: its logprobs are not finite in {self._precision.roles.rollout_dtype}; "
-                    f"{_NOT_FINITE}"
-                )
+        check_scores(scores, self._precision.roles.rollout_dtype, lambda: _NOT_FINITE)
         return scores
 
     def _require_weights(self, verb: str) -> int:
@@ -277,10 +255,3 @@ class VllmEngine:
 _NOT_FINITE = (
     "values leave the range of the format; set precision=bf16 or precision=fp32, or check the model's files for NaN"
 )
-
-
-def _require_in_vocabulary(what: str, token_ids: Sequence[int], vocabulary: int) -> None:
-    if not 0 <= min(token_ids) <= max(token_ids) < vocabulary:
-        raise InputError(
-            f"{what} holds a token outside the model's vocabulary of {vocabulary}; use the model's own tokenizer"
-        )
