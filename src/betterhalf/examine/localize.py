@@ -31,9 +31,9 @@ from betterhalf.errors import InputError
 from betterhalf.examine.engine_trace import decoded_trace, whole_trace
 from betterhalf.examine.subject import Subject, config_in, precision_in, rounded_weights, trainer_in
 from betterhalf.examine.trainer_trace import trainer_logits, trainer_trace
-from betterhalf.rollout.build import build_engine
+from betterhalf.rollout.build import build_traced_engine, capabilities
 from betterhalf.rollout.native.decoder import Decoder
-from betterhalf.rollout.native.engine import NativeEngine
+from betterhalf.rollout.tracing import TracedEngine
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import DtypeName
 
@@ -65,7 +65,7 @@ def localize(subject: Subject, token_ids: Sequence[int], prompt_length: int, *, 
     Raises:
         InputError: an architecture the native engine does not compute, or a sequence without prompt or completion.
     """
-    subject = _with_native_engine(subject)
+    subject = _with_traced_engine(subject)
     engine, trainer = _engine_unchecked(subject, dtype), trainer_in(subject, dtype, hooked=True)
     return localize_pair(trainer, engine.decoder, token_ids, prompt_length, dtype=dtype)
 
@@ -116,18 +116,18 @@ def _comparison(
     )
 
 
-def _with_native_engine(subject: Subject) -> Subject:
-    if isinstance(subject.config.engine, NativeEngineConfig):
+def _with_traced_engine(subject: Subject) -> Subject:
+    """Return the subject with an engine whose operations can be traced: the configured one, else the native engine."""
+    if capabilities(subject.config).traces:
         return subject
     config = subject.config.model_copy(update={"engine": NativeEngineConfig()})
     return dataclasses.replace(subject, config=config)
 
 
-def _engine_unchecked(subject: Subject, dtype: DtypeName) -> NativeEngine:
+def _engine_unchecked(subject: Subject, dtype: DtypeName) -> TracedEngine:
     """An engine with the subject's weights that nothing has run on: where values overflow is what we are to find."""
     model, precision = subject.model, precision_in(subject, dtype)
-    engine = build_engine(config_in(subject, dtype), model.hf_config, model.stop_token_ids, precision)
-    assert isinstance(engine, NativeEngine)
+    engine = build_traced_engine(config_in(subject, dtype), model.hf_config, model.stop_token_ids, precision)
     engine.load_weights(rounded_weights(model, precision.wire_dtype), policy_version=0)
     return engine
 

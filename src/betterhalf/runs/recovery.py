@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from betterhalf.config.schema import RunConfig, VllmEngineConfig
+from betterhalf.config.schema import RunConfig
 from betterhalf.errors import EngineDiedError
+from betterhalf.rollout.build import capabilities
 
 _T = TypeVar("_T")
 
@@ -36,8 +37,8 @@ class Restarts:
 
 
 def restarts_of(config: RunConfig) -> Restarts:
-    """As many as `engine.max_restarts` allows; none for an engine without a process of its own."""
-    return Restarts(config.engine.max_restarts if isinstance(config.engine, VllmEngineConfig) else 0)
+    """Return a counter that allows the restarts that the configured engine declares."""
+    return Restarts(capabilities(config).max_restarts)
 
 
 def retry_on_engine_death(action: Callable[[], _T], revive: Callable[[], object], restarts: Restarts) -> _T:

@@ -8,8 +8,7 @@ from betterhalf.metrics.console import ConsoleMode, show_note
 from betterhalf.models.description import ModelDescription, ModelFacts
 from betterhalf.models.stop_tokens import require_in_vocabulary
 from betterhalf.precision.islands import resolve_islands
-from betterhalf.rollout.build import check_architecture
-from betterhalf.rollout.vllm.options import check_cache_dtype
+from betterhalf.rollout.build import capabilities, check_architecture, check_engine_roles
 from betterhalf.training.policy_trainer import require_no_dropout
 
 
@@ -18,7 +17,7 @@ def check_roles(config: RunConfig, where: str = "") -> None:
 
     Raises:
         ContractError: they differ without `precision.allow_difference`; `where` says in which arm.
-        ConfigError: vLLM would keep keys and values in another dtype than it computes in.
+        ConfigError: the engine cannot apply a role: vLLM keeps keys and values in the dtype it computes in.
     """
     roles = config.precision.roles()
     used = {key: getattr(roles, key) for key in ("compute_dtype", "rollout_dtype", "wire_dtype", "kv_dtype")}
@@ -28,8 +27,7 @@ def check_roles(config: RunConfig, where: str = "") -> None:
             f"trainer and rollout engine would differ in precision{where} ({listed}); leave out the "
             "precision.*_dtype settings, or set precision.allow_difference=true if this ablation is intended"
         )
-    if config.engine.type == "vllm":
-        check_cache_dtype(roles)
+    check_engine_roles(config)
 
 
 def check_model(model: ModelDescription, config: RunConfig, *, samples: bool = True) -> None:
@@ -59,7 +57,7 @@ def check_islands(model: ModelFacts, config: RunConfig) -> None:
         InputError: names the nearest module, or the engine.
     """
     islands = resolve_islands(config.precision.fp32_modules, model.hf_config.num_hidden_layers)
-    if islands and config.engine.type != "native" and not config.precision.allow_difference:
+    if islands and not capabilities(config).fp32_islands and not config.precision.allow_difference:
         raise InputError(
             f"engine.type={config.engine.type} computes every module in the rollout dtype, so it has no FP32 islands "
             f"({islands.described()}); set engine.type=native, or drop precision.fp32_modules and set precision=bf16."
