@@ -1,4 +1,4 @@
-"""Declaration of a rollout engine: what it can do, and the functions that check for it and build it."""
+"""Declaration of a rollout engine: its capabilities, its checks, and its builder."""
 
 from __future__ import annotations
 

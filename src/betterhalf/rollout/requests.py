@@ -1,4 +1,4 @@
-"""Checks that every rollout engine makes of what it is asked and of what it answers."""
+"""Checks of requests, sequences and scores that all rollout engines share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_requests(requests: Iterable[GenerateRequest], context_length: int, voc
     """Refuse prompts that an engine cannot continue.
 
     Args:
-        requests: all requests of one call; one without a name is called by its place among them.
+        requests: all requests of one call; messages name a prompt without an id by its index.
         context_length: positions the model can attend over.
         vocabulary: size of the model's vocabulary.
 
@@ -42,7 +42,7 @@ def check_requests(requests: Iterable[GenerateRequest], context_length: int, voc
 
 
 def check_request(request: GenerateRequest, label: str, context_length: int, vocabulary: int) -> None:
-    """Refuse one prompt, called `label` in the message; see `check_requests`."""
+    """Refuse a prompt, named `label` in the message; see `check_requests`."""
     length = len(request.token_ids)
     if not 0 < length < context_length:
         raise InputError(

@@ -14,7 +14,7 @@ from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.native.slots import ActiveSequence
 
 _PREFILL_TOKENS = 4096
-"""Prompt tokens run in one pass; prompts are run ahead of need up to this many."""
+"""Most prompt tokens run in one pass; prompts are run ahead of need up to this number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +35,9 @@ class PromptQueue:
         self._device = device
         self._waiting: deque[ActiveSequence] = deque()
         self._unrun: dict[int, tuple[int, ...]] = {}
-        """Request -> its prompt, not run yet, in the order of arrival."""
+        """Request -> token ids of its prompt, which has not run; in the order of arrival."""
         self._prefixes: dict[int, Prefix] = {}
-        """Request -> its prompt, run, while siblings of it wait."""
+        """Request -> its prompt, which has run; kept while siblings of it wait."""
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
@@ -48,7 +48,7 @@ class PromptQueue:
         self._unrun[siblings[0].request] = token_ids
 
     def drop(self, request: int) -> None:
-        """Remove what still waits of a request."""
+        """Remove the siblings of a request that still wait, and its prompt."""
         self._waiting = deque(s for s in self._waiting if s.request != request)
         self._unrun.pop(request, None)
         self._prefixes.pop(request, None)

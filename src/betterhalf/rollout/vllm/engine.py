@@ -1,7 +1,7 @@
-"""The run's side of vLLM: starts it in a process of its own, asks it, checks what it answers.
+"""The run's side of vLLM: starts it in a child process, sends it requests, checks its answers.
 
-vLLM is never imported here. A broken installation, a crash or a leak of vLLM stays in the child; when that ends, the
-run makes a new one, loads the weights and asks again.
+vLLM is never imported here. A broken installation, a crash or a leak of vLLM stays in the child. When the child ends,
+the run starts a new one, loads the weights and repeats its requests.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ _PROBE_TOKENS = 8
 
 
 class VllmEngine:
-    """Samples completions with the real vLLM; implements `rollout.engine.RolloutEngine`.
+    """Samples completions with vLLM; implements `rollout.engine.RolloutEngine`.
 
-    The process starts when it is first needed (some 10 seconds), so that bad input elsewhere wastes none.
+    The process starts when it is first needed, because a start takes some 10 seconds, which bad input elsewhere would
+    waste.
     """
 
     def __init__(
@@ -45,15 +46,15 @@ class VllmEngine:
         seed: int = 0,
         module: str = "betterhalf.rollout.vllm.server",
     ) -> None:
-        """Look at everything that can be judged without vLLM.
+        """Check everything that can be checked without starting vLLM.
 
         Args:
             hf_config: transformers configuration of the model.
-            policy: dtype roles and device.
-            config: of the engine.
+            precision: dtype roles and device.
+            config: configuration of the engine.
             stop_token_ids: tokens that end a completion.
-            seed: vLLM's own; draws depend on the requests' keys alone.
-            module: what the child runs.
+            seed: vLLM's own seed; draws depend on the keys of the requests alone.
+            module: module that the child process runs.
 
         Raises:
             InputError: vLLM cannot do what is asked.
@@ -75,13 +76,13 @@ class VllmEngine:
 
     @property
     def pid(self) -> int | None:
-        """Of vLLM's process, if it runs."""
+        """Process id of vLLM; None while it does not run."""
         return self._process.pid if self._process else None
 
     # -- the process
 
     def _start(self) -> ServerProcess:
-        """The process, started if it is not there yet."""
+        """Return the process, started if necessary."""
         if self._died is not None:
             raise EngineDiedError(self._died)
         if self._process is None:
@@ -94,7 +95,7 @@ class VllmEngine:
                 llm = options.llm_options(folder, self._hf_config, self._config, self._precision, self._seed)
                 self._shapes = self._ask_started("start", seconds=self._config.start_seconds, options=llm)
             except EngineDiedError as error:
-                # Not a death to be survived: what ends one start ends the next.
+                # A restart would not help: the cause that ends one start ends the next.
                 self.close()
                 self._died = None
                 raise EngineError(f"vLLM does not start: {error}") from error
@@ -117,13 +118,13 @@ class VllmEngine:
             raise
 
     def restart(self) -> None:
-        """End what is left of the old process and start a new one; see `RolloutEngine.restart`."""
+        """End the rest of the old process and start a new one; see `RolloutEngine.restart`."""
         self.close()
         self._died = None
         self._start()
 
     def close(self) -> None:
-        """End the process and drop its files."""
+        """End the process and delete its files."""
         self._policy_version, self._asleep = None, False
         if self._process is not None:
             self._process.close()
@@ -159,7 +160,7 @@ class VllmEngine:
         ]
 
     def _wanted(self, request: GenerateRequest, sibling: int, max_tokens: int) -> tuple[tuple[int, ...], int, int]:
-        """Prompt, length limit, and a seed: 63 bits, for vLLM reads -1 as none."""
+        """Return prompt, length limit, and a seed of 63 bits, because vLLM reads -1 as no seed."""
         room = self._context - len(request.token_ids)
         return request.token_ids, min(max_tokens, room), sequence_key(request.key, sibling) & (2**63 - 1)
 
@@ -181,7 +182,7 @@ class VllmEngine:
         )
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
-        """log mu of each given token but the first; see `RolloutEngine.score`."""
+        """Return log mu of each given token but the first; see `RolloutEngine.score`."""
         self._require_weights("score")
         check_sequences(sequences, self._context, self._hf_config.vocab_size)
         if not sequences:
@@ -202,7 +203,7 @@ class VllmEngine:
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
-        """Replace all weights, in place; see `RolloutEngine.load_weights`."""
+        """Replace all weights in place; see `RolloutEngine.load_weights`."""
         self._start()
         self.wake()
         self._policy_version = None
@@ -214,16 +215,16 @@ class VllmEngine:
         self._policy_version = policy_version
 
     def digests(self) -> dict[str, str]:
-        """Digest of each weight that vLLM multiplies by; see `RolloutEngine.digests`."""
+        """Return the digest of each weight that vLLM multiplies by; see `RolloutEngine.digests`."""
         self.wake()
         found: dict[str, str] = self._ask("digests")
         return found
 
     def report(self) -> SideReport:
-        """What vLLM really runs, read in its process from live tensors while a few tokens pass through.
+        """Report what vLLM really runs, read in its process from live tensors during a pass of a few tokens.
 
         Raises:
-            EngineError: it computes NaN or infinity, which lie on no format's grid.
+            EngineError: it computes NaN or infinity, which are on no format's grid.
         """
         self.wake()
         count = min(_PROBE_TOKENS, self._hf_config.vocab_size, self._context)
@@ -239,14 +240,14 @@ class VllmEngine:
     # -- sharing a GPU
 
     def sleep(self) -> None:
-        """Weights to the host and no cache, on a GPU that the trainer shares; nothing on a CPU."""
+        """Move weights to the host and drop the cache, on a GPU shared with the trainer; do nothing on a CPU."""
         shared = self._precision.device.type == "cuda" and self._config.sleep == "auto"
         if shared and self._process is not None and not self._asleep and self._died is None:
             self._ask("sleep")
             self._asleep = True
 
     def wake(self) -> None:
-        """Undo `sleep`; `generate`, `score`, `load_weights` and `report` do so themselves."""
+        """Undo `sleep`; `generate`, `score`, `load_weights`, `digests` and `report` also do it themselves."""
         if self._asleep:
             self._ask("wake")
             self._asleep = False
