@@ -82,7 +82,7 @@ def read_masks(record: Mapping[str, Any], prompt: Sequence[Any], completion: Seq
             kept = _both(kept, _without_ends(before)) if before else kept
         scored = [one and other for one, other in zip(scored, after, strict=True)] if after else scored
     if completion and not any(scored):
-        raise ValueError(f"no token is left to score after {_names(record)}")
+        raise ValueError(f"no token is left to score after applying {_names(record)}")
     return Kept(prompt=kept, scored=tuple(scored[: len(_without_ends(scored, start=False))]))
 
 

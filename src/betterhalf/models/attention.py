@@ -112,15 +112,19 @@ def segment_batches(segments: Segments) -> tuple[SegmentBatch, ...]:
     """Group a pack's segments into batches, in order; cached, since every layer asks for them."""
     batches: list[SegmentBatch] = []
     places: list[tuple[int, int]] = []
-    for (length, before), group in groupby(segments, key=lambda segment: (segment.length, _before(segments, segment))):
+
+    def lengths(segment: PackedSegment) -> tuple[int, int]:
+        return segment.length, _prefix_length(segments, segment)
+
+    for (length, prefix_length), group in groupby(segments, key=lengths):
         members = tuple(group)
         places.extend((len(batches), k) for k in range(len(members)))
         prefixes = tuple(places[member.prefix] for member in members if member.prefix is not None)
-        batches.append(SegmentBatch(count=len(members), length=length, prefix_length=before, prefixes=prefixes))
+        batches.append(SegmentBatch(count=len(members), length=length, prefix_length=prefix_length, prefixes=prefixes))
     return tuple(batches)
 
 
-def _before(segments: Segments, segment: PackedSegment) -> int:
+def _prefix_length(segments: Segments, segment: PackedSegment) -> int:
     """Return the length of the segment's prefix; 0 without one."""
     return 0 if segment.prefix is None else segments[segment.prefix].length
 
@@ -239,7 +243,7 @@ class _Spans:
 def _spans(segments: Segments, device: torch.device) -> _Spans:
     """Return the spans of a pack; cached, since every layer asks, and each copy to a GPU waits for it."""
     queries = [segment.length for segment in segments]
-    keys = [segment.length + _before(segments, segment) for segment in segments]
+    keys = [segment.length + _prefix_length(segments, segment) for segment in segments]
     first, second = (torch.tensor([0, *accumulate(x)], dtype=torch.int32, device=device) for x in (queries, keys))
     return _Spans(offsets=(first, second), longest=(max(queries), max(keys)))
 

@@ -128,7 +128,7 @@ def explained(name: str) -> Iterator[None]:
         yield
     except BetterhalfError:
         raise
-    except Exception as error:  # the parsers of damaged files raise many kinds
+    except Exception as error:  # the parsers of damaged files raise all kinds of exceptions
         raise InputError(f"model {name!r} cannot be loaded ({first_line(error)}); {_fix(name, error)}") from error
 
 

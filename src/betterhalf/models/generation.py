@@ -82,6 +82,6 @@ def why_not_saved(hf_config: Any) -> str | None:
     try:
         with quiet(), tempfile.TemporaryDirectory() as folder:
             hf_config.save_pretrained(folder)
-    except Exception as error:  # validators raise many kinds
+    except Exception as error:  # validators raise all kinds of exceptions
         return first_line(error)
     return None

@@ -1,4 +1,4 @@
-"""The precision contract: compare what trainer and engine report that they really run.
+"""The precision contract: trainer and engine report the formats that they really use, and the reports are compared.
 
 Equality is required of the compute dtype, the dtype of the weights on the wire, the dtype of cached keys and values,
 the FP32 islands, and the weights themselves, by digest. Everything else is only shown: it explains the mismatch that

@@ -81,7 +81,7 @@ def require_no_half_products(module: nn.Module, precision: Precision, run: Calla
     if seen.operands:
         names = {parameter.data_ptr(): name for name, parameter in module.named_parameters()}
         found = {names.get(operand.data_ptr(), "") for operand in seen.operands} - {""}
-        raise InputError(_uncovered(sorted(found) or ["operations of its own"], precision))
+        raise InputError(_uncovered(sorted(found) or ["other operations"], precision))
 
 
 _PRODUCTS = {

@@ -212,10 +212,10 @@ def test_padding_of_the_prompt_is_distinguished_from_prompts_that_are_not_traine
         ({"action_mask": [1, 0, 1, 0, 0]}, "action_mask has 5 values for 2 prompt tokens and 4 token_ids"),
         ({"prompt_mask": [1, 1, 1]}, "prompt_mask has 3 values for 2 prompt tokens"),
         ({"env_mask": 1}, "env_mask is not a list"),
-        ({"env_mask": [0, 0, 0, 0]}, "no token is left to score after env_mask"),
+        ({"env_mask": [0, 0, 0, 0]}, "no token is left to score after applying env_mask"),
         (
             {"env_mask": [1, 0, 0, 0], "loss_masks": [0, 0, 1, 0]},
-            "no token is left to score after loss_masks and env_mask",
+            "no token is left to score after applying loss_masks and env_mask",
         ),
         ({"attention_mask": [1, 1, 1, 0, 1, 0]}, "attention_mask has a zero between ones of the completion"),
         ({"attention_mask": [0, 0, 1, 1, 1, 1]}, "prompt_token_ids is empty"),

@@ -164,7 +164,7 @@ class Gram(nn.Module):
 def test_a_product_of_half_activations_is_refused_where_sums_must_be_fp32() -> None:
     module = tiny()
     module.model.layers[0].mlp.act_fn = Gram()
-    with pytest.raises(InputError, match="weights in operations of its own"):
+    with pytest.raises(InputError, match="weights in other operations"):
         trainer_of(module, {"preset": "bf16", "half_matmul": "fp32_sums"})
 
 
