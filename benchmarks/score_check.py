@@ -1,4 +1,4 @@
-"""How far apart trainer and engine score the tokens of the weight sync's check, by engine and precision.
+"""Compare the scores of trainer and engine for the tokens of the weight sync's check, by engine and precision.
 
 OMP_NUM_THREADS=1 python benchmarks/score_check.py [demo|smollm2] [native,vllm] [fp16,bf16,fp32]
 """

@@ -29,6 +29,11 @@ def _modules_stay_local() -> Iterator[None]:
         sys.modules.pop(path.stem, None)
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_every_benchmark_finds_what_it_imports(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert benchmark(name, monkeypatch).__doc__
+
+
 @pytest.mark.parametrize(("better", "ratio"), [("higher", 4.0), ("lower", 0.25)])
 def test_a_ratio_above_one_means_ours_is_better(better: str, ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
     row = benchmark("side_by_side", monkeypatch).Row(what="", ours=8.0, peer=2.0, target=1.0, better=better)
