@@ -206,8 +206,8 @@ def _batches(
     subject: Subject, rollouts: Mapping[DtypeName, Groups]
 ) -> tuple[dict[DtypeName, TrainBatch], Literal["rewards", "signs"]]:
     """Return one train batch for each rollout dtype, and the source of their advantages."""
-    scored = {dtype: _scored(subject, groups) for dtype, groups in rollouts.items()}
-    advantages = {dtype: _reward_advantages(groups) for dtype, groups in scored.items()}
+    graded = {dtype: _graded(subject, groups) for dtype, groups in rollouts.items()}
+    advantages = {dtype: _reward_advantages(groups) for dtype, groups in graded.items()}
     kind: Literal["rewards", "signs"] = "rewards" if all(any(values) for values in advantages.values()) else "signs"
     if kind == "signs":
         advantages = {dtype: _signs(len(values), subject.config.seed) for dtype, values in advantages.items()}
@@ -216,11 +216,11 @@ def _batches(
     device = choose_device(config)
     return {
         dtype: pack_step([r for group in groups for r in group], advantages[dtype], config, 0, device).train_batches[0]
-        for dtype, groups in scored.items()
+        for dtype, groups in graded.items()
     }, kind
 
 
-def _scored(subject: Subject, groups: Groups) -> list[list[Rollout]]:
+def _graded(subject: Subject, groups: Groups) -> list[list[Rollout]]:
     """Return the first `probe.gradient_completions` completions with their rewards, grouped by prompt."""
     flat = [(number, prompt, c) for number, (prompt, siblings) in enumerate(groups) for c in siblings]
     flat = flat[: subject.config.probe.gradient_completions]
