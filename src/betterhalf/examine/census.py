@@ -33,7 +33,7 @@ from betterhalf.diagnostics.numerics import (
     together,
     zeroed_gradients,
 )
-from betterhalf.examine.module_hooks import See, watched
+from betterhalf.examine.module_hooks import See, observe_module
 from betterhalf.examine.subject import Subject, trainer_in
 from betterhalf.precision.formats import FORMATS, dtype_name
 from betterhalf.training.pack import pack_step
@@ -185,7 +185,7 @@ def _forward(trainer: PolicyTrainer, batch: CensusBatch, see: See) -> list[Tenso
     """Show `see` the weights and the values of forward passes; return the logprobs of each micro-batch."""
     for name, weight in trainer.weights.computing():
         see(name.rpartition(".")[0], "weight", weight)
-    with watched(trainer.module, see):
+    with observe_module(trainer.module, see):
         return [scores.logprobs_C for scores in trainer.measure(batch.micro_batches)]
 
 
@@ -202,7 +202,7 @@ def _backward(trainer: PolicyTrainer, batch: CensusBatch, proximal: Sequence[Ten
     algorithm = resolve_algorithm(trainer.config.algorithm)
     for micro, proximal_C in zip(batch.micro_batches, proximal, strict=True):
         matched = dataclasses.replace(micro, behavior_logprobs_C=proximal_C, proximal_logprobs_C=proximal_C)
-        with watched(trainer.module, see):
+        with observe_module(trainer.module, see):
             trainer.forward_backward([matched], algorithm, batch.denominators)
 
 

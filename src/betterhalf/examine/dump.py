@@ -136,7 +136,7 @@ def write_dump(path: Path, rollout: str, prompt_ids: Sequence[str], items: Seque
     """Write completions in the format that `read_dump` reads.
 
     Raises:
-        RunError: the disk is full or cannot be written.
+        RunError: the file cannot be written, for example because the disk is full.
     """
     rows = (
         {

@@ -27,7 +27,7 @@ values, read the same output."""
 
 
 @contextmanager
-def watched(module: nn.Module, see: See) -> Iterator[None]:
+def observe_module(module: nn.Module, see: See) -> Iterator[None]:
     """Call `see` with the values of every leaf module and decoder layer, in the order of computation.
 
     The hooks only read, so numbers stay the same bit for bit. FP32 gradients of weights are the exception: with a hook

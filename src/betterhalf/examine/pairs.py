@@ -128,7 +128,7 @@ def write_rollouts(run: RunDir, sample: Sample, temperature: float) -> None:
     """Write the completions of one rollout dtype to `rollouts-<dtype>.jsonl`, which `--from-dump` reads.
 
     Raises:
-        RunError: the disk is full or cannot be written.
+        RunError: the file cannot be written, for example because the disk is full.
     """
     path = run.path / f"rollouts-{sample.rollout}.jsonl"
     write_dump(path, sample.rollout, sample.prompt_ids, sample.items, temperature)

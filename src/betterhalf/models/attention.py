@@ -269,7 +269,7 @@ AttentionFunction = Callable[..., tuple[Tensor, None]]
 def _for_transformers(kernel: Callable[..., Tensor]) -> AttentionFunction:
     """Give a kernel the signature that transformers calls: query [1, heads, T, D], key and value [1, kv_heads, T, D].
 
-    Besides transformers' own keywords the function takes `layout`, which the model's forward pass hands on, and
+    Besides transformers' own keywords the function takes `layout`, which arrives through the model's forward call, and
     `cached_as` from an FP32 island: the dtype of the engine's cache, to which keys and values are rounded. It returns
     [1, T, heads, D], and raises InputError if the model asks for attention dropout.
     """

@@ -117,16 +117,16 @@ def _by_key_head(x: Tensor, kv_heads: int, scale: float) -> Tensor:
     """Scale queries [N, heads, L, D] and group them by key head: contiguous [B, R, D]."""
     count, heads, length, dim = x.shape
     group = heads // kv_heads
-    apart = x.view(count, kv_heads, group, length, dim).transpose(2, 3)
+    grouped = x.view(count, kv_heads, group, length, dim).transpose(2, 3)
     out = torch.empty((count, kv_heads, length, group, dim), dtype=x.dtype)
-    return torch.mul(apart, scale, out=out).view(-1, length * group, dim)
+    return torch.mul(grouped, scale, out=out).view(-1, length * group, dim)
 
 
 def _by_head(x: Tensor, shape: torch.Size) -> Tensor:
     """Undo the grouping by key head: [B, R, D] -> [N, heads, L, D], a view of contiguous [N, L, heads, D]."""
     count, heads, length, dim = shape
-    apart = x.view(count, -1, length, heads * count // x.shape[0], dim)
-    return apart.transpose(1, 2).reshape(count, length, heads, dim).transpose(1, 2)
+    grouped = x.view(count, -1, length, heads * count // x.shape[0], dim)
+    return grouped.transpose(1, 2).reshape(count, length, heads, dim).transpose(1, 2)
 
 
 def _flat(x: Tensor) -> Tensor:

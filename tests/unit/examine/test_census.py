@@ -21,7 +21,7 @@ from betterhalf.examine.census import (
     reference,
     take_census,
 )
-from betterhalf.examine.module_hooks import watched
+from betterhalf.examine.module_hooks import observe_module
 from betterhalf.examine.subject import Subject, open_subject, trainer_in
 from betterhalf.models.attention import PackLayout
 from betterhalf.training.policy_trainer import PolicyTrainer
@@ -93,7 +93,7 @@ def gradients_and_loss(trainer: PolicyTrainer, batch: CensusBatch) -> dict[str, 
 def test_hooks_change_no_bit(subject: Subject, batch: CensusBatch, dtype: str) -> None:
     plain = gradients_and_loss(trainer_in(subject, dtype), batch)  # type: ignore[arg-type]
     trainer = trainer_in(subject, dtype)  # type: ignore[arg-type]
-    with watched(trainer.module, lambda name, kind, x: None):
+    with observe_module(trainer.module, lambda name, kind, x: None):
         seen = gradients_and_loss(trainer, batch)
     assert plain.keys() == seen.keys()
     assert all(torch.equal(plain[name], seen[name]) for name in plain)
@@ -103,7 +103,7 @@ def test_hooks_are_removed_afterwards_and_keep_nothing_alive(subject: Subject, b
     trainer = trainer_in(subject, "fp16")
     places: list[Spot] = []
     weight = weakref.ref(trainer.module.get_submodule(f"{LAYER}.mlp.down_proj").weight)
-    with watched(trainer.module, lambda name, kind, x: places.append(Spot(module=name, kind=kind))):
+    with observe_module(trainer.module, lambda name, kind, x: places.append(Spot(module=name, kind=kind))):
         gradients_and_loss(trainer, batch)
     count = len(places)
     gradients_and_loss(trainer, batch)
@@ -116,7 +116,7 @@ def test_hooks_are_removed_afterwards_and_keep_nothing_alive(subject: Subject, b
 def test_values_are_seen_in_the_order_of_computation(subject: Subject, batch: CensusBatch) -> None:
     trainer = trainer_in(subject, "fp32")
     places: list[tuple[str, Kind]] = []
-    with watched(trainer.module, lambda name, kind, x: places.append((name, kind))):
+    with observe_module(trainer.module, lambda name, kind, x: places.append((name, kind))):
         trainer.measure(batch.micro_batches)
         trainer.forward_backward(batch.micro_batches, PRESETS["pg_seq_is"], batch.denominators)
     first = places.index
@@ -221,7 +221,7 @@ def test_the_largest_safe_scale_is_finite_and_the_next_is_not(
         trainer = trainer_in(subject, "fp16")
         trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": scale})
         places = []
-        with watched(trainer.module, lambda name, kind, x, found=places: found.append(bool(x.isfinite().all()))):
+        with observe_module(trainer.module, lambda name, kind, x, found=places: found.append(bool(x.isfinite().all()))):
             gradients_and_loss(trainer, batch)
         assert all(places) == finite
 

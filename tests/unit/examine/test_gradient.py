@@ -62,7 +62,7 @@ def row(result: dict[str, Any], train: str, initial: float) -> dict[str, Any]:
     return dict(found)
 
 
-def scored_by_trainer(subject: Subject, dtype: DtypeName, groups: Groups, weight: float = 1.0) -> Groups:
+def with_trainer_logprobs(subject: Subject, dtype: DtypeName, groups: Groups, weight: float = 1.0) -> Groups:
     """Return the completions with behavior logprobs that make every sequence's pi / mu equal `weight`."""
     flat = [Rollout(prompt=prompt, completion=c, text="", reward=0.0) for prompt, siblings in groups for c in siblings]
     trainer = trainer_in(subject, dtype)
@@ -109,7 +109,7 @@ def test_the_batch_is_described(measured: dict[str, Any], groups: dict[DtypeName
 def test_equal_weights_stretch_the_gradient_without_rotating_it(
     subject: Subject, groups: dict[DtypeName, Groups], weight: float
 ) -> None:
-    (entry,) = measure_gradients(subject, {"fp32": scored_by_trainer(subject, "fp32", groups["fp32"], weight)})[
+    (entry,) = measure_gradients(subject, {"fp32": with_trainer_logprobs(subject, "fp32", groups["fp32"], weight)})[
         "weights"
     ]
     assert entry["relative_change"] == pytest.approx(weight - 1, abs=1e-5)
