@@ -112,7 +112,7 @@ def test_the_panel_shows_every_quantity_within_80_columns() -> None:
 
 
 def test_the_panel_before_the_first_step_says_so() -> None:
-    assert "step 1 of 65 is under way" in panel_text(StepView(total_steps=65, label="fp16"))
+    assert "step 1 of 65 is running" in panel_text(StepView(total_steps=65, label="fp16"))
 
 
 def test_a_phase_away_from_a_terminal_prints_its_start_and_its_end() -> None:

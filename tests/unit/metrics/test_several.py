@@ -82,7 +82,7 @@ def test_on_a_terminal_each_run_has_a_panel(monkeypatch: pytest.MonkeyPatch) -> 
         view.show("bf16", {"step": 1, "metrics": METRICS})
         view.show("bf16", {"phase": "bf16: final accuracy", "done": 1, "total": 3})
     last = stream.getvalue().rpartition("\x1b[")[0]
-    for text in (" fp16 ", "step 1 of 2 is under way", " bf16 ", "step 1/2", "bf16: final accuracy: 1/3"):
+    for text in (" fp16 ", "step 1 of 2 is running", " bf16 ", "step 1/2", "bf16: final accuracy: 1/3"):
         assert text in last
 
 
