@@ -1,4 +1,4 @@
-"""What a person sees of a run: exact lines, the panel's content, silence when asked for."""
+"""Terminal output of a run: exact lines, the content of the panel, and nothing in the mode `quiet`."""
 
 from __future__ import annotations
 
