@@ -9,15 +9,15 @@ import pytest
 import torch
 from tests.tiny_models import CUDA, tiny_model
 
-from betterhalf.algorithms.presets import resolve_algorithm
-from betterhalf.config.schema import AlgorithmConfig, LossScaleConfig, RunConfig
+from betterhalf.algorithms.presets import PRESETS
+from betterhalf.config.schema import LossScaleConfig, RunConfig
 from betterhalf.precision.contract import weights_digests
 from betterhalf.precision.loss_scaler import build_loss_scaler
 from betterhalf.precision.roles import build_precision
 from betterhalf.run_dir import RunDir, read_json, read_jsonl
 from betterhalf.runs.train import run_training
 from betterhalf.training.pack import pack_step
-from betterhalf.training.policy_trainer import PolicyTrainer
+from betterhalf.training.policy_trainer import PolicyTrainer, on_device
 from betterhalf.types import Completion, Prompt, Rollout
 
 pytestmark = [
@@ -41,8 +41,7 @@ def trainer_on(
         }
     )
     roles = build_precision(config.precision, torch.device(device))
-    algorithm = resolve_algorithm(AlgorithmConfig(preset="pg_seq_is"))
-    return PolicyTrainer(model, config=config, precision=roles, algorithm=algorithm), config
+    return PolicyTrainer(model, config=config, precision=roles), config
 
 
 def rollouts() -> list[Rollout]:
@@ -69,11 +68,11 @@ def learned(device: str, precision: str, **changes: Any) -> tuple[torch.Tensor, 
     """Logprobs of all completion tokens and the unscaled gradients, on the CPU."""
     trainer, config = trainer_on(device, precision, **changes)
     advantages = [1.0 if k % 2 else -1.0 for k in range(9)]
-    (batch,) = pack_step(rollouts(), advantages, config, step=1, device=torch.device(device)).train_batches
-    logprobs = torch.cat([trainer.measure(pack)[0] for pack in batch.micro_batches]).cpu()
-    for pack in batch.micro_batches:
-        assert torch.equal(trainer.measure(pack)[0], trainer.score(pack).detach())
-        trainer.forward_backward(pack, None, batch.denominators)
+    step = pack_step(rollouts(), advantages, config, step=1)
+    logprobs = torch.cat([scores.logprobs_C for scores in trainer.measure(step.packs)])
+    for pack, scores in zip(step.packs, trainer.measure(step.packs), strict=True):
+        assert torch.equal(scores.logprobs_C, trainer.score(on_device(pack, torch.device(device))).detach().cpu())
+    trainer.forward_backward(step.packs, PRESETS["pg_seq_is"], step.train_batches[0].denominators)
     return logprobs, {name: (g / trainer.scaler.scale).cpu() for name, g in trainer.weights.gradients()}
 
 

@@ -142,7 +142,7 @@ def test_a_damaged_model_folder_is_refused(train: Ends, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     train(0, f"model={DEMO_MODEL}")
     message = train(2, f"model={tmp_path / 'run'}", f"run_dir={tmp_path / 'other'}")
-    assert "is a run; turn it into a model with `betterhalf export" in message
+    assert "is a run, not a model; write its model to a folder with `betterhalf export" in message
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(train: Ends, tmp_path: Path) -> None:

@@ -295,16 +295,16 @@ def test_a_run_whose_engine_is_killed_in_step_2_is_the_run_that_would_have_been(
     run_training(config, undisturbed, resume=False, label="undisturbed")
     collect: Callable[..., Any] = loop.collect_groups
 
-    def kill_then_collect(parts: Any, step: int, *rest: Any) -> Any:
-        if step == 2:
+    def kill_then_collect(parts: Any, progress: Any, *rest: Any) -> Any:
+        if progress.step == 1:
             os.kill(parts.engine.pid, signal.SIGKILL)
-        return collect(parts, step, *rest)
+        return collect(parts, progress, *rest)
 
     monkeypatch.setattr(loop, "collect_groups", kill_then_collect)
     run_training(config, killed, resume=False, label="killed")
     assert [row["rollout/engine_restarts"] for row in read_jsonl(killed.metrics)] == [0, 1, 0]
     assert metrics_of(killed) == metrics_of(undisturbed)
-    assert "Starting the engine again (1 of 3); no step is lost" in capsys.readouterr().err
+    assert "Restarting the engine (1 of 3); no step is lost" in capsys.readouterr().err
     assert all(math.isfinite(row["mismatch/k3/mean"]) for row in metrics_of(killed))
     contract = read_json(killed.contract)
     assert contract["ok"] and contract["first_difference"] is None

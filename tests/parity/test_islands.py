@@ -9,7 +9,6 @@ import torch
 from tests.tiny_models import SMALL, loaded_model, tiny_config, tiny_module
 from torch import Tensor
 
-from betterhalf.algorithms.presets import resolve_algorithm
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import EngineError, InputError, NumericsError
 from betterhalf.models.loading import LoadedModel
@@ -58,8 +57,8 @@ def wings(
     )
     roles = build_precision(config.precision, torch.device("cpu"))
     engine = build_engine(config, model.hf_config, model.stop_token_ids, roles)
-    trainer = PolicyTrainer(model, config=config, precision=roles, algorithm=resolve_algorithm(config.algorithm))
-    engine.load_weights(trainer.wire_weights(), policy_version=0)
+    trainer = PolicyTrainer(model, config=config, precision=roles)
+    engine.load_weights(trainer.wire_weights().tensors, policy_version=0)
     assert isinstance(engine, NativeEngine)
     return trainer, engine, roles
 
@@ -72,7 +71,7 @@ def packed(config: RunConfig, groups: list[tuple[Completion, ...]]) -> tuple[Mic
         for ids, group in zip(PROMPTS, groups, strict=True)
         for completion in group
     ]
-    return pack_step(rollouts, [1.0] * len(rollouts), config, step=1, device=torch.device("cpu")).packs
+    return pack_step(rollouts, [1.0] * len(rollouts), config, step=1).packs
 
 
 def fixed_packs(config: RunConfig) -> tuple[MicroBatch, ...]:
@@ -89,7 +88,9 @@ def gaps(trainer: PolicyTrainer, engine: NativeEngine) -> Tensor:
     """Trainer minus behavior logprobs of completions that the engine samples, float64."""
     requests = [GenerateRequest(token_ids=ids, group_size=4, key=(0, 1, k)) for k, ids in enumerate(PROMPTS)]
     packs = packed(trainer.config, engine.generate(requests, trainer.config.sampling))
-    return torch.cat([trainer.measure(pack)[0].double() - pack.behavior_logprobs_C.double() for pack in packs])
+    return torch.cat(
+        [trainer.measure([pack])[0].logprobs_C.double() - pack.behavior_logprobs_C.double() for pack in packs]
+    )
 
 
 def k3(gap: Tensor) -> float:
@@ -97,7 +98,7 @@ def k3(gap: Tensor) -> float:
 
 
 def logprobs(trainer: PolicyTrainer) -> Tensor:
-    return torch.cat([trainer.measure(pack)[0] for pack in fixed_packs(trainer.config)])
+    return torch.cat([trainer.measure([pack])[0].logprobs_C for pack in fixed_packs(trainer.config)])
 
 
 def largest_down(trainer: PolicyTrainer) -> float:
@@ -288,6 +289,6 @@ def test_the_engine_follows_new_weights_of_an_island() -> None:
         for master in trainer.weights.masters.values():
             master.mul_(1.01)
     trainer.weights.publish()
-    engine.load_weights(trainer.wire_weights(), policy_version=1)
+    engine.load_weights(trainer.wire_weights().tensors, policy_version=1)
     assert engine.report().digests == trainer.report().digests
     assert k3(gaps(trainer, engine)) < 1e-5

@@ -9,7 +9,6 @@ import pytest
 import torch
 from tests.tiny_models import SMALL, loaded_model, tiny_config, tiny_module
 
-from betterhalf.algorithms.presets import resolve_algorithm
 from betterhalf.config.schema import ModelConfig, RunConfig
 from betterhalf.diagnostics.logprob_gap import mismatch_metrics
 from betterhalf.models.loading import LoadedModel, load_model
@@ -45,8 +44,8 @@ def gap(model: LoadedModel, precision: str, prompts: list[tuple[int, ...]], **en
     )
     roles = build_precision(config.precision, torch.device("cpu"))
     native = build_engine(config, model.hf_config, model.stop_token_ids, roles)
-    trainer = PolicyTrainer(model, config=config, precision=roles, algorithm=resolve_algorithm(config.algorithm))
-    native.load_weights(trainer.wire_weights(), policy_version=0)
+    trainer = PolicyTrainer(model, config=config, precision=roles)
+    native.load_weights(trainer.wire_weights().tensors, policy_version=0)
     assert native.report().digests == trainer.report().digests
     requests = [GenerateRequest(token_ids=ids, group_size=4, key=(0, 1, k)) for k, ids in enumerate(prompts)]
     rollouts = [
@@ -59,10 +58,10 @@ def gap(model: LoadedModel, precision: str, prompts: list[tuple[int, ...]], **en
         for request, group in zip(requests, native.generate(requests, config.sampling), strict=True)
         for completion in group
     ]
-    packs = pack_step(rollouts, [1.0] * len(rollouts), config, step=1, device=torch.device("cpu")).packs
+    packs = pack_step(rollouts, [1.0] * len(rollouts), config, step=1).packs
     offsets = [sum(pack.num_sequences for pack in packs[:k]) for k in range(len(packs))]
     return mismatch_metrics(
-        torch.cat([trainer.measure(pack)[0] for pack in packs]),
+        torch.cat([trainer.measure([pack])[0].logprobs_C for pack in packs]),
         torch.cat([pack.behavior_logprobs_C for pack in packs]),
         torch.cat([pack.sequence_index_C + offset for pack, offset in zip(packs, offsets, strict=True)]),
         len(rollouts),

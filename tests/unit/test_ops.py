@@ -12,7 +12,7 @@ from betterhalf import ops
 from betterhalf.algorithms.policy_loss import policy_loss
 from betterhalf.algorithms.presets import PRESETS, resolve_algorithm
 from betterhalf.config.schema import AlgorithmConfig
-from betterhalf.types import Denominators
+from betterhalf.types import Denominators, LossInputs
 
 
 @pytest.fixture
@@ -98,13 +98,14 @@ def test_every_loss_is_differentiated_in_a_fixed_order(preset: str, deterministi
     current_C = torch.randn(40, requires_grad=True)
     out = policy_loss(
         algorithm,
-        current_logprobs_C=current_C,
-        proximal_logprobs_C=current_C.detach() + 0.01 * torch.randn(40),
-        behavior_logprobs_C=current_C.detach() + 0.01 * torch.randn(40),
-        advantages_S=torch.randn(4),
-        sequence_index_C=torch.arange(4).repeat_interleave(10),
-        num_sequences=4,
-        denominators=Denominators(sequences=4, tokens=40, max_tokens=10),
+        LossInputs(
+            current_logprobs_C=current_C,
+            proximal_logprobs_C=current_C.detach() + 0.01 * torch.randn(40),
+            behavior_logprobs_C=current_C.detach() + 0.01 * torch.randn(40),
+            advantages_S=torch.randn(4),
+            sequence_index_C=torch.arange(4).repeat_interleave(10),
+        ),
+        Denominators(sequences=4, tokens=40, max_tokens=10),
     )
     assert not LEFT_TO_CHANCE & set(nodes(out.loss.grad_fn))
     out.loss.backward()  # type: ignore[no-untyped-call]

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from math import isnan
 
 from betterhalf.errors import InputError
+from betterhalf.types import Reduction
 
 Band = tuple[float | None, float | None]
 
@@ -30,6 +31,8 @@ class Metric:
     """(lowest, highest) healthy value, either of them None for no limit; None for no band."""
     source: str = ""
     """Source of the band."""
+    reduction: Reduction = "mean"
+    """Reduction of the values of the optimizer steps in one step to the value of the step."""
 
     def healthy(self, value: float) -> bool:
         """Return True if the value is within the band, bounds included; NaN never is."""
@@ -162,16 +165,22 @@ _OPTIM = (
         "Loss scale after the step; 1 if the loss is not scaled.",
         (1.0, None),
         "by definition: a factor below 1 would push gradients towards zero",
+        reduction="last",
     ),
-    Metric("optim/skipped", "optimizer steps", "Optimizer steps skipped because a gradient was not finite."),
+    Metric(
+        "optim/skipped",
+        "optimizer steps",
+        "Optimizer steps skipped because a gradient was not finite.",
+        reduction="sum",
+    ),
     Metric("optim/first_offender", "name", "First parameter with a gradient that was not finite; null without one."),
-    Metric("optim/updates_applied", "optimizer steps", "Optimizer steps that changed the weights."),
+    Metric("optim/updates_applied", "optimizer steps", "Optimizer steps that changed the weights.", reduction="sum"),
     Metric(
         "optim/grad_norm",
         "1",
         "Global norm of the unscaled gradient before clipping, mean over applied updates; null without an update.",
     ),
-    Metric("optim/learning_rate", "1", "Learning rate of the last optimizer step."),
+    Metric("optim/learning_rate", "1", "Learning rate of the last optimizer step.", reduction="last"),
     Metric(
         "optim/subnormal_fraction",
         "share",
@@ -192,17 +201,18 @@ _OPTIM = (
         "optim/overflow_fraction",
         "share",
         "Gradient elements that are not finite, in the worst optimizer step.",
+        reduction="max",
     ),
 )
 
 _POLICY = (
-    Metric("policy/version", "updates", "Applied updates so far; a skipped step does not count."),
+    Metric("policy/version", "updates", "Applied updates so far; a skipped step does not count.", reduction="last"),
     Metric(
         "policy/loss", "1", "Policy loss, mean over the optimizer steps of the step. Its value says little by itself."
     ),
     Metric("policy/entropy/mean", "nats", "Entropy of the trainer's distribution, mean over completion tokens."),
     Metric("policy/ratio/mean", "1", "Mean over tokens of the surrogate's ratio, before its treatment."),
-    Metric("policy/ratio/max", "1", "Largest surrogate ratio of a token, before its treatment."),
+    Metric("policy/ratio/max", "1", "Largest surrogate ratio of a token, before its treatment.", reduction="max"),
     Metric("policy/clip_fraction", "share", "Tokens whose gradient is zero because of PPO's clip or dual clip."),
     Metric("policy/mask_fraction", "share", "Tokens dropped by a mask of the surrogate or of the correction."),
     Metric("policy/truncate_fraction", "share", "Tokens with a weight capped at its upper bound."),

@@ -1,4 +1,4 @@
-"""Healthy wings are apart by rounding alone, and each planted fault is named: operation, layer and token."""
+"""A correct engine differs from the trainer by rounding only; each injected fault is named by operation and layer."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def decoder_of(examined: Subject, dtype: DtypeName) -> Iterator[Decoder]:
 
 
 def found_with(fault: Fault, dtype: DtypeName, name: str = "demo") -> dict[str, Any]:
-    """What is found when the engine has a fault that the trainer has not."""
+    """Return the result of `localize` for an engine with a fault that the trainer does not have."""
     examined = subject(name)
     with decoder_of(examined, dtype) as decoder, torch.no_grad():
         fault(decoder)
@@ -89,13 +89,13 @@ def firsts(found: dict[str, Any]) -> dict[str, Any]:
 NOWHERE = {"trainer_engine": None, "prefill_decode": None, "batch": None}
 
 
-# -- healthy
+# -- without faults
 
 
 @pytest.mark.parametrize("name", ["demo", *FAMILIES])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("mode", ["engine", "aligned"])
-def test_healthy_wings_are_apart_by_rounding_alone(name: str, dtype: DtypeName, mode: str) -> None:
+def test_a_correct_engine_differs_from_the_trainer_by_rounding_only(name: str, dtype: DtypeName, mode: str) -> None:
     found = localize(subject(name, engine={"rounding": mode}), TOKENS, PROMPT, dtype=dtype)
     assert found["first"] is None and firsts(found) == NOWHERE
     assert [row["layer"] for row in found["growth"]] == [0, 1, 2]
@@ -118,7 +118,7 @@ def test_the_native_engine_is_examined_whatever_is_configured() -> None:
 
 @pytest.mark.parametrize("island", ["model.layers.1", "model.layers.*.mlp", "model.layers.0.mlp.down_proj"])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_fp32_islands_are_apart_by_rounding_alone(island: str, dtype: DtypeName) -> None:
+def test_fp32_islands_differ_by_rounding_only(island: str, dtype: DtypeName) -> None:
     found = localize(subject(precision={"fp32_modules": [island]}), TOKENS, PROMPT, dtype=dtype)
     assert firsts(found) == NOWHERE and len(found["growth"]) == 3
 
@@ -127,14 +127,14 @@ def test_fp32_islands_are_apart_by_rounding_alone(island: str, dtype: DtypeName)
 
 
 class Scaled(Rounding):
-    """Element-wise steps, one of them 1% off."""
+    """Rounding whose SwiGLU is 1% too large."""
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         return super().swiglu(gate_up) * 1.01
 
 
 class Unscaled(Rounding):
-    """A residual sum that halves its branch."""
+    """Rounding whose residual sum halves the branch."""
 
     def add(self, residual: Tensor, branch: Tensor) -> Tensor:
         return super().add(residual, branch * 0.5)
@@ -235,7 +235,7 @@ def test_a_wrong_attention_scale_is_named(dtype: DtypeName, monkeypatch: pytest.
     monkeypatch.setattr(decoder_module, "prompt_attention", sharper)
     found = found_with(lambda _: None, dtype)
     assert place(found["first"]) == (0, "attention")
-    # Decoding has its own attention, which is right: the prompt pass differs from it too.
+    # Decoding has its own attention, which is correct, so the prompt pass differs from it too.
     assert firsts(found)["prefill_decode"] == (0, "attention")
 
 
@@ -247,7 +247,9 @@ def test_a_wrong_attention_scale_is_named(dtype: DtypeName, monkeypatch: pytest.
         ("lm_head.weight", (None, "logits")),
     ],
 )
-def test_head_norms_and_an_untied_head_are_told_apart(weight: str, expected: tuple[int | None, str]) -> None:
+def test_faults_of_head_norms_and_of_an_untied_head_are_distinguished(
+    weight: str, expected: tuple[int | None, str]
+) -> None:
     def fault(decoder: Decoder) -> None:
         scale(decoder, weight, 1.02)
 
@@ -299,15 +301,15 @@ def test_a_neighbours_cache_read_in_a_batch_is_named_by_the_batch(monkeypatch: p
     found = found_with(lambda _: None, "fp16")
     assert firsts(found) == NOWHERE | {"batch": (2, "attention")}
     assert found["comparisons"]["batch"]["sizes"] == [1, 8]
-    # Layers before the fault are apart by rounding, the one with it by far more.
+    # Layers before the fault differ by rounding, the layer with the fault by far more.
     growth = [row["batch"] for row in found["growth"]]
     assert growth[1] < 1e-2 < growth[2]
 
 
-# -- values that leave the range
+# -- overflow
 
 
-def test_an_overflow_is_called_one_and_named_where_it_happens() -> None:
+def test_an_overflow_is_reported_as_such_at_the_place_where_it_happens() -> None:
     loaded = model("demo")
     unsafe = dataclasses.replace(loaded, module=copy.deepcopy(loaded.module))
     with torch.no_grad():
@@ -321,11 +323,11 @@ def test_an_overflow_is_called_one_and_named_where_it_happens() -> None:
     assert localize(subject(loaded=unsafe), TOKENS, PROMPT, dtype="fp32")["first"] is None
 
 
-# -- nothing is disturbed
+# -- recording changes nothing
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_recording_leaves_every_number_bitwise_as_it_was(dtype: DtypeName) -> None:
+def test_recording_leaves_every_number_bitwise_equal(dtype: DtypeName) -> None:
     examined = subject()
     with decoder_of(examined, dtype) as decoder, torch.no_grad():
         decoder.reserve(len(TOKENS))
@@ -385,7 +387,7 @@ def test_a_long_completion_is_cut() -> None:
     assert (found["tokens"], found["prompt_length"]) == (PROMPT + 64, PROMPT)
 
 
-# -- for people
+# -- text
 
 
 def printed(found: dict[str, Any]) -> str:

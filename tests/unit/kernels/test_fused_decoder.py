@@ -1,4 +1,4 @@
-"""A decode step of the engine by the GPU's kernels beside the same step by torch's operations."""
+"""Decode steps of the engine by the GPU's kernels agree with the same steps by torch's operations."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def decoder_of(family: str, precision: dict[str, Any], rounding: str) -> Decoder
 
 
 def cache_for(decoder: Decoder, *, gpu: bool) -> KVCache:
-    """As a CPU has it, in FP32 with keys transposed, or as a GPU."""
+    """Return a cache in the layout of a GPU, or of a CPU: in FP32 with transposed keys."""
     dtype = decoder.rounding.kv_dtype if gpu else torch.float32
     cache = KVCache(decoder.config, slots=4, max_length=32, dtype=dtype, device=torch.device("cpu"))
     if gpu:
@@ -50,7 +50,7 @@ def cache_for(decoder: Decoder, *, gpu: bool) -> KVCache:
 
 @torch.inference_mode()
 def decoded(decoder: Decoder, cache: KVCache, steps: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states of some steps of three sequences, and what the cache holds then."""
+    """Return the hidden states of a few steps of three sequences, and the cached keys and values afterwards."""
     decoder.reserve(32)
     _, saved = decoder.prefill(torch.arange(sum(LENGTHS)) * 7 % 101, LENGTHS)
     for slot, part in enumerate(torch.split(saved, list(LENGTHS), dim=2)):
@@ -80,7 +80,7 @@ def test_a_down_projection_in_parts_decodes_the_same(
     parts: list[tuple[int, ...]] = []
 
     def bmm(left: Tensor, right: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        """On a CPU torch's takes no other dtype for results."""
+        """Emulate `out_dtype`, which torch.bmm does not support on a CPU."""
         if out_dtype is None:
             return multiply(left, right)
         parts.append(tuple(left.shape))
@@ -91,7 +91,7 @@ def test_a_down_projection_in_parts_decodes_the_same(
     monkeypatch.setattr(decoder_module, "_few_tiles", lambda *_: True)
     monkeypatch.setattr(torch, "bmm", bmm)
     found = decoded(decoder, cache_for(decoder, gpu=True))
-    # Layers whose down projection is an island, or ends at one, do it whole.
+    # A down projection is not split if it is an island or its residual stream is FP32.
     assert parts.count((4, 3, 16)) == 3 * (1 if "fp32_modules" in precision else 3)
     for one, other in zip(found, expected, strict=True):
         assert (one.float() - other.float()).abs().max() < bound * other.float().abs().max()

@@ -1,4 +1,4 @@
-"""Weights outside the precision rules are refused by name, and what is reported of sums is found by summing."""
+"""Refusal of weights outside the precision rules, and reports of FP32 sums that are found by summing."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from betterhalf.algorithms.presets import resolve_algorithm
-from betterhalf.config.schema import AlgorithmConfig, RunConfig
+from betterhalf.config.schema import RunConfig
 from betterhalf.errors import InputError
 from betterhalf.precision import cpu_linear
 from betterhalf.precision.coverage import sums_in_fp32
@@ -37,20 +36,18 @@ def configured(precision: dict[str, Any]) -> RunConfig:
 def trainer_of(module: Any, precision: dict[str, Any]) -> PolicyTrainer:
     config = configured(precision)
     roles = build_precision(config.precision, torch.device("cpu"))
-    return PolicyTrainer(
-        loaded_model(module), config=config, precision=roles, algorithm=resolve_algorithm(AlgorithmConfig())
-    )
+    return PolicyTrainer(loaded_model(module), config=config, precision=roles)
 
 
-# -- what is covered
+# -- coverage
 
 
 class OwnLinear(nn.Linear):
-    """Computes as `nn.Linear` does, but could do anything."""
+    """Subclass that computes what `nn.Linear` does, but could do anything."""
 
 
 class OnParameters(nn.Module):
-    """A projection by `F.linear` on a raw parameter."""
+    """Projection by `F.linear` on a raw parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +69,7 @@ class Experts(nn.Module):
 
 
 class Squared(nn.Module):
-    """A bilinear form of the input with itself."""
+    """Bilinear form of the input with itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +116,7 @@ def test_experts_of_a_real_mixture_are_refused_in_half_and_train_in_fp32() -> No
 
 
 class WithoutCalling(nn.Module):
-    """A projection that multiplies by another module's weight, past that module's forward."""
+    """Projection that multiplies by another module's weight without calling that module."""
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
@@ -139,7 +136,7 @@ def test_a_covered_layer_whose_weight_is_multiplied_elsewhere_is_refused_where_s
 
 
 class Gram(nn.Module):
-    """A product of activations with themselves."""
+    """Product of activations with themselves."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (x @ x.transpose(-1, -2)) @ x
@@ -148,7 +145,7 @@ class Gram(nn.Module):
 def test_a_product_of_half_activations_is_refused_where_sums_must_be_fp32() -> None:
     module = tiny()
     module.model.layers[0].mlp.act_fn = Gram()
-    with pytest.raises(InputError, match="weights in operations of its own"):
+    with pytest.raises(InputError, match="weights in other operations"):
         trainer_of(module, {"preset": "bf16", "half_matmul": "fp32_sums"})
 
 
@@ -161,7 +158,7 @@ def test_sound_decoders_are_covered(family: str, tied: bool, precision: dict[str
     assert facts["matmul_sums"] == "fp32"
 
 
-# -- what is reported
+# -- reports
 
 
 @pytest.mark.parametrize(
@@ -178,7 +175,7 @@ def test_sound_decoders_are_covered(family: str, tied: bool, precision: dict[str
 def test_both_sides_report_the_same_layers_and_fp32_sums(precision: dict[str, Any], layers: str, bias: bool) -> None:
     trainer = trainer_of(tiny(mlp_bias=bias), precision)
     engine = build_engine(configured(precision), trainer.module.config, (0,), trainer.precision)
-    engine.load_weights(trainer.wire_weights(), policy_version=0)
+    engine.load_weights(trainer.wire_weights().tensors, policy_version=0)
     for report in (trainer.report(), engine.report()):
         assert (report.facts["linear_layers"], report.facts["matmul_sums"]) == (layers, "fp32")
 
@@ -191,17 +188,17 @@ def test_the_report_leaves_weights_and_results_as_they_were() -> None:
 
 
 def in_half(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A product whose sums are rounded to half after every term."""
+    """Return a product whose sums are rounded to half after every term."""
     total = torch.zeros(left.shape[0], right.shape[0], dtype=torch.float16)
     for x, w in zip(left.t(), right.to_dense().t() if right.layout != torch.strided else right.t(), strict=True):
         total += torch.outer(x, w).half()
     return total.to(left.dtype)
 
 
-def test_sums_in_half_show_whatever_the_configuration_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_in_half_are_reported_whatever_the_configuration_says(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(tiny(), {"preset": "fp16"})
     engine = build_engine(configured({"preset": "fp16"}), trainer.module.config, (0,), trainer.precision)
-    engine.load_weights(trainer.wire_weights(), policy_version=0)
+    engine.load_weights(trainer.wire_weights().tensors, policy_version=0)
     monkeypatch.setattr(cpu_linear, "product", in_half)
     assert trainer.report().facts["matmul_sums"] == "less than fp32"
     assert engine.report().facts["matmul_sums"] == "fp32"
@@ -212,7 +209,7 @@ def test_sums_in_half_show_whatever_the_configuration_says(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("of", ["inputs", "weights"])
-def test_gradients_summed_in_half_show_as_well(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_summed_in_half_are_reported_as_well(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Tensor] = []
     exact = cpu_linear.product
 
@@ -226,7 +223,7 @@ def test_gradients_summed_in_half_show_as_well(of: str, monkeypatch: pytest.Monk
     assert trainer.report().facts["matmul_sums"] == "less than fp32"
 
 
-# -- the probe itself: a product as terms [out, in], added up in many orders
+# -- the test product: terms [out, in], added up in many orders
 
 
 def in_order(terms: Tensor, kind: torch.dtype) -> Tensor:
@@ -244,14 +241,14 @@ def pairwise(terms: Tensor, kind: torch.dtype) -> Tensor:
 
 
 def blocks(size: int) -> Callable[[Tensor, torch.dtype], Tensor]:
-    """Exact within a block, rounded between blocks."""
+    """Return a sum that is exact within a block and rounded between blocks."""
     return lambda terms, kind: in_order(
         torch.stack([part.double().sum(1).to(kind) for part in torch.split(terms, size, 1)], 1), kind
     )
 
 
 def lanes(count: int) -> Callable[[Tensor, torch.dtype], Tensor]:
-    """Every `count`-th term together, rounded each time; then the lanes, pairwise."""
+    """Return a sum of every `count`-th term, rounded each time, and then of these lanes, pairwise."""
     return lambda terms, kind: pairwise(
         torch.stack([in_order(terms[:, lane::count], kind) for lane in range(count)], 1), kind
     )
@@ -268,7 +265,7 @@ ORDERS = {
 @pytest.mark.parametrize("order", list(ORDERS))
 @pytest.mark.parametrize("operands", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("width", [96, 201])
-def test_the_probe_tells_fp32_sums_from_narrower_ones_in_every_order(
+def test_fp32_sums_are_distinguished_from_narrower_ones_in_every_order(
     order: str, operands: torch.dtype, width: int
 ) -> None:
     weight = torch.empty(40, width, dtype=operands)
@@ -281,7 +278,7 @@ def test_the_probe_tells_fp32_sums_from_narrower_ones_in_every_order(
 
 
 @pytest.mark.parametrize("bits", [7, 10])
-def test_fp32_operands_that_are_rounded_show(bits: int) -> None:
+def test_rounding_of_fp32_operands_is_detected(bits: int) -> None:
     """Round as TF32 does, to 10 stored bits, or as oneDNN's bf16 mode does, to 7."""
 
     def multiply(x: Tensor, w: Tensor) -> Tensor:
