@@ -1,4 +1,4 @@
-"""Decoders of every family that are small enough for tests, with random weights that a seed determines."""
+"""Small decoders of every family for tests, with random weights that a seed determines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TINY: Sizes = {
     "head_dim": 8,
     "max_position_embeddings": 64,
 }
-"""Two layers: runs in milliseconds."""
+"""Two layers, which run in milliseconds."""
 SMALL: Sizes = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -34,7 +34,7 @@ SMALL: Sizes = {
     "max_position_embeddings": 128,
     "initializer_range": 0.2,
 }
-"""Three layers, and weights large enough that roundings show in the logprobs."""
+"""Three layers, with weights large enough that roundings change the logprobs."""
 CUDA: Sizes = {
     "vocab_size": 101,
     "hidden_size": 128,

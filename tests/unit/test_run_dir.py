@@ -1,4 +1,4 @@
-"""The run folder: what it refuses, and what a kill or a full disk leaves behind."""
+"""The run folder: refusals, and its state after a kill or on a full disk."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_short_append_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     append_jsonl(path, {"step": 1})
 
     def short_then_full(fd: int, data: bytes) -> int:
-        """The disk takes five bytes more."""
+        """Write five more bytes, then fail as on a full disk."""
         if not data.startswith(b"{"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(fd, data[:5])

@@ -112,9 +112,17 @@ def _first_leaf(key: str, value: object) -> str:
 def _missing(details: ErrorDetails, path: _Location) -> str:
     if isinstance(path[-1], int):
         return f"{_key(path)} has too few values. Give all of them, separated by commas."
-    info = keys.find(_names(path))
-    meaning = f" ({info.description.split(chr(10))[0].rstrip('.')})" if info and info.description else ""
+    sections = keys.sections(_annotation(path[:-1])) if len(path) > 1 else ()
+    chosen = [section for section in sections if _type_of(section) in details["loc"]]
+    info = keys.field(chosen, str(path[-1])) or keys.find(_names(path))
+    meaning = f" ({' '.join(info.description.split()).rstrip('.')})" if info and info.description else ""
     return f"{_key(path)} is required{meaning}. Set it."
+
+
+def _type_of(section: type[Section]) -> str | None:
+    """Return the value of `type` that chooses a section; None for a section without types."""
+    info = section.model_fields.get("type")
+    return info.default if info else None
 
 
 def _choice(details: ErrorDetails, path: _Location) -> str:
@@ -125,7 +133,7 @@ def _choice(details: ErrorDetails, path: _Location) -> str:
 
 
 def _type_tag(details: ErrorDetails, path: _Location) -> str:
-    allowed = [section.model_fields["type"].default for section in keys.sections(_annotation(path))]
+    allowed = [str(_type_of(section)) for section in keys.sections(_annotation(path))]
     given = details["input"].get("type") if isinstance(details["input"], Mapping) else details["input"]
     hint = keys.nearest(given, allowed)
     fix = f" Did you mean {hint}?" if hint else ""

@@ -196,7 +196,7 @@ def _with_types(data: Mapping[str, Any], section: type[Section]) -> dict[str, An
 
 
 def _validate(data: Mapping[str, Any], origins: Mapping[str, str]) -> RunConfig:
-    """Validate strictly: "12" is no number, true is not 1. In JSON mode, as only it accepts a list for a tuple."""
+    """Validate strictly: "12" is not a number, true is not 1. Only the JSON mode accepts a list for a tuple."""
     try:
         return RunConfig.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:

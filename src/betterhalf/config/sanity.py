@@ -34,7 +34,7 @@ class SanityConfig(Section):
     @model_validator(mode="after")
     def _make_sense(self) -> Self:
         if len(set(self.arms)) < len(self.arms):
-            raise ValueError(f"sanity.arms={','.join(self.arms)} names an arm twice; name each precision once")
+            raise ValueError(f"sanity.arms={','.join(self.arms)} names an arm twice. Name each precision once.")
         if self.lower > self.upper:
-            raise ValueError(f"sanity.lower={self.lower} exceeds sanity.upper={self.upper}; swap them")
+            raise ValueError(f"sanity.lower={self.lower} exceeds sanity.upper={self.upper}. Swap them.")
         return self

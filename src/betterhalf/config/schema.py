@@ -1,6 +1,6 @@
 """The whole configuration: strict, frozen, torch-free; the string below each field documents it.
 
-Each section has a file of its own in this package. Other packages import every section from here.
+Each section has its own file in this package. Other packages import every section from here.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def module() -> Any:
 
 @pytest.fixture
 def wire(module: Any) -> Callable[[torch.dtype], list[tuple[str, torch.Tensor]]]:
-    """The module's weights as a weight sync sends them."""
+    """Return the module's weights as a weight sync sends them."""
     return lambda dtype: [(name, parameter.detach().to(dtype)) for name, parameter in module.named_parameters()]
 
 
