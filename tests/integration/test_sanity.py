@@ -161,7 +161,9 @@ def test_an_arm_its_own_precision_brings_down_is_a_failed_arm_and_the_others_sti
         return measured
 
     monkeypatch.setattr(loop, "measure", broken_in_fp16)
-    summary = sanity(small_config(sanity={**SMALL_SANITY, "pass_accuracy": 0.1}), str(tmp_path / "run"))
+    # In this process: an arm in a process of its own would not see the patched measurement.
+    settings = {**SMALL_SANITY, "pass_accuracy": 0.1, "arms_at_once": 1}
+    summary = sanity(small_config(sanity=settings), str(tmp_path / "run"))
     assert summary["passed"] is False
     assert "trainer logprobs are not finite" in summary["reasons"]["fp16"]
     assert summary["arms"]["fp16"]["mismatch_k3"] > 0  # of the step that was measured
