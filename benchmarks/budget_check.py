@@ -33,7 +33,6 @@ from betterhalf.examine.subject import (
     sample_groups_of,
     trainer_in,
 )
-from betterhalf.setup.device import choose_device
 from betterhalf.tasks.prompting import chat_draft, encode
 from betterhalf.training.pack import by_rollout, pack_step
 from betterhalf.types import DtypeName, Prompt, Rollout
@@ -151,8 +150,8 @@ def scored(subject: Subject, dtype: DtypeName, groups: Sequence[Sequence[Rollout
     flat = [rollout for group in groups for rollout in group]
     trainer = trainer_in(subject, dtype)
     by_index: dict[int, list[float]] = {}
-    for pack in pack_step(flat, [1.0] * len(flat), subject.config, 0, choose_device(subject.config)).packs:
-        log_pi, _ = trainer.measure(pack)
+    for pack in pack_step(flat, [1.0] * len(flat), subject.config, 0).packs:
+        log_pi = trainer.measure([pack])[0].logprobs_C
         by_index |= by_rollout(pack, log_pi.double() - pack.behavior_logprobs_C.double())
     return Sample(
         log_ratios=[torch.tensor(by_index[i], dtype=torch.float64) for i in range(len(flat))],

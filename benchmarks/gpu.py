@@ -28,8 +28,7 @@ import torch
 from packs import pack_of, random_ids
 from side_by_side import Row, Table, parser, seconds_of
 
-from betterhalf.algorithms.presets import resolve_algorithm
-from betterhalf.config.schema import AlgorithmConfig, RunConfig, SamplingConfig
+from betterhalf.config.schema import RunConfig, SamplingConfig
 from betterhalf.models.loading import LoadedModel
 from betterhalf.precision.roles import build_precision
 from betterhalf.process import frozen_gc
@@ -189,8 +188,7 @@ def config_of(args: argparse.Namespace, dtype: DtypeName) -> RunConfig:
 
 def trainer_for(args: argparse.Namespace, config: RunConfig, device: torch.device) -> PolicyTrainer:
     precision = build_precision(config.precision, device)
-    algorithm = resolve_algorithm(AlgorithmConfig())
-    return PolicyTrainer(random_model(args.model, device), config=config, precision=precision, algorithm=algorithm)
+    return PolicyTrainer(random_model(args.model, device), config=config, precision=precision)
 
 
 def time_steps(args: argparse.Namespace, trainer: PolicyTrainer) -> float:
@@ -213,7 +211,7 @@ def time_steps(args: argparse.Namespace, trainer: PolicyTrainer) -> float:
 def time_tokens(args: argparse.Namespace, trainer: PolicyTrainer) -> float:
     """Return the median seconds per decoded token of all sequences."""
     engine = build_engine(trainer.config, trainer.module.config, (), trainer.precision)
-    engine.load_weights(trainer.wire_weights(), policy_version=0)
+    engine.load_weights(trainer.wire_weights().tensors, policy_version=0)
     ids = random_ids(trainer.module.config.vocab_size, args.sequences // SIBLINGS, args.prompt).tolist()
     requests = [
         GenerateRequest(token_ids=tuple(row), group_size=SIBLINGS, key=(0, 0, index)) for index, row in enumerate(ids)

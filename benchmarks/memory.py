@@ -32,8 +32,7 @@ def one_pass(tokens: int) -> None:
     """Run one pass and print the peak before and after it, in GiB."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from betterhalf.algorithms.presets import resolve_algorithm
-    from betterhalf.config.schema import AlgorithmConfig, RunConfig
+    from betterhalf.config.schema import RunConfig
     from betterhalf.models.loading import LoadedModel
     from betterhalf.precision.roles import build_precision
     from betterhalf.training.policy_trainer import PolicyTrainer
@@ -55,7 +54,7 @@ def one_pass(tokens: int) -> None:
     )
     config = RunConfig()
     precision = build_precision(config.precision, torch.device("cpu"))
-    trainer = PolicyTrainer(model, config=config, precision=precision, algorithm=resolve_algorithm(AlgorithmConfig()))
+    trainer = PolicyTrainer(model, config=config, precision=precision)
     warm = pack_of(random_ids(VOCABULARY, 1, 64))
     (-trainer.score(warm).mean() * LOSS_SCALE).backward()
     before = peak_gib()

@@ -14,7 +14,8 @@ from typing import Any
 from betterhalf.config.schema import RunConfig
 from betterhalf.runs.assembly import assemble
 from betterhalf.runs.collect import collect_groups
-from betterhalf.runs.loop import measure, mismatch, step_advantages
+from betterhalf.runs.measure import measure, mismatch
+from betterhalf.runs.progress import Progress
 from betterhalf.runs.stopwatch import Stopwatch
 from betterhalf.runs.weight_sync import sync_weights
 from betterhalf.training.pack import pack_step
@@ -44,9 +45,10 @@ def gap(model: str, precision: str, half_matmul: str, rounding: str, prompts: in
     parts = assemble(config)
     try:
         sync_weights(parts)
-        collected = collect_groups(parts, 1, 0, Stopwatch())
-        batch = pack_step(collected.rollouts, step_advantages(parts, collected), config, 1, parts.precision.device)
-        return mismatch(measure(parts, batch, 1), config.sampling.max_tokens).metrics
+        collected = collect_groups(parts, Progress(), Stopwatch(parts.precision.device))
+        # Advantages do not enter the mismatch.
+        batch = pack_step(collected.rollouts, [1.0] * len(collected.rollouts), config, 1)
+        return mismatch(batch, measure(parts.trainer, batch, config, 1), config.sampling.max_tokens).metrics
     finally:
         parts.close()
 

@@ -33,6 +33,7 @@ from whole_step import Steps, add_sizes, open_parts, step_config, with_rewards
 from betterhalf.config.schema import RunConfig
 from betterhalf.runs import loop, train, weight_sync
 from betterhalf.runs.assembly import Parts
+from betterhalf.runs.progress import Progress
 from betterhalf.types import DtypeName, PresetName
 
 MEASUREMENT, VERIFICATION, RECORDING = 0.02, 0.03, 0.01
@@ -96,7 +97,7 @@ def watched_steps(parts: Parts, repeats: int) -> list[Seconds]:
 
 def _watch_measurement(meter: Meter, parts: Parts) -> None:
     meter.watch(loop, "measure", "measure")
-    meter.watch(parts.trainer, "measure", "zero", only=lambda micro, **_: not bool(micro.advantages_S.any()))
+    meter.watch(parts.trainer, "_measure", "zero", only=lambda micro, *_: not bool(micro.advantages_S.any()))
     meter.watch(loop, "mismatch", "statistics")
     meter.watch(loop.watchdog, "check", "statistics")
 
@@ -187,7 +188,7 @@ def recorded_run(config: RunConfig, repeats: int) -> tuple[list[Seconds], float]
     found: list[Seconds] = []
     with Meter() as meter, tempfile.TemporaryDirectory() as folder:
 
-        def recorded(parts: Parts, progress: loop.Progress, on_step: Callable[..., None]) -> loop.Progress:
+        def recorded(parts: Parts, progress: Progress, on_step: Callable[..., None]) -> Progress:
             def record(result: loop.StepResult) -> None:
                 with meter.time("record"):
                     on_step(result)

@@ -23,8 +23,7 @@ from packs import pack_of, random_ids
 from side_by_side import Action, Row, Table, parser, seconds_of, take_turns
 from torch import Tensor
 
-from betterhalf.algorithms.presets import resolve_algorithm
-from betterhalf.config.schema import AlgorithmConfig, ModelConfig, PrecisionConfig, RunConfig
+from betterhalf.config.schema import ModelConfig, PrecisionConfig, RunConfig
 from betterhalf.models.loading import LoadedModel, load_model
 from betterhalf.precision.formats import torch_dtype
 from betterhalf.precision.products import product
@@ -48,7 +47,7 @@ def our_pass(model: LoadedModel, token_ids_T: Tensor, dtype: DtypeName) -> Actio
     config = RunConfig(precision=PrecisionConfig(preset=dtype))
     precision = build_precision(config.precision, torch.device("cpu"))
     copied = replace(model, module=duplicate(model))
-    trainer = PolicyTrainer(copied, config=config, precision=precision, algorithm=resolve_algorithm(AlgorithmConfig()))
+    trainer = PolicyTrainer(copied, config=config, precision=precision)
     micro = pack_of(token_ids_T.unsqueeze(0))
 
     def run() -> None:

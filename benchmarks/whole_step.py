@@ -16,6 +16,7 @@ from betterhalf.config.schema import RunConfig
 from betterhalf.rollout.build import build_engine
 from betterhalf.runs import loop
 from betterhalf.runs.assembly import Parts, assemble
+from betterhalf.runs.progress import Progress
 from betterhalf.runs.weight_sync import sync_weights
 from betterhalf.tasks.task import Task
 from betterhalf.types import DtypeName, FinishReason, Prompt
@@ -76,7 +77,7 @@ def open_parts(config: RunConfig, reward: Reward = "spread", equal_share: float 
     """Build the parts of a run, with an engine that ignores stop tokens and holds the weights."""
     parts = assemble(config)
     parts.engine.close()
-    engine = build_engine(config, parts.trainer.module.config, (), parts.precision)
+    engine = build_engine(config, parts.model.hf_config, (), parts.precision)
     parts = replace(parts, engine=engine)
     if reward == "spread":
         parts = with_rewards(parts, equal_share)
@@ -93,7 +94,7 @@ class Steps:
     """Runner of consecutive steps."""
 
     def __init__(self, parts: Parts) -> None:
-        self.parts, self.progress = parts, loop.Progress()
+        self.parts, self.progress = parts, Progress()
         self.skipped = 0
         """Number of optimizer steps skipped so far because gradients were not finite: they make a step shorter."""
 

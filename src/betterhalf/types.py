@@ -7,10 +7,12 @@ No torch at run time: tensors are named in annotations only. Axis letters in fie
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
 DtypeName = Literal["fp16", "bf16", "fp32"]
@@ -34,7 +36,67 @@ PresetName = Literal[
     "geo_mask",
     "dppo_tv",
 ]
-"""Names of the algorithm presets; `config.presets` says what each is made of."""
+"""Names of the algorithm presets; `config.presets` holds the choices behind each."""
+
+AdvantageKind = Literal["group_mean", "group_standardised", "leave_one_out", "raw"]
+"""Baselines of the advantage."""
+
+AggregationKind = Literal["constant_length", "sequence_mean", "token_mean"]
+"""Reductions of token losses to one number."""
+
+DenominatorKind = Literal["all", "kept"]
+"""Tokens that the denominator of the loss counts: all, or those that no mask rejects before the first update."""
+
+RatioLevel = Literal["none", "token", "sequence", "geometric_mean"]
+"""Levels of an importance ratio; `none` is the constant 1."""
+
+RatioName = Literal["current/proximal", "current/behavior", "proximal/behavior"]
+"""Numerator and denominator of an importance ratio."""
+
+RatioTreatment = Literal["raw", "truncate", "mask", "clip"]
+"""Treatments of a ratio outside its bounds."""
+
+RatioGradient = Literal["ratio", "logprob"]
+"""Factor of the surrogate that is differentiated: the ratio, or log pi with the ratio held constant."""
+
+RoundingMode = Literal["engine", "aligned"]
+"""Rounding points of the native engine: those of production engines, or those of the trainer."""
+
+HeadDtype = Literal["fp32", "model"]
+"""Precision of the LM head's product in vLLM; `model` is the rollout dtype."""
+
+SleepMode = Literal["auto", "never"]
+"""Use of vLLM's sleep mode while the trainer works."""
+
+HalfMatmul = Literal["auto", "native", "fp32_sums"]
+"""Computations of a half matrix product on a CPU."""
+
+PairSelection = Literal["full", "matched"]
+"""Named sets of (trainer dtype, rollout dtype) pairs."""
+
+ArithmeticStyle = Literal["running_sum", "word_problem", "auto"]
+"""Wordings of the arithmetic task."""
+
+PromptTemplate = Literal["chat", "r1_distill", "qwen_math", "none"]
+"""Templates that turn a maths problem into a prompt."""
+
+BadRowAction = Literal["refuse", "skip"]
+"""Actions on a row that cannot be used."""
+
+SchedulerName = Literal["constant", "linear", "cosine"]
+"""Shapes of the learning rate after the warm-up."""
+
+WatchdogAction = Literal["warn", "mask", "halve_learning_rate", "stop"]
+"""Actions of a watchdog rule that fires."""
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+"""Devices of a run; `auto` takes a GPU if there is one."""
+
+ConsoleMode = Literal["auto", "live", "lines", "quiet"]
+"""Forms of the terminal output that a configuration can choose."""
+
+Reduction = Literal["sum", "mean", "max", "last"]
+"""Ways to combine the values of several micro-batches, optimizer steps or ranks; see `reduction`."""
 
 FinishReason = Literal["stop", "length"]
 """Why sampling ended: a stop token (itself part of the completion), or the length limit."""
@@ -122,8 +184,44 @@ class PackedSegment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MicroBatch:
-    """Sequences laid end to end, without padding: one forward (and backward) pass.
+class TokenTensors:
+    """Constants of the loss of S sequences with C completion tokens in all.
+
+    `MicroBatch` carries them and `LossInputs` hands them to the loss, so a new one is a field here and nowhere else.
+    """
+
+    sequence_index_C: Tensor
+    """int64 [C]: index of the sequence to which each completion token belongs; a sequence may have no token."""
+    behavior_logprobs_C: Tensor
+    """float32 [C]: log mu, from the engine."""
+    advantages_S: Tensor
+    """float32 [S]: one for all tokens of a sequence."""
+    proximal_logprobs_C: Tensor | None = None
+    """float32 [C]: the trainer's logprobs before the first update on the batch; None if nothing reads them."""
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return int(self.advantages_S.shape[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossInputs(TokenTensors):
+    """Everything that a loss reads of one micro-batch: the constants, and the policy being trained."""
+
+    current_logprobs_C: Tensor
+    """float32 [C]: log pi of the weights being trained, with a graph."""
+
+    @classmethod
+    def of(cls, tokens: TokenTensors, current_logprobs_C: Tensor) -> LossInputs:
+        """Add the current logprobs to the constants of the same tokens."""
+        constants = {field.name: getattr(tokens, field.name) for field in fields(TokenTensors)}
+        return cls(current_logprobs_C=current_logprobs_C, **constants)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch(TokenTensors):
+    """Sequences laid end to end, without padding: one forward (and backward) pass. Its tensors are in host memory.
 
     Siblings share one copy of their prompt, and tokens after which nothing is predicted are left out. The C completion
     tokens of all S sequences have a loss; `loss_rows_C[i]` is the position whose logits predict `target_ids_C[i]`.
@@ -139,20 +237,9 @@ class MicroBatch:
     """int64 [C]: index into T of the token before each completion token; siblings share their prompt's last."""
     target_ids_C: Tensor
     """int64 [C]: the completion tokens."""
-    sequence_index_C: Tensor
-    """int64 [C]: which of the S sequences each completion token belongs to."""
-    behavior_logprobs_C: Tensor
-    """float32 [C]: log mu from the engine."""
-    advantages_S: Tensor
-    """float32 [S]."""
     rollout_index_S: tuple[int, ...]
     """[S] position of each sequence among the step's rollouts (groups in order, siblings in order); those that are left
     out of the step count on after them."""
-
-    @property
-    def num_sequences(self) -> int:
-        """S."""
-        return len(self.rollout_index_S)
 
     @property
     def num_tokens(self) -> int:
@@ -174,29 +261,31 @@ class Denominators:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
-    """All of one optimizer step."""
+    """All of one optimizer step. Packs are named by their index in `StepBatch.packs`."""
 
-    micro_batches: tuple[MicroBatch, ...]
-    """Sequences with a non-zero advantage; may be empty."""
-    measure_only: tuple[MicroBatch, ...]
-    """Sequences of zero-advantage groups: no gradient, but they count in the mismatch and in the denominators."""
+    micro_batches: tuple[int, ...]
+    """Packs of sequences with a non-zero advantage; may be empty."""
+    measure_only: tuple[int, ...]
+    """Packs of zero-advantage groups: no gradient, but they count in the mismatch and in the denominators."""
     denominators: Denominators
 
     @property
-    def packs(self) -> tuple[MicroBatch, ...]:
+    def packs(self) -> tuple[int, ...]:
         """Every pack, trained ones first."""
         return self.micro_batches + self.measure_only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
-    """All of one step: the train batches in the order they are trained on, and what is measured besides."""
+    """All of one step, in host memory."""
 
+    packs: tuple[MicroBatch, ...]
+    """Every pack of the step: those of the train batches in order, then those left out."""
     train_batches: tuple[TrainBatch, ...]
-    left_out: tuple[MicroBatch, ...] = ()
-    """Sequences that were sampled but belong to no train batch: they count in the mismatch, in nothing else."""
+    """In the order they are trained on."""
+    left_out: tuple[int, ...] = ()
+    """Packs of sequences that belong to no train batch: they count in the mismatch and in nothing else."""
 
-    @property
-    def packs(self) -> tuple[MicroBatch, ...]:
-        """Every pack of the step, those of the train batches first."""
-        return tuple(pack for batch in self.train_batches for pack in batch.packs) + self.left_out
+    def chosen(self, indices: Iterable[int]) -> list[MicroBatch]:
+        """Return the packs with these indices."""
+        return [self.packs[index] for index in indices]

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from tests.tiny_models import CUDA, tiny_config, tiny_module
 
 from betterhalf.config.schema import RunConfig, SamplingConfig
 from betterhalf.errors import EngineError
@@ -22,31 +21,19 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 640,
-    "initializer_range": 0.1,
-    "bos_token_id": None,
-    "eos_token_id": None,
+FAMILIES: dict[str, Any] = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 7},
+    "qwen2": {},
+    "qwen3": {},
 }
-CONFIGS: dict[str, Any] = {
-    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "mistral_sliding": MistralConfig(**SIZES, sliding_window=7),
-    "qwen2": Qwen2Config(**SIZES),
-    "qwen3": Qwen3Config(**SIZES),
-}
+"""What each family is built with."""
 SAMPLING = SamplingConfig(max_tokens=20)
 
 
 def module_of(family: str) -> Any:
-    torch.manual_seed(5)
-    return AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32).eval()
+    config = tiny_config(family, CUDA, initializer_range=0.1, **FAMILIES[family])
+    return tiny_module(config, seed=5)
 
 
 def engine_of(module: Any, precision: str, device: str = "cuda", islands: tuple[str, ...] = (), **settings: Any) -> Any:
@@ -79,7 +66,7 @@ def gap(module: Any, found: list[Any]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_fp32_on_the_device_equals_the_transformers_module(family):
     module = module_of(family)
     difference = gap(module, engine_of(module, "fp32").generate(requests(), SAMPLING))
@@ -88,7 +75,7 @@ def test_fp32_on_the_device_equals_the_transformers_module(family):
 
 @pytest.mark.parametrize("mode", ["engine", "aligned"])
 @pytest.mark.parametrize(("precision", "bound"), [("fp16", 2e-4), ("bf16", 2e-2)])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_half_on_the_device_stays_close_to_fp32(family, precision, bound, mode):
     module = module_of(family)
     difference = gap(module, engine_of(module, precision, rounding=mode).generate(requests(), SAMPLING))
@@ -96,7 +83,7 @@ def test_half_on_the_device_stays_close_to_fp32(family, precision, bound, mode):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_graphs_give_what_plain_launches_give(family, precision):
     module = module_of(family)
     graphs = engine_of(module, precision, cuda_graphs=True, max_concurrent=6)

@@ -7,19 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from tests.tiny_models import CUDA, tiny_model
 
-from betterhalf.algorithms.presets import resolve_algorithm
-from betterhalf.config.schema import AlgorithmConfig, LossScaleConfig, RunConfig
-from betterhalf.models.loading import LoadedModel
+from betterhalf.algorithms.presets import PRESETS
+from betterhalf.config.schema import LossScaleConfig, RunConfig
 from betterhalf.precision.contract import weights_digests
 from betterhalf.precision.loss_scaler import build_loss_scaler
 from betterhalf.precision.roles import build_precision
 from betterhalf.run_dir import RunDir, read_json, read_jsonl
 from betterhalf.runs.train import run_training
 from betterhalf.training.pack import pack_step
-from betterhalf.training.policy_trainer import PolicyTrainer
+from betterhalf.training.policy_trainer import PolicyTrainer, on_device
 from betterhalf.types import Completion, Prompt, Rollout
 
 pytestmark = [
@@ -27,29 +25,14 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 256,
-}
-
 
 def trainer_on(
     device: str, precision: str, islands: tuple[str, ...] = (), compiled: bool = False, **changes: Any
 ) -> tuple[PolicyTrainer, RunConfig]:
     """A tiny random trainer; the same weights on every device."""
-    torch.manual_seed(0)
-    kind = MistralConfig if "sliding_window" in changes else LlamaConfig
-    hf_config = kind(**SIZES, **changes)
-    module = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
-    model = LoadedModel(
-        name="tiny", module=module, hf_config=hf_config, tokenizer=None, stop_token_ids=(0,), context_length=256
-    )
+    family = "mistral" if "sliding_window" in changes else "llama"
+    sizes = {**CUDA, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    model = tiny_model(family, sizes, seed=0, **changes)
     config = RunConfig.model_validate(
         {
             "precision": {"preset": precision, "fp32_modules": islands},
@@ -58,8 +41,7 @@ def trainer_on(
         }
     )
     roles = build_precision(config.precision, torch.device(device))
-    algorithm = resolve_algorithm(AlgorithmConfig(preset="pg_seq_is"))
-    return PolicyTrainer(model, config=config, precision=roles, algorithm=algorithm), config
+    return PolicyTrainer(model, config=config, precision=roles), config
 
 
 def rollouts() -> list[Rollout]:
@@ -86,11 +68,11 @@ def learned(device: str, precision: str, **changes: Any) -> tuple[torch.Tensor, 
     """Logprobs of all completion tokens and the unscaled gradients, on the CPU."""
     trainer, config = trainer_on(device, precision, **changes)
     advantages = [1.0 if k % 2 else -1.0 for k in range(9)]
-    (batch,) = pack_step(rollouts(), advantages, config, step=1, device=torch.device(device)).train_batches
-    logprobs = torch.cat([trainer.measure(pack)[0] for pack in batch.micro_batches]).cpu()
-    for pack in batch.micro_batches:
-        assert torch.equal(trainer.measure(pack)[0], trainer.score(pack).detach())
-        trainer.forward_backward(pack, None, batch.denominators)
+    step = pack_step(rollouts(), advantages, config, step=1)
+    logprobs = torch.cat([scores.logprobs_C for scores in trainer.measure(step.packs)])
+    for pack, scores in zip(step.packs, trainer.measure(step.packs), strict=True):
+        assert torch.equal(scores.logprobs_C, trainer.score(on_device(pack, torch.device(device))).detach().cpu())
+    trainer.forward_backward(step.packs, PRESETS["pg_seq_is"], step.train_batches[0].denominators)
     return logprobs, {name: (g / trainer.scaler.scale).cpu() for name, g in trainer.weights.gradients()}
 
 

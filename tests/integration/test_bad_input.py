@@ -90,8 +90,8 @@ def test_evaluation_samples_from_a_truncated_distribution(ends: Ends, tmp_path: 
         (["sampling.max_tokens=120"], ["context of 128", "16 tokens", "Set sampling.max_tokens=112 or less"]),
         (["training.group_size=1"], ["training.group_size=1", "group_mean", "2 or more"]),
         (["algorithm=rloo", "training.group_size=1"], ["leave_one_out", "2 or more"]),
-        (["sampling.top_p=0.9"], ["sampling.top_p=0.9 truncates", "set it to 1"]),
-        (["sampling.top_k=5"], ["sampling.top_k=5 truncates", "set it to -1"]),
+        (["sampling.top_p=0.9"], ["sampling.top_p=0.9 truncates", "Set it to 1"]),
+        (["sampling.top_k=5"], ["sampling.top_k=5 truncates", "Set it to -1"]),
         (["device=cuda"], ["torch sees no GPU", "device=cpu"]),
         (["precision.rollout_dtype=bf16"], ["differ in precision", "precision.allow_difference=true"]),
         (["task=math"], ["task.path is required"]),
@@ -142,7 +142,7 @@ def test_a_damaged_model_folder_is_refused(train: Ends, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     train(0, f"model={DEMO_MODEL}")
     message = train(2, f"model={tmp_path / 'run'}", f"run_dir={tmp_path / 'other'}")
-    assert "is a run; turn it into a model with `betterhalf export" in message
+    assert "is a run, not a model; write its model to a folder with `betterhalf export" in message
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(train: Ends, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(train: Ends, tmp_path: Path) ->
 def test_a_run_folder_that_cannot_be_made_is_named(place: str, train: Ends, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     message = train(2, f"run_dir={tmp_path / place}")
-    assert f"{tmp_path / place} cannot be made" in message and "Choose another folder with run_dir=PATH" in message
+    assert f"{tmp_path / place} cannot be created" in message and "Choose another folder with run_dir=PATH" in message
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

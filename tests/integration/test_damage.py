@@ -203,8 +203,8 @@ def test_report_refuses_what_is_no_run(ends: Ends, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder, words in (
         (tmp_path / "gone", "is not a folder"),
-        (tmp_path / "empty", "is no run folder"),
-        (DEMO_MODEL, "is no run folder"),
+        (tmp_path / "empty", "is not a run folder"),
+        (DEMO_MODEL, "is not a run folder"),
     ):
         assert words in ends(2, "report", folder, f"run_dir={tmp_path / 'page'}")
         assert words in ends(2, "export", folder, tmp_path / "exported")

@@ -69,7 +69,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "rope": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope scaling 'dynamic'"),
     "mixers": ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "packed sequences would leak"),
     "dropout": ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
-    "vocabulary": ({"vocab_size": 9}, "its tokenizer one of 16"),
+    "vocabulary": ({"vocab_size": 9}, "its tokenizer has 16"),
     "stop token": ({"eos_token_id": 16}, "stop token 16 (eos_token_id in config.json): its vocabulary has 16 tokens"),
     "context": ({"max_position_embeddings": 24}, "the model's context of 24"),
     "quantized": ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights"),
@@ -114,7 +114,7 @@ def test_a_file_that_is_no_gguf_file_says_so(refused: Verb, tmp_path: Path, writ
     whole = write_gguf(tmp_path / "whole.gguf").read_bytes()
     for content in (b"", b"PK" * 40, whole[:1000]):
         (tmp_path / "torn.gguf").write_bytes(content)
-        assert "is no whole GGUF file" in refused("doctor", tmp_path / "torn.gguf")
+        assert "is not a complete GGUF file" in refused("doctor", tmp_path / "torn.gguf")
 
 
 def test_a_run_is_resumed_and_exported_under_the_same_checks(
@@ -128,8 +128,8 @@ def test_a_run_is_resumed_and_exported_under_the_same_checks(
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", read)
-    assert "its tokenizer one of 16" in train(2, f"model={model}", "--resume")
-    assert "its tokenizer one of 16" in ends(2, "export", tmp_path / "run", tmp_path / "exported")
+    assert "its tokenizer has 16" in train(2, f"model={model}", "--resume")
+    assert "its tokenizer has 16" in ends(2, "export", tmp_path / "run", tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 
 

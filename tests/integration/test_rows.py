@@ -274,5 +274,6 @@ def test_an_engine_names_the_prompt_it_refuses(monkeypatch: pytest.MonkeyPatch) 
     first_sync(parts)
     with torch.inference_mode(), pytest.raises(InputError, match="prompt math/2089 has 130 tokens"):
         long = Prompt(prompt_id="math/2089", text="", token_ids=(5,) * 130, answer="")
-        sample_groups(parts, [parts.task.prompt(0), long], 2, 1, 0, Stopwatch())
+        clock = Stopwatch(torch.device("cpu"))
+        sample_groups(parts, [parts.task.prompt(0), long], 2, step=1, policy_version=0, first_index=0, clock=clock)
     parts.close()

@@ -14,10 +14,11 @@ from betterhalf.errors import InputError
 from betterhalf.run_dir import RunDir, read_json, read_jsonl
 from betterhalf.runs import loop
 from betterhalf.runs import sanity as sanity_module
-from betterhalf.runs.assembly import Parts
+from betterhalf.runs.measure import Measured
 from betterhalf.runs.perfect import build_perfectible
 from betterhalf.runs.sanity import sanity
 from betterhalf.tasks.perfectible import read_kept
+from betterhalf.training.trainer import Trainer
 from betterhalf.types import StepBatch
 
 Configured = Callable[..., RunConfig]
@@ -153,14 +154,16 @@ def test_an_arm_its_own_precision_brings_down_is_a_failed_arm_and_the_others_sti
 ) -> None:
     real = loop.measure
 
-    def broken_in_fp16(parts: Parts, batch: StepBatch, step: int) -> loop.Measured:
-        measured = real(parts, batch, step)
-        if parts.precision.roles.compute_dtype == "fp16" and step == 2:
-            next(iter(measured.logprobs.values()))[0] = float("nan")
+    def broken_in_fp16(trainer: Trainer, batch: StepBatch, config: RunConfig, step: int) -> Measured:
+        measured = real(trainer, batch, config, step)
+        if config.precision.roles().compute_dtype == "fp16" and step == 2:
+            next(iter(measured.scores.values())).logprobs_C[0] = float("nan")
         return measured
 
     monkeypatch.setattr(loop, "measure", broken_in_fp16)
-    summary = sanity(small_config(sanity={**SMALL_SANITY, "pass_accuracy": 0.1}), str(tmp_path / "run"))
+    # In this process: an arm in a process of its own would not see the patched measurement.
+    settings = {**SMALL_SANITY, "pass_accuracy": 0.1, "arms_at_once": 1}
+    summary = sanity(small_config(sanity=settings), str(tmp_path / "run"))
     assert summary["passed"] is False
     assert "trainer logprobs are not finite" in summary["reasons"]["fp16"]
     assert summary["arms"]["fp16"]["mismatch_k3"] > 0  # of the step that was measured

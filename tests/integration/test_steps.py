@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from betterhalf.algorithms.advantage import rollout_advantages
+from betterhalf.algorithms.denominators import train_denominators
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import ConfigError
 from betterhalf.runs import loop
 from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.collect import Collected, collect_groups
-from betterhalf.runs.evaluate import PromptScore, average_reward, pass_at
-from betterhalf.runs.rollout_metrics import rollout_metrics
+from betterhalf.runs.evaluate import PromptResult, average_reward, pass_at
+from betterhalf.runs.measure import anchor_packs, anchored, measure, measure_also, mismatch
+from betterhalf.runs.progress import Progress
+from betterhalf.runs.step_metrics import rollout_metrics
 from betterhalf.runs.stopwatch import Stopwatch
 from betterhalf.runs.weight_sync import sync_weights
 from betterhalf.training.pack import pack_step
@@ -63,10 +67,19 @@ class EveryOtherPromptIsFlat:
         self.base.close()
 
 
+def collected_at(parts: Parts, position: int = 0) -> Collected:
+    """The groups of the first step when `position` prompts are consumed."""
+    return collect_groups(parts, Progress(position=position), Stopwatch(torch.device("cpu")))
+
+
+def advantages_of(parts: Parts, collected: Collected) -> list[float]:
+    return rollout_advantages(collected.groups, parts.algorithm, parts.config.sampling.max_tokens)
+
+
 def test_dynamic_sampling_replaces_flat_groups_by_fresh_prompts(build: Callable[..., Parts]) -> None:
     parts = build(algorithm={"preset": "dapo", "overlong_buffer": 0})
     task = EveryOtherPromptIsFlat(parts.task)
-    collected = collect_groups(replace(parts, task=task), 1, 0, Stopwatch())  # type: ignore[arg-type]
+    collected = collected_at(replace(parts, task=task))  # type: ignore[arg-type]
     # 4 wanted; two rounds of 4 prompts hold 4 useful ones: 1, 3, 5, 7
     assert [group.prompt.prompt_id for group in collected.groups] == ["1", "3", "5", "7"]
     assert task.asked == [(0, 4), (0, 8)]  # the second round must not repeat what the first had
@@ -88,7 +101,7 @@ def test_no_round_of_a_step_repeats_a_prompt_while_there_are_others(
             return [1.0] * len(prompts)
 
     for position in {0, num_prompts - 1, max(0, num_prompts - 6)}:
-        collected = collect_groups(replace(parts, task=AllRight(parts.task)), 1, position, Stopwatch())  # type: ignore[arg-type]
+        collected = collected_at(replace(parts, task=AllRight(parts.task)), position)  # type: ignore[arg-type]
         names = [group.prompt.prompt_id for group in collected.sampled]
         rounds = [set(names[start : start + 4]) for start in range(0, 12, 4)]
         assert len(names) == 12 and all(len(some) == 4 for some in rounds)
@@ -108,7 +121,7 @@ class FlatAtSome(EveryOtherPromptIsFlat):
 
 def sampled_dynamically(parts: Parts, *flat: int) -> Collected:
     """The first step's groups when these prompts are flat."""
-    return collect_groups(replace(parts, task=FlatAtSome(parts.task, *flat)), 1, 0, Stopwatch())  # type: ignore[arg-type]
+    return collected_at(replace(parts, task=FlatAtSome(parts.task, *flat)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +138,7 @@ def test_dropped_and_surplus_groups_are_counted_apart(
 ) -> None:
     parts = build(algorithm={"preset": "dapo", "overlong_buffer": 0})
     collected = sampled_dynamically(parts, *flat)
-    metrics = rollout_metrics(collected, loop.step_advantages(parts, collected))
+    metrics = rollout_metrics(collected, advantages_of(parts, collected))
     assert [group.prompt.prompt_id for group in collected.groups] == kept
     assert (metrics["rollout/groups_dropped"], metrics["rollout/groups_surplus"]) == (dropped, surplus)
     sampled = 4 + dropped + surplus
@@ -145,7 +158,7 @@ def test_what_dynamic_sampling_leaves_out_is_measured_and_changes_nothing_else(
         collected = sampled_dynamically(parts, 0, 1, 2, 3, 4, 5)
         shown = collected if leave_out else replace(collected, left_out=())
         monkeypatch.setattr(loop, "collect_groups", lambda *_: shown)
-        metrics = loop.train_step(parts, loop.Progress()).metrics
+        metrics = loop.train_step(parts, Progress()).metrics
         return metrics, collected, next(iter(parts.trainer.weights.masters.values())).detach().clone()
 
     found, collected, weights = one_step(leave_out=True)
@@ -173,13 +186,13 @@ def test_completions_that_were_left_out_also_say_whether_anything_ends(
     notes = []
     for shown in (kept, both):
         monkeypatch.setattr(loop, "collect_groups", lambda *_, shown=shown: shown)
-        notes.append(loop.train_step(parts, loop.Progress()).truncation)
+        notes.append(loop.train_step(parts, Progress()).truncation)
     assert notes[0] is None
     assert notes[1] is not None and notes[1].startswith("all 32 completions were cut off")
 
 
 def test_a_step_without_dynamic_sampling_trains_on_all_it_samples(build: Callable[..., Parts]) -> None:
-    metrics = loop.train_step(build(), loop.Progress()).metrics
+    metrics = loop.train_step(build(), Progress()).metrics
     kept = {key: value for key, value in metrics.items() if key.startswith("rollout/kept/")}
     assert len(kept) == 6
     assert kept == {key: metrics[key.replace("kept/", "")] for key in kept}
@@ -189,9 +202,9 @@ def test_a_step_without_dynamic_sampling_trains_on_all_it_samples(build: Callabl
 def test_without_dynamic_sampling_flat_groups_stay(build: Callable[..., Parts]) -> None:
     parts = build()
     task = EveryOtherPromptIsFlat(parts.task)
-    collected = collect_groups(replace(parts, task=task), 1, 0, Stopwatch())  # type: ignore[arg-type]
+    collected = collected_at(replace(parts, task=task))  # type: ignore[arg-type]
     assert [group.prompt.prompt_id for group in collected.groups] == ["0", "1", "2", "3"]
-    advantages = loop.step_advantages(parts, collected)
+    advantages = advantages_of(parts, collected)
     assert advantages == [0, 0, 0, 0, -0.5, 0.5, -0.5, 0.5, 0, 0, 0, 0, -0.5, 0.5, -0.5, 0.5]
     metrics = rollout_metrics(collected, advantages)
     assert metrics["rollout/zero_advantage_fraction"] == 0.5
@@ -200,7 +213,7 @@ def test_without_dynamic_sampling_flat_groups_stay(build: Callable[..., Parts]) 
 
 def a_group(parts: Parts, rewards: Sequence[float], lengths: Sequence[int]) -> Collected:
     """One group with these rewards and lengths of completions."""
-    (group, *_) = collect_groups(parts, 1, 0, Stopwatch()).groups
+    (group, *_) = collected_at(parts).groups
     rollouts = tuple(
         replace(
             rollout,
@@ -216,7 +229,7 @@ def test_the_overlong_penalty_enters_the_advantage_but_not_the_reward(build: Cal
     parts = build(algorithm={"preset": "grpo", "overlong_buffer": 10})
     one = a_group(parts, (1.0,) * 4, (30, 35, 40, 32))
     # limit 40, buffer 10, factor 0.5: penalties 0, -0.25, -0.5, -0.1, mean -0.2125
-    assert loop.step_advantages(parts, one) == pytest.approx([0.2125, -0.0375, -0.2875, 0.1125])
+    assert advantages_of(parts, one) == pytest.approx([0.2125, -0.0375, -0.2875, 0.1125])
     assert rollout_metrics(one, [0.0] * 4)["rollout/reward/mean"] == 1.0
 
 
@@ -224,7 +237,7 @@ def test_dapo_weighs_the_overlong_penalty_as_its_source_does(build: Callable[...
     parts = build(algorithm={"preset": "dapo"})
     # right and short, right at the limit, wrong and short, wrong at the limit
     one = a_group(parts, (1.0, 1.0, 0.0, 0.0), (10, 40, 10, 40))
-    assert loop.step_advantages(parts, one) == pytest.approx([1.16, 0.39, -0.39, -1.16], abs=0.005)
+    assert advantages_of(parts, one) == pytest.approx([1.16, 0.39, -0.39, -1.16], abs=0.005)
 
 
 @pytest.mark.parametrize("advantage", ["group_standardised", "raw"])
@@ -233,38 +246,40 @@ def test_groups_of_equal_rewards_that_fill_a_step_have_no_advantage(
 ) -> None:
     parts = build(algorithm={"preset": "dapo", "advantage": advantage})
     one = a_group(parts, (1.0,) * 4, (30, 31, 32, 33))  # the penalty begins at 32 of 40
-    assert loop.step_advantages(parts, one) == [0.0] * 4
-    metrics = rollout_metrics(one, loop.step_advantages(parts, one))
+    assert advantages_of(parts, one) == [0.0] * 4
+    metrics = rollout_metrics(one, advantages_of(parts, one))
     assert metrics["rollout/zero_advantage_fraction"] == 1.0
 
 
 def test_kept_denominators_leave_rejected_tokens_out(build: Callable[..., Parts]) -> None:
     parts = build(algorithm={"preset": "icepop", "denominator": "kept", "aggregation": "token_mean"})
-    collected = collect_groups(parts, 1, 0, Stopwatch())
-    advantages = loop.step_advantages(parts, collected)
-    batch = pack_step(collected.rollouts, advantages, parts.config, 1, parts.precision.device)
-    measured = loop.measure(parts, batch, 1)
+    collected = collected_at(parts)
+    advantages = advantages_of(parts, collected)
+    batch = pack_step(collected.rollouts, advantages, parts.config, 1)
     train_batch = batch.train_batches[0]
+    measured = measure_also(parts.trainer, batch, measure(parts.trainer, batch, parts.config, 1), train_batch.packs)
+    batch = anchored(batch, measured)
     rejected = 0
-    for pack in train_batch.packs:
+    for pack in batch.chosen(train_batch.packs):
         pack.behavior_logprobs_C[:3] -= 5.0  # a ratio of exp(5), outside IcePop's 0.5 to 5
         rejected += 3
-    found = loop.step_denominators(parts, train_batch, measured)
+    found = train_denominators(parts.algorithm, batch.chosen(train_batch.packs), train_batch.denominators)
     assert found.tokens == train_batch.denominators.tokens - rejected
     assert found.sequences == train_batch.denominators.sequences
 
 
 def test_a_sample_of_the_mismatch_is_not_biased_by_what_trains(build: Callable[..., Parts]) -> None:
     parts = build(mismatch={"sample_fraction": 0.4}, training={"tokens_per_micro_batch": 120})
-    collected = collect_groups(parts, 1, 0, Stopwatch())
-    advantages = loop.step_advantages(parts, collected)
-    batch = pack_step(collected.rollouts, advantages, parts.config, 1, parts.precision.device)
-    measured = loop.with_anchors(parts, batch, loop.measure(parts, batch, 1))
-    trained = {id(pack) for b in batch.train_batches for pack in b.micro_batches}
-    assert trained <= set(measured.logprobs)  # the anchor of every trained pack
-    assert len(measured.packs) == round(0.4 * len(batch.packs))
-    tokens = sum(pack.target_ids_C.numel() for pack in measured.packs)
-    gap = loop.mismatch(measured, parts.config.sampling.max_tokens)
+    collected = collected_at(parts)
+    advantages = advantages_of(parts, collected)
+    batch = pack_step(collected.rollouts, advantages, parts.config, 1)
+    measured = measure(parts.trainer, batch, parts.config, 1)
+    measured = measure_also(parts.trainer, batch, measured, anchor_packs(parts.algorithm, batch))
+    trained = {index for b in batch.train_batches for index in b.micro_batches}
+    assert trained <= set(measured.scores)  # the anchor of every trained pack
+    assert len(measured.sample) == round(0.4 * len(batch.packs))
+    tokens = sum(pack.target_ids_C.numel() for pack in batch.chosen(measured.sample))
+    gap = mismatch(batch, measured, parts.config.sampling.max_tokens)
     assert gap.metrics["mismatch/tokens"] == sum(b.tokens for b in gap.profile.by_position) == tokens
 
 
@@ -273,8 +288,8 @@ def test_an_overlong_buffer_beyond_the_limit_is_found_before_anything_runs(small
         assemble(small_config(algorithm={"preset": "grpo", "overlong_buffer": 100}))
 
 
-def score(solved: int, samples: int) -> PromptScore:
-    return PromptScore(
+def score(solved: int, samples: int) -> PromptResult:
+    return PromptResult(
         prompt_id="", solved=solved, samples=samples, reward=solved / samples, truncated=0, tokens=samples
     )
 
@@ -296,7 +311,7 @@ def test_all_groups_flat_still_takes_the_optimizer_steps_and_logs_every_metric(b
             return [1.0] * len(prompts)
 
     flat = replace(parts, task=AllRight(parts.task))  # type: ignore[arg-type]
-    result = loop.train_step(flat, loop.Progress())
+    result = loop.train_step(flat, Progress())
     assert result.metrics["rollout/zero_advantage_fraction"] == 1.0
     assert result.metrics["optim/updates_applied"] == 2
     assert result.metrics["policy/loss"] == 0.0

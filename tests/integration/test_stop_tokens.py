@@ -137,7 +137,7 @@ def test_a_template_that_ends_turns_with_a_token_nobody_declares_is_said_at_load
     words = ("train", SMOKE, *ONE_STEP, "logging.console=lines", f"model={model}", f"run_dir={run}")
     done = betterhalf(*words)
     assert done.returncode == 0, done.stderr
-    assert "ends turns with '.', which is no stop token of it ('<pad>')" in done.stderr
+    assert "ends turns with '.', which is not one of its stop tokens ('<pad>')" in done.stderr
     said = " ".join((done.stdout + done.stderr).split())
     assert "step 1: all 4 completions were cut off at sampling.max_tokens=" in said
     assert "of them hold '.', with which the chat template ends turns" in said

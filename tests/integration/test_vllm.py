@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_models import tiny_config
 from torch import Tensor
-from transformers import Gemma2Config, Qwen2Config
+from transformers import Gemma2Config
 
 from betterhalf.config.schema import ModelConfig, PrecisionConfig, RunConfig, SamplingConfig, VllmEngineConfig
 from betterhalf.errors import EngineDiedError, EngineError, InputError, WeightSyncError
@@ -259,11 +260,7 @@ def test_a_precision_that_vllm_refuses_is_bad_input() -> None:
 
 
 def test_a_model_that_vllm_refuses_by_an_assertion_is_bad_input() -> None:
-    config = Qwen2Config(
-        vocab_size=16, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=1,
-        num_key_value_heads=1, max_position_embeddings=64, use_sliding_window=True, sliding_window=8,
-        max_window_layers=1,
-    )  # fmt: skip
+    config = tiny_config("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
     engine = VllmEngine(config, precision=precision_of("fp32"), config=VllmEngineConfig(), stop_token_ids=())
     with pytest.raises(InputError, match=r"(?i)vLLM refuses this model.*sliding window.*engine=native"):
         engine.load_weights([], policy_version=0)
@@ -298,16 +295,16 @@ def test_a_run_whose_engine_is_killed_in_step_2_is_the_run_that_would_have_been(
     run_training(config, undisturbed, resume=False, label="undisturbed")
     collect: Callable[..., Any] = loop.collect_groups
 
-    def kill_then_collect(parts: Any, step: int, *rest: Any) -> Any:
-        if step == 2:
+    def kill_then_collect(parts: Any, progress: Any, *rest: Any) -> Any:
+        if progress.step == 1:
             os.kill(parts.engine.pid, signal.SIGKILL)
-        return collect(parts, step, *rest)
+        return collect(parts, progress, *rest)
 
     monkeypatch.setattr(loop, "collect_groups", kill_then_collect)
     run_training(config, killed, resume=False, label="killed")
     assert [row["rollout/engine_restarts"] for row in read_jsonl(killed.metrics)] == [0, 1, 0]
     assert metrics_of(killed) == metrics_of(undisturbed)
-    assert "Starting the engine again (1 of 3); no step is lost" in capsys.readouterr().err
+    assert "Restarting the engine (1 of 3); no step is lost" in capsys.readouterr().err
     assert all(math.isfinite(row["mismatch/k3/mean"]) for row in metrics_of(killed))
     contract = read_json(killed.contract)
     assert contract["ok"] and contract["first_difference"] is None

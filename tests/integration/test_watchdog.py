@@ -15,6 +15,7 @@ from betterhalf.errors import ConfigError, WatchdogError
 from betterhalf.run_dir import RunDir, read_json, read_jsonl
 from betterhalf.runs import loop
 from betterhalf.runs.assembly import Parts
+from betterhalf.runs.progress import Progress
 from betterhalf.runs.sanity import sanity
 from betterhalf.runs.train import run_training, train
 
@@ -135,10 +136,10 @@ def test_an_interrupted_run_keeps_mask_learning_rate_and_counts(
     run_training(config, RunDir.create(tmp_path / "whole", resume=False), resume=False, label="x")
     collect = loop.collect_groups
 
-    def interrupted(parts: Parts, step: int, *more: Any) -> Any:
-        if step == 6:
+    def interrupted(parts: Parts, progress: Progress, *more: Any) -> Any:
+        if progress.step == 5:
             raise KeyboardInterrupt
-        return collect(parts, step, *more)
+        return collect(parts, progress, *more)
 
     with monkeypatch.context() as patched:
         patched.setattr(loop, "collect_groups", interrupted)

@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_models import SMALL, loaded_model, tiny_config, tiny_module
 from torch import Tensor
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from betterhalf.algorithms.presets import resolve_algorithm
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import EngineError, InputError, NumericsError
 from betterhalf.models.loading import LoadedModel
@@ -23,22 +21,8 @@ from betterhalf.training.pack import pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, GenerateRequest, MicroBatch, Prompt, Rollout
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-}
-FAMILIES: dict[str, Any] = {
-    "llama": LlamaConfig(**SIZES),
-    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SIZES),
-}
+FAMILIES: dict[str, Any] = {"llama": {}, "qwen2": {"tie_word_embeddings": True}, "qwen3": {}}
+"""What each family is built with."""
 DOWN = "model.layers.1.mlp.down_proj"
 ISLANDS = (DOWN, "model.layers.1.mlp", "model.layers.1.self_attn.o_proj", "model.layers.1.self_attn", "model.layers.1")
 PROMPTS = [tuple((7 * k + 3 * i) % 95 + 2 for i in range(3 + 4 * k)) for k in range(4)]
@@ -46,17 +30,12 @@ PROMPTS = [tuple((7 * k + 3 * i) % 95 + 2 for i in range(3 + 4 * k)) for k in ra
 
 def random_model(family: str = "llama", scaled: tuple[str, float] | None = None) -> LoadedModel:
     """A model of three layers; `scaled` multiplies the weights whose name starts so."""
-    torch.manual_seed(4)
-    module = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32).eval()
+    module = tiny_module(tiny_config(family, SMALL, **FAMILIES[family]), seed=4, biases=0.3)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.3)
             if scaled and name.startswith(scaled[0]):
                 parameter.mul_(scaled[1])
-    return LoadedModel(
-        name=family, module=module, hf_config=module.config, tokenizer=None, stop_token_ids=(1,), context_length=128
-    )
+    return loaded_model(module, stop_token_ids=(1,))
 
 
 def overflowing() -> LoadedModel:
@@ -78,8 +57,8 @@ def wings(
     )
     roles = build_precision(config.precision, torch.device("cpu"))
     engine = build_engine(config, model.hf_config, model.stop_token_ids, roles)
-    trainer = PolicyTrainer(model, config=config, precision=roles, algorithm=resolve_algorithm(config.algorithm))
-    engine.load_weights(trainer.wire_weights(), policy_version=0)
+    trainer = PolicyTrainer(model, config=config, precision=roles)
+    engine.load_weights(trainer.wire_weights().tensors, policy_version=0)
     assert isinstance(engine, NativeEngine)
     return trainer, engine, roles
 
@@ -92,7 +71,7 @@ def packed(config: RunConfig, groups: list[tuple[Completion, ...]]) -> tuple[Mic
         for ids, group in zip(PROMPTS, groups, strict=True)
         for completion in group
     ]
-    return pack_step(rollouts, [1.0] * len(rollouts), config, step=1, device=torch.device("cpu")).packs
+    return pack_step(rollouts, [1.0] * len(rollouts), config, step=1).packs
 
 
 def fixed_packs(config: RunConfig) -> tuple[MicroBatch, ...]:
@@ -109,7 +88,9 @@ def gaps(trainer: PolicyTrainer, engine: NativeEngine) -> Tensor:
     """Trainer minus behavior logprobs of completions that the engine samples, float64."""
     requests = [GenerateRequest(token_ids=ids, group_size=4, key=(0, 1, k)) for k, ids in enumerate(PROMPTS)]
     packs = packed(trainer.config, engine.generate(requests, trainer.config.sampling))
-    return torch.cat([trainer.measure(pack)[0].double() - pack.behavior_logprobs_C.double() for pack in packs])
+    return torch.cat(
+        [trainer.measure([pack])[0].logprobs_C.double() - pack.behavior_logprobs_C.double() for pack in packs]
+    )
 
 
 def k3(gap: Tensor) -> float:
@@ -117,7 +98,7 @@ def k3(gap: Tensor) -> float:
 
 
 def logprobs(trainer: PolicyTrainer) -> Tensor:
-    return torch.cat([trainer.measure(pack)[0] for pack in fixed_packs(trainer.config)])
+    return torch.cat([trainer.measure([pack])[0].logprobs_C for pack in fixed_packs(trainer.config)])
 
 
 def largest_down(trainer: PolicyTrainer) -> float:
@@ -308,6 +289,6 @@ def test_the_engine_follows_new_weights_of_an_island() -> None:
         for master in trainer.weights.masters.values():
             master.mul_(1.01)
     trainer.weights.publish()
-    engine.load_weights(trainer.wire_weights(), policy_version=1)
+    engine.load_weights(trainer.wire_weights().tensors, policy_version=1)
     assert engine.report().digests == trainer.report().digests
     assert k3(gaps(trainer, engine)) < 1e-5

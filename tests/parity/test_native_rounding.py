@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_models import SMALL, tiny_config, tiny_module
 from torch import Tensor
-from transformers import LlamaConfig
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from betterhalf.config.schema import RunConfig, SamplingConfig
 from betterhalf.precision.roles import build_precision
@@ -16,18 +15,16 @@ from betterhalf.rollout.build import build_engine
 from betterhalf.types import GenerateRequest
 
 HEADS, KV_HEADS, DIM, EPS, THETA = 4, 2, 16, 1e-6, 10000.0
-CONFIG = LlamaConfig(
+CONFIG = tiny_config(
+    "llama",
+    SMALL,
     vocab_size=29,
-    hidden_size=64,
-    intermediate_size=96,
     num_hidden_layers=1,
     num_attention_heads=HEADS,
     num_key_value_heads=KV_HEADS,
+    head_dim=DIM,
     rms_norm_eps=EPS,
     rope_parameters={"rope_type": "default", "rope_theta": THETA},
-    initializer_range=0.2,
-    bos_token_id=None,
-    eos_token_id=None,
 )
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -84,13 +81,7 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def module() -> Any:
-    torch.manual_seed(3)
-    built = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, parameter in built.named_parameters():
-            if "norm" in name:
-                parameter.add_(0.4 * torch.randn_like(parameter))
-    return built
+    return tiny_module(CONFIG, seed=3, norms=0.4)
 
 
 def gaps(module: Any, precision: str, engine_mode: str, reference_mode: str) -> Tensor:

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from tests.tiny_models import SMALL, loaded_model, tiny_config, tiny_module
 
-from betterhalf.algorithms.presets import resolve_algorithm
 from betterhalf.config.schema import ModelConfig, RunConfig
 from betterhalf.diagnostics.logprob_gap import mismatch_metrics
 from betterhalf.models.loading import LoadedModel, load_model
@@ -20,40 +18,18 @@ from betterhalf.training.pack import pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import GenerateRequest, Prompt, Rollout
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-}
 FAMILIES: dict[str, Any] = {
-    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "mistral": MistralConfig(**SIZES, sliding_window=7),
-    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SIZES),
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 7},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
 }
+"""What each family is built with."""
 
 
 def random_model(family: str) -> LoadedModel:
-    torch.manual_seed(4)
-    module = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.3)
-    return LoadedModel(
-        name=family,
-        module=module,
-        hf_config=module.config,
-        tokenizer=None,
-        stop_token_ids=(1,),
-        context_length=128,
-    )
+    module = tiny_module(tiny_config(family, SMALL, **FAMILIES[family]), seed=4, biases=0.3)
+    return loaded_model(module, stop_token_ids=(1,))
 
 
 def gap(model: LoadedModel, precision: str, prompts: list[tuple[int, ...]], **engine: Any) -> dict[str, float]:
@@ -68,8 +44,8 @@ def gap(model: LoadedModel, precision: str, prompts: list[tuple[int, ...]], **en
     )
     roles = build_precision(config.precision, torch.device("cpu"))
     native = build_engine(config, model.hf_config, model.stop_token_ids, roles)
-    trainer = PolicyTrainer(model, config=config, precision=roles, algorithm=resolve_algorithm(config.algorithm))
-    native.load_weights(trainer.wire_weights(), policy_version=0)
+    trainer = PolicyTrainer(model, config=config, precision=roles)
+    native.load_weights(trainer.wire_weights().tensors, policy_version=0)
     assert native.report().digests == trainer.report().digests
     requests = [GenerateRequest(token_ids=ids, group_size=4, key=(0, 1, k)) for k, ids in enumerate(prompts)]
     rollouts = [
@@ -82,10 +58,10 @@ def gap(model: LoadedModel, precision: str, prompts: list[tuple[int, ...]], **en
         for request, group in zip(requests, native.generate(requests, config.sampling), strict=True)
         for completion in group
     ]
-    packs = pack_step(rollouts, [1.0] * len(rollouts), config, step=1, device=torch.device("cpu")).packs
+    packs = pack_step(rollouts, [1.0] * len(rollouts), config, step=1).packs
     offsets = [sum(pack.num_sequences for pack in packs[:k]) for k in range(len(packs))]
     return mismatch_metrics(
-        torch.cat([trainer.measure(pack)[0] for pack in packs]),
+        torch.cat([trainer.measure([pack])[0].logprobs_C for pack in packs]),
         torch.cat([pack.behavior_logprobs_C for pack in packs]),
         torch.cat([pack.sequence_index_C + offset for pack, offset in zip(packs, offsets, strict=True)]),
         len(rollouts),

@@ -12,7 +12,7 @@ from betterhalf import ops
 from betterhalf.algorithms.policy_loss import policy_loss
 from betterhalf.algorithms.presets import PRESETS, resolve_algorithm
 from betterhalf.config.schema import AlgorithmConfig
-from betterhalf.types import Denominators
+from betterhalf.types import Denominators, LossInputs
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def deterministic() -> Iterator[None]:
 
 
 def one_by_one(values_C: Tensor, index_C: Tensor, num_sequences: int) -> list[float]:
-    """Python's own additions, in the order of the tokens, in the values' precision."""
+    """Add in Python, in the order of the tokens and in the precision of the values."""
     sums = [torch.zeros((), dtype=values_C.dtype) for _ in range(num_sequences)]
     for value, sequence in zip(values_C, index_C.tolist(), strict=True):
         sums[sequence] = sums[sequence] + value
@@ -72,12 +72,12 @@ LEFT_TO_CHANCE = {
     *("IndexAddBackward0", "ScatterAddBackward0", "IndexPutBackward0", "ScatterReduceBackward0"),
     *("GatherBackward0", "IndexSelectBackward0", "RepeatInterleaveBackward0", "CumsumBackward0", "IndexBackward0"),
 }
-"""Nodes of a graph whose forward or backward pass adds in no fixed order, by the list of
+"""Nodes of a graph whose forward or backward pass adds in no fixed order, from the list of
 `torch.use_deterministic_algorithms`: on a GPU, and `IndexBackward0` on a CPU."""
 
 
 def nodes(function: torch.autograd.graph.Node | None) -> Iterator[str]:
-    """Names of everything that a backward pass runs."""
+    """Return the names of all nodes that a backward pass runs."""
     if function is not None:
         yield function.name()
         for other, _ in function.next_functions:
@@ -98,13 +98,14 @@ def test_every_loss_is_differentiated_in_a_fixed_order(preset: str, deterministi
     current_C = torch.randn(40, requires_grad=True)
     out = policy_loss(
         algorithm,
-        current_logprobs_C=current_C,
-        proximal_logprobs_C=current_C.detach() + 0.01 * torch.randn(40),
-        behavior_logprobs_C=current_C.detach() + 0.01 * torch.randn(40),
-        advantages_S=torch.randn(4),
-        sequence_index_C=torch.arange(4).repeat_interleave(10),
-        num_sequences=4,
-        denominators=Denominators(sequences=4, tokens=40, max_tokens=10),
+        LossInputs(
+            current_logprobs_C=current_C,
+            proximal_logprobs_C=current_C.detach() + 0.01 * torch.randn(40),
+            behavior_logprobs_C=current_C.detach() + 0.01 * torch.randn(40),
+            advantages_S=torch.randn(4),
+            sequence_index_C=torch.arange(4).repeat_interleave(10),
+        ),
+        Denominators(sequences=4, tokens=40, max_tokens=10),
     )
     assert not LEFT_TO_CHANCE & set(nodes(out.loss.grad_fn))
     out.loss.backward()  # type: ignore[no-untyped-call]

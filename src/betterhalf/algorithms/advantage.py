@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from betterhalf.config.presets import AdvantageKind
+from betterhalf.algorithms.presets import Algorithm
 from betterhalf.errors import ConfigError, RewardError
+from betterhalf.types import AdvantageKind, RolloutGroup
 
 STD_EPS = 1e-8
 """Added to the standard deviation, as in the paper's Oat code."""
@@ -37,6 +38,35 @@ def group_advantages(rewards_PG: Tensor, kind: AdvantageKind) -> Tensor:
             f"{bad} of {rewards_PG.numel()} rewards are not finite; make the task's reward return a finite number."
         )
     return _ADVANTAGES[kind](rewards_PG).float()
+
+
+def rollout_advantages(groups: Sequence[RolloutGroup], algorithm: Algorithm, max_tokens: int) -> list[float]:
+    """Return one advantage for each rollout: its reward, with the overlong penalty, minus the baseline.
+
+    With dynamic sampling, groups of equal rewards that fill up a step get 0: the penalty alone would train them on
+    length.
+
+    Args:
+        groups: of equal size.
+        algorithm: kind of advantage, and overlong penalty.
+        max_tokens: length limit of a completion.
+
+    Returns:
+        Groups in order, siblings in order.
+
+    Raises:
+        ConfigError, RewardError: as `group_advantages`.
+    """
+    rewards_PG = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
+    lengths_PG = torch.tensor([[len(r.completion.token_ids) for r in g.rollouts] for g in groups])
+    penalty_PG = overlong_penalty(
+        lengths_PG, max_tokens, algorithm.overlong_tokens(max_tokens), algorithm.overlong_factor
+    )
+    advantages_PG = group_advantages(rewards_PG + penalty_PG, algorithm.advantage)
+    if algorithm.dynamic_sampling:
+        advantages_PG = advantages_PG.masked_fill(equal_rewards(rewards_PG).unsqueeze(1), 0.0)
+    advantages: list[float] = advantages_PG.flatten().tolist()
+    return advantages
 
 
 def check_group_size(kind: AdvantageKind, group_size: int) -> None:

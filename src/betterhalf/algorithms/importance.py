@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from betterhalf import ops
-from betterhalf.config.ratio import RatioConfig
-
-Level = Literal["none", "token", "sequence", "geometric_mean"]
+from betterhalf.config.schema import RatioConfig
+from betterhalf.types import RatioLevel, RatioTreatment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +80,7 @@ def _geometric_mean(log_ratio_C: Tensor, sequence_index_C: Tensor, num_sequences
     return ops.segment_mean(log_ratio_C, sequence_index_C, num_sequences)[sequence_index_C]
 
 
-_LEVELS: dict[Level, Callable[[Tensor, Tensor, int], Tensor]] = {
+_LEVELS: dict[RatioLevel, Callable[[Tensor, Tensor, int], Tensor]] = {
     "none": _no_ratio,
     "token": _token,
     "sequence": _sequence,
@@ -113,7 +111,7 @@ def _mask(config: RatioConfig, ratio_C: Tensor) -> Treated:
     return weight_C * kept_C, kept_C, torch.zeros_like(kept_C)
 
 
-_TREATMENTS: dict[Literal["raw", "truncate", "mask", "clip"], Callable[[RatioConfig, Tensor], Treated]] = {
+_TREATMENTS: dict[RatioTreatment, Callable[[RatioConfig, Tensor], Treated]] = {
     "raw": _raw,
     "truncate": _truncate,
     "mask": _mask,

@@ -2,49 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from betterhalf.reduction import MAX, SUM, declared_reductions
+from betterhalf.types import Reduction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossStats:
     """Sums over tokens, float64 scalar tensors on the device of the loss, so that counting never waits for it."""
 
-    loss: Tensor
+    loss: Tensor = field(metadata=SUM)
     """Sum of the losses of micro-batches, each its share of its train batch."""
-    tokens: Tensor
+    tokens: Tensor = field(metadata=SUM)
     """Completion tokens that had a loss."""
-    long_tokens: Tensor
+    long_tokens: Tensor = field(metadata=SUM)
     """Those in completions longer than half the length limit."""
-    clipped: Tensor
+    clipped: Tensor = field(metadata=SUM)
     """Tokens whose gradient PPO's clip took away."""
-    masked: Tensor
+    masked: Tensor = field(metadata=SUM)
     """Tokens dropped by a mask, of the surrogate or of the correction."""
-    long_masked: Tensor
+    long_masked: Tensor = field(metadata=SUM)
     """Those in completions longer than half the length limit."""
-    truncated: Tensor
+    truncated: Tensor = field(metadata=SUM)
     """Tokens with a weight capped at its upper bound."""
-    bounded: Tensor
+    bounded: Tensor = field(metadata=SUM)
     """Tokens with a log-ratio bounded to +-20."""
-    ratio: Tensor
+    ratio: Tensor = field(metadata=SUM)
     """Sum of the surrogate's ratio."""
-    ratio_max: Tensor
-    """Largest of the surrogate's ratios; the one field that is combined by its maximum."""
-    weight_before: Tensor
+    ratio_max: Tensor = field(metadata=MAX)
+    """Largest of the surrogate's ratios."""
+    weight_before: Tensor = field(metadata=SUM)
     """Sum of the whole importance weight of each token, before any treatment."""
-    weight_before_squared: Tensor
+    weight_before_squared: Tensor = field(metadata=SUM)
     """Sum of its squares."""
-    weight_after: Tensor
+    weight_after: Tensor = field(metadata=SUM)
     """Sum of the weight that multiplies the gradient: after truncation, masks and clip."""
-    weight_after_squared: Tensor
+    weight_after_squared: Tensor = field(metadata=SUM)
     """Sum of its squares."""
 
     @classmethod
     def empty(cls) -> LossStats:
         """Statistics of no tokens at all: the neutral element of `+`."""
-        return cls(**{field.name: torch.zeros((), dtype=torch.float64) for field in fields(cls)})
+        return cls(**{name: torch.zeros((), dtype=torch.float64) for name in declared_reductions(cls)})
 
     @classmethod
     def count(
@@ -80,15 +84,16 @@ class LossStats:
         )
 
     def __add__(self, other: LossStats) -> LossStats:
-        """Statistics of both together."""
+        """Statistics of both together, each field reduced as it declares."""
         return LossStats(
             **{
-                field.name: torch.maximum(self.ratio_max, other.ratio_max)
-                if field.name == "ratio_max"
-                else getattr(self, field.name) + getattr(other, field.name)
-                for field in fields(self)
+                name: _COMBINE[kind](getattr(self, name), getattr(other, name))
+                for name, kind in declared_reductions(LossStats).items()
             }
         )
+
+
+_COMBINE: dict[Reduction, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "max": torch.maximum}
 
 
 def policy_metrics(stats: LossStats, train_batches: int = 1) -> dict[str, float]:
@@ -101,7 +106,7 @@ def policy_metrics(stats: LossStats, train_batches: int = 1) -> dict[str, float]
     Returns:
         A value for each name. Of no tokens at all, every share is 0, and ratios and effective sample sizes are 1.
     """
-    names = [field.name for field in fields(stats)]
+    names = list(declared_reductions(LossStats))
     value = dict(zip(names, torch.stack([getattr(stats, name) for name in names]).tolist(), strict=True))
     tokens, long, short = value["tokens"], value["long_tokens"], value["tokens"] - value["long_tokens"]
     return {

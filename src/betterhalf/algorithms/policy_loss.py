@@ -16,9 +16,8 @@ from betterhalf import ops
 from betterhalf.algorithms.importance import Weights, importance_weights, leaves_trust_region
 from betterhalf.algorithms.loss_stats import LossStats
 from betterhalf.algorithms.presets import Algorithm
-from betterhalf.config.presets import AggregationKind
-from betterhalf.config.ratio import RatioConfig
-from betterhalf.types import Denominators
+from betterhalf.config.schema import RatioConfig
+from betterhalf.types import AggregationKind, Denominators, LossInputs, TokenTensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,29 +56,13 @@ class _Surrogate:
     """bool [C]: the clip took the gradient away."""
 
 
-def policy_loss(
-    algorithm: Algorithm,
-    *,
-    current_logprobs_C: Tensor,
-    proximal_logprobs_C: Tensor | None,
-    behavior_logprobs_C: Tensor,
-    advantages_S: Tensor,
-    sequence_index_C: Tensor,
-    num_sequences: int,
-    denominators: Denominators,
-) -> LossOutput:
+def policy_loss(algorithm: Algorithm, inputs: LossInputs, denominators: Denominators) -> LossOutput:
     """Loss to be minimised, of one micro-batch of whole sequences.
 
     Args:
         algorithm: the resolved choices.
-        current_logprobs_C: float32 [C], log pi of the weights being trained, with a graph.
-        proximal_logprobs_C: float32 [C], the trainer's logprobs before the first update; needed when
-            `algorithm.needs_proximal`.
-        behavior_logprobs_C: float32 [C], log mu.
-        advantages_S: float32 [S].
-        sequence_index_C: int64 [C], which sequence each token belongs to; a sequence may have no token.
-        num_sequences: S.
-        denominators: of the whole train batch.
+        inputs: tensors of the micro-batch; with proximal logprobs when `algorithm.needs_proximal`.
+        denominators: those of the whole train batch.
 
     Returns:
         The loss, 0 (still with a graph) when there are no tokens, and its statistics.
@@ -87,14 +70,14 @@ def policy_loss(
     Raises:
         ValueError: the algorithm needs `proximal_logprobs_C` and there are none.
     """
-    current_C = _at_least_fp32(current_logprobs_C)
+    current_C = _at_least_fp32(inputs.current_logprobs_C)
     tokens = _Tokens(
         current_C=current_C,
-        proximal_C=_proximal(algorithm, proximal_logprobs_C, current_C),
-        behavior_C=_at_least_fp32(behavior_logprobs_C),
-        advantages_C=advantages_S[sequence_index_C].to(current_C.dtype),
-        index_C=sequence_index_C,
-        num_sequences=num_sequences,
+        proximal_C=_proximal(algorithm, inputs.proximal_logprobs_C, current_C),
+        behavior_C=_at_least_fp32(inputs.behavior_logprobs_C),
+        advantages_C=inputs.advantages_S[inputs.sequence_index_C].to(current_C.dtype),
+        index_C=inputs.sequence_index_C,
+        num_sequences=inputs.num_sequences,
     )
     surrogate = _surrogate(algorithm.surrogate, tokens)
     correction = _correction_weights(algorithm.correction, tokens)
@@ -103,63 +86,26 @@ def policy_loss(
     return LossOutput(loss=loss, stats=_stats(loss, surrogate, correction, tokens, denominators.max_tokens))
 
 
-def kept_mask(
-    algorithm: Algorithm,
-    *,
-    proximal_logprobs_C: Tensor,
-    behavior_logprobs_C: Tensor,
-    advantages_S: Tensor,
-    sequence_index_C: Tensor,
-    num_sequences: int,
-) -> Tensor:
+def kept_mask(algorithm: Algorithm, tokens: TokenTensors) -> Tensor:
     """bool [C]: tokens that no mask rejects before the first update, when the current policy is the proximal one.
 
-    Arguments are those of `policy_loss`. All true for an algorithm without masks.
+    All true for an algorithm without masks.
+
+    Raises:
+        ValueError: there are no proximal logprobs.
     """
-    proximal_C = _at_least_fp32(proximal_logprobs_C).detach()
-    tokens = _Tokens(
+    if tokens.proximal_logprobs_C is None:
+        raise ValueError("the masks before the first update need proximal_logprobs; measure the trainer's.")
+    proximal_C = _at_least_fp32(tokens.proximal_logprobs_C).detach()
+    unchanged = _Tokens(
         current_C=proximal_C,
         proximal_C=proximal_C,
-        behavior_C=_at_least_fp32(behavior_logprobs_C),
-        advantages_C=advantages_S[sequence_index_C],
-        index_C=sequence_index_C,
-        num_sequences=num_sequences,
+        behavior_C=_at_least_fp32(tokens.behavior_logprobs_C),
+        advantages_C=tokens.advantages_S[tokens.sequence_index_C],
+        index_C=tokens.sequence_index_C,
+        num_sequences=tokens.num_sequences,
     )
-    return _kept(algorithm, tokens)
-
-
-def kept_counts(kept_C: Tensor, sequence_index_C: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
-    """(sequences, tokens) that stay in the denominator, int64 scalars, from the `kept_mask` of a micro-batch.
-
-    A sequence leaves when all of its tokens are rejected; one without tokens has none to reject and stays.
-    """
-    tokens_S = ops.segment_sum(torch.ones_like(kept_C, dtype=torch.int64), sequence_index_C, num_sequences)
-    kept_S = ops.segment_sum(kept_C.long(), sequence_index_C, num_sequences)
-    return ((kept_S > 0) | (tokens_S == 0)).sum(), kept_S.sum()
-
-
-def batch_denominators(
-    algorithm: Algorithm,
-    *,
-    sequences: int,
-    tokens: int,
-    kept_sequences: int,
-    kept_tokens: int,
-    max_tokens: int,
-) -> Denominators:
-    """What the loss of one train batch is divided by.
-
-    Args:
-        algorithm: `denominator` says which counts are used: `all`, or those of `kept_counts`, at least 1.
-        sequences: of the batch, those with zero advantage included.
-        tokens: completion tokens of these sequences.
-        kept_sequences: those of them that are not rejected.
-        kept_tokens: those of them that are not rejected.
-        max_tokens: length limit of a completion.
-    """
-    if algorithm.denominator == "kept":
-        sequences, tokens = max(kept_sequences, 1), max(kept_tokens, 1)
-    return Denominators(sequences=float(sequences), tokens=float(tokens), max_tokens=max_tokens)
+    return _kept(algorithm, unchanged)
 
 
 def _at_least_fp32(logprobs: Tensor) -> Tensor:
@@ -203,7 +149,7 @@ def _surrogate(config: RatioConfig, tokens: _Tokens) -> _Surrogate:
     """-(weight x advantage), differentiated through the weight or through log pi."""
     weights = _surrogate_weights(config, tokens)
     clipped_C = torch.zeros_like(weights.kept_C)
-    if config.level == "none" or config.gradient == "score":
+    if config.level == "none" or config.gradient == "logprob":
         loss_C = -(weights.weight_C.detach() * tokens.advantages_C) * tokens.current_C
     elif config.treatment == "clip":
         loss_C, clipped_C = _clipped(config, weights.raw_C, tokens.advantages_C)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from betterhalf.algorithms.rules import check_correction, check_surrogate
-from betterhalf.config.algorithm import AlgorithmConfig
-from betterhalf.config.presets import NO_RATIO, AdvantageKind, AggregationKind, DenominatorKind
+from betterhalf.config.presets import NO_RATIO
 from betterhalf.config.presets import PRESETS as _ROWS
-from betterhalf.config.ratio import RatioConfig
+from betterhalf.config.schema import AlgorithmConfig, RatioConfig
 from betterhalf.errors import ConfigError
-from betterhalf.types import PresetName
+from betterhalf.types import AdvantageKind, AggregationKind, DenominatorKind, PresetName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

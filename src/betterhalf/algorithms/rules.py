@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from betterhalf.config.ratio import RatioConfig
+from betterhalf.config.schema import RatioConfig
 from betterhalf.errors import ConfigError
 
 Rule = tuple[Callable[[RatioConfig], bool], str, str]
@@ -22,14 +22,14 @@ _SURROGATE: tuple[Rule, ...] = (
         'set ratio to "current/proximal" or "current/behavior", or use algorithm.correction',
     ),
     (
-        lambda r: r.treatment == "clip" and r.gradient == "score",
+        lambda r: r.treatment == "clip" and r.gradient == "logprob",
         "clips a ratio that carries no gradient",
         'set gradient = "ratio", or treatment = "truncate"',
     ),
     (
         lambda r: not r.keep_weight and r.gradient == "ratio",
         "drops the weight that carries the gradient",
-        'set gradient = "score", or keep_weight = true',
+        'set gradient = "logprob", or keep_weight = true',
     ),
     (
         lambda r: r.probability_gap is not None and (r.level != "token" or r.ratio != "current/behavior"),

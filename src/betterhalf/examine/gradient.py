@@ -1,8 +1,8 @@
-"""What the mismatch does to learning, without learning: the policy gradient of one batch in each precision.
+"""Effect of the mismatch on learning: the policy gradient of one batch in each precision, without a training step.
 
-Two questions, one batch. How far does a half trainer's gradient lie from the FP32 trainer's on the same tokens? And how
-far do the sequence importance weights between matched trainer and engine turn a gradient? Every gradient is that of
-`PolicyTrainer.forward_backward`, as accumulated in FP32 over the micro-batches that training would use.
+It answers two questions. How far is a half trainer's gradient from the FP32 trainer's on the same tokens? How far do
+the sequence importance weights between a matched trainer and engine rotate a gradient? Every gradient is that of
+`PolicyTrainer.forward_backward`, accumulated in FP32 over the micro-batches that training would use.
 """
 
 from __future__ import annotations
@@ -19,70 +19,68 @@ from torch import Tensor
 
 from betterhalf import ops
 from betterhalf.algorithms.advantage import group_advantages
-from betterhalf.algorithms.presets import PRESETS
-from betterhalf.config.schema import AlgorithmConfig, LossScaleConfig
+from betterhalf.algorithms.presets import PRESETS, Algorithm
+from betterhalf.config.schema import LossScaleConfig
 from betterhalf.diagnostics.gradient_gap import gradient_gap, weight_spread
 from betterhalf.errors import InputError
 from betterhalf.examine.subject import Subject, trainer_in
 from betterhalf.precision.loss_scaler import build_loss_scaler
 from betterhalf.setup.decoding import completion_texts
-from betterhalf.setup.device import choose_device
 from betterhalf.tasks.rewards import check_rewards
 from betterhalf.training.pack import pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
-from betterhalf.types import Completion, DtypeName, PresetName, Prompt, Rollout, TrainBatch
+from betterhalf.types import Completion, DtypeName, PresetName, Prompt, Rollout, StepBatch
 
 Groups = Sequence[tuple[Prompt, tuple[Completion, ...]]]
 """Prompts, each with its siblings."""
 
 TRAINER_DTYPES: tuple[DtypeName, ...] = ("fp32", "fp16", "bf16")
-"""Trainers compared, the reference first."""
+"""Dtypes of the trainers to compare, the reference first."""
 
 PLAIN: PresetName = "reinforce"
-"""log pi times advantage over a constant length."""
+"""Algorithm without weights: log pi times advantage over a constant length."""
 WEIGHTED: PresetName = "pg_seq_is"
-"""The same, each sequence multiplied by its raw weight pi/mu."""
+"""Same algorithm with each sequence multiplied by its raw weight pi/mu."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Attempt:
-    """How a gradient was obtained; it stands in the masters, still multiplied by the scale."""
+    """Attempt at a gradient, which is held by the master weights, still multiplied by the scale."""
 
     scale: float
-    """The loss scale of the last attempt."""
+    """Loss scale of the last attempt."""
     halvings: int
-    """Times the scale was halved because the gradient was not finite."""
+    """Number of times that the scale was halved because the gradient was not finite."""
     finite: bool
+    """True if the last gradient is finite."""
 
 
 def measure_gradients(
     subject: Subject, rollouts: Mapping[DtypeName, Groups], *, advance: Callable[[str], None] = lambda stage: None
 ) -> dict[str, Any]:
-    """The section `gradient` of `probe.json`.
+    """Measure the section `gradient` of `probe.json`.
 
     Args:
-        subject: what is examined; `probe.gradient_completions` of its configuration is the size of the batch.
+        subject: model and settings; `probe.gradient_completions` is the number of completions in the batch.
         rollouts: completions by rollout dtype, sampled at the subject's weights. Trainers are compared on the tokens of
-            fp32 if given, else of the first; weights are measured on each dtype's own.
-        advance: told what is done next, before each gradient.
+            fp32 if given, else of the first dtype; weights are measured on the tokens of each dtype.
+        advance: called with the name of the next measurement before each gradient.
 
     Returns:
         `rows`: each trainer against the FP32 trainer, FP16 with the configured loss scale and without one. `weights`:
-        for each rollout dtype, the matched trainer's gradient with weights against without. `advantages`: `signs`
-        when the rewards of some rollout dtype give no advantage at all, and seeded signs +-1 stand in for all.
+        for each rollout dtype, the matched trainer's gradient with weights against the one without. `advantages`:
+        `rewards`, or `signs` if the rewards of some rollout dtype give no advantage at all and seeded signs +-1 are
+        used for all.
 
     Raises:
         InputError: there are no rollouts.
         RewardError: a reward is not finite.
     """
     if not rollouts or not all(rollouts.values()):
-        raise InputError("there are no completions to take a gradient of; sample at least one for each precision.")
-    plain = dataclasses.replace(
-        subject, config=subject.config.model_copy(update={"algorithm": AlgorithmConfig(preset=PLAIN)})
-    )
-    batches, kind = _batches(plain, rollouts)
+        raise InputError("there are no completions for a gradient; sample at least one for each precision.")
+    batches, kind = _batches(subject, rollouts)
     base: DtypeName = "fp32" if "fp32" in batches else next(iter(batches))
-    comparison = _Comparison(subject=plain, batches=batches, base=base, advance=advance)
+    comparison = _Comparison(subject=subject, batches=batches, base=base, advance=advance)
     for dtype in TRAINER_DTYPES:
         comparison.add(dtype)
         gc.collect()  # parameters and their hooks refer to each other; the next trainer needs this one's memory
@@ -96,20 +94,22 @@ def measure_gradients(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Comparison:
-    """What is known so far; one trainer lives at a time, the first one's gradient stays as the reference."""
+    """Results so far. Only one trainer is in memory at a time; the first one's gradient is kept as the reference."""
 
     subject: Subject
-    batches: Mapping[DtypeName, TrainBatch]
-    """By rollout dtype."""
+    batches: Mapping[DtypeName, StepBatch]
+    """Rollout dtype -> its one train batch."""
     base: DtypeName
-    """Whose tokens the trainers are compared on."""
+    """Rollout dtype on whose tokens the trainers are compared."""
     advance: Callable[[str], None]
+    """Called with the name of the next measurement."""
     reference: dict[str, Tensor] = field(default_factory=dict)
+    """Parameter name -> unscaled gradient of the first trainer."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     weights: dict[DtypeName, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, dtype: DtypeName) -> None:
-        """Build one trainer, take its gradients, let go of it."""
+        """Build one trainer, measure its gradients, and release it."""
         trainer = trainer_in(self.subject, dtype)
         configured = trainer.scaler.scale
         for scale in dict.fromkeys((configured, 1.0)):
@@ -120,7 +120,7 @@ class _Comparison:
             self.weights[dtype] = self._weigh(trainer, dtype, configured)
 
     def _compare(self, trainer: PolicyTrainer, dtype: DtypeName, scale: float) -> None:
-        attempt = _accumulate(trainer, self.batches[self.base], scale)
+        attempt = _accumulate(trainer, PRESETS[PLAIN], self.batches[self.base], scale)
         if not self.reference:
             self.reference.update(_unscaled(trainer, attempt))
         gap = gradient_gap(trainer.weights.gradients(), self.reference, scale=attempt.scale)
@@ -136,14 +136,13 @@ class _Comparison:
         )
 
     def _weigh(self, trainer: PolicyTrainer, dtype: DtypeName, scale: float) -> dict[str, Any]:
-        """The gradient with raw sequence weights against the one without: one trainer, one set of tokens."""
+        """Compare the gradient with raw sequence weights with the one without, on the same trainer and tokens."""
         batch = self.batches[dtype]
         if dtype == self.base == TRAINER_DTYPES[0]:
             plain = self.reference
         else:
-            plain = _unscaled(trainer, _accumulate(trainer, batch, scale))
-        trainer.algorithm = PRESETS[WEIGHTED]
-        attempt = _accumulate(trainer, batch, scale)
+            plain = _unscaled(trainer, _accumulate(trainer, PRESETS[PLAIN], batch, scale))
+        attempt = _accumulate(trainer, PRESETS[WEIGHTED], batch, scale)
         gap = gradient_gap(trainer.weights.gradients(), plain, scale=attempt.scale)
         return {
             "rollout": dtype,
@@ -156,41 +155,41 @@ class _Comparison:
 # -- gradients
 
 
-def _accumulate(trainer: PolicyTrainer, batch: TrainBatch, scale: float) -> _Attempt:
-    """Leave the batch's gradient in the masters; while it overflows, try again with half the loss scale.
+def _accumulate(trainer: PolicyTrainer, algorithm: Algorithm, batch: StepBatch, scale: float) -> _Attempt:
+    """Accumulate the batch's gradient in the masters; while it overflows, try again with half the loss scale.
 
-    It does not fall below 1, where the half backward would lose more than it does without a loss scale.
+    The scale does not fall below 1, where the half backward pass would lose more than without a loss scale.
     """
     halvings = 0
     while True:
-        forward_finite, finite = _backward(trainer, batch, scale)
+        forward_finite, finite = _backward(trainer, algorithm, batch, scale)
         if finite or not forward_finite or scale < 2.0:
             return _Attempt(scale=scale, halvings=halvings, finite=finite)
         scale, halvings = scale / 2, halvings + 1
 
 
-def _backward(trainer: PolicyTrainer, batch: TrainBatch, scale: float) -> tuple[bool, bool]:
-    """One pass over the micro-batches; whether the loss is finite, and whether it and the gradient are."""
+def _backward(trainer: PolicyTrainer, algorithm: Algorithm, batch: StepBatch, scale: float) -> tuple[bool, bool]:
+    """Run one pass over the micro-batches; return whether the loss is finite, and whether loss and gradient are."""
     trainer.scaler = build_loss_scaler(LossScaleConfig(initial=scale), trainer.precision.roles.compute_dtype)
     trainer.weights.zero_grad()
-    for micro in batch.micro_batches:
-        if not bool(trainer.forward_backward(micro, None, batch.denominators).loss.isfinite()):
+    (train_batch,) = batch.train_batches
+    for micro in batch.chosen(train_batch.micro_batches):
+        if not bool(trainer.forward_backward([micro], algorithm, train_batch.denominators).loss.isfinite()):
             return False, False
     return True, all(bool(gradient.isfinite().all()) for _, gradient in trainer.weights.gradients())
 
 
 def _unscaled(trainer: PolicyTrainer, attempt: _Attempt) -> dict[str, Tensor]:
-    """A copy of the gradient. Scales are powers of two where nobody chose otherwise, and then dividing is exact."""
+    """Return a copy of the gradient, unscaled; the division is exact if the scale is a power of two, as by default."""
     return {name: gradient / attempt.scale for name, gradient in trainer.weights.gradients()}
 
 
 @torch.no_grad()
-def _sequence_log_ratios(trainer: PolicyTrainer, batch: TrainBatch) -> Tensor:
-    """log pi - log mu summed over each completion, float64 [S], zero advantages included."""
+def _sequence_log_ratios(trainer: PolicyTrainer, batch: StepBatch) -> Tensor:
+    """Return log pi - log mu summed over each completion, float64 [S], including those with zero advantages."""
     sums = []
-    for pack in batch.packs:
-        trainer_logprobs_C, _ = trainer.measure(pack)
-        log_ratio_C = ops.log_ratio(trainer_logprobs_C.double(), pack.behavior_logprobs_C.double())
+    for pack, scores in zip(batch.packs, trainer.measure(batch.packs), strict=True):
+        log_ratio_C = ops.log_ratio(scores.logprobs_C.double(), pack.behavior_logprobs_C.double())
         sums.append(ops.segment_sum(log_ratio_C, pack.sequence_index_C, pack.num_sequences))
     return torch.cat(sums)
 
@@ -200,24 +199,23 @@ def _sequence_log_ratios(trainer: PolicyTrainer, batch: TrainBatch) -> Tensor:
 
 def _batches(
     subject: Subject, rollouts: Mapping[DtypeName, Groups]
-) -> tuple[dict[DtypeName, TrainBatch], Literal["rewards", "signs"]]:
-    """One train batch for each rollout dtype, and what its advantages are made of."""
-    scored = {dtype: _scored(subject, groups) for dtype, groups in rollouts.items()}
-    advantages = {dtype: _reward_advantages(groups) for dtype, groups in scored.items()}
+) -> tuple[dict[DtypeName, StepBatch], Literal["rewards", "signs"]]:
+    """Return one train batch for each rollout dtype, and the source of their advantages."""
+    graded = {dtype: _graded(subject, groups) for dtype, groups in rollouts.items()}
+    advantages = {dtype: _reward_advantages(groups) for dtype, groups in graded.items()}
     kind: Literal["rewards", "signs"] = "rewards" if all(any(values) for values in advantages.values()) else "signs"
     if kind == "signs":
         advantages = {dtype: _signs(len(values), subject.config.seed) for dtype, values in advantages.items()}
     config = subject.config
     config = config.model_copy(update={"training": config.training.model_copy(update={"optimizer_steps": 1})})
-    device = choose_device(config)
     return {
-        dtype: pack_step([r for group in groups for r in group], advantages[dtype], config, 0, device).train_batches[0]
-        for dtype, groups in scored.items()
+        dtype: pack_step([r for group in groups for r in group], advantages[dtype], config, 0)
+        for dtype, groups in graded.items()
     }, kind
 
 
-def _scored(subject: Subject, groups: Groups) -> list[list[Rollout]]:
-    """The first `probe.gradient_completions` completions with their rewards, siblings together."""
+def _graded(subject: Subject, groups: Groups) -> list[list[Rollout]]:
+    """Return the first `probe.gradient_completions` completions with their rewards, grouped by prompt."""
     flat = [(number, prompt, c) for number, (prompt, siblings) in enumerate(groups) for c in siblings]
     flat = flat[: subject.config.probe.gradient_completions]
     texts = completion_texts(subject.model.tokenizer, [completion for _, _, completion in flat])
@@ -231,7 +229,7 @@ def _scored(subject: Subject, groups: Groups) -> list[list[Rollout]]:
 
 
 def _reward_advantages(groups: Sequence[Sequence[Rollout]]) -> list[float]:
-    """Reward minus the group's mean; 0 for a group of one, which has no baseline."""
+    """Return reward minus the group's mean; 0 for a group of one, which has no baseline."""
     out: list[float] = []
     for group in groups:
         rewards = torch.tensor([[rollout.reward for rollout in group]])
@@ -240,16 +238,17 @@ def _reward_advantages(groups: Sequence[Sequence[Rollout]]) -> list[float]:
 
 
 def _signs(count: int, seed: int) -> list[float]:
-    """Seeded advantages +1 and -1, as many of one as of the other but for one."""
+    """Return advantages of +1 and -1 in a seeded order; for an odd count there is one more +1."""
     signs = [1.0 if index % 2 == 0 else -1.0 for index in range(count)]
     random.Random(f"signs-{seed}").shuffle(signs)
     return signs
 
 
-def _sizes(batch: TrainBatch) -> dict[str, int]:
+def _sizes(step: StepBatch) -> dict[str, int]:
+    (batch,) = step.train_batches
     return {
         "completions": int(batch.denominators.sequences),
-        "trained_completions": sum(micro.num_sequences for micro in batch.micro_batches),
+        "trained_completions": sum(micro.num_sequences for micro in step.chosen(batch.micro_batches)),
         "tokens": int(batch.denominators.tokens),
         "micro_batches": len(batch.micro_batches),
     }

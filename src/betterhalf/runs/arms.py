@@ -25,6 +25,7 @@ from betterhalf.errors import BetterhalfError, RunError
 from betterhalf.metrics import events
 from betterhalf.metrics.several import SeveralRuns
 from betterhalf.process import chosen_threads, usable_cores
+from betterhalf.rollout.build import capabilities
 from betterhalf.run_dir import RunDir
 from betterhalf.runs.data_check import permission
 from betterhalf.setup.device import choose_device
@@ -83,7 +84,7 @@ def plan_arms(config: RunConfig, count: int, parameters: int) -> ArmPlan:
         return _plan(at_once, threads, f"sanity.arms_at_once={config.sanity.arms_at_once}")
     if choose_device(config).type != "cpu":
         return _plan(1, threads, "they share a GPU")
-    if config.engine.type != "native":
+    if not capabilities(config).shares_cores:
         return _plan(1, threads, f"engine.type={config.engine.type} takes all cores")
     if (fit := _fit_in_memory(parameters)) < min(count, threads):
         return _plan(max(1, fit), threads, "as many as fit into memory")

@@ -1,28 +1,30 @@
-"""Build the parts of a run from its configuration: the two wings, the task between them, and what they agree on."""
+"""Build the parts of a run from its configuration: trainer, rollout engine, task, and what they agree on."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from betterhalf.algorithms.advantage import check_group_size, check_overlong_buffer
 from betterhalf.algorithms.presets import Algorithm, resolve_algorithm
-from betterhalf.config.engine import require_whole_distribution
+from betterhalf.config.sampling import require_whole_distribution
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import MissingExtraError
-from betterhalf.models.description import describe_model
-from betterhalf.models.loading import load_weights
-from betterhalf.models.stop_tokens import TurnEnd
+from betterhalf.models.description import ModelDescription, ModelFacts, describe_model
+from betterhalf.models.loading import LoadedModel, load_weights
 from betterhalf.precision.roles import Precision, build_precision
 from betterhalf.rollout.build import build_engine, check_engine, require_engine
 from betterhalf.rollout.engine import RolloutEngine
 from betterhalf.setup.data import load_task
 from betterhalf.setup.device import choose_device
 from betterhalf.setup.model_checks import check_model, check_roles, require_stop_token, show_notes
+from betterhalf.setup.trained_policy import TrainedPolicy
 from betterhalf.tasks.fingerprint import DataRecord
 from betterhalf.tasks.task import Task
 from betterhalf.training.policy_trainer import PolicyTrainer
+from betterhalf.training.trainer import Trainer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,50 +33,52 @@ class Parts:
 
     config: RunConfig
     precision: Precision
+    """Formats of both sides, and the device."""
     algorithm: Algorithm
-    tokenizer: Any
-    """transformers tokenizer: decodes completions."""
+    model: ModelFacts
+    """Tokenizer, vocabulary, context and stop tokens."""
+    parameters: int
+    """Number of the model's parameters; a tied head counts once."""
     task: Task
     data: DataRecord
     """Digests of the task's rows and of its reward."""
-    trainer: PolicyTrainer
-    """The wing of pi."""
+    trainer: Trainer
+    """Holds the policy pi."""
     engine: RolloutEngine
-    """The wing of mu; holds no weights before the first sync."""
-    turn_end: TurnEnd | None = None
-    """The token with which the model's chat template ends a turn, if it shows one."""
+    """Samples from mu; holds no weights before the first sync."""
 
     def close(self) -> None:
-        """End worker processes and the engine."""
+        """End worker processes, the engine and the trainer."""
         self.task.close()
+        self.trainer.close()
         self.engine.close()
 
 
-def assemble(config: RunConfig, *, rows: int | None = None, evaluating: bool = False) -> Parts:
-    """Load the model once and build trainer, engine and task around it.
+def assemble(
+    config: RunConfig,
+    *,
+    rows: int | None = None,
+    evaluating: bool = False,
+    trained: Callable[[], TrainedPolicy] | None = None,
+) -> Parts:
+    """Load the model once, and build trainer, engine and task around it.
 
-    What is wrong is said in this order, so that it is said early and alike on every machine: the configuration, the
-    model's own configuration, the data, what this machine lacks, and last the weights.
+    Errors are raised in the same order on every machine, the cheapest check first: the configuration, the model's own
+    configuration, the data, the machine, and last the weights.
 
     Args:
-        config: of the run.
-        rows: rows of the task that will be used, from the first on; all if absent.
-        evaluating: the engine only samples, and nobody compares its logprobs with the trainer's, so it may sample from
-            a truncated distribution.
+        config: the configuration of the run.
+        rows: number of rows of the task to use, from the first on; all if absent.
+        evaluating: True if the engine only samples: its distribution may then be truncated, because its logprobs are
+            not compared with the trainer's.
+        trained: loads weights that replace the model's own.
 
     Raises:
+        CheckpointError: the trained weights are of another model.
         InputError: a model, data set or combination of settings that cannot work.
     """
-    if not evaluating:
-        require_whole_distribution(config.sampling)
-    algorithm = resolve_algorithm(config.algorithm)
-    check_group_size(algorithm.advantage, config.training.group_size)
-    check_overlong_buffer(algorithm.overlong_tokens(config.sampling.max_tokens), config.sampling.max_tokens)
-    check_engine(config)
-    check_roles(config)
-    described = describe_model(config.model)
-    check_model(described, config)
-    require_stop_token(described, config.model)
+    algorithm = _checked_algorithm(config, evaluating=evaluating)
+    described = _checked_model(config)
     task = load_task(described, config, rows=rows)
     try:
         device = choose_device(config)
@@ -84,7 +88,8 @@ def assemble(config: RunConfig, *, rows: int | None = None, evaluating: bool = F
         show_notes(model, config.logging.console)
         precision = build_precision(config.precision, device)
         engine = build_engine(config, model.hf_config, model.stop_token_ids, precision)
-        trainer = PolicyTrainer(model, config=config, precision=precision, algorithm=algorithm)
+        parameters = sum(parameter.numel() for parameter in model.module.parameters())
+        trainer = _trainer(model, config, precision, trained)
     except BaseException:
         task.close()
         raise
@@ -92,13 +97,44 @@ def assemble(config: RunConfig, *, rows: int | None = None, evaluating: bool = F
         config=config,
         precision=precision,
         algorithm=algorithm,
-        tokenizer=model.tokenizer,
+        model=model.facts(),
+        parameters=parameters,
         task=task,
         data=task.record(),
         trainer=trainer,
         engine=engine,
-        turn_end=model.turn_end,
     )
+
+
+def _checked_algorithm(config: RunConfig, *, evaluating: bool) -> Algorithm:
+    """Return the resolved algorithm, after every check that needs the configuration alone."""
+    if not evaluating:
+        require_whole_distribution(config.sampling)
+    algorithm = resolve_algorithm(config.algorithm)
+    check_group_size(algorithm.advantage, config.training.group_size)
+    check_overlong_buffer(algorithm.overlong_tokens(config.sampling.max_tokens), config.sampling.max_tokens)
+    check_engine(config)
+    check_roles(config)
+    return algorithm
+
+
+def _checked_model(config: RunConfig) -> ModelDescription:
+    """Read the model's configuration files, and check them against the run's."""
+    described = describe_model(config.model)
+    check_model(described, config)
+    require_stop_token(described, config.model)
+    return described
+
+
+def _trainer(
+    model: LoadedModel, config: RunConfig, precision: Precision, trained: Callable[[], TrainedPolicy] | None
+) -> PolicyTrainer:
+    """Build the trainer on the model's weights, or on those that `trained` loads in their place."""
+    if trained is None:
+        return PolicyTrainer(model, config=config, precision=precision)
+    policy = trained()
+    policy.copy_into(model.module)
+    return PolicyTrainer(model, config=config, precision=precision, policy_version=policy.policy_version)
 
 
 def require_logging(config: RunConfig) -> None:

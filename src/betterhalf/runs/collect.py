@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from betterhalf.rollout.engine import require_version
 from betterhalf.runs.assembly import Parts
+from betterhalf.runs.progress import Progress
 from betterhalf.runs.recovery import Restarts, restarts_of, retry_on_engine_death
 from betterhalf.runs.stopwatch import Stopwatch
 from betterhalf.runs.weight_sync import revive
@@ -77,14 +78,15 @@ def _tokens(rollouts: Sequence[Rollout]) -> int:
     return sum(len(rollout.completion.token_ids) for rollout in rollouts)
 
 
-def collect_groups(parts: Parts, step: int, position: int, clock: Stopwatch) -> Collected:
-    """Sample and score one step's groups.
+def collect_groups(parts: Parts, progress: Progress, clock: Stopwatch) -> Collected:
+    """Sample and grade the groups of the step after `progress`.
 
     With `dynamic_sampling` (arXiv 2503.14476), groups without a difference in reward are replaced by fresh prompts, for
     at most `max_sampling_rounds` rounds; what is then still missing is filled up with groups of equal rewards, so that
     a step always has its size. What was sampled and is not in the step is kept apart, to be measured.
     """
-    wanted, start = parts.config.training.prompts_per_step, position
+    wanted, start = parts.config.training.prompts_per_step, progress.position
+    position = start
     rounds = parts.algorithm.max_sampling_rounds if parts.algorithm.dynamic_sampling else 1
     useful: list[RolloutGroup] = []
     flat: list[RolloutGroup] = []
@@ -92,7 +94,17 @@ def collect_groups(parts: Parts, step: int, position: int, clock: Stopwatch) -> 
     restarts, size = restarts_of(parts.config), parts.config.training.group_size
     for _ in range(rounds):
         prompts = _fresh_prompts(parts, start, position - start)
-        for group in sample_groups(parts, prompts, size, step, len(useful + flat), clock, restarts):
+        groups = sample_groups(
+            parts,
+            prompts,
+            size,
+            step=progress.step + 1,
+            policy_version=progress.policy_version,
+            first_index=len(useful + flat),
+            clock=clock,
+            restarts=restarts,
+        )
+        for group in groups:
             (useful if has_signal(group) or not parts.algorithm.dynamic_sampling else flat).append(group)
         position += wanted
         if len(useful) >= wanted:
@@ -120,18 +132,29 @@ def sample_groups(
     parts: Parts,
     prompts: Sequence[Prompt],
     group_size: int,
+    *,
     step: int,
+    policy_version: int,
     first_index: int,
     clock: Stopwatch,
     restarts: Restarts | None = None,
 ) -> list[RolloutGroup]:
-    """Completions and rewards for some prompts; (seed, step, index) determines every draw.
+    """Sample and grade completions of some prompts; (seed, step, index) determines every draw.
 
-    When the engine's process dies, a new one samples the same completions; `restarts` counts and limits that, by
-    default for this call alone.
+    When the engine's process dies, a new one samples the same completions.
+
+    Args:
+        parts: engine, task and settings.
+        prompts: one group each.
+        group_size: completions of each prompt.
+        step: of the random key.
+        policy_version: the one that the completions must have: that of the trainer's weights.
+        first_index: index of the first prompt in the random key.
+        clock: takes the seconds of `generate` and `reward`.
+        restarts: counts and limits the restarts of the engine; by default those of this call alone.
 
     Raises:
-        EngineDiedError: it dies again and again.
+        EngineDiedError: the engine died once more than it may.
         EngineError: it sampled with other weights than the trainer's.
         RewardError: a reward is not finite, or their number is wrong.
     """
@@ -145,25 +168,27 @@ def sample_groups(
             )
             for index, prompt in enumerate(prompts)
         ]
-        siblings = _generate(parts, requests, restarts or restarts_of(parts.config))
+        siblings = _generate(parts, requests, policy_version, restarts or restarts_of(parts.config))
     with clock("reward"):
-        return _scored(parts, prompts, siblings)
+        return _graded(parts, prompts, siblings)
 
 
-def _generate(parts: Parts, requests: list[GenerateRequest], restarts: Restarts) -> list[tuple[Completion, ...]]:
+def _generate(
+    parts: Parts, requests: list[GenerateRequest], policy_version: int, restarts: Restarts
+) -> list[tuple[Completion, ...]]:
     def sample() -> list[tuple[Completion, ...]]:
         # The last step may have left the engine asleep: without an update there was no sync to wake it.
         parts.engine.wake()
         return parts.engine.generate(requests, parts.config.sampling)
 
     siblings = retry_on_engine_death(sample, lambda: revive(parts), restarts)
-    require_version(siblings, parts.trainer.policy_version)
+    require_version(siblings, policy_version)
     return siblings
 
 
-def _scored(parts: Parts, prompts: Sequence[Prompt], siblings: Sequence[tuple[Completion, ...]]) -> list[RolloutGroup]:
+def _graded(parts: Parts, prompts: Sequence[Prompt], siblings: Sequence[tuple[Completion, ...]]) -> list[RolloutGroup]:
     flat = [(prompt, completion) for prompt, group in zip(prompts, siblings, strict=True) for completion in group]
-    texts = completion_texts(parts.tokenizer, [completion for _, completion in flat])
+    texts = completion_texts(parts.model.tokenizer, [completion for _, completion in flat])
     rewards = parts.task.rewards([prompt for prompt, _ in flat], texts, [c.finish_reason for _, c in flat])
     rewards = check_rewards(rewards, len(flat))
     rollouts = iter(

@@ -29,8 +29,7 @@ from betterhalf.runs.truncation import ADVICE
 from betterhalf.runs.weight_sync import first_sync
 from betterhalf.setup.data import write_left_out
 from betterhalf.setup.folder import run_folder
-from betterhalf.setup.trained_policy import newest_checkpoint, require_checkpoint
-from betterhalf.training import checkpoint
+from betterhalf.setup.trained_policy import load_policy, require_checkpoint
 from betterhalf.types import Prompt, RolloutGroup
 
 EVALUATION_STEP = 2**31 - 1
@@ -40,7 +39,7 @@ _PROMPTS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PromptScore:
+class PromptResult:
     """How often one prompt was solved."""
 
     prompt_id: str
@@ -55,38 +54,49 @@ class PromptScore:
     """Completion tokens, all samples together."""
 
 
-def score_prompts(
+def evaluate_prompts(
     parts: Parts,
     prompts: Sequence[Prompt],
     samples: int,
     *,
+    policy_version: int,
     step: int = EVALUATION_STEP,
     first_index: int = 0,
-    keep: Callable[[Sequence[PromptScore]], None] = lambda scores: None,
-) -> list[PromptScore]:
+    keep: Callable[[Sequence[PromptResult]], None] = lambda results: None,
+) -> list[PromptResult]:
     """Sample `samples` completions of each prompt from the engine and count what is solved.
 
     Args:
         parts: engine, task and settings.
         prompts: what to score.
         samples: completions of each.
+        policy_version: version of the engine's weights.
         step: stands for the step in the random key.
         first_index: place of the first prompt in the random key.
         keep: called with the scores of some prompts as soon as they are known.
     """
-    scores: list[PromptScore] = []
-    clock = Stopwatch()
+    results: list[PromptResult] = []
+    clock = Stopwatch(parts.precision.device)
     for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
         block = prompts[start : start + _PROMPTS_AT_ONCE]
-        found = [_score(group) for group in sample_groups(parts, block, samples, step, first_index + start, clock)]
+        groups = sample_groups(
+            parts,
+            block,
+            samples,
+            step=step,
+            policy_version=policy_version,
+            first_index=first_index + start,
+            clock=clock,
+        )
+        found = [_result(group) for group in groups]
         keep(found)
-        scores += found
-    return scores
+        results += found
+    return results
 
 
-def _score(group: RolloutGroup) -> PromptScore:
+def _result(group: RolloutGroup) -> PromptResult:
     completions = [rollout.completion for rollout in group.rollouts]
-    return PromptScore(
+    return PromptResult(
         prompt_id=group.prompt.prompt_id,
         solved=sum(reward >= 1.0 for reward in group.rewards),
         samples=len(completions),
@@ -96,27 +106,27 @@ def _score(group: RolloutGroup) -> PromptScore:
     )
 
 
-def average_reward(scores: Sequence[PromptScore]) -> float:
+def average_reward(results: Sequence[PromptResult]) -> float:
     """avg@k: mean reward over all completions of all prompts."""
-    return statistics.fmean(score.reward for score in scores)
+    return statistics.fmean(result.reward for result in results)
 
 
-def pass_at(scores: Sequence[PromptScore], k: int) -> float:
+def pass_at(results: Sequence[PromptResult], k: int) -> float:
     """pass@k: chance that at least one of k completions solves a prompt; the unbiased estimator of arXiv 2107.03374."""
-    return statistics.fmean(1 - math.comb(s.samples - s.solved, k) / math.comb(s.samples, k) for s in scores)
+    return statistics.fmean(1 - math.comb(s.samples - s.solved, k) / math.comb(s.samples, k) for s in results)
 
 
-def evaluation_summary(scores: Sequence[PromptScore]) -> dict[str, Any]:
+def evaluation_summary(results: Sequence[PromptResult]) -> dict[str, Any]:
     """avg@k, and pass@k for powers of two up to the number of samples."""
-    samples = scores[0].samples
+    samples = results[0].samples
     powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
     return {
-        "prompts": len(scores),
+        "prompts": len(results),
         "samples": samples,
-        f"avg@{samples}": average_reward(scores),
-        **{f"pass@{k}": pass_at(scores, k) for k in powers},
-        "truncated_fraction": sum(s.truncated for s in scores) / (samples * len(scores)),
-        "mean_length": sum(s.tokens for s in scores) / (samples * len(scores)),
+        f"avg@{samples}": average_reward(results),
+        **{f"pass@{k}": pass_at(results, k) for k in powers},
+        "truncated_fraction": sum(s.truncated for s in results) / (samples * len(results)),
+        "mean_length": sum(s.tokens for s in results) / (samples * len(results)),
     }
 
 
@@ -148,18 +158,17 @@ def _evaluate_in(run: RunDir, config: RunConfig, target: str) -> dict[str, Any]:
         _require_evaluation(run, config)
     if RunDir(Path(target)).configured:
         require_checkpoint(target)
-    parts = assemble(config, rows=config.evaluate.max_prompts, evaluating=True)
+    trained = (lambda: load_policy(target)) if RunDir(Path(target)).configured else None
+    parts = assemble(config, rows=config.evaluate.max_prompts, evaluating=True, trained=trained)
     try:
-        if RunDir(Path(target)).configured:
-            load_trained(parts, target)
-        contract = first_sync(parts)
+        synced = first_sync(parts)
         if run.evaluated.exists():
             _require_same_subject(run, parts)
-        _write_head(run, parts, contract)
-        scores = _score_rest(run, parts)
+        _write_head(run, parts, synced.contract)
+        results = _evaluate_rest(run, parts, synced.policy_version)
     finally:
         parts.close()
-    summary = evaluation_summary(scores) | {"rows_left_out": len(parts.task.left_out)}
+    summary = evaluation_summary(results) | {"rows_left_out": len(parts.task.left_out)}
     if summary["truncated_fraction"] == 1:
         limit = config.sampling.max_tokens
         show_note(f"all completions were cut off at sampling.max_tokens={limit}; {ADVICE}", mode=config.logging.console)
@@ -196,23 +205,30 @@ def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:
     write_json_atomic(run.config, resolved_json(without_permission(parts.config)))
 
 
-def _score_rest(run: RunDir, parts: Parts) -> list[PromptScore]:
+def _evaluate_rest(run: RunDir, parts: Parts, policy_version: int) -> list[PromptResult]:
     """Score the prompts that the folder does not hold yet; each block is written as soon as it is scored."""
     config, count = parts.config, min(len(parts.task), parts.config.evaluate.max_prompts or len(parts.task))
-    done = [PromptScore(**row) for row in read_jsonl(run.evaluation)]
+    done = [PromptResult(**row) for row in read_jsonl(run.evaluation)]
     # Logits depend a little on what is batched together, so a block that was cut off is scored again, whole.
     done = done[: len(done) - len(done) % _PROMPTS_AT_ONCE] if len(done) < count else done
-    write_text_atomic(run.evaluation, "".join(json.dumps(asdict(score)) + "\n" for score in done))
+    write_text_atomic(run.evaluation, "".join(json.dumps(asdict(result)) + "\n" for result in done))
     prompts = [parts.task.prompt(index) for index in range(len(done), count)]
     with show_progress("evaluate", count, mode=config.logging.console) as bar, _kept(run, count):
         bar.advance(len(done))
 
-        def keep(scores: Sequence[PromptScore]) -> None:
-            for score in scores:
-                append_jsonl(run.evaluation, asdict(score))
-            bar.advance(len(scores))
+        def keep(results: Sequence[PromptResult]) -> None:
+            for result in results:
+                append_jsonl(run.evaluation, asdict(result))
+            bar.advance(len(results))
 
-        return done + score_prompts(parts, prompts, config.evaluate.samples, first_index=len(done), keep=keep)
+        return done + evaluate_prompts(
+            parts,
+            prompts,
+            config.evaluate.samples,
+            policy_version=policy_version,
+            first_index=len(done),
+            keep=keep,
+        )
 
 
 @contextmanager
@@ -234,16 +250,3 @@ def _with_target(config: RunConfig, target: str) -> RunConfig:
         data["model"]["name"] = target
     data["sampling"]["temperature"] = config.evaluate.temperature
     return RunConfig.model_validate(data)
-
-
-def load_trained(parts: Parts, run_path: str) -> int:
-    """Put the newest checkpoint's weights into the trainer; returns its step.
-
-    Raises:
-        CheckpointError: there is none, it is corrupted, or it belongs to another model.
-    """
-    path, saved = newest_checkpoint(run_path)
-    checkpoint.require_parameters(path, parts.trainer.weights.masters, saved.tensors["model"])
-    parts.trainer.weights.load(saved.tensors["model"])
-    parts.trainer.policy_version = int(saved.values["trainer"]["policy_version"])
-    return saved.step

@@ -16,8 +16,7 @@ from betterhalf.models.loading import LoadedModel, load_model
 from betterhalf.precision.formats import torch_dtype
 from betterhalf.run_dir import RunDir, disk_full
 from betterhalf.setup.model_checks import show_notes
-from betterhalf.setup.trained_policy import newest_checkpoint
-from betterhalf.training import checkpoint
+from betterhalf.setup.trained_policy import load_policy
 
 
 def export(run: str, directory: str) -> dict[str, Any]:
@@ -31,22 +30,22 @@ def export(run: str, directory: str) -> dict[str, Any]:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{directory} is not an empty folder; name a new one, so that nothing is overwritten")
     config = load_config(RunDir.open(run).config)
-    path, saved = newest_checkpoint(run)
+    policy = load_policy(run)
     model = load_model(config.model)
     show_notes(model)
-    checkpoint.require_parameters(path, dict(model.module.named_parameters()), saved.tensors["model"])
+    policy.copy_into(model.module)
     name = config.precision.roles().rollout_dtype
-    for key, parameter in model.module.named_parameters():
-        parameter.data = saved.tensors["model"][key].to(torch_dtype(name))
+    for parameter in model.module.parameters():
+        parameter.data = parameter.data.to(torch_dtype(name))
     model.module.config.dtype = torch_dtype(name)
     _save(model, target)
     return {
         "verb": "export",
         "directory": str(target),
-        "step": saved.step,
+        "step": policy.step,
         "dtype": name,
         "generation_settings_left_out": ", ".join(model.generation_left_out) or None,
-        "parameters": sum(tensor.numel() for tensor in saved.tensors["model"].values()),
+        "parameters": sum(tensor.numel() for tensor in policy.weights.values()),
     }
 
 

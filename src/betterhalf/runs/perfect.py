@@ -11,7 +11,7 @@ from betterhalf.precision.contract import folded_digest
 from betterhalf.run_dir import RunDir, plain_json, truncate_jsonl
 from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.data_check import allows_changed_data, task_prefix
-from betterhalf.runs.evaluate import score_prompts
+from betterhalf.runs.evaluate import evaluate_prompts
 from betterhalf.runs.weight_sync import first_sync
 from betterhalf.setup.data import write_left_out
 from betterhalf.tasks.perfectible import (
@@ -45,7 +45,7 @@ def build_perfectible(config: RunConfig, run: RunDir) -> tuple[Path, int]:
         parts = assemble(config)  # finds what is wrong with it before an arm starts
         parts.close()
         write_left_out(run, parts.task)
-        return Path(config.task.path).expanduser().resolve(), _parameters(parts)
+        return Path(config.task.path).expanduser().resolve(), parts.parameters
     path = run.perfectible.resolve()
     # FP32 has no islands, but those of the arms must be modules of the model before hours of counting.
     in_fp32 = PrecisionConfig(preset="fp32", fp32_modules=config.precision.fp32_modules)
@@ -56,18 +56,14 @@ def build_perfectible(config: RunConfig, run: RunDir) -> tuple[Path, int]:
     finally:
         parts.close()
     read_kept(path)
-    return path, _parameters(parts)
-
-
-def _parameters(parts: Parts) -> int:
-    return sum(weight.numel() for weight in parts.trainer.weights.masters.values())
+    return path, parts.parameters
 
 
 def _count(parts: Parts, path: Path) -> None:
     """Count the candidates that the file does not hold yet."""
     config = parts.config
     candidates = min(config.sanity.candidates, len(parts.task))
-    first_sync(parts)
+    version = first_sync(parts).policy_version
     provenance = _provenance(parts, candidates, folded_digest(parts.engine.digests()))
     rows = open_perfectible(path, provenance) if path.exists() else []
     if not allows_changed_data(config):
@@ -81,23 +77,25 @@ def _count(parts: Parts, path: Path) -> None:
     with show_progress(label, candidates, mode=config.logging.console) as bar:
         bar.advance(done)
         for start in range(done, candidates, _PROMPTS_AT_ONCE):
-            _count_some(parts, range(start, min(start + _PROMPTS_AT_ONCE, candidates)), path, provenance)
+            _count_some(parts, range(start, min(start + _PROMPTS_AT_ONCE, candidates)), path, provenance, version)
             bar.advance(min(_PROMPTS_AT_ONCE, candidates - start))
 
 
-def _count_some(parts: Parts, indices: range, path: Path, provenance: Provenance) -> None:
+def _count_some(parts: Parts, indices: range, path: Path, provenance: Provenance, policy_version: int) -> None:
     """Count some candidates, then write them down; the first ones start the file."""
     prompts = [parts.task.prompt(index) for index in indices]
     samples = parts.config.sanity.samples
-    scores = score_prompts(parts, prompts, samples, step=PERFECTIBLE_STEP, first_index=indices.start)
+    results = evaluate_prompts(
+        parts, prompts, samples, policy_version=policy_version, step=PERFECTIBLE_STEP, first_index=indices.start
+    )
     if not path.exists():
         open_perfectible(path, provenance)
-    for index, score in zip(indices, scores, strict=True):
+    for index, result in zip(indices, results, strict=True):
         row = SolvedRow(
             index=index,
-            prompt_id=score.prompt_id,
-            solved=score.solved,
-            samples=score.samples,
+            prompt_id=result.prompt_id,
+            solved=result.solved,
+            samples=result.samples,
             digest=parts.data.row(index),
         )
         append_solved(path, row)

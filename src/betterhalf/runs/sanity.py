@@ -22,8 +22,9 @@ from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
 from betterhalf.runs.arms import plan_arms, train_side_by_side
 from betterhalf.runs.assembly import Parts, with_precision
 from betterhalf.runs.data_check import without_permission
-from betterhalf.runs.evaluate import average_reward, score_prompts
+from betterhalf.runs.evaluate import average_reward, evaluate_prompts
 from betterhalf.runs.perfect import build_perfectible
+from betterhalf.runs.progress import Progress
 from betterhalf.runs.train import recorded_threads, require_same_config, run_training, summarise
 from betterhalf.runs.watchdog import require_sound_levels
 from betterhalf.setup.folder import run_folder
@@ -132,8 +133,8 @@ def run_arm(config: RunConfig, name: str, perfectible: Path, arm: RunDir) -> dic
         return read_json(arm.summary)
     settings = arm_config(config, name, perfectible)
 
-    def final_accuracy(parts: Parts) -> dict[str, Any]:
-        accuracy = evaluate_arm(parts, name)
+    def final_accuracy(parts: Parts, progress: Progress) -> dict[str, Any]:
+        accuracy = evaluate_arm(parts, name, progress.policy_version)
         return {"final_accuracy": accuracy, "passed": accuracy >= config.sanity.pass_accuracy}
 
     started = time.perf_counter()
@@ -151,14 +152,18 @@ def run_arm(config: RunConfig, name: str, perfectible: Path, arm: RunDir) -> dic
         return read_json(arm.summary)
 
 
-def evaluate_arm(parts: Parts, label: str) -> float:
-    """avg@k over the whole perfectible set at temperature 1, from the engine as the last step left it."""
+def evaluate_arm(parts: Parts, label: str, policy_version: int) -> float:
+    """Return avg@k over the whole perfectible set at temperature 1, from the engine as the last step left it."""
     config = parts.config
     sampling = config.sampling.model_copy(update={"temperature": 1.0})
     at_one = replace(parts, config=config.model_copy(update={"sampling": sampling}))
     prompts = [parts.task.prompt(index) for index in range(len(parts.task))]
     with show_progress(f"{label}: final accuracy", len(prompts), mode=config.logging.console) as bar:
-        scores = score_prompts(
-            at_one, prompts, config.sanity.evaluation_samples, keep=lambda scores: bar.advance(len(scores))
+        results = evaluate_prompts(
+            at_one,
+            prompts,
+            config.sanity.evaluation_samples,
+            policy_version=policy_version,
+            keep=lambda results: bar.advance(len(results)),
         )
-    return average_reward(scores)
+    return average_reward(results)

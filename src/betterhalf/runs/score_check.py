@@ -37,11 +37,12 @@ def tolerance(precision: Precision, mean_logprob: float) -> float:
 def score_difference(parts: Parts) -> tuple[float, float]:
     """Mean absolute difference of trainer and engine logprobs of a fixed prompt at temperature 1, and the trainer's
     mean logprob, in nats."""
-    hf_config = parts.trainer.module.config
-    token_ids = fixed_tokens(hf_config.vocab_size, min(_TOKENS, hf_config.max_position_embeddings))
+    vocab_size = int(parts.model.hf_config.vocab_size)
+    token_ids = fixed_tokens(vocab_size, min(_TOKENS, parts.model.context_length))
     behavior = torch.tensor(parts.engine.score([token_ids])[0], dtype=torch.float64)
-    logprobs, _ = parts.trainer.measure(_whole(token_ids, parts.precision.device), temperature=1.0)
-    return float((logprobs.double().cpu() - behavior).abs().mean()), float(logprobs.double().mean())
+    (scores,) = parts.trainer.measure([_whole(token_ids)], temperature=1.0)
+    logprobs = scores.logprobs_C.double()
+    return float((logprobs - behavior).abs().mean()), float(logprobs.mean())
 
 
 def check_scores(parts: Parts) -> None:
@@ -70,10 +71,10 @@ def fixed_tokens(vocab_size: int, count: int) -> tuple[int, ...]:
     return tuple((1009 * (i + 1) * (i + 2) // 2) % vocab_size for i in range(count))
 
 
-def _whole(token_ids: tuple[int, ...], device: torch.device) -> MicroBatch:
+def _whole(token_ids: tuple[int, ...]) -> MicroBatch:
     """One sequence, of which every token but the first is scored."""
     count = len(token_ids)
-    tokens, positions = torch.tensor(token_ids, device=device), torch.arange(count, device=device)
+    tokens, positions = torch.tensor(token_ids), torch.arange(count)
     return MicroBatch(
         token_ids_T=tokens,
         position_ids_T=positions,
@@ -81,7 +82,7 @@ def _whole(token_ids: tuple[int, ...], device: torch.device) -> MicroBatch:
         loss_rows_C=positions[:-1],
         target_ids_C=tokens[1:],
         sequence_index_C=torch.zeros_like(positions[1:]),
-        behavior_logprobs_C=torch.zeros(count - 1, device=device),
-        advantages_S=torch.zeros(1, device=device),
+        behavior_logprobs_C=torch.zeros(count - 1),
+        advantages_S=torch.zeros(1),
         rollout_index_S=(0,),
     )

@@ -12,7 +12,9 @@ import torch
 class Stopwatch:
     """Adds up wall-clock seconds by phase; on a GPU it waits for the device, so that a phase pays for its own work."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        """Start now; `device` is the one that computes the phases, and no other is waited for."""
+        self._device = device
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
@@ -23,8 +25,8 @@ class Stopwatch:
         try:
             yield
         finally:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def total(self) -> float:

@@ -12,20 +12,22 @@ from betterhalf.config.load import config_difference, load_config, resolved_json
 from betterhalf.config.schema import RunConfig
 from betterhalf.environment import environment
 from betterhalf.errors import InputError, WatchdogError
-from betterhalf.metrics.console import Console, show_note
+from betterhalf.metrics.console import Console
 from betterhalf.metrics.sinks import JsonlSink, MetricSink, Sinks, TensorBoardSink
 from betterhalf.precision.contract import Contract
 from betterhalf.process import chosen_threads
 from betterhalf.report.page import write_report
-from betterhalf.run_dir import RunDir, append_jsonl, read_json, read_jsonl, truncate_jsonl, write_json_atomic
+from betterhalf.run_dir import RunDir, append_jsonl, read_json, read_jsonl, write_json_atomic
 from betterhalf.runs.assembly import Parts, algorithm_record, assemble
-from betterhalf.runs.data_check import RESUMABLE_KEYS, require_same_data, without_permission
-from betterhalf.runs.loop import KeptRollout, Progress, StepResult, train_steps
-from betterhalf.runs.watchdog import Alarm, Stopped, WatchState, require_sound_levels
+from betterhalf.runs.checkpoints import restore, save_checkpoint
+from betterhalf.runs.data_check import RESUMABLE_KEYS, without_permission
+from betterhalf.runs.kept_rollouts import rollout_row
+from betterhalf.runs.loop import StepResult, train_steps
+from betterhalf.runs.progress import Progress
+from betterhalf.runs.watchdog import Alarm, Stopped, require_sound_levels
 from betterhalf.runs.weight_sync import first_sync
 from betterhalf.setup.data import write_left_out
 from betterhalf.setup.folder import run_folder
-from betterhalf.training import checkpoint
 
 
 def train(config: RunConfig, run_dir: str | None, resume: bool) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def run_training(
     *,
     resume: bool,
     label: str,
-    after: Callable[[Parts], dict[str, Any]] | None = None,
+    after: Callable[[Parts, Progress], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Train in `run`; `after` may look at the trained policy and add to the summary (an arm's final accuracy)."""
     started = time.perf_counter()
@@ -67,8 +69,8 @@ def run_training(
     threads = _threads_note(run)
     parts = assemble(config)
     try:
-        progress = _restore(parts, run) if resume else Progress()
-        contract = first_sync(parts)
+        progress = restore(parts, run) if resume else Progress()
+        contract = first_sync(parts).contract
         if not run.config.exists():
             _write_head(run, parts, contract)
         write_left_out(run, parts.task)
@@ -80,8 +82,8 @@ def run_training(
             if threads:
                 console.note(threads)
             console.note(contract.table())
-            _train_and_record(parts, run, progress, console)
-        extra = after(parts) if after else {}
+            progress = _train_and_record(parts, run, progress, console)
+        extra = after(parts, progress) if after else {}
     finally:
         parts.close()
     summary = summarise(run, config) | extra | {"seconds": time.perf_counter() - started}
@@ -141,8 +143,8 @@ def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:
     write_json_atomic(run.environment, environment() | {"algorithm": algorithm_record(parts.algorithm)})
 
 
-def _train_and_record(parts: Parts, run: RunDir, progress: Progress, console: Console) -> None:
-    """The loop, with everything it leaves on disk and on the terminal."""
+def _train_and_record(parts: Parts, run: RunDir, progress: Progress, console: Console) -> Progress:
+    """Run the loop, with everything it leaves on disk and on the terminal."""
     extras: list[MetricSink] = [TensorBoardSink(run.tensorboard)] if parts.config.logging.tensorboard else []
     sinks = Sinks(JsonlSink(run.append_metrics), extras, warn=console.note)
     finished = progress
@@ -153,7 +155,7 @@ def _train_and_record(parts: Parts, run: RunDir, progress: Progress, console: Co
         sinks.write(step, result.metrics)
         append_jsonl(run.mismatch, {"step": step, **asdict(result.profile)})
         for kept in result.kept:
-            run.append_rollout(rollout_row(step, kept, parts.tokenizer))
+            run.append_rollout(rollout_row(step, kept, parts.model.tokenizer))
         console.update(step, result.metrics)
         _record_alarms(run, console, result.alarms)
         if result.metrics["optim/first_offender"]:
@@ -164,7 +166,7 @@ def _train_and_record(parts: Parts, run: RunDir, progress: Progress, console: Co
             save_checkpoint(parts, run, result.progress)
 
     try:
-        train_steps(parts, progress, record)
+        return train_steps(parts, progress, record)
     except Stopped as stopped:
         _record_alarms(run, console, stopped.watch.alarms, measured=stopped.measured)
         save_checkpoint(parts, run, finished)
@@ -204,70 +206,6 @@ def _skip_note(step: int, result: StepResult) -> str:
 def _checkpoint_due(config: RunConfig, step: int) -> bool:
     every = config.training.checkpoint_every
     return step == config.training.steps or (every > 0 and step % every == 0)
-
-
-def save_checkpoint(parts: Parts, run: RunDir, progress: Progress) -> None:
-    """Everything the next step depends on.
-
-    Sampling, shuffling and data order are functions of (seed, step, position): no generator has a state to be kept.
-    """
-    values = {
-        "trainer": parts.trainer.state_values(),
-        "position": progress.position,
-        "watch": progress.watch.to_json(),
-        "data": parts.data.to_json(),
-    }
-    tensors = parts.trainer.state_tensors()
-    saved = checkpoint.Checkpoint(step=progress.step, tensors=tensors, values=values)
-    checkpoint.save(run.checkpoints, saved, keep=parts.config.training.keep_checkpoints)
-
-
-def _restore(parts: Parts, run: RunDir) -> Progress:
-    """Load the newest checkpoint, and drop what was logged after it; without one, the run starts again at step 1."""
-    path = checkpoint.latest(run.checkpoints)
-    progress = Progress()
-    if path is not None:
-        saved = checkpoint.load(path)
-        checkpoint.require_parameters(path, parts.trainer.weights.masters, saved.tensors["model"])
-        note = require_same_data(
-            f"checkpoint {path}", saved.values.get("data"), parts.data, parts.task.place, parts.config
-        )
-        if note:
-            show_note(note, mode=parts.config.logging.console)
-        parts.trainer.load_state(saved.tensors, saved.values["trainer"])
-        watch = WatchState.from_json(saved.values.get("watch", {}))
-        progress = Progress(step=saved.step, position=int(saved.values["position"]), watch=watch)
-    truncate_jsonl(run.metrics, progress.step)
-    if (found := len(read_jsonl(run.metrics))) < progress.step:
-        raise InputError(
-            f"{run.metrics} holds {found} of the {progress.step} steps before the checkpoint; restore it, or delete "
-            f"{run.checkpoints} to start the run again from step 1"
-        )
-    for path in (run.rollouts, run.mismatch):
-        truncate_jsonl(path, progress.step)
-    # That the run was once stopped stays on record; other alarms come again with their steps.
-    truncate_jsonl(run.watchdog, lambda row: row["action"] == "stop" or row["step"] <= progress.step)
-    return progress
-
-
-def rollout_row(step: int, kept: KeptRollout, tokenizer: Any) -> dict[str, Any]:
-    """One row of `rollouts.jsonl`."""
-    rollout = kept.rollout
-    return {
-        "step": step,
-        "prompt_id": rollout.prompt.prompt_id,
-        "prompt": rollout.prompt.text,
-        "completion": rollout.text,
-        "answer": rollout.prompt.answer,
-        "reward": rollout.reward,
-        "advantage": kept.advantage,
-        "finish_reason": rollout.completion.finish_reason,
-        "policy_version": rollout.completion.policy_version,
-        "token_ids": list(rollout.completion.token_ids),
-        "tokens": [tokenizer.decode([token_id]) for token_id in rollout.completion.token_ids],
-        "behavior_logprobs": list(rollout.completion.behavior_logprobs),
-        "trainer_logprobs": kept.trainer_logprobs,
-    }
 
 
 def summarise(run: RunDir, config: RunConfig) -> dict[str, Any]:

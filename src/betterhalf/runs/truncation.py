@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from betterhalf.runs.assembly import Parts
+from betterhalf.models.stop_tokens import TurnEnd
 from betterhalf.types import Rollout
 
 
-def truncation_note(parts: Parts, rollouts: Sequence[Rollout]) -> str | None:
-    """Say that all completions were cut off, and whether the model ended turns in its template's way; None if not."""
+def truncation_note(rollouts: Sequence[Rollout], max_tokens: int, end: TurnEnd | None) -> str | None:
+    """Return a note if all completions were cut off, saying whether the model ended turns as its template does.
+
+    Args:
+        rollouts: of one step.
+        max_tokens: length limit of a completion.
+        end: the token with which the model's chat template ends a turn, if it shows one.
+    """
     if any(rollout.completion.finish_reason != "length" for rollout in rollouts):
         return None
-    end = parts.turn_end
     sampled = 0 if end is None else sum(end.token_id in rollout.completion.token_ids for rollout in rollouts)
-    said = f"all {len(rollouts)} completions were cut off at sampling.max_tokens={parts.config.sampling.max_tokens}"
+    said = f"all {len(rollouts)} completions were cut off at sampling.max_tokens={max_tokens}"
     if end is not None and sampled:
         return (
             f"{said}; {sampled} of them hold {end.text!r}, with which the chat template ends turns, and which is no "

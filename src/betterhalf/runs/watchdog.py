@@ -15,14 +15,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from betterhalf.algorithms.presets import PRESETS, Algorithm, resolve_algorithm
 from betterhalf.config.schema import RunConfig, WatchdogLevel
 from betterhalf.errors import ConfigError, WatchdogError
 from betterhalf.metrics.catalogue import CATALOGUE
-
-Action = Literal["warn", "mask", "halve_learning_rate", "stop"]
+from betterhalf.types import WatchdogAction
 
 MASK = PRESETS["icepop"].correction
 """What `mask` switches on: token-level proximal/behavior, dropped outside 0.5 to 5, weight kept (arXiv 2510.18855)."""
@@ -62,7 +61,7 @@ class Alarm:
     """Of this step."""
     bound: float
     """The bound it broke."""
-    action: Action
+    action: WatchdogAction
     reason: str
     """What was seen and what is done about it, in one sentence."""
     consecutive: int
@@ -138,7 +137,7 @@ def level_name(level: WatchdogLevel) -> str:
     return f"{level.metric} below {level.below} above {level.above} for {level.steps}: {level.action}"
 
 
-_ACTIONS: dict[Action, Callable[[WatchState], WatchState]] = {
+_ACTIONS: dict[WatchdogAction, Callable[[WatchState], WatchState]] = {
     "warn": lambda state: state,
     "mask": lambda state: replace(state, masked=True),
     "halve_learning_rate": lambda state: replace(state, learning_rate_factor=state.learning_rate_factor / 2),
@@ -146,7 +145,7 @@ _ACTIONS: dict[Action, Callable[[WatchState], WatchState]] = {
 }
 """What each action changes."""
 
-_WORDS: dict[Action, str] = {
+_WORDS: dict[WatchdogAction, str] = {
     "warn": "",
     "mask": f"; from now on tokens with a proximal/behavior ratio outside {MASK.lower:g} to {MASK.upper:g} are dropped",
     "halve_learning_rate": "; the learning rate is halved, to {factor:g} of its schedule",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,8 +14,18 @@ from betterhalf.runs.recovery import restarts_of, retry_on_engine_death
 from betterhalf.runs.score_check import check_scores
 
 
-def first_sync(parts: Parts) -> Contract:
-    """`sync_weights`, then the contract: formats, facts and weights as both sides find them by running.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstSync:
+    """Result of the first sync of a process."""
+
+    contract: Contract
+    """Formats, facts and weights of both sides, as they run."""
+    policy_version: int
+    """Version of the weights that the engine now holds."""
+
+
+def first_sync(parts: Parts) -> FirstSync:
+    """Run `sync_weights`, and enforce the contract: formats, facts and weights as both sides find them by running.
 
     Raises:
         ContractError: the two sides differ in precision and `precision.allow_difference` is false.
@@ -45,15 +56,15 @@ def revive(parts: Parts) -> None:
     _sync(parts)
 
 
-def _first(parts: Parts) -> Contract:
-    """The contract before the scores: it says more of a difference than they do."""
-    _send(parts)
+def _first(parts: Parts) -> FirstSync:
+    # The contract before the scores: it says more of a difference than they do.
+    version = _send(parts)
     # The engine first: where numbers are not finite it names the weight, which the trainer does not.
     held = parts.engine.report()
     contract = compare(parts.trainer.report(), held, allow_difference=parts.config.precision.allow_difference)
     enforce(contract)
     check_scores(parts)
-    return contract
+    return FirstSync(contract=contract, policy_version=version)
 
 
 def _sync(parts: Parts) -> None:
@@ -61,14 +72,16 @@ def _sync(parts: Parts) -> None:
     check_scores(parts)
 
 
-def _send(parts: Parts) -> None:
-    """Weights to the engine; digests are taken of each tensor as it leaves, and of each as it is held."""
+def _send(parts: Parts) -> int:
+    """Send the weights, compare digests of each tensor as it leaves and as it is held, and return their version."""
     trainer, engine = parts.trainer, parts.engine
     engine.wake()
     sent: dict[str, str] = {}
-    wire = _noting(trainer.wire_weights(), parts.precision.rollout_dtype, sent)
-    engine.load_weights(wire, policy_version=trainer.policy_version)
+    wire = trainer.wire_weights()
+    tensors = _noting(wire.tensors, parts.precision.rollout_dtype, sent)
+    engine.load_weights(tensors, policy_version=wire.policy_version)
     verify_sync(sent, engine.digests())
+    return wire.policy_version
 
 
 def _noting(

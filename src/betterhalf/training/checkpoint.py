@@ -16,16 +16,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from betterhalf.errors import CheckpointError, RunError
 from betterhalf.run_dir import disk_full
+from betterhalf.training.trainer import TrainerState
 
 _TENSOR_FILES = ("model", "optimizer")
 _NAME = re.compile(r"step-(\d{6,})")
@@ -37,10 +36,10 @@ class Checkpoint:
 
     step: int
     """Last finished step; 0 before the first."""
-    tensors: dict[str, dict[str, Tensor]]
-    """`model` and `optimizer` tensors; see `PolicyTrainer.state_tensors`."""
+    trainer: TrainerState
+    """Weights, optimizer, loss scaler and policy version."""
     values: dict[str, Any]
-    """JSON values: trainer state, data position, running sums."""
+    """JSON values of the run: data position, watchdog, digests of the data."""
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
@@ -67,10 +66,12 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
 
 
 def _write_files(partial: Path, checkpoint: Checkpoint) -> None:
-    for name in _TENSOR_FILES:
-        tensors = {key: tensor.contiguous().cpu() for key, tensor in checkpoint.tensors[name].items()}
+    trainer = checkpoint.trainer
+    for name, held in (("model", trainer.model), ("optimizer", trainer.optimizer)):
+        tensors = {key: tensor.contiguous().cpu() for key, tensor in held.items()}
         save_file(tensors, partial / f"{name}.safetensors", metadata={"format": "pt"})
-    state = {"step": checkpoint.step, **checkpoint.values}
+    scalars = {"loss_scaler": trainer.loss_scaler, "policy_version": trainer.policy_version}
+    state = {"step": checkpoint.step, "trainer": scalars, **checkpoint.values}
     (partial / "state.json").write_text(json.dumps(state, indent=1))
     for path in partial.iterdir():
         _sync(path)
@@ -117,8 +118,15 @@ def load(path: Path) -> Checkpoint:
     """
     _verify(path)
     values = json.loads((path / "state.json").read_text())
-    tensors = {name: load_file(path / f"{name}.safetensors") for name in _TENSOR_FILES}
-    return Checkpoint(step=int(values.pop("step")), tensors=tensors, values=values)
+    scalars = values.pop("trainer")
+    trainer = TrainerState(
+        model=load_file(path / "model.safetensors"),
+        optimizer=load_file(path / "optimizer.safetensors"),
+        loss_scaler=scalars["loss_scaler"],
+        policy_version=int(scalars["policy_version"]),
+        source=f"checkpoint {path}",
+    )
+    return Checkpoint(step=int(values.pop("step")), trainer=trainer, values=values)
 
 
 def _verify(path: Path) -> None:
@@ -138,23 +146,3 @@ def _cure(path: Path) -> str:
     if older:
         return f"delete that folder to resume from {older[-1]}"
     return "delete that folder to start the run again from step 1"
-
-
-def require_parameters(path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Check that a checkpoint holds exactly the model's parameters, in their shapes.
-
-    Raises:
-        CheckpointError: a parameter is missing, unknown or of another shape; the message names the first.
-    """
-    shared = expected.keys() & found.keys()
-    reshaped = {name for name in shared if expected[name].shape != found[name].shape}
-    for problem, names in (
-        ("lacks", expected.keys() - found.keys()),
-        ("holds an unknown", found.keys() - expected.keys()),
-        ("holds another shape of", reshaped),
-    ):
-        if names:
-            raise CheckpointError(
-                f"checkpoint {path} {problem} parameter {min(names)!r}: it was made by another model; "
-                "name the model it was made with"
-            )

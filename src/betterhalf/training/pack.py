@@ -24,18 +24,16 @@ def pack_step(
     advantages: Sequence[float],
     config: RunConfig,
     step: int,
-    device: torch.device,
     *,
     left_out: Sequence[Rollout] = (),
 ) -> StepBatch:
-    """All packs of one step.
+    """Pack one step, in host memory.
 
     Args:
         rollouts: groups in order, siblings in order; [S].
         advantages: one for each rollout; those equal to 0 are measured but not trained on.
         config: sizes and seed.
         step: seeds the shuffle.
-        device: where the tensors go.
         left_out: rollouts that were sampled in the step but are no part of it; packed apart, to be measured.
 
     Returns:
@@ -46,28 +44,35 @@ def pack_step(
     random.Random(f"pack-{config.seed}-{step}").shuffle(order)
     shares = _split_evenly(order, config.training.optimizer_steps)
     budget = config.training.tokens_per_micro_batch
-    make = _Packer([*rollouts, *left_out], [*advantages, *[0.0] * len(left_out)], budget, device)
+    make = _Packer([*rollouts, *left_out], [*advantages, *[0.0] * len(left_out)], budget)
+    packs: list[MicroBatch] = []
+
+    def added(indices: Sequence[int]) -> tuple[int, ...]:
+        """Pack some rollouts, and return where in the step their packs are."""
+        first = len(packs)
+        packs.extend(make.micro_batches(indices))
+        return tuple(range(first, len(packs)))
+
     train_batches = tuple(
         TrainBatch(
-            micro_batches=make.micro_batches([i for i in share if advantages[i] != 0.0]),
-            measure_only=make.micro_batches([i for i in share if advantages[i] == 0.0]),
+            micro_batches=added([i for i in share if advantages[i] != 0.0]),
+            measure_only=added([i for i in share if advantages[i] == 0.0]),
             denominators=_denominators([rollouts[i] for i in share], config.sampling.max_tokens),
         )
         for share in shares
     )
-    apart = range(len(rollouts), len(rollouts) + len(left_out))
-    return StepBatch(train_batches=train_batches, left_out=make.micro_batches(apart))
+    apart = added(range(len(rollouts), len(rollouts) + len(left_out)))
+    return StepBatch(packs=tuple(packs), train_batches=train_batches, left_out=apart)
 
 
-def pack_measured(rollouts: Sequence[Rollout], config: RunConfig, device: torch.device) -> tuple[MicroBatch, ...]:
+def pack_measured(rollouts: Sequence[Rollout], config: RunConfig) -> tuple[MicroBatch, ...]:
     """Packs for scoring alone, laid out as those that train; filled from the shortest sequence on, siblings together.
 
     Args:
         rollouts: [S]; `rollout_index_S` of the packs counts in this order.
         config: `training.tokens_per_micro_batch`.
-        device: where the tensors go.
     """
-    make = _Packer(rollouts, [0.0] * len(rollouts), config.training.tokens_per_micro_batch, device)
+    make = _Packer(rollouts, [0.0] * len(rollouts), config.training.tokens_per_micro_batch)
     return make.micro_batches(sorted(range(len(rollouts)), key=make.length))
 
 
@@ -85,13 +90,10 @@ def _denominators(rollouts: Sequence[Rollout], max_tokens: int) -> Denominators:
 class _Packer:
     """Builds micro-batches from rollout indices."""
 
-    def __init__(
-        self, rollouts: Sequence[Rollout], advantages: Sequence[float], budget: int, device: torch.device
-    ) -> None:
+    def __init__(self, rollouts: Sequence[Rollout], advantages: Sequence[float], budget: int) -> None:
         self.rollouts = rollouts
         self.advantages = advantages
         self.budget = budget
-        self.device = device
 
     def length(self, index: int) -> int:
         """Tokens of prompt and completion."""
@@ -123,22 +125,16 @@ class _Packer:
         chosen = [self.rollouts[i] for i in indices]
         layout = _Layout(chosen)
         return MicroBatch(
-            token_ids_T=self._ints(layout.token_ids),
-            position_ids_T=self._ints(layout.positions),
+            token_ids_T=_ints(layout.token_ids),
+            position_ids_T=_ints(layout.positions),
             segments=tuple(layout.segments),
-            loss_rows_C=self._ints([row for rows in layout.loss_rows for row in rows]),
-            target_ids_C=self._ints([t for r in chosen for t in r.completion.token_ids]),
-            sequence_index_C=self._ints([k for k, r in enumerate(chosen) for _ in r.completion.token_ids]),
-            behavior_logprobs_C=self._floats([x for r in chosen for x in r.completion.behavior_logprobs]),
-            advantages_S=self._floats([self.advantages[i] for i in indices]),
+            loss_rows_C=_ints([row for rows in layout.loss_rows for row in rows]),
+            target_ids_C=_ints([t for r in chosen for t in r.completion.token_ids]),
+            sequence_index_C=_ints([k for k, r in enumerate(chosen) for _ in r.completion.token_ids]),
+            behavior_logprobs_C=_floats([x for r in chosen for x in r.completion.behavior_logprobs]),
+            advantages_S=_floats([self.advantages[i] for i in indices]),
             rollout_index_S=tuple(indices),
         )
-
-    def _ints(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
-
-    def _floats(self, values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self.device)
 
 
 class _Layout:
@@ -192,6 +188,14 @@ class _Layout:
         self.token_ids.extend(token_ids)
         self.positions.extend(range(first_position, first_position + len(token_ids)))
         self.segments.append(PackedSegment(length=len(token_ids), prefix=prefix))
+
+
+def _ints(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _floats(values: list[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def _inputs(rollout: Rollout) -> TokenIds:

@@ -1,9 +1,9 @@
-"""The policy pi: scores tokens, accumulates gradients, takes optimizer steps."""
+"""The trainer in one process: scores tokens, accumulates gradients, takes optimizer steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ import transformers
 from torch import Tensor
 from torch.nn import functional
 
-from betterhalf.algorithms.policy_loss import LossOutput, policy_loss
+from betterhalf.algorithms.loss_stats import LossStats
+from betterhalf.algorithms.policy_loss import policy_loss
 from betterhalf.algorithms.presets import Algorithm
 from betterhalf.config.schema import RunConfig
+from betterhalf.distributed.world import ONE_RANK, Collective
 from betterhalf.errors import InputError, NumericsError
 from betterhalf.models.attention import PackLayout, attention_name, use_packed_attention
 from betterhalf.models.compiled_layers import compile_layers
@@ -27,32 +29,15 @@ from betterhalf.precision.island_hooks import use_islands
 from betterhalf.precision.loss_scaler import LossScaler, build_loss_scaler
 from betterhalf.precision.products import has_native_matmul
 from betterhalf.precision.roles import Precision
-from betterhalf.training.distributed import Collective, SingleProcess
-from betterhalf.training.master_weights import MasterWeights
 from betterhalf.training.token_scores import Head, LogitsWorkspace, head_logits, measure_tokens, token_logprobs
-from betterhalf.types import Denominators, MicroBatch, PackedSegment
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimReport:
-    """What one optimizer step did."""
-
-    skipped: bool
-    """Gradients were not finite; weights and policy version are unchanged."""
-    first_offender: str | None
-    """First parameter with a non-finite gradient on this rank, when skipped; None if another rank found it."""
-    grad_norm: float
-    """Norm of the unscaled gradient over all ranks before clipping; NaN when skipped."""
-    subnormal_fraction: float
-    """Share, over all ranks, of non-zero scaled gradient entries below the compute format's smallest normal number."""
-    zero_fraction: float
-    """Share, over all ranks, of gradient entries that are zero: turned to zero, or zero in exact arithmetic too."""
-    overflow_fraction: float
-    """Share, over all ranks, of gradient entries that are not finite."""
+from betterhalf.training.trainer import OptimReport, TokenScores, TrainerState, WireWeights
+from betterhalf.training.weights.replicated import ReplicatedWeights
+from betterhalf.training.weights.store import StoreFactory
+from betterhalf.types import Denominators, LossInputs, MicroBatch, PackedSegment
 
 
 class PolicyTrainer:
-    """The transformers module with FP32 masters, half compute, packing and loss scaling; one process."""
+    """The transformers module with FP32 masters, half compute, packing and loss scaling; implements `Trainer`."""
 
     def __init__(
         self,
@@ -60,8 +45,9 @@ class PolicyTrainer:
         *,
         config: RunConfig,
         precision: Precision,
-        algorithm: Algorithm,
-        collective: Collective | None = None,
+        policy_version: int = 0,
+        collective: Collective = ONE_RANK,
+        store: StoreFactory = ReplicatedWeights,
     ) -> None:
         """Take over `model.module` (its parameters change dtype) and build optimizer and loss scaler.
 
@@ -72,14 +58,13 @@ class PolicyTrainer:
         """
         self.config = config
         self.precision = precision
-        self.algorithm = algorithm
-        self.collective: Collective = collective or SingleProcess()
-        self.policy_version = 0
+        self.collective = collective
+        self.policy_version = policy_version
         self.module = model.module.to(precision.device)
         require_no_dropout(self.module.config)
         self.islands = precision.islands(self.module.config.num_hidden_layers, precision.roles.compute_dtype)
         use_islands(self.module, self.islands, precision.compute_dtype)
-        self.weights = MasterWeights(self.module, precision.compute_dtype, self.islands)
+        self.weights = store(self.module, precision.compute_dtype, self.islands)
         use_cpu_linear(self.module, precision)
         use_cpu_embedding(self.module, precision)
         coverage.require_covered(self.module, precision)
@@ -101,7 +86,7 @@ class PolicyTrainer:
     def _build_optimizer(self) -> torch.optim.AdamW:
         settings = self.config.optimizer
         return torch.optim.AdamW(
-            self.weights.masters.values(),
+            [master for _, master in self.weights.trainable()],
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=settings.eps,
@@ -139,19 +124,24 @@ class PolicyTrainer:
         return Head(weight=self._head_parameter, logits_weight=wide, grad_weight=weight if native else wide)
 
     @torch.no_grad()
-    def measure(self, micro: MicroBatch, temperature: float | None = None) -> tuple[Tensor, Tensor]:
-        """Trainer logprobs and entropy of each completion token, float32 [C], at the current weights.
+    def measure(self, packs: Sequence[MicroBatch], temperature: float | None = None) -> list[TokenScores]:
+        """See `Trainer.measure`."""
+        temperature = self.config.sampling.temperature if temperature is None else temperature
+        measured = [self._measure(on_device(pack, self.precision.device), temperature) for pack in packs]
+        return [TokenScores(logprobs_C=logprobs.cpu(), entropies_C=entropies.cpu()) for logprobs, entropies in measured]
 
-        `temperature` is that of the run's sampling unless given.
-        """
+    def _measure(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """Logprobs and entropies, float32 [C], on the device."""
         # Compiled layers without gradients would be other code, which rounds elsewhere.
         with torch.set_grad_enabled(self.config.training.compile_layers):
             hidden = self._hidden_rows(micro).detach()
-        temperature = self.config.sampling.temperature if temperature is None else temperature
         return measure_tokens(hidden, self._head(), micro.target_ids_C, temperature, self._workspace)
 
     def score(self, micro: MicroBatch) -> Tensor:
-        """Trainer logprobs of each completion token, float32 [C], with gradients; bitwise those of `measure`."""
+        """Logprobs of each completion token with a graph, float32 [C], of a pack that is on the device.
+
+        They equal those of `measure` bit for bit.
+        """
         hidden = self._hidden_rows(micro)
         temperature = self.config.sampling.temperature
         return token_logprobs(hidden, self._head(), micro.target_ids_C, temperature, self._workspace)
@@ -159,31 +149,21 @@ class PolicyTrainer:
     # -- learning
 
     def forward_backward(
-        self, micro: MicroBatch, proximal_logprobs_C: Tensor | None, denominators: Denominators
-    ) -> LossOutput:
-        """Add one micro-batch's gradient to the FP32 sum; returns its share of the loss and its counts."""
-        output = policy_loss(
-            self.algorithm,
-            current_logprobs_C=self.score(micro),
-            proximal_logprobs_C=proximal_logprobs_C,
-            behavior_logprobs_C=micro.behavior_logprobs_C,
-            advantages_S=micro.advantages_S,
-            sequence_index_C=micro.sequence_index_C,
-            num_sequences=micro.num_sequences,
-            denominators=denominators,
-        )
-        self.scaler.scale_loss(output.loss).backward()  # type: ignore[no-untyped-call]
-        return output
+        self, packs: Sequence[MicroBatch], algorithm: Algorithm, denominators: Denominators
+    ) -> LossStats:
+        """See `Trainer.forward_backward`; each pack's half gradient is added to the FP32 sum at once."""
+        stats = LossStats.empty()
+        for pack in packs:
+            micro = on_device(pack, self.precision.device)
+            output = policy_loss(algorithm, LossInputs.of(micro, self.score(micro)), denominators)
+            self.scaler.scale_loss(output.loss).backward()  # type: ignore[no-untyped-call]
+            stats += output.stats
+        return stats
 
     def optim_step(self, learning_rate: float) -> OptimReport:
-        """Look for non-finite values, unscale and clip, then step and publish, or skip; then update the loss scale.
-
-        Raises:
-            LossScaleError: too many skipped steps in a row at the floor of the loss scale.
-        """
+        """See `Trainer.optim_step`; the loss scale is updated last."""
         max_norm = self.config.optimizer.max_grad_norm
-        ranks = self.collective
-        found = self.scaler.unscale(self.weights.gradients(), ranks.max_, ranks.sum_, max_norm=max_norm)
+        found = self.scaler.unscale(self.weights.gradients(), self.collective, max_norm=max_norm)
         if not found.found_inf:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -199,13 +179,16 @@ class PolicyTrainer:
             subnormal_fraction=found.subnormal_fraction,
             zero_fraction=found.zero_fraction,
             overflow_fraction=found.overflow_fraction,
+            loss_scale=self.scaler.scale,
+            policy_version=self.policy_version,
         )
 
     # -- the engine's side
 
-    def wire_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(unfused Hugging Face name, master rounded once to the wire dtype)."""
-        return self.weights.on_the_wire(self.precision.wire_dtype)
+    def wire_weights(self) -> WireWeights:
+        """See `Trainer.wire_weights`."""
+        tensors = self.weights.on_the_wire(self.precision.wire_dtype)
+        return WireWeights(policy_version=self.policy_version, tensors=tensors)
 
     def report(self) -> SideReport:
         """What the trainer really runs, read from its live tensors and a forward pass over a few tokens.
@@ -216,9 +199,9 @@ class PolicyTrainer:
         hidden, logits = self._probe()
         layers = coverage.linear_layers(self.module, self.module.get_output_embeddings())
         computing = dict(self.weights.computing())
-        _, wired = next(self.wire_weights())
+        _, wired = next(self.wire_weights().tensors)
         _, gradient = next(self.weights.gradients())
-        master = next(iter(self.weights.masters.values()))
+        _, master = next(self.weights.trainable())
         norms = [value for name, value in computing.items() if "norm" in name]
         buffers = [value for name, value in self.module.named_buffers() if "inv_freq" in name]
         kinds: dict[str, Tensor] = {
@@ -272,32 +255,44 @@ class PolicyTrainer:
 
     # -- state
 
-    def state_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Masters by Hugging Face name, and optimizer states by `<state>/<name>`."""
+    def state(self) -> TrainerState:
+        """See `Trainer.state`."""
         optimizer: dict[str, Tensor] = {}
-        for name, master in self.weights.masters.items():
+        for name, master in self.weights.trainable():
             for key, value in self.optimizer.state.get(master, {}).items():
                 optimizer[f"{key}/{name}"] = value
-        masters = {name: master.detach() for name, master in self.weights.masters.items()}
-        return {"model": masters, "optimizer": optimizer}
+        return TrainerState(
+            model=self.weights.state(),
+            optimizer=optimizer,
+            loss_scaler=self.scaler.state_dict(),
+            policy_version=self.policy_version,
+        )
 
-    def state_values(self) -> dict[str, Any]:
-        """What is not a tensor: loss scaler and policy version."""
-        return {"loss_scaler": self.scaler.state_dict(), "policy_version": self.policy_version}
-
-    def load_state(self, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
-        """Inverse of `state_tensors` and `state_values`."""
-        self.weights.load(tensors["model"])
-        for name, master in self.weights.masters.items():
-            state = {
+    def load(self, state: TrainerState) -> None:
+        """See `Trainer.load`."""
+        self.weights.load(state.model, state.source)
+        for name, master in self.weights.trainable():
+            values = {
                 key.removesuffix(f"/{name}"): value.to(master.device, copy=True)
-                for key, value in tensors["optimizer"].items()
+                for key, value in state.optimizer.items()
                 if key.endswith(f"/{name}")
             }
-            if state:
-                self.optimizer.state[master] = state
-        self.scaler.load_state_dict(values["loss_scaler"])
-        self.policy_version = int(values["policy_version"])
+            if values:
+                self.optimizer.state[master] = values
+        self.scaler.load_state_dict(state.loss_scaler)
+        self.policy_version = state.policy_version
+
+    def close(self) -> None:
+        """Do nothing: the memory goes with the trainer."""
+
+
+def on_device(pack: MicroBatch, device: torch.device) -> MicroBatch:
+    """Return a pack with its tensors on `device`; itself if they are there already."""
+    if pack.token_ids_T.device == device:
+        return pack
+    values = {field.name: getattr(pack, field.name) for field in fields(pack)}
+    moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(pack, **moved)
 
 
 def _head_dim(hf_config: Any) -> int:

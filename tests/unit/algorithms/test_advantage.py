@@ -14,8 +14,9 @@ from betterhalf.algorithms.advantage import (
     overlong_penalty,
     zero_advantage_groups,
 )
-from betterhalf.config.presets import PRESETS, AdvantageKind
+from betterhalf.config.presets import PRESETS
 from betterhalf.errors import ConfigError, RewardError
+from betterhalf.types import AdvantageKind
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
 STD = math.sqrt(1 / 3)

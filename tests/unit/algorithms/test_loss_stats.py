@@ -9,18 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from betterhalf.algorithms.denominators import kept_counts, train_denominators
 from betterhalf.algorithms.loss_stats import LossStats, policy_metrics
-from betterhalf.algorithms.policy_loss import (
-    LossOutput,
-    batch_denominators,
-    kept_counts,
-    kept_mask,
-    policy_loss,
-)
+from betterhalf.algorithms.policy_loss import LossOutput, kept_mask, policy_loss
 from betterhalf.algorithms.presets import PRESETS, Algorithm, resolve_algorithm
 from betterhalf.config.schema import AlgorithmConfig, RatioConfig
 from betterhalf.metrics.catalogue import check_known
-from betterhalf.types import Denominators
+from betterhalf.types import Denominators, LossInputs, TokenTensors
 
 INDEX = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
 """A long completion of five tokens and a short one of three, under a limit of eight."""
@@ -40,27 +35,31 @@ def loss_of(
     current = (proximal + torch.tensor(drift or [1.0] * 8, dtype=torch.float64).log()).requires_grad_()
     output = policy_loss(
         algorithm,
-        current_logprobs_C=current,
-        proximal_logprobs_C=proximal,
-        behavior_logprobs_C=behavior,
-        advantages_S=torch.tensor(advantages),
-        sequence_index_C=INDEX,
-        num_sequences=2,
-        denominators=of or Denominators(sequences=2.0, tokens=8.0, max_tokens=8),
+        LossInputs(
+            current_logprobs_C=current,
+            proximal_logprobs_C=proximal,
+            behavior_logprobs_C=behavior,
+            advantages_S=torch.tensor(advantages),
+            sequence_index_C=INDEX,
+        ),
+        of or Denominators(sequences=2.0, tokens=8.0, max_tokens=8),
     )
     (gradient,) = torch.autograd.grad(output.loss, current)
     return output, gradient
 
 
-def kept(algorithm: Algorithm, mismatch: list[float]) -> Tensor:
-    return kept_mask(
-        algorithm,
+def tokens_with(mismatch: list[float]) -> TokenTensors:
+    """Tokens with these ratios proximal/behavior."""
+    return TokenTensors(
         proximal_logprobs_C=torch.tensor(mismatch, dtype=torch.float64).log() - 3,
         behavior_logprobs_C=torch.full((8,), -3.0, dtype=torch.float64),
         advantages_S=torch.tensor([1.0, -1.0]),
         sequence_index_C=INDEX,
-        num_sequences=2,
     )
+
+
+def kept(algorithm: Algorithm, mismatch: list[float]) -> Tensor:
+    return kept_mask(algorithm, tokens_with(mismatch))
 
 
 def test_clip_counts_tokens_without_gradient_only() -> None:
@@ -157,13 +156,14 @@ def test_a_ratio_exactly_at_a_mask_bound_is_kept_and_the_next_number_is_not() ->
         zero = torch.zeros(1, dtype=torch.float64)
         output = policy_loss(
             algorithm,
-            current_logprobs_C=zero.clone().requires_grad_(),
-            proximal_logprobs_C=zero,
-            behavior_logprobs_C=zero - 0.7,
-            advantages_S=torch.ones(1),
-            sequence_index_C=torch.zeros(1, dtype=torch.int64),
-            num_sequences=1,
-            denominators=Denominators(sequences=1.0, tokens=1.0, max_tokens=1),
+            LossInputs(
+                current_logprobs_C=zero.clone().requires_grad_(),
+                proximal_logprobs_C=zero,
+                behavior_logprobs_C=zero - 0.7,
+                advantages_S=torch.ones(1),
+                sequence_index_C=torch.zeros(1, dtype=torch.int64),
+            ),
+            Denominators(sequences=1.0, tokens=1.0, max_tokens=1),
         )
         assert output.stats.masked == masked
 
@@ -177,13 +177,14 @@ def test_a_ratio_exactly_at_the_clip_keeps_its_whole_gradient() -> None:
     zero = torch.zeros(1, dtype=torch.float64)
     output = policy_loss(
         algorithm,
-        current_logprobs_C=current,
-        proximal_logprobs_C=zero,
-        behavior_logprobs_C=zero,
-        advantages_S=torch.ones(1),
-        sequence_index_C=torch.zeros(1, dtype=torch.int64),
-        num_sequences=1,
-        denominators=Denominators(sequences=2.0, tokens=2.0, max_tokens=8),
+        LossInputs(
+            current_logprobs_C=current,
+            proximal_logprobs_C=zero,
+            behavior_logprobs_C=zero,
+            advantages_S=torch.ones(1),
+            sequence_index_C=torch.zeros(1, dtype=torch.int64),
+        ),
+        Denominators(sequences=2.0, tokens=2.0, max_tokens=8),
     )
     (gradient,) = torch.autograd.grad(output.loss, current)
     assert gradient.item() == pytest.approx(-ratio / 16) and output.stats.clipped == 0
@@ -209,12 +210,18 @@ def test_kept_counts_drop_a_sequence_when_nothing_of_it_is_left() -> None:
 
 
 def test_denominators_follow_the_choice_and_never_reach_zero() -> None:
-    counts = {"sequences": 4, "tokens": 20, "kept_sequences": 3, "kept_tokens": 12, "max_tokens": 8}
     everything, without = PRESETS["icepop"], replace(PRESETS["icepop"], denominator="kept")
-    assert batch_denominators(everything, **counts) == Denominators(sequences=4.0, tokens=20.0, max_tokens=8)
-    assert batch_denominators(without, **counts) == Denominators(sequences=3.0, tokens=12.0, max_tokens=8)
-    nothing = counts | {"kept_sequences": 0, "kept_tokens": 0}
-    assert batch_denominators(without, **nothing) == Denominators(sequences=1.0, tokens=1.0, max_tokens=8)
+    of = Denominators(sequences=4.0, tokens=20.0, max_tokens=8)
+    # Of the two sequences of eight tokens, the second loses all three of its own; of the first, four tokens remain.
+    one, two = tokens_with([6, 1, 1, 1, 2, 7, 7, 0.1]), tokens_with([1.0] * 8)
+    assert train_denominators(everything, [one, two], of) == of
+    assert train_denominators(without, [one, two], of) == Denominators(sequences=3.0, tokens=12.0, max_tokens=8)
+    assert train_denominators(without, [tokens_with([9.0] * 8)], of) == replace(of, sequences=1.0, tokens=1.0)
+
+
+def test_masks_before_the_first_update_need_the_proximal_logprobs() -> None:
+    with pytest.raises(ValueError, match="need proximal_logprobs"):
+        kept_mask(PRESETS["icepop"], replace(tokens_with([1.0] * 8), proximal_logprobs_C=None))
 
 
 def test_kept_denominator_makes_the_sequence_mean_one_over_kept_tokens() -> None:

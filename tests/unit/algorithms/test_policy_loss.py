@@ -16,7 +16,7 @@ from torch import Tensor
 from betterhalf.algorithms.loss_stats import policy_metrics
 from betterhalf.algorithms.policy_loss import LossOutput, policy_loss
 from betterhalf.algorithms.presets import PRESETS, Algorithm
-from betterhalf.types import Denominators
+from betterhalf.types import Denominators, LossInputs
 
 MAX_TOKENS = 8
 Token = tuple[float, float, float]
@@ -218,13 +218,14 @@ def run(
     current.requires_grad_()
     output = policy_loss(
         algorithm,
-        current_logprobs_C=current,
-        proximal_logprobs_C=proximal if algorithm.needs_proximal else None,
-        behavior_logprobs_C=behavior,
-        advantages_S=torch.tensor(advantages, dtype=dtype),
-        sequence_index_C=index,
-        num_sequences=len(sequences),
-        denominators=of,
+        LossInputs(
+            current_logprobs_C=current,
+            proximal_logprobs_C=proximal if algorithm.needs_proximal else None,
+            behavior_logprobs_C=behavior,
+            advantages_S=torch.tensor(advantages, dtype=dtype),
+            sequence_index_C=index,
+        ),
+        of,
     )
     (gradient,) = torch.autograd.grad(output.loss, current)
     return output, gradient
@@ -319,13 +320,14 @@ def test_missing_anchor_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="grpo needs proximal_logprobs"):
         policy_loss(
             PRESETS["grpo"],
-            current_logprobs_C=tokens,
-            proximal_logprobs_C=None,
-            behavior_logprobs_C=tokens.detach(),
-            advantages_S=torch.ones(1),
-            sequence_index_C=torch.zeros(1, dtype=torch.int64),
-            num_sequences=1,
-            denominators=Denominators(sequences=1, tokens=1, max_tokens=1),
+            LossInputs(
+                current_logprobs_C=tokens,
+                proximal_logprobs_C=None,
+                behavior_logprobs_C=tokens.detach(),
+                advantages_S=torch.ones(1),
+                sequence_index_C=torch.zeros(1, dtype=torch.int64),
+            ),
+            Denominators(sequences=1, tokens=1, max_tokens=1),
         )
 
 

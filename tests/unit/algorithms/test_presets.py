@@ -56,9 +56,9 @@ def test_overlong_buffer_of_dapo_is_a_fifth_of_the_limit_unless_given() -> None:
 
 SURROGATES: list[tuple[dict[str, Any], str]] = [
     ({"ratio": "proximal/behavior"}, "does not depend on the weights"),
-    ({"treatment": "clip", "lower": 0.8, "upper": 1.2, "gradient": "score"}, "carries no gradient"),
+    ({"treatment": "clip", "lower": 0.8, "upper": 1.2, "gradient": "logprob"}, "carries no gradient"),
     ({"treatment": "mask", "upper": 3, "keep_weight": False}, "weight that carries the gradient"),
-    ({"gradient": "score", "probability_gap": 0.2}, "compares probabilities"),
+    ({"gradient": "logprob", "probability_gap": 0.2}, "compares probabilities"),
     ({"treatment": "truncate", "upper": -1}, "not positive"),
     ({"treatment": "mask", "lower": 3, "upper": 2}, "lower above upper"),
     ({"upper": 2}, "treatment raw does not use them"),
@@ -67,7 +67,7 @@ SURROGATES: list[tuple[dict[str, Any], str]] = [
     ({"treatment": "mask"}, "without a bound"),
     ({"treatment": "clip", "upper": 1.2}, "clips without two bounds"),
     ({"treatment": "clip", "lower": 0.2, "upper": 0.28}, "bounds that do not lie on both sides of 1"),
-    ({"keep_weight": False, "gradient": "score"}, "without masking"),
+    ({"keep_weight": False, "gradient": "logprob"}, "without masking"),
     ({"treatment": "clip", "lower": 0.8, "upper": 1.2, "dual_clip": 0.5}, "must exceed 1"),
     ({"treatment": "truncate", "upper": 3, "dual_clip": 3}, "stand beside a clip"),
     (

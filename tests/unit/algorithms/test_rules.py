@@ -12,7 +12,7 @@ from betterhalf.algorithms.policy_loss import kept_mask, policy_loss
 from betterhalf.algorithms.presets import Algorithm, resolve_algorithm
 from betterhalf.config.load import load_config
 from betterhalf.errors import ConfigError
-from betterhalf.types import Denominators
+from betterhalf.types import Denominators, LossInputs, TokenTensors
 
 BOUNDS = ("none", "0.5", "2.0", "-1.0", "nan")
 CHOICES = tuple(itertools.product(("none", "token", "sequence", "geometric_mean"), ("raw", "truncate", "mask", "clip")))
@@ -22,20 +22,15 @@ def loss_and_gradient(algorithm: Algorithm) -> tuple[float, torch.Tensor]:
     """Loss and gradient of two sequences, of three tokens and of one, with drift and mismatch."""
     current = torch.tensor([-1.0, -0.5, -2.0, -0.1], requires_grad=True)
     proximal, behavior = torch.tensor([-1.1, -0.5, -1.0, -0.2]), torch.tensor([-3.0, -0.6, -1.1, -0.1])
-    tokens = {
-        "proximal_logprobs_C": proximal,
-        "behavior_logprobs_C": behavior,
-        "advantages_S": torch.tensor([1.0, -1.0]),
-        "sequence_index_C": torch.tensor([0, 0, 0, 1]),
-        "num_sequences": 2,
-    }
-    kept_mask(algorithm, **tokens)  # type: ignore[arg-type]
-    output = policy_loss(
-        algorithm,
-        current_logprobs_C=current,
-        denominators=Denominators(sequences=2, tokens=4, max_tokens=4),
-        **tokens,  # type: ignore[arg-type]
+    tokens = TokenTensors(
+        proximal_logprobs_C=proximal,
+        behavior_logprobs_C=behavior,
+        advantages_S=torch.tensor([1.0, -1.0]),
+        sequence_index_C=torch.tensor([0, 0, 0, 1]),
     )
+    kept_mask(algorithm, tokens)
+    of = Denominators(sequences=2, tokens=4, max_tokens=4)
+    output = policy_loss(algorithm, LossInputs.of(tokens, current), of)
     (gradient,) = torch.autograd.grad(output.loss, current)
     return float(output.loss.detach()), gradient
 
@@ -45,7 +40,7 @@ def loss_and_gradient(algorithm: Algorithm) -> tuple[float, torch.Tensor]:
 def test_every_product_of_choices_is_refused_or_computes(place: str, level: str, treatment: str) -> None:
     ratio = "current/proximal" if place == "surrogate" else "proximal/behavior"
     resolved = []
-    for lower, upper, keep, gradient in itertools.product(BOUNDS, BOUNDS, ("true", "false"), ("ratio", "score")):
+    for lower, upper, keep, gradient in itertools.product(BOUNDS, BOUNDS, ("true", "false"), ("ratio", "logprob")):
         given = {"level": level, "ratio": ratio, "treatment": treatment, "lower": lower, "upper": upper}
         given |= {"keep_weight": keep, "gradient": gradient}
         overrides = [f"algorithm.{place}.{key}={value}" for key, value in given.items()]

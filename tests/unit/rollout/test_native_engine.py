@@ -11,7 +11,8 @@ from betterhalf.config.schema import SamplingConfig
 from betterhalf.errors import EngineError, InputError
 from betterhalf.rollout.native import engine as engine_module
 from betterhalf.rollout.native.cuda_graphs import batch_bucket
-from betterhalf.rollout.native.engine import NativeEngine, require_kernels
+from betterhalf.rollout.native.engine import require_kernels
+from betterhalf.rollout.native.running_batch import RunningBatch
 from betterhalf.types import GenerateRequest
 
 
@@ -72,7 +73,7 @@ def test_tokens_do_not_depend_on_when_the_host_looks(make_engine, monkeypatch):
     for stops in ((), (2, 7, 20)):
         expected = make_engine(stop_token_ids=stops).generate(asked, sampling)
         with monkeypatch.context() as patched:
-            patched.setattr(NativeEngine, "_lag", 1)
+            patched.setattr(RunningBatch, "lag", 1)
             for slots in (1, 2, 3, 256):
                 engine = make_engine(stop_token_ids=stops, max_concurrent=slots)
                 found = [engine.generate(asked, sampling) for _ in range(2)]
@@ -171,7 +172,7 @@ def test_one_token_to_choose_from_makes_siblings_alike(make_engine):
 
 def test_a_vocabulary_sampled_in_parts_gives_the_same_tokens(make_engine, monkeypatch):
     expected = make_engine().generate(requests(), SamplingConfig(max_tokens=5))
-    monkeypatch.setattr("betterhalf.rollout.native.engine._MAX_LOGITS", 23 * 4)
+    monkeypatch.setattr("betterhalf.rollout.native.running_batch._MAX_LOGITS", 23 * 4)
     assert tokens(make_engine().generate(requests(), SamplingConfig(max_tokens=5))) == tokens(expected)
 
 
@@ -281,9 +282,9 @@ def test_the_report_says_what_runs(make_engine, precision):
 def test_a_value_off_the_rollout_grid_shows_in_the_report(make_engine):
     engine = make_engine("fp16")
     weights, name = engine._weights, "model.layers.0.mlp.down_proj.weight"
-    block = weights._layers[0]["down"]
-    block.begin()
-    block.write(name, torch.full(block.shape(name), 1 / 3))
+    parameter = weights._layers[0]["down"]
+    parameter.begin()
+    parameter.write(name, torch.full(parameter.shape(name), 1 / 3))
     assert engine.report().dtypes["weights"] == "fp32"
 
 

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
-from betterhalf.algorithms.loss_stats import policy_metrics
-from betterhalf.algorithms.policy_loss import LossOutput, policy_loss
+from betterhalf.algorithms.denominators import train_denominators
+from betterhalf.algorithms.loss_stats import LossStats, policy_metrics
+from betterhalf.algorithms.policy_loss import policy_loss
 from betterhalf.algorithms.presets import PRESETS, Algorithm
 from betterhalf.config.schema import RunConfig
-from betterhalf.runs import loop
-from betterhalf.runs.assembly import Parts
-from betterhalf.runs.loop import Measured
+from betterhalf.runs.kept_rollouts import keep_rollouts
+from betterhalf.runs.learn import learn
+from betterhalf.runs.measure import Measured, anchored, mismatch
 from betterhalf.training.pack import pack_step
-from betterhalf.types import Completion, Denominators, MicroBatch, Prompt, Rollout, StepBatch
+from betterhalf.training.trainer import TokenScores
+from betterhalf.types import Completion, Denominators, LossInputs, MicroBatch, Prompt, Rollout, StepBatch
 
-CPU = torch.device("cpu")
 LENGTHS = (3, 1, 9, 6, 2, 8, 4, 7, 5, 3, 9, 1)
 ADVANTAGES = [1.0, -1.0, 0.5, -0.5, 0.0, 0.0, 0.0, 0.0, 2.0, -1.0, -1.0, 0.0]
 
@@ -65,43 +66,40 @@ def of_pack(pack: MicroBatch, values: Any) -> torch.Tensor:
     return torch.tensor([x for index in pack.rollout_index_S for x in values(index)])
 
 
-def step(budget: int, algorithm: Algorithm = PRESETS["grpo"]) -> tuple[StepBatch, Measured, Parts]:
+def scored(batch: StepBatch) -> Measured:
+    """The packs of a batch, as measured."""
+    logprobs = [of_pack(pack, trainer_logprobs) for pack in batch.packs]
+    scores = {index: TokenScores(logprobs_C=values, entropies_C=-values) for index, values in enumerate(logprobs)}
+    return Measured(scores=scores, sample=tuple(scores))
+
+
+def step(budget: int) -> tuple[StepBatch, Measured]:
     """The rollouts packed under a token budget, and as measured."""
-    config = RunConfig.model_validate(
+    batch = pack_step(ROLLOUTS, ADVANTAGES, config_of(budget), 1)
+    return batch, scored(batch)
+
+
+def config_of(budget: int) -> RunConfig:
+    return RunConfig.model_validate(
         {
             "training": {"tokens_per_micro_batch": budget, "optimizer_steps": 1},
             "sampling": {"max_tokens": 9},
             "logging": {"rollouts_per_step": len(ROLLOUTS)},
         }
     )
-    batch = pack_step(ROLLOUTS, ADVANTAGES, config, 1, CPU)
-    measured = Measured(
-        logprobs={id(pack): of_pack(pack, trainer_logprobs) for pack in batch.packs},
-        entropies={id(pack): -of_pack(pack, trainer_logprobs) for pack in batch.packs},
-        packs=batch.packs,
-    )
-    parts = SimpleNamespace(config=config, algorithm=algorithm, trainer=FakeTrainer(algorithm))
-    return batch, measured, cast(Parts, parts)
 
 
-class FakeTrainer:
+class MovedTrainer:
     """Computes the loss of logprobs that some updates have moved."""
 
-    def __init__(self, algorithm: Algorithm) -> None:
-        self.algorithm = algorithm
-        self.loss = 0.0
-
-    def forward_backward(self, pack: MicroBatch, proximal_C: torch.Tensor, denominators: Denominators) -> LossOutput:
-        return policy_loss(
-            self.algorithm,
-            current_logprobs_C=of_pack(pack, lambda index: trainer_logprobs(index, "moved", 0.3)),
-            proximal_logprobs_C=proximal_C,
-            behavior_logprobs_C=pack.behavior_logprobs_C,
-            advantages_S=pack.advantages_S,
-            sequence_index_C=pack.sequence_index_C,
-            num_sequences=pack.num_sequences,
-            denominators=denominators,
-        )
+    def forward_backward(
+        self, packs: Sequence[MicroBatch], algorithm: Algorithm, denominators: Denominators
+    ) -> LossStats:
+        stats = LossStats.empty()
+        for pack in packs:
+            current = of_pack(pack, lambda index: trainer_logprobs(index, "moved", 0.3))
+            stats += policy_loss(algorithm, LossInputs.of(pack, current), denominators).stats
+        return stats
 
     def optim_step(self, rate: float) -> None:
         return None
@@ -115,17 +113,17 @@ def test_the_budgets_make_few_packs_and_many() -> None:
     assert [len(step(budget)[0].packs) for budget in (WHOLE, PARTS)] == [2, 7]
 
 
-def one_pack() -> tuple[Measured, MicroBatch]:
+def one_pack() -> tuple[StepBatch, Measured]:
     """All rollouts in a single pack."""
     config = RunConfig.model_validate({"training": {"optimizer_steps": 1}, "sampling": {"max_tokens": 9}})
-    (pack,) = pack_step(ROLLOUTS, [1.0] * len(ROLLOUTS), config, 1, CPU).packs
-    scores = {id(pack): of_pack(pack, trainer_logprobs)}
-    return Measured(logprobs=scores, entropies={id(pack): -scores[id(pack)]}, packs=(pack,)), pack
+    batch = pack_step(ROLLOUTS, [1.0] * len(ROLLOUTS), config, 1)
+    assert len(batch.packs) == 1
+    return batch, scored(batch)
 
 
 @pytest.mark.parametrize("budget", [WHOLE, PARTS])
 def test_the_mismatch_of_many_packs_is_that_of_one(budget: int) -> None:
-    expected, found = loop.mismatch(one_pack()[0], 9), loop.mismatch(step(budget)[1], 9)
+    expected, found = mismatch(*one_pack(), 9), mismatch(*step(budget), 9)
     assert expected.metrics["mismatch/tokens"] == sum(LENGTHS)
     assert found.metrics == pytest.approx(expected.metrics, rel=1e-6)
     for ours, theirs in zip(sorted(found.profile.completions), sorted(expected.profile.completions), strict=True):
@@ -141,7 +139,7 @@ def test_the_sequence_metrics_are_those_of_the_completions() -> None:
         for index in range(len(ROLLOUTS))
     ]
     weights = torch.tensor(sums, dtype=torch.float64).exp()
-    metrics = loop.mismatch(step(PARTS)[1], 9).metrics
+    metrics = mismatch(*step(PARTS), 9).metrics
     assert metrics["mismatch/sequence_log_ratio/mean"] == pytest.approx(sum(sums) / len(sums), rel=1e-5)
     ess = float(weights.sum() ** 2 / weights.square().sum()) / len(sums)
     assert metrics["mismatch/ess_fraction"] == pytest.approx(ess, rel=1e-5)
@@ -153,8 +151,9 @@ def test_what_is_kept_in_many_packs_is_what_is_kept_in_one(preset: str) -> None:
     algorithm = replace(PRESETS[preset], denominator="kept")  # type: ignore[index]
     found = []
     for budget in (WHOLE, PARTS):
-        batch, measured, parts = step(budget, algorithm)
-        found.append(loop.step_denominators(parts, batch.train_batches[0], measured))
+        batch = anchored(*step(budget))
+        (train_batch,) = batch.train_batches
+        found.append(train_denominators(algorithm, batch.chosen(train_batch.packs), train_batch.denominators))
     assert found[0] == found[1]
     assert found[0].tokens < sum(LENGTHS)
 
@@ -165,8 +164,9 @@ def test_the_loss_and_its_counts_over_many_packs_are_those_over_few(preset: str,
     algorithm = replace(PRESETS[preset], denominator=denominator)  # type: ignore[index,arg-type]
     found = []
     for budget in (WHOLE, PARTS):
-        batch, measured, parts = step(budget, algorithm)
-        found.append(policy_metrics(loop.learn(parts, batch.train_batches[0], measured, 0.0).stats))
+        batch = anchored(*step(budget))
+        trainer: Any = MovedTrainer()
+        found.append(policy_metrics(learn(trainer, algorithm, batch, batch.train_batches[0], 0.0).stats))
     assert found[1] == pytest.approx(found[0], rel=1e-5, abs=1e-6)
     assert found[0]["policy/loss"] != 0
     assert found[0]["policy/ratio/max"] >= found[0]["policy/ratio/mean"] > 0
@@ -174,8 +174,7 @@ def test_the_loss_and_its_counts_over_many_packs_are_those_over_few(preset: str,
 
 @pytest.mark.parametrize("budget", [WHOLE, PARTS])
 def test_kept_rollouts_have_their_own_columns_whatever_pack_they_were_in(budget: int) -> None:
-    _, measured, parts = step(budget)
-    kept = loop.keep_rollouts(parts, ROLLOUTS, ADVANTAGES, measured, 1)
+    kept = keep_rollouts(ROLLOUTS, ADVANTAGES, *step(budget), config_of(budget), 1)
     assert [row.rollout for row in kept] == ROLLOUTS
     assert [row.advantage for row in kept] == ADVANTAGES
     for index, row in enumerate(kept):

@@ -13,6 +13,7 @@ from betterhalf.precision.roles import build_precision
 from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.score_check import check_scores, fixed_tokens, score_difference, tolerance
 from betterhalf.runs.weight_sync import sync_weights
+from betterhalf.training.trainer import TokenScores
 from betterhalf.types import MicroBatch
 
 
@@ -31,7 +32,9 @@ def test_rounding_stays_within_a_third_of_the_tolerance(parts: Parts) -> None:
 
 
 def test_an_engine_that_computes_with_other_weights_is_refused(parts: Parts) -> None:
-    stale = [(name, torch.zeros_like(w) if "lm_head" in name else w) for name, w in parts.trainer.wire_weights()]
+    stale = [
+        (name, torch.zeros_like(w) if "lm_head" in name else w) for name, w in parts.trainer.wire_weights().tensors
+    ]
     parts.engine.load_weights(stale, policy_version=1)
     with pytest.raises(WeightSyncError, match="stale copies or a stale cache"):
         check_scores(parts)
@@ -44,8 +47,9 @@ def test_a_score_that_is_no_number_is_refused(parts: Parts, monkeypatch: pytest.
 
 
 def test_a_trainer_that_is_not_finite_is_left_to_the_step(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(micro: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.full((micro.num_tokens - 1,), float("nan")), torch.zeros(1)
+    def measure(packs: list[MicroBatch], temperature: float) -> list[TokenScores]:
+        nan_C = torch.full((packs[0].num_tokens - 1,), float("nan"))
+        return [TokenScores(logprobs_C=nan_C, entropies_C=nan_C)]
 
     monkeypatch.setattr(parts.trainer, "measure", measure)
     check_scores(parts)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -54,12 +55,12 @@ def test_a_mark_that_the_template_names_is_graded_though_the_tokenizer_calls_it_
     siblings = tuple(completion(tokenizer, text) for text in written)
     parts: Any = SimpleNamespace(
         config=RunConfig(),
-        tokenizer=tokenizer,
+        model=SimpleNamespace(tokenizer=tokenizer),
         task=task,
         engine=SimpleNamespace(generate=lambda requests, sampling: [siblings], wake=lambda: None),
-        trainer=SimpleNamespace(policy_version=0),
     )
-    (group,) = sample_groups(parts, [task.prompt(0)], 3, 1, 0, Stopwatch())
+    clock = Stopwatch(torch.device("cpu"))
+    (group,) = sample_groups(parts, [task.prompt(0)], 3, step=1, policy_version=0, first_index=0, clock=clock)
     task.close()
     assert group.rewards == (1.0, 0.0, 0.0)
     assert [rollout.text for rollout in group.rollouts] == [text.removesuffix(" </s>") for text in written]

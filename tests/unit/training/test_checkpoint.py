@@ -11,11 +11,18 @@ import torch
 from betterhalf.errors import CheckpointError, RunError
 from betterhalf.training import checkpoint
 from betterhalf.training.checkpoint import Checkpoint
+from betterhalf.training.trainer import TrainerState
+from betterhalf.training.weights.store import require_parameters
 
 
 def sample(step: int) -> Checkpoint:
-    tensors = {"model": {"w": torch.arange(4.0) * step}, "optimizer": {"step/w": torch.tensor(float(step))}}
-    return Checkpoint(step=step, tensors=tensors, values={"position": 32 * step})
+    trainer = TrainerState(
+        model={"w": torch.arange(4.0) * step},
+        optimizer={"step/w": torch.tensor(float(step))},
+        loss_scaler={"scale": 8.0},
+        policy_version=2 * step,
+    )
+    return Checkpoint(step=step, trainer=trainer, values={"position": 32 * step})
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -23,8 +30,10 @@ def test_round_trip(tmp_path: Path) -> None:
     back = checkpoint.load(path)
     assert back.step == 3
     assert back.values == {"position": 96}
-    assert torch.equal(back.tensors["model"]["w"], torch.arange(4.0) * 3)
-    assert back.tensors["optimizer"]["step/w"].item() == 3.0
+    assert torch.equal(back.trainer.model["w"], torch.arange(4.0) * 3)
+    assert back.trainer.optimizer["step/w"].item() == 3.0
+    assert back.trainer.loss_scaler == {"scale": 8.0} and back.trainer.policy_version == 6
+    assert back.trainer.source == f"checkpoint {path}"
 
 
 def test_only_the_newest_are_kept_and_latest_is_by_number(tmp_path: Path) -> None:
@@ -83,4 +92,4 @@ def test_a_full_disk_leaves_older_checkpoints_alone(tmp_path: Path, monkeypatch:
 def test_another_model_s_checkpoint_is_refused(expected: dict[str, int], found: dict[str, int], message: str) -> None:
     tensors = [{name: torch.zeros(size) for name, size in sizes.items()} for sizes in (expected, found)]
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.require_parameters(Path("x"), *tensors)
+        require_parameters(tensors[0].items(), tensors[1], "checkpoint x")

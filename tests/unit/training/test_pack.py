@@ -36,7 +36,7 @@ def config(*, budget: int = 100, optimizer_steps: int = 1) -> RunConfig:
 
 def test_one_pack_written_out_by_hand() -> None:
     rollouts = [rollout([7, 8, 9], [1, 2]), rollout([5], [3])]
-    batch = pack_step(rollouts, [0.5, -1.0], config(), step=1, device=CPU)
+    batch = pack_step(rollouts, [0.5, -1.0], config(), step=1)
     (pack,) = batch.packs
     # sorted by length: the second rollout (2 tokens) comes first; nothing reads what follows a last token
     assert pack.rollout_index_S == (1, 0)
@@ -52,7 +52,7 @@ def test_one_pack_written_out_by_hand() -> None:
 
 def test_siblings_share_their_prompt_written_out_by_hand() -> None:
     rollouts = [rollout([7, 8], [1, 2, 3]), rollout([5, 6, 9], [4]), rollout([7, 8], [10]), rollout([7, 8], [11, 12])]
-    (pack,) = pack_step(rollouts, [1.0, 2.0, 3.0, 4.0], config(), step=1, device=CPU).packs
+    (pack,) = pack_step(rollouts, [1.0, 2.0, 3.0, 4.0], config(), step=1).packs
     # sequences by length (3, 4, 4, 5; the shuffle decides between equal ones), segments: heads, then completions
     assert pack.rollout_index_S in {(2, 1, 3, 0), (2, 3, 1, 0)}
     assert pack.token_ids_T.tolist() == [7, 8, 5, 6, 9, 11, 1, 2]
@@ -70,7 +70,7 @@ def shared_and_lone() -> list[Rollout]:
 
 def test_every_loss_row_stands_before_its_target() -> None:
     rollouts = shared_and_lone()
-    batch = pack_step(rollouts, [1.0] * 23, config(budget=25, optimizer_steps=3), step=2, device=CPU)
+    batch = pack_step(rollouts, [1.0] * 23, config(budget=25, optimizer_steps=3), step=2)
     assert any(part.prefix is not None for pack in batch.packs for part in pack.segments)
     for pack in batch.packs:
         tokens, positions = by_rollout(pack, pack.token_ids_T[pack.loss_rows_C]), pack.position_ids_T[pack.loss_rows_C]
@@ -83,19 +83,21 @@ def test_every_loss_row_stands_before_its_target() -> None:
 
 def test_what_is_left_out_of_a_step_is_packed_apart_and_moves_nothing() -> None:
     rollouts, settings = shared_and_lone(), config(budget=25, optimizer_steps=3)
-    alone = pack_step(rollouts[:15], [1.0] * 15, settings, step=2, device=CPU)
-    batch = pack_step(rollouts[:15], [1.0] * 15, settings, step=2, device=CPU, left_out=rollouts[15:])
+    alone = pack_step(rollouts[:15], [1.0] * 15, settings, step=2)
+    batch = pack_step(rollouts[:15], [1.0] * 15, settings, step=2, left_out=rollouts[15:])
     assert repr(batch.train_batches) == repr(alone.train_batches)
-    assert batch.packs[: len(alone.packs)] == tuple(p for b in batch.train_batches for p in b.packs)
-    found = {index: tokens for pack in batch.left_out for index, tokens in by_rollout(pack, pack.target_ids_C).items()}
+    assert repr(batch.packs[: len(alone.packs)]) == repr(alone.packs)
+    apart = batch.chosen(batch.left_out)
+    assert tuple(range(len(alone.packs), len(batch.packs))) == batch.left_out
+    found = {index: tokens for pack in apart for index, tokens in by_rollout(pack, pack.target_ids_C).items()}
     assert found == {index: list(rollouts[index].completion.token_ids) for index in range(15, 23)}
-    assert not any(pack.advantages_S.any() for pack in batch.left_out)
+    assert not any(pack.advantages_S.any() for pack in apart)
     assert alone.left_out == ()
 
 
 def test_a_completion_s_prefix_is_its_own_prompt() -> None:
     rollouts = shared_and_lone()
-    (pack,) = pack_step(rollouts, [1.0] * 23, config(budget=1000), step=2, device=CPU).packs
+    (pack,) = pack_step(rollouts, [1.0] * 23, config(budget=1000), step=2).packs
     parts = torch.split(pack.token_ids_T, [part.length for part in pack.segments])
     found = {
         (*parts[part.prefix].tolist(), *ids.tolist())
@@ -110,29 +112,29 @@ def test_a_completion_s_prefix_is_its_own_prompt() -> None:
 
 def test_a_shared_prompt_counts_once_in_the_budget() -> None:
     rollouts = [rollout([k % 2] * 50, [1] * 11) for k in range(8)]
-    first, second = pack_step(rollouts, [1.0] * 8, config(budget=90), step=1, device=CPU).packs
+    first, second = pack_step(rollouts, [1.0] * 8, config(budget=90), step=1).packs
     # 50 + 4 x 10 tokens: the siblings of a prompt fill a pack
     assert first.num_tokens == second.num_tokens == 90
     assert {index % 2 for index in first.rollout_index_S} != {index % 2 for index in second.rollout_index_S}
 
 
 def test_a_sibling_that_no_longer_fits_brings_its_prompt_along() -> None:
-    packs = pack_step([rollout([3, 4], [1, 2, 5])] * 5, [1.0] * 5, config(budget=6), step=1, device=CPU).packs
+    packs = pack_step([rollout([3, 4], [1, 2, 5])] * 5, [1.0] * 5, config(budget=6), step=1).packs
     assert [pack.num_sequences for pack in packs] == [2, 2, 1]
     assert [pack.token_ids_T.tolist() for pack in packs] == [[3, 4, 1, 2, 1, 2]] * 2 + [[3, 4, 1, 2]]
 
 
 def test_every_rollout_is_packed_once_and_zero_advantages_are_only_measured() -> None:
     advantages = [0.0 if k % 4 == 0 else 1.0 for k in range(20)]
-    batch = pack_step([rollout([1], [2, 3])] * 20, advantages, config(optimizer_steps=4), step=1, device=CPU)
-    trained = [i for b in batch.train_batches for pack in b.micro_batches for i in pack.rollout_index_S]
-    measured = [i for b in batch.train_batches for pack in b.measure_only for i in pack.rollout_index_S]
+    batch = pack_step([rollout([1], [2, 3])] * 20, advantages, config(optimizer_steps=4), step=1)
+    trained = [i for b in batch.train_batches for pack in batch.chosen(b.micro_batches) for i in pack.rollout_index_S]
+    measured = [i for b in batch.train_batches for pack in batch.chosen(b.measure_only) for i in pack.rollout_index_S]
     assert sorted(trained) == [i for i in range(20) if i % 4]
     assert sorted(measured) == [0, 4, 8, 12, 16]
 
 
 def test_denominators_count_rollouts_without_advantage_too() -> None:
-    batch = pack_step([rollout([1], [2, 3, 4])] * 8, [0.0] * 8, config(optimizer_steps=2), step=1, device=CPU)
+    batch = pack_step([rollout([1], [2, 3, 4])] * 8, [0.0] * 8, config(optimizer_steps=2), step=1)
     for train_batch in batch.train_batches:
         assert train_batch.micro_batches == ()
         assert train_batch.denominators.sequences == 4
@@ -142,7 +144,7 @@ def test_denominators_count_rollouts_without_advantage_too() -> None:
 
 def test_no_pack_exceeds_the_budget_unless_a_single_sequence_does() -> None:
     rollouts = [rollout([1] * length, [2]) for length in (3, 30, 5, 9, 2, 4)]
-    for pack in pack_step(rollouts, [1.0] * 6, config(budget=10), step=1, device=CPU).packs:
+    for pack in pack_step(rollouts, [1.0] * 6, config(budget=10), step=1).packs:
         assert pack.num_tokens <= 10 or pack.num_sequences == 1
 
 
@@ -150,8 +152,11 @@ def test_the_shuffle_depends_on_step_and_seed_alone() -> None:
     rollouts = [rollout([k], [k]) for k in range(1, 33)]
 
     def order(step: int) -> list[tuple[int, ...]]:
-        batch = pack_step(rollouts, [1.0] * 32, config(optimizer_steps=4), step=step, device=CPU)
-        return [tuple(sorted(i for pack in b.packs for i in pack.rollout_index_S)) for b in batch.train_batches]
+        batch = pack_step(rollouts, [1.0] * 32, config(optimizer_steps=4), step=step)
+        return [
+            tuple(sorted(i for pack in batch.chosen(b.packs) for i in pack.rollout_index_S))
+            for b in batch.train_batches
+        ]
 
     assert order(1) == order(1)
     assert order(1) != order(2)
@@ -159,6 +164,6 @@ def test_the_shuffle_depends_on_step_and_seed_alone() -> None:
 
 def test_values_come_back_by_rollout_in_token_order() -> None:
     rollouts = [rollout([1, 1], [4, 5, 6]), rollout([1], [7])]
-    (pack,) = pack_step(rollouts, [1.0, 1.0], config(), step=1, device=CPU).packs
+    (pack,) = pack_step(rollouts, [1.0, 1.0], config(), step=1).packs
     assert isinstance(pack, MicroBatch)
     assert by_rollout(pack, pack.target_ids_C.float()) == {0: [4.0, 5.0, 6.0], 1: [7.0]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests import tiny_models
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers import LlamaForCausalLM
 
-from betterhalf.algorithms.presets import resolve_algorithm
-from betterhalf.config.schema import AlgorithmConfig, RunConfig
+from betterhalf.algorithms.presets import PRESETS
+from betterhalf.config.schema import RunConfig
+from betterhalf.distributed.world import SingleProcess
 from betterhalf.errors import InputError, LossScaleError
 from betterhalf.models.loading import LoadedModel
 from betterhalf.precision.roles import build_precision
@@ -22,27 +24,12 @@ from betterhalf.training.pack import by_rollout, pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, MicroBatch, Prompt, Rollout
 
-SIZES = {
-    "vocab_size": 31,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-}
-FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+ALGORITHM = PRESETS["pg_seq_is"]
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def tiny_model(family: str = "llama", **changes: Any) -> LoadedModel:
-    torch.manual_seed(0)
-    hf_config = FAMILIES[family](**{**SIZES, **changes})
-    module = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
-    return LoadedModel(
-        name="tiny", module=module, hf_config=hf_config, tokenizer=None, stop_token_ids=(0,), context_length=64
-    )
+    return tiny_models.tiny_model(family, seed=0, **{"tie_word_embeddings": True, **changes})
 
 
 def settings(preset: str, /, **changes: Any) -> RunConfig:
@@ -59,8 +46,7 @@ def settings(preset: str, /, **changes: Any) -> RunConfig:
 
 def trainer_for(config: RunConfig, family: str = "llama", **changes: Any) -> PolicyTrainer:
     precision = build_precision(config.precision, torch.device("cpu"))
-    algorithm = resolve_algorithm(AlgorithmConfig(preset="pg_seq_is"))
-    return PolicyTrainer(tiny_model(family, **changes), config=config, precision=precision, algorithm=algorithm)
+    return PolicyTrainer(tiny_model(family, **changes), config=config, precision=precision)
 
 
 def rollouts(count: int = 6) -> list[Rollout]:
@@ -87,15 +73,13 @@ def rollouts(count: int = 6) -> list[Rollout]:
 
 def packs(config: RunConfig) -> tuple[MicroBatch, ...]:
     advantages = [0.5 if k % 2 else -0.5 for k in range(6)]
-    (batch,) = pack_step(rollouts(), advantages, config, step=1, device=torch.device("cpu")).train_batches
-    return batch.micro_batches
+    return pack_step(rollouts(), advantages, config, step=1).packs
 
 
 def gradients(trainer: PolicyTrainer, config: RunConfig) -> dict[str, torch.Tensor]:
     advantages = [0.5 if k % 2 else -0.5 for k in range(6)]
-    (batch,) = pack_step(rollouts(), advantages, config, step=1, device=torch.device("cpu")).train_batches
-    for pack in batch.micro_batches:
-        trainer.forward_backward(pack, None, batch.denominators)
+    step = pack_step(rollouts(), advantages, config, step=1)
+    trainer.forward_backward(step.packs, ALGORITHM, step.train_batches[0].denominators)
     return {name: gradient / trainer.scaler.scale for name, gradient in trainer.weights.gradients()}
 
 
@@ -106,14 +90,14 @@ def alone(module: Any, rollout: Rollout) -> torch.Tensor:
     return logits.double().log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).squeeze(1)
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_packed_logprobs_equal_the_module_run_on_each_sequence_alone(family: str) -> None:
     config = settings("fp32")
     changes = {"sliding_window": 4} if family == "mistral" else {}
     plain = tiny_model(family, attn_implementation="eager", **changes).module
     trainer = trainer_for(config, family, **changes)
     for pack in packs(config):
-        logprobs, _ = trainer.measure(pack)
+        logprobs = trainer.measure([pack])[0].logprobs_C
         expected = torch.cat([alone(plain, rollouts()[index]) for index in pack.rollout_index_S])
         torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -123,7 +107,7 @@ def test_measured_logprobs_are_those_of_training_bit_for_bit(precision: str) -> 
     config = settings(precision)
     trainer = trainer_for(config)
     for pack in packs(config):
-        assert torch.equal(trainer.measure(pack)[0], trainer.score(pack).detach())
+        assert torch.equal(trainer.measure([pack])[0].logprobs_C, trainer.score(pack).detach())
 
 
 def test_gradients_do_not_depend_on_the_micro_batches() -> None:
@@ -148,15 +132,15 @@ def of_siblings(
     config = settings(precision, budget=budget, precision={"fp32_modules": islands})
     trainer = trainer_for(config, family, **changes)
     advantages = [0.5, -1.0, 0.25, 1.0, -0.5, 0.75, -0.25]
-    (batch,) = pack_step(siblings(), advantages, config, step=1, device=torch.device("cpu")).train_batches
+    step = pack_step(siblings(), advantages, config, step=1)
     logprobs: dict[int, list[float]] = {}
-    for pack in batch.micro_batches:
-        measured = trainer.measure(pack)[0]
+    for pack in step.packs:
+        measured = trainer.measure([pack])[0].logprobs_C
         assert torch.equal(measured, trainer.score(pack).detach())
         logprobs |= by_rollout(pack, measured)
-    losses = [trainer.forward_backward(pack, None, batch.denominators).loss.detach() for pack in batch.micro_batches]
+    stats = trainer.forward_backward(step.packs, ALGORITHM, step.train_batches[0].denominators)
     found = {name: gradient / trainer.scaler.scale for name, gradient in trainer.weights.gradients()}
-    return sum(pack.num_tokens for pack in batch.micro_batches), logprobs, found, float(sum(losses))
+    return sum(pack.num_tokens for pack in step.packs), logprobs, found, float(stats.loss)
 
 
 SHARING: list[tuple[str, dict[str, Any]]] = [
@@ -245,7 +229,7 @@ def test_compiled_layers_keep_every_rounding_and_are_not_compiled_anew_for_every
     for pack in packs(config):
         scored, expected = trainer.score(pack), plain.score(pack)
         # What is measured before an update is what training computes, or the first ratio would not be 1.
-        assert torch.equal(trainer.measure(pack)[0], scored.detach())
+        assert torch.equal(trainer.measure([pack])[0].logprobs_C, scored.detach())
         torch.testing.assert_close(scored, expected, rtol=0, atol=1e-6)
         scored.sum().backward(), expected.sum().backward()
         compiled_graphs.append(counters["stats"]["unique_graphs"])
@@ -292,14 +276,11 @@ def test_an_overflow_skips_the_step_halves_the_scale_keeps_the_version_and_names
     assert all(float(gradient.abs().max()) == 0 for _, gradient in trainer.weights.gradients())
 
 
-class WithAnotherShard:
+class WithAnotherShard(SingleProcess):
     """The reductions of a rank beside another one, whose squares sum to `square` and whose entries are all zero."""
 
     def __init__(self, square: float) -> None:
         self.square = square
-
-    def max_(self, values: torch.Tensor) -> None:
-        pass
 
     def sum_(self, values: torch.Tensor) -> None:
         assert values.dtype == torch.float64
@@ -360,8 +341,7 @@ def test_state_comes_back_bit_for_bit_and_goes_on_alike() -> None:
     first, second = trainer_for(config), trainer_for(config)
     gradients(first, config)
     first.optim_step(1e-2)
-    tensors = {kind: {k: v.clone() for k, v in group.items()} for kind, group in first.state_tensors().items()}
-    second.load_state(tensors, first.state_values())
+    second.load(copy.deepcopy(first.state()))
     for trainer in (first, second):
         gradients(trainer, config)
         trainer.optim_step(1e-2)

@@ -7,17 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from tests.tiny_models import SMALL, tiny_config
 
 from betterhalf.config.schema import PrecisionConfig, SamplingConfig, VllmEngineConfig
 from betterhalf.errors import ConfigError
 from betterhalf.precision.roles import Precision, build_precision
 from betterhalf.rollout.vllm import options
 
-CONFIG = LlamaConfig(
-    vocab_size=23, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3,
-    max_position_embeddings=255,
-)  # fmt: skip
+CONFIG = tiny_config(sizes=SMALL, max_position_embeddings=255)
 
 
 def precision(dtype: str = "fp16", device: str = "cpu") -> Precision:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from tests.tiny_models import tiny_config
 
 from betterhalf.config.schema import PrecisionConfig, SamplingConfig, VllmEngineConfig
 from betterhalf.errors import ConfigError, EngineDiedError, EngineError, InputError, MissingExtraError
@@ -20,9 +20,7 @@ from betterhalf.types import GenerateRequest
 
 Make = Callable[..., VllmEngine]
 
-CONFIG = LlamaConfig(
-    vocab_size=23, hidden_size=4, num_attention_heads=1, num_hidden_layers=1, max_position_embeddings=16
-)
+CONFIG = tiny_config(vocab_size=23, max_position_embeddings=16)
 WEIGHTS = {"model.embed_tokens.weight": torch.zeros(23, 4), "model.norm.weight": torch.zeros(4)}
 
 

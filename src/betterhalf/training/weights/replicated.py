@@ -13,20 +13,21 @@ mismatch a hundredfold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from betterhalf.kernels import fused
 from betterhalf.precision.islands import Islands
+from betterhalf.training.weights.store import require_parameters
 
 _CACHED = 2**19
 """Numbers of a gradient that are added at once on a CPU: 2 MiB in FP32."""
 
 
-class MasterWeights:
-    """The masters of one module, by unfused Hugging Face name, in the module's order."""
+class ReplicatedWeights:
+    """All masters of one module in this process; implements `WeightStore`."""
 
     def __init__(self, module: nn.Module, compute_dtype: torch.dtype, islands: Islands | None = None) -> None:
         """Keep the module's FP32 parameters as masters and turn the module's own into `compute_dtype`.
@@ -67,6 +68,10 @@ class MasterWeights:
             parameter.grad = None
 
         return collect
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (name, FP32 master)."""
+        yield from self.masters.items()
 
     def second_use(self, parameter: nn.Parameter) -> Tensor:
         """A leaf on the same storage whose gradient is collected on its own.
@@ -121,9 +126,14 @@ class MasterWeights:
         for name, parameter in self._compute.items():
             yield name, parameter.detach().to(self._compute_dtype)
 
+    def state(self) -> dict[str, Tensor]:
+        """Return the masters by name, detached; they share memory with the store."""
+        return {name: master.detach() for name, master in self.masters.items()}
+
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Replace the masters' values and publish them. Names must match exactly (`checkpoint` has checked)."""
+    def load(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Replace the masters' values and publish them; see `WeightStore.load`."""
+        require_parameters(self.masters.items(), tensors, source)
         for name, master in self.masters.items():
             master.copy_(tensors[name])
         self.publish()

@@ -1,0 +1,35 @@
+"""Learning from one train batch: gradients of its packs, then one optimizer step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from betterhalf.algorithms.denominators import train_denominators
+from betterhalf.algorithms.loss_stats import LossStats
+from betterhalf.algorithms.presets import Algorithm
+from betterhalf.training.trainer import OptimReport, Trainer
+from betterhalf.types import StepBatch, TrainBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    """Result of one train batch."""
+
+    stats: LossStats
+    """Loss and counts, summed over the micro-batches."""
+    report: OptimReport
+
+
+def learn(trainer: Trainer, algorithm: Algorithm, batch: StepBatch, train_batch: TrainBatch, rate: float) -> Learned:
+    """Accumulate the gradients of one train batch, then take its optimizer step.
+
+    Args:
+        trainer: holds the weights.
+        algorithm: the loss.
+        batch: the step, with proximal logprobs where the algorithm reads them.
+        train_batch: one of its train batches.
+        rate: learning rate of the optimizer step.
+    """
+    denominators = train_denominators(algorithm, batch.chosen(train_batch.packs), train_batch.denominators)
+    stats = trainer.forward_backward(batch.chosen(train_batch.micro_batches), algorithm, denominators)
+    return Learned(stats=stats, report=trainer.optim_step(rate))

@@ -1,0 +1,92 @@
+"""Metrics of one step: `rollout/*`, `optim/*`, `policy/*` and `system/*`.
+
+`mismatch/*` and `budget/*` come from `runs.measure`, `time/*` from the stopwatch.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from betterhalf.algorithms.advantage import zero_advantage_groups
+from betterhalf.algorithms.loss_stats import LossStats, policy_metrics
+from betterhalf.metrics.catalogue import CATALOGUE
+from betterhalf.reduction import REDUCTIONS
+from betterhalf.runs.collect import Collected
+from betterhalf.runs.learn import Learned
+from betterhalf.runs.system import peak_memory_gib
+from betterhalf.types import Rollout
+
+
+def rollout_metrics(collected: Collected, advantages: Sequence[float]) -> dict[str, float]:
+    """Describe the rollouts of one step; rewards are those before any overlong penalty.
+
+    Args:
+        collected: the step's groups, and those that dynamic sampling left out.
+        advantages: one for each rollout of the step's own groups.
+    """
+    zero = zero_advantage_groups(torch.tensor(advantages).view(len(collected.groups), -1))
+    kept, sampled = float(zero.double().sum()), len(collected.sampled)
+    return {
+        **_described("rollout", [rollout for group in collected.sampled for rollout in group.rollouts]),
+        "rollout/zero_advantage_fraction": (kept + collected.dropped) / sampled,
+        "rollout/reward_timeouts": float(collected.timeouts),
+        "rollout/unparsed_answers": float(collected.unparsed_answers),
+        "rollout/groups_dropped": float(collected.dropped),
+        "rollout/groups_surplus": float(collected.surplus),
+        "rollout/engine_restarts": float(collected.restarts),
+        **_described("rollout/kept", collected.rollouts),
+        "rollout/kept/zero_advantage_fraction": kept / len(collected.groups),
+    }
+
+
+def _described(area: str, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    rewards = [rollout.reward for rollout in rollouts]
+    lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
+    return {
+        f"{area}/reward/mean": statistics.fmean(rewards),
+        f"{area}/reward/std": statistics.pstdev(rewards),
+        f"{area}/length/mean": statistics.fmean(lengths),
+        f"{area}/length/max": float(max(lengths)),
+        f"{area}/truncated_fraction": statistics.fmean(r.completion.finish_reason == "length" for r in rollouts),
+    }
+
+
+def learning_metrics(learned: Sequence[Learned], rate: float) -> dict[str, float | str | None]:
+    """Describe the optimizer steps of one step, each number reduced over them as the catalogue declares.
+
+    Args:
+        learned: at least one.
+        rate: their learning rate.
+    """
+    reports = [one.report for one in learned]
+    applied = [report for report in reports if not report.skipped]
+    offenders = [report.first_offender for report in reports if report.first_offender]
+    columns: Mapping[str, list[float]] = {
+        "optim/loss_scale": [report.loss_scale for report in reports],
+        "optim/skipped": [float(report.skipped) for report in reports],
+        "optim/updates_applied": [float(not report.skipped) for report in reports],
+        "optim/grad_norm": [report.grad_norm for report in applied],
+        "optim/learning_rate": [rate],
+        "optim/subnormal_fraction": [report.subnormal_fraction for report in reports],
+        "optim/zero_fraction": [report.zero_fraction for report in reports],
+        "optim/overflow_fraction": [report.overflow_fraction for report in reports],
+        "policy/version": [float(report.policy_version) for report in reports],
+    }
+    stats = sum((one.stats for one in learned), LossStats.empty())
+    return {
+        **{name: REDUCTIONS[CATALOGUE[name].reduction](column) if column else None for name, column in columns.items()},
+        "optim/first_offender": offenders[0] if offenders else None,
+        **policy_metrics(stats, len(learned)),
+    }
+
+
+def system_metrics(collected: Collected, seconds: float, device: torch.device) -> dict[str, float]:
+    """Describe the use of the machine over a step of `seconds` seconds."""
+    return {
+        "system/tokens_per_second": collected.tokens / seconds,
+        "system/kept_tokens_per_second": collected.kept_tokens / seconds,
+        "system/peak_memory_gib": peak_memory_gib(device),
+    }
