@@ -1,4 +1,4 @@
-"""Rows of problems: what is read, and what is refused with its row number."""
+"""Loading rows of problems; unreadable rows are refused with their row numbers."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_bad_row_is_named_by_its_line(tmp_path: Path, bad: str, message: str) 
     assert first.defect is None and re.search(message, defect_of(second))
 
 
-def test_bytes_that_are_not_utf_8_spoil_their_row_alone(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf_8_affect_their_row_alone(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"problem": "caf\xe9", "answer": "1"}\n{"problem": "p", "answer": "1"}\n')
     first, second = load_rows(str(file), "train")
