@@ -110,7 +110,7 @@ def test_a_forward_overflow_is_unsafe_named_and_cured(
     fp16 = result["verdicts"]["fp16"]
     assert fp16["verdict"] == "unsafe"
     assert fp16["modules"] == [f"{BLOCK}.mlp.down_proj"]
-    assert fp16["reasons"][0].startswith(f"Forward, {spot}")
+    assert fp16["reasons"][0].startswith(f"In the forward pass, {spot}")
     assert result["verdicts"]["fp32"]["verdict"] == "ok"
     assert result["islands"]["cures"] and result["islands"]["modules"] == islands
     assert result["recommended"] == "fp16"
@@ -133,7 +133,7 @@ def test_a_backward_overflow_alone_is_unsafe_and_named(examine: Examine) -> None
     fp16 = result["verdicts"]["fp16"]
     assert fp16["verdict"] == "unsafe"
     assert fp16["modules"][0] == f"{BLOCK}.mlp.up_proj"
-    assert fp16["reasons"][0].startswith("Backward") and "no loss scale" in fp16["reasons"][0]
+    assert fp16["reasons"][0].startswith("In the backward pass") and "no loss scale" in fp16["reasons"][0]
     assert result["census"]["fp16"]["largest_safe_loss_scale"] < 1
     assert all(row["finite"] for row in result["census"]["fp16"]["modules"] if row["kind"] in ("forward", "input"))
     assert result["islands"]["cures"] and result["islands"]["modules"] == [f"{BLOCK}.mlp"]
