@@ -62,7 +62,7 @@ ROUNDINGS: dict[str, dict[Side, int]] = {
 attention rounds the probabilities and the result. Head norms (Qwen3) add to those of rope: `Yardstick.roundings`."""
 
 HINTS: dict[str, str] = {
-    "embedding": "the embedding differs: a weight sync that missed it, or resized or padded rows",
+    "embedding": "the embedding: a weight sync that missed it, or resized or padded rows",
     "attention_norm": "RMSNorm: rms_norm_eps, a weight that was not synced, or a norm that adds 1 to its weight",
     "queries": "the query projection: q_proj's weight or bias not synced, or fused rows in a different order",
     "keys": "the key projection: k_proj's weight or bias not synced, or fused rows in a different order",
