@@ -147,7 +147,7 @@ class Difference:
     layer: int | None
     """None outside of layers."""
     local: float | None
-    """Relative error of the token whose error is the largest multiple of its bound; None if a value is not finite."""
+    """Relative error of the token whose error is largest relative to its bound; None if a value is not finite."""
     bound: float
     """Largest error of that token that rounding explains."""
     token: int
@@ -174,7 +174,7 @@ def compare(
 
     Row 0 is the sequence's token `first_token`.
 
-    The row whose error is the largest multiple of its bound represents the operation: a fault at a single position (a
+    The row whose error is largest relative to its bound represents the operation: a fault at a single position (a
     cache entry, the edge of a window) is not averaged away, nor hidden by the one token of enormous norm that many
     models have.
     """

@@ -27,7 +27,7 @@ class Axis:
     start: float
     """Pixel of `low`."""
     end: float
-    """Pixel of `high`; may lie before `start`, as on a vertical axis."""
+    """Pixel of `high`; may be before `start`, as on a vertical axis."""
 
     def pixel(self, value: float) -> float:
         """Return the pixel of `value`; values outside the range map to its edge."""

@@ -117,7 +117,7 @@ def across_labels(ticks: Sequence[tuple[float, str]], name: str) -> str:
 
 
 def rules(axis: Axis, bounds: Sequence[tuple[float, str]], *, outside: bool = False) -> str:
-    """Return dashed horizontal lines, where the axis reaches them, with their names above, or beside the plot."""
+    """Return the dashed horizontal lines that the axis reaches, with names above, or (`outside`) beside the plot."""
     reached = [(axis.pixel(value), text) for value, text in bounds if axis.low <= value <= axis.high]
     places = spread([y + (4 if outside else -5) for y, _ in reached], _NAME_GAP, TOP + 4, BOTTOM + 8)
     across = f'x="{RIGHT + 4}"' if outside else f'x="{RIGHT - 4}" text-anchor="end"'

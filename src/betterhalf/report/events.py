@@ -47,7 +47,7 @@ def events_of(arm: Arm) -> list[Event]:
 
 
 def event_marks(arm: Arm, metrics: Sequence[str], all_metrics: Sequence[str]) -> tuple[Mark, ...]:
-    """Return the flags for the events of a figure of `metrics`.
+    """Return flags for the events of the `metrics` that a figure shows.
 
     The mismatch figure also gets the events of metrics that no figure shows (those not in `all_metrics`).
     """

@@ -1,4 +1,4 @@
-"""Read JSON that may be incomplete: values that are missing or of the wrong type become empty, and never an error."""
+"""Read JSON that may be incomplete: missing values and values of the wrong type give empty results, not errors."""
 
 from __future__ import annotations
 

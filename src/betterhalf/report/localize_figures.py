@@ -33,9 +33,9 @@ def _sentences(localize: Mapping[str, Any]) -> str:
     dtype = str(localize.get("dtype") or "?")
     first = mapping(localize, "first")
     if first:
-        lead = notice(f"In {dtype}, trainer and engine first differ beyond rounding at {_place(first)}.")
+        lead = notice(f"In {dtype}, trainer and engine first differ by more than rounding at {_place(first)}.")
     else:
-        lead = f"<p>In {escape(dtype)}, trainer and engine differ by no more than rounding, in every operation.</p>"
+        lead = f"<p>In {escape(dtype)}, trainer and engine differ by no more than rounding in every operation.</p>"
     comparisons = mapping(localize, "comparisons")
     others = [(words, mapping(comparisons, key)) for key, words in COMPARISONS.items() if key in comparisons]
     items = "".join(f"<li>{escape(words)}: {escape(_comparison(found))}</li>" for words, found in others)

@@ -164,13 +164,13 @@ def _filled(title: str, first: str, rows: Sequence[str], columns: Mapping[str, S
 def _print_gradient(out: Console, gradient: Mapping[str, Any]) -> None:
     """Print the section `gradient`: each trainer against the FP32 trainer, and the effect of sequence weights."""
     columns = ["loss scale", "relative error", "cosine", "zeroed"]
-    table = _table("policy gradient against that of the FP32 trainer", "trainer", columns)
+    table = _table("policy gradient, compared with that of the FP32 trainer", "trainer", columns)
     for row in gradient.get("rows", []):
         error = "overflow" if row.get("relative_error") is None else _number(row["relative_error"], ".2%")
         scale, cosine = _number(row.get("loss_scale"), "g"), _number(row.get("cosine"), ".6f")
         table.add_row(row["train"], scale, error, cosine, _number(row.get("zeroed_fraction"), ".2%"))
     out.print(table)
-    table = _table("with raw sequence weights", "rollout", ["relative change", "cosine", "ESS"])
+    table = _table("effect of raw sequence weights", "rollout", ["relative change", "cosine", "ESS"])
     for row in gradient.get("weights", []):
         spread = [_number(row.get(key), spec) for key, spec in (("cosine", ".6f"), ("ess_fraction", ".4f"))]
         table.add_row(row["rollout"], _number(row.get("relative_change"), ".2%"), *spread)

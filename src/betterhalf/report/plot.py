@@ -54,7 +54,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plot:
-    """A figure of one quantity (up) against another (across)."""
+    """A figure of one quantity (vertical) against another (horizontal)."""
 
     key: str
     """Unique on the page; part of element ids."""
@@ -76,7 +76,7 @@ class Plot:
     band: Band | None = None
     """Healthy range, shaded."""
     wedge: Band | None = None
-    """Healthy slopes of a line through the origin, in units up per unit across; shaded."""
+    """Healthy slopes of a line through the origin, in vertical units per horizontal unit; shaded."""
     rules: tuple[tuple[float, str], ...] = ()
     """Horizontal lines with short names, which are written beside the plot."""
     guide: tuple[Point, Point] | None = None

@@ -156,7 +156,7 @@ def _encoded(
     try:
         found: Iterator[Sequence[int] | BadRow] = iter(encode_texts(tokenizer, ready) if ready else [])
         return [next(found) if isinstance(draft, Draft) else draft for draft in drafts]
-    except Exception:  # each kind of tokenizer raises errors of its own
+    except Exception:  # each kind of tokenizer raises other errors
         return [_encoded_alone(tokenizer, row, draft) for row, draft in zip(rows, drafts, strict=True)]
 
 

@@ -47,7 +47,7 @@ def test_a_probe_page_has_matrix_ratio_figures_and_tables(tmp_path: Path) -> Non
         "Log-ratio against length",
         "fp16 65536 0.90% 0.999960 0.00% no",
         "bf16 47.00%",
-        "first differ beyond rounding at layer 3, mlp.down_proj (difference 0.0123, bound 0.0021)",
+        "first differ by more than rounding at layer 3, mlp.down_proj (difference 0.0123, bound 0.0021)",
         "prefill against decode: no difference beyond rounding",
         "generate, bf16 31.5",
         "usable length, tokens fp16 / fp16 9e-06 0.07 0.9991 0.9992 77,016",
