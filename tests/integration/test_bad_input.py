@@ -118,7 +118,7 @@ def test_wrong_settings_leave_nothing_and_the_corrected_command_works(
         ([], ["is empty", "at least one row of `problem` and `answer`"]),
         ([SUM, "", "{'problem': 1}"], ["row 3: it is not JSON", "one object with `problem` and `answer`", "=skip"]),
         ([SUM, '"2+7="'], ["row 2: it is a str", "as an object"]),
-        ([SUM, '{"problem": "2+7="}'], ["row 2: the field `answer` is missing", "it has 'problem'"]),
+        ([SUM, '{"problem": "2+7="}'], ["row 2: the field `answer` is missing", "the row has 'problem'"]),
         ([json.dumps({"problem": "1+" * 70 + "1=", "answer": "71"})], ["context of 128", "142 tokens", "Shorten or"]),
     ],
     ids=["empty", "not JSON", "not an object", "lacks a field", "longer than the context"],
@@ -210,7 +210,7 @@ def test_nothing_perfectible_counts_both_sides_and_keeps_the_count(ends: Ends, t
     sanity = (*SMALL_SANITY, f"run_dir={run}")
     message = ends(2, *sanity, "sanity.lower=0.99", "sanity.upper=1")
     assert "none of 6 prompts is perfectible: 0 too easy" in message and "6 too hard" in message
-    assert "widen sanity.lower and sanity.upper (in the same run_dir, --resume keeps the counts)" in message
+    assert "widen the range of sanity.lower and sanity.upper (--resume with the same run_dir" in message
     counted = read_jsonl(run / "perfectible.jsonl")[1:]
     assert len(counted) == 6
 

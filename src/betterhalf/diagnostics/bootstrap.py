@@ -28,7 +28,7 @@ FEWEST_CLUSTERS = 8
 """Fewest prompts for which prompts, instead of completions, are resampled."""
 
 _GROUPS = 256
-"""Maximum number of jackknife groups: up to this number clusters are left out one by one, beyond it in groups."""
+"""Maximum number of jackknife groups: up to this number, clusters are left out one by one; beyond it, in groups."""
 
 _CHUNK = 1 << 20
 """Maximum number of counts (resamples times completions) in memory at once."""
@@ -106,8 +106,8 @@ def resample(
         trainer_logprobs_C: float64 [C], finite.
         behavior_logprobs_C: float64 [C], finite.
         sequence_index_C: int64 [C], which completion each token belongs to; completions without tokens do not count.
-        num_sequences: S.
-        resamples: B.
+        num_sequences: number of sequences, S.
+        resamples: number of resamples, B.
         seed: the same seed gives the same resamples for the same completions.
         cluster_index_S: int64 [S], which prompt each completion continues; if None, each completion is its own cluster.
     """
@@ -141,7 +141,7 @@ def resampled_metrics(
         trainer_logprobs_C: [C], finite.
         behavior_logprobs_C: [C], finite.
         sequence_index_C: int64 [C]; every completion has at least one token.
-        num_sequences: S.
+        num_sequences: number of sequences, S.
         counts_BS: number of times that each completion was drawn; at least one count of each row is above 0.
     """
     statistics = _statistics(trainer_logprobs_C.double(), behavior_logprobs_C.double(), sequence_index_C, num_sequences)

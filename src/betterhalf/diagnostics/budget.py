@@ -57,11 +57,11 @@ def fit_budget(
     Args:
         log_ratio_C: [C], trainer minus behavior, at the same weights.
         sequence_index_C: int64 [C], which sequence each token belongs to; sequences without tokens do not count.
-        num_sequences: S.
+        num_sequences: number of sequences, S.
         floor: share of effective samples that defines `max_length`, between 0 and 1.
 
     Raises:
-        ValueError: there are no tokens, or `floor` lies outside (0, 1).
+        ValueError: there are no tokens, or `floor` is not between 0 and 1.
     """
     if log_ratio_C.numel() == 0:
         raise ValueError("there are no tokens to fit the budget on; pass those of at least one completion.")

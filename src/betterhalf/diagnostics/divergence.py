@@ -62,7 +62,7 @@ ROUNDINGS: dict[str, dict[Side, int]] = {
 attention rounds the probabilities and the result. Head norms (Qwen3) add to those of rope: `Yardstick.roundings`."""
 
 HINTS: dict[str, str] = {
-    "embedding": "the embedding differs: a weight sync that missed it, or resized or padded rows",
+    "embedding": "the embedding: a weight sync that missed it, or resized or padded rows",
     "attention_norm": "RMSNorm: rms_norm_eps, a weight that was not synced, or a norm that adds 1 to its weight",
     "queries": "the query projection: q_proj's weight or bias not synced, or fused rows in a different order",
     "keys": "the key projection: k_proj's weight or bias not synced, or fused rows in a different order",
@@ -147,7 +147,7 @@ class Difference:
     layer: int | None
     """None outside of layers."""
     local: float | None
-    """Relative error of the token whose error is the largest multiple of its bound; None if a value is not finite."""
+    """Relative error of the token whose error is largest relative to its bound; None if a value is not finite."""
     bound: float
     """Largest error of that token that rounding explains."""
     token: int
@@ -174,7 +174,7 @@ def compare(
 
     Row 0 is the sequence's token `first_token`.
 
-    The row whose error is the largest multiple of its bound represents the operation: a fault at a single position (a
+    The row whose error is largest relative to its bound represents the operation: a fault at a single position (a
     cache entry, the edge of a window) is not averaged away, nor hidden by the one token of enormous norm that many
     models have.
     """

@@ -33,7 +33,7 @@ class GradientGap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSpread:
-    """The sequence importance weights w = exp(sum over tokens of log pi - log mu) of one batch."""
+    """Spread of the sequence importance weights w = exp(sum over tokens of log pi - log mu) of one batch."""
 
     ess_fraction: float
     """(sum w)^2 / (S sum w^2): 1 when all are equal, 1/S when one outweighs the rest."""

@@ -95,8 +95,8 @@ def confidence_intervals(
         trainer_logprobs_C: [C], finite.
         behavior_logprobs_C: [C], finite.
         sequence_index_C: int64 [C], which completion each token belongs to; completions without tokens do not count.
-        num_sequences: S.
-        resamples: B.
+        num_sequences: number of sequences, S.
+        resamples: number of resamples, B.
         confidence: level of the intervals, between 0 and 1.
         seed: the same seed gives the same resamples for the same completions, so pairs can be compared.
         cluster_index_S: int64 [S], which prompt each completion continues; if None, each completion is its own cluster.

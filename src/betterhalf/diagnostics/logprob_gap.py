@@ -81,7 +81,7 @@ def mismatch_metrics(
         trainer_logprobs_C: [C], log pi before any update.
         behavior_logprobs_C: [C], log mu.
         sequence_index_C: int64 [C], which sequence each token belongs to; sequences without tokens do not count.
-        num_sequences: S.
+        num_sequences: number of sequences, S.
 
     Raises:
         EngineError: behavior logprobs are not finite.

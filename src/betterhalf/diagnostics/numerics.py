@@ -180,9 +180,9 @@ def module_range(spot: Spot, sizes: Magnitudes, held: DtypeName, *, finite: bool
 
 
 def predicted_loss_scale(max_gradient: float, facts: FormatFacts) -> float:
-    """Return the largest power of two, at most 2^32, that values up to `max_gradient` can be multiplied by.
+    """Return the largest power of two, at most 2^32, with which values up to `max_gradient` stay finite in the format.
 
-    Their products are finite in the format. Return 0 if `max_gradient` is infinite.
+    It is 0 if `max_gradient` is infinite.
     """
     headroom = headroom_bits(max_gradient, facts)
     if math.isinf(headroom):

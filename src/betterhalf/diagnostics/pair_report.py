@@ -163,7 +163,7 @@ def pair_report(
         trainer_logprobs_C: [C], log pi at the weights that sampled.
         behavior_logprobs_C: [C], log mu.
         sequence_index_C: int64 [C], which completion each token belongs to; its tokens are contiguous and in order.
-        num_sequences: S; each has at least one token.
+        num_sequences: number of sequences, S; each has at least one token.
         seconds: time that scoring took.
         bootstrap: number of resamples for the intervals.
         confidence: level of the intervals.

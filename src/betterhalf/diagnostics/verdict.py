@@ -285,8 +285,8 @@ def _row(census: Census, spot: Spot) -> ModuleRange | None:
 def _tight(census: Census, bits: float, *, backward: bool) -> list[ModuleRange]:
     """Return the rows of one direction with less headroom than `bits`, worst first.
 
-    In the forward pass, the residual stream carries the outputs of its branches on: its rows count only if no row of a
-    branch does.
+    In the forward pass, the residual stream passes on the outputs of its branches, so its rows count only if no row of
+    a branch does.
     """
     low = [row for row in census.ranges if row.headroom_bits < bits and _is_backward(row) == backward]
     branches = [row for row in low if backward or not _is_residual(row.spot)]

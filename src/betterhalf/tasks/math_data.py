@@ -115,7 +115,7 @@ def _field(row: dict[str, Any], name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         found = "holds no text" if name in row else "is missing"
         has = ", ".join(map(repr, row)) or "nothing"
-        raise RowError(f"the field `{name}` {found} (it has {has})", "give each row `problem` and `answer`")
+        raise RowError(f"the field `{name}` {found} (the row has {has})", "give each row `problem` and `answer`")
     return value
 
 

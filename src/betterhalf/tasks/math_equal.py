@@ -174,7 +174,7 @@ def _equal_values(gold: str, left: Any, right: Any) -> bool:
 
 
 def _is_of_library(error: Exception) -> bool:
-    """Return whether the error comes from sympy or a library near it: models write expressions that break these."""
+    """Return whether the error comes from sympy or a related library: models write expressions that make them fail."""
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES for frame, _ in frames)
 

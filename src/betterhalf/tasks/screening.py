@@ -14,7 +14,6 @@ from betterhalf.tasks.dataset import DatasetTask, Subset
 from betterhalf.tasks.prompting import Draft, encode_texts
 from betterhalf.tasks.row import BadRow, Row, RowError
 from betterhalf.tasks.task import Tokenizer
-from betterhalf.types import BadRowAction
 
 _ROWS_AT_ONCE = 1024
 _SHOWN = 5
@@ -156,7 +155,7 @@ def _encoded(
     try:
         found: Iterator[Sequence[int] | BadRow] = iter(encode_texts(tokenizer, ready) if ready else [])
         return [next(found) if isinstance(draft, Draft) else draft for draft in drafts]
-    except Exception:  # each kind of tokenizer raises errors of its own
+    except Exception:  # each kind of tokenizer raises other errors
         return [_encoded_alone(tokenizer, row, draft) for row, draft in zip(rows, drafts, strict=True)]
 
 

@@ -399,13 +399,13 @@ def printed(found: dict[str, Any]) -> str:
 def test_the_text_names_the_place_the_size_and_where_to_look() -> None:
     text = printed(found_with(down_off, "fp16"))
     assert "trainer and engine: FIRST DIFFERENCE in layer 1, down, at token" in text
-    assert "look at the down projection: down_proj's weight or bias not synced" in text
-    assert "decoding alone and in a batch: apart by rounding alone" in text
+    assert "check the down projection: down_proj's weight or bias not synced" in text
+    assert "decoding alone and in a batch: differ by rounding alone" in text
 
 
 def test_the_text_shows_every_layer_of_a_small_model_and_the_last_of_a_large_one() -> None:
     found = found_with(lambda _: None, "fp32")
-    assert "trainer and engine: apart by rounding alone" in printed(found)
+    assert "trainer and engine: differ by rounding alone" in printed(found)
     row = found["growth"][0]
     found["growth"] = [row | {"layer": layer} for layer in range(30)]
     shown = [line.split()[0] for line in printed(found).splitlines() if line.split()[:1] and line.split()[0].isdigit()]

@@ -79,7 +79,7 @@ def config(precision: str, steps: int) -> dict[str, Any]:
 
 
 def contract(precision: str) -> dict[str, Any]:
-    """Reports of both sides that agree on everything but attention, which is reported only."""
+    """Contract of two sides that agree on everything but attention, which is only reported."""
     same = ("weights", "compute", "wire", "kv", "lm_head", "norm")
     rows = [{"region": region, "trainer": precision, "engine": precision, "status": "equal"} for region in same]
     return {"rows": [*rows, {"region": "attention", "trainer": "sdpa", "engine": "native", "status": "reported"}]}
@@ -146,13 +146,13 @@ def fill_sanity(path: Path, arms: tuple[str, ...] = ("fp16", "bf16"), *, steps: 
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """Make a train run in a new folder."""
+    """Factory of train runs, each in a fresh folder."""
     return lambda name="run", precision="fp16", **sizes: fill_run(tmp_path / name, precision, **sizes)
 
 
 @pytest.fixture
 def make_sanity(tmp_path: Path) -> MakeRun:
-    """Make a sanity run in a new folder."""
+    """Factory of sanity runs, each in a fresh folder."""
     return lambda name="sanity", **sizes: fill_sanity(tmp_path / name, **sizes)
 
 

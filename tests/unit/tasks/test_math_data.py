@@ -58,7 +58,7 @@ def test_rows_keep_their_order_and_numbers_become_text(tmp_path: Path) -> None:
     [
         ("{not json", "row 3: it is not JSON"),
         ('["problem", "answer"]', "row 3: it is a list"),
-        ('{"problem": "p"}', "row 3: the field `answer` is missing .it has 'problem'."),
+        ('{"problem": "p"}', "row 3: the field `answer` is missing .the row has 'problem'."),
         ('{"answer": "1"}', "row 3: the field `problem` is missing"),
         ('{"problem": "p", "answer": null}', "row 3: the field `answer` holds no text"),
         ('{"problem": " ", "answer": "1"}', "row 3: the field `problem` holds no text"),
