@@ -1,4 +1,4 @@
-"""A decode step of the engine by the GPU's kernels beside the same step by torch's operations."""
+"""A decode step of the engine in GPU kernels, compared with the same step in torch's operations."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def decoder_of(family: str, precision: dict[str, Any], rounding: str) -> Decoder
 
 
 def cache_for(decoder: Decoder, *, gpu: bool) -> KVCache:
-    """As a CPU has it, in FP32 with keys transposed, or as a GPU."""
+    """Return a cache as a CPU has it, in FP32 with keys transposed, or as a GPU has it."""
     dtype = decoder.rounding.kv_dtype if gpu else torch.float32
     cache = KVCache(decoder.config, slots=4, max_length=32, dtype=dtype, device=torch.device("cpu"))
     if gpu:
@@ -67,7 +67,7 @@ def cache_for(decoder: Decoder, *, gpu: bool) -> KVCache:
 
 @torch.inference_mode()
 def decoded(decoder: Decoder, cache: KVCache, steps: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states of some steps of three sequences, and what the cache holds then."""
+    """Return hidden states of some steps of three sequences, and keys and values of the cache after them."""
     decoder.reserve(32)
     _, saved = decoder.prefill(torch.arange(sum(LENGTHS)) * 7 % 101, LENGTHS)
     for slot, part in enumerate(torch.split(saved, list(LENGTHS), dim=2)):
@@ -97,7 +97,7 @@ def test_a_down_projection_in_parts_decodes_the_same(
     parts: list[tuple[int, ...]] = []
 
     def bmm(left: Tensor, right: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        """On a CPU torch's takes no other dtype for results."""
+        """Replace torch's `bmm`, which has no `out_dtype` on a CPU."""
         if out_dtype is None:
             return multiply(left, right)
         parts.append(tuple(left.shape))
@@ -108,7 +108,7 @@ def test_a_down_projection_in_parts_decodes_the_same(
     monkeypatch.setattr(decoder_module, "_few_tiles", lambda *_: True)
     monkeypatch.setattr(torch, "bmm", bmm)
     found = decoded(decoder, cache_for(decoder, gpu=True))
-    # Layers whose down projection is an island, or ends at one, do it whole.
+    # Layers whose down projection is an island, or is next to one, compute it whole.
     assert parts.count((4, 3, 16)) == 3 * (1 if "fp32_modules" in precision else 3)
     for one, other in zip(found, expected, strict=True):
         assert (one.float() - other.float()).abs().max() < bound * other.float().abs().max()

@@ -38,13 +38,13 @@ def module() -> Any:
 
 @pytest.fixture
 def wire(module: Any) -> Callable[[torch.dtype], list[tuple[str, torch.Tensor]]]:
-    """The module's weights as a weight sync sends them."""
+    """Return the module's weights as a weight sync sends them."""
     return lambda dtype: [(name, parameter.detach().to(dtype)) for name, parameter in module.named_parameters()]
 
 
 @pytest.fixture
 def make_engine(module: Any, wire: Callable[..., Any]) -> Callable[..., NativeEngine]:
-    """make_engine(precision="fp32", stop_token_ids=(), load=True, **engine settings)."""
+    """Return make_engine(precision="fp32", stop_token_ids=(), load=True, **engine settings)."""
 
     def make(
         precision: str | dict[str, Any] = "fp32",

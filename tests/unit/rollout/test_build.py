@@ -1,4 +1,4 @@
-"""Every engine declares what it can do; nothing else asks which engine it is."""
+"""Every engine declares its capabilities; no other code asks which engine it is."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from betterhalf.runs.arms import plan_arms
 
 SRC = Path(betterhalf.__file__).parent
 ASKS = re.compile(r"engine\.type\s*(?:[!=]=|in\b)|isinstance\([^)]*Engine(?:Config)?\)")
-"""Code that asks which engine it is."""
+"""Matches code that asks which engine it is."""
 
 
 def config(engine: dict[str, Any], **changes: Any) -> RunConfig:
