@@ -190,6 +190,21 @@ def test_a_failed_step_drops_the_cache(make_engine: MakeEngine, monkeypatch: pyt
     assert engine.generate(requests(), SAMPLING) == make_engine().generate(requests(), SAMPLING)
 
 
+def test_a_scheduler_given_up_in_the_middle_leaves_no_cache_behind(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    scheduler = engine.scheduler(SAMPLING, ROOM)
+    scheduler.add(requests(1)[0])
+    scheduler.step()
+    table = engine._table
+    assert table is not None and table.active == 3
+    with torch.inference_mode():
+        table.cache.values.fill_(float("nan"))
+    assert engine.generate(requests(1), SAMPLING) == make_engine().generate(requests(1), SAMPLING)
+    kept = engine._table
+    engine.generate(requests(1), SAMPLING)
+    assert engine._table is kept is not table
+
+
 def test_a_scheduler_needs_weights(make_engine: MakeEngine) -> None:
     with pytest.raises(EngineError, match="holds no weights"):
         make_engine(load=False).scheduler(SAMPLING, ROOM)
