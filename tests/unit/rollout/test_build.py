@@ -68,7 +68,8 @@ def test_an_architecture_is_known_to_one_engine_and_not_to_the_other(module: Any
     other = type(module.config)(**module.config.to_dict() | {"architectures": ["NewForCausalLM"]})
     other.model_type = "new"
     check_architecture(config({"type": "vllm"}), other)
-    with pytest.raises(InputError, match="the native engine does not know architecture 'new'"):
+    words = "the native engine does not know architecture 'new'; use a model of one of llama, .*, or set engine=vllm"
+    with pytest.raises(InputError, match=words):
         check_architecture(config({"type": "native"}), other)
 
 
