@@ -14,6 +14,7 @@ from betterhalf.errors import EngineError
 from betterhalf.precision.contract import weights_digests
 from betterhalf.precision.roles import build_precision
 from betterhalf.rollout.build import build_engine
+from betterhalf.rollout.native.scheduler import Capacity
 from betterhalf.rollout.sampler import draw, sequence_key, uniforms
 from betterhalf.types import GenerateRequest
 
@@ -182,6 +183,30 @@ def test_fp32_tokens_equal_those_of_the_cpu():
     on_cpu = engine_of(module, "fp32", "cpu").generate(requests(), SAMPLING)
     on_gpu = engine_of(module, "fp32").generate(requests(), SAMPLING)
     assert [[c.token_ids for c in g] for g in on_gpu] == [[c.token_ids for c in g] for g in on_cpu]
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_requests_join_and_leave_between_steps(graphs, device="cuda"):
+    module, asked = module_of("llama"), requests()
+    expected = engine_of(module, "fp32", device).generate(asked, SAMPLING)
+    engine = engine_of(module, "fp32", device, cuda_graphs=graphs, max_concurrent=6)
+    scheduler, found = engine.scheduler(SAMPLING, Capacity(sequences=6, length=64, tokens=20)), {}
+    for number, request in enumerate(asked):
+        scheduler.add(request)
+        if number == 3:
+            scheduler.cancel(1)
+        for _ in range(2):
+            collect(scheduler.step(), found)
+    while scheduler.unfinished:
+        collect(scheduler.step(), found)
+    for number in (0, 2, 3, 4):
+        assert [found[number, sibling] for sibling in range(4)] == [one.token_ids for one in expected[number]]
+
+
+def collect(finished, found):
+    for some in finished:
+        for sequence, completion in zip(some.sequences, some.completions((3, 50), 0), strict=True):
+            found[sequence.request, sequence.sibling] = completion.token_ids
 
 
 def test_random_numbers_equal_those_of_the_cpu():
