@@ -13,6 +13,7 @@ from betterhalf.errors import EngineError
 from betterhalf.precision.contract import weights_digests
 from betterhalf.precision.roles import build_precision
 from betterhalf.rollout.build import build_engine
+from betterhalf.rollout.native.scheduler import Capacity
 from betterhalf.rollout.sampler import draw, sequence_key, uniforms
 from betterhalf.types import GenerateRequest
 
@@ -54,7 +55,7 @@ def requests(lengths: tuple[int, ...] = (12, 3, 12, 40, 1)) -> list[GenerateRequ
 
 
 def gap(module: Any, found: list[Any]) -> torch.Tensor:
-    """FP32 module on the CPU minus engine, over all sampled tokens, float64."""
+    """Return logprobs of the FP32 module on the CPU minus those of the engine, over all sampled tokens, float64."""
     parts = []
     for request, group in zip(requests(), found, strict=True):
         for completion in group:
@@ -122,7 +123,7 @@ def test_a_down_projection_in_parts_stays_as_close_to_fp32(precision, bound, isl
     assert 0 < (difference.exp() - 1 - difference).mean() < bound
 
 
-def test_an_island_cures_an_overflow():
+def test_an_island_prevents_an_overflow():
     module = module_of("llama")
     with torch.no_grad():
         module.get_submodule(DOWN).weight.mul_(1e5)
@@ -169,6 +170,30 @@ def test_fp32_tokens_equal_those_of_the_cpu():
     on_cpu = engine_of(module, "fp32", "cpu").generate(requests(), SAMPLING)
     on_gpu = engine_of(module, "fp32").generate(requests(), SAMPLING)
     assert [[c.token_ids for c in g] for g in on_gpu] == [[c.token_ids for c in g] for g in on_cpu]
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_requests_join_and_leave_between_steps(graphs, device="cuda"):
+    module, asked = module_of("llama"), requests()
+    expected = engine_of(module, "fp32", device).generate(asked, SAMPLING)
+    engine = engine_of(module, "fp32", device, cuda_graphs=graphs, max_concurrent=6)
+    scheduler, found = engine.scheduler(SAMPLING, Capacity(sequences=6, length=64, tokens=20)), {}
+    for number, request in enumerate(asked):
+        scheduler.add(request)
+        if number == 3:
+            scheduler.cancel(1)
+        for _ in range(2):
+            collect(scheduler.step(), found)
+    while scheduler.unfinished:
+        collect(scheduler.step(), found)
+    for number in (0, 2, 3, 4):
+        assert [found[number, sibling] for sibling in range(4)] == [one.token_ids for one in expected[number]]
+
+
+def collect(finished, found):
+    for some in finished:
+        for sequence, completion in zip(some.sequences, some.completions((3, 50), 0), strict=True):
+            found[sequence.request, sequence.sibling] = completion.token_ids
 
 
 def test_random_numbers_equal_those_of_the_cpu():

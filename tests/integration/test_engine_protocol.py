@@ -1,4 +1,5 @@
-"""The loop keeps the rollout engine's Protocol: awake before it is used, and trained at the version that sampled."""
+"""The loop keeps to the rollout engine's Protocol: it wakes the engine before use, and trains at the version that
+sampled."""
 
 from __future__ import annotations
 
@@ -152,7 +153,7 @@ def test_the_strict_engine_has_the_members_of_the_protocol_and_no_other() -> Non
 def test_a_run_is_trained_resumed_and_evaluated_with_an_engine_known_by_its_declaration_alone(
     small_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Sync, checkpoint and evaluation included; all numbers are those of the engine that works behind it."""
+    """Sync, checkpoint and evaluation give the same numbers as with the native engine, which does the work."""
     config = small_config(training={"steps": 2, "checkpoint_every": 1}, evaluate={"max_prompts": 2, "samples": 2})
     train(config, str(tmp_path / "plain"), resume=False)
     expected = evaluate(str(tmp_path / "plain"), config, str(tmp_path / "plain-evaluated"))
@@ -178,7 +179,7 @@ def rows_without_times(path: Path) -> list[dict[str, Any]]:
 def built_to_die(
     config: RunConfig, hf_config: Any, stop_token_ids: tuple[int, ...], precision: Precision
 ) -> StrictEngine:
-    """Samples one step, then dies for good: a restart does not help."""
+    """Build an engine that samples one step and then crashes in every call, restarted or not."""
     engine = built_strict(config, hf_config, stop_token_ids, precision)
     engine._behavior.generations = 1
     return engine

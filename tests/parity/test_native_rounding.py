@@ -1,4 +1,4 @@
-"""The whole engine against float64 arithmetic that rounds at the points of docs/engines.md, and nowhere else."""
+"""The whole engine against float64 arithmetic that rounds only at the points of docs/engines.md."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Reference:
-    """One Llama layer in float64; `r` marks every rounding point."""
+    """Compute one Llama layer in float64; `r` marks every rounding point."""
 
     def __init__(self, state: dict[str, Tensor], dtype: torch.dtype, mode: str) -> None:
         self.dtype = dtype
@@ -45,7 +45,7 @@ class Reference:
         return self.r(self.w[name] * (self.r(normed) if self.aligned else normed))
 
     def rope(self, x: Tensor) -> Tensor:
-        # The table is FP32 on both sides: an angle of 30 is off by 2e-6, which float64 would turn into roundings.
+        # The table is FP32 on both sides: an angle of 30 has an error of 2e-6, which would move roundings of float64.
         angles = torch.arange(x.shape[1])[:, None].float() * (1.0 / THETA ** (torch.arange(0, DIM, 2).float() / DIM))
         cos, sin = (torch.cat((part, part), -1).double() for part in (angles.cos(), angles.sin()))
         turned = torch.cat((-x[..., DIM // 2 :], x[..., : DIM // 2]), -1)
@@ -85,7 +85,7 @@ def module() -> Any:
 
 
 def gaps(module: Any, precision: str, engine_mode: str, reference_mode: str) -> Tensor:
-    """Reference minus behavior logprobs, float64."""
+    """Return reference minus behavior logprobs, float64."""
     config = RunConfig.model_validate(
         {"precision": {"preset": precision, "half_matmul": "fp32_sums"}, "engine": {"rounding": engine_mode}}
     )
@@ -111,7 +111,7 @@ def gaps(module: Any, precision: str, engine_mode: str, reference_mode: str) -> 
 def test_the_engine_rounds_at_the_documented_points_only(module, precision, mode):
     other = "aligned" if mode == "engine" else "engine"
     right, wrong = gaps(module, precision, mode, mode), gaps(module, precision, mode, other)
-    # FP32 and float64 sums fall on two sides of a rounding boundary once in two thousand; in FP16, with its finer
-    # grid, that touches about half of the tokens through their context.
+    # FP32 and float64 sums are on different sides of a rounding boundary once in two thousand values; in FP16, whose
+    # grid is finer, this affects about half of the tokens through their context.
     assert (right.abs() < 2e-6).double().mean() > (0.3 if precision == "fp16" else 0.9)
     assert right.pow(2).mean() < 0.1 * wrong.pow(2).mean()

@@ -1,4 +1,4 @@
-"""The native decoder against the transformers modules of every family, and against itself: prefill and decode."""
+"""The native decoder against the transformers module of every family, and its prefill against its decoding."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_prefill_logits_equal_those_of_the_transformers_module(module):
 
 
 def test_a_prompt_continues_its_own_completion(module):
-    """Decoding token by token and running prompt and completion at once give the same next distribution."""
+    """Decoding token by token and one pass over prompt and completion give the same next distribution."""
     engine = engine_of(module)
     first = requests()[0]
     whole = engine.generate([first], SAMPLING)[0][0]

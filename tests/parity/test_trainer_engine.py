@@ -1,4 +1,4 @@
-"""The two wings at the same weights: equal in FP32 for every family, apart by rounding alone in half precision."""
+"""Trainer and engine at the same weights: equal in FP32 for every family, different by rounding alone in half."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def random_model(family: str) -> LoadedModel:
 
 
 def gap(model: LoadedModel, precision: str, prompts: list[tuple[int, ...]], **engine: Any) -> dict[str, float]:
-    """Mismatch between the native engine and the trainer, each built as a run builds it."""
+    """Return the mismatch between native engine and trainer, each built as in a run."""
     config = RunConfig.model_validate(
         {
             "precision": {"preset": precision},
@@ -82,7 +82,7 @@ def test_fp32_engine_and_trainer_agree(family: str) -> None:
 def test_the_half_formats_are_ordered_by_their_mantissa(family: str) -> None:
     k3 = {name: gap(random_model(family), name, PROMPTS)["mismatch/k3/mean"] for name in ("fp32", "fp16", "bf16")}
     assert k3["fp32"] < k3["fp16"] / 100
-    # eight times the unit roundoff is 64 times the variance; short samples scatter, so half of that must show
+    # Eight times the unit roundoff is 64 times the variance; short samples scatter, so a third of that is required.
     assert k3["bf16"] > 20 * k3["fp16"]
 
 

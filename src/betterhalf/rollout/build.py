@@ -51,10 +51,17 @@ def check_architecture(config: RunConfig, hf_config: Any) -> None:
     """Refuse a model that the configured engine cannot compute, by its configuration alone.
 
     Raises:
-        InputError: an architecture, activation or rope scaling that the native engine does not compute; or no causal
-            language model.
+        InputError: the engine does not compute the architecture, the activation or the rope scaling, or the model is no
+            causal language model. For an unknown architecture the message names the engines that may compute it.
     """
-    _kind(config).check_architecture(hf_config)
+    kind = _kind(config)
+    if not _may_compute(kind, hf_config):
+        others = " or ".join(f"engine={name}" for name, other in ENGINES.items() if _may_compute(other, hf_config))
+        raise InputError(
+            f"the {config.engine.type} engine does not know architecture {hf_config.model_type!r}; use a model of one "
+            f"of {', '.join(kind.families or ())}{f', or set {others}' if others else ''}"
+        )
+    kind.check_architecture(hf_config)
 
 
 def require_engine(config: RunConfig, device: torch.device) -> None:
@@ -96,6 +103,10 @@ def build_traced_engine(
     if not capabilities(config).traces:
         raise InputError(f"engine.type={config.engine.type} does not show its operations; set engine=native")
     return cast(TracedEngine, build_engine(config, hf_config, stop_token_ids, precision))
+
+
+def _may_compute(kind: EngineKind, hf_config: Any) -> bool:
+    return kind.families is None or hf_config.model_type in kind.families
 
 
 def _kind(config: RunConfig) -> EngineKind:

@@ -48,6 +48,8 @@ class EngineBuilder(Protocol):
 class EngineKind:
     """One entry of `rollout.build.ENGINES`, supplied by the engine's own package."""
 
+    families: tuple[str, ...] | None
+    """transformers `model_type` values that the engine computes; None if only loading the model tells."""
     capabilities: Callable[[RunConfig], EngineCapabilities]
     """Declares what the engine can do as configured."""
     check_sampling: Callable[[SamplingConfig], None]
@@ -55,7 +57,7 @@ class EngineKind:
     check_roles: Callable[[PrecisionRoles], None]
     """Raises ConfigError for dtype roles that the engine cannot apply."""
     check_architecture: Callable[[Any], None]
-    """Raises InputError for a transformers configuration of a model that the engine cannot compute."""
+    """Raises InputError for the transformers configuration of a model of these families that it cannot compute."""
     require_installed: Callable[[torch.device], None]
     """Raises InputError or MissingExtraError when a package that the engine needs on this device is missing."""
     build: EngineBuilder

@@ -14,6 +14,7 @@ from betterhalf.tasks.dataset import DatasetTask, Subset
 from betterhalf.tasks.prompting import Draft, encode_texts
 from betterhalf.tasks.row import BadRow, Row, RowError
 from betterhalf.tasks.task import Tokenizer
+from betterhalf.types import BadRowAction
 
 _ROWS_AT_ONCE = 1024
 _SHOWN = 5

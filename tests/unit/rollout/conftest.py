@@ -29,7 +29,7 @@ def wire(module: Any) -> Callable[[torch.dtype], list[tuple[str, torch.Tensor]]]
 
 @pytest.fixture
 def make_engine(module: Any, wire: Callable[..., Any]) -> Callable[..., NativeEngine]:
-    """make_engine(precision="fp32", stop_token_ids=(), load=True, **engine settings)."""
+    """Return make_engine(precision="fp32", stop_token_ids=(), load=True, **engine settings)."""
 
     def make(
         precision: str | dict[str, Any] = "fp32",

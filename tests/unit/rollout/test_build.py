@@ -1,4 +1,4 @@
-"""Every engine declares what it can do; nothing else asks which engine it is."""
+"""Every engine declares its capabilities; no other code asks which engine it is."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from betterhalf.runs.arms import plan_arms
 
 SRC = Path(betterhalf.__file__).parent
 ASKS = re.compile(r"engine\.type\s*(?:[!=]=|in\b)|isinstance\([^)]*Engine(?:Config)?\)")
-"""Code that asks which engine it is."""
+"""Matches code that asks which engine it is."""
 
 
 def config(engine: dict[str, Any], **changes: Any) -> RunConfig:
@@ -68,7 +68,8 @@ def test_an_architecture_is_known_to_one_engine_and_not_to_the_other(module: Any
     other = type(module.config)(**module.config.to_dict() | {"architectures": ["NewForCausalLM"]})
     other.model_type = "new"
     check_architecture(config({"type": "vllm"}), other)
-    with pytest.raises(InputError, match="the native engine does not know architecture 'new'"):
+    words = "the native engine does not know architecture 'new'; use a model of one of llama, .*, or set engine=vllm"
+    with pytest.raises(InputError, match=words):
         check_architecture(config({"type": "native"}), other)
 
 

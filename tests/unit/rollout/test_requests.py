@@ -1,4 +1,4 @@
-"""The checks that every engine makes of requests, sequences and scores."""
+"""Checks of requests, sequences and scores."""
 
 from __future__ import annotations
 

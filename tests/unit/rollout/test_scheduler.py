@@ -35,7 +35,7 @@ Found = dict[tuple[int, int], Completion]
 
 
 def run(scheduler: Scheduler, found: Found, steps: int = 1000) -> None:
-    """Take up to `steps` steps, and keep the completions by (request, sibling)."""
+    """Run up to `steps` steps, and store the completions by (request, sibling)."""
     for _ in range(steps):
         if not scheduler.unfinished:
             return
@@ -47,7 +47,7 @@ def run(scheduler: Scheduler, found: Found, steps: int = 1000) -> None:
 
 
 def require_same(found: Found, group: tuple[Completion, ...], number: int) -> None:
-    """The same tokens; in another batch shape sums round differently."""
+    """Require the same tokens, and logprobs that differ by rounding in another batch shape alone."""
     for sibling, expected in enumerate(group):
         one = found[number, sibling]
         assert (one.token_ids, one.finish_reason) == (expected.token_ids, expected.finish_reason)
@@ -56,7 +56,7 @@ def require_same(found: Found, group: tuple[Completion, ...], number: int) -> No
 
 @pytest.fixture(params=[0, 1])
 def lag(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Steps that the host is behind, as with CUDA graphs."""
+    """Steps by which the host lags behind, as with CUDA graphs."""
     monkeypatch.setattr(RunningBatch, "lag", request.param)
     return int(request.param)
 
@@ -82,10 +82,10 @@ def test_a_request_added_late_gets_the_tokens_of_one_present_from_the_start(
 @pytest.mark.usefixtures("lag")
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
 @pytest.mark.parametrize("cancelled", [0, 1, 3])
-def test_a_cancelled_request_leaves_and_the_others_do_not_notice(
+def test_a_cancelled_request_leaves_and_the_others_are_not_affected(
     make_engine: MakeEngine, cancelled: int, steps: int
 ) -> None:
-    """Four slots for twelve sequences: the cancelled one is running, waiting, or both."""
+    """Four slots for twelve sequences: siblings of the cancelled request are running, waiting, or both."""
     asked = requests()
     expected = make_engine(stop_token_ids=STOPS).generate(asked, SAMPLING)
     scheduler = make_engine(stop_token_ids=STOPS, max_concurrent=4).scheduler(SAMPLING, ROOM)
@@ -171,7 +171,7 @@ def test_a_request_beyond_what_was_reserved_is_refused_and_the_others_go_on(make
     assert sorted(found) == [(0, 0), (0, 1), (0, 2)]
 
 
-def test_a_request_without_siblings_is_counted_and_waits_for_nothing(make_engine: MakeEngine) -> None:
+def test_a_request_without_siblings_is_counted_and_leaves_nothing_to_do(make_engine: MakeEngine) -> None:
     scheduler = make_engine().scheduler(SAMPLING, ROOM)
     assert scheduler.add(requests(1, group_size=0)[0]) == 0
     assert not scheduler.unfinished
@@ -188,6 +188,21 @@ def test_a_failed_step_drops_the_cache(make_engine: MakeEngine, monkeypatch: pyt
     assert engine._table is None
     monkeypatch.undo()
     assert engine.generate(requests(), SAMPLING) == make_engine().generate(requests(), SAMPLING)
+
+
+def test_a_scheduler_given_up_in_the_middle_leaves_no_cache_behind(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    scheduler = engine.scheduler(SAMPLING, ROOM)
+    scheduler.add(requests(1)[0])
+    scheduler.step()
+    table = engine._table
+    assert table is not None and table.active == 3
+    with torch.inference_mode():
+        table.cache.values.fill_(float("nan"))
+    assert engine.generate(requests(1), SAMPLING) == make_engine().generate(requests(1), SAMPLING)
+    kept = engine._table
+    engine.generate(requests(1), SAMPLING)
+    assert engine._table is kept is not table
 
 
 def test_a_scheduler_needs_weights(make_engine: MakeEngine) -> None:

@@ -166,11 +166,21 @@ class NativeEngine:
         return self._policy_version
 
     def _reserve(self, capacity: Capacity) -> SlotTable:
-        """Return an empty table and cache that are large enough: the last ones if they are, so that graphs survive."""
+        """Return an empty table and cache that are large enough: the last ones if possible, so that graphs survive.
+
+        They are not used again while a table has active sequences: a scheduler that was given up in the middle may have
+        left non-finite keys and values.
+        """
         slots, tokens = self._slots(capacity.sequences), capacity.tokens
         length = -(-capacity.length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
         table = self._table
-        if table is None or table.cache.slots < slots or table.cache.max_length < length or table.max_tokens < tokens:
+        if (
+            table is None
+            or table.active
+            or table.cache.slots < slots
+            or table.cache.max_length < length
+            or table.max_tokens < tokens
+        ):
             self.close()
             table = self._allocate(slots, length, tokens)
         table.clear()

@@ -7,7 +7,7 @@ from typing import Any
 from betterhalf.config.schema import NativeEngineConfig, PrecisionRoles, RunConfig, SamplingConfig
 from betterhalf.precision.roles import Precision
 from betterhalf.rollout.capabilities import EngineCapabilities, EngineKind
-from betterhalf.rollout.native.config import decoder_config
+from betterhalf.rollout.native.config import SUPPORTED_ARCHITECTURES, decoder_config
 from betterhalf.rollout.native.engine import NativeEngine, require_kernels
 
 
@@ -33,6 +33,7 @@ def _build(config: RunConfig, hf_config: Any, stop_token_ids: tuple[int, ...], p
 
 
 NATIVE = EngineKind(
+    families=SUPPORTED_ARCHITECTURES,
     capabilities=_capabilities,
     check_sampling=_check_sampling,
     check_roles=_check_roles,

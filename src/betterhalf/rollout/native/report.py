@@ -67,7 +67,7 @@ def _facts(decoder: Decoder, precision: Precision, config: NativeEngineConfig) -
 
 
 def _linear_layers(decoder: Decoder) -> dict[str, str]:
-    """Report the decoder's projections, unfused, and the format of their sums: one product of each shape is run."""
+    """Report the decoder's projections, unfused, and the format of their sums, from products of test weights."""
     half, islands, shapes = decoder.rounding, decoder.islands, {}
     kinds: list[coverage.LayerKind] = []
     for names, held in decoder.weights.projections():

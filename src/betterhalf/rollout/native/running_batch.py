@@ -70,8 +70,7 @@ class RunningBatch:
         return ended
 
     def _decode(self, table: SlotTable, count: int, attended: int, wanted: sampler.Distribution) -> Tensor:
-        """Sample one token for the first `count` slots, entirely on the device; returns the events of
-        `SlotTable.record`."""
+        """Sample one token for the first `count` slots, entirely on the device; return `SlotTable.record`'s events."""
         slots = slice(0, count)
         hidden = self._decoder.decode(table.tokens[slots], table.lengths[slots], table.cache, attended)
         table.appended(slots)

@@ -1,4 +1,4 @@
-"""Continuous batching: which sequence gets a slot, and when. Requests join and leave between steps."""
+"""Continuous batching: assigns sequences to slots. Requests join and leave between steps."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ class Scheduler:
     """
 
     def __init__(self, batch: RunningBatch, queue: PromptQueue, limits: Limits, abandon: Callable[[], None]) -> None:
-        """Start without requests.
+        """Create a scheduler without requests.
 
         Args:
             batch: an empty batch.
             queue: an empty queue.
-            limits: of the model and the sampling.
+            limits: limits that the model and the sampling settings set.
             abandon: called when a step fails: it drops the cache, because non-finite keys and values must not outlive
                 the sequence that made them.
         """

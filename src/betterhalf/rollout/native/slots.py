@@ -156,7 +156,7 @@ class SlotTable:
         return events.to(torch.int8)
 
     def state(self) -> tuple[Tensor, ...]:
-        """Return the tensors, besides cache and samples, that a step changes: a graph's warm-up is undone by them."""
+        """Return the tensors that a step changes, without cache and samples; a graph's warm-up restores them."""
         return self.tokens, self.lengths, self.positions, self.running
 
     def retire(self, sequences: list[ActiveSequence]) -> Sampled:

@@ -48,6 +48,7 @@ def _build(config: RunConfig, hf_config: Any, stop_token_ids: tuple[int, ...], p
 
 
 VLLM = EngineKind(
+    families=None,
     capabilities=_capabilities,
     check_sampling=options.check_sampling,
     check_roles=options.check_cache_dtype,

@@ -1,4 +1,4 @@
-"""How vLLM is started."""
+"""Options for starting vLLM."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def precision(dtype: str = "fp16", device: str = "cpu") -> Precision:
     return build_precision(PrecisionConfig.model_validate({"preset": dtype}), torch.device(device))
 
 
-def test_the_cache_is_as_large_as_it_can_be_used() -> None:
+def test_the_cache_is_no_larger_than_can_be_used() -> None:
     """Two blocks of 128 tokens hold 256 positions, one is spare; each token takes 2 x 3 x 2 x 16 values."""
     small = options.llm_options(Path("m"), CONFIG, VllmEngineConfig(max_concurrent=5), precision(), 0)
     assert small["kv_cache_memory_bytes"] == (5 * 3 + 1) * 128 * (2 * 3 * 2 * 16) * 2
