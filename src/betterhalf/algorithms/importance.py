@@ -1,4 +1,4 @@
-"""Importance ratios at every level, and what is done to those that are too large or too small.
+"""Importance ratios at every level, and the treatment of those that are too large or too small.
 
 Everything is FP32 (or float64 when the logprobs are): the log-ratio is summed first, bounded to +-20 once, and only
 then exponentiated.
@@ -19,7 +19,7 @@ from betterhalf.types import RatioLevel, RatioTreatment
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """Importance weights of the tokens of one micro-batch; a weight of a sequence stands at each of its tokens."""
+    """Importance weights of the tokens of one micro-batch; a sequence's weight is repeated at each of its tokens."""
 
     raw_C: Tensor
     """float32 [C]: the ratio itself."""
@@ -36,10 +36,10 @@ class Weights:
 def importance_weights(
     config: RatioConfig, numerator_C: Tensor, denominator_C: Tensor, sequence_index_C: Tensor, num_sequences: int
 ) -> Weights:
-    """Ratio of two policies at the level of `config`, with its treatment; `clip` leaves the weight as it is.
+    """Return the ratio of two policies at the level of `config`, treated; `clip` leaves the weight as it is.
 
     The gradient with respect to the numerator's logprobs is weight x (gradient of the token's logprob) at every level:
-    each token of a sequence carries its share of the sequence's gradient once, however often the ratio is written down.
+    a sequence's ratio is repeated at each of its tokens, but each token carries only its own part of the gradient.
     A bounded or truncated weight is a constant.
 
     Args:
@@ -59,7 +59,10 @@ def importance_weights(
 
 
 def leaves_trust_region(probability_gap: float, current_C: Tensor, behavior_C: Tensor, advantages_C: Tensor) -> Tensor:
-    """bool [C]: the update moves pi away from mu, and abs(pi - mu) already exceeds the gap (DPPO, arXiv 2602.04879)."""
+    """Return a mask, bool [C]: the update moves pi away from mu, and abs(pi - mu) already exceeds `probability_gap`.
+
+    Source: DPPO, arXiv 2602.04879.
+    """
     gap_C = current_C.detach().exp() - behavior_C.exp()
     return (gap_C * advantages_C > 0) & (gap_C.abs() > probability_gap)
 

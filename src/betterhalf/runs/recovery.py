@@ -17,10 +17,10 @@ class Restarts:
     """Counter of the restarts in one step; notes each one for the user."""
 
     def __init__(self, limit: int, tell: Callable[[str], None] | None = None) -> None:
-        """Allow `limit` restarts.
+        """Start at 0.
 
         Args:
-            limit: most restarts in one step.
+            limit: maximum number of restarts in one step.
             tell: receives the notes; standard error by default.
         """
         self.limit = limit

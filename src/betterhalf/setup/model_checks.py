@@ -1,4 +1,4 @@
-"""Checks that a model fits the configuration of a run, from its configuration files alone: no weight is read here."""
+"""Checks that a model fits the configuration of a run, from its configuration files alone; no weights are read here."""
 
 from __future__ import annotations
 
