@@ -171,6 +171,21 @@ def test_a_run_is_trained_resumed_and_evaluated_with_an_engine_known_by_its_decl
     assert found == expected
 
 
+def test_an_engine_that_cannot_score_is_verified_by_digests_alone_and_says_so(
+    small_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mute = replace(STRICT, capabilities=lambda config: replace(declared(config), scores=False))
+    monkeypatch.setitem(ENGINES, "native", mute)
+    parts = assemble(small_config(logging={"console": "lines"}))
+    monkeypatch.setattr(StrictEngine, "score", lambda *_: pytest.fail("asked to score"))
+    try:
+        first_sync(parts)
+        assert "verified by the digests of the weights alone" in capsys.readouterr().err
+        loop.train_step(parts, Progress())
+    finally:
+        parts.close()
+
+
 def rows_without_times(path: Path) -> list[dict[str, Any]]:
     rows = read_jsonl(path)
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "system/"))} for row in rows]

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from betterhalf.metrics.console import show_note
 from betterhalf.precision.contract import Contract, compare, enforce, tensor_digest, verify_sync
+from betterhalf.rollout.build import capabilities
 from betterhalf.runs.assembly import Parts
 from betterhalf.runs.recovery import restarts_of, retry_on_engine_death
 from betterhalf.runs.score_check import check_scores
@@ -37,8 +39,8 @@ def first_sync(parts: Parts) -> FirstSync:
 def sync_weights(parts: Parts) -> None:
     """Send the FP32 masters to the engine, rounded once to the wire dtype, and check that it holds and uses them.
 
-    Digests are compared for every tensor, and logprobs for a fixed prompt. An engine that crashed since it was last
-    used is restarted.
+    Digests are compared for every tensor, and logprobs for a fixed prompt if the engine can score. An engine that
+    crashed since it was last used is restarted.
 
     Raises:
         WeightSyncError: the engine holds other tensors than were sent, or does not compute with them.
@@ -64,13 +66,26 @@ def _first(parts: Parts) -> FirstSync:
     held = parts.engine.report()
     contract = compare(parts.trainer.report(), held, allow_difference=parts.config.precision.allow_difference)
     enforce(contract)
-    check_scores(parts)
+    if not capabilities(parts.config).scores:
+        show_note(_ONLY_DIGESTS.format(parts.config.engine.type), mode=parts.config.logging.console)
+    _compare_scores(parts)
     return FirstSync(contract=contract, policy_version=version)
+
+
+_ONLY_DIGESTS = (
+    "note: engine.type={} does not score given tokens, so a weight sync is verified by the digests of the weights alone"
+)
 
 
 def _sync(parts: Parts) -> None:
     _send(parts)
-    check_scores(parts)
+    _compare_scores(parts)
+
+
+def _compare_scores(parts: Parts) -> None:
+    """Run `check_scores` if the engine can score."""
+    if capabilities(parts.config).scores:
+        check_scores(parts)
 
 
 def _send(parts: Parts) -> int:
