@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,9 @@ SRC = Path(__file__).parents[2] / "src" / "betterhalf"
 FILES = sorted(SRC.rglob("*.py"))
 
 MAX_FILE_LINES = 400
+MAX_LOOP_LINES = 200
 MAX_FUNCTION_LINES = 60
+MAX_MEDIAN_FUNCTION_LINES = 10
 
 HALF_ATTRIBUTES = {"float16", "bfloat16", "half"}
 HALF_STRINGS = {"float16", "bfloat16", "torch.float16", "torch.bfloat16", "half"}
@@ -113,6 +116,19 @@ def test_files_are_short(file: Path) -> None:
 def test_functions_are_short(file: Path) -> None:
     long = [f.name for f in functions(tree_of(file)) if (f.end_lineno or 0) - f.lineno + 1 > MAX_FUNCTION_LINES]
     assert not long, f"over {MAX_FUNCTION_LINES} lines: {long}"
+
+
+def test_the_median_function_is_short() -> None:
+    lengths = [(f.end_lineno or 0) - f.lineno + 1 for file in FILES for f in functions(tree_of(file))]
+    assert statistics.median(lengths) <= MAX_MEDIAN_FUNCTION_LINES
+
+
+def test_the_loop_is_short() -> None:
+    assert len((SRC / "runs" / "loop.py").read_text(encoding="utf-8").splitlines()) < MAX_LOOP_LINES
+
+
+def test_no_package_is_empty() -> None:
+    assert [str(init) for init in SRC.rglob("__init__.py") if len(list(init.parent.rglob("*.py"))) == 1] == []
 
 
 @pytest.mark.parametrize("file", FILES, ids=relative)
