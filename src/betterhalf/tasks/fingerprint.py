@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import hashlib
+import io
+import tokenize
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -74,12 +77,27 @@ def reward_source(settings: Mapping[str, Any], *, modules: Iterable[str], packag
     folder = Path(__file__).parent
     code = hashlib.blake2b(digest_size=8)
     for name in modules:
-        code.update((folder / f"{name}.py").read_bytes())
+        code.update(code_text((folder / f"{name}.py").read_text(encoding="utf-8")).encode())
     return {
         **{name: str(value) for name, value in settings.items()},
         "code": code.hexdigest(),
         **{name: _version(name) for name in packages},
     }
+
+
+def code_text(source: str) -> str:
+    """Return the tokens of a module without comments, docstrings and layout, which change no reward."""
+    prose = {
+        (node.lineno, node.col_offset)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    }
+    tokens = [
+        token.string if token.string.strip() else tokenize.tok_name[token.type]
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE) and token.start not in prose
+    ]
+    return "\n".join(tokens)
 
 
 def text_digest(text: str) -> str:
