@@ -27,7 +27,7 @@ FAMILIES: dict[str, Any] = {
     "qwen2": {},
     "qwen3": {},
 }
-"""What each family is built with."""
+"""Model options of each family."""
 SAMPLING = SamplingConfig(max_tokens=20)
 
 
@@ -54,7 +54,7 @@ def requests(lengths: tuple[int, ...] = (12, 3, 12, 40, 1)) -> list[GenerateRequ
 
 
 def gap(module: Any, found: list[Any]) -> torch.Tensor:
-    """FP32 module on the CPU minus engine, over all sampled tokens, float64."""
+    """Return the logprobs of the FP32 module on the CPU minus those of the engine, over all sampled tokens, float64."""
     parts = []
     for request, group in zip(requests(), found, strict=True):
         for completion in group:
@@ -122,7 +122,7 @@ def test_a_down_projection_in_parts_stays_as_close_to_fp32(precision, bound, isl
     assert 0 < (difference.exp() - 1 - difference).mean() < bound
 
 
-def test_an_island_cures_an_overflow():
+def test_an_island_prevents_an_overflow():
     module = module_of("llama")
     with torch.no_grad():
         module.get_submodule(DOWN).weight.mul_(1e5)
