@@ -63,7 +63,11 @@ Finding = tuple[int, str]
 
 def python_findings(text: str) -> Iterator[Finding]:
     """Yield the problems of a Python file, in no order."""
-    tree = ast.parse(text)
+    try:
+        tree = ast.parse(text)
+    except SyntaxError as error:
+        yield error.lineno or 1, f"cannot be parsed ({error.msg})"
+        return
     for line, summary in docstrings(tree):
         first = re.match(r"\w+", summary)
         if first and first[0] in FIRST_WORDS:

@@ -1,4 +1,4 @@
-"""Each list of names that a configuration uses stands once, in `types.py`."""
+"""Each list of names that a configuration uses is written once, in `types.py`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def relative(file: Path) -> str:
 
 
 def names_in(node: ast.AST) -> frozenset[str]:
-    """Return the strings of a display or of the argument of a Literal; none if it holds anything else."""
+    """Return the strings of a display or of a Literal's argument; none if it holds anything else."""
     parts = node.elts if isinstance(node, ast.Tuple | ast.List | ast.Set) else [node]
     values = [part.value for part in parts if isinstance(part, ast.Constant)]
     return frozenset(values) if len(values) == len(parts) and all(isinstance(v, str) for v in values) else frozenset()
@@ -37,7 +37,7 @@ def literals(tree: ast.AST) -> Iterator[tuple[int, frozenset[str]]]:
 
 
 def displays(tree: ast.AST) -> Iterator[tuple[int, frozenset[str]]]:
-    """Yield line and names of every tuple, list and set outside a subscript."""
+    """Yield line and names of every tuple, list and set of strings outside a subscript."""
     inside = {id(node.slice) for node in ast.walk(tree) if isinstance(node, ast.Subscript)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Tuple | ast.List | ast.Set) and id(node) not in inside:
@@ -74,7 +74,7 @@ def test_no_literal_repeats_names_of_a_list(file: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=relative)
 def test_no_list_of_names_is_typed_out_again(file: Path) -> None:
-    """The names of the three formats are the exception: they are listed in different orders, each with its meaning."""
+    """Allow lists of the three formats, whose order has a different meaning in each place."""
     repeated = {
         f"line {line}: use get_args(types.{name})"
         for line, names in displays(tree_of(file))

@@ -1,4 +1,4 @@
-"""Rules of style that a machine can hold: sizes, docstrings, dtype literals, vocabulary."""
+"""Rules of style that a machine can check: sizes, docstrings, dtype literals, vocabulary."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FORBIDDEN = {
     "overflow_flag": "found_inf",
     "off_policy_gap": "mismatch, staleness or drift",
 }
-"""Identifiers, and the word of the vocabulary to use instead (docs/vocabulary.md)."""
+"""Identifier -> word of the vocabulary to use instead (docs/vocabulary.md)."""
 
 
 def relative(file: Path) -> str:
@@ -60,7 +60,7 @@ def tree_of(file: Path) -> ast.Module:
 
 
 def half_literals(tree: ast.AST) -> Iterator[int]:
-    """Lines that name a half dtype or cast to one."""
+    """Return the lines that name a half dtype or cast to one."""
     for node in ast.walk(tree):
         attribute = isinstance(node, ast.Attribute) and node.attr in HALF_ATTRIBUTES
         string = isinstance(node, ast.Constant) and node.value in HALF_STRINGS
@@ -69,7 +69,7 @@ def half_literals(tree: ast.AST) -> Iterator[int]:
 
 
 def module_casts(tree: ast.AST) -> Iterator[int]:
-    """Lines that call `.to(dtype)` on something named like a module: it would round rope's tables too."""
+    """Return the lines that call `.to(dtype)` on what is named like a module: it would round rope's tables too."""
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "to"):
             continue

@@ -28,7 +28,7 @@ FAMILIES: dict[str, Any] = {
     "qwen2": {},
     "qwen3": {},
 }
-"""What each family is built with."""
+"""Model options of each family."""
 SAMPLING = SamplingConfig(max_tokens=20)
 
 
@@ -55,7 +55,7 @@ def requests(lengths: tuple[int, ...] = (12, 3, 12, 40, 1)) -> list[GenerateRequ
 
 
 def gap(module: Any, found: list[Any]) -> torch.Tensor:
-    """Return logprobs of the FP32 module on the CPU minus those of the engine, over all sampled tokens, float64."""
+    """Return the logprobs of the FP32 module on the CPU minus those of the engine, over all sampled tokens, float64."""
     parts = []
     for request, group in zip(requests(), found, strict=True):
         for completion in group:

@@ -1,4 +1,4 @@
-"""The trainer and whole runs on a CUDA device: FP32 equal to the CPU, half close to FP32, the contract kept."""
+"""The trainer and whole runs on a CUDA device: FP32 equal to the CPU, half close to FP32, the contract met."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [
 def trainer_on(
     device: str, precision: str, islands: tuple[str, ...] = (), compiled: bool = False, **changes: Any
 ) -> tuple[PolicyTrainer, RunConfig]:
-    """A tiny random trainer; the same weights on every device."""
+    """Build a tiny random trainer, with the same weights on every device."""
     family = "mistral" if "sliding_window" in changes else "llama"
     sizes = {**CUDA, "num_hidden_layers": 2, "max_position_embeddings": 256}
     model = tiny_model(family, sizes, seed=0, **changes)
@@ -45,7 +45,7 @@ def trainer_on(
 
 
 def rollouts() -> list[Rollout]:
-    """Sequences of different lengths; three siblings, three more, and three lone ones."""
+    """Return sequences of different lengths: three siblings, three others, and three without siblings."""
     return [
         Rollout(
             prompt=Prompt(
@@ -65,7 +65,7 @@ def rollouts() -> list[Rollout]:
 
 
 def learned(device: str, precision: str, **changes: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Logprobs of all completion tokens and the unscaled gradients, on the CPU."""
+    """Return the logprobs of all completion tokens and the unscaled gradients, on the CPU."""
     trainer, config = trainer_on(device, precision, **changes)
     advantages = [1.0 if k % 2 else -1.0 for k in range(9)]
     step = pack_step(rollouts(), advantages, config, step=1)

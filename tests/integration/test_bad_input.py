@@ -1,4 +1,4 @@
-"""What goes wrong ends with status 2 or 3, one message that names the cure, no traceback, and nothing lost."""
+"""Every failure ends with status 2 or 3, one message that names the fix, no traceback, and nothing lost."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def data_file(folder: Path, *lines: str) -> str:
 
 
 def spoiled_demo(folder: Path, spoil: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    """A copy of the demo model whose weights `spoil` has changed."""
+    """Return a copy of the demo model whose weights `spoil` has changed."""
     shutil.copytree(DEMO_MODEL, folder)
     weights = load_file(folder / "model.safetensors")
     spoil(weights)
@@ -56,7 +56,7 @@ UP = "model.layers.0.mlp.up_proj.weight"
 SUM = json.dumps({"problem": "2+7=", "answer": "9"})
 
 
-# -- found beforehand: status 2, no folder left, and the corrected command works in the same place
+# -- found before the run: status 2, no folder left, and the corrected command works in the same folder
 
 
 @pytest.mark.parametrize("verb", ["sanity", "probe", "doctor"])
@@ -133,7 +133,7 @@ def test_a_data_file_that_cannot_be_used_is_refused_by_row(
 
 
 def test_a_damaged_model_folder_is_refused(train: Ends, tmp_path: Path) -> None:
-    """transformers would fill missing weights with random numbers, and train on."""
+    """Without the check, transformers would fill missing weights with random numbers, and training would go on."""
     lacking = spoiled_demo(tmp_path / "lacking", lambda weights: weights.pop(UP))
     assert f"lacks weights of its architecture (1, '{UP}'" in train(2, f"model={lacking}")
     torn = shutil.copytree(DEMO_MODEL, tmp_path / "torn")
@@ -259,7 +259,7 @@ def test_an_arm_that_its_precision_brings_down_has_failed_and_the_other_runs(end
     assert steps_in(tmp_path / "run" / "arms" / "bf16") == [1]
 
 
-# -- numbers that are none
+# -- numbers that are not finite
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e6], ids=["NaN", "infinite", "beyond FP16"])
@@ -325,7 +325,7 @@ def test_a_reward_that_cannot_be_used_stops_the_run_which_then_resumes(
     assert steps_in(tmp_path / "run") == [1]
 
 
-def test_a_reward_that_takes_too_long_scores_nothing_and_is_counted(
+def test_a_reward_that_takes_too_long_is_zero_and_counted(
     train: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(math_grader, "extract_answer", lambda *_: "10^{10^{10}}")
@@ -335,7 +335,7 @@ def test_a_reward_that_takes_too_long_scores_nothing_and_is_counted(
     assert row["rollout/reward/mean"] == 0
 
 
-def test_an_answer_that_cannot_be_read_scores_nothing_and_is_counted(
+def test_an_answer_that_cannot_be_read_is_graded_zero_and_is_counted(
     train: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(math_grader, "extract_answer", lambda *_: r"+\times")
@@ -348,7 +348,7 @@ def test_an_answer_that_cannot_be_read_scores_nothing_and_is_counted(
 def test_a_grader_that_cannot_start_is_found_before_the_run(
     train: Ends, ends: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No completion of the demo model has a box, so none would ever need a worker."""
+    """The failure shows early, although no completion of the demo model has a box that a worker would grade."""
     (tmp_path / "math_verify.py").write_text("import a_package_that_is_missing", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     settings = (*MATH, data_file(tmp_path, SUM), "task.reward_workers=1")

@@ -63,7 +63,7 @@ def large_product(mlp: Any) -> None:
 
 
 def large_gradient(mlp: Any) -> None:
-    """Make unit 7 contribute nothing, by a zero row of the up projection, but give that row a large gradient."""
+    """Give the up projection's row 7 a large gradient, but make it zero, so that unit 7 contributes nothing."""
     mlp.up_proj.weight[7] = 0
     mlp.gate_proj.weight[7].mul_(1e4)
     mlp.down_proj.weight[:, 7] = mlp.down_proj.weight[:, 7].sign() * 5e4

@@ -1,4 +1,4 @@
-"""Whole runs with FP32 islands: they train, resume to the same bits, and refuse modules that cannot be islands."""
+"""Whole runs with FP32 islands: they train, resume bit for bit, and refuse modules that cannot be islands."""
 
 from __future__ import annotations
 

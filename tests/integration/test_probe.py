@@ -26,7 +26,7 @@ QUIET = "logging.console=quiet"
 
 @pytest.fixture
 def probe(capsys: pytest.CaptureFixture[str]) -> Probe:
-    """Run a probe that succeeds; return the object on its last line, with standard error under `said`."""
+    """Run a probe that succeeds, and return the object on its last line, with standard error under `said`."""
 
     def run(*arguments: str | Path) -> dict[str, Any]:
         capsys.readouterr()

@@ -220,7 +220,7 @@ def rewrite_state(path: Path, values: dict[str, Any]) -> None:
 # -- evaluation
 
 
-def test_an_evaluation_that_fails_midway_keeps_its_scores_and_goes_on(
+def test_an_evaluation_that_fails_midway_keeps_its_results_and_continues(
     ends: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"

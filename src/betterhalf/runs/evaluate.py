@@ -113,7 +113,7 @@ def average_reward(results: Sequence[PromptResult]) -> float:
 
 
 def pass_at(results: Sequence[PromptResult], k: int) -> float:
-    """Return pass@k, the chance that one of k completions solves a prompt: unbiased estimator of arXiv 2107.03374."""
+    """Return pass@k, the chance that at least one of k completions solves a prompt; unbiased (arXiv 2107.03374)."""
     return statistics.fmean(1 - math.comb(s.samples - s.solved, k) / math.comb(s.samples, k) for s in results)
 
 
@@ -197,7 +197,7 @@ def _require_same_subject(run: RunDir, parts: Parts) -> None:
 
 
 def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:
-    """Record what is evaluated; the configuration is written last, so a folder with one has everything."""
+    """Record what is evaluated; the configuration is written last, so a folder that has it is complete."""
     write_json_atomic(run.environment, environment())
     write_json_atomic(run.contract, contract.to_json())
     write_left_out(run, parts.task)

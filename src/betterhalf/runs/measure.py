@@ -47,7 +47,7 @@ def measure(trainer: Trainer, batch: StepBatch, config: RunConfig, step: int) ->
 
 
 def measure_also(trainer: Trainer, batch: StepBatch, measured: Measured, packs: Iterable[int]) -> Measured:
-    """Score those of `packs` without scores; they stay out of the mismatch, which trained packs alone would bias."""
+    """Score those `packs` that have no scores yet; the mismatch ignores them, or trained packs would bias it."""
     missing = sorted(set(packs) - measured.scores.keys())
     found = trainer.measure(batch.chosen(missing)) if missing else []
     return replace(measured, scores={**measured.scores, **dict(zip(missing, found, strict=True))})

@@ -138,7 +138,7 @@ def _may_change(key: str) -> bool:
 
 
 def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:
-    """Write the contract and the environment; the configuration follows, so a folder with one has all three."""
+    """Write contract and environment; the caller writes the configuration last, so a folder that has it is complete."""
     write_json_atomic(run.contract, contract.to_json())
     write_json_atomic(run.environment, environment() | {"algorithm": algorithm_record(parts.algorithm)})
 

@@ -97,7 +97,7 @@ class PolicyTrainer:
     # -- scoring
 
     def _hidden_rows(self, micro: MicroBatch) -> Tensor:
-        """Final hidden states of the rows that predict completion tokens: [C, H]."""
+        """Compute the final hidden states of the rows that predict completion tokens: [C, H]."""
         out = self.module.get_decoder()(
             input_ids=micro.token_ids_T.unsqueeze(0),
             position_ids=micro.position_ids_T.unsqueeze(0),

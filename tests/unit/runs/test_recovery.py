@@ -1,4 +1,4 @@
-"""A died engine is replaced, a bounded number of times."""
+"""A crashed engine is restarted, up to a limit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from betterhalf.runs.recovery import Restarts, restarts_of, retry_on_engine_deat
 
 
 class Engine:
-    """Dies in the next `deaths` calls of `work`, and in the next `bad_starts` of `revive`."""
+    """Engine that dies in the next `deaths` calls of `work`, and in the next `bad_starts` of `revive`."""
 
     def __init__(self, deaths: int, bad_starts: int = 0) -> None:
         self.deaths, self.bad_starts = deaths, bad_starts

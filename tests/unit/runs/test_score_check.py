@@ -1,4 +1,4 @@
-"""Both sides score one prompt; weights that are held but not used are caught."""
+"""Both sides score one prompt, which detects weights that are held but not used."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_an_engine_that_computes_with_other_weights_is_refused(parts: Parts) -> 
         check_scores(parts)
 
 
-def test_a_score_that_is_no_number_is_refused(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_logprob_that_is_not_finite_is_refused(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts.engine, "score", lambda sequences: [(float("nan"),) * (len(sequences[0]) - 1)])
     with pytest.raises(WeightSyncError):
         check_scores(parts)
