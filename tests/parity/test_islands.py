@@ -22,7 +22,7 @@ from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, GenerateRequest, MicroBatch, Prompt, Rollout
 
 FAMILIES: dict[str, Any] = {"llama": {}, "qwen2": {"tie_word_embeddings": True}, "qwen3": {}}
-"""What each family is built with."""
+"""Family -> changes to its configuration."""
 DOWN = "model.layers.1.mlp.down_proj"
 ISLANDS = (DOWN, "model.layers.1.mlp", "model.layers.1.self_attn.o_proj", "model.layers.1.self_attn", "model.layers.1")
 PROMPTS = [tuple((7 * k + 3 * i) % 95 + 2 for i in range(3 + 4 * k)) for k in range(4)]

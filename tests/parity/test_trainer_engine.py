@@ -24,7 +24,7 @@ FAMILIES: dict[str, Any] = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {},
 }
-"""What each family is built with."""
+"""Family -> changes to its configuration."""
 
 
 def random_model(family: str) -> LoadedModel:

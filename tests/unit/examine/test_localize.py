@@ -40,7 +40,7 @@ FAMILIES: dict[str, Any] = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"tie_word_embeddings": False},
 }
-"""What each family is built with."""
+"""Family -> changes to its configuration."""
 PROMPT = 9
 TOKENS = tuple((7 * i * i + 3 * i) % 13 for i in range(15))
 """Ids that every model here knows, the demo's vocabulary of 16 included."""

@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="Triton is not installed; scripts/install -
 pytestmark = pytest.mark.extra
 
 FAMILIES: dict[str, Any] = {"llama": {}, "mistral": {"sliding_window": 5}, "qwen2": {}, "qwen3": {}}
-"""What each family is built with."""
+"""Family -> changes to its configuration."""
 LENGTHS = (7, 1, 12)
 
 
