@@ -210,7 +210,9 @@ def test_nothing_perfectible_counts_both_sides_and_keeps_the_count(ends: Ends, t
     sanity = (*SMALL_SANITY, f"run_dir={run}")
     message = ends(2, *sanity, "sanity.lower=0.99", "sanity.upper=1")
     assert "none of 6 prompts is perfectible: 0 too easy" in message and "6 too hard" in message
-    assert "widen sanity.lower and sanity.upper (in the same run_dir, --resume keeps the counts)" in message
+    assert (
+        "widen the range of sanity.lower and sanity.upper (--resume with the same run_dir keeps the counts)" in message
+    )
     counted = read_jsonl(run / "perfectible.jsonl")[1:]
     assert len(counted) == 6
 
