@@ -138,6 +138,27 @@ def test_cancelling_everything_leaves_an_idle_scheduler_that_takes_new_requests(
     require_same(found, make_engine(stop_token_ids=STOPS).generate(requests(3), SAMPLING)[2], number)
 
 
+def test_nothing_is_returned_of_two_requests_cancelled_after_their_last_step(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All end in a step that is only launched; the first cancellation reads its result."""
+    monkeypatch.setattr(RunningBatch, "lag", 1)
+    asked = requests(3)
+    expected = make_engine().generate(asked, SAMPLING)
+    scheduler = make_engine().scheduler(SAMPLING, Capacity(sequences=9, length=32, tokens=12))
+    found: Found = {}
+    for request in asked:
+        scheduler.add(request)
+    run(scheduler, found, steps=11)
+    assert not found
+    scheduler.cancel(0)
+    scheduler.cancel(1)
+    run(scheduler, found)
+    assert {place: one.token_ids for place, one in found.items()} == {
+        (2, sibling): one.token_ids for sibling, one in enumerate(expected[2])
+    }
+
+
 def test_a_cancelled_prompt_that_has_not_run_never_runs(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

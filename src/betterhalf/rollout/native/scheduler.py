@@ -124,7 +124,11 @@ class Scheduler:
 
     @torch.inference_mode()
     def cancel(self, number: int) -> None:
-        """Drop a request: `step` returns nothing more of it, and its slots are free."""
+        """Drop a request: `step` returns nothing more of it, and its slots are free.
+
+        Raises:
+            EngineError: as `step`, which may have launched a step whose result is read only now.
+        """
         table = self._batch.table
         self._queue.drop(number)
         try:
@@ -138,6 +142,9 @@ class Scheduler:
         cancelled = [sequence for sequence in table.sequences if sequence.request == number]
         if cancelled:
             table.retire(cancelled)
+        # The end of a sequence may have been seen while an earlier request was cancelled.
+        others = [sampled.without(number) for sampled in self._finished]
+        self._finished = [sampled for sampled in others if sampled.sequences]
 
     @torch.inference_mode()
     def step(self) -> list[Sampled]:

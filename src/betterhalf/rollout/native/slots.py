@@ -65,6 +65,16 @@ class Sampled:
             for count, token_ids, logprobs in rows
         ]
 
+    def without(self, request: int) -> Sampled:
+        """Return the sequences of all other requests."""
+        kept = [row for row, sequence in enumerate(self.sequences) if sequence.request != request]
+        return Sampled(
+            sequences=[self.sequences[row] for row in kept],
+            counts=self.counts[kept],
+            token_ids=self.token_ids[kept],
+            logprobs=self.logprobs[kept],
+        )
+
 
 class SlotTable:
     """State of up to `cache.slots` sequences. Tensors never move, so that CUDA graphs can read them."""
