@@ -271,6 +271,9 @@ class PolicyTrainer:
     def load(self, state: TrainerState) -> None:
         """See `Trainer.load`."""
         self.weights.load(state.model, state.source)
+        self.weights.zero_grad()
+        # A state from before the first step holds no optimizer states; those of later steps must not outlive it.
+        self.optimizer.state.clear()
         for name, master in self.weights.trainable():
             values = {
                 key.removesuffix(f"/{name}"): value.to(master.device, copy=True)

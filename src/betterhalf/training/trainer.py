@@ -131,7 +131,7 @@ class Trainer(Protocol):
         ...
 
     def load(self, state: TrainerState) -> None:
-        """Continue from `state()` of a trainer of the same model.
+        """Continue from `state()` of a trainer of the same model; gradients accumulated so far are discarded.
 
         Raises:
             CheckpointError: the state is of another model, or of another kind of loss scaler.

@@ -350,6 +350,22 @@ def test_state_comes_back_bit_for_bit_and_goes_on_alike() -> None:
         assert torch.equal(master, second.weights.masters[name]), name
 
 
+def test_a_trainer_goes_back_to_an_earlier_state_and_takes_the_same_steps_again() -> None:
+    """Neither optimizer states nor gradients of the steps taken meanwhile are left."""
+    config = settings("fp16")
+    trainer = trainer_for(config)
+    start, ends = copy.deepcopy(trainer.state()), []
+    for _ in range(2):
+        gradients(trainer, config)
+        trainer.optim_step(1e-2)
+        ends.append(copy.deepcopy(trainer.state().model))
+        gradients(trainer, config)
+        trainer.load(start)
+    assert trainer.policy_version == 0
+    for name, tensor in ends[0].items():
+        assert torch.equal(tensor, ends[1][name]), name
+
+
 def test_rope_frequencies_stay_fp32_when_parameters_are_cast() -> None:
     trainer = trainer_for(settings("bf16"))
     report = trainer.report()
