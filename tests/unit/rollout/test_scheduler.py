@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -159,6 +160,42 @@ def test_nothing_is_returned_of_two_requests_cancelled_after_their_last_step(
     }
 
 
+def random_request(draw: random.Random, index: int) -> GenerateRequest:
+    length, group_size = draw.randrange(1, 20), draw.choice([0, 1, 2, 4, 7])
+    prompt = tuple(draw.randrange(23) for _ in range(length))
+    return GenerateRequest(token_ids=prompt, group_size=group_size, key=(0, 1, index))
+
+
+@pytest.mark.usefixtures("lag")
+@pytest.mark.parametrize("seed", range(6))
+def test_arrivals_and_cancellations_in_any_order_leave_the_other_completions_as_they_are(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Groups larger than the slots, completions of one token, prompts run ahead, and batches that drain meanwhile."""
+    draw = random.Random(seed)
+    monkeypatch.setattr("betterhalf.rollout.native.queue._PREFILL_TOKENS", draw.choice([1, 12, 4096]))
+    sampling, slots = SamplingConfig(max_tokens=draw.choice([1, 2, 9])), draw.choice([1, 2, 5, 64])
+    asked = [random_request(draw, index) for index in range(9)]
+    expected = make_engine(stop_token_ids=STOPS).generate(asked, sampling)
+    scheduler = make_engine(stop_token_ids=STOPS, max_concurrent=slots).scheduler(sampling, ROOM)
+    found: Found = {}
+    cancelled: set[int] = set()
+    for request in asked:
+        number = scheduler.add(request)
+        run(scheduler, found, steps=draw.choice([0, 0, 1, 3, 30]))
+        if draw.random() < 0.4:
+            cancelled.add(one := draw.randrange(number + 1))
+            before = {place for place in found if place[0] == one}
+            scheduler.cancel(one)
+            run(scheduler, found, steps=1)
+            assert {place for place in found if place[0] == one} == before
+    run(scheduler, found)
+    for number in set(range(9)) - cancelled:
+        require_same(found, expected[number], number)
+    queue, table = scheduler._queue, scheduler._batch.table
+    assert not queue._waiting and not queue._unrun and not queue._prefixes and not table.active
+
+
 def test_a_cancelled_prompt_that_has_not_run_never_runs(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +233,11 @@ def test_a_request_without_siblings_is_counted_and_leaves_nothing_to_do(make_eng
     scheduler = make_engine().scheduler(SAMPLING, ROOM)
     assert scheduler.add(requests(1, group_size=0)[0]) == 0
     assert not scheduler.unfinished
+
+
+def test_a_request_without_siblings_needs_no_room(make_engine: MakeEngine) -> None:
+    short, long = requests(1)[0], GenerateRequest(token_ids=(1,) * 19, group_size=0, key=(0, 1, 1))
+    assert make_engine().generate([short, long], SAMPLING) == [*make_engine().generate([short], SAMPLING), ()]
 
 
 def test_a_failed_step_drops_the_cache(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

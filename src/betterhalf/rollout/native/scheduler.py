@@ -97,7 +97,8 @@ class Scheduler:
         number, limits = self._count, self._limits
         label, most = request.label(number), limits.tokens(request)
         check_request(request, label, limits.context, limits.vocabulary)
-        self._require_room(label, len(request.token_ids), most)
+        if request.group_size > 0:
+            self._require_room(label, len(request.token_ids), most)
         self._count += 1
         siblings = [
             ActiveSequence(
