@@ -127,8 +127,12 @@ class PolicyTrainer:
     def measure(self, packs: Sequence[MicroBatch], temperature: float | None = None) -> list[TokenScores]:
         """See `Trainer.measure`."""
         temperature = self.config.sampling.temperature if temperature is None else temperature
-        measured = [self._measure(on_device(pack, self.precision.device), temperature) for pack in packs]
+        measured = [self._measure(micro, temperature) for micro in self._on_device(packs)]
         return [TokenScores(logprobs_C=logprobs.cpu(), entropies_C=entropies.cpu()) for logprobs, entropies in measured]
+
+    def _on_device(self, packs: Sequence[MicroBatch]) -> list[MicroBatch]:
+        # All before the first pass: a copy from host memory waits for the passes launched before it.
+        return [on_device(pack, self.precision.device) for pack in packs]
 
     def _measure(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """Return logprobs and entropies, float32 [C], on the device."""
@@ -153,8 +157,7 @@ class PolicyTrainer:
     ) -> LossStats:
         """See `Trainer.forward_backward`; each pack's half gradient is added to the FP32 sum at once."""
         stats = LossStats.empty()
-        for pack in packs:
-            micro = on_device(pack, self.precision.device)
+        for micro in self._on_device(packs):
             output = policy_loss(algorithm, LossInputs.of(micro, self.score(micro)), denominators)
             self.scaler.scale_loss(output.loss).backward()  # type: ignore[no-untyped-call]
             stats += output.stats
