@@ -16,9 +16,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from betterhalf.diagnostics.divergence import Place, Trace
 from betterhalf.rollout.native.decoder import OPERATIONS
+from betterhalf.training.pack import pack_sequence
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.training.token_scores import head_logits
-from betterhalf.types import MicroBatch, PackedSegment
 
 _Keep = Callable[[str, int | None, Tensor], None]
 """Called with (operation, layer, result [1, T, ...])."""
@@ -51,7 +51,7 @@ def trainer_trace(trainer: PolicyTrainer, token_ids: tuple[int, ...]) -> Trace:
         for index, layer in enumerate(decoder.layers):
             _hook_layer(index, layer, keep, hooks)
         hooks.enter_context(_rotated_heads(trainer.attention, keep))
-        trainer.measure([_one_sequence(token_ids)])
+        trainer.measure([pack_sequence(token_ids)])
     return _in_order(found, len(decoder.layers))
 
 
@@ -132,20 +132,3 @@ def _places(layers: int) -> list[Place]:
     first, *within, last = OPERATIONS
     inner: list[Place] = [(operation, layer) for layer in range(layers) for operation in within]
     return [(first, None), *inner, (last, None)]
-
-
-def _one_sequence(token_ids: tuple[int, ...]) -> MicroBatch:
-    """Return a pack with this sequence alone; its behavior logprobs and advantages are not used."""
-    tokens = torch.tensor(token_ids)
-    positions = torch.arange(len(token_ids))
-    return MicroBatch(
-        token_ids_T=tokens,
-        position_ids_T=positions,
-        segments=(PackedSegment(length=len(token_ids)),),
-        loss_rows_C=positions[:-1],
-        target_ids_C=tokens[1:],
-        sequence_index_C=torch.zeros_like(positions[:-1]),
-        behavior_logprobs_C=torch.zeros(len(token_ids) - 1),
-        advantages_S=torch.zeros(1),
-        rollout_index_S=(0,),
-    )

@@ -14,7 +14,7 @@ from betterhalf.errors import WeightSyncError
 from betterhalf.precision.formats import FORMATS
 from betterhalf.precision.roles import Precision
 from betterhalf.runs.assembly import Parts
-from betterhalf.types import MicroBatch, PackedSegment
+from betterhalf.training.pack import pack_sequence
 
 _TOKENS = 32
 _ROUNDOFFS, _RELATIVE = 64, 16
@@ -42,7 +42,7 @@ def score_difference(parts: Parts) -> tuple[float, float]:
     vocab_size = int(parts.model.hf_config.vocab_size)
     token_ids = fixed_tokens(vocab_size, min(_TOKENS, parts.model.context_length))
     behavior = torch.tensor(parts.engine.score([token_ids])[0], dtype=torch.float64)
-    (scores,) = parts.trainer.measure([_whole(token_ids)], temperature=1.0)
+    (scores,) = parts.trainer.measure([pack_sequence(token_ids)], temperature=1.0)
     logprobs = scores.logprobs_C.double()
     return float((logprobs - behavior).abs().mean()), float(logprobs.mean())
 
@@ -72,20 +72,3 @@ def check_scores(parts: Parts) -> None:
 def fixed_tokens(vocab_size: int, count: int) -> tuple[int, ...]:
     """Return `count` token ids, the same in every call, scattered over the vocabulary."""
     return tuple((1009 * (i + 1) * (i + 2) // 2) % vocab_size for i in range(count))
-
-
-def _whole(token_ids: tuple[int, ...]) -> MicroBatch:
-    """Return a pack of one sequence, of which every token but the first is scored."""
-    count = len(token_ids)
-    tokens, positions = torch.tensor(token_ids), torch.arange(count)
-    return MicroBatch(
-        token_ids_T=tokens,
-        position_ids_T=positions,
-        segments=(PackedSegment(length=count),),
-        loss_rows_C=positions[:-1],
-        target_ids_C=tokens[1:],
-        sequence_index_C=torch.zeros_like(positions[1:]),
-        behavior_logprobs_C=torch.zeros(count - 1),
-        advantages_S=torch.zeros(1),
-        rollout_index_S=(0,),
-    )

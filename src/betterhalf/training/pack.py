@@ -78,6 +78,25 @@ def pack_measured(rollouts: Sequence[Rollout], config: RunConfig) -> tuple[Micro
     return packer.micro_batches(sorted(range(len(rollouts)), key=packer.length))
 
 
+def pack_sequence(token_ids: Sequence[int]) -> MicroBatch:
+    """Return a pack of one sequence, to be scored from its second token on.
+
+    Its behavior logprobs and advantages are 0: nothing was sampled.
+    """
+    tokens, positions = _ints(list(token_ids)), torch.arange(len(token_ids))
+    return MicroBatch(
+        token_ids_T=tokens,
+        position_ids_T=positions,
+        segments=(PackedSegment(length=len(token_ids)),),
+        loss_rows_C=positions[:-1],
+        target_ids_C=tokens[1:],
+        sequence_index_C=torch.zeros_like(positions[:-1]),
+        behavior_logprobs_C=torch.zeros(len(token_ids) - 1),
+        advantages_S=torch.zeros(1),
+        rollout_index_S=(0,),
+    )
+
+
 def _split_evenly(items: list[int], parts: int) -> list[list[int]]:
     """Split into contiguous shares whose sizes differ by at most one."""
     edges = [round(k * len(items) / parts) for k in range(parts + 1)]
