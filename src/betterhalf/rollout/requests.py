@@ -67,7 +67,7 @@ def check_sequences(sequences: Iterable[Sequence[int]], context_length: int, voc
         _check_vocabulary(f"sequence {index}", token_ids, vocabulary)
 
 
-def check_scores(scores: Iterable[Sequence[float]], dtype: str, explain: Callable[[], str]) -> None:
+def require_finite_scores(scores: Iterable[Sequence[float]], dtype: str, explain: Callable[[], str]) -> None:
     """Refuse logprobs that are not finite.
 
     Args:

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from betterhalf.errors import EngineError, InputError
-from betterhalf.rollout.requests import check_requests, check_scores, check_sequences, stop_ids
+from betterhalf.rollout.requests import check_requests, check_sequences, require_finite_scores, stop_ids
 from betterhalf.types import GenerateRequest
 
 
@@ -47,9 +47,9 @@ def test_sequences_of_two_tokens_up_to_the_whole_context_can_be_scored() -> None
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_scores_that_are_not_finite_are_named_with_the_reason(bad: float) -> None:
-    check_scores([(-1.0, -2.0)], "fp16", lambda: pytest.fail("nothing to explain"))
+    require_finite_scores([(-1.0, -2.0)], "fp16", lambda: pytest.fail("nothing to explain"))
     with pytest.raises(EngineError, match="sequence 1: its logprobs are not finite in fp16: it overflows"):
-        check_scores([(-1.0,), (-1.0, bad)], "fp16", lambda: "it overflows")
+        require_finite_scores([(-1.0,), (-1.0, bad)], "fp16", lambda: "it overflows")
 
 
 def test_stop_tokens_are_sorted_without_duplicates_and_in_the_vocabulary() -> None:

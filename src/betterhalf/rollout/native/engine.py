@@ -27,7 +27,7 @@ from betterhalf.rollout.native.running_batch import RunningBatch, rows_at_once
 from betterhalf.rollout.native.scheduler import Capacity, Limits, Scheduler
 from betterhalf.rollout.native.slots import Sampled, SlotTable
 from betterhalf.rollout.native.weights import DecoderWeights, Storage
-from betterhalf.rollout.requests import check_requests, check_scores, check_sequences, stop_ids
+from betterhalf.rollout.requests import check_requests, check_sequences, require_finite_scores, stop_ids
 from betterhalf.types import Completion, GenerateRequest
 
 _LENGTH_MULTIPLE = 16
@@ -89,7 +89,7 @@ class NativeEngine:
         self._require_weights("score")
         check_sequences(sequences, self._shape.max_positions, self._shape.vocab_size)
         scores = [self._score_one(tuple(token_ids)) for token_ids in sequences]
-        check_scores(scores, dtype_name(self._rounding.dtype), self._weights.why_not_finite)
+        require_finite_scores(scores, dtype_name(self._rounding.dtype), self._weights.why_not_finite)
         return scores
 
     def _score_one(self, token_ids: tuple[int, ...]) -> tuple[float, ...]:

@@ -20,7 +20,7 @@ from betterhalf.errors import EngineDiedError, EngineError
 from betterhalf.precision.contract import SideReport
 from betterhalf.precision.formats import dtype_name
 from betterhalf.precision.roles import Precision
-from betterhalf.rollout.requests import check_requests, check_scores, check_sequences, stop_ids
+from betterhalf.rollout.requests import check_requests, check_sequences, require_finite_scores, stop_ids
 from betterhalf.rollout.sampler import sequence_key
 from betterhalf.rollout.vllm import options, transfer
 from betterhalf.rollout.vllm.process import ServerProcess
@@ -189,7 +189,7 @@ class VllmEngine:
             return []
         self.wake()
         scores: list[tuple[float, ...]] = self._ask("score", sequences=[tuple(ids) for ids in sequences])
-        check_scores(scores, self._precision.roles.rollout_dtype, lambda: _NOT_FINITE)
+        require_finite_scores(scores, self._precision.roles.rollout_dtype, lambda: _NOT_FINITE)
         return scores
 
     def _require_weights(self, verb: str) -> int:
