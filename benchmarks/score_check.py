@@ -22,7 +22,7 @@ def main() -> None:
             parts = assemble(load_config(None, [f"model={name}", f"engine={engine}", f"precision={dtype}"]))
             try:
                 sync_weights(parts)
-                difference, mean = score_difference(parts)
+                difference, mean = score_difference(parts.trainer, parts.engine, parts.model)
                 bound = tolerance(parts.precision, mean)
                 print(f"| {name} | {engine} | {dtype} | {difference:.2g} | {bound:.2g} | {mean:.1f} |", flush=True)
             finally:

@@ -177,7 +177,7 @@ def test_a_dump_is_scored_at_its_own_temperature(probe: Probe, tmp_path: Path) -
 
 
 def test_the_terminal_shows_a_matrix(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from betterhalf.report.matrix import WIDTH, show_probe
+    from betterhalf.examine.probe_text import WIDTH, show_probe
 
     show_probe(read_json(measured / "probe.json"))
     out = capsys.readouterr().out
@@ -210,7 +210,7 @@ def test_a_dump_that_cannot_be_used_ends_with_status_2_and_leaves_nothing(
     [
         (("no-such-model",), "no-such-model"),
         ((), "takes MODEL"),
-        (("demo", "precision.pairs=diagonal"), "neither full nor matched"),
+        (("demo", "precision.pairs=diagonal"), "is not full, matched or a list"),
         (("demo", "--from-dump", "absent.jsonl"), "cannot be read"),
         (("demo", "--localize", "--from-dump", "absent.jsonl"), "leave them out with --from-dump"),
     ],

@@ -129,7 +129,7 @@ def _show_sanity(result: dict[str, Any]) -> None:
 
 def _show_probe(result: dict[str, Any]) -> None:
     from betterhalf.examine.localize_text import show_localize
-    from betterhalf.report.matrix import show_probe
+    from betterhalf.examine.probe_text import show_probe
 
     show_probe(result)
     if result.get("localize"):

@@ -11,10 +11,12 @@ import math
 import torch
 
 from betterhalf.errors import WeightSyncError
+from betterhalf.models.description import ModelFacts
 from betterhalf.precision.formats import FORMATS
 from betterhalf.precision.roles import Precision
-from betterhalf.runs.assembly import Parts
+from betterhalf.rollout.engine import RolloutEngine
 from betterhalf.training.pack import pack_sequence
+from betterhalf.training.trainer import Trainer
 
 _TOKENS = 32
 _ROUNDOFFS, _RELATIVE = 64, 16
@@ -34,20 +36,20 @@ def tolerance(precision: Precision, mean_logprob: float) -> float:
     return max(_FLOOR, roundoff * max(_ROUNDOFFS, _RELATIVE * abs(mean_logprob)))
 
 
-def score_difference(parts: Parts) -> tuple[float, float]:
+def score_difference(trainer: Trainer, engine: RolloutEngine, model: ModelFacts) -> tuple[float, float]:
     """Return the mean absolute difference of trainer and engine logprobs, and the trainer's mean logprob, in nats.
 
     Both are taken over a fixed prompt at temperature 1.
     """
-    vocab_size = int(parts.model.hf_config.vocab_size)
-    token_ids = fixed_tokens(vocab_size, min(_TOKENS, parts.model.context_length))
-    behavior = torch.tensor(parts.engine.score([token_ids])[0], dtype=torch.float64)
-    (scores,) = parts.trainer.measure([pack_sequence(token_ids)], temperature=1.0)
+    vocab_size = int(model.hf_config.vocab_size)
+    token_ids = fixed_tokens(vocab_size, min(_TOKENS, model.context_length))
+    behavior = torch.tensor(engine.score([token_ids])[0], dtype=torch.float64)
+    (scores,) = trainer.measure([pack_sequence(token_ids)], temperature=1.0)
     logprobs = scores.logprobs_C.double()
     return float((logprobs - behavior).abs().mean()), float(logprobs.mean())
 
 
-def check_scores(parts: Parts) -> None:
+def check_scores(trainer: Trainer, engine: RolloutEngine, model: ModelFacts, precision: Precision) -> None:
     """Refuse an engine whose logprobs differ from the trainer's by more than rounding.
 
     If the trainer's own logprobs are not finite, nothing is checked: the measurement of the step reports that.
@@ -56,10 +58,10 @@ def check_scores(parts: Parts) -> None:
         WeightSyncError: the mean difference exceeds `tolerance`.
         EngineError: the engine's logprobs are not finite.
     """
-    difference, mean_logprob = score_difference(parts)
+    difference, mean_logprob = score_difference(trainer, engine, model)
     if not math.isfinite(mean_logprob):
         return
-    allowed = tolerance(parts.precision, mean_logprob)
+    allowed = tolerance(precision, mean_logprob)
     if not difference <= allowed:
         raise WeightSyncError(
             f"after the weight sync the logprobs of engine and trainer differ by {difference:.3g} nats per token "

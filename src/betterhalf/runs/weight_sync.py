@@ -85,7 +85,7 @@ def _sync(parts: Parts) -> None:
 def _compare_scores(parts: Parts) -> None:
     """Run `check_scores` if the engine can score."""
     if capabilities(parts.config).scores:
-        check_scores(parts)
+        check_scores(parts.trainer, parts.engine, parts.model, parts.precision)
 
 
 def _send(parts: Parts) -> int:

@@ -14,9 +14,9 @@ from betterhalf.config.schema import RunConfig
 from betterhalf.diagnostics.pair_report import RAW_RATIO
 from betterhalf.examine import pairs as pairs_module
 from betterhalf.examine.probe import probe, probe_json
+from betterhalf.examine.probe_text import show_probe
 from betterhalf.examine.scoring import score_completions
 from betterhalf.examine.subject import Subject, engine_in, open_subject, sample_groups_of, trainer_in
-from betterhalf.report.matrix import show_probe
 from betterhalf.run_dir import read_json
 from betterhalf.types import DtypeName
 

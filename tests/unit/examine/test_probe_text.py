@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from betterhalf.examine.probe_text import WIDTH, show_probe
 from betterhalf.metrics.catalogue import CATALOGUE
-from betterhalf.report.matrix import WIDTH, show_probe
 
 NAMES = [name.removeprefix("mismatch/") for name in CATALOGUE if name.startswith("mismatch/")]
 
