@@ -1,11 +1,11 @@
-"""How well the budget predicts the effective sample size of importance weights: the tables of docs/mismatch.md.
+"""Compare the effective sample size that the budget predicts with the observed one: the tables of docs/mismatch.md.
 
     python benchmarks/budget_check.py [MODEL] [--prompts 512] [--samples 4] [--max-tokens 64] [--cells NAME ...]
 
-Completions of the native engine at the model's own weights are scored by the trainer. The budget is fitted on every
-second prompt; the others say whether it predicts, at several lengths to which completions are cut. Cells with noise
-have every weight of the engine multiplied by 1 + noise x a normal number, to see a mismatch larger than rounding.
-Prompts are running sums for `demo`, which knows nothing else, and open questions for other models: long answers.
+The trainer scores completions that the native engine sampled at the model's own weights. The budget is fitted on every
+second prompt; the other prompts test the prediction, with completions cut to several lengths. In cells with noise every
+weight of the engine is multiplied by 1 + noise x a normal number, for a mismatch larger than rounding. Prompts are
+running sums for `demo`, which knows nothing else, and open questions with long answers for other models.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from betterhalf.examine.subject import (
     sample_groups_of,
     trainer_in,
 )
-from betterhalf.tasks.prompting import chat_prompt
+from betterhalf.tasks.prompting import chat_draft, encode
 from betterhalf.training.pack import by_rollout, pack_step
 from betterhalf.types import DtypeName, Prompt, Rollout
 
@@ -86,7 +86,7 @@ CELLS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """Token log-ratios by completion, each of shape [tokens], and the prompt of each."""
+    """Token log-ratios of each completion, shape [tokens], and its prompt."""
 
     log_ratios: list[Tensor]
     prompts: list[int]
@@ -113,7 +113,7 @@ class Sample:
 
 
 def sampled(subject: Subject, cell: Cell, prompts: int, group_size: int) -> list[list[Rollout]]:
-    """Completions of the cell's engine, by prompt; rewards are of no interest."""
+    """Return completions of the cell's engine, by prompt; rewards are not used."""
     settings = subject.config.model_dump()
     settings["engine"] = {"type": "native", "rounding": cell.rounding}
     subject = dataclasses.replace(subject, config=RunConfig.model_validate(settings))
@@ -130,13 +130,15 @@ def sampled(subject: Subject, cell: Cell, prompts: int, group_size: int) -> list
 
 
 def questions(subject: Subject, count: int) -> list[Prompt]:
-    """Open questions in the model's chat template: a form of question about a topic each."""
+    """Return open questions in the model's chat template: each form of question with a topic."""
     texts = [form.format(topic) for form in FORMS for topic in TOPICS][:count]
-    return [chat_prompt(subject.model.tokenizer, f"open/{i}", text, answer="") for i, text in enumerate(texts)]
+    tokenizer = subject.model.tokenizer
+    drafts = (chat_draft(tokenizer, f"open/{i}", text, answer="") for i, text in enumerate(texts))
+    return [encode(tokenizer, draft) for draft in drafts]
 
 
 def noisy(weights: Iterable[tuple[str, Tensor]], noise: float) -> Iterator[tuple[str, Tensor]]:
-    """Every entry times 1 + noise x normal, seeded."""
+    """Multiply every entry by 1 + noise x a normal number, seeded."""
     generator = torch.Generator().manual_seed(0)
     for name, weight in weights:
         factor = 1 + noise * torch.randn(weight.shape, generator=generator)
@@ -144,7 +146,7 @@ def noisy(weights: Iterable[tuple[str, Tensor]], noise: float) -> Iterator[tuple
 
 
 def scored(subject: Subject, dtype: DtypeName, groups: Sequence[Sequence[Rollout]]) -> Sample:
-    """log pi - log mu of each token, by the trainer in `dtype`."""
+    """Return log pi - log mu of each token, scored by the trainer in `dtype`."""
     flat = [rollout for group in groups for rollout in group]
     trainer = trainer_in(subject, dtype)
     by_index: dict[int, list[float]] = {}
@@ -157,11 +159,11 @@ def scored(subject: Subject, dtype: DtypeName, groups: Sequence[Sequence[Rollout
     )
 
 
-# -- what is said of a cell
+# -- statistics of a cell
 
 
 def shape(sample: Sample) -> dict[str, float]:
-    """What lognormal algebra assumes of the tokens, and what they are."""
+    """Return the assumptions of lognormal algebra about the tokens, and the measured values."""
     d = torch.cat(sample.log_ratios)
     variance = float(d.var(correction=0))
     budget = sample.fit()
@@ -181,7 +183,7 @@ def shape(sample: Sample) -> dict[str, float]:
 
 
 def slope_through_origin(sample: Sample) -> tuple[float, float]:
-    """Mean log-ratio per token, and its standard error over completions."""
+    """Return the mean log-ratio per token, and its standard error over completions."""
     sums = torch.stack([d.sum() for d in sample.log_ratios])
     lengths = torch.tensor(sample.lengths, dtype=torch.float64)
     mean = float(sums.sum() / lengths.sum())
@@ -189,7 +191,7 @@ def slope_through_origin(sample: Sample) -> tuple[float, float]:
 
 
 def at_length(rates: dict[str, float], held_out: Sample, length: int) -> dict[str, Any]:
-    """Share of effective samples that is lost when completions are cut to `length` tokens, predicted and observed."""
+    """Return the share of effective samples lost at `length` tokens, predicted and observed."""
     cut = held_out.cut(length)
     own = cut.fit()
     low, high = interval(cut)
@@ -207,7 +209,7 @@ def at_length(rates: dict[str, float], held_out: Sample, length: int) -> dict[st
 
 
 def rates(fitted: Sample, early: Sample) -> dict[str, float]:
-    """-d log(ESS) / d length, as three readings of the fitted completions have it."""
+    """Return -d log(ESS) / d length, by three estimates from the fitted completions."""
     tokens = torch.cat(fitted.log_ratios)
     return {
         "budget": -math.log(predict_ess(fitted.fit(), 1.0)),
@@ -217,12 +219,12 @@ def rates(fitted: Sample, early: Sample) -> dict[str, float]:
 
 
 def predicted_ess(rate: float, lengths: Sequence[int]) -> float:
-    """1 / mean(exp(rate L)) over the completions' lengths."""
+    """Return 1 / mean(exp(rate L)) over the completions' lengths."""
     return len(lengths) / sum(math.exp(min(700.0, rate * length)) for length in lengths)
 
 
 def interval(sample: Sample) -> tuple[float, float]:
-    """95% of the effective share over resamples of whole prompts."""
+    """Return the 95% interval of the effective share over resamples of whole prompts."""
     log_weights = torch.stack([d.sum() for d in sample.log_ratios])
     weights = (log_weights - log_weights.max()).exp()
     prompts = torch.tensor(sample.prompts)
@@ -237,7 +239,7 @@ def interval(sample: Sample) -> tuple[float, float]:
 
 
 def examined(sample: Sample) -> dict[str, Any]:
-    """Fit on the even prompts, look at the odd ones."""
+    """Fit on the even prompts, test on the odd ones."""
     fitted, held_out = sample.part(0), sample.part(1)
     longest = max(sample.lengths)
     lengths = [length for length in LENGTHS if length < longest] + [longest]

@@ -1,16 +1,16 @@
-"""Training and decoding on a GPU: FP16 beside BF16, and both beside what the device can do.
+"""Time training and decoding on a GPU: FP16 against BF16, and both against the device's limits.
 
     python benchmarks/gpu.py --compile [--json] [--model qwen2.5-1.5b] [--tokens 8192] [--sequences 256]
 
-The model has a real configuration and random weights, so nothing is downloaded. In turns, twice for each format: a
-trainer is made, warmed up and timed over whole steps (packs forward and backward, unscaling, clipping, fused AdamW);
-its weights go to the native engine, which is timed for each decoded token (prefill taken off by a second call for
-one token). A step whose gradients were not finite does less, so it is an error here. `--compile` compiles the
-trainer's layers, as `training.compile_layers` does; `--logits-mib` is `training.logits_mib`.
+The model has a real configuration and random weights, so nothing is downloaded. The formats alternate, twice each: a
+trainer is built, warmed up and timed over whole steps (packs forward and backward, unscaling, clipping, fused AdamW);
+its weights are sent to the native engine, which is timed per decoded token (a second call for one token gives the
+prefill to subtract). A step with gradients that are not finite does less work, so it is an error here. `--compile`
+compiles the trainer's layers, as `training.compile_layers` does; `--logits-mib` is `training.logits_mib`.
 
-TFLOP/s count 6 for each weight and token, the head's too, and causal attention; nothing for what is computed twice.
-The floor of decoding is the time to read every weight and the cached keys and values once. Both are held against the
-datasheet where the device is known, else against a large product and a large copy measured first.
+TFLOP/s count 6 operations for each weight and token, including the head's, and causal attention; recomputation does not
+count. The floor of decoding is the time to read every weight and the cached keys and values once. Both are compared
+with the datasheet if the device is known, else with a large product and a large copy that are measured first.
 
 `--device cpu --model tiny --tokens 512 --sequences 16 --new-tokens 16` shows in seconds that the script works.
 """
@@ -77,33 +77,33 @@ DATASHEETS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the device can do at most."""
+    """Limits of the device."""
 
     tflops: float
-    """Of half products."""
+    """TFLOP/s of half products."""
     gbs: float
-    """GB/s of its memory."""
+    """GB/s of the device's memory."""
     source: str
     """`datasheet` or `measured`."""
 
 
 @dataclass(slots=True)
 class Times:
-    """Of one format, over all turns."""
+    """Times of one format, over all turns."""
 
     step: list[float] = field(default_factory=list)
     """Seconds of an optimizer step with its packs."""
     token: list[float] = field(default_factory=list)
-    """Seconds of a decoded token of all sequences."""
+    """Seconds per decoded token of all sequences."""
     peak_gib: float = 0.0
-    """Device memory of training at most."""
+    """Peak device memory of training, in GiB."""
 
 
-# -- what the work amounts to
+# -- the amount of work
 
 
 def train_flops(hf: Any, *, sequences: int, length: int) -> float:
-    """Floating-point operations of a forward and backward pass over some sequences, every row through the head."""
+    """Return the operations of a forward and backward pass over some sequences, with every row through the head."""
     layers, width = hf.num_hidden_layers, head_dim(hf) * hf.num_attention_heads
     # Forward: two products of 2 * width for each of (length + 1) / 2 keys on average; backward twice that.
     attention = 6 * layers * width * (length + 1)
@@ -111,25 +111,25 @@ def train_flops(hf: Any, *, sequences: int, length: int) -> float:
 
 
 def decode_bytes(hf: Any, *, sequences: int, length: float) -> float:
-    """Bytes that a token of each sequence reads in half: all weights, and keys and values of `length` tokens."""
+    """Return the bytes read for a token of each sequence, in half: weights, and keys and values of `length` tokens."""
     cached = 2 * hf.num_hidden_layers * hf.num_key_value_heads * head_dim(hf) * length
     return 2.0 * (multiplied(hf) + sequences * cached)
 
 
 def multiplied(hf: Any) -> int:
-    """Weights that a token is multiplied by: all matrices but the embedding, and the head."""
+    """Return the number of weights that a token is multiplied by: all matrices except the embedding, and the head."""
     width, kv_width = (head_dim(hf) * heads for heads in (hf.num_attention_heads, hf.num_key_value_heads))
     layer = hf.hidden_size * (2 * width + 2 * kv_width + 3 * hf.intermediate_size)
     return int(hf.num_hidden_layers * layer + hf.vocab_size * hf.hidden_size)
 
 
 def head_dim(hf: Any) -> int:
-    """Width of one head."""
+    """Return the width of one head."""
     return int(hf.hidden_size // hf.num_attention_heads)
 
 
 def limits_of(device: torch.device) -> Limits:
-    """From the datasheet, or measured now."""
+    """Return the limits from the datasheet, or measure them."""
     known = DATASHEETS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if known:
         return Limits(tflops=known[0], gbs=known[1], source="datasheet")
@@ -143,7 +143,7 @@ def limits_of(device: torch.device) -> Limits:
 
 
 def timed(action: Callable[[], Any], device: torch.device, repeats: int, warm_up: int = WARM_UP) -> float:
-    """Median seconds of an action until the device has done it."""
+    """Return the median seconds until the device has finished an action."""
 
     def waited() -> None:
         action()
@@ -159,7 +159,7 @@ def timed(action: Callable[[], Any], device: torch.device, repeats: int, warm_up
 
 
 def random_model(architecture: str, device: torch.device) -> LoadedModel:
-    """The same random weights for every caller."""
+    """Return the same random weights for every caller."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     hf = Qwen2Config(**ARCHITECTURES[architecture])
@@ -192,7 +192,7 @@ def trainer_for(args: argparse.Namespace, config: RunConfig, device: torch.devic
 
 
 def time_steps(args: argparse.Namespace, trainer: PolicyTrainer) -> float:
-    """Median seconds of an optimizer step."""
+    """Return the median seconds of an optimizer step."""
     device = trainer.precision.device
     ids = random_ids(trainer.module.config.vocab_size, args.tokens // args.length, args.length, device)
     pack = pack_of(ids)
@@ -209,7 +209,7 @@ def time_steps(args: argparse.Namespace, trainer: PolicyTrainer) -> float:
 
 
 def time_tokens(args: argparse.Namespace, trainer: PolicyTrainer) -> float:
-    """Median seconds of one decoded token of all sequences."""
+    """Return the median seconds per decoded token of all sequences."""
     engine = build_engine(trainer.config, trainer.module.config, (), trainer.precision)
     engine.load_weights(trainer.wire_weights().tensors, policy_version=0)
     ids = random_ids(trainer.module.config.vocab_size, args.sequences // SIBLINGS, args.prompt).tolist()
@@ -222,14 +222,14 @@ def time_tokens(args: argparse.Namespace, trainer: PolicyTrainer) -> float:
 
     device = trainer.precision.device
     with frozen_gc():
-        # The longer first: it makes the cache, and the graphs, that both use.
+        # The longer one first: it makes the cache and the graphs that both use.
         whole, first = (timed(sample(tokens), device, args.repeats, warm_up=1) for tokens in (args.new_tokens, 1))
     engine.close()
     return (whole - first) / (args.new_tokens - 1)
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[DtypeName, Times]:
-    """Both formats in turns; no two trainers are alive at once."""
+    """Time both formats alternately; never are two trainers in memory."""
     found: dict[DtypeName, Times] = {dtype: Times() for dtype in HALVES}
     for _ in range(ROUNDS):
         for dtype, times in found.items():
@@ -245,7 +245,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[DtypeName, T
 
 
 def forget(device: torch.device) -> None:
-    """Free what the last turn held, and count memory anew."""
+    """Free the memory of the last turn, and reset the peak counter."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -256,7 +256,7 @@ def forget(device: torch.device) -> None:
 
 
 def rows_of(args: argparse.Namespace, hf: Any, limits: Limits, found: dict[DtypeName, Times]) -> list[Row]:
-    """All comparisons."""
+    """Return all comparisons."""
     fp16, bf16 = (found[dtype] for dtype in HALVES)
     step, token = (
         {dtype: statistics.median(getattr(times, what)) for dtype, times in found.items()} for what in ("step", "token")
@@ -288,7 +288,7 @@ def rows_of(args: argparse.Namespace, hf: Any, limits: Limits, found: dict[Dtype
 
 
 def lower(what: str, ours: float, peer: float, target: float) -> Row:
-    """A row of seconds or bytes."""
+    """Return a row of seconds or bytes."""
     return Row(what=what, ours=ours, peer=peer, target=target, better="lower")
 
 
@@ -297,7 +297,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("there is no CUDA device; --device cpu --model tiny --tokens 512 shows the script at work")
+        raise SystemExit("there is no CUDA device; try the script with --device cpu --model tiny --tokens 512")
     limits = limits_of(device)
     print(f"{limits.source}: {limits.tflops:.4g} TFLOP/s, {limits.gbs:.4g} GB/s", flush=True)
     from transformers import Qwen2Config

@@ -1,10 +1,11 @@
-"""Peak memory of a training pass for 1k, 4k and 16k tokens with a vocabulary of 150k: free of their product.
+"""Measure the peak memory of a training pass: does it grow with tokens x vocabulary?
 
     python benchmarks/memory.py [--json]
 
-A two-layer decoder with a large head, FP16; each size in a process of its own, whose peak resident memory is read at
-the end. The peer is what FP32 logits of all tokens would add: tokens x vocabulary x 4 bytes, once. The last row is the
-growth from the smallest to the largest pass, per token, against the activations of the layers alone.
+A two-layer decoder with a vocabulary of 150k, FP16, for 1k, 4k and 16k tokens. Each size runs in its own process, whose
+peak resident memory is read at the end. The peer is the memory that FP32 logits of all tokens would add: tokens x
+vocabulary x 4 bytes, once. The last row is the growth per token from the smallest to the largest pass, against the
+activations of the layers alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SIZES = (1024, 4096, 16384)
 
 
 def peak_gib() -> float:
-    """Peak resident memory of this process so far."""
+    """Return the peak resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -63,7 +64,7 @@ def one_pass(tokens: int) -> None:
 
 
 def added_gib(tokens: int) -> float:
-    """What a pass adds to the peak, in a fresh process."""
+    """Return the GiB that a pass adds to the peak, in a new process."""
     command = [sys.executable, __file__, "--one-pass", str(tokens)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     before, after = map(float, done.stdout.split()[-2:])
@@ -72,7 +73,7 @@ def added_gib(tokens: int) -> float:
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--one-pass", type=int, help="used inside: run one pass of so many tokens")
+    made.add_argument("--one-pass", type=int, help="internal: run one pass of this number of tokens")
     args = made.parse_args()
     torch.set_num_threads(args.threads)
     if args.one_pass:

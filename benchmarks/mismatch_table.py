@@ -1,4 +1,4 @@
-"""Mismatch at fixed weights, by precision and by where the engine rounds: the table of docs/mismatch.md.
+"""Measure the mismatch at fixed weights, by precision and rounding points: the table of docs/mismatch.md.
 
     python benchmarks/mismatch_table.py [MODEL] [--prompts 64] [--samples 8]
 
@@ -23,14 +23,14 @@ from betterhalf.training.pack import pack_step
 ROWS = (
     ("FP32", "fp32", "auto"),
     ("FP16, sums in FP32", "fp16", "fp32_sums"),
-    ("BF16, the processor's instructions", "bf16", "native"),
+    ("BF16, the CPU's instructions", "bf16", "native"),
     ("BF16, sums in FP32", "bf16", "fp32_sums"),
 )
 ROUNDINGS = ("engine", "aligned")
 
 
 def gap(model: str, precision: str, half_matmul: str, rounding: str, prompts: int, samples: int) -> dict[str, Any]:
-    """All mismatch metrics of one cell."""
+    """Return all mismatch metrics of one cell."""
     style = "running_sum" if model == "demo" else "word_problem"
     config = RunConfig.model_validate(
         {

@@ -1,17 +1,16 @@
-"""What measuring, proving and recording cost a step of training, as shares of the very steps they are part of.
+"""Measure the share of a training step that measuring the mismatch, verifying weights and recording take.
 
     python benchmarks/overhead.py [--json] [--dtype fp16]
 
-Nothing is switched off and no two runs are compared, whose noise would drown one per cent: named functions of real
-steps are timed from inside, and what they take is set against the step. `ours` is the seconds of the extra, median
-over steps, and `peer` the seconds allowed, a share of the median step, so that a ratio above 1 is below the share.
-Rows with the target 0 have no bound of their own, and are held against the nearest one.
+Nothing is switched off, and runs are not compared with each other, since their noise exceeds one per cent: named
+functions are timed inside real steps, and their time is divided by that of the step. `ours` is the additional seconds,
+median over steps, and `peer` the allowed seconds, a share of the median step, so a ratio above 1 is within the share.
+Rows with the target 0 have no bound; they are compared with the nearest one.
 
-measurement     grpo needs the proximal forward anyway: the extra is the statistics of the mismatch and the watchdog.
-                Zero-advantage groups need no proximal forward, but are measured all the same: with half of the groups
-                such, their forward counts. reinforce needs none at all: the whole measuring forward counts.
-verification    all of a weight sync but the sending: digests on both sides, the scores of
-                a prompt on both sides. Its parts follow.
+measurement     grpo needs the proximal forward anyway: only the statistics of the mismatch and the watchdog count.
+                Zero-advantage groups need no proximal forward, but are measured too: when they are half of the groups,
+                their forward counts. reinforce needs none at all: the whole measuring forward counts.
+verification    a weight sync without the sending: digests and the scores of a prompt, on both sides. Its parts follow.
 recording       metrics, rollouts and mismatch rows of a step (checkpoints are not counted), and the report, once a run.
 """
 
@@ -83,7 +82,7 @@ class Meter:
 
 
 def watched_steps(parts: Parts, repeats: int) -> list[Seconds]:
-    """Seconds by path of each of `repeats` steps, after one to warm up; only steps that changed the weights count."""
+    """Return the seconds by path of `repeats` steps after a warm-up; only steps that changed the weights count."""
     run, found = Steps(parts), []
     with Meter() as meter:
         _watch_measurement(meter, parts)
@@ -112,7 +111,7 @@ def _watch_sync(meter: Meter, parts: Parts) -> None:
 
 
 def share_row(what: str, steps: Sequence[Seconds], extra: Callable[[Seconds], float], share: float, bound: bool) -> Row:
-    """The median extra against a share of the median step."""
+    """Return a row of the median additional seconds against a share of the median step."""
     step = statistics.median(seconds["step"] for seconds in steps)
     mine = statistics.median(extra(seconds) for seconds in steps)
     what = f"{what}: {mine / step:.2%}"
@@ -136,7 +135,7 @@ def verification(seconds: Seconds) -> float:
 
 
 def sending(seconds: Seconds) -> float:
-    """Without the digests that are taken on the way."""
+    """Return the seconds of a weight sync without the digests that are taken during it."""
     return seconds["step/sync/load"] - seconds[_SENT]
 
 
@@ -144,7 +143,7 @@ _SENT = "step/sync/load/digests sent"
 
 
 def add_measurement(table: Table, args: argparse.Namespace) -> None:
-    """Rows of the mismatch; the step of the first one also holds those of the weight sync."""
+    """Add the rows of the mismatch; the steps of the first one also give the rows of the weight sync."""
     cases: tuple[tuple[PresetName, float, Callable[[Seconds], float], bool], ...] = (
         ("grpo", 0.0, statistics_alone, True),
         ("grpo", 0.5, with_zero_advantage, False),
@@ -165,7 +164,7 @@ def add_measurement(table: Table, args: argparse.Namespace) -> None:
 
 
 def add_sync(table: Table, steps: Sequence[Seconds]) -> None:
-    """Rows of the weight sync."""
+    """Add the rows of the weight sync."""
     table.add(share_row("weight verification", steps, verification, VERIFICATION, True))
     for path in (_SENT, "step/sync/digests held", "step/sync/scores"):
         part = path.rpartition("/")[2]
@@ -174,7 +173,7 @@ def add_sync(table: Table, steps: Sequence[Seconds]) -> None:
 
 
 def add_recording(table: Table, args: argparse.Namespace) -> None:
-    """Rows of what a run leaves on disk, from a whole run in a folder of its own."""
+    """Add the rows of recording, from a whole run in its own folder."""
     steps, report = recorded_run(config_of(args, "grpo"), args.repeats)
     table.add(share_row("metrics, rollouts, mismatch rows", steps, lambda s: s["record"], RECORDING, True))
     whole = [seconds | {"report": report} for seconds in steps]
@@ -183,7 +182,7 @@ def add_recording(table: Table, args: argparse.Namespace) -> None:
 
 
 def recorded_run(config: RunConfig, repeats: int) -> tuple[list[Seconds], float]:
-    """`step` and `record` of each step of a run but the first, and the seconds of its report."""
+    """Return `step` and `record` of each step of a run except the first, and the seconds of its report."""
     data = config.model_dump()
     data["training"] |= {"steps": 1 + repeats, "checkpoint_every": 0}
     found: list[Seconds] = []
@@ -218,7 +217,7 @@ def main() -> None:
     made.add_argument("--dtype", default="fp16", choices=get_args(DtypeName))
     args = made.parse_args()
     torch.set_num_threads(args.threads)
-    table = Table("seconds against those allowed")
+    table = Table("seconds against the allowed seconds")
     add_measurement(table, args)
     add_recording(table, args)
     table.end(args.json)

@@ -1,4 +1,4 @@
-"""Packs to time a training pass with: sequences of one length, in which every token but the first has a loss."""
+"""Packs for timing a training pass: sequences of one length, in which every token except the first has a loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from betterhalf.types import MicroBatch, PackedSegment
 
 
 def pack_of(token_ids_NL: Tensor) -> MicroBatch:
-    """N sequences of L tokens end to end, on the device of int64 [N, L] token ids."""
+    """Pack N sequences of L tokens end to end, on the device of int64 [N, L] token ids."""
     count, length = token_ids_NL.shape
     device = token_ids_NL.device
     rows_NL = torch.arange(count * length, device=device).view(count, length)
@@ -28,6 +28,6 @@ def pack_of(token_ids_NL: Tensor) -> MicroBatch:
 
 
 def random_ids(vocabulary: int, count: int, length: int, device: torch.device | str = "cpu") -> Tensor:
-    """int64 [count, length], drawn evenly from the vocabulary; the same on every device."""
+    """Return int64 [count, length] token ids, drawn evenly from the vocabulary; the same on every device."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, vocabulary, (count, length), generator=generator).to(device)

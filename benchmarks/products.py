@@ -1,11 +1,11 @@
-"""Matrix products of SmolLM2's shapes on a CPU: the library ours takes, against torch's own choice (MKL in FP32).
+"""Time matrix products of SmolLM2's shapes on a CPU: the library we use against torch's own choice (MKL in FP32).
 
     python benchmarks/products.py [--json] [--dtype bf16]
 
-One row for each shape and number of rows: a decode step's (32) by the packed weight, a training pass's (512) forward
-and for both gradients, with plain operands. The sides take turns; GFLOP/s. Ours is oneDNN for packed weights, and for
-plain ones but on Intel's processors, where both sides are MKL. In BF16 torch uses oneDNN too, and only the packing
-differs.
+One row for each shape and number of rows: a decode step's (32) with the packed weight, and a training pass's (512)
+forward and for both gradients, with plain operands. The sides alternate; numbers are GFLOP/s. Ours is oneDNN for packed
+weights, and for plain ones except on Intel's processors, where both sides are MKL. In BF16 torch uses oneDNN too, and
+only the packing differs.
 
 Then attention: the batched products of a block of queries, and the whole forward and backward pass of the trainer's
 blocked attention against torch's fused kernel, for one long sequence and for many short ones.
@@ -26,16 +26,16 @@ from betterhalf.precision.products import batched_product, packed, product
 from betterhalf.types import DtypeName
 
 WEIGHTS = {"qkv": (960, 576), "output": (576, 576), "gate_up": (3072, 576), "down": (576, 1536), "head": (49152, 576)}
-"""Of SmolLM2-135M: outputs, inputs."""
+"""Layer -> (outputs, inputs), of SmolLM2-135M."""
 HEAD_DIM = 64
 ATTENTION = ((1, 512), (4, 128), (16, 104), (1, 2048))
-"""Sequences and their length, of 9 query heads and 3 key heads."""
+"""(sequences, length) of attention with 9 query heads and 3 key heads."""
 TURNS = 10
-"""Products in a turn."""
+"""Number of products in a turn."""
 
 
 def sides(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> dict[str, tuple[Action, Action]]:
-    """What is multiplied -> our product, and torch's."""
+    """Return name -> (our product, torch's)."""
     x, grad, weight = (torch.randn(*shape).to(dtype) for shape in ((rows, inputs), (rows, outputs), (outputs, inputs)))
     in_blocks = packed(weight)
     return {
@@ -47,7 +47,7 @@ def sides(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> dict[str,
 
 
 def batches() -> dict[str, tuple[Action, Action]]:
-    """What is multiplied for each of 3 key heads, 3 x 128 queries and 512 keys -> our batched FP32 product, torch's."""
+    """Return name -> (our batched FP32 product, torch's), for 3 key heads, 3 x 128 queries and 512 keys."""
     q, k, p = torch.randn(3, 384, HEAD_DIM), torch.randn(3, 512, HEAD_DIM), torch.rand(3, 384, 512)
     return {
         "scores": (lambda: batched_product(q, k.transpose(1, 2)), lambda: torch.bmm(q, k.transpose(1, 2))),
@@ -57,7 +57,7 @@ def batches() -> dict[str, tuple[Action, Action]]:
 
 
 def attention(sequences: int, length: int, dtype: torch.dtype) -> tuple[Action, Action]:
-    """Forward and backward of one layer's attention: ours, torch's."""
+    """Return forward and backward of one layer's attention: ours, torch's."""
 
     def heads(count: int) -> Tensor:
         return torch.randn(sequences, count, length, HEAD_DIM).to(dtype).requires_grad_()
@@ -76,7 +76,7 @@ def attention(sequences: int, length: int, dtype: torch.dtype) -> tuple[Action, 
 
 
 def repeated(action: Action) -> Action:
-    """So many calls that a turn is long enough to time."""
+    """Repeat a call until a turn is long enough to time."""
 
     def run() -> None:
         for _ in range(TURNS):

@@ -1,26 +1,26 @@
-"""A whole step of reinforcement learning: ours against TRL's GRPOTrainer, in the same process, on a CPU.
+"""Time a whole step of reinforcement learning: ours against TRL's GRPOTrainer, in the same process, on a CPU.
 
     pip install 'betterhalf[bench]'
     python benchmarks/rl_step.py [--json] [--dtypes fp32 fp16]
 
-Same model and starting weights, prompts in the same order, siblings, temperature 1, completions of one length (both
-sides ignore stop tokens), rewards, Dr. GRPO's loss (clip 0.2 / 0.28, no KL term, no scaling of rewards), 4 optimizer
-steps of fused AdamW for each rollout batch, at the same constant learning rate. A step is generation, rewards, the
-forward pass for proximal logprobs (both need it), the optimizer steps, and for ours also the measurement of the
-mismatch and the verified weight sync, which TRL, sampling with the trained module itself, does not have.
+Both sides have the same model and starting weights, prompts in the same order, siblings, temperature 1, completions of
+one length (stop tokens are ignored), rewards, Dr. GRPO's loss (clip 0.2 / 0.28, no KL term, no scaling of rewards), and
+4 optimizer steps of fused AdamW for each rollout batch at the same constant learning rate. A step is generation,
+rewards, the forward pass for proximal logprobs (both need it) and the optimizer steps. Ours also includes the
+measurement of the mismatch and the verified weight sync; TRL samples with the trained module itself and has neither.
 
-The sides take turns: after each of TRL's rollout batches a callback runs one of our steps, whose time is taken out of
-TRL's. TRL samples with `generate`, without vLLM, without gradient checkpointing (its default, slower), and logs
-nothing. Texts, and so rewards, differ: the two sides draw from generators of their own.
+The sides alternate: after each of TRL's rollout batches a callback runs one of our steps, whose time is subtracted from
+TRL's. TRL samples with `generate`, without vLLM, without gradient checkpointing (its default, slower), and without
+logging. Texts, and so rewards, differ, because each side has its own random generator.
 
 --reward spread (default) rewards every sibling differently, so that both sides train on all rollouts. With `task` many
-groups get no reward at all; ours skips those, TRL does not, which makes the ratio larger.
+groups get no reward at all; ours skips them and TRL does not, which makes the ratio larger.
 
-FP32 is FP32 throughout, no autocast. FP16 in TRL on a CPU: `fp16=True` is accepted, but accelerate enters no autocast
-there, and the trained weights are those of FP32 bit for bit: it would be no FP16 at all. TRL is therefore given FP16
-weights, and AdamW has FP16 states: worse numerics than ours (FP32 masters, loss scale), and less memory to move.
-Should they end in NaN, --learning-rate 0 costs as much time. torch is some twenty times slower in that format on a CPU;
---fp16-prompts, --fp16-siblings and --fp16-tokens make those steps small.
+FP32 is FP32 throughout, without autocast. On a CPU TRL accepts `fp16=True`, but accelerate enters no autocast, and the
+trained weights equal those of FP32 bit for bit: it would not be FP16. So TRL gets FP16 weights, and AdamW has FP16
+states: worse numerics than ours (FP32 masters, loss scale), and less memory traffic. If they end in NaN, use
+--learning-rate 0, which takes the same time. torch is about twenty times slower in FP16 on a CPU; --fp16-prompts,
+--fp16-siblings and --fp16-tokens make those steps small.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ TARGET = 2.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Of one step."""
+    """Sizes of one step."""
 
     prompts: int
     siblings: int
@@ -72,11 +72,11 @@ class Turns:
         self.theirs: list[float] = []
 
     def begin(self) -> None:
-        """TRL's first step starts."""
+        """Start the clock of TRL's first step."""
         self._mark = time.perf_counter()
 
     def next_update(self) -> None:
-        """TRL has finished an optimizer step: after the last one of a rollout batch it is our turn."""
+        """Run our step after TRL's last optimizer step of a rollout batch."""
         self._updates += 1
         if self._updates % UPDATES:
             return
@@ -89,7 +89,7 @@ class Turns:
 
 
 def compare(args: argparse.Namespace, dtype: DtypeName, size: Size) -> Row:
-    """Median seconds of a step of both sides, the first `--warm-up` ones left out."""
+    """Return a row of the median seconds of a step of both sides, without the first `--warm-up` steps."""
     config = our_config(args, dtype, size)
     parts = open_parts(config, args.reward)
     ours = Steps(parts)
@@ -123,9 +123,9 @@ def our_config(args: argparse.Namespace, dtype: DtypeName, size: Size) -> RunCon
 
 
 def trl_trainer(args: argparse.Namespace, dtype: DtypeName, size: Size, task: Task, folder: str) -> Any:
-    """TRL's trainer of the same model, ready to run the same steps."""
+    """Return TRL's trainer of the same model, ready to run the same steps."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # vLLM's version is not one that TRL knows, but it is not used
+        warnings.simplefilter("ignore")  # TRL does not know this version of vLLM, but does not use it either
         from trl import GRPOTrainer
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -148,7 +148,7 @@ def trl_trainer(args: argparse.Namespace, dtype: DtypeName, size: Size, task: Ta
 
 
 def trl_config(config: RunConfig, size: Size, steps: int, folder: str) -> Any:
-    """TRL's words for our settings."""
+    """Return our settings under TRL's names."""
     from trl import GRPOConfig
 
     optimizer = config.optimizer
@@ -189,7 +189,7 @@ def trl_config(config: RunConfig, size: Size, steps: int, folder: str) -> Any:
 
 
 def in_dtype(module: Any, dtype: DtypeName) -> Any:
-    """The module with its parameters in `dtype`; rope's tables stay FP32, as when transformers loads it so."""
+    """Return the module with its parameters in `dtype`; rope's tables stay FP32, as after loading by transformers."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(torch_dtype(dtype))
     return module
@@ -204,7 +204,7 @@ def ignore_stop_tokens(trainer: Any) -> None:
 
 
 def reward_function(task: Task, prompts: list[Prompt], reward: Reward) -> Callable[..., list[float]]:
-    """The same rewards as on our side."""
+    """Return the same rewards as on our side."""
 
     def spread(completions: list[str], **_columns: Any) -> list[float]:
         return [spread_reward(index, text) for index, text in enumerate(completions)]
@@ -216,14 +216,14 @@ def reward_function(task: Task, prompts: list[Prompt], reward: Reward) -> Callab
 
 
 def require_same_tokens(tokenizer: Any, prompts: list[Prompt]) -> None:
-    """TRL tokenizes the prompts' texts itself."""
+    """Exit unless TRL, which tokenizes the prompts' texts itself, gets the same tokens."""
     found = tokenizer(text=[prompt.text for prompt in prompts])["input_ids"]
     if [tuple(ids) for ids in found] != [prompt.token_ids for prompt in prompts]:
         raise SystemExit("TRL would read other tokens than ours for this model's prompts; choose another model.")
 
 
 def callback(turns: Turns) -> Any:
-    """A callback of transformers' Trainer that lets the sides take turns."""
+    """Return a callback of transformers' Trainer that alternates the sides."""
     from transformers import TrainerCallback
 
     class AtStepEnd(TrainerCallback):
@@ -237,7 +237,7 @@ def callback(turns: Turns) -> Any:
 
 
 def watch_lengths(trainer: Any) -> set[int]:
-    """Lengths of all completions that TRL samples from now on, as they come."""
+    """Collect the lengths of all completions that TRL samples from now on."""
     lengths: set[int] = set()
     inner = trainer._generate_single_turn
 

@@ -1,23 +1,23 @@
-"""Sampling completions of SmolLM2 on a CPU: the native engine against vLLM and transformers' two ways to generate.
+"""Time sampling from SmolLM2 on a CPU: the native engine against vLLM and transformers' two ways to generate.
 
     python benchmarks/rollout.py [--json] [--batches 8 32 64] [--dtypes fp16 fp32] [--peers vllm generate]
 
 Every side gets the same prompts, 8 siblings of each, the same weights rounded once to the same dtype, temperature 1
-over the whole vocabulary, no stop token, and so the same number of tokens, which is counted. Each turn has prompts of
-its own, the same for all sides, as in a run. Speeds are completion tokens a second, prefill included; start-up, weight
-sync and the making of caches are not.
+over the whole vocabulary, and no stop token, so the number of tokens is the same, which is checked. Each turn has new
+prompts, the same for all sides, as in a run. Speeds are completion tokens per second, including prefill but not
+start-up, weight sync and the building of caches.
 
 native          our engine with its defaults: behavior logprobs, FP32 logits, one prefill for all siblings
-vllm            the real vLLM, in a process of its own, eager, with prefix caching and a behavior logprob for each
-                token; its head in the model's dtype, vLLM's own default (--vllm-head fp32: as in our runs)
-generate        `module.generate`, prompts left-padded and repeated for each sibling (it knows no other way). It gets
-                away without behavior logprobs: keeping its logits would only make it slower
-generate_batch  continuous batching, with its logprobs. It works on a CPU, through SDPA; told to size its cache by
-                itself it takes nearly all memory of the machine, so the pages needed are given. Its manager is made
-                in the warm-up and kept
+vllm            the real vLLM, in its own process, eager, with prefix caching and a behavior logprob for each token; its
+                head in the model's dtype, vLLM's own default (--vllm-head fp32: as in our runs)
+generate        `module.generate`, prompts left-padded and repeated for each sibling, its only way. It returns no
+                behavior logprobs: keeping its logits would make it slower
+generate_batch  continuous batching, with its logprobs. It works on a CPU, through SDPA. If it sizes its cache by
+                itself, it takes nearly all memory of the machine, so the number of pages is given. Its manager is
+                built in the warm-up and kept
 
-torch's FP16 on a CPU is some twenty times slower than FP32: transformers in FP16 is left out unless --half-tokens says
-how many tokens a completion then has, on both sides.
+torch's FP16 on a CPU is about twenty times slower than FP32: transformers in FP16 is left out unless --half-tokens
+gives the number of tokens of a completion, for both sides.
 """
 
 from __future__ import annotations
@@ -50,35 +50,35 @@ CACHE_PAGE = 256
 PEERS = ("vllm", "generate", "generate_batch")
 TRANSFORMERS = ("generate", "generate_batch")
 TARGETS = {("fp16", "vllm", 32): 6.0, ("fp32", "best", 32): 1.5}
-"""(dtype, peer, sequences) -> ratio aimed at; elsewhere not to be slower."""
+"""(dtype, peer, sequences) -> target ratio; 1 elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a side has to be ready for."""
+    """Requirements that every side prepares for."""
 
     model: LoadedModel
     dtype: DtypeName
     tokens: int
-    """Of each completion."""
+    """Tokens of each completion."""
     most: int
-    """Sequences of the largest batch."""
+    """Number of sequences of the largest batch."""
     longest: int
-    """Tokens of the longest prompt and its completion."""
+    """Number of tokens of the longest prompt and its completion."""
     vllm_head: str
 
 
 Turns = Sequence[list[Prompt]]
 """Prompts of each turn."""
 Sampler = Callable[[list[Prompt]], int]
-"""Samples the siblings of some prompts; returns the number of tokens sampled."""
+"""Function that samples the siblings of some prompts and returns the number of sampled tokens."""
 
 
 # -- the sides
 
 
 def engine_side(work: Work, engine: dict[str, Any], stack: ExitStack) -> Sampler:
-    """One of our engines, as a run uses it."""
+    """Open one of our engines, as a run uses it."""
     config = RunConfig.model_validate({"precision": {"preset": work.dtype}, "engine": engine})
     precision = build_precision(config.precision, torch.device("cpu"))
     made = build_engine(config, work.model.hf_config, (), precision)
@@ -107,7 +107,7 @@ def vllm_side(work: Work, stack: ExitStack) -> Sampler:
 
 
 def generate_side(work: Work, _stack: ExitStack) -> Sampler:
-    """transformers' `generate`: a rectangle, padded on the left."""
+    """Open transformers' `generate`: a rectangular batch, padded on the left."""
     module, generation = transformers_module(work), whole_distribution(work)
 
     def sample(prompts: list[Prompt]) -> int:
@@ -120,11 +120,11 @@ def generate_side(work: Work, _stack: ExitStack) -> Sampler:
 
 
 def generate_batch_side(work: Work, stack: ExitStack) -> Sampler:
-    """transformers' continuous batching; siblings are requests of their own."""
+    """Open transformers' continuous batching; each sibling is a request."""
     from transformers import ContinuousBatchingConfig
 
     module, generation = transformers_module(work), whole_distribution(work)
-    generation.eos_token_id = -1  # its word for none
+    generation.eos_token_id = -1  # its value for no stop token
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     batching = ContinuousBatchingConfig(
         page_size=CACHE_PAGE,
@@ -155,11 +155,11 @@ SIDES: dict[str, Callable[[Work, ExitStack], Sampler]] = {
 
 
 class Unavailable(Exception):
-    """A peer cannot run here; says why."""
+    """Error of a peer that cannot run here, with the reason."""
 
 
 def transformers_module(work: Work) -> Any:
-    """The plain module with weights in the dtype."""
+    """Return the plain module with weights in the dtype."""
     module = copy.deepcopy(work.model.module)
     for parameter in module.parameters():
         parameter.data = parameter.data.to(torch_dtype(work.dtype))
@@ -168,7 +168,7 @@ def transformers_module(work: Work) -> Any:
 
 
 def whole_distribution(work: Work) -> Any:
-    """Sampling at temperature 1, without truncation and without stop tokens."""
+    """Return settings for sampling at temperature 1, without truncation and without stop tokens."""
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -177,7 +177,7 @@ def whole_distribution(work: Work) -> Any:
 
 
 def left_padded(rows: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, each [rows, longest]."""
+    """Return token ids and attention mask, each [rows, longest]."""
     width = max(map(len, rows))
     ids = torch.tensor([(0,) * (width - len(row)) + row for row in rows])
     return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -187,7 +187,7 @@ def left_padded(rows: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor
 
 
 def open_sides(work: Work, names: Sequence[str], stack: ExitStack) -> dict[str, Sampler]:
-    """The sides that can run."""
+    """Open the sides that can run."""
     sides: dict[str, Sampler] = {}
     for name in names:
         try:
@@ -198,7 +198,7 @@ def open_sides(work: Work, names: Sequence[str], stack: ExitStack) -> dict[str, 
 
 
 def turns_of(sample: Sampler, turns: Turns, tokens: int) -> Action:
-    """Sample the prompts of one turn after another, counting tokens."""
+    """Sample the prompts of each turn in order, and count the tokens."""
     coming = iter(turns)
 
     def turn() -> None:
@@ -210,7 +210,7 @@ def turns_of(sample: Sampler, turns: Turns, tokens: int) -> Action:
 
 
 def add_rows(table: Table, work: Work, sides: dict[str, Sampler], turns: Turns) -> None:
-    """Let the sides take turns; a row for each peer, and one for the best of several."""
+    """Alternate the sides; return a row for each peer, and one for the best of several."""
     actions = [turns_of(sample, turns, work.tokens) for sample in sides.values()]
     seconds = take_turns(*actions, repeats=len(turns) - 1)
     sequences = SIBLINGS * len(turns[0])
@@ -225,7 +225,7 @@ def add_rows(table: Table, work: Work, sides: dict[str, Sampler], turns: Turns) 
 
 
 def compare(table: Table, work: Work, peers: Sequence[str], batches: Sequence[Turns]) -> None:
-    """Rows of all batches for one dtype; the sides are opened once."""
+    """Return the rows of all batches for one dtype; the sides are opened once."""
     with ExitStack() as stack, quiet():
         sides = open_sides(work, ["native", *peers], stack)
         if len(sides) > 1:

@@ -1,12 +1,12 @@
-"""How the time of a whole step grows: with the length of completions, their number, and the size of a group.
+"""Measure the growth of a step's time with the length of completions, their number, and the group size.
 
     python benchmarks/scaling.py [--json] [--dtype fp16]
 
-One model, one size changed at a time, the sizes taking turns; a power law is fitted to the median seconds. `ours` is
-the factor by which doubling the size multiplies the time, 2 to the power of the fitted exponent, and `peer` what it
-would be if time were proportional to the size (2), or did not depend on it (1, for the group at a constant number of
-sequences, whose prompts a larger group shares). Fixed costs make factors smaller than their bound, so a good factor
-over small sizes says little: the seconds are printed too. No other framework is measured here.
+One model, one size changed at a time, the sizes alternating; a power law is fitted to the median seconds. `ours` is the
+factor by which doubling the size multiplies the time: 2 to the power of the fitted exponent. `peer` is the factor if
+time were proportional to the size (2), or independent of it (1, for the group size at a constant number of sequences,
+where a larger group shares its prompt). Fixed costs make factors smaller than their bound, so a good factor over small
+sizes says little: the seconds are printed too. No other framework is measured here.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ LENGTHS = (16, 32, 64, 128)
 SEQUENCES = (8, 16, 32, 64)
 GROUPS = (2, 4, 8, 16, 32)
 SEQUENCES_OF_GROUPS = 32
-"""Sequences while the size of a group changes."""
+"""Number of sequences while the group size changes."""
 
 
 def fitted_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """The b of seconds = a x size^b, by least squares in logarithms."""
+    """Return the b of seconds = a x size^b, by least squares in logarithms."""
     x, y = [math.log(size) for size in sizes], [math.log(taken) for taken in seconds]
     mean_x, mean_y = math.fsum(x) / len(x), math.fsum(y) / len(y)
     covariance = math.fsum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
@@ -40,7 +40,7 @@ def fitted_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def resized(parts: Parts, *, prompts: int, siblings: int, tokens: int) -> Parts:
-    """The same parts with another size of step; one model serves all sizes."""
+    """Return the same parts with another size of step; one model serves all sizes."""
     config = parts.config
     data = config.model_dump()
     data["training"] |= {"prompts_per_step": prompts, "group_size": siblings}
@@ -49,7 +49,7 @@ def resized(parts: Parts, *, prompts: int, siblings: int, tokens: int) -> Parts:
 
 
 def row(what: str, sizes: Sequence[int], actions: Sequence[Steps], repeats: int, proportional: float) -> Row:
-    """Time the sizes in turn and fit."""
+    """Time the sizes alternately, and fit."""
     seconds = take_turns(*actions, repeats=repeats)
     exponent = fitted_exponent(sizes, seconds)
     print("  " + ", ".join(f"{size}: {taken:.3g} s" for size, taken in zip(sizes, seconds, strict=True)), flush=True)
@@ -62,7 +62,7 @@ def main() -> None:
     made.add_argument("--model", default="smollm2")
     made.add_argument("--dtype", default="fp16", choices=get_args(DtypeName))
     made.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    made.add_argument("--sequences", type=int, nargs="+", default=SEQUENCES, help="multiples of 8, the group's size")
+    made.add_argument("--sequences", type=int, nargs="+", default=SEQUENCES, help="multiples of 8, the group size")
     made.add_argument("--groups", type=int, nargs="+", default=GROUPS, help=f"divisors of {SEQUENCES_OF_GROUPS}")
     args = made.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,4 +1,4 @@
-"""How far apart trainer and engine score the tokens of the weight sync's check, by engine and precision.
+"""Compare the scores of trainer and engine for the tokens of the weight sync's check, by engine and precision.
 
 OMP_NUM_THREADS=1 python benchmarks/score_check.py [demo|smollm2] [native,vllm] [fp16,bf16,fp32]
 """
@@ -22,7 +22,7 @@ def main() -> None:
             parts = assemble(load_config(None, [f"model={name}", f"engine={engine}", f"precision={dtype}"]))
             try:
                 sync_weights(parts)
-                difference, mean = score_difference(parts)
+                difference, mean = score_difference(parts.trainer, parts.engine, parts.model)
                 bound = tolerance(parts.precision, mean)
                 print(f"| {name} | {engine} | {dtype} | {difference:.2g} | {bound:.2g} | {mean:.1f} |", flush=True)
             finally:

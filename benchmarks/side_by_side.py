@@ -1,4 +1,4 @@
-"""What every benchmark shares: two sides that take turns in one run, medians, a table, one JSON line.
+"""Common parts of the benchmarks: two sides that alternate in one run, medians, a table, one JSON line.
 
 The machines are noisy, so only ratios of one run count, and the two sides alternate after a warm-up. A ratio above 1
 always means that ours is better, whether the numbers are speeds or seconds.
@@ -20,14 +20,14 @@ from typing import Any, Literal
 from betterhalf.process import choose_threads, variables
 
 _CHOSEN = "BETTERHALF_BENCHMARK_THREADS"
-"""Environment variable that tells a script started again what was chosen."""
+"""Environment variable that passes the choice to the restarted script."""
 
 
 def choose() -> str:
-    """Choose threads and waiting as the command line does, for both sides; return what was chosen.
+    """Choose threads and waiting as the command line does, for both sides; return the choice.
 
-    The scripts import torch first, and it reads its settings when it is loaded: a script is started again with them.
-    Peers in processes of their own inherit them.
+    torch reads its settings when it is loaded, and the scripts import it first: so the script is restarted with them.
+    Peers in other processes inherit them.
     """
     threads = choose_threads(os.environ)
     if _CHOSEN in os.environ or threads.waiting == "as set":
@@ -56,16 +56,16 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """Above 1: ours is better."""
+        """Ratio of the two sides; above 1, ours is better."""
         return self.ours / self.peer if self.better == "higher" else self.peer / self.ours
 
     def as_json(self) -> dict[str, str | float]:
-        """The row as the last line of output has it."""
+        """Return the row as it appears in the last line of output."""
         return {"what": self.what, "ours": self.ours, "peer": self.peer, "ratio": self.ratio, "target": self.target}
 
 
 def seconds_of(action: Action, clock: Callable[[], float] = time.perf_counter) -> float:
-    """How long one call takes."""
+    """Return the seconds that one call takes."""
     start = clock()
     action()
     return clock() - start
@@ -74,7 +74,7 @@ def seconds_of(action: Action, clock: Callable[[], float] = time.perf_counter) -
 def take_turns(
     *sides: Action, repeats: int, clock: Callable[[], float] = time.perf_counter, warm_up: int = 1
 ) -> tuple[float, ...]:
-    """Median seconds of each side, measured alternately after `warm_up` calls of each."""
+    """Return the median seconds of each side, measured alternately after `warm_up` calls of each."""
     for _ in range(warm_up):
         for side in sides:
             side()
@@ -83,7 +83,7 @@ def take_turns(
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """A command line with the options that all benchmarks have."""
+    """Return a parser with the options that all benchmarks have."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--repeats", type=int, default=3, help="timed turns of each side; medians count")
@@ -92,10 +92,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 class Table:
-    """Rows, printed as they come."""
+    """Rows, printed as they are added."""
 
     def __init__(self, unit: str) -> None:
-        """`unit` says what the numbers are, as in `tokens/s`."""
+        """Print the heading; `unit` is that of the numbers, such as `tokens/s`."""
         self.rows: list[Row] = []
         print(THREADS)
         print(f"{'what (' + unit + ')':<58} {'ours':>10} {'peer':>10} {'ratio':>8} {'target':>7}", flush=True)
@@ -108,13 +108,13 @@ class Table:
         print(f"{row.what:<58} {numbers}{met}", flush=True)
 
     def end(self, as_json: bool) -> None:
-        """The JSON line, if asked for."""
+        """Print the JSON line if it is requested."""
         if as_json:
             print_rows(self.rows)
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """All rows as one JSON object."""
+    """Return all rows as one JSON object."""
     print(json.dumps({"rows": [row.as_json() for row in rows]}), flush=True)
 
 

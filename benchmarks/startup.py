@@ -1,8 +1,8 @@
-"""How soon the command line answers, and what importing each package costs.
+"""Time the first answer of the command line, and the import of each package.
 
     python benchmarks/startup.py [--json]
 
-Processor seconds of whole processes, medians, so that a busy machine does not count. The peer of each row is a bound.
+Numbers are median CPU seconds of whole processes, so other work on the machine does not count. Each peer is a bound.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ COMMANDS: tuple[tuple[str, list[str], float], ...] = (
     ("import betterhalf.config.schema", ["-c", "import betterhalf.config.schema"], 0.5),
     ("import betterhalf.report.page", ["-c", "import betterhalf.report.page"], 0.5),
 )
-"""What, the arguments of Python, and the seconds it may take."""
+"""(name, arguments of Python, allowed seconds) of each row."""
 
 
 def processor_seconds(arguments: list[str]) -> float:
-    """Of one process, user and system."""
+    """Return the CPU seconds of one process, user and system."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -33,7 +33,7 @@ def processor_seconds(arguments: list[str]) -> float:
 
 def main() -> None:
     args = parser(__doc__).parse_args()
-    table = Table("processor seconds against the bound")
+    table = Table("CPU seconds against the bound")
     for what, arguments, bound in COMMANDS:
         taken = statistics.median(processor_seconds(arguments) for _ in range(args.repeats))
         table.add(Row(what=what, ours=taken, peer=bound, target=1.0, better="lower"))

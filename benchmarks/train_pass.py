@@ -1,14 +1,14 @@
-"""Forward and backward pass of SmolLM2-135M on a CPU: ours in FP16, BF16 and FP32 against transformers under torch.
+"""Time a training pass of SmolLM2-135M on a CPU: ours in FP16, BF16 and FP32 against transformers with torch.
 
     python benchmarks/train_pass.py [--json]
 
 Ours is the trainer's own pass: packed attention, FP32 logprobs in chunks, half gradients added to FP32 masters. The
-peers are the plain transformers module in one dtype, with its own loss. Same weights, same tokens, every token has a
-loss; the sides take turns after a warm-up, and medians are compared. Weights are not updated between passes, so the
-widening of the weights that follows each update is not in the numbers.
+peers are the plain transformers module in one dtype, with its own loss. Weights and tokens are the same, and every
+token has a loss; the sides alternate after a warm-up, and medians are compared. Weights are not updated between passes,
+so the numbers do not include the widening of the weights after each update.
 
-The last row compares our FP16 pass with the matrix products alone, in FP32, each at the better speed of torch's choice
-and ours for its shape in the same run: the share of the peak.
+The last row compares our FP16 pass with its matrix products alone, in FP32, each with the faster of torch's library and
+ours for its shape in the same run: the share of the peak.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ PAIRS: tuple[tuple[DtypeName, DtypeName, float], ...] = (
     ("bf16", "bf16", 1.0),
     ("fp32", "fp32", 0.95),
 )
-"""Our format, the peer's, and the ratio aimed at."""
+"""(our format, the peer's, target ratio) of each row."""
 
 
 def our_pass(model: LoadedModel, token_ids_T: Tensor, dtype: DtypeName) -> Action:
-    """The trainer's forward and backward pass."""
+    """Return the trainer's forward and backward pass."""
     config = RunConfig(precision=PrecisionConfig(preset=dtype))
     precision = build_precision(config.precision, torch.device("cpu"))
     copied = replace(model, module=duplicate(model))
@@ -57,7 +57,7 @@ def our_pass(model: LoadedModel, token_ids_T: Tensor, dtype: DtypeName) -> Actio
 
 
 def peer_pass(model: LoadedModel, token_ids_T: Tensor, dtype: DtypeName) -> Action:
-    """The plain transformers module and its own loss, in one dtype."""
+    """Return a pass of the plain transformers module with its own loss, in one dtype."""
     module = duplicate(model)
     for parameter in module.parameters():
         parameter.data = parameter.data.to(torch_dtype(dtype))
@@ -71,12 +71,12 @@ def peer_pass(model: LoadedModel, token_ids_T: Tensor, dtype: DtypeName) -> Acti
 
 
 def duplicate(model: LoadedModel) -> Any:
-    """The module with weights of its own."""
+    """Return the module with a separate copy of the weights."""
     return copy.deepcopy(model.module)
 
 
 def products(model: LoadedModel, tokens: int) -> dict[tuple[int, int, int], int]:
-    """(m, k, n) -> how often an [m, k] x [k, n] product occurs in a forward and backward pass over all weights."""
+    """Return (m, k, n) -> number of [m, k] x [k, n] products in a forward and backward pass over all weights."""
     shapes: dict[tuple[int, int, int], int] = {}
     embedding = model.module.get_input_embeddings().weight
     weights = [p for p in model.module.parameters() if p.ndim == 2 and p is not embedding]
@@ -87,7 +87,7 @@ def products(model: LoadedModel, tokens: int) -> dict[tuple[int, int, int], int]
 
 
 def peak_seconds(shapes: dict[tuple[int, int, int], int], repeats: int) -> float:
-    """Seconds that all products would take in FP32, each by the faster library at its median speed."""
+    """Return the seconds of all products in FP32, each with the faster library at its median speed."""
     total = 0.0
     for (m, k, n), count in shapes.items():
         left, right, out = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)

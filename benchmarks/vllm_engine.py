@@ -1,8 +1,8 @@
-"""What vLLM costs a run on this machine: start, generation, weight sync and its verification, by precision and head.
+"""Time vLLM in a run on this machine: start, generation, weight sync and its verification, by precision and head.
 
     OMP_NUM_THREADS=1 python benchmarks/vllm_engine.py [demo|smollm2] [fp16,bf16,fp32]
 
-A CPU run of SmolLM2 takes some five minutes. Prints one row for each engine.
+A CPU run of SmolLM2 takes about five minutes. The script prints one row for each engine.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Compare ways for threads to wait, and two runs side by side with two in sequence.
+"""Compare ways for threads to wait, and two parallel runs with two in sequence.
 
     python benchmarks/waiting.py [--steps 5] [--repeats 3]
 
-Steps of the demo (`experiments/base/demo.toml`), each run in a process of its own, the ways taking turns. "Both arms"
-is what a step of FP16 and one of BF16 take together: one after the other with all threads, or at the same time with
-one thread each. The first line says how long a sleeping thread takes to wake here. Alone on the machine, please.
+It times steps of the demo (`experiments/base/demo.toml`), each run in its own process, alternating. "Both arms" is the
+time of a step of FP16 and one of BF16: in sequence with all threads, or in parallel with one thread each. The first
+line shows how long a sleeping thread takes to wake here. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SPIN = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": str(SPIN_COUNT)}
 
 
 def start(precision: str, threads: int, waiting: Mapping[str, str], steps: int, folder: Path) -> Run:
-    """Start a short run of the demo in a process of its own."""
+    """Start a short run of the demo in its own process."""
     settings = [f"training.steps={steps}", f"precision={precision}", f"run_dir={folder}", "logging.console=quiet"]
     command = [sys.executable, "-m", "betterhalf.cli", "train", str(ROOT / "experiments/base/demo.toml"), *settings]
     environment = {**os.environ, **waiting, "OMP_NUM_THREADS": str(threads)}
@@ -37,7 +37,7 @@ def start(precision: str, threads: int, waiting: Mapping[str, str], steps: int, 
 
 
 def step_seconds(precisions: Sequence[str], threads: int, waiting: Mapping[str, str], steps: int) -> list[float]:
-    """Median seconds of a step of each run, all at the same time; the first step warms up."""
+    """Return the median seconds of a step of each run, all in parallel; the first step warms up."""
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary, name) for name in precisions]
         pairs = zip(precisions, folders, strict=True)
@@ -75,7 +75,7 @@ def main() -> None:
         table.add(Row(what=what, ours=spinning, peer=sleeping, target=1.0, better="lower"))
     for how in ("sleeping", "spinning"):
         both = sum(seconds[f"{precision}, all threads, {how}"] for precision in ("fp16", "bf16"))
-        what = f"both arms: side by side vs one after the other, {how}"
+        what = f"both arms: in parallel vs in sequence, {how}"
         table.add(Row(what=what, ours=seconds["side by side"], peer=both, target=1.0, better="lower"))
     table.end(args.json)
 

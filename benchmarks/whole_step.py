@@ -1,8 +1,8 @@
-"""What the benchmarks of whole steps share: a run's parts with completions of one length, and rewards made to order.
+"""Common parts of the benchmarks of whole steps: completions of one length, and rewards set by the benchmark.
 
-Completions ignore stop tokens, so that every side samples as many tokens. Rewards decide which groups are trained: a
-group of equal rewards is skipped, exactly, and would make a step look fast. `spread` lets no group be equal, `task` is
-the task's own reward, and a share of groups can be made equal on purpose.
+Completions ignore stop tokens, so that every side samples the same number of tokens. Rewards decide which groups are
+trained: a group of equal rewards is skipped, which changes no result but would make a step look fast. `spread` gives no
+group equal rewards, `task` is the task's own reward, and a share of groups can be given equal rewards on purpose.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Reward = Literal["spread", "task"]
 
 
 class Scripted:
-    """A task whose rewards are made to order; all else is the task's."""
+    """A task with rewards set by the benchmark; everything else is the task's."""
 
     def __init__(self, task: Task, group_size: int, equal_share: float = 0.0) -> None:
-        """`equal_share` of the groups of a call, the first ones, have siblings of equal reward."""
+        """Give the siblings of the first `equal_share` of the groups of a call equal rewards."""
         self._task, self._group_size, self._equal_share = task, group_size, equal_share
 
     def rewards(
@@ -45,14 +45,14 @@ class Scripted:
 
 
 def spread_reward(index: int, text: str) -> float:
-    """Every second completion is right; how many characters it uses tells the others apart."""
+    """Reward every second completion; the number of distinct characters separates the others."""
     return index % 2 + len(set(text)) / 1000
 
 
 def step_config(
     model: str, dtype: DtypeName, *, prompts: int, siblings: int, tokens: int, preset: str = "grpo", updates: int = 4
 ) -> RunConfig:
-    """A run of the arithmetic task; `updates` optimizer steps for each rollout batch."""
+    """Return the configuration of a run of the arithmetic task, with `updates` optimizer steps per rollout batch."""
     return RunConfig.model_validate(
         {
             "model": {"name": model},
@@ -66,7 +66,7 @@ def step_config(
                 "group_size": siblings,
                 "optimizer_steps": updates,
             },
-            # Made-up rewards and many repetitions must not end a measurement.
+            # Artificial rewards and many repetitions must not end a measurement.
             "watchdog": {"levels": [{"metric": "mismatch/k3/mean", "above": 1e9}]},
             "logging": {"console": "quiet"},
         }
@@ -74,7 +74,7 @@ def step_config(
 
 
 def open_parts(config: RunConfig, reward: Reward = "spread", equal_share: float = 0.0) -> Parts:
-    """The parts of a run with an engine that ignores stop tokens and holds the weights."""
+    """Build the parts of a run, with an engine that ignores stop tokens and holds the weights."""
     parts = assemble(config)
     parts.engine.close()
     engine = build_engine(config, parts.model.hf_config, (), parts.precision)
@@ -86,20 +86,20 @@ def open_parts(config: RunConfig, reward: Reward = "spread", equal_share: float 
 
 
 def with_rewards(parts: Parts, equal_share: float) -> Parts:
-    """`parts` with made-up rewards, those of a share of the groups equal."""
+    """Return `parts` with artificial rewards, equal for a share of the groups."""
     return replace(parts, task=Scripted(parts.task, parts.config.training.group_size, equal_share))
 
 
 class Steps:
-    """Runs one step after another."""
+    """Runner of consecutive steps."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts, self.progress = parts, Progress()
         self.skipped = 0
-        """Optimizer steps refused so far because gradients were not finite: they make a step shorter."""
+        """Number of optimizer steps skipped so far because gradients were not finite: they make a step shorter."""
 
     def __call__(self) -> loop.StepResult:
-        """The next step."""
+        """Run the next step."""
         result = loop.train_step(self.parts, self.progress)
         self.progress = result.progress
         self.skipped += int(result.metrics["optim/skipped"] or 0)
@@ -107,7 +107,7 @@ class Steps:
 
 
 def add_sizes(made: argparse.ArgumentParser) -> None:
-    """Options for the model and the size of a step."""
+    """Add options for the model and the size of a step."""
     made.add_argument("--model", default="smollm2")
     made.add_argument("--prompts", type=int, default=4, help="prompts of a step")
     made.add_argument("--siblings", type=int, default=8, help="completions of each prompt")

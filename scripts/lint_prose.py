@@ -8,9 +8,11 @@ if there is one. CONTRIBUTING.md states the rules; three of them are checked her
 
 * The summary line of a docstring is an imperative or a noun phrase: it does not open with What, How, Where, Whether,
   Of or As.
-* Words of another century are not used.
+* Outdated words are not used.
 * A line of Markdown has at most 120 characters, unless it is part of a table or of a code block, or holds a link that
   cannot be broken.
+
+Code spans, web addresses, tables and code blocks are not prose.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ DEFAULT = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
 )
 
+NAMES_THE_WORDS = (Path(__file__).resolve(), ROOT.resolve() / "tests" / "unit" / "test_prose.py")
+"""Files that hold the words that this script looks for: it, and its test."""
+
 MAX_WIDTH = 120
 
 FIRST_WORDS = ("What", "How", "Where", "Whether", "Of", "As")
@@ -46,7 +51,9 @@ OLD_WORDS = {
 }
 """Word or phrase -> what to write instead."""
 
-_OLD = re.compile(rf"\b({'|'.join(OLD_WORDS)})\b", re.IGNORECASE)
+_OLD = re.compile(r"\b(" + "|".join(OLD_WORDS).replace(" ", r"\s+") + r")\b", re.IGNORECASE)
+_NOT_PROSE = re.compile(r"`[^`\n]+`|https?://[^\s)>\"']+")
+_ITEM = re.compile(r"([*+-]|\d+\.) ")
 _FENCE = re.compile(r"^\s*(```|~~~)")
 _UNBREAKABLE = re.compile(r"\S{100,}|\]\(\S{60,}\)")
 
@@ -56,7 +63,11 @@ Finding = tuple[int, str]
 
 def python_findings(text: str) -> Iterator[Finding]:
     """Yield the problems of a Python file, in no order."""
-    tree = ast.parse(text)
+    try:
+        tree = ast.parse(text)
+    except SyntaxError as error:
+        yield error.lineno or 1, f"cannot be parsed ({error.msg})"
+        return
     for line, summary in docstrings(tree):
         first = re.match(r"\w+", summary)
         if first and first[0] in FIRST_WORDS:
@@ -89,23 +100,30 @@ def prose_of(text: str, tree: ast.Module) -> Iterator[Finding]:
 
 
 def old_words(line: int, text: str) -> Iterator[Finding]:
-    """Yield the old words of a text that starts at `line`."""
-    for found in _OLD.finditer(text):
+    """Yield the old words of a text that starts at `line`, outside code spans and web addresses."""
+    for found in _OLD.finditer(_NOT_PROSE.sub(_blank, text)):
         word = found[0]
         at = line + text.count("\n", 0, found.start())
-        yield at, f"{word!r}: write {OLD_WORDS[word.lower()]!r}"
+        yield at, f"{word!r}: write {OLD_WORDS[' '.join(word.lower().split())]!r}"
+
+
+def _blank(match: re.Match[str]) -> str:
+    return " " * len(match[0])
 
 
 def markdown_findings(text: str) -> Iterator[Finding]:
     """Yield the problems of a Markdown file."""
-    fenced = False
+    fenced = listed = False
     for number, line in enumerate(text.splitlines(), 1):
         if _FENCE.match(line):
             fenced = not fenced
-        if fenced or line.lstrip().startswith("|"):
+        indented = line.startswith("    ")
+        if line.strip() and not line.startswith(" "):
+            listed = bool(_ITEM.match(line))
+        if fenced or (indented and not listed) or line.lstrip().startswith("|"):
             continue
         yield from old_words(number, line)
-        if len(line) > MAX_WIDTH and not line.startswith("    ") and not _UNBREAKABLE.search(line):
+        if len(line) > MAX_WIDTH and not _UNBREAKABLE.search(line):
             yield number, f"{len(line)} characters; wrap prose at {MAX_WIDTH}"
 
 
@@ -129,8 +147,8 @@ def main() -> int:
     paths = parser.parse_args().paths or [ROOT / name for name in DEFAULT]
     count = 0
     for file in files_in(paths):
-        if file.resolve() == Path(__file__).resolve():
-            continue  # it names the words that it looks for
+        if file.resolve() in NAMES_THE_WORDS:
+            continue
         for line, problem in findings_of(file):
             shown = file.resolve()
             print(f"{shown.relative_to(ROOT) if shown.is_relative_to(ROOT) else shown}:{line}: {problem}")

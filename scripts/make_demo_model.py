@@ -3,17 +3,17 @@
 
     .venv/bin/python scripts/make_demo_model.py [FOLDER]
 
-writes config.json, generation_config.json, tokenizer.json, tokenizer_config.json and model.safetensors (FP32) to
-FOLDER, by default the one inside the package. It takes some two minutes.
+It writes config.json, generation_config.json, tokenizer.json, tokenizer_config.json and model.safetensors (FP32) to
+FOLDER, by default the one inside the package. It takes about two minutes.
 
 The model learns `2+7+9+1+5+5+4+9=` -> `7=09,9=18,1=19,5=24,5=29,4=33,9=42.` from solutions in which every running
-total is wrong with probability 0.07, by a random last digit, and the sum goes on from the wrong total. So it knows the
-arithmetic, and imitates slips that do not depend on the problem: it solves almost every prompt 0.93^7 = 60% of the
-time, and reinforcement learning has something that it can remove from all of them.
+total is wrong with probability 0.07, by a random last digit, and the sum continues from the wrong total. So it knows
+the arithmetic, and imitates slips that do not depend on the problem: it solves almost every prompt 0.93^7 = 60% of the
+time, and reinforcement learning has something to remove from all of them.
 
-The same machine gives the same file: seed, number of steps and algorithms are fixed, and one thread does all sums in
+The same machine gives the same file: seed, number of steps and algorithms are fixed, and one thread runs all sums in
 one order. Another processor or another version of torch may sum in another order; after 1,500 steps the weights then
-differ, though not in what they can do.
+differ, but not their ability.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ PROMPT_LENGTH = 2 * TERMS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How the model is trained."""
+    """Settings of the training."""
 
     seed: int = 0
     threads: int = 1
-    """One is nearly as fast as two at this size, and its sums have one order."""
+    """Number of threads: one is nearly as fast as two at this size, and its sums have one order."""
     steps: int = 1500
     batch_size: int = 32
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
     slip_probability: float = 0.07
-    """Chance that a running total is wrong."""
+    """Probability that a running total is wrong."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each character; what the vocabulary lacks is <unk>."""
+    """Return a tokenizer with one token for each character; characters outside the vocabulary are <unk>."""
     tokenizer = Tokenizer(models.WordLevel(ID, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -71,7 +71,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_config() -> LlamaConfig:
-    """A Llama with four heads of 32 and three layers."""
+    """Return the configuration of a Llama with four heads of 32 and three layers."""
     return LlamaConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=128,
@@ -94,7 +94,7 @@ def make_config() -> LlamaConfig:
 
 
 def sample_totals(digits_BN: Tensor, slip_probability: float, generator: torch.Generator) -> Tensor:
-    """Running totals after the second, third, ... digit, [B, N] -> [B, N - 1]; each may slip to another last digit."""
+    """Return running totals from the second digit on, [B, N] -> [B, N - 1]; each may slip to another last digit."""
     total_B = digits_BN[:, 0]
     totals = []
     for digit_B in digits_BN[:, 1:].unbind(1):
@@ -108,7 +108,7 @@ def sample_totals(digits_BN: Tensor, slip_probability: float, generator: torch.G
 
 
 def encode(digits_BN: Tensor, totals_BM: Tensor) -> Tensor:
-    """Prompt and completion as token ids: [B, N], [B, N - 1] -> [B, 2 N + 5 (N - 1)]."""
+    """Return prompt and completion as token ids: [B, N], [B, N - 1] -> [B, 2 N + 5 (N - 1)]."""
     zero = ID["0"]
     plus = torch.full_like(digits_BN, ID["+"])
     prompt = torch.stack([digits_BN + zero, plus], 2).flatten(1)
@@ -121,13 +121,13 @@ def encode(digits_BN: Tensor, totals_BM: Tensor) -> Tensor:
 
 
 def sample_batch(recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """Token ids [B, T] of solutions with slips."""
+    """Return token ids [B, T] of solutions with slips."""
     digits_BN = torch.randint(1, 10, (recipe.batch_size, TERMS), generator=generator)
     return encode(digits_BN, sample_totals(digits_BN, recipe.slip_probability, generator))
 
 
 def completion_loss(model: LlamaForCausalLM, token_ids_BT: Tensor) -> Tensor:
-    """Mean cross-entropy of the completion, in nats."""
+    """Return the mean cross-entropy of the completion, in nats."""
     logits = model(input_ids=token_ids_BT[:, :-1], use_cache=False).logits[:, PROMPT_LENGTH - 1 :]
     targets = token_ids_BT[:, PROMPT_LENGTH:]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -160,7 +160,7 @@ def train(recipe: Recipe) -> LlamaForCausalLM:
 
 
 def save(model: LlamaForCausalLM, folder: Path) -> str:
-    """Write the folder; returns the SHA-256 of the weights."""
+    """Write the folder; return the SHA-256 of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     make_tokenizer().save_pretrained(folder)
     model.generation_config = GenerationConfig(eos_token_id=ID[END_MARK], pad_token_id=ID[PAD], do_sample=True)

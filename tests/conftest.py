@@ -1,6 +1,6 @@
-"""Rules for every test: nothing reaches for the hub, slow and GPU tests say why they are skipped.
+"""Rules for every test: no access to the hub, and a reason for each skipped slow or GPU test.
 
-And small GGUF files, which tests of several folders read.
+Also small GGUF files, which tests in several folders read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def _interpret_triton() -> None:
-    """Without a GPU, kernels run in Triton's interpreter, which it must know when it is imported for the first time."""
+    """Run kernels in Triton's interpreter without a GPU; Triton reads the variable when it is first imported."""
     if _cuda_available() or "TRITON_INTERPRET" in os.environ:
         return
     os.environ["TRITON_INTERPRET"] = "1"
@@ -68,7 +68,7 @@ def _write_gguf(
     flags: Mapping[str, bool] | None = None,
     tensors: bool = True,
 ) -> Path:
-    """Write a file; without `tensors` its header is all there is."""
+    """Write a GGUF file; without `tensors`, only its header."""
     writer = pytest.importorskip("gguf").GGUFWriter(path, architecture)
     tokens = _sentencepiece(writer) if tokenizer == "llama" else _byte_level(writer)
     writer.add_tokenizer_pre(pre)

@@ -1,4 +1,4 @@
-"""What machine a run ran on: versions, hardware, git state."""
+"""Record of the environment of a run: versions, hardware, git state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions, hardware, git state, command and time. Imports no heavy package and never raises."""
+    """Return versions, hardware, git state, command and time. Imports no heavy package and never raises."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(sys.argv),
@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
 
 
 def _package_versions() -> dict[str, str]:
-    """Installed versions, from package metadata: nothing is imported."""
+    """Return installed versions from the packages' metadata, without importing them."""
     versions = {}
     for name in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -48,7 +48,7 @@ def _package_versions() -> dict[str, str]:
 
 
 def _output_of(command: Iterable[str]) -> str | None:
-    """Standard output of a command, or None when it is absent, slow or fails."""
+    """Return the standard output of a command; None if it is missing, takes over 10 s, or fails."""
     try:
         done = subprocess.run(list(command), capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
@@ -77,7 +77,7 @@ def _gpu_names() -> list[str]:
 
 
 def _git_state(checkout: Path) -> dict[str, Any] | None:
-    """Commit and dirty flag of `checkout`; None when it is no git checkout, as in an installed package."""
+    """Return commit and dirty flag of `checkout`; None without a git checkout, as in an installed package."""
     if not (checkout / ".git").exists():
         return None
     commit = _output_of(["git", "-C", str(checkout), "rev-parse", "HEAD"])

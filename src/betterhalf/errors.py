@@ -4,18 +4,18 @@
     +-- InputError          (ValueError)    exit 2   bad data, bad model, bad folder
     |   +-- ConfigError                     exit 2   bad key or value in a configuration
     |   +-- ContractError                   exit 2   trainer and engine disagree on precision at start
-    |   +-- CheckpointError                 exit 2   a checkpoint that cannot be read back
+    |   +-- CheckpointError                 exit 2   a checkpoint that cannot be read
     +-- MissingExtraError   (ImportError)   exit 2   an optional dependency is not installed
     +-- RunError            (RuntimeError)  exit 3   failure while running
-        +-- EngineError                     exit 3   the rollout engine failed or returned nonsense
-        |   +-- EngineDiedError             exit 3   the engine's process ended; a new one can take over
-        +-- RewardError                     exit 3   a reward is not a finite number, or the grader cannot work
+        +-- EngineError                     exit 3   the rollout engine failed or returned impossible values
+        |   +-- EngineDiedError             exit 3   the engine's process ended; a new one can replace it
+        +-- RewardError                     exit 3   a reward is not a finite number, or the grader failed
         +-- WeightSyncError                 exit 3   the engine does not hold the weights it was sent
         +-- LossScaleError                  exit 3   the loss scale is at its floor and still overflows
         +-- NumericsError                   exit 3   the trainer's logprobs are not finite
         +-- WatchdogError                   exit 3   the watchdog stopped the run
 
-Each message is one sentence of what is wrong and one of how to cure it. The command line prints the
+Each message is one sentence that says what is wrong and one that says how to fix it. The command line prints the
 message alone, without a traceback, and exits with `exit_code`.
 """
 
@@ -37,7 +37,7 @@ class ConfigError(InputError):
 
 
 class ContractError(InputError):
-    """Trainer and rollout engine would run in different precisions without being told to."""
+    """Trainer and rollout engine would run in different precisions, and the configuration does not allow it."""
 
 
 class CheckpointError(InputError):
@@ -51,21 +51,21 @@ class MissingExtraError(BetterhalfError, ImportError):
 
 
 class RunError(BetterhalfError, RuntimeError):
-    """Something failed while running; what was already written is kept."""
+    """A run failed after it had started; what is already written is kept."""
 
     exit_code = 3
 
 
 class EngineError(RunError):
-    """The rollout engine failed, or returned values that cannot be right."""
+    """The rollout engine failed or returned impossible values."""
 
 
 class EngineDiedError(EngineError):
-    """The engine's process ended, or does not answer; `RolloutEngine.restart` makes a new one."""
+    """The engine's process ended or does not answer; `RolloutEngine.restart` starts a new one."""
 
 
 class RewardError(RunError):
-    """A reward is NaN or infinite, one is missing or extra, or the grader cannot start or fails by itself."""
+    """A reward is NaN or infinite, the number of rewards is wrong, or the grader itself failed or could not start."""
 
 
 class WeightSyncError(RunError):
@@ -81,4 +81,4 @@ class NumericsError(RunError):
 
 
 class WatchdogError(RunError):
-    """A watchdog level with the action `stop` fired; the message says which, and by how much."""
+    """A watchdog level with the action `stop` fired; the message names the level and the value."""

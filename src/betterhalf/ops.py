@@ -1,4 +1,4 @@
-"""The few tensor operations that trainer, engine and diagnostics must share, so that nobody measures itself.
+"""Tensor operations that trainer, engine and diagnostics share, so that a diagnostic does not measure itself.
 
 Axis letters: V vocabulary, C completion tokens, S sequences.
 """
@@ -14,27 +14,26 @@ from torch import Tensor
 from betterhalf.kernels import fused
 
 LOG_RATIO_BOUND = 20.0
-"""Log-ratios are bounded to +-20 once, before the exponential: exp(20) = 4.9e8 keeps FP32 sums finite."""
-
+"""Bound of log-ratios, applied once, before the exponential: exp(20) = 4.9e8 keeps FP32 sums finite."""
 
 _AT_ONCE = 2**19
-"""Logits whose temporaries are alive at once on a CPU: 2 MiB, which stay in its cache and are no fresh memory."""
+"""Number of logits in one block on a CPU: their temporaries of 2 MiB stay in its cache and reuse memory."""
 
 
 def shifted_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """FP32 exponentials of logits minus the row's largest, [..., V] in (0, 1], and that largest, [..., 1]."""
+    """Return exp(logits - largest of the row) in FP32, [..., V] in (0, 1], and the largest logits, [..., 1]."""
     wide = logits.float()
     largest = wide.amax(-1, keepdim=True)
     return (wide - largest).exp_(), largest
 
 
 def log_normaliser(exponentials: Tensor, largest: Tensor) -> Tensor:
-    """The logarithm of the sum of the logits' exponentials, from what `shifted_exp` gives: float32 [...]."""
+    """Return the log-sum-exp of the logits, float32 [...], from the results of `shifted_exp`."""
     return exponentials.sum(-1).log_().add_(largest.squeeze(-1))
 
 
 def normalised(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`token_logprobs`, and what it subtracted: the logarithm of the sum of exponentials; both float32 [...]."""
+    """Return `token_logprobs` and the log-sum-exp that it subtracts, float32 [...] each."""
     if _by_kernel(logits):
         return _scores_on_gpu(logits, token_ids, temperature)[:2]
 
@@ -48,7 +47,7 @@ def normalised(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> t
 
 
 def logprobs_and_entropy(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`token_logprobs`, bit for bit, and the entropy of the same rows, in nats, from the same exponentials: [...]."""
+    """Return `token_logprobs`, bit for bit, and the entropies of the same rows in nats; float32 [...] each."""
     if _by_kernel(logits):
         logprobs, _, entropies = _scores_on_gpu(logits, token_ids, temperature)
         return logprobs, entropies
@@ -66,13 +65,13 @@ def logprobs_and_entropy(logits: Tensor, token_ids: Tensor, temperature: float =
 
 
 def _by_kernel(logits: Tensor) -> bool:
-    """The kernel makes no gradient."""
+    """Return True if the Triton kernel can be used; it has no backward pass."""
     return fused(logits) and not (torch.is_grad_enabled() and logits.requires_grad)
 
 
 def _scores_on_gpu(logits: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Logprob, normaliser and entropy, [...] each."""
-    # Imported here: only where there is a GPU does it need Triton.
+    """Return logprob, normaliser and entropy, [...] each."""
+    # Imported here, because it needs Triton, which is there only with a GPU.
     from betterhalf.kernels import vocabulary
 
     rows, shape = logits.reshape(-1, logits.shape[-1]).float().contiguous(), logits.shape[:-1]
@@ -81,7 +80,7 @@ def _scores_on_gpu(logits: Tensor, token_ids: Tensor, temperature: float) -> tup
 
 
 def _by_rows(some: Callable[..., tuple[Tensor, ...]], logits: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """What `some` gives, [...] each, for logits [..., V] and others [...]; on a CPU it sees a few rows at a time."""
+    """Apply `some` to logits [..., V] and others [...]; on a CPU in blocks of a few rows. Results are [...] each."""
     shape, vocabulary = logits.shape[:-1], logits.shape[-1]
     if not logits.is_cpu or logits.numel() <= _AT_ONCE:
         return some(logits, *others)
@@ -91,17 +90,17 @@ def _by_rows(some: Callable[..., tuple[Tensor, ...]], logits: Tensor, *others: T
 
 
 def chosen(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """Each row's logit of its token: [..., V], int64 [...] -> [...]."""
+    """Return each row's logit of its token: [..., V], int64 [...] -> [...]."""
     return logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probability of each token under softmax(logits / temperature), always computed in FP32.
+    """Return the log-probability of each token under softmax(logits / temperature), always computed in FP32.
 
     Args:
         logits: [..., V], any floating dtype.
         token_ids: int64 [...].
-        temperature: positive; 1 leaves the logits alone.
+        temperature: positive; 1 leaves the logits unchanged.
 
     Returns:
         float32 [...], in nats.
@@ -110,21 +109,21 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) 
 
 
 def log_ratio(numerator_logprobs: Tensor, denominator_logprobs: Tensor) -> Tensor:
-    """Numerator minus denominator, unbounded; for the mismatch: trainer minus behavior."""
+    """Return numerator minus denominator, unbounded; for the mismatch: trainer minus behavior."""
     return numerator_logprobs - denominator_logprobs
 
 
 def bounded_exp(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """exp of the log-ratio bounded to +-20, and which elements were bounded (bool)."""
+    """Return exp of the log-ratio bounded to +-20, and a mask of the elements that were bounded."""
     bounded = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     return bounded.exp(), log_ratio.abs() > LOG_RATIO_BOUND
 
 
 def segment_sum(values_C: Tensor, sequence_index_C: Tensor, num_sequences: int) -> Tensor:
-    """Sum of the values of each sequence: [C] -> [S]; 0 for a sequence without values.
+    """Return the sum of the values of each sequence: [C] -> [S]; 0 for a sequence without values.
 
-    Values are added in their order, and so are their gradients: the same bits in every run, on a GPU too, where
-    `index_add` leaves the order to chance. Integers are exact below 2^53.
+    Values are added in order, so that every run gives the same bits, on a GPU too, where the order of `index_add` is
+    undefined. Integers are exact below 2^53.
     """
     out = _SegmentSum.apply(values_C, sequence_index_C, num_sequences)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
@@ -151,6 +150,6 @@ class _SegmentSum(torch.autograd.Function):
 
 
 def segment_mean(values_C: Tensor, sequence_index_C: Tensor, num_sequences: int) -> Tensor:
-    """Mean of the values of each sequence: [C] -> [S]; 0 for a sequence without values."""
+    """Return the mean of the values of each sequence: [C] -> [S]; 0 for a sequence without values."""
     counts = segment_sum(torch.ones_like(values_C), sequence_index_C, num_sequences)
     return segment_sum(values_C, sequence_index_C, num_sequences) / counts.clamp(min=1)

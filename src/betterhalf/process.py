@@ -1,6 +1,7 @@
-"""Settings of the process that libraries read when they are loaded: threads, how they wait, memory, garbage.
+"""Settings of the whole process: number of threads, their waiting policy, memory pages, garbage collection.
 
-What the environment sets already stays: `OMP_NUM_THREADS`, `OMP_WAIT_POLICY`, `GOMP_SPINCOUNT`.
+Libraries read most of them once, when they are loaded. `OMP_NUM_THREADS`, `OMP_WAIT_POLICY` and `GOMP_SPINCOUNT` keep
+the values that the environment gives them.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 SPIN_COUNT = 20_000
-"""Turns that a waiting thread spins before it sleeps, as `GOMP_SPINCOUNT`."""
+"""Value of `GOMP_SPINCOUNT` for spinning threads: turns of a busy loop before a waiting thread sleeps."""
 
 SLOW_WAKE_MICROSECONDS = 5.0
-"""Threads spin where waking takes at least this long; at 12 us a step of the demo gains a fifth (docs/LOG.md)."""
+"""Threads spin if waking one takes at least this long; at 12 us, spinning makes a step of the demo a fifth faster
+(docs/LOG.md)."""
 
 _ROUND_TRIPS = 200
 _LOAD_SECONDS = 0.1
@@ -31,26 +33,26 @@ _LOAD_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Threads:
-    """The threads of one process, and how they wait for work."""
+    """Number of threads of a process, and their waiting policy."""
 
     count: int
-    """Threads that compute."""
+    """Number of threads that compute."""
     waiting: str
-    """`spin` (briefly, then sleep), `sleep` (at once), or `as set` by somebody else."""
+    """`spin` (briefly, then sleep), `sleep` (at once), or `as set` by the environment or by torch."""
     wake_microseconds: float | None
-    """Time to wake a sleeping thread on another core; None where it was not measured."""
+    """Time to wake a sleeping thread on another core; None if not measured."""
     idle_cores: float | None
-    """Cores that were idle at the start; None where it was not measured."""
+    """Number of idle cores at the start; None if not measured."""
     reason: str
-    """Why it waits this way."""
+    """Reason for the waiting policy, for people."""
 
     def __str__(self) -> str:
-        """One line for people."""
+        """Describe the choice in one line."""
         plural = "" if self.count == 1 else "s"
         return f"{self.count} thread{plural}, waiting: {self.waiting} ({self.reason})"
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name."""
+        """Return the fields by name."""
         return asdict(self)
 
 
@@ -58,16 +60,15 @@ _chosen: Threads | None = None
 
 
 def prepare_process() -> Threads:
-    """Choose the threads of this process and how they wait, once; call it before torch is imported.
+    """Choose the number of threads and their waiting policy, once per process; call it before torch is imported.
 
-    The number of threads depends on the machine alone, since the order of sums, and with it every bit, depends on that
-    number. How they wait changes no bit, so it is chosen by a measurement of a tenth of a second: a thread that sleeps
-    took 12 and 63 us to wake on two machines, longer than a small operation takes; a thread that spins is there
-    at once, but takes the core from whatever else runs. So threads spin only where waking is slow and the cores are
-    idle.
+    The number of threads depends on the machine alone, because it determines the order of sums and therefore every bit
+    of the results. The waiting policy changes no bit, so a measurement of a tenth of a second chooses it. Waking a
+    sleeping thread took 12 and 63 us on two machines, longer than a small operation; a spinning thread starts at once,
+    but keeps its core from other processes. Threads therefore spin only if waking is slow and the cores are idle.
 
-    Linux also gives out the memory of every large temporary tensor in pages of 4 KiB, unless torch asks for large ones.
-    docs/LOG.md has all of this measured.
+    It also makes torch ask for large memory pages: Linux otherwise hands out every large temporary tensor in pages of
+    4 KiB. docs/LOG.md has the measurements.
     """
     global _chosen
     if _chosen is None:
@@ -79,7 +80,7 @@ def prepare_process() -> Threads:
 
 
 def variables(threads: Threads) -> dict[str, str]:
-    """The environment variables that make a process run as chosen."""
+    """Return the environment variables that put a choice into effect."""
     spin = SPIN_COUNT if threads.waiting == "spin" else 0
     waiting = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": str(spin)}
     return {
@@ -90,20 +91,20 @@ def variables(threads: Threads) -> dict[str, str]:
 
 
 def chosen_threads() -> Threads | None:
-    """Return the choice of `prepare_process`; None in a process that never called it, such as a notebook."""
+    """Return the choice of `prepare_process`; None in a process that did not call it, such as a notebook."""
     return _chosen
 
 
 def choose_threads(environment: Mapping[str, str]) -> Threads:
-    """Measure the machine and choose; `environment` is read, not changed."""
+    """Measure the machine and return the choice; `environment` is read, not changed."""
     count = _thread_count(environment)
     if count == 1:
-        return _threads(1, "sleep", "a single thread waits for nobody")
+        return _threads(1, "sleep", "a single thread never waits for others")
     if any(environment.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
-        return _threads(count, "as set", "OMP_WAIT_POLICY or GOMP_SPINCOUNT is in the environment")
+        return _threads(count, "as set", "the environment sets OMP_WAIT_POLICY or GOMP_SPINCOUNT")
     idle, wake = idle_cores(), wake_microseconds()
     if wake is None or idle is None:
-        return _threads(count, "sleep", "this system does not tell how busy it is", wake, idle)
+        return _threads(count, "sleep", "idle cores or wake-up times cannot be measured here", wake, idle)
     measured = f"waking a thread takes {wake:.0f} us here, and {idle:.1f} cores were idle at the start"
     spin = wake >= SLOW_WAKE_MICROSECONDS and idle >= count - 0.5
     return _threads(count, "spin" if spin else "sleep", measured, wake, idle)
@@ -111,7 +112,7 @@ def choose_threads(environment: Mapping[str, str]) -> Threads:
 
 def _too_late() -> Threads:
     torch = sys.modules["torch"]
-    return _threads(torch.get_num_threads(), "as set", "torch was loaded before there was a choice")
+    return _threads(torch.get_num_threads(), "as set", "torch was loaded before the choice")
 
 
 def _threads(count: int, waiting: str, reason: str, wake: float | None = None, idle: float | None = None) -> Threads:
@@ -124,7 +125,7 @@ def _thread_count(environment: Mapping[str, str]) -> int:
 
 
 def usable_cores() -> int:
-    """Physical cores this process may use: those of its affinity, at most the quota of its container, rounded up."""
+    """Return the number of physical cores in the process's affinity, limited by its container's quota (rounded up)."""
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     quota = _quota()
     cores = len({_siblings(cpu) for cpu in cpus})
@@ -132,14 +133,14 @@ def usable_cores() -> int:
 
 
 def _siblings(cpu: int) -> str:
-    """The logical processors of one physical core, as Linux lists them; the processor alone where it does not."""
+    """Return Linux's list of the logical processors that share a core with `cpu`; `cpu` alone without such a list."""
     with suppress(OSError):
         return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii")
     return str(cpu)
 
 
 def _quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
-    """Cores that the control group grants; None without a limit."""
+    """Return the number of cores that the control group allows; None without a limit."""
     with suppress(OSError, ValueError):
         quota, period = file.read_text(encoding="ascii").split()
         return None if quota == "max" else int(quota) / int(period)
@@ -147,7 +148,7 @@ def _quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
 
 
 def idle_cores(seconds: float = _LOAD_SECONDS) -> float | None:
-    """Cores without work, on average over `seconds`, among those this process may use; None where nobody tells."""
+    """Measure the mean number of idle cores over `seconds`, among those this process may use; None if unknown."""
     before = _core_times()
     time.sleep(seconds)
     after = _core_times()
@@ -157,7 +158,7 @@ def idle_cores(seconds: float = _LOAD_SECONDS) -> float | None:
 
 
 def _core_times() -> dict[int, tuple[int, int]]:
-    """Core -> (idle time, time), in ticks, from /proc/stat."""
+    """Read (idle time, total time) of each core from /proc/stat, in ticks; empty where there is no such file."""
     times = {}
     with suppress(OSError, ValueError, AttributeError):
         wanted = os.sched_getaffinity(0)
@@ -170,10 +171,10 @@ def _core_times() -> dict[int, tuple[int, int]]:
 
 
 def wake_microseconds(round_trips: int = _ROUND_TRIPS) -> float | None:
-    """Median time for one process to wake another that sleeps on another core, in microseconds.
+    """Measure the median time in which a process wakes another that sleeps on another core, in microseconds.
 
-    Half of a round trip of one byte through two pipes: what waking a thread costs, less what the scheduler makes of
-    it. None where processes cannot be bound to cores, or with a single core.
+    The time is half of the round trip of one byte through two pipes. It stands for the time to wake a thread, apart
+    from effects of the scheduler. None if processes cannot be bound to cores, or with a single core.
     """
     if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
         return None
@@ -200,12 +201,12 @@ def _round_trip(out: int, back: int) -> float:
     started = time.perf_counter()
     os.write(out, b"?")
     if not os.read(back, 1):
-        raise OSError("the other end is gone")
+        raise OSError("the other process has ended")
     return (time.perf_counter() - started) * 1e6
 
 
 def _echo(core: int, to_child: tuple[int, int], from_child: tuple[int, int]) -> None:
-    """Answer each byte with a byte until the pipe closes, then end this process; never returns."""
+    """Answer each byte with a byte until the pipe closes, then end this process."""
     with suppress(BaseException):
         os.close(to_child[1])
         os.close(from_child[0])
@@ -216,10 +217,10 @@ def _echo(core: int, to_child: tuple[int, int], from_child: tuple[int, int]) -> 
 
 
 def end_with_parent(parent: int) -> None:
-    """End this process and its group when the process `parent`, which started it, is gone.
+    """End this process and its group once `parent`, the process that started it, has ended.
 
-    A thread that looks: the kernel's death signal (PR_SET_PDEATHSIG) follows the parent's *thread*, which may end
-    while the parent goes on.
+    A thread polls, because the kernel's own signal (PR_SET_PDEATHSIG) is sent when the parent's *thread* ends, which
+    may happen while the parent still runs.
     """
 
     def look() -> None:
@@ -232,10 +233,13 @@ def end_with_parent(parent: int) -> None:
 
 @contextmanager
 def frozen_gc() -> Iterator[None]:
-    """Keep Python's garbage collector off what exists now: models and libraries are a million objects, which it would
-    look through again and again while a step makes some thousands."""
+    """Exclude all objects that exist now from garbage collection.
+
+    Models and libraries are about a million objects, and a step creates a few thousand; without this, each full
+    collection goes through all of them.
+    """
     if gc.get_freeze_count():
-        # Somebody else has done it, and will undo it.
+        # A caller has frozen the objects already, and will unfreeze them.
         yield
         return
     gc.collect()

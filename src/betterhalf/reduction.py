@@ -1,4 +1,4 @@
-"""Reductions: each number of a record declares how several of its values become one.
+"""Reductions: each number of a record declares how several values of it are combined.
 
 Micro-batches, optimizer steps and ranks are all combined by what is declared here, never by the name of a field.
 """
@@ -19,7 +19,7 @@ REDUCTIONS: dict[Reduction, Callable[[Sequence[float]], float]] = {
     "max": lambda values: float(max(values)),
     "last": lambda values: float(values[-1]),
 }
-"""How each reduction combines a sequence of at least one number."""
+"""Function for each reduction, which combines a sequence of at least one number."""
 
 
 SUM: Mapping[str, Reduction] = {_KEY: "sum"}
@@ -29,7 +29,7 @@ MEAN: Mapping[str, Reduction] = {_KEY: "mean"}
 """Metadata of a dataclass field whose values are averaged."""
 
 MAX: Mapping[str, Reduction] = {_KEY: "max"}
-"""Metadata of a dataclass field of whose values the largest counts."""
+"""Metadata of a dataclass field whose largest value is kept."""
 
 
 def declared_reductions(record: type) -> dict[str, Reduction]:

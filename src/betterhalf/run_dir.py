@@ -23,17 +23,17 @@ _RUN_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """One run's folder. Nothing is read or written until asked for."""
+    """The folder of one run. Creating the object reads and writes nothing."""
 
     path: Path
     """The folder."""
 
     @classmethod
     def create(cls, path: str | Path, *, resume: bool) -> Self:
-        """The folder at `path`, made if need be, ready for a new run or for the continuation of the one it holds.
+        """Return the folder at `path`, created if missing, for a new run or to continue the one it holds.
 
         Raises:
-            InputError: it holds another run without `resume`, or none with it, or it cannot be made.
+            InputError: it holds a run without `resume`, or no run with `resume`, or it cannot be created.
         """
         run = cls(Path(path))
         if resume and not run.holds_run:
@@ -47,33 +47,34 @@ class RunDir:
             run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"{run.path} cannot be made ({error.strerror}). Choose another folder with run_dir=PATH."
+                f"{run.path} cannot be created ({error.strerror}). Choose another folder with run_dir=PATH."
             ) from error
         return run
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """The folder of an existing run, for reading.
+        """Return the folder of an existing run, for reading.
 
         Raises:
-            InputError: there is no such folder, or it holds no run.
+            InputError: the folder does not exist or holds no run.
         """
         run = cls(Path(path))
         if not run.path.is_dir():
             raise InputError(f"{run.path} is not a folder. Name the folder of a run, such as runs/sanity-demo-...")
         # A model's folder has a config.json as well.
         if not any((run.path / name).exists() for name in _RUN_FILES[1:]):
-            raise InputError(f"{run.path} is no run folder: it has none of {', '.join(_RUN_FILES[1:6])}. Name another.")
+            files = ", ".join(_RUN_FILES[1:6])
+            raise InputError(f"{run.path} is not a run folder: it has none of {files}. Name another folder.")
         return run
 
     @property
     def holds_run(self) -> bool:
-        """Whether any file of a run is there."""
+        """True if the folder has any file of a run."""
         return any(os.path.exists(self.path / name) for name in _RUN_FILES)
 
     @property
     def configured(self) -> bool:
-        """Whether its config.json is that of a run; the folder of a model has a file of that name as well."""
+        """True if its config.json is that of a run; the folder of a model has a file of that name as well."""
         return self.config.is_file() and (self.environment.is_file() or self.checkpoints.is_dir())
 
     @property
@@ -88,7 +89,7 @@ class RunDir:
 
     @property
     def contract(self) -> Path:
-        """What trainer and engine reported of their precision."""
+        """Reports of trainer and engine on their precision."""
         return self.path / "contract.json"
 
     @property
@@ -113,27 +114,27 @@ class RunDir:
 
     @property
     def summary(self) -> Path:
-        """The run's result; written last."""
+        """Result of the run; written last."""
         return self.path / "summary.json"
 
     @property
     def perfectible(self) -> Path:
-        """Prompts that the base policy solves sometimes."""
+        """Prompts that the base policy solves in some of its attempts."""
         return self.path / "perfectible.jsonl"
 
     @property
     def bad_rows(self) -> Path:
-        """Rows of the data that cannot be used and were left out, with the reasons; absent if there are none."""
+        """Rows of the data that were left out because they cannot be used, with reasons; absent if there are none."""
         return self.path / "bad_rows.jsonl"
 
     @property
     def evaluation(self) -> Path:
-        """The scores of each prompt evaluated so far."""
+        """Results of each prompt evaluated so far."""
         return self.path / "evaluation.jsonl"
 
     @property
     def evaluated(self) -> Path:
-        """The weights and the data that an evaluation is of."""
+        """Identity of the weights and of the data of an evaluation."""
         return self.path / "evaluation.json"
 
     @property
@@ -158,15 +159,15 @@ class RunDir:
 
     @property
     def arms(self) -> Path:
-        """Folder of a sanity run's arms, one whole run folder each."""
+        """Folder of the arms of a sanity run; each arm has a complete run folder."""
         return self.path / "arms"
 
     def arm(self, name: str) -> RunDir:
-        """The run folder of one arm."""
+        """Return the run folder of one arm."""
         return RunDir(self.arms / name)
 
     def arm_names(self) -> list[str]:
-        """Arms that exist: in the order of the summary where it names them, then by name; empty for a plain run."""
+        """Return the arms in the folder, in the order of the summary, then by name; empty for a plain run."""
         if not self.arms.is_dir():
             return []
         found = sorted(child.name for child in self.arms.iterdir() if child.is_dir())
@@ -184,20 +185,20 @@ class RunDir:
 
 
 def write_json_atomic(path: Path, obj: object) -> None:
-    """Replace `path` by `obj` as JSON: readers see the old file or the new one. NaN and infinity become null.
+    """Replace `path` atomically by `obj` as JSON. NaN and infinity become null.
 
     Raises:
-        RunError: the disk is full or cannot be written; the old file is untouched.
+        RunError: the disk is full or not writable; the old file is unchanged.
     """
     write_text_atomic(path, _dumps(obj, indent=2) + "\n")
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text` in UTF-8, as `write_json_atomic` does."""
+    """Replace `path` atomically by `text` in UTF-8; raises as `write_json_atomic` does."""
     try:
         with _temporary_beside(path) as (fd, temporary):
             with os.fdopen(fd, "wb") as file:
-                # A lone surrogate (a torn character in a completion) has no UTF-8; it must not stop a run.
+                # A lone surrogate (half of a character in a completion) has no UTF-8 encoding; it must not stop a run.
                 file.write(text.encode(errors="replace"))
                 file.flush()
                 os.fsync(file.fileno())
@@ -207,10 +208,10 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
+    """Read the JSON object in `path`.
 
     Raises:
-        InputError: the file is missing, or does not hold a JSON object.
+        InputError: the file is missing or does not hold a JSON object.
     """
     try:
         obj = json.loads(path.read_text(encoding="utf-8"))
@@ -224,10 +225,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    """Add `row` as one line, by a single write; NaN and infinity become null. A torn last line is removed first.
+    """Append `row` as one line; NaN and infinity become null. An incomplete last line is removed first.
 
     Raises:
-        RunError: the disk is full or cannot be written; the rows before are untouched.
+        RunError: the disk is full or not writable; earlier rows are unchanged.
     """
     line = (_dumps(row) + "\n").encode(errors="replace")
     try:
@@ -239,7 +240,7 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of `path`; empty if it does not exist. A last line torn by a kill is left out.
+    """Read the rows of `path`; empty if it does not exist. An incomplete last line, left by a kill, is skipped.
 
     Raises:
         InputError: any other line is not a JSON object; the message names its number, counted from 1.
@@ -258,11 +259,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_jsonl(path: Path, keep: int | Callable[[dict[str, Any]], bool]) -> None:
-    """Keep the rows for which `keep` holds, or, given a number, those with `step` up to it; rewritten atomically.
+    """Keep the rows for which `keep` is true, or those with `step` up to the number `keep`; rewrites atomically.
 
     Raises:
         InputError: a line is not a JSON object.
-        RunError: the disk is full; the old file is untouched.
+        RunError: the disk is full; the old file is unchanged.
     """
     if not path.exists():
         return
@@ -272,7 +273,7 @@ def truncate_jsonl(path: Path, keep: int | Callable[[dict[str, Any]], bool]) -> 
 
 
 def plain_json(obj: object) -> object:
-    """`obj` as JSON can hold it: non-finite numbers become None, tuples lists, paths text."""
+    """Convert `obj` to what JSON can hold: non-finite numbers become None, tuples lists, paths text."""
     if isinstance(obj, float):
         return obj if math.isfinite(obj) else None
     if isinstance(obj, Mapping):
@@ -296,7 +297,7 @@ def _parse_object(line: bytes) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _temporary_beside(path: Path) -> Iterator[tuple[int, str]]:
-    """A temporary file on the same file system, removed unless it was moved away."""
+    """Yield a temporary file in the same folder; it is removed unless it has been moved."""
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     umask = os.umask(0)
     os.umask(umask)
@@ -309,7 +310,7 @@ def _temporary_beside(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _mend_tail(path: Path, size: int) -> int:
-    """Size of the file once its last line is whole: a torn one is cut off, a whole one without newline gets it."""
+    """Cut off an incomplete last line, or complete one that lacks its newline; return the size of the file."""
     if size == 0:
         return 0
     with open(path, "rb+") as file:
@@ -327,9 +328,9 @@ def _mend_tail(path: Path, size: int) -> int:
 
 
 def _write_or_undo(fd: int, line: bytes, size: int) -> None:
-    """Write `line` at the end of a file of `size` bytes; a short or failed write leaves the file as it was."""
+    """Write `line` at the end of a file of `size` bytes; a failed write leaves the file unchanged."""
     try:
-        # After a short write the next one says why.
+        # After a short write, the next one raises the reason.
         while line:
             line = line[os.write(fd, line) :]
     except OSError:
@@ -338,7 +339,7 @@ def _write_or_undo(fd: int, line: bytes, size: int) -> None:
 
 
 def disk_full(error: BaseException) -> bool:
-    """Return whether a write failed because disk or quota is full; safetensors gives the number in its message."""
+    """Return True if a write failed because disk or quota is full; safetensors puts the number into its message."""
     full = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError):
         return error.errno in full
@@ -346,10 +347,10 @@ def disk_full(error: BaseException) -> bool:
 
 
 def _write_error(path: Path, error: OSError) -> RunError:
-    """The error to raise for a failed write."""
+    """Return the error to raise for a failed write."""
     if disk_full(error):
         return RunError(
-            f"disk is full: {path} could not be written; what was written before is intact. "
+            f"the disk is full: {path} could not be written; earlier files are intact. "
             "Free some space and continue with --resume."
         )
     reason = error.strerror or type(error).__name__

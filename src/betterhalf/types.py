@@ -36,7 +36,64 @@ PresetName = Literal[
     "geo_mask",
     "dppo_tv",
 ]
-"""Names of the algorithm presets; `config.presets` says what each is made of."""
+"""Names of the algorithm presets; `config.presets` holds the choices behind each."""
+
+AdvantageKind = Literal["group_mean", "group_standardised", "leave_one_out", "raw"]
+"""Baselines of the advantage."""
+
+AggregationKind = Literal["constant_length", "sequence_mean", "token_mean"]
+"""Reductions of token losses to one number."""
+
+DenominatorKind = Literal["all", "kept"]
+"""Tokens that the denominator of the loss counts: all, or those that no mask rejects before the first update."""
+
+RatioLevel = Literal["none", "token", "sequence", "geometric_mean"]
+"""Levels of an importance ratio; `none` is the constant 1."""
+
+RatioName = Literal["current/proximal", "current/behavior", "proximal/behavior"]
+"""Numerator and denominator of an importance ratio."""
+
+RatioTreatment = Literal["raw", "truncate", "mask", "clip"]
+"""Treatments of a ratio outside its bounds."""
+
+RatioGradient = Literal["ratio", "logprob"]
+"""Factor of the surrogate that is differentiated: the ratio, or log pi with the ratio held constant."""
+
+RoundingMode = Literal["engine", "aligned"]
+"""Rounding points of the native engine: those of production engines, or those of the trainer."""
+
+HeadDtype = Literal["fp32", "model"]
+"""Precision of the LM head's product in vLLM; `model` is the rollout dtype."""
+
+SleepMode = Literal["auto", "never"]
+"""Use of vLLM's sleep mode while the trainer works."""
+
+HalfMatmul = Literal["auto", "native", "fp32_sums"]
+"""Computations of a half matrix product on a CPU."""
+
+PairSelection = Literal["full", "matched"]
+"""Named sets of (trainer dtype, rollout dtype) pairs."""
+
+ArithmeticStyle = Literal["running_sum", "word_problem", "auto"]
+"""Wordings of the arithmetic task."""
+
+PromptTemplate = Literal["chat", "r1_distill", "qwen_math", "none"]
+"""Templates that turn a maths problem into a prompt."""
+
+BadRowAction = Literal["refuse", "skip"]
+"""Actions on a row that cannot be used."""
+
+SchedulerName = Literal["constant", "linear", "cosine"]
+"""Shapes of the learning rate after the warm-up."""
+
+WatchdogAction = Literal["warn", "mask", "halve_learning_rate", "stop"]
+"""Actions of a watchdog rule that fires."""
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+"""Devices of a run; `auto` takes a GPU if there is one."""
+
+ConsoleMode = Literal["auto", "live", "lines", "quiet"]
+"""Forms of the terminal output that a configuration can choose."""
 
 Reduction = Literal["sum", "mean", "max", "last"]
 """Ways to combine the values of several micro-batches, optimizer steps or ranks; see `reduction`."""
@@ -52,43 +109,44 @@ class Prompt:
     prompt_id: str
     """Stable name within the data set; also names the prompt in `rollouts.jsonl`."""
     text: str
-    """What the model reads, chat template applied."""
+    """Text that the model reads, with the chat template applied."""
     token_ids: tuple[int, ...]
-    """`text` in tokens, special tokens included."""
+    """Tokens of `text`, special tokens included."""
     answer: str
-    """What the reward compares with."""
+    """Reference answer, with which the reward compares a completion."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """Ask the engine for the siblings of one prompt."""
+    """Request to the engine for the siblings of one prompt."""
 
     token_ids: tuple[int, ...]
-    """The prompt."""
+    """Tokens of the prompt."""
     group_size: int
     """Number of completions wanted."""
     key: tuple[int, int, int]
     """(seed, step, prompt index): with sibling and position it determines every random draw."""
     prompt_id: str = ""
-    """Names the prompt in messages; empty where it has no name."""
+    """Name of the prompt in messages; empty if it has none."""
 
     def label(self, index: int) -> str:
-        """Name of the prompt in a message; its place among the requests if it has none."""
+        """Return the prompt's name for a message; without one, its index among the requests."""
         return f"prompt {self.prompt_id or index}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What the engine sampled for one sibling."""
+    """Output of the engine for one sibling."""
 
     token_ids: tuple[int, ...]
     """Sampled tokens, the stop token included when there is one; at least one token."""
     behavior_logprobs: tuple[float, ...]
-    """log mu of each sampled token in nats, FP32, of the distribution sampled from; one for each token. What top-p,
-    top-k or min-p leave of a distribution sums to 1."""
+    """log mu of each sampled token, in nats, FP32, under the distribution sampled from. Where top-p, top-k or min-p
+    truncate that distribution, the rest is normalised to 1."""
     finish_reason: FinishReason
+    """Reason why sampling ended."""
     policy_version: int
-    """Count of applied updates in the weights that sampled it."""
+    """Number of applied updates in the weights that sampled it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +156,7 @@ class Rollout:
     prompt: Prompt
     completion: Completion
     text: str
-    """The completion, decoded, without its stop token where that is a special one."""
+    """Decoded completion, without its stop token if that is a special token."""
     reward: float
 
 
@@ -118,17 +176,17 @@ class RolloutGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedSegment:
-    """Neighbouring tokens of a pack: a whole sequence, a prompt that siblings share, or a sibling's completion."""
+    """Contiguous tokens of a pack: a whole sequence, a prompt that siblings share, or a sibling's completion."""
 
     length: int
-    """Tokens of its own; at least one."""
+    """Number of its own tokens; at least one."""
     prefix: int | None = None
-    """For a completion: the earlier segment of the pack that holds its prompt, which it sees whole."""
+    """Index of the earlier segment with the prompt of a completion, which attends to all of it; None without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenTensors:
-    """Constants of the loss of S sequences with C completion tokens in all.
+    """Constants in the loss of S sequences with C completion tokens in total.
 
     `MicroBatch` carries them and `LossInputs` hands them to the loss, so a new one is a field here and nowhere else.
     """
@@ -138,19 +196,19 @@ class TokenTensors:
     behavior_logprobs_C: Tensor
     """float32 [C]: log mu, from the engine."""
     advantages_S: Tensor
-    """float32 [S]: one for all tokens of a sequence."""
+    """float32 [S]: advantage of each sequence, shared by its tokens."""
     proximal_logprobs_C: Tensor | None = None
     """float32 [C]: the trainer's logprobs before the first update on the batch; None if nothing reads them."""
 
     @property
     def num_sequences(self) -> int:
-        """S."""
+        """Number of sequences, S."""
         return int(self.advantages_S.shape[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs(TokenTensors):
-    """Everything that a loss reads of one micro-batch: the constants, and the policy being trained."""
+    """Inputs of the loss of one micro-batch: the constants, and the logprobs of the policy being trained."""
 
     current_logprobs_C: Tensor
     """float32 [C]: log pi of the weights being trained, with a graph."""
@@ -164,47 +222,48 @@ class LossInputs(TokenTensors):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch(TokenTensors):
-    """Sequences laid end to end, without padding: one forward (and backward) pass. Its tensors are in host memory.
+    """Sequences concatenated without padding, for one forward (and backward) pass.
 
-    Siblings share one copy of their prompt, and tokens after which nothing is predicted are left out. The C completion
-    tokens of all S sequences have a loss; `loss_rows_C[i]` is the position whose logits predict `target_ids_C[i]`.
+    Packing leaves the tensors in host memory; the trainer moves them to its device. Siblings share one copy of their
+    prompt, and tokens after which nothing is predicted are left out. Each of the C completion tokens of all S sequences
+    has a loss; `loss_rows_C[i]` is the position whose logits predict `target_ids_C[i]`.
     """
 
     token_ids_T: Tensor
     """int64 [T]: the tokens of each segment in turn."""
     position_ids_T: Tensor
-    """int64 [T]: position within its own sequence, from 0; a completion's go on after those of its prompt."""
+    """int64 [T]: position within the sequence, from 0; a completion continues the positions of its prompt."""
     segments: tuple[PackedSegment, ...]
-    """What sees what: each segment sees itself, causally, and its prefix; the lengths sum to T."""
+    """Attention structure: each segment attends causally to itself and to all of its prefix; the lengths sum to T."""
     loss_rows_C: Tensor
-    """int64 [C]: index into T of the token before each completion token; siblings share their prompt's last."""
+    """int64 [C]: row in T of the token before each completion token; siblings share the last row of their prompt."""
     target_ids_C: Tensor
     """int64 [C]: the completion tokens."""
     rollout_index_S: tuple[int, ...]
-    """[S] position of each sequence among the step's rollouts (groups in order, siblings in order); those that are left
-    out of the step count on after them."""
+    """[S]: position of each sequence among the step's rollouts (groups in order, siblings in order), followed by those
+    that are left out of the step."""
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """Number of packed tokens, T."""
         return int(self.token_ids_T.shape[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Denominators:
-    """What the loss of one optimizer step is divided by; fixed before its first micro-batch, masks notwithstanding."""
+    """Divisors of the loss of one optimizer step, fixed before its first micro-batch whatever masks reject later."""
 
     sequences: float
-    """Sequences of the train batch, those with zero advantage included."""
+    """Number of sequences in the train batch, those with zero advantage included."""
     tokens: float
-    """Their completion tokens."""
+    """Number of their completion tokens."""
     max_tokens: int
     """Length limit of a completion: the constant of `constant_length`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
-    """All of one optimizer step. Packs are named by their index in `StepBatch.packs`."""
+    """Packs of one optimizer step, identified by their index in `StepBatch.packs`."""
 
     micro_batches: tuple[int, ...]
     """Packs of sequences with a non-zero advantage; may be empty."""
@@ -220,12 +279,12 @@ class TrainBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
-    """All of one step, in host memory."""
+    """Packs of one step, in host memory."""
 
     packs: tuple[MicroBatch, ...]
     """Every pack of the step: those of the train batches in order, then those left out."""
     train_batches: tuple[TrainBatch, ...]
-    """In the order they are trained on."""
+    """Train batches, in the order in which they are trained on."""
     left_out: tuple[int, ...] = ()
     """Packs of sequences that belong to no train batch: they count in the mismatch and in nothing else."""
 

@@ -1,4 +1,4 @@
-"""Operations that torch calls nondeterministic on a GPU appear only where a reason says that they do no harm."""
+"""Operations that torch lists as nondeterministic on a GPU are used only where a reason shows that it is harmless."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ HARMLESS = {
     ("kernels/gradients.py", "repeat_interleave"): "of integers, without a gradient",
     ("kernels/vocabulary.py", "cumsum"): "Triton's, within one program",
 }
-"""(file, operation without its trailing underscore) -> why it is the same in every run."""
+"""(file, operation without its trailing underscore) -> reason why its result is the same in every run."""
 
 UNSEEN = {"getitem"}
 """Not a call: `x[index]` is differentiated in no fixed order on a CPU with several threads. `tests/unit/test_ops.py`
@@ -48,14 +48,14 @@ looks for it in the graphs of the losses."""
 
 
 def listed() -> set[str]:
-    """Operations on torch's own list, without the trailing underscore, and layers as they are called."""
+    """Return the operations on torch's own list, without trailing underscore; layers by the name they are called."""
     text = torch.use_deterministic_algorithms.__doc__ or ""
     names = re.findall(r"\* :(?:func|class):`torch\.(?:Tensor\.|nn\.functional\.|nn\.)?(\w+)`", text)
     return {name.strip("_") for name in names}
 
 
 def called(tree: ast.AST) -> Iterator[str]:
-    """Names of everything that is called, without trailing underscores."""
+    """Return the names of all functions called, without trailing underscores."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
@@ -63,8 +63,7 @@ def called(tree: ast.AST) -> Iterator[str]:
 
 
 def found() -> set[tuple[str, str]]:
-    """Every use in the sources; `bmm` of sparse tensors, `resize` of quantised ones and medians of lists are other
-    things."""
+    """Return every use in the sources, without `bmm`, `resize` and `median`: torch lists those for rare cases only."""
     wanted = listed() - UNSEEN - {"bmm", "resize", "median"}
     return {
         (str(file.relative_to(SRC)), name)

@@ -1,4 +1,4 @@
-"""Imports run strictly downward between packages, never in a circle, and heavy packages stay where they belong."""
+"""Imports run strictly downward between packages, without cycles, and heavy packages are imported in few places."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MODULES = {module_name(file): file for file in FILES}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Full names of everything imported anywhere: in functions and under TYPE_CHECKING too."""
+    """Return the full names of all imports, those in functions and under TYPE_CHECKING included."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -51,7 +51,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 
 def own_modules(file: Path) -> set[str]:
-    """Modules of this package that a file imports."""
+    """Return the modules of this package that a file imports."""
     names = set()
     for name in imported(ast.parse(file.read_text(encoding="utf-8"))):
         while name.startswith("betterhalf") and name not in MODULES:
@@ -66,7 +66,7 @@ def package(module: str) -> str:
 
 
 def run_time_imports(body: list[ast.stmt]) -> Iterator[str]:
-    """What importing a module imports: not what is inside functions or under TYPE_CHECKING."""
+    """Return the imports that importing a module runs, without those in functions or under TYPE_CHECKING."""
     for node in body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield from imported(node)
@@ -109,7 +109,7 @@ def test_the_root_package_imports_nothing() -> None:
 
 def test_no_module_imports_itself_in_a_circle() -> None:
     graph = {name: own_modules(file) - {name} for name, file in MODULES.items()}
-    # static_order raises CycleError, which names the circle
+    # static_order raises CycleError, which names the cycle
     assert set(graphlib.TopologicalSorter(graph).static_order()) == set(MODULES)
 
 
@@ -120,7 +120,7 @@ def test_torch_free_packages_import_nothing_heavy(module: str) -> None:
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_optional_packages_are_imported_where_they_are_used(module: str) -> None:
-    """At the top of a module they would break everyone who has not installed them."""
+    """Refuse them at the top of a module, where they would break every installation without them."""
     assert not at_run_time(MODULES[module]) & OPTIONAL
 
 

@@ -1,4 +1,4 @@
-"""The command line answers at once."""
+"""The command line starts quickly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_SECONDS = 0.5
 
 
 def cpu_seconds() -> float:
-    """Processor time of one `betterhalf --help`: a busy machine does not count against it."""
+    """Return the processor time of one `betterhalf --help`, which does not depend on the machine's load."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-m", "betterhalf.cli", "--help"], capture_output=True, text=True, check=True, cwd=SRC

@@ -1,9 +1,10 @@
-"""Rules of style that a machine can hold: sizes, docstrings, dtype literals, vocabulary."""
+"""Rules of style that a machine can check: sizes, docstrings, dtype literals, vocabulary."""
 
 from __future__ import annotations
 
 import ast
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,9 @@ SRC = Path(__file__).parents[2] / "src" / "betterhalf"
 FILES = sorted(SRC.rglob("*.py"))
 
 MAX_FILE_LINES = 400
+MAX_LOOP_LINES = 200
 MAX_FUNCTION_LINES = 60
+MAX_MEDIAN_FUNCTION_LINES = 10
 
 HALF_ATTRIBUTES = {"float16", "bfloat16", "half"}
 HALF_STRINGS = {"float16", "bfloat16", "torch.float16", "torch.bfloat16", "half"}
@@ -45,7 +48,7 @@ FORBIDDEN = {
     "overflow_flag": "found_inf",
     "off_policy_gap": "mismatch, staleness or drift",
 }
-"""Identifiers, and the word of the vocabulary to use instead (docs/vocabulary.md)."""
+"""Identifier -> word of the vocabulary to use instead (docs/vocabulary.md)."""
 
 
 def relative(file: Path) -> str:
@@ -57,7 +60,7 @@ def tree_of(file: Path) -> ast.Module:
 
 
 def half_literals(tree: ast.AST) -> Iterator[int]:
-    """Lines that name a half dtype or cast to one."""
+    """Return the lines that name a half dtype or cast to one."""
     for node in ast.walk(tree):
         attribute = isinstance(node, ast.Attribute) and node.attr in HALF_ATTRIBUTES
         string = isinstance(node, ast.Constant) and node.value in HALF_STRINGS
@@ -66,7 +69,7 @@ def half_literals(tree: ast.AST) -> Iterator[int]:
 
 
 def module_casts(tree: ast.AST) -> Iterator[int]:
-    """Lines that call `.to(dtype)` on something named like a module: it would round rope's tables too."""
+    """Return the lines that call `.to(dtype)` on what is named like a module: it would round rope's tables too."""
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "to"):
             continue
@@ -113,6 +116,19 @@ def test_files_are_short(file: Path) -> None:
 def test_functions_are_short(file: Path) -> None:
     long = [f.name for f in functions(tree_of(file)) if (f.end_lineno or 0) - f.lineno + 1 > MAX_FUNCTION_LINES]
     assert not long, f"over {MAX_FUNCTION_LINES} lines: {long}"
+
+
+def test_the_median_function_is_short() -> None:
+    lengths = [(f.end_lineno or 0) - f.lineno + 1 for file in FILES for f in functions(tree_of(file))]
+    assert statistics.median(lengths) <= MAX_MEDIAN_FUNCTION_LINES
+
+
+def test_the_loop_is_short() -> None:
+    assert len((SRC / "runs" / "loop.py").read_text(encoding="utf-8").splitlines()) < MAX_LOOP_LINES
+
+
+def test_no_package_is_empty() -> None:
+    assert [str(init) for init in SRC.rglob("__init__.py") if len(list(init.parent.rglob("*.py"))) == 1] == []
 
 
 @pytest.mark.parametrize("file", FILES, ids=relative)

@@ -58,7 +58,7 @@ def test_an_ablation_changes_one_axis_besides_precision(algorithm_file: Path) ->
     config = load_config(algorithm_file)
     axes = ("algorithm",), ("engine.rounding",)
     assert any(same_except(base, config, "name", "precision", *axis) for axis in axes)
-    # Of the algorithm the preset changes, and what follows from it.
+    # In the algorithm, only the preset changes, and the choices that follow from it.
     assert config.algorithm == AlgorithmConfig(preset=config.algorithm.preset)
 
 
@@ -74,6 +74,6 @@ def test_the_readme_has_no_row_without_a_file() -> None:
 
 
 def test_the_demo_is_the_default_of_the_model_and_task() -> None:
-    """`betterhalf evaluate demo` starts from the schema's defaults: they must be the demo's own task."""
+    """`betterhalf evaluate demo` uses the schema's defaults, so they must be the task of the demo model."""
     assert load_config(None).task == load_config(EXPERIMENTS / "base/demo.toml").task
     assert load_config(None).model == load_config(EXPERIMENTS / "base/demo.toml").model

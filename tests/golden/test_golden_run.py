@@ -1,6 +1,6 @@
-"""A tiny FP32 run of the demo model, pinned: a change meant to keep numbers leaves this test untouched.
+"""Pinned metrics of a tiny FP32 run of the demo model: a change that should keep numbers leaves this test untouched.
 
-python tests/golden/test_golden_run.py      writes demo_fp32.json anew (and says why in the commit)
+python tests/golden/test_golden_run.py      rewrites demo_fp32.json (say why in the commit)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PRESETS = ("grpo", "pg_seq_is", "gspo")
 
 
 def golden_run(preset: str, folder: Path) -> list[dict[str, float]]:
-    """Pinned metrics of three steps."""
+    """Return the pinned metrics of three steps."""
     config = RunConfig.model_validate(
         {
             "precision": {"preset": "fp32"},
@@ -54,7 +54,7 @@ def test_losses_and_rewards_are_those_of_the_golden_run(preset: str, tmp_path: P
     for found, expected in zip(rows, golden[preset], strict=True):
         assert found["rollout/reward/mean"] == expected["rollout/reward/mean"]
         assert found["rollout/length/mean"] == expected["rollout/length/mean"]
-        # other processors sum in another order: FP32 noise, amplified by Adam's division
+        # other processors sum in another order, which gives FP32 noise that Adam's division amplifies
         assert found == pytest.approx(expected, rel=2e-3, abs=1e-7)
 
 

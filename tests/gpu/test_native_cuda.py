@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from tests.tiny_models import CUDA, tiny_config, tiny_module
 
 from betterhalf.config.schema import RunConfig, SamplingConfig
 from betterhalf.errors import EngineError
 from betterhalf.precision.contract import weights_digests
 from betterhalf.precision.roles import build_precision
 from betterhalf.rollout.build import build_engine
+from betterhalf.rollout.native.scheduler import Capacity
 from betterhalf.rollout.sampler import draw, sequence_key, uniforms
 from betterhalf.types import GenerateRequest
 
@@ -22,31 +22,19 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 640,
-    "initializer_range": 0.1,
-    "bos_token_id": None,
-    "eos_token_id": None,
+FAMILIES: dict[str, Any] = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 7},
+    "qwen2": {},
+    "qwen3": {},
 }
-CONFIGS: dict[str, Any] = {
-    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "mistral_sliding": MistralConfig(**SIZES, sliding_window=7),
-    "qwen2": Qwen2Config(**SIZES),
-    "qwen3": Qwen3Config(**SIZES),
-}
+"""Model options of each family."""
 SAMPLING = SamplingConfig(max_tokens=20)
 
 
 def module_of(family: str) -> Any:
-    torch.manual_seed(5)
-    return AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32).eval()
+    config = tiny_config(family, CUDA, initializer_range=0.1, **FAMILIES[family])
+    return tiny_module(config, seed=5)
 
 
 def engine_of(module: Any, precision: str, device: str = "cuda", islands: tuple[str, ...] = (), **settings: Any) -> Any:
@@ -67,7 +55,7 @@ def requests(lengths: tuple[int, ...] = (12, 3, 12, 40, 1)) -> list[GenerateRequ
 
 
 def gap(module: Any, found: list[Any]) -> torch.Tensor:
-    """FP32 module on the CPU minus engine, over all sampled tokens, float64."""
+    """Return the logprobs of the FP32 module on the CPU minus those of the engine, over all sampled tokens, float64."""
     parts = []
     for request, group in zip(requests(), found, strict=True):
         for completion in group:
@@ -79,7 +67,7 @@ def gap(module: Any, found: list[Any]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_fp32_on_the_device_equals_the_transformers_module(family):
     module = module_of(family)
     difference = gap(module, engine_of(module, "fp32").generate(requests(), SAMPLING))
@@ -88,7 +76,7 @@ def test_fp32_on_the_device_equals_the_transformers_module(family):
 
 @pytest.mark.parametrize("mode", ["engine", "aligned"])
 @pytest.mark.parametrize(("precision", "bound"), [("fp16", 2e-4), ("bf16", 2e-2)])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_half_on_the_device_stays_close_to_fp32(family, precision, bound, mode):
     module = module_of(family)
     difference = gap(module, engine_of(module, precision, rounding=mode).generate(requests(), SAMPLING))
@@ -96,7 +84,7 @@ def test_half_on_the_device_stays_close_to_fp32(family, precision, bound, mode):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_graphs_give_what_plain_launches_give(family, precision):
     module = module_of(family)
     graphs = engine_of(module, precision, cuda_graphs=True, max_concurrent=6)
@@ -135,7 +123,7 @@ def test_a_down_projection_in_parts_stays_as_close_to_fp32(precision, bound, isl
     assert 0 < (difference.exp() - 1 - difference).mean() < bound
 
 
-def test_an_island_cures_an_overflow():
+def test_an_island_prevents_an_overflow():
     module = module_of("llama")
     with torch.no_grad():
         module.get_submodule(DOWN).weight.mul_(1e5)
@@ -182,6 +170,30 @@ def test_fp32_tokens_equal_those_of_the_cpu():
     on_cpu = engine_of(module, "fp32", "cpu").generate(requests(), SAMPLING)
     on_gpu = engine_of(module, "fp32").generate(requests(), SAMPLING)
     assert [[c.token_ids for c in g] for g in on_gpu] == [[c.token_ids for c in g] for g in on_cpu]
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_requests_join_and_leave_between_steps(graphs, device="cuda"):
+    module, asked = module_of("llama"), requests()
+    expected = engine_of(module, "fp32", device).generate(asked, SAMPLING)
+    engine = engine_of(module, "fp32", device, cuda_graphs=graphs, max_concurrent=6)
+    scheduler, found = engine.scheduler(SAMPLING, Capacity(sequences=6, length=64, tokens=20)), {}
+    for number, request in enumerate(asked):
+        scheduler.add(request)
+        if number == 3:
+            scheduler.cancel(1)
+        for _ in range(2):
+            collect(scheduler.step(), found)
+    while scheduler.unfinished:
+        collect(scheduler.step(), found)
+    for number in (0, 2, 3, 4):
+        assert [found[number, sibling] for sibling in range(4)] == [one.token_ids for one in expected[number]]
+
+
+def collect(finished, found):
+    for some in finished:
+        for sequence, completion in zip(some.sequences, some.completions((3, 50), 0), strict=True):
+            found[sequence.request, sequence.sibling] = completion.token_ids
 
 
 def test_random_numbers_equal_those_of_the_cpu():

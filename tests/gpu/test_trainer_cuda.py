@@ -1,4 +1,4 @@
-"""The trainer and whole runs on a CUDA device: FP32 equal to the CPU, half close to FP32, the contract kept."""
+"""The trainer and whole runs on a CUDA device: FP32 equal to the CPU, half close to FP32, the contract met."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from tests.tiny_models import CUDA, tiny_model
 
 from betterhalf.algorithms.presets import PRESETS
 from betterhalf.config.schema import LossScaleConfig, RunConfig
-from betterhalf.models.loading import LoadedModel
 from betterhalf.precision.contract import weights_digests
 from betterhalf.precision.loss_scaler import build_loss_scaler
 from betterhalf.precision.roles import build_precision
@@ -27,29 +25,14 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 256,
-}
-
 
 def trainer_on(
     device: str, precision: str, islands: tuple[str, ...] = (), compiled: bool = False, **changes: Any
 ) -> tuple[PolicyTrainer, RunConfig]:
-    """A tiny random trainer; the same weights on every device."""
-    torch.manual_seed(0)
-    kind = MistralConfig if "sliding_window" in changes else LlamaConfig
-    hf_config = kind(**SIZES, **changes)
-    module = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
-    model = LoadedModel(
-        name="tiny", module=module, hf_config=hf_config, tokenizer=None, stop_token_ids=(0,), context_length=256
-    )
+    """Build a tiny random trainer, with the same weights on every device."""
+    family = "mistral" if "sliding_window" in changes else "llama"
+    sizes = {**CUDA, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    model = tiny_model(family, sizes, seed=0, **changes)
     config = RunConfig.model_validate(
         {
             "precision": {"preset": precision, "fp32_modules": islands},
@@ -62,7 +45,7 @@ def trainer_on(
 
 
 def rollouts() -> list[Rollout]:
-    """Sequences of different lengths; three siblings, three more, and three lone ones."""
+    """Return sequences of different lengths: three siblings, three others, and three without siblings."""
     return [
         Rollout(
             prompt=Prompt(
@@ -82,7 +65,7 @@ def rollouts() -> list[Rollout]:
 
 
 def learned(device: str, precision: str, **changes: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Logprobs of all completion tokens and the unscaled gradients, on the CPU."""
+    """Return the logprobs of all completion tokens and the unscaled gradients, on the CPU."""
     trainer, config = trainer_on(device, precision, **changes)
     advantages = [1.0 if k % 2 else -1.0 for k in range(9)]
     step = pack_step(rollouts(), advantages, config, step=1)

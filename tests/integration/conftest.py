@@ -1,4 +1,4 @@
-"""Small runs of the demo model, in process and through the command line."""
+"""Small runs of the demo model, in this process and through the command line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` laid over `base`, section by section."""
+    """Merge `changes` into `base`, section by section."""
     out = dict(base)
     for key, value in changes.items():
         out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
@@ -43,13 +43,13 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def small_config() -> Callable[..., RunConfig]:
-    """A few steps on the demo model; keyword arguments replace sections or parts of them."""
+    """Configure a few steps on the demo model; keyword arguments replace sections or parts of them."""
     return lambda **changes: RunConfig.model_validate(merged(SMALL, changes))
 
 
 @pytest.fixture
 def betterhalf() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command line in a process of its own."""
+    """Run the command line in its own process."""
 
     def run(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "betterhalf.cli", *arguments]
@@ -63,7 +63,7 @@ def betterhalf() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture
 def ends(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Ends:
-    """Run a command in this process; check its status and that it says one thing, and return what it said."""
+    """Run a command in this process; check its status and that it prints one message, and return standard error."""
     monkeypatch.delenv("BETTERHALF_TRACEBACK", raising=False)
 
     def run(status: int, *arguments: str | Path) -> str:
@@ -82,5 +82,5 @@ def ends(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def train(ends: Ends, tmp_path: Path) -> Ends:
-    """One small training step in `run`, or in the run_dir given last."""
+    """Run one small training step in `run`, or in the run_dir given last."""
     return lambda status, *more: ends(status, "train", SMOKE, *ONE_STEP, f"run_dir={tmp_path / 'run'}", *more)

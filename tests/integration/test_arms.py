@@ -1,4 +1,4 @@
-"""Arms of a sanity run in processes of their own: the same numbers as one after the other, and nobody left behind."""
+"""Arms of a sanity run in their own processes: the same numbers as sequentially, and no process left behind."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_a_container_s_memory_limits_the_arms(tmp_path: Path, monkeypatch: pytes
 def test_a_plan_says_what_was_chosen() -> None:
     assert TWO.described(("fp16", "bf16")) == "fp16 and bf16: 2 side by side, 1 thread each (a test)"
     one = ArmPlan(at_once=1, threads=2, reason="why")
-    assert one.described(("a", "b", "c")) == "3 arms: one after the other, 2 threads each (why)"
+    assert one.described(("a", "b", "c")) == "3 arms: sequentially, 2 threads each (why)"
     assert TWO.described(("bf16",)) == "bf16: alone, 1 thread (a test)"
 
 
@@ -247,12 +247,12 @@ def test_an_arm_that_is_left_when_a_run_is_resumed_keeps_its_threads(
     monkeypatch.setattr(sanity_module, "train_side_by_side", train)
     run = RunDir.create(tmp_path / "run", resume=False)
     finish("fp16")
-    for _ in range(2):  # the second time nothing is left
+    for _ in range(2):  # the second time no arm is left
         arms = sanity_module._run_arms(run, small_config(device="cpu"), tmp_path / "perfectible.jsonl", 10**6)
         assert list(arms) == ["fp16", "bf16"]
     assert trained == [({"bf16": 1}, 2)]
 
-    # One at a time, as after a lack of memory: still with the threads that the arm has had.
+    # One at a time, as after running out of memory: the arm keeps its number of threads.
     run.arm("bf16").summary.unlink()
     write_json_atomic(run.arm("bf16").environment, {"threads": {"count": 1}})
     one = small_config(device="cpu", sanity={"arms_at_once": 1})

@@ -1,4 +1,4 @@
-"""What goes wrong ends with status 2 or 3, one message that names the cure, no traceback, and nothing lost."""
+"""Every failure ends with status 2 or 3, one message that names the fix, no traceback, and nothing lost."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def data_file(folder: Path, *lines: str) -> str:
 
 
 def spoiled_demo(folder: Path, spoil: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    """A copy of the demo model whose weights `spoil` has changed."""
+    """Return a copy of the demo model whose weights `spoil` has changed."""
     shutil.copytree(DEMO_MODEL, folder)
     weights = load_file(folder / "model.safetensors")
     spoil(weights)
@@ -56,7 +56,7 @@ UP = "model.layers.0.mlp.up_proj.weight"
 SUM = json.dumps({"problem": "2+7=", "answer": "9"})
 
 
-# -- found beforehand: status 2, no folder left, and the corrected command works in the same place
+# -- found before the run: status 2, no folder left, and the corrected command works in the same folder
 
 
 @pytest.mark.parametrize("verb", ["sanity", "probe", "doctor"])
@@ -90,8 +90,8 @@ def test_evaluation_samples_from_a_truncated_distribution(ends: Ends, tmp_path: 
         (["sampling.max_tokens=120"], ["context of 128", "16 tokens", "Set sampling.max_tokens=112 or less"]),
         (["training.group_size=1"], ["training.group_size=1", "group_mean", "2 or more"]),
         (["algorithm=rloo", "training.group_size=1"], ["leave_one_out", "2 or more"]),
-        (["sampling.top_p=0.9"], ["sampling.top_p=0.9 truncates", "set it to 1"]),
-        (["sampling.top_k=5"], ["sampling.top_k=5 truncates", "set it to -1"]),
+        (["sampling.top_p=0.9"], ["sampling.top_p=0.9 truncates", "Set it to 1"]),
+        (["sampling.top_k=5"], ["sampling.top_k=5 truncates", "Set it to -1"]),
         (["device=cuda"], ["torch sees no GPU", "device=cpu"]),
         (["precision.rollout_dtype=bf16"], ["differ in precision", "precision.allow_difference=true"]),
         (["task=math"], ["task.path is required"]),
@@ -118,7 +118,7 @@ def test_wrong_settings_leave_nothing_and_the_corrected_command_works(
         ([], ["is empty", "at least one row of `problem` and `answer`"]),
         ([SUM, "", "{'problem': 1}"], ["row 3: it is not JSON", "one object with `problem` and `answer`", "=skip"]),
         ([SUM, '"2+7="'], ["row 2: it is a str", "as an object"]),
-        ([SUM, '{"problem": "2+7="}'], ["row 2: the field `answer` is missing", "it has 'problem'"]),
+        ([SUM, '{"problem": "2+7="}'], ["row 2: the field `answer` is missing", "the row has 'problem'"]),
         ([json.dumps({"problem": "1+" * 70 + "1=", "answer": "71"})], ["context of 128", "142 tokens", "Shorten or"]),
     ],
     ids=["empty", "not JSON", "not an object", "lacks a field", "longer than the context"],
@@ -133,7 +133,7 @@ def test_a_data_file_that_cannot_be_used_is_refused_by_row(
 
 
 def test_a_damaged_model_folder_is_refused(train: Ends, tmp_path: Path) -> None:
-    """transformers would fill missing weights with random numbers, and train on."""
+    """Without the check, transformers would fill missing weights with random numbers, and training would go on."""
     lacking = spoiled_demo(tmp_path / "lacking", lambda weights: weights.pop(UP))
     assert f"lacks weights of its architecture (1, '{UP}'" in train(2, f"model={lacking}")
     torn = shutil.copytree(DEMO_MODEL, tmp_path / "torn")
@@ -142,7 +142,7 @@ def test_a_damaged_model_folder_is_refused(train: Ends, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     train(0, f"model={DEMO_MODEL}")
     message = train(2, f"model={tmp_path / 'run'}", f"run_dir={tmp_path / 'other'}")
-    assert "is a run; turn it into a model with `betterhalf export" in message
+    assert "is a run, not a model; write its model to a folder with `betterhalf export" in message
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(train: Ends, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(train: Ends, tmp_path: Path) ->
 def test_a_run_folder_that_cannot_be_made_is_named(place: str, train: Ends, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     message = train(2, f"run_dir={tmp_path / place}")
-    assert f"{tmp_path / place} cannot be made" in message and "Choose another folder with run_dir=PATH" in message
+    assert f"{tmp_path / place} cannot be created" in message and "Choose another folder with run_dir=PATH" in message
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -210,7 +210,7 @@ def test_nothing_perfectible_counts_both_sides_and_keeps_the_count(ends: Ends, t
     sanity = (*SMALL_SANITY, f"run_dir={run}")
     message = ends(2, *sanity, "sanity.lower=0.99", "sanity.upper=1")
     assert "none of 6 prompts is perfectible: 0 too easy" in message and "6 too hard" in message
-    assert "widen sanity.lower and sanity.upper (in the same run_dir, --resume keeps the counts)" in message
+    assert "widen the range of sanity.lower and sanity.upper (--resume with the same run_dir" in message
     counted = read_jsonl(run / "perfectible.jsonl")[1:]
     assert len(counted) == 6
 
@@ -259,7 +259,7 @@ def test_an_arm_that_its_precision_brings_down_has_failed_and_the_other_runs(end
     assert steps_in(tmp_path / "run" / "arms" / "bf16") == [1]
 
 
-# -- numbers that are none
+# -- numbers that are not finite
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e6], ids=["NaN", "infinite", "beyond FP16"])
@@ -325,7 +325,7 @@ def test_a_reward_that_cannot_be_used_stops_the_run_which_then_resumes(
     assert steps_in(tmp_path / "run") == [1]
 
 
-def test_a_reward_that_takes_too_long_scores_nothing_and_is_counted(
+def test_a_reward_that_takes_too_long_is_zero_and_counted(
     train: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(math_grader, "extract_answer", lambda *_: "10^{10^{10}}")
@@ -335,7 +335,7 @@ def test_a_reward_that_takes_too_long_scores_nothing_and_is_counted(
     assert row["rollout/reward/mean"] == 0
 
 
-def test_an_answer_that_cannot_be_read_scores_nothing_and_is_counted(
+def test_an_answer_that_cannot_be_read_is_graded_zero_and_is_counted(
     train: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(math_grader, "extract_answer", lambda *_: r"+\times")
@@ -348,7 +348,7 @@ def test_an_answer_that_cannot_be_read_scores_nothing_and_is_counted(
 def test_a_grader_that_cannot_start_is_found_before_the_run(
     train: Ends, ends: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No completion of the demo model has a box, so none would ever need a worker."""
+    """The failure shows early, although no completion of the demo model has a box that a worker would grade."""
     (tmp_path / "math_verify.py").write_text("import a_package_that_is_missing", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     settings = (*MATH, data_file(tmp_path, SUM), "task.reward_workers=1")

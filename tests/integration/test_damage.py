@@ -1,4 +1,4 @@
-"""Damaged checkpoints, full disks, folders of the wrong kind: each verb says what to do, and what was written stays."""
+"""Damaged checkpoints, full disks, wrong folders: each verb names the fix, and keeps everything that was written."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def steps_in(run: Path) -> list[int]:
     return [row["step"] for row in read_jsonl(run / "metrics.jsonl")]
 
 
-# -- what a run has written
+# -- the files of a run
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_a_checkpoint_of_another_model_is_refused(train: Ends, tmp_path: Path) -
 
 
 def _shrink(model: Path) -> None:
-    """Give the model's MLP half its width."""
+    """Halve the width of the model's MLP."""
     config = json.loads((model / "config.json").read_text())
     half = config["intermediate_size"] // 2
     (model / "config.json").write_text(json.dumps({**config, "intermediate_size": half}))
@@ -102,7 +102,7 @@ def _shrink(model: Path) -> None:
 
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """Writes beyond `size` bytes of a file fail, as on a full disk."""
+    """Make writes beyond `size` bytes of a file fail, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -125,7 +125,7 @@ def test_a_checkpoint_that_does_not_fit_loses_nothing_and_the_run_goes_on(train:
 def test_metrics_that_do_not_fit_keep_the_rows_before(
     train: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is full from the second row of metrics on."""
+    """Fill the disk at the second row of metrics."""
     write, metrics = os.write, tmp_path / "run" / "metrics.jsonl"
 
     def full(fd: int, data: bytes) -> int:
@@ -147,7 +147,7 @@ def test_metrics_that_do_not_fit_keep_the_rows_before(
 
 
 def test_a_disk_that_is_really_full_says_so(tmp_path: Path) -> None:
-    """Two steps on a file system of 8 MiB, which one checkpoint with its optimizer states nearly fills."""
+    """Run two steps on a file system of 8 MiB, which one checkpoint with its optimizer states nearly fills."""
     script = f"""
         mount -t tmpfs -o size=8m tmpfs {tmp_path} || exit 77
         {sys.executable} -m betterhalf.cli train {ROOT}/experiments/smoke/demo.toml run_dir={tmp_path}/run \
@@ -203,8 +203,8 @@ def test_report_refuses_what_is_no_run(ends: Ends, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder, words in (
         (tmp_path / "gone", "is not a folder"),
-        (tmp_path / "empty", "is no run folder"),
-        (DEMO_MODEL, "is no run folder"),
+        (tmp_path / "empty", "is not a run folder"),
+        (DEMO_MODEL, "is not a run folder"),
     ):
         assert words in ends(2, "report", folder, f"run_dir={tmp_path / 'page'}")
         assert words in ends(2, "export", folder, tmp_path / "exported")

@@ -1,4 +1,4 @@
-"""`betterhalf doctor` as a user runs it, on a healthy model and on models made unsafe in different ways."""
+"""`betterhalf doctor` from the command line, on a healthy model and on models made unsafe in different ways."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture
 def examine(tmp_path: Path) -> Examine:
-    """The result of the doctor on the demo model, the MLP of its second block changed."""
+    """Run the doctor on the demo model, or on one with the MLP of its second block changed, and return the result."""
 
     def run(change: Change | None = None, **config: Any) -> dict[str, Any]:
         target = "demo" if change is None else str(changed_model(tmp_path / "model", change))
@@ -63,7 +63,7 @@ def large_product(mlp: Any) -> None:
 
 
 def large_gradient(mlp: Any) -> None:
-    """Unit 7 adds nothing forward, for its up row is zero; the gradient of that row is the larger."""
+    """Give the up projection's row 7 a large gradient, but make it zero, so that unit 7 contributes nothing."""
     mlp.up_proj.weight[7] = 0
     mlp.gate_proj.weight[7].mul_(1e4)
     mlp.down_proj.weight[:, 7] = mlp.down_proj.weight[:, 7].sign() * 5e4
@@ -89,7 +89,7 @@ def test_a_healthy_model_is_safe_in_fp16(tmp_path: Path, capsys: pytest.CaptureF
     assert load_config(pasted).precision.preset == "fp16"
 
 
-def test_a_person_sees_verdicts_headroom_and_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_terminal_shows_verdicts_headroom_and_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "demo", "logging.console=quiet", f"run_dir={tmp_path / 'run'}"]) == 0
     out = capsys.readouterr().out
     assert "fp16  ok" in out and "Least headroom in fp16" in out and "fp16/fp16" in out
@@ -103,14 +103,14 @@ def test_a_person_sees_verdicts_headroom_and_config(tmp_path: Path, capsys: pyte
         (large_product, "the input of model.layers.1.mlp.down_proj", [f"{BLOCK}.mlp"]),
     ],
 )
-def test_a_forward_overflow_is_unsafe_named_and_cured(
+def test_a_forward_overflow_is_unsafe_named_and_fixed_by_islands(
     examine: Examine, change: Change, spot: str, islands: list[str]
 ) -> None:
     result = examine(change)
     fp16 = result["verdicts"]["fp16"]
     assert fp16["verdict"] == "unsafe"
     assert fp16["modules"] == [f"{BLOCK}.mlp.down_proj"]
-    assert fp16["reasons"][0].startswith(f"Forward, {spot}")
+    assert fp16["reasons"][0].startswith(f"In the forward pass, {spot}")
     assert result["verdicts"]["fp32"]["verdict"] == "ok"
     assert result["islands"]["cures"] and result["islands"]["modules"] == islands
     assert result["recommended"] == "fp16"
@@ -133,7 +133,7 @@ def test_a_backward_overflow_alone_is_unsafe_and_named(examine: Examine) -> None
     fp16 = result["verdicts"]["fp16"]
     assert fp16["verdict"] == "unsafe"
     assert fp16["modules"][0] == f"{BLOCK}.mlp.up_proj"
-    assert fp16["reasons"][0].startswith("Backward") and "no loss scale" in fp16["reasons"][0]
+    assert fp16["reasons"][0].startswith("In the backward pass") and "no loss scale" in fp16["reasons"][0]
     assert result["census"]["fp16"]["largest_safe_loss_scale"] < 1
     assert all(row["finite"] for row in result["census"]["fp16"]["modules"] if row["kind"] in ("forward", "input"))
     assert result["islands"]["cures"] and result["islands"]["modules"] == [f"{BLOCK}.mlp"]
@@ -157,7 +157,7 @@ def test_an_engine_with_other_weights_is_a_bug(examine: Examine, monkeypatch: py
 
 def test_an_engine_that_never_samples_leaves_the_census(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(self: NativeEngine, *_: Any) -> Any:
-        raise EngineError("the engine is out of order; mend it")
+        raise EngineError("the engine is out of order; repair it")
 
     monkeypatch.setattr(NativeEngine, "generate", fails)
     result = examine()
@@ -166,7 +166,7 @@ def test_an_engine_that_never_samples_leaves_the_census(examine: Examine, monkey
     assert result["verdicts"]["fp16"]["verdict"] == "unsafe"
 
 
-def test_bad_input_leaves_the_place_free(examine: Examine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_bad_input_leaves_no_folder(examine: Examine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuses(*_: Any, **__: Any) -> Any:
         raise InputError("not this format")
 

@@ -1,4 +1,4 @@
-"""A run becomes a folder that transformers loads, also where the model came with settings that cannot be saved."""
+"""A run is exported as a folder that transformers loads, even if the model has settings that cannot be saved."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def demo_with(folder: Path, file: str, **entries: Any) -> Path:
 def test_generation_settings_that_cannot_be_saved_are_left_out_and_named(
     file: str, train: Ends, ends: Ends, tmp_path: Path
 ) -> None:
-    """With `do_sample=false` transformers loads a temperature, and refuses to save it."""
+    """With `do_sample=false`, transformers loads a temperature but refuses to save it."""
     model = demo_with(tmp_path / file.partition(".")[0], file, do_sample=False, temperature=0.7, top_p=0.9)
     if file == "config.json":
         (model / "generation_config.json").unlink()
@@ -76,8 +76,8 @@ def test_only_what_transformers_refuses_is_left_out(settings: dict[str, Any], le
     [
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "free disk space"),
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "free disk space"),
-        (OSError(errno.EACCES, os.strerror(errno.EACCES)), "name another folder, or mend what is in the way"),
-        (RuntimeError("no such key"), "mend the model's configuration files"),
+        (OSError(errno.EACCES, os.strerror(errno.EACCES)), "fix the cause, or name another folder"),
+        (RuntimeError("no such key"), "fix the model's configuration files"),
     ],
     ids=["full", "quota", "permission", "other"],
 )

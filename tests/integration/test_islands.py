@@ -1,4 +1,4 @@
-"""Whole runs with FP32 islands: they train, resume to the same bits, and refuse what cannot be an island."""
+"""Whole runs with FP32 islands: they train, resume bit for bit, and refuse modules that cannot be islands."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_run_with_islands_resumes_to_the_same_bits(small_config: Configured, t
 
 
 def _forget_step_3(run: RunDir) -> None:
-    """As if the run had been killed in step 3: the checkpoint of step 2 is the newest."""
+    """Delete the checkpoint of step 3, as if the run had been killed in that step."""
     step_3 = run.checkpoints / "step-000003"
     for file in step_3.iterdir():
         file.unlink()

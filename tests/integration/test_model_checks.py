@@ -1,4 +1,4 @@
-"""Every verb refuses what a model's configuration files tell, before its weights are read."""
+"""Every verb refuses a model that its configuration files rule out, before the weights are read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Verb = Callable[..., str]
 
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading weights fails loudly."""
+    """Fail the test if weights are read."""
 
     def read(*_: Any, **__: Any) -> NoReturn:
         raise AssertionError("weights were read")
@@ -34,7 +34,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def changed_demo(folder: Path, **changes: Any) -> Path:
-    """A copy of the demo model with other entries in config.json."""
+    """Return a copy of the demo model with other entries in config.json."""
     shutil.copytree(DEMO, folder)
     return change(folder, **changes)
 
@@ -50,7 +50,7 @@ VERBS = ("train", "sanity", "evaluate", "probe", "doctor")
 
 @pytest.fixture
 def refused(ends: Ends, tmp_path: Path, no_weights: None) -> Verb:
-    """Run a verb on a model; it ends with status 2 and leaves no folder. Returns what it said."""
+    """Run a verb on a model, check that it ends with status 2 and leaves no folder, and return its message."""
 
     def run(verb: str, model: Path | str, *more: str) -> str:
         subject = {"train": (SMOKE, *SMALL, f"model={model}"), "sanity": (SMOKE, *SMALL, f"model={model}")}
@@ -69,7 +69,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "rope": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope scaling 'dynamic'"),
     "mixers": ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "packed sequences would leak"),
     "dropout": ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
-    "vocabulary": ({"vocab_size": 9}, "its tokenizer one of 16"),
+    "vocabulary": ({"vocab_size": 9}, "its tokenizer has 16"),
     "stop token": ({"eos_token_id": 16}, "stop token 16 (eos_token_id in config.json): its vocabulary has 16 tokens"),
     "context": ({"max_position_embeddings": 24}, "the model's context of 24"),
     "quantized": ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights"),
@@ -83,7 +83,7 @@ def test_what_config_json_tells_is_refused_before_weights_are_read(
 ) -> None:
     model = changed_demo(tmp_path / "model", **changes)
     if verb == "probe" and "max_position_embeddings" in changes:
-        model = change(model, max_position_embeddings=12)  # it takes what room there is
+        model = change(model, max_position_embeddings=12)  # it adapts to shorter contexts
         words = "leaves no room in the model's context of 12"
     assert words in refused(verb, model)
 
@@ -114,7 +114,7 @@ def test_a_file_that_is_no_gguf_file_says_so(refused: Verb, tmp_path: Path, writ
     whole = write_gguf(tmp_path / "whole.gguf").read_bytes()
     for content in (b"", b"PK" * 40, whole[:1000]):
         (tmp_path / "torn.gguf").write_bytes(content)
-        assert "is no whole GGUF file" in refused("doctor", tmp_path / "torn.gguf")
+        assert "is not a complete GGUF file" in refused("doctor", tmp_path / "torn.gguf")
 
 
 def test_a_run_is_resumed_and_exported_under_the_same_checks(
@@ -128,12 +128,12 @@ def test_a_run_is_resumed_and_exported_under_the_same_checks(
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", read)
-    assert "its tokenizer one of 16" in train(2, f"model={model}", "--resume")
-    assert "its tokenizer one of 16" in ends(2, "export", tmp_path / "run", tmp_path / "exported")
+    assert "its tokenizer has 16" in train(2, f"model={model}", "--resume")
+    assert "its tokenizer has 16" in ends(2, "export", tmp_path / "run", tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 
 
-# -- the configuration before the machine
+# -- the configuration is checked before the machine
 
 
 WRONG = {

@@ -1,4 +1,4 @@
-"""`betterhalf probe` from the command line: a model's own rollouts, and dumps of others."""
+"""`betterhalf probe` from the command line, with its own rollouts and with dumps of other frameworks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUIET = "logging.console=quiet"
 
 @pytest.fixture
 def probe(capsys: pytest.CaptureFixture[str]) -> Probe:
-    """Run a probe that succeeds, and return the object on its last line; what it said on the way is `said`."""
+    """Run a probe that succeeds, and return the object on its last line, with standard error under `said`."""
 
     def run(*arguments: str | Path) -> dict[str, Any]:
         capsys.readouterr()
@@ -50,7 +50,7 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a full probe of the demo model."""
+    """Return the folder of a full probe of the demo model."""
     run = tmp_path_factory.mktemp("probe") / "run"
     assert cli.main(["probe", "demo", *SMALL, QUIET, f"run_dir={run}"]) == 0
     return run
@@ -135,7 +135,7 @@ def test_with_a_model_given_trainer_logprobs_make_a_pair_of_their_own(
     assert found["pairs"][1]["tokens"] == sum(len(row["token_ids"]) for row in rows)
 
 
-def test_a_model_that_no_engine_here_knows_scores_a_dump(
+def test_a_model_that_no_engine_supports_scores_a_dump(
     measured: Path, probe: Probe, ends: Ends, tmp_path: Path
 ) -> None:
     model = tmp_path / "model"
@@ -168,7 +168,7 @@ def test_trls_rollouts_are_recognised(measured: Path, probe: Probe, tmp_path: Pa
     assert pair["k3"] < 1e-12
 
 
-def test_the_temperature_of_a_dump_is_that_of_its_scores(probe: Probe, tmp_path: Path) -> None:
+def test_a_dump_is_scored_at_its_own_temperature(probe: Probe, tmp_path: Path) -> None:
     arguments = ("demo", *SMALL, "precision.pairs=fp32/fp32")
     probe(*arguments, "sampling.temperature=0.5", f"run_dir={tmp_path / 'sampled'}")
     dump = tmp_path / "sampled" / "rollouts-fp32.jsonl"
@@ -176,8 +176,8 @@ def test_the_temperature_of_a_dump_is_that_of_its_scores(probe: Probe, tmp_path:
     assert found["pairs"][0]["k3"] < 1e-12
 
 
-def test_people_get_a_matrix(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from betterhalf.report.matrix import WIDTH, show_probe
+def test_the_terminal_shows_a_matrix(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from betterhalf.examine.probe_text import WIDTH, show_probe
 
     show_probe(read_json(measured / "probe.json"))
     out = capsys.readouterr().out
@@ -193,7 +193,7 @@ def test_people_get_a_matrix(measured: Path, capsys: pytest.CaptureFixture[str])
     [
         ({"rollout_log_probs": [-1.0]}, "holds no behavior_logprobs"),
         ({"behavior_logprobs": [-1.0, -2.0]}, "behavior_logprobs has 2 values for 1 token_ids"),
-        ({"behavior_logprobs": [float("nan")]}, "is no finite number"),
+        ({"behavior_logprobs": [float("nan")]}, "is not a finite number"),
     ],
 )
 def test_a_dump_that_cannot_be_used_ends_with_status_2_and_leaves_nothing(
@@ -210,7 +210,7 @@ def test_a_dump_that_cannot_be_used_ends_with_status_2_and_leaves_nothing(
     [
         (("no-such-model",), "no-such-model"),
         ((), "takes MODEL"),
-        (("demo", "precision.pairs=diagonal"), "neither full nor matched"),
+        (("demo", "precision.pairs=diagonal"), "is not full, matched or a list"),
         (("demo", "--from-dump", "absent.jsonl"), "cannot be read"),
         (("demo", "--localize", "--from-dump", "absent.jsonl"), "leave them out with --from-dump"),
     ],

@@ -1,4 +1,4 @@
-"""Rows that cannot be used, rows that have changed, an evaluation that fails midway: nothing is lost or mixed up."""
+"""Unusable rows, changed rows, and an evaluation that fails midway: nothing is lost or mixed up."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_bad_row_beyond_the_first_thousands_is_found_before_the_first_step(tra
 
 
 def test_rows_that_a_run_refuses_when_it_resumes_can_be_left_out_then(train: Ends, tmp_path: Path) -> None:
-    """A run of an older version met the row in the middle of its training."""
+    """Resume a run of an older version, which met the row in the middle of its training."""
     rows: list[Any] = sums(30)
     data = data_file(tmp_path, rows)
     train(0, *MATH, data)
@@ -165,14 +165,14 @@ def test_other_data_is_refused_on_resume_with_the_number_of_rows(train: Ends, tm
     data_file(tmp_path, [*changed, *sums(2)])
     message = train(2, *MATH, data, "--resume")
     assert "2 of 40 rows differ, the first is" in message and "data.jsonl, row 8" in message
-    assert "there were 40 rows and now are 42" in message and "task.allow_changed_data=true" in message
+    assert "there were 40 rows and there are now 42" in message and "task.allow_changed_data=true" in message
     assert (run / "metrics.jsonl").read_bytes() == metrics
 
     allowed = (*MATH, data, "--resume", "task.allow_changed_data=true")
     assert "2 of 40 rows differ" in train(0, *allowed)
     assert steps_in(run) == [1, 2]
-    assert read_json(run / "config.json")["task"]["allow_changed_data"] is False  # it was meant for once
-    train(0, *MATH, data, "--resume")  # what it goes on with has become its data
+    assert read_json(run / "config.json")["task"]["allow_changed_data"] is False  # it applies to one start
+    train(0, *MATH, data, "--resume")  # the changed rows are now its data
     data_file(tmp_path, rows)
     assert "rows differ" in train(2, *MATH, data, "--resume")
 
@@ -208,7 +208,7 @@ def test_a_checkpoint_without_digests_goes_on_with_a_note(train: Ends, tmp_path:
 
 
 def rewrite_state(path: Path, values: dict[str, Any]) -> None:
-    """Replace a checkpoint's state, and its fingerprint in the manifest."""
+    """Replace a checkpoint's state, and its digest in the manifest."""
     from betterhalf.training import checkpoint
 
     path.write_text(json.dumps(values))
@@ -220,7 +220,7 @@ def rewrite_state(path: Path, values: dict[str, Any]) -> None:
 # -- evaluation
 
 
-def test_an_evaluation_that_fails_midway_keeps_its_scores_and_goes_on(
+def test_an_evaluation_that_fails_midway_keeps_its_results_and_continues(
     ends: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
@@ -237,7 +237,7 @@ def test_an_evaluation_that_fails_midway_keeps_its_scores_and_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(TextGrader, "rewards", failing)
         message = ends(3, *few, f"run_dir={run}")
-    assert "the engine is gone. 128 of 150 prompts are scored and kept in" in message and "--resume" in message
+    assert "the engine is gone. 128 of 150 prompts are evaluated, and kept in" in message and "--resume" in message
     assert len(read_jsonl(run / "evaluation.jsonl")) == 128 and not (run / "summary.json").exists()
 
     assert "--resume (train, sanity, evaluate)" in ends(2, *few, f"run_dir={run}")

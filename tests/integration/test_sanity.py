@@ -1,4 +1,4 @@
-"""The sanity test end to end, small: a perfectible set, arms that differ in precision only, a verdict, a resume."""
+"""A small sanity test end to end: a perfectible set, arms that differ in precision only, a verdict, a resume."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL_SANITY = {"candidates": 24, "samples": 10, "evaluation_samples": 4, "pass_
 
 @pytest.fixture(scope="module")
 def sanity_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One small sanity run, shared by the tests that only look at it."""
+    """Run one small sanity test, shared by the tests that only read it."""
     folder = tmp_path_factory.mktemp("sanity") / "run"
     config = RunConfig.model_validate(
         {
@@ -108,7 +108,7 @@ def test_an_interrupted_count_goes_on_and_gives_the_same_set(small_config: Confi
     whole, _ = build_perfectible(config, RunDir.create(tmp_path / "whole", resume=False))
     lines = whole.read_text().splitlines(keepends=True)
     half = RunDir.create(tmp_path / "half", resume=False)
-    half.perfectible.write_text("".join(lines[:17]) + lines[17][:20])  # header, 16 rows, a torn one
+    half.perfectible.write_text("".join(lines[:17]) + lines[17][:20])  # header, 16 rows, a truncated one
     build_perfectible(config, half)
     assert half.perfectible.read_text() == whole.read_text()
 
@@ -161,10 +161,12 @@ def test_an_arm_its_own_precision_brings_down_is_a_failed_arm_and_the_others_sti
         return measured
 
     monkeypatch.setattr(loop, "measure", broken_in_fp16)
-    summary = sanity(small_config(sanity={**SMALL_SANITY, "pass_accuracy": 0.1}), str(tmp_path / "run"))
+    # In this process: an arm in a process of its own would not see the patched measurement.
+    settings = {**SMALL_SANITY, "pass_accuracy": 0.1, "arms_at_once": 1}
+    summary = sanity(small_config(sanity=settings), str(tmp_path / "run"))
     assert summary["passed"] is False
     assert "trainer logprobs are not finite" in summary["reasons"]["fp16"]
-    assert summary["arms"]["fp16"]["mismatch_k3"] > 0  # of the step that was measured
+    assert summary["arms"]["fp16"]["mismatch_k3"] > 0  # of the step whose measurement was valid
     assert summary["arms"]["bf16"]["passed"] is True
     assert summary["k3_ratio"] > 1
 

@@ -1,4 +1,4 @@
-"""Single steps: dynamic sampling, the overlong penalty, denominators of what is kept, pass@k."""
+"""Single steps: dynamic sampling, the overlong penalty, `kept` denominators, pass@k."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Configured = Callable[..., RunConfig]
 
 @pytest.fixture
 def build(small_config: Configured) -> Iterator[Callable[..., Parts]]:
-    """Assembled and synced parts, closed at the end."""
+    """Assemble and sync parts, and close them at the end."""
     made: list[Parts] = []
 
     def make(**changes: Any) -> Parts:
@@ -44,7 +44,7 @@ def build(small_config: Configured) -> Iterator[Callable[..., Parts]]:
 
 
 class EveryOtherPromptIsFlat:
-    """A task whose prompts 0, 2, 4 ... give all siblings the same reward."""
+    """Task whose prompts 0, 2, 4 ... give all siblings the same reward."""
 
     timeouts = 0
     unparsed_answers = 0
@@ -68,7 +68,7 @@ class EveryOtherPromptIsFlat:
 
 
 def collected_at(parts: Parts, position: int = 0) -> Collected:
-    """The groups of the first step when `position` prompts are consumed."""
+    """Return the groups of the first step after `position` consumed prompts."""
     return collect_groups(parts, Progress(position=position), Stopwatch(torch.device("cpu")))
 
 
@@ -82,7 +82,7 @@ def test_dynamic_sampling_replaces_flat_groups_by_fresh_prompts(build: Callable[
     collected = collected_at(replace(parts, task=task))  # type: ignore[arg-type]
     # 4 wanted; two rounds of 4 prompts hold 4 useful ones: 1, 3, 5, 7
     assert [group.prompt.prompt_id for group in collected.groups] == ["1", "3", "5", "7"]
-    assert task.asked == [(0, 4), (0, 8)]  # the second round must not repeat what the first had
+    assert task.asked == [(0, 4), (0, 8)]  # the second round must not repeat prompts of the first
     assert collected.position == 8
     assert (collected.dropped, collected.surplus) == (4, 0)
 
@@ -109,7 +109,7 @@ def test_no_round_of_a_step_repeats_a_prompt_while_there_are_others(
 
 
 class FlatAtSome(EveryOtherPromptIsFlat):
-    """A task whose given prompts are solved by all siblings, the others by every second."""
+    """Task whose `flat` prompts are solved by all siblings, and the others by every second one."""
 
     def __init__(self, base: Any, *flat: int) -> None:
         super().__init__(base)
@@ -120,7 +120,7 @@ class FlatAtSome(EveryOtherPromptIsFlat):
 
 
 def sampled_dynamically(parts: Parts, *flat: int) -> Collected:
-    """The first step's groups when these prompts are flat."""
+    """Return the groups of the first step if these prompts are flat."""
     return collected_at(replace(parts, task=FlatAtSome(parts.task, *flat)))  # type: ignore[arg-type]
 
 
@@ -130,7 +130,7 @@ def sampled_dynamically(parts: Parts, *flat: int) -> Collected:
         ((3,), ["0", "1", "2", "4"], 1, 3),  # three useful and one flat, then four useful
         ((), ["0", "1", "2", "3"], 0, 0),
         ((0, 1, 2, 3, 4, 5), ["6", "7", "8", "9"], 6, 2),
-        (tuple(range(11)), ["11", "0", "1", "2"], 8, 0),  # the rounds run out: three flat groups fill the step
+        (tuple(range(11)), ["11", "0", "1", "2"], 8, 0),  # after the last round, three flat groups fill the step
     ],
 )
 def test_dropped_and_surplus_groups_are_counted_apart(
@@ -212,7 +212,7 @@ def test_without_dynamic_sampling_flat_groups_stay(build: Callable[..., Parts]) 
 
 
 def a_group(parts: Parts, rewards: Sequence[float], lengths: Sequence[int]) -> Collected:
-    """One group with these rewards and lengths of completions."""
+    """Return one group with these rewards and lengths of completions."""
     (group, *_) = collected_at(parts).groups
     rollouts = tuple(
         replace(
@@ -245,7 +245,7 @@ def test_groups_of_equal_rewards_that_fill_a_step_have_no_advantage(
     build: Callable[..., Parts], advantage: str
 ) -> None:
     parts = build(algorithm={"preset": "dapo", "advantage": advantage})
-    one = a_group(parts, (1.0,) * 4, (30, 31, 32, 33))  # the penalty begins at 32 of 40
+    one = a_group(parts, (1.0,) * 4, (30, 31, 32, 33))  # the penalty starts at 32 of 40
     assert advantages_of(parts, one) == [0.0] * 4
     metrics = rollout_metrics(one, advantages_of(parts, one))
     assert metrics["rollout/zero_advantage_fraction"] == 1.0

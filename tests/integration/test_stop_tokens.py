@@ -1,4 +1,4 @@
-"""Completions need a token that ends them: none, one that cannot be sampled, or the wrong one is said in time."""
+"""A stop token that is missing, that cannot be sampled, or that is wrong is reported early."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Ends = Callable[..., str]
 
 
 def model_folder(folder: Path, **changes: dict[str, Any]) -> Path:
-    """A copy of the demo model; keyword arguments change `config`, `generation_config` and `tokenizer_config`."""
+    """Copy the demo model; keyword arguments change `config`, `generation_config` and `tokenizer_config`."""
     shutil.copytree(DEMO, folder)
     for name, entries in changes.items():
         file = folder / f"{name}.json"
@@ -56,7 +56,7 @@ def test_a_model_without_a_stop_token_is_refused_with_the_ways_to_name_one(
 
 
 def test_a_stop_token_that_only_transformers_assumes_is_none(train: Ends, tmp_path: Path) -> None:
-    """A Llama configuration without the key has end of sequence 2, which is the digit 0 of the demo model."""
+    """A Llama configuration without the key has the end-of-sequence id 2, the digit 0 of the demo model."""
     model = without_stop(tmp_path / "model")
     for name in ("config.json", "generation_config.json"):
         entries = json.loads((model / name).read_text())
@@ -121,7 +121,7 @@ def test_stop_tokens_are_named_by_text_or_by_id() -> None:
 
 
 def chat_model(folder: Path) -> Path:
-    """The demo model, whose completions end with ".", with a template that ends turns so, and another stop token."""
+    """Copy the demo model, whose completions end with ".", with a template that does so too, and another stop token."""
     model = model_folder(folder, config={"eos_token_id": 0}, generation_config={"eos_token_id": 0})
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 15, "content": "."})
@@ -130,14 +130,14 @@ def chat_model(folder: Path) -> Path:
     return model
 
 
-def test_a_template_that_ends_turns_with_a_token_nobody_declares_is_said_at_load_and_when_it_is_sampled(
+def test_a_template_that_ends_turns_with_an_undeclared_token_is_noted_at_load_and_when_it_is_sampled(
     betterhalf: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     model, run = chat_model(tmp_path / "model"), tmp_path / "run"
     words = ("train", SMOKE, *ONE_STEP, "logging.console=lines", f"model={model}", f"run_dir={run}")
     done = betterhalf(*words)
     assert done.returncode == 0, done.stderr
-    assert "ends turns with '.', which is no stop token of it ('<pad>')" in done.stderr
+    assert "ends turns with '.', which is not one of its stop tokens ('<pad>')" in done.stderr
     said = " ".join((done.stdout + done.stderr).split())
     assert "step 1: all 4 completions were cut off at sampling.max_tokens=" in said
     assert "of them hold '.', with which the chat template ends turns" in said

@@ -1,4 +1,4 @@
-"""config.json and the weights may disagree about the head: trainer, engine and export all go by what was loaded."""
+"""If config.json and the weights disagree about a tied head, trainer, engine and export follow the weights."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def demo_that_says(folder: Path, *, tied: bool, change: Change = lambda weights:
     return folder
 
 
-def test_a_head_of_its_own_is_trained_sampled_with_and_exported_whatever_config_json_says(
+def test_an_untied_head_is_trained_sampled_with_and_exported_whatever_config_json_says(
     train: Ends, ends: Ends, tmp_path: Path
 ) -> None:
-    """The demo's head differs from its embedding; the run is that of the folder that says so."""
+    """The demo's head differs from its embedding; the run equals that of a folder whose config.json says so."""
     model = demo_that_says(tmp_path / "model", tied=True)
     said = train(0, f"model={model}", "logging.console=lines")
     assert "config.json" in said and "tie_word_embeddings=true" in said and "differs from the embedding" in said

@@ -1,4 +1,4 @@
-"""Whole training runs of the demo model: what they leave on disk, what they refuse, what they survive."""
+"""Whole training runs of the demo model: the files they write, and the input and failures they handle."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ALWAYS = {
 
 
 def rows_without_times(path: Path) -> list[dict[str, Any]]:
-    """Metrics rows less what may differ between a run and its repetition."""
+    """Return the rows of metrics without the values that may differ between a run and its repetition."""
     return [
         {name: value for name, value in row.items() if not name.startswith(("time/", "system/"))}
         for row in read_jsonl(path)

@@ -1,4 +1,4 @@
-"""A whole run, its checkpoints and its evaluation reach nothing behind the Protocols of trainer and engine."""
+"""A whole run, its checkpoints and its evaluation use only the Protocols of trainer and engine."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from betterhalf.types import MicroBatch
 
 
 class Behind:
-    """Hands out the members of one Protocol and refuses everything else of the object behind it."""
+    """Proxy with the members of one Protocol, which refuses everything else of the real object."""
 
     def __init__(self, real: Any, protocol: type) -> None:
         self._real, self._members = real, {name for name in vars(protocol) if not name.startswith("_")}
         self.used: list[str] = []
-        """Members in the order of their use."""
+        """Names of members in the order of their use."""
 
     def __getattr__(self, name: str) -> Any:
         assert name in self._members, f"{name!r} is reached behind the Protocol"
@@ -43,7 +43,7 @@ class Behind:
 
 
 class HostOnlyTrainer(Behind):
-    """A trainer that checks what crosses its Protocol: packs in host memory, in and out, and state that is copied."""
+    """Trainer that checks that packs are in host memory, and copies its state."""
 
     def __init__(self, real: Any) -> None:
         super().__init__(real, Trainer)
@@ -61,7 +61,7 @@ class HostOnlyTrainer(Behind):
         return self._real.forward_backward(packs, algorithm, denominators)
 
     def state(self) -> Any:
-        # As from another process: nothing in the checkpoint is the trainer's own memory.
+        # Copied as from another process: the checkpoint shares no memory with the trainer.
         self.used.append("state")
         state = self._real.state()
         copied = {name: {key: value.clone() for key, value in getattr(state, name).items()} for name in TENSORS}
@@ -83,7 +83,7 @@ Configured = Callable[..., RunConfig]
 
 @pytest.fixture
 def strict(monkeypatch: pytest.MonkeyPatch) -> list[Parts]:
-    """Every run assembles its parts behind strict Protocols; the parts that were made, in order."""
+    """Assemble every run behind strict Protocols, and return the parts in the order of assembly."""
     made: list[Parts] = []
 
     def assemble(*args: Any, **keywords: Any) -> Parts:

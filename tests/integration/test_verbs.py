@@ -1,4 +1,4 @@
-"""evaluate, export, report and config on what a run left: every number is taken from the files it must agree with."""
+"""evaluate, export, report and config on a finished run: every number agrees with the files of the run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Verb = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module", params=["fp16", "bf16"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run in this precision; the learning rate is large enough to see in the weights."""
+    """Finish a run in this precision; its learning rate is large enough to change the weights visibly."""
     folder: Path = tmp_path_factory.mktemp(request.param) / "run"
     settings = (*SMALL, f"precision={request.param}", "optimizer.learning_rate=1e-3", f"run_dir={folder}")
     assert cli.main(["train", DEMO, *settings]) == 0
@@ -76,7 +76,7 @@ def test_exported_weights_are_the_masters_rounded_once(run: Path, verb: Verb, tm
 
 
 def test_the_run_has_learned_something_that_the_export_carries(run: Path) -> None:
-    """Otherwise the other tests could not tell the trained weights from the model's own."""
+    """Check that trained weights differ from the model's own, because the other tests rely on it."""
     from betterhalf.config.schema import ModelConfig
 
     start = dict(load_model(ModelConfig(name="demo")).module.named_parameters())
@@ -115,7 +115,7 @@ def test_evaluation_agrees_with_its_rows(run: Path, verb: Verb, tmp_path: Path) 
 
 
 def test_a_run_and_its_export_evaluate_alike_and_unlike_the_base_model(run: Path, verb: Verb, tmp_path: Path) -> None:
-    """The draws depend on seed and prompt alone, so equal weights give equal counts for every prompt."""
+    """Draws depend on seed and prompt alone, so equal weights give equal counts for every prompt."""
     verb("export", run, tmp_path / "model")
     settings = (*SAMPLES, f"precision={precision_of(run)}", "sampling.max_tokens=48")
     rows = {}

@@ -1,4 +1,4 @@
-"""The real vLLM on the demo model: what it samples, scores and holds, and a run that survives its death.
+"""The real vLLM on the demo model: its samples, scores and weights, and a run that recovers from its crash.
 
 One engine for each precision serves all tests of it, since a start takes some ten seconds.
 """
@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_models import tiny_config
 from torch import Tensor
-from transformers import Gemma2Config, Qwen2Config
+from transformers import Gemma2Config
 
 from betterhalf.config.schema import ModelConfig, PrecisionConfig, RunConfig, SamplingConfig, VllmEngineConfig
 from betterhalf.errors import EngineDiedError, EngineError, InputError, WeightSyncError
@@ -144,7 +145,7 @@ def test_tempered_sampling_reports_tempered_logprobs(engine: VllmEngine) -> None
     assert max(abs(tempered[c.token_ids[0]].item() - raw[c.token_ids[0]].item()) for c in sampled) > 0.1
 
 
-def test_it_holds_exactly_what_was_sent_and_says_what_it_runs(engine: VllmEngine, demo: LoadedModel) -> None:
+def test_it_holds_the_weights_sent_and_reports_what_it_runs(engine: VllmEngine, demo: LoadedModel) -> None:
     dtype, report = dtype_of(engine), engine.report()
     assert report.digests == weights_digests(wire(demo, precision_of(dtype)))
     assert {report.dtypes[region] for region in ("weights", "compute", "kv", "wire")} == {dtype}
@@ -208,7 +209,7 @@ class Perturbed(backend.VllmBackend):
 
 server.main(Perturbed().handlers())
 """
-"""Not in the engine's own tensor: where vLLM multiplies packed copies, that one is empty."""
+"""Not in the layer's own tensor, which is empty where vLLM multiplies packed copies."""
 
 
 def test_a_weight_that_changes_inside_the_engine_is_found(
@@ -229,7 +230,7 @@ def test_a_weight_that_changes_inside_the_engine_is_found(
 
 
 def test_a_tied_head_follows_its_embedding(demo: LoadedModel) -> None:
-    """vLLM's packed copy of a tied head is not renewed by a reload; in FP32 the head multiplies by that copy."""
+    """A reload does not update vLLM's packed copy of a tied head; in FP32 the head multiplies by that copy."""
     torch.manual_seed(0)
     tied = type(demo.hf_config)(**{**demo.hf_config.to_dict(), "tie_word_embeddings": True})
     module = type(demo.module)(tied)
@@ -259,11 +260,7 @@ def test_a_precision_that_vllm_refuses_is_bad_input() -> None:
 
 
 def test_a_model_that_vllm_refuses_by_an_assertion_is_bad_input() -> None:
-    config = Qwen2Config(
-        vocab_size=16, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=1,
-        num_key_value_heads=1, max_position_embeddings=64, use_sliding_window=True, sliding_window=8,
-        max_window_layers=1,
-    )  # fmt: skip
+    config = tiny_config("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
     engine = VllmEngine(config, precision=precision_of("fp32"), config=VllmEngineConfig(), stop_token_ids=())
     with pytest.raises(InputError, match=r"(?i)vLLM refuses this model.*sliding window.*engine=native"):
         engine.load_weights([], policy_version=0)
@@ -283,12 +280,12 @@ RUN: dict[str, Any] = {
 
 
 def metrics_of(run: RunDir) -> list[dict[str, Any]]:
-    """All metrics but times, machine facts and the count of restarts."""
+    """Return all metrics except times, machine facts and the count of restarts."""
     skipped = ("time/", "system/", "rollout/engine_restarts")
     return [{k: v for k, v in row.items() if not k.startswith(skipped)} for row in read_jsonl(run.metrics)]
 
 
-def test_a_run_whose_engine_is_killed_in_step_2_is_the_run_that_would_have_been(
+def test_a_run_whose_engine_is_killed_in_step_2_equals_an_undisturbed_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = RunConfig.model_validate(RUN)
@@ -307,7 +304,7 @@ def test_a_run_whose_engine_is_killed_in_step_2_is_the_run_that_would_have_been(
     run_training(config, killed, resume=False, label="killed")
     assert [row["rollout/engine_restarts"] for row in read_jsonl(killed.metrics)] == [0, 1, 0]
     assert metrics_of(killed) == metrics_of(undisturbed)
-    assert "Starting the engine again (1 of 3); no step is lost" in capsys.readouterr().err
+    assert "Restarting the engine (1 of 3); no step is lost" in capsys.readouterr().err
     assert all(math.isfinite(row["mismatch/k3/mean"]) for row in metrics_of(killed))
     contract = read_json(killed.contract)
     assert contract["ok"] and contract["first_difference"] is None
@@ -329,7 +326,7 @@ def test_nothing_is_left_when_a_run_is_interrupted(tmp_path: Path) -> None:
 
 
 def _child_of(pid: int) -> int:
-    """Process id of the first vLLM child, once it is there."""
+    """Return the process id of the first vLLM child, once it exists."""
     import time
 
     for _ in range(600):

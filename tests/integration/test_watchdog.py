@@ -1,4 +1,4 @@
-"""The watchdog in whole runs: it stops within the step, learns nothing from it, and a resumed run acts as before."""
+"""The watchdog in whole runs: it stops before the step's update, and a resumed run acts like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def perturb(parts: Parts, size: float = 0.5) -> None:
-    """Noise, `size` times as large as the weights, on all that the native engine holds."""
+    """Add noise, `size` times as large as the weights, to all weights of the native engine."""
     generator = torch.Generator().manual_seed(0)
     weights = parts.engine._weights  # type: ignore[attr-defined]
     noisy = {}
@@ -163,14 +163,14 @@ def test_the_mask_works_in_the_step_that_switches_it_on(
     fractions, collect = {}, loop.collect_groups
 
     def collect_perturbed(parts: Parts, *more: Any) -> Any:
-        # Little enough that some completions are still right: what has no advantage is not trained on, nor masked.
+        # Small enough that some completions are still right: only groups with an advantage are trained on and masked.
         perturb(parts, 0.2)
         return collect(parts, *more)
 
     for action in ("warn", "mask"):
         config = small_config(
             algorithm={"preset": algorithm},
-            # Few packs are measured: the rest must be scored once the mask asks for the proximal policy.
+            # Few packs are measured; the others must be scored once the mask needs proximal logprobs.
             mismatch={"sample_fraction": 0.3},
             training={"tokens_per_micro_batch": 120, "prompts_per_step": 12, "steps": 1},
             watchdog={"levels": [{**ALWAYS, "action": action}]},
@@ -199,7 +199,7 @@ def test_levels_that_cannot_act_are_refused_before_anything_is_loaded(
 def test_an_arm_that_the_watchdog_stops_has_failed_and_the_other_arm_runs(
     small_config: Configured, tmp_path: Path
 ) -> None:
-    # Between the k3 of FP16 (about 1e-8 here) and that of BF16 (1e-6).
+    # Between the k3 of FP16 (about 1e-8 here) and of BF16 (1e-6).
     levels = [{"metric": "mismatch/k3/mean", "above": 1.5e-7, "action": "stop"}]
     config = small_config(
         watchdog={"levels": levels},

@@ -1,4 +1,4 @@
-"""FP32 islands in both wings: they cure an overflow, keep the wings together, and give the gradients of FP32."""
+"""FP32 islands in trainer and engine: they prevent an overflow, keep both close, and give the gradients of FP32."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_models import SMALL, loaded_model, tiny_config, tiny_module
 from torch import Tensor
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import EngineError, InputError, NumericsError
@@ -22,51 +21,32 @@ from betterhalf.training.pack import pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, GenerateRequest, MicroBatch, Prompt, Rollout
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-}
-FAMILIES: dict[str, Any] = {
-    "llama": LlamaConfig(**SIZES),
-    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SIZES),
-}
+FAMILIES: dict[str, Any] = {"llama": {}, "qwen2": {"tie_word_embeddings": True}, "qwen3": {}}
+"""Family -> changes to its configuration."""
 DOWN = "model.layers.1.mlp.down_proj"
 ISLANDS = (DOWN, "model.layers.1.mlp", "model.layers.1.self_attn.o_proj", "model.layers.1.self_attn", "model.layers.1")
 PROMPTS = [tuple((7 * k + 3 * i) % 95 + 2 for i in range(3 + 4 * k)) for k in range(4)]
 
 
 def random_model(family: str = "llama", scaled: tuple[str, float] | None = None) -> LoadedModel:
-    """A model of three layers; `scaled` multiplies the weights whose name starts so."""
-    torch.manual_seed(4)
-    module = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32).eval()
+    """Return a model of three layers; `scaled` is a prefix of weight names and the factor on these weights."""
+    module = tiny_module(tiny_config(family, SMALL, **FAMILIES[family]), seed=4, biases=0.3)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.3)
             if scaled and name.startswith(scaled[0]):
                 parameter.mul_(scaled[1])
-    return LoadedModel(
-        name=family, module=module, hf_config=module.config, tokenizer=None, stop_token_ids=(1,), context_length=128
-    )
+    return loaded_model(module, stop_token_ids=(1,))
 
 
 def overflowing() -> LoadedModel:
-    """Layer 1's down_proj gives more than half a million; its weights, and everything before it, fit FP16."""
+    """Return a model whose layer 1 down_proj exceeds half a million; its weights and all values before it fit FP16."""
     return random_model("llama", (DOWN, 40000.0))
 
 
 def wings(
     model: LoadedModel, precision: dict[str, Any], rounding: str = "aligned", **training: Any
 ) -> tuple[PolicyTrainer, NativeEngine, Precision]:
-    """Trainer and engine at the same weights, as a run builds them."""
+    """Return trainer and engine at the same weights, as a run builds them."""
     config = RunConfig.model_validate(
         {
             "precision": precision,
@@ -95,7 +75,7 @@ def packed(config: RunConfig, groups: list[tuple[Completion, ...]]) -> tuple[Mic
 
 
 def fixed_packs(config: RunConfig) -> tuple[MicroBatch, ...]:
-    """Completions that no engine sampled."""
+    """Return made-up completions, which no engine sampled."""
 
     def completion(k: int) -> Completion:
         ids = tuple((11 * k + 5 * i) % 95 + 2 for i in range(20))
@@ -105,7 +85,7 @@ def fixed_packs(config: RunConfig) -> tuple[MicroBatch, ...]:
 
 
 def gaps(trainer: PolicyTrainer, engine: NativeEngine) -> Tensor:
-    """Trainer minus behavior logprobs of completions that the engine samples, float64."""
+    """Return trainer minus behavior logprobs of completions that the engine samples, float64."""
     requests = [GenerateRequest(token_ids=ids, group_size=4, key=(0, 1, k)) for k, ids in enumerate(PROMPTS)]
     packs = packed(trainer.config, engine.generate(requests, trainer.config.sampling))
     return torch.cat(
@@ -122,7 +102,7 @@ def logprobs(trainer: PolicyTrainer) -> Tensor:
 
 
 def largest_down(trainer: PolicyTrainer) -> float:
-    """Largest magnitude that layer 1's down_proj hands on."""
+    """Return the largest magnitude in the result of layer 1's down_proj."""
     seen: list[float] = []
     down = trainer.module.get_submodule(DOWN)
     handle = down.register_forward_hook(lambda _module, _args, out: seen.append(float(out.abs().max())))
@@ -135,7 +115,7 @@ def half(precision: str, *islands: str) -> dict[str, Any]:
     return {"preset": precision, "half_matmul": "fp32_sums", "fp32_modules": islands}
 
 
-def test_without_an_island_the_overflow_leaves_neither_wing_finite() -> None:
+def test_without_an_island_the_overflow_leaves_neither_side_finite() -> None:
     trainer, engine, _ = wings(overflowing(), half("fp16"))
     assert largest_down(trainer) == float("inf")
     assert not bool(logprobs(trainer).isfinite().all())
@@ -146,7 +126,7 @@ def test_without_an_island_the_overflow_leaves_neither_wing_finite() -> None:
 
 
 @pytest.mark.parametrize("island", [DOWN, "model.layers.1.mlp", "model.layers.1"])
-def test_an_island_cures_the_overflow_in_the_trainer(island: str) -> None:
+def test_an_island_prevents_the_overflow_in_the_trainer(island: str) -> None:
     trainer, _, _ = wings(overflowing(), half("fp16", island))
     exact, _, _ = wings(overflowing(), {"preset": "fp32"})
     found, expected = logprobs(trainer), logprobs(exact)
@@ -159,29 +139,29 @@ def test_an_island_cures_the_overflow_in_the_trainer(island: str) -> None:
 
 @pytest.mark.parametrize("mode", ["aligned", "engine"])
 @pytest.mark.parametrize("island", [DOWN, "model.layers.1.mlp", "model.layers.1"])
-def test_an_island_cures_the_overflow_in_the_engine_and_the_wings_stay_together(island: str, mode: str) -> None:
+def test_an_island_prevents_the_overflow_in_the_engine_and_both_sides_stay_close(island: str, mode: str) -> None:
     gap = gaps(*wings(overflowing(), half("fp16", island), mode)[:2])
     plain, engine_mode = (k3(gaps(*wings(random_model(), half("fp16"), m)[:2])) for m in (mode, "engine"))
     assert bool(gap.isfinite().all())
-    # Aligned wings may agree bit for bit, which leaves nothing to compare with.
+    # Aligned sides may agree bit for bit, which leaves nothing to compare with.
     assert k3(gap) < max(1.5 * plain, 0.03 * engine_mode)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("island", ISLANDS)
-def test_wings_with_islands_are_as_close_as_without(family: str, island: str, precision: str) -> None:
+def test_sides_with_islands_are_as_close_as_without(family: str, island: str, precision: str) -> None:
     without, with_island, engine_mode = (
         k3(gaps(*wings(random_model(family), half(precision, *names), mode)[:2]))
         for names, mode in (((), "aligned"), ((island,), "aligned"), ((), "engine"))
     )
-    # Aligned BF16 meets a boundary of its coarse grid once in thousands of values, or not at all, so its own k3 is
-    # no measure; three hundredths of what production rounding leaves is.
+    # Aligned BF16 meets a boundary of its coarse grid once in thousands of values, or never, so the bound is not
+    # relative to its own k3 but three hundredths of that of production rounding.
     assert with_island < max(1.5 * without, 0.03 * engine_mode)
 
 
 @pytest.mark.parametrize("island", ISLANDS)
-def test_native_bf16_uses_fp32_tensors_in_islands_and_the_wings_stay_together(island: str) -> None:
+def test_native_bf16_uses_fp32_tensors_in_islands_and_both_sides_stay_close(island: str) -> None:
     native = {"preset": "bf16", "half_matmul": "native"}
     trainer, engine, _ = wings(random_model(), {**native, "fp32_modules": [island]})
     engine_mode = k3(gaps(*wings(random_model(), native, "engine")[:2]))
@@ -245,7 +225,7 @@ def gradients(trainer: PolicyTrainer) -> dict[str, Tensor]:
 
 
 def gradients_in_float64(family: str, scaled: tuple[str, float] | None = None) -> dict[str, Tensor]:
-    """Of the transformers module on weights rounded to FP16, sequence by sequence."""
+    """Return gradients of the transformers module on weights rounded to FP16, sequence by sequence."""
     module = random_model(family, scaled).module
     with torch.no_grad():
         for parameter in module.parameters():

@@ -1,4 +1,4 @@
-"""The whole engine against float64 arithmetic that rounds at the points of docs/engines.md, and nowhere else."""
+"""The whole engine against float64 arithmetic that rounds only at the points of docs/engines.md."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_models import SMALL, tiny_config, tiny_module
 from torch import Tensor
-from transformers import LlamaConfig
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from betterhalf.config.schema import RunConfig, SamplingConfig
 from betterhalf.precision.roles import build_precision
@@ -16,24 +15,22 @@ from betterhalf.rollout.build import build_engine
 from betterhalf.types import GenerateRequest
 
 HEADS, KV_HEADS, DIM, EPS, THETA = 4, 2, 16, 1e-6, 10000.0
-CONFIG = LlamaConfig(
+CONFIG = tiny_config(
+    "llama",
+    SMALL,
     vocab_size=29,
-    hidden_size=64,
-    intermediate_size=96,
     num_hidden_layers=1,
     num_attention_heads=HEADS,
     num_key_value_heads=KV_HEADS,
+    head_dim=DIM,
     rms_norm_eps=EPS,
     rope_parameters={"rope_type": "default", "rope_theta": THETA},
-    initializer_range=0.2,
-    bos_token_id=None,
-    eos_token_id=None,
 )
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Reference:
-    """One Llama layer in float64; `r` marks every rounding point."""
+    """Compute one Llama layer in float64; `r` marks every rounding point."""
 
     def __init__(self, state: dict[str, Tensor], dtype: torch.dtype, mode: str) -> None:
         self.dtype = dtype
@@ -48,7 +45,7 @@ class Reference:
         return self.r(self.w[name] * (self.r(normed) if self.aligned else normed))
 
     def rope(self, x: Tensor) -> Tensor:
-        # The table is FP32 on both sides: an angle of 30 is off by 2e-6, which float64 would turn into roundings.
+        # The table is FP32 on both sides: an angle of 30 has an error of 2e-6, which would move roundings of float64.
         angles = torch.arange(x.shape[1])[:, None].float() * (1.0 / THETA ** (torch.arange(0, DIM, 2).float() / DIM))
         cos, sin = (torch.cat((part, part), -1).double() for part in (angles.cos(), angles.sin()))
         turned = torch.cat((-x[..., DIM // 2 :], x[..., : DIM // 2]), -1)
@@ -84,17 +81,11 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def module() -> Any:
-    torch.manual_seed(3)
-    built = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, parameter in built.named_parameters():
-            if "norm" in name:
-                parameter.add_(0.4 * torch.randn_like(parameter))
-    return built
+    return tiny_module(CONFIG, seed=3, norms=0.4)
 
 
 def gaps(module: Any, precision: str, engine_mode: str, reference_mode: str) -> Tensor:
-    """Reference minus behavior logprobs, float64."""
+    """Return reference minus behavior logprobs, float64."""
     config = RunConfig.model_validate(
         {"precision": {"preset": precision, "half_matmul": "fp32_sums"}, "engine": {"rounding": engine_mode}}
     )
@@ -120,7 +111,7 @@ def gaps(module: Any, precision: str, engine_mode: str, reference_mode: str) -> 
 def test_the_engine_rounds_at_the_documented_points_only(module, precision, mode):
     other = "aligned" if mode == "engine" else "engine"
     right, wrong = gaps(module, precision, mode, mode), gaps(module, precision, mode, other)
-    # FP32 and float64 sums fall on two sides of a rounding boundary once in two thousand; in FP16, with its finer
-    # grid, that touches about half of the tokens through their context.
+    # FP32 and float64 sums are on different sides of a rounding boundary once in two thousand values; in FP16, whose
+    # grid is finer, this affects about half of the tokens through their context.
     assert (right.abs() < 2e-6).double().mean() > (0.3 if precision == "fp16" else 0.9)
     assert right.pow(2).mean() < 0.1 * wrong.pow(2).mean()

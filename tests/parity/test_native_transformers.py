@@ -1,4 +1,4 @@
-"""The native decoder against the transformers modules of every family, and against itself: prefill and decode."""
+"""The native decoder against the transformers module of every family, and its prefill against its decoding."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from tests.tiny_models import tiny_config, tiny_module
 
 from betterhalf.config.schema import RunConfig, SamplingConfig
 from betterhalf.precision.roles import build_precision
@@ -21,11 +20,10 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
+    "head_dim": 8,
     "max_position_embeddings": 96,
     "initializer_range": 0.25,
     "attn_implementation": "eager",
-    "bos_token_id": None,
-    "eos_token_id": None,
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -37,32 +35,26 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 24}
 CONFIGS: dict[str, Any] = {
-    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "llama_biased": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
-    "llama_rope3": LlamaConfig(**SIZES, rope_parameters=LLAMA3),
-    "llama_linear": LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),
-    "llama_yarn": LlamaConfig(**SIZES, rope_parameters=YARN),
-    "mistral": MistralConfig(**SIZES, sliding_window=None),
-    "mistral_sliding": MistralConfig(**SIZES, sliding_window=7),
-    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen2_sliding": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1),
-    "qwen3": Qwen3Config(**SIZES, head_dim=16),
-    "qwen3_biased": Qwen3Config(**SIZES, head_dim=8, attention_bias=True),
+    "llama": tiny_config("llama", SIZES, tie_word_embeddings=True),
+    "llama_biased": tiny_config("llama", SIZES, attention_bias=True, mlp_bias=True),
+    "llama_rope3": tiny_config("llama", SIZES, rope_parameters=LLAMA3),
+    "llama_linear": tiny_config(
+        "llama", SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
+    ),
+    "llama_yarn": tiny_config("llama", SIZES, rope_parameters=YARN),
+    "mistral": tiny_config("mistral", SIZES, sliding_window=None),
+    "mistral_sliding": tiny_config("mistral", SIZES, sliding_window=7),
+    "qwen2": tiny_config("qwen2", SIZES, tie_word_embeddings=True),
+    "qwen2_sliding": tiny_config("qwen2", SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen3": tiny_config("qwen3", SIZES, head_dim=16),
+    "qwen3_biased": tiny_config("qwen3", SIZES, attention_bias=True),
 }
 SAMPLING = SamplingConfig(max_tokens=24)
 
 
 @pytest.fixture(params=CONFIGS)
 def module(request: pytest.FixtureRequest) -> Any:
-    torch.manual_seed(11)
-    built = AutoModelForCausalLM.from_config(CONFIGS[request.param], dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, parameter in built.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.5)
-            elif "norm" in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return built
+    return tiny_module(CONFIGS[request.param], seed=11, biases=0.5, norms=0.3)
 
 
 def engine_of(module: Any, **settings: Any) -> Any:
@@ -120,7 +112,7 @@ def test_prefill_logits_equal_those_of_the_transformers_module(module):
 
 
 def test_a_prompt_continues_its_own_completion(module):
-    """Decoding token by token and running prompt and completion at once give the same next distribution."""
+    """Decoding token by token and one pass over prompt and completion give the same next distribution."""
     engine = engine_of(module)
     first = requests()[0]
     whole = engine.generate([first], SAMPLING)[0][0]

@@ -1,4 +1,4 @@
-"""The two wings at the same weights: equal in FP32 for every family, apart by rounding alone in half precision."""
+"""Trainer and engine at the same weights: equal in FP32 for every family, different by rounding alone in half."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from tests.tiny_models import SMALL, loaded_model, tiny_config, tiny_module
 
 from betterhalf.config.schema import ModelConfig, RunConfig
 from betterhalf.diagnostics.logprob_gap import mismatch_metrics
@@ -19,44 +18,22 @@ from betterhalf.training.pack import pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import GenerateRequest, Prompt, Rollout
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-}
 FAMILIES: dict[str, Any] = {
-    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "mistral": MistralConfig(**SIZES, sliding_window=7),
-    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SIZES),
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 7},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
 }
+"""Family -> changes to its configuration."""
 
 
 def random_model(family: str) -> LoadedModel:
-    torch.manual_seed(4)
-    module = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.3)
-    return LoadedModel(
-        name=family,
-        module=module,
-        hf_config=module.config,
-        tokenizer=None,
-        stop_token_ids=(1,),
-        context_length=128,
-    )
+    module = tiny_module(tiny_config(family, SMALL, **FAMILIES[family]), seed=4, biases=0.3)
+    return loaded_model(module, stop_token_ids=(1,))
 
 
 def gap(model: LoadedModel, precision: str, prompts: list[tuple[int, ...]], **engine: Any) -> dict[str, float]:
-    """Mismatch between the native engine and the trainer, each built as a run builds it."""
+    """Return the mismatch between native engine and trainer, each built as in a run."""
     config = RunConfig.model_validate(
         {
             "precision": {"preset": precision},
@@ -105,7 +82,7 @@ def test_fp32_engine_and_trainer_agree(family: str) -> None:
 def test_the_half_formats_are_ordered_by_their_mantissa(family: str) -> None:
     k3 = {name: gap(random_model(family), name, PROMPTS)["mismatch/k3/mean"] for name in ("fp32", "fp16", "bf16")}
     assert k3["fp32"] < k3["fp16"] / 100
-    # eight times the unit roundoff is 64 times the variance; short samples scatter, so half of that must show
+    # Eight times the unit roundoff is 64 times the variance; short samples scatter, so a third of that is required.
     assert k3["bf16"] > 20 * k3["fp16"]
 
 

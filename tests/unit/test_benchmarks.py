@@ -1,4 +1,4 @@
-"""The arithmetic behind the benchmarks' tables; what they measure is not tested here."""
+"""The arithmetic behind the tables of the benchmarks, without their measurements."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A script of the folder as a module, found as it finds its neighbours."""
+    """Import a script of the folder as a module, as its neighbours import it."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module(name)
 
 
 @pytest.fixture(autouse=True)
 def _modules_stay_local() -> Iterator[None]:
-    """The scripts have short names, which must not hide other modules from later tests."""
+    """Remove the scripts from `sys.modules`: their short names must not shadow other modules in later tests."""
     yield
     for path in BENCHMARKS.glob("*.py"):
         sys.modules.pop(path.stem, None)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_every_benchmark_finds_what_it_imports(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert benchmark(name, monkeypatch).__doc__
 
 
 @pytest.mark.parametrize(("better", "ratio"), [("higher", 4.0), ("lower", 0.25)])

@@ -1,4 +1,4 @@
-"""The command line's words, exit statuses and last line; what the verbs call is replaced by recorders."""
+"""Messages, exit statuses and last line of the command line, with recorders in place of the work of the verbs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Calls = list[tuple[Any, ...]]
 
 @pytest.fixture
 def replace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calls]:
-    """Put a recorder in place of a verb's function; it returns, or raises, what it is given."""
+    """Replace the function of a verb by a recorder that returns, or raises, a given value."""
 
     def put(module: str, name: str, outcome: object) -> Calls:
         calls: Calls = []
@@ -107,7 +107,7 @@ def test_evaluate_starts_from_the_configuration_of_a_run(replace: Callable[..., 
 
 
 def test_evaluate_takes_a_model_folder_for_a_model(replace: Callable[..., Calls], tmp_path: Path) -> None:
-    """A Hugging Face folder has a config.json of another kind."""
+    """A Hugging Face folder has another kind of config.json."""
     calls = replace("betterhalf.runs.evaluate", "evaluate", {})
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     assert cli.main(["evaluate", str(tmp_path), "run_dir=out"]) == 0
@@ -165,12 +165,12 @@ def test_config_prints_toml_and_the_difference_of_two(capsys: pytest.CaptureFixt
         (["zzz"], "The verbs are sanity, train, doctor, probe, evaluate, report, config, export."),
         (["--jsn"], "unknown option '--jsn'"),
         (["train", SMOKE, "--resum"], "unknown option '--resum'. Did you mean --resume?"),
-        (["train", SMOKE, "--seed=3"], "Settings are written without dashes: seed=3."),
+        (["train", SMOKE, "--seed=3"], "Write a setting without dashes: seed=3."),
         (["doctor", "demo", "--resume"], "unknown option '--resume'"),
-        (["train"], "train takes EXPERIMENT, got nothing."),
-        (["train", "a", "b"], "train takes EXPERIMENT, got a b."),
-        (["export", "a"], "export takes RUN DIR, got a."),
-        (["export", "a", "b", "seed=1"], "export takes no settings, got seed=1."),
+        (["train"], "train takes EXPERIMENT, but got nothing."),
+        (["train", "a", "b"], "train takes EXPERIMENT, but got a b."),
+        (["export", "a"], "export takes RUN DIR, but got a."),
+        (["export", "a", "b", "seed=1"], "export takes no settings, but got seed=1."),
         (["train", SMOKE, "training.stpes=3"], "Did you mean 'training.steps'?"),
         (["train", "gone.toml"], "there is no experiment file 'gone.toml'"),
         (["report", "gone"], "gone is not a folder"),
@@ -189,7 +189,7 @@ def test_bad_input_exits_2_with_one_message(
 @pytest.mark.parametrize(
     ("error", "status", "words"),
     [
-        (ConfigError("wrong. Mend it."), 2, "error: wrong. Mend it."),
+        (ConfigError("wrong. Fix it."), 2, "error: wrong. Fix it."),
         (EngineError("broken. Restart."), 3, "error: broken. Restart."),
         (
             OSError(errno.ENOSPC, "No space left on device", "/x/metrics.jsonl"),
@@ -227,7 +227,7 @@ def test_a_traceback_can_be_asked_for(
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_an_unforeseen_error_is_no_failed_verdict_and_keeps_its_traceback(
+def test_an_unexpected_error_is_not_a_failed_verdict_and_keeps_its_traceback(
     replace: Callable[..., Calls], capsys: pytest.CaptureFixture[str]
 ) -> None:
     replace("betterhalf.runs.train", "train", ZeroDivisionError("division by zero"))
@@ -247,7 +247,7 @@ def test_version_and_help_of_each_verb(capsys: pytest.CaptureFixture[str]) -> No
     assert "usage: betterhalf train EXPERIMENT [key=value ...] [run_dir=PATH] [--resume] [--json]" in shown
 
 
-def test_a_reader_that_stops_early_is_no_error() -> None:
+def test_a_reader_that_stops_early_is_not_an_error() -> None:
     environment = os.environ | {"PYTHONPATH": str(SRC)}
     command = f"{sys.executable} -m betterhalf.cli config {SMOKE} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)

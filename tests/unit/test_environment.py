@@ -1,4 +1,4 @@
-"""What a run records of its machine."""
+"""The record of a run's environment."""
 
 from __future__ import annotations
 

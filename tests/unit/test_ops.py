@@ -23,7 +23,7 @@ def deterministic() -> Iterator[None]:
 
 
 def one_by_one(values_C: Tensor, index_C: Tensor, num_sequences: int) -> list[float]:
-    """Python's own additions, in the order of the tokens, in the values' precision."""
+    """Add in Python, in the order of the tokens and in the precision of the values."""
     sums = [torch.zeros((), dtype=values_C.dtype) for _ in range(num_sequences)]
     for value, sequence in zip(values_C, index_C.tolist(), strict=True):
         sums[sequence] = sums[sequence] + value
@@ -72,12 +72,12 @@ LEFT_TO_CHANCE = {
     *("IndexAddBackward0", "ScatterAddBackward0", "IndexPutBackward0", "ScatterReduceBackward0"),
     *("GatherBackward0", "IndexSelectBackward0", "RepeatInterleaveBackward0", "CumsumBackward0", "IndexBackward0"),
 }
-"""Nodes of a graph whose forward or backward pass adds in no fixed order, by the list of
+"""Nodes of a graph whose forward or backward pass adds in no fixed order, from the list of
 `torch.use_deterministic_algorithms`: on a GPU, and `IndexBackward0` on a CPU."""
 
 
 def nodes(function: torch.autograd.graph.Node | None) -> Iterator[str]:
-    """Names of everything that a backward pass runs."""
+    """Return the names of all nodes that a backward pass runs."""
     if function is not None:
         yield function.name()
         for other, _ in function.next_functions:

@@ -1,4 +1,4 @@
-"""What is set for the whole process."""
+"""Settings of the whole process: threads, their waiting policy, garbage collection."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_threads_sleep_on_a_busy_machine_or_where_waking_is_fast(
 
 
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
-def test_what_the_environment_says_of_waiting_stays(machine: pytest.MonkeyPatch, name: str) -> None:
+def test_a_waiting_policy_from_the_environment_is_kept(machine: pytest.MonkeyPatch, name: str) -> None:
     chosen = choose_threads({name: "1"})
     assert chosen.waiting == "as set"
     assert not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(variables(chosen))
@@ -60,7 +60,7 @@ def test_the_number_of_threads_does_not_depend_on_the_load(machine: pytest.Monke
     assert choose_threads({"OMP_NUM_THREADS": "many"}).count == 4
 
 
-def test_one_thread_waits_for_nobody(machine: pytest.MonkeyPatch) -> None:
+def test_a_single_thread_never_spins(machine: pytest.MonkeyPatch) -> None:
     machine.setattr(process, "wake_microseconds", lambda: pytest.fail("there is nothing to measure"))
     assert choose_threads({"OMP_NUM_THREADS": "1"}).waiting == "sleep"
 
@@ -83,7 +83,7 @@ def test_the_machine_can_be_measured() -> None:
     cores = len(os.sched_getaffinity(0))
     assert idle is not None and 0 <= idle <= cores + 0.5
     assert wake is None if cores < 2 else wake is not None and 0 < wake < 1e5
-    assert len(os.sched_getaffinity(0)) == cores  # the measurement bound us to one core, and let go
+    assert len(os.sched_getaffinity(0)) == cores  # the measurement bound the process to one core, and undid it
 
 
 def test_the_choice_reaches_a_process_before_torch_is_imported() -> None:
@@ -104,7 +104,7 @@ def test_the_choice_reaches_a_process_before_torch_is_imported() -> None:
     assert spin in ("0", str(process.SPIN_COUNT))
 
 
-def test_after_torch_is_imported_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_changes_after_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     before = dict(os.environ)
@@ -120,7 +120,7 @@ def test_a_line_says_what_was_chosen() -> None:
     assert str(chosen) == "1 thread, waiting: sleep (because)"
 
 
-def test_what_exists_is_put_aside_and_comes_back_once() -> None:
+def test_existing_objects_are_frozen_and_unfrozen_once() -> None:
     before = gc.get_freeze_count()
     with frozen_gc():
         frozen = gc.get_freeze_count()

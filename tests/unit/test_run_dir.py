@@ -1,4 +1,4 @@
-"""The run folder: what it refuses, and what a kill or a full disk leaves behind."""
+"""The run folder: refusals, and its state after a kill or on a full disk."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def test_a_folder_with_other_files_only_can_be_used(tmp_path: Path) -> None:
 
 def test_a_path_below_a_file_is_refused_as_bad_input(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be made"):
+    with pytest.raises(InputError, match="cannot be created"):
         RunDir.create(tmp_path / "file" / "run", resume=False)
 
 
 def test_a_folder_that_is_not_a_run_cannot_be_opened(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no run folder"):
+    with pytest.raises(InputError, match="is not a run folder"):
         RunDir.open(tmp_path)
     with pytest.raises(InputError, match="is not a folder"):
         RunDir.open(tmp_path / "absent")
@@ -115,7 +115,7 @@ def test_a_short_append_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     append_jsonl(path, {"step": 1})
 
     def short_then_full(fd: int, data: bytes) -> int:
-        """The disk takes five bytes more."""
+        """Write five more bytes, then fail as on a full disk."""
         if not data.startswith(b"{"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(fd, data[:5])

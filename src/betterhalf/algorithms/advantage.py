@@ -1,4 +1,4 @@
-"""From the rewards of a group of siblings to their advantages."""
+"""Advantages of the siblings of a group, computed from their rewards."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 
 from betterhalf.algorithms.presets import Algorithm
-from betterhalf.config.presets import AdvantageKind
 from betterhalf.errors import ConfigError, RewardError
-from betterhalf.types import RolloutGroup
+from betterhalf.types import AdvantageKind, RolloutGroup
 
 STD_EPS = 1e-8
 """Added to the standard deviation, as in the paper's Oat code."""
 
 
 def group_advantages(rewards_PG: Tensor, kind: AdvantageKind) -> Tensor:
-    """Advantages of every sibling; those of a group whose rewards are all equal are exactly zero, except with `raw`.
+    """Return the advantage of every sibling; exactly zero in groups whose rewards are all equal, except with `raw`.
 
     Args:
         rewards_PG: [P, G], converted to float64.
@@ -29,7 +28,7 @@ def group_advantages(rewards_PG: Tensor, kind: AdvantageKind) -> Tensor:
         float32 [P, G].
 
     Raises:
-        ConfigError: one sibling, and a baseline that needs others.
+        ConfigError: the group has one sibling, and the baseline needs others.
         RewardError: a reward is not finite.
     """
     check_group_size(kind, rewards_PG.shape[1])
@@ -44,8 +43,8 @@ def group_advantages(rewards_PG: Tensor, kind: AdvantageKind) -> Tensor:
 def rollout_advantages(groups: Sequence[RolloutGroup], algorithm: Algorithm, max_tokens: int) -> list[float]:
     """Return one advantage for each rollout: its reward, with the overlong penalty, minus the baseline.
 
-    With dynamic sampling, groups of equal rewards that fill up a step get 0: the penalty alone would train them on
-    length.
+    With dynamic sampling, groups of equal rewards that fill up a step get 0: the penalty alone would otherwise
+    train on their length.
 
     Args:
         groups: of equal size.
@@ -71,7 +70,7 @@ def rollout_advantages(groups: Sequence[RolloutGroup], algorithm: Algorithm, max
 
 
 def check_group_size(kind: AdvantageKind, group_size: int) -> None:
-    """Raise ConfigError when a group of this size has no baseline of this kind."""
+    """Raise ConfigError if a group of this size has no baseline of this kind."""
     if kind != "raw" and group_size < 2:
         raise ConfigError(
             f"training.group_size={group_size} makes every advantage of kind {kind} zero; raise training.group_size "
@@ -80,31 +79,31 @@ def check_group_size(kind: AdvantageKind, group_size: int) -> None:
 
 
 def check_overlong_buffer(buffer: int, max_tokens: int) -> None:
-    """Raise ConfigError when the overlong buffer is longer than a completion can be."""
+    """Raise ConfigError if the overlong buffer is longer than a completion can be."""
     if buffer > max_tokens:
         raise ConfigError(
-            f"algorithm.overlong_buffer={buffer} exceeds sampling.max_tokens={max_tokens}; make it smaller than that."
+            f"algorithm.overlong_buffer={buffer} exceeds sampling.max_tokens={max_tokens}; lower it to that or less."
         )
 
 
 def equal_rewards(rewards_PG: Tensor) -> Tensor:
-    """bool [P]: groups whose rewards are all equal, which dynamic sampling takes for no signal."""
+    """Return the groups whose rewards are all equal, bool [P]; dynamic sampling treats them as without signal."""
     return (rewards_PG == rewards_PG[:, :1]).all(dim=1)
 
 
 def zero_advantage_groups(advantages_PG: Tensor) -> Tensor:
-    """bool [P]: groups that cannot change the weights, whose forward and backward pass can be left out without loss."""
+    """Return the groups without effect on the weights, bool [P]; leaving out their passes is lossless."""
     return (advantages_PG == 0).all(dim=1)
 
 
 def overlong_penalty(lengths: Tensor, max_tokens: int, buffer: int, factor: float) -> Tensor:
-    """DAPO's soft punishment of length, to be added to the reward (arXiv 2503.14476, equation 13).
+    """Return DAPO's soft penalty on length, to be added to the reward (arXiv 2503.14476, equation 13).
 
     Args:
         lengths: completion tokens, any shape.
         max_tokens: length limit of a completion, where the penalty is `-factor`.
         buffer: number of tokens before the limit over which the penalty falls linearly from 0; 0 for no penalty.
-        factor: 1 in DAPO, whose rewards are -1 and 1; 0.5 weighs as much beside rewards of 0 and 1.
+        factor: 1 in DAPO, whose rewards are -1 and 1; 0.5 has the same weight for rewards of 0 and 1.
 
     Returns:
         float64, the shape of `lengths`, in [-factor, 0].
@@ -119,7 +118,7 @@ def overlong_penalty(lengths: Tensor, max_tokens: int, buffer: int, factor: floa
 
 
 def _centred(rewards_PG: Tensor) -> Tensor:
-    """Rewards minus the group mean; exactly 0 where all are equal, which the rounding of the mean would spoil."""
+    """Subtract the group mean; exactly 0 where all rewards are equal, whatever the rounding of the mean."""
     equal_P1 = equal_rewards(rewards_PG).unsqueeze(1)
     return (rewards_PG - rewards_PG.mean(dim=1, keepdim=True)).masked_fill(equal_P1, 0.0)
 
@@ -129,7 +128,7 @@ def _standardised(rewards_PG: Tensor) -> Tensor:
 
 
 def _leave_one_out(rewards_PG: Tensor) -> Tensor:
-    """r - (sum - r) / (G - 1), which is the centred reward times G / (G - 1)."""
+    """Compute r - (sum - r) / (G - 1), which is the centred reward times G / (G - 1)."""
     group_size = rewards_PG.shape[1]
     return _centred(rewards_PG) * (group_size / (group_size - 1))
 

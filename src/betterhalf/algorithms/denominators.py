@@ -1,4 +1,4 @@
-"""Denominators of the loss: fixed for a train batch before its first micro-batch, whatever masks reject later.
+"""Denominators of the loss, fixed for a train batch before its first micro-batch whatever masks reject later.
 
 With `algorithm.denominator = "kept"`, tokens that masks reject before the first update leave the denominator too.
 """
@@ -18,7 +18,7 @@ from betterhalf.types import Denominators, TokenTensors
 
 
 def train_denominators(algorithm: Algorithm, packs: Iterable[TokenTensors], denominators: Denominators) -> Denominators:
-    """Return what the loss of one train batch is divided by.
+    """Return the denominators of the loss of one train batch.
 
     Args:
         algorithm: its `denominator` is `all` or `kept`.

@@ -1,4 +1,4 @@
-"""Importance ratios at every level, and what is done to those that are too large or too small.
+"""Importance ratios at every level, and the treatment of those that are too large or too small.
 
 Everything is FP32 (or float64 when the logprobs are): the log-ratio is summed first, bounded to +-20 once, and only
 then exponentiated.
@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from betterhalf import ops
-from betterhalf.config.ratio import RatioConfig
-
-Level = Literal["none", "token", "sequence", "geometric_mean"]
+from betterhalf.config.schema import RatioConfig
+from betterhalf.types import RatioLevel, RatioTreatment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """Importance weights of the tokens of one micro-batch; a weight of a sequence stands at each of its tokens."""
+    """Importance weights of the tokens of one micro-batch; a sequence's weight is repeated at each of its tokens."""
 
     raw_C: Tensor
     """float32 [C]: the ratio itself."""
@@ -38,10 +36,10 @@ class Weights:
 def importance_weights(
     config: RatioConfig, numerator_C: Tensor, denominator_C: Tensor, sequence_index_C: Tensor, num_sequences: int
 ) -> Weights:
-    """Ratio of two policies at the level of `config`, with its treatment; `clip` leaves the weight as it is.
+    """Return the ratio of two policies at the level of `config`, treated; `clip` leaves the weight as it is.
 
     The gradient with respect to the numerator's logprobs is weight x (gradient of the token's logprob) at every level:
-    each token of a sequence carries its share of the sequence's gradient once, however often the ratio is written down.
+    a sequence's ratio is repeated at each of its tokens, but each token carries only its own part of the gradient.
     A bounded or truncated weight is a constant.
 
     Args:
@@ -61,7 +59,10 @@ def importance_weights(
 
 
 def leaves_trust_region(probability_gap: float, current_C: Tensor, behavior_C: Tensor, advantages_C: Tensor) -> Tensor:
-    """bool [C]: the update moves pi away from mu, and abs(pi - mu) already exceeds the gap (DPPO, arXiv 2602.04879)."""
+    """Return a mask, bool [C]: the update moves pi away from mu, and abs(pi - mu) already exceeds `probability_gap`.
+
+    Source: DPPO, arXiv 2602.04879.
+    """
     gap_C = current_C.detach().exp() - behavior_C.exp()
     return (gap_C * advantages_C > 0) & (gap_C.abs() > probability_gap)
 
@@ -82,7 +83,7 @@ def _geometric_mean(log_ratio_C: Tensor, sequence_index_C: Tensor, num_sequences
     return ops.segment_mean(log_ratio_C, sequence_index_C, num_sequences)[sequence_index_C]
 
 
-_LEVELS: dict[Level, Callable[[Tensor, Tensor, int], Tensor]] = {
+_LEVELS: dict[RatioLevel, Callable[[Tensor, Tensor, int], Tensor]] = {
     "none": _no_ratio,
     "token": _token,
     "sequence": _sequence,
@@ -113,7 +114,7 @@ def _mask(config: RatioConfig, ratio_C: Tensor) -> Treated:
     return weight_C * kept_C, kept_C, torch.zeros_like(kept_C)
 
 
-_TREATMENTS: dict[Literal["raw", "truncate", "mask", "clip"], Callable[[RatioConfig, Tensor], Treated]] = {
+_TREATMENTS: dict[RatioTreatment, Callable[[RatioConfig, Tensor], Treated]] = {
     "raw": _raw,
     "truncate": _truncate,
     "mask": _mask,

@@ -1,4 +1,4 @@
-"""What the policy loss cut off, as sums that add up over micro-batches, ranks and optimizer steps."""
+"""Statistics of what the policy loss cut off, which add up over micro-batches, ranks and optimizer steps."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from betterhalf.types import Reduction
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossStats:
-    """Sums over tokens, float64 scalar tensors on the device of the loss, so that counting never waits for it."""
+    """Sums over tokens: float64 scalar tensors on the device of the loss, so that counting does not synchronise."""
 
     loss: Tensor = field(metadata=SUM)
-    """Sum of the losses of micro-batches, each its share of its train batch."""
+    """Sum of the losses of micro-batches; each is the share of a micro-batch in the loss of its train batch."""
     tokens: Tensor = field(metadata=SUM)
     """Completion tokens that had a loss."""
     long_tokens: Tensor = field(metadata=SUM)
-    """Those in completions longer than half the length limit."""
+    """Tokens in completions longer than half the length limit."""
     clipped: Tensor = field(metadata=SUM)
-    """Tokens whose gradient PPO's clip took away."""
+    """Tokens whose gradient PPO's clip removed."""
     masked: Tensor = field(metadata=SUM)
     """Tokens dropped by a mask, of the surrogate or of the correction."""
     long_masked: Tensor = field(metadata=SUM)
-    """Those in completions longer than half the length limit."""
+    """Masked tokens in completions longer than half the length limit."""
     truncated: Tensor = field(metadata=SUM)
     """Tokens with a weight capped at its upper bound."""
     bounded: Tensor = field(metadata=SUM)
@@ -39,15 +39,15 @@ class LossStats:
     weight_before: Tensor = field(metadata=SUM)
     """Sum of the whole importance weight of each token, before any treatment."""
     weight_before_squared: Tensor = field(metadata=SUM)
-    """Sum of its squares."""
+    """Sum of the squares of that weight."""
     weight_after: Tensor = field(metadata=SUM)
     """Sum of the weight that multiplies the gradient: after truncation, masks and clip."""
     weight_after_squared: Tensor = field(metadata=SUM)
-    """Sum of its squares."""
+    """Sum of the squares of that weight."""
 
     @classmethod
     def empty(cls) -> LossStats:
-        """Statistics of no tokens at all: the neutral element of `+`."""
+        """Return the statistics of zero tokens: the neutral element of `+`."""
         return cls(**{name: torch.zeros((), dtype=torch.float64) for name in declared_reductions(cls)})
 
     @classmethod
@@ -64,7 +64,7 @@ class LossStats:
         bounded_C: Tensor,
         long_C: Tensor,
     ) -> LossStats:
-        """Sums over the C tokens of one micro-batch; ratios and weights are floating, the others bool."""
+        """Sum over the C tokens of one micro-batch; ratios and weights are floating point, the others bool."""
         before_C, after_C, ratio_C = before_C.detach().double(), after_C.detach().double(), ratio_C.detach().double()
         return cls(
             loss=loss.detach().double(),
@@ -84,7 +84,7 @@ class LossStats:
         )
 
     def __add__(self, other: LossStats) -> LossStats:
-        """Statistics of both together, each field reduced as it declares."""
+        """Return the statistics of both together; each field is reduced as it declares."""
         return LossStats(
             **{
                 name: _COMBINE[kind](getattr(self, name), getattr(other, name))
@@ -97,14 +97,14 @@ _COMBINE: dict[Reduction, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.ad
 
 
 def policy_metrics(stats: LossStats, train_batches: int = 1) -> dict[str, float]:
-    """The `policy/` metrics of the statistics summed over a step; the one place that waits for the device.
+    """Return the `policy/` metrics of a step; the only place that waits for the device.
 
     Args:
         stats: summed over the micro-batches of a step.
-        train_batches: optimizer steps they come from; `policy/loss` is the mean over these.
+        train_batches: number of optimizer steps they come from; `policy/loss` is the mean over these.
 
     Returns:
-        A value for each name. Of no tokens at all, every share is 0, and ratios and effective sample sizes are 1.
+        A value for each name. Without tokens, every share is 0, and ratios and effective sample sizes are 1.
     """
     names = list(declared_reductions(LossStats))
     value = dict(zip(names, torch.stack([getattr(stats, name) for name in names]).tolist(), strict=True))
@@ -133,7 +133,7 @@ def _share(part: float, whole: float) -> float:
 
 
 def _ess(total: float, squares: float, count: float) -> float:
-    """Kish's effective sample size as a share of the sample; 0 when every weight is 0."""
+    """Return Kish's effective sample size as a share of the sample; 0 when every weight is 0."""
     if count == 0:
         return 1.0
     return total**2 / (count * squares) if squares else 0.0

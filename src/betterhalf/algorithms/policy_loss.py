@@ -1,7 +1,7 @@
-"""The policy loss of one micro-batch: surrogate x correction x aggregation, with everything that was cut off counted.
+"""The policy loss of one micro-batch: surrogate x correction x aggregation, with counts of everything that was cut off.
 
 The loss of a micro-batch is its additive share of the train batch's loss: it is divided by denominators fixed for the
-whole batch, so the sum over micro-batches is the batch's loss however the batch was split.
+whole batch, so the sum over micro-batches is the loss of the batch, however it was split.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from betterhalf import ops
 from betterhalf.algorithms.importance import Weights, importance_weights, leaves_trust_region
 from betterhalf.algorithms.loss_stats import LossStats
 from betterhalf.algorithms.presets import Algorithm
-from betterhalf.config.presets import AggregationKind
-from betterhalf.config.ratio import RatioConfig
-from betterhalf.types import Denominators, LossInputs, TokenTensors
+from betterhalf.config.schema import RatioConfig
+from betterhalf.types import AggregationKind, Denominators, LossInputs, TokenTensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossOutput:
-    """Loss of one micro-batch, and what it was made of."""
+    """Loss of one micro-batch, and its statistics."""
 
     loss: Tensor
     """FP32 scalar with a graph; a scalar, so that loss scaling happens in FP32."""
@@ -33,14 +32,14 @@ class LossOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Tokens:
-    """What is known of the C completion tokens, at least FP32."""
+    """Logprobs and advantages of the C completion tokens, in FP32 or wider."""
 
     current_C: Tensor
     """With a graph."""
     proximal_C: Tensor
     behavior_C: Tensor
     advantages_C: Tensor
-    """Of the sequence of each token."""
+    """Advantage of each token's sequence."""
     index_C: Tensor
     num_sequences: int
 
@@ -50,15 +49,15 @@ class _Surrogate:
     """The token losses before correction and aggregation."""
 
     loss_C: Tensor
-    """[C] with a graph."""
+    """[C], with a graph."""
     weights: Weights
-    """The ratio, treated."""
+    """Ratio of the surrogate, before and after its treatment."""
     clipped_C: Tensor
-    """bool [C]: the clip took the gradient away."""
+    """bool [C]: tokens whose gradient the clip removed."""
 
 
 def policy_loss(algorithm: Algorithm, inputs: LossInputs, denominators: Denominators) -> LossOutput:
-    """Loss to be minimised, of one micro-batch of whole sequences.
+    """Return the loss of one micro-batch of whole sequences, to be minimised.
 
     Args:
         algorithm: the resolved choices.
@@ -88,15 +87,15 @@ def policy_loss(algorithm: Algorithm, inputs: LossInputs, denominators: Denomina
 
 
 def kept_mask(algorithm: Algorithm, tokens: TokenTensors) -> Tensor:
-    """bool [C]: tokens that no mask rejects before the first update, when the current policy is the proximal one.
+    """Return the tokens that no mask rejects before the first update, when the current policy is the proximal one.
 
-    All true for an algorithm without masks.
+    The result is bool [C]; all true for an algorithm without masks.
 
     Raises:
         ValueError: there are no proximal logprobs.
     """
     if tokens.proximal_logprobs_C is None:
-        raise ValueError("the masks before the first update need proximal_logprobs; measure the trainer's.")
+        raise ValueError("the masks before the first update need proximal_logprobs; measure the packs first.")
     proximal_C = _at_least_fp32(tokens.proximal_logprobs_C).detach()
     unchanged = _Tokens(
         current_C=proximal_C,
@@ -110,23 +109,23 @@ def kept_mask(algorithm: Algorithm, tokens: TokenTensors) -> Tensor:
 
 
 def _at_least_fp32(logprobs: Tensor) -> Tensor:
-    """Ratios of half logprobs would measure the rounding of the logprobs."""
+    """Widen half logprobs to FP32; their ratios would measure the rounding of the logprobs."""
     return logprobs.to(torch.promote_types(logprobs.dtype, torch.float32))
 
 
 def _proximal(algorithm: Algorithm, proximal_logprobs_C: Tensor | None, current_C: Tensor) -> Tensor:
-    """The anchor, constant; the current policy stands in where nothing reads it."""
+    """Return the anchor as a constant; the current logprobs if the algorithm does not read it."""
     if proximal_logprobs_C is not None:
         return _at_least_fp32(proximal_logprobs_C).detach()
     if algorithm.needs_proximal:
         raise ValueError(
-            f"algorithm {algorithm.preset} needs proximal_logprobs; measure the trainer's before the first update."
+            f"algorithm {algorithm.preset} needs proximal_logprobs; measure the packs before the first update."
         )
     return current_C.detach()
 
 
 def _surrogate_weights(config: RatioConfig, tokens: _Tokens) -> Weights:
-    """The surrogate's ratio, treated, with the tokens dropped that leave the trust region."""
+    """Return the surrogate's treated ratio, without the tokens that leave the trust region."""
     anchor_C = tokens.behavior_C if config.ratio == "current/behavior" else tokens.proximal_C
     weights = importance_weights(config, tokens.current_C, anchor_C, tokens.index_C, tokens.num_sequences)
     if config.probability_gap is None or config.level == "none":
@@ -136,21 +135,21 @@ def _surrogate_weights(config: RatioConfig, tokens: _Tokens) -> Weights:
 
 
 def _correction_weights(config: RatioConfig, tokens: _Tokens) -> Weights:
-    """The constant proximal/behavior ratio, treated."""
+    """Return the treated proximal/behavior ratio, a constant."""
     return importance_weights(config, tokens.proximal_C, tokens.behavior_C, tokens.index_C, tokens.num_sequences)
 
 
 def _kept(algorithm: Algorithm, tokens: _Tokens) -> Tensor:
-    """bool [C]: dropped by neither mask."""
+    """Return the tokens that neither mask drops, bool [C]."""
     surrogate = _surrogate_weights(algorithm.surrogate, tokens)
     return surrogate.kept_C & _correction_weights(algorithm.correction, tokens).kept_C
 
 
 def _surrogate(config: RatioConfig, tokens: _Tokens) -> _Surrogate:
-    """-(weight x advantage), differentiated through the weight or through log pi."""
+    """Compute -(weight x advantage), differentiated through the weight or through log pi."""
     weights = _surrogate_weights(config, tokens)
     clipped_C = torch.zeros_like(weights.kept_C)
-    if config.level == "none" or config.gradient == "score":
+    if config.level == "none" or config.gradient == "logprob":
         loss_C = -(weights.weight_C.detach() * tokens.advantages_C) * tokens.current_C
     elif config.treatment == "clip":
         loss_C, clipped_C = _clipped(config, weights.raw_C, tokens.advantages_C)
@@ -160,7 +159,7 @@ def _surrogate(config: RatioConfig, tokens: _Tokens) -> _Surrogate:
 
 
 def _clipped(config: RatioConfig, ratio_C: Tensor, advantages_C: Tensor) -> tuple[Tensor, Tensor]:
-    """PPO's pessimistic maximum of two losses, and where the clipped one, a constant, was chosen."""
+    """Return PPO's pessimistic maximum of two losses, and where the clipped one, a constant, was chosen."""
     free_C = -ratio_C * advantages_C
     bounded_C = -ratio_C.clamp(config.lower, config.upper) * advantages_C
     loss_C, clipped_C = torch.maximum(free_C, bounded_C), bounded_C > free_C
@@ -172,7 +171,7 @@ def _clipped(config: RatioConfig, ratio_C: Tensor, advantages_C: Tensor) -> tupl
 
 
 def _counted(algorithm: Algorithm, tokens: _Tokens) -> Tensor:
-    """bool [C]: tokens in the denominator of their sequence's mean, decided as if no update had been made."""
+    """Return the tokens in the denominator of their sequence's mean, bool [C], decided as if before any update."""
     if algorithm.denominator == "all":
         return torch.ones_like(tokens.index_C, dtype=torch.bool)
     return _kept(algorithm, replace(tokens, current_C=tokens.proximal_C))
@@ -196,7 +195,7 @@ _SHARES: dict[AggregationKind, Callable[[Tensor, _Tokens, Denominators], Tensor]
     "sequence_mean": _sequence_mean,
     "token_mean": _token_mean,
 }
-"""Share of the batch's loss that each token's loss has: float64 [C]."""
+"""Factor of each token's loss in the loss of the batch: float64 [C]."""
 
 
 def _stats(loss: Tensor, surrogate: _Surrogate, correction: Weights, tokens: _Tokens, max_tokens: int) -> LossStats:

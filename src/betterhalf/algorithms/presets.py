@@ -1,16 +1,15 @@
-"""Resolve a configuration to an `Algorithm`; the presets as they are without any change."""
+"""Resolution of a configuration to an `Algorithm`, and the resolved presets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
 from betterhalf.algorithms.rules import check_correction, check_surrogate
-from betterhalf.config.algorithm import AlgorithmConfig
-from betterhalf.config.presets import NO_RATIO, AdvantageKind, AggregationKind, DenominatorKind
+from betterhalf.config.presets import NO_RATIO
 from betterhalf.config.presets import PRESETS as _ROWS
-from betterhalf.config.ratio import RatioConfig
+from betterhalf.config.schema import AlgorithmConfig, RatioConfig
 from betterhalf.errors import ConfigError
-from betterhalf.types import PresetName
+from betterhalf.types import AdvantageKind, AggregationKind, DenominatorKind, PresetName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,17 +21,17 @@ class Algorithm:
     advantage: AdvantageKind
     """Baseline subtracted from the reward."""
     surrogate: RatioConfig
-    """The ratio that multiplies the advantage and carries the gradient."""
+    """Ratio that multiplies the advantage and carries the gradient."""
     correction: RatioConfig = NO_RATIO
-    """The constant proximal/behavior ratio that multiplies the surrogate."""
+    """Constant proximal/behavior ratio that multiplies the surrogate."""
     aggregation: AggregationKind
-    """How token losses become one number."""
+    """Reduction of the token losses to one number."""
     denominator: DenominatorKind = "all"
-    """`kept`: what masks reject before the first update leaves the denominator."""
+    """Tokens that the denominator counts; `kept` excludes those that masks reject before the first update."""
     dynamic_sampling: bool = False
-    """Replace groups whose rewards are all equal by fresh prompts."""
+    """True to replace groups whose rewards are all equal by groups of fresh prompts."""
     max_sampling_rounds: int = 3
-    """Rounds of generation in a step with dynamic sampling."""
+    """Maximum number of generation rounds in a step with dynamic sampling."""
     overlong_buffer: int | None = 0
     """Tokens before the length limit over which a penalty grows; 0 for none, None for a fifth of the limit."""
     overlong_factor: float = 0.5
@@ -40,17 +39,17 @@ class Algorithm:
 
     @property
     def needs_proximal(self) -> bool:
-        """Whether the loss reads `proximal_logprobs`, the trainer's logprobs frozen before the first update."""
+        """True if the loss reads `proximal_logprobs`, the trainer's logprobs frozen before the first update."""
         anchored = self.surrogate.level != "none" and self.surrogate.ratio == "current/proximal"
         return anchored or self.correction.level != "none" or self.denominator == "kept"
 
     def overlong_tokens(self, max_tokens: int) -> int:
-        """Length of the overlong buffer under a limit of `max_tokens`; DAPO's own is 4096 of 20480, a fifth."""
+        """Return the length of the overlong buffer for a limit of `max_tokens`; DAPO uses 4096 of 20480, a fifth."""
         return max_tokens // 5 if self.overlong_buffer is None else self.overlong_buffer
 
 
 def resolve_algorithm(config: AlgorithmConfig) -> Algorithm:
-    """The choices of `config`, checked.
+    """Return the choices of `config`, after checking them.
 
     Raises:
         ConfigError: the choices contradict each other.
@@ -63,7 +62,7 @@ def resolve_algorithm(config: AlgorithmConfig) -> Algorithm:
 
 
 def _check_together(algorithm: Algorithm) -> None:
-    """Refuse what only the combination of choices makes wrong."""
+    """Refuse choices that are wrong only in combination, and a negative overlong buffer."""
     surrogate, correction = algorithm.surrogate, algorithm.correction
     if "none" not in (surrogate.level, correction.level) and surrogate.ratio == "current/behavior":
         raise ConfigError(
@@ -75,4 +74,4 @@ def _check_together(algorithm: Algorithm) -> None:
 
 
 PRESETS: dict[PresetName, Algorithm] = {name: resolve_algorithm(AlgorithmConfig(preset=name)) for name in _ROWS}
-"""Every preset by its name."""
+"""Resolved presets by name."""

@@ -1,19 +1,19 @@
-"""Which choices of a ratio cannot be combined, and what to write instead; a table for each place a ratio stands in."""
+"""Rules against choices of a ratio that cannot be combined, with their fixes; one table for each use of a ratio."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from betterhalf.config.ratio import RatioConfig
+from betterhalf.config.schema import RatioConfig
 from betterhalf.errors import ConfigError
 
 Rule = tuple[Callable[[RatioConfig], bool], str, str]
-"""(is it broken, what is wrong, how to fix it)."""
+"""(test that is true if the rule is broken, problem, fix)."""
 
 _UNUSED = {"treatment": "raw", "lower": None, "upper": None, "keep_weight": True} | dict.fromkeys(
     ("dual_clip", "probability_gap")
 )
-"""Choices that do nothing to a ratio that is always 1, at the values that say nothing."""
+"""Choices without effect on a ratio that is always 1, with their neutral values."""
 
 _SURROGATE: tuple[Rule, ...] = (
     (
@@ -22,14 +22,14 @@ _SURROGATE: tuple[Rule, ...] = (
         'set ratio to "current/proximal" or "current/behavior", or use algorithm.correction',
     ),
     (
-        lambda r: r.treatment == "clip" and r.gradient == "score",
+        lambda r: r.treatment == "clip" and r.gradient == "logprob",
         "clips a ratio that carries no gradient",
         'set gradient = "ratio", or treatment = "truncate"',
     ),
     (
         lambda r: not r.keep_weight and r.gradient == "ratio",
         "drops the weight that carries the gradient",
-        'set gradient = "score", or keep_weight = true',
+        'set gradient = "logprob", or keep_weight = true',
     ),
     (
         lambda r: r.probability_gap is not None and (r.level != "token" or r.ratio != "current/behavior"),
@@ -41,12 +41,12 @@ _SURROGATE: tuple[Rule, ...] = (
 _CORRECTION: tuple[Rule, ...] = (
     (
         lambda r: r.ratio != "proximal/behavior",
-        "is not the ratio proximal/behavior, the only one that corrects for the mismatch alone",
+        "has another ratio than proximal/behavior, the only one that corrects for the mismatch alone",
         'set ratio = "proximal/behavior"',
     ),
     (
         lambda r: r.treatment == "clip",
-        "clips, which means something only where the advantage and the gradient are",
+        "has treatment clip, which depends on the advantage and the gradient, and those belong to the surrogate",
         'set treatment = "truncate" or "mask"',
     ),
     (
@@ -64,7 +64,7 @@ _ANY: tuple[Rule, ...] = (
     ),
     (
         lambda r: r.lower is not None and r.upper is not None and r.lower > r.upper,
-        "has lower above upper, of which one may be the preset's",
+        "has lower above upper (one of them may come from the preset)",
         "give both, the smaller one as lower",
     ),
     (
@@ -94,7 +94,7 @@ _ANY: tuple[Rule, ...] = (
     ),
     (
         lambda r: r.treatment == "clip" and not (r.lower or 0) <= 1 <= (r.upper or 0),
-        "clips between bounds that do not lie on both sides of 1",
+        "has bounds for clip that do not include 1",
         "give a lower bound of at most 1 and an upper bound of at least 1, as in 0.8 and 1.28",
     ),
     (
@@ -109,19 +109,19 @@ _ANY: tuple[Rule, ...] = (
     ),
     (
         lambda r: r.dual_clip is not None and (r.treatment != "clip" or r.dual_clip <= 1),
-        "has a dual_clip, which must exceed 1 and stand beside a clip",
+        "has a dual_clip, which must exceed 1 and needs treatment clip",
         'set treatment = "clip" and dual_clip above 1, or leave it out',
     ),
 )
 
 
 def check_surrogate(ratio: RatioConfig) -> None:
-    """Raise ConfigError when the surrogate's choices contradict each other; level `none` goes with no other choice."""
+    """Raise ConfigError if the surrogate's choices contradict each other; level `none` excludes every other choice."""
     _check("algorithm.surrogate", ratio, _SURROGATE + _ANY)
 
 
 def check_correction(ratio: RatioConfig) -> None:
-    """Raise ConfigError when the correction's choices contradict each other; level `none` goes with no other choice."""
+    """Raise ConfigError if the correction's choices contradict each other; level `none` excludes every other choice."""
     _check("algorithm.correction", ratio, _CORRECTION + _ANY)
 
 

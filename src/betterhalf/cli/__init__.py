@@ -1,4 +1,4 @@
-"""The command line: `main`, and the visible table of verbs."""
+"""The command line: `main`, and the table of verbs."""
 
 from betterhalf.cli.entry import main
 from betterhalf.cli.verbs import VERBS

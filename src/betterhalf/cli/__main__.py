@@ -1,4 +1,4 @@
-"""`python -m betterhalf.cli`."""
+"""Entry point of `python -m betterhalf.cli`."""
 
 import sys
 

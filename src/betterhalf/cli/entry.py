@@ -1,7 +1,7 @@
-"""`main`: run one verb, print its answer, and turn every failure into one clear message and an exit status.
+"""`main`: run one verb, print its answer, and turn every failure into one message and an exit status.
 
-Exit status: 0 success, 1 failed verdict, 2 bad input, 3 failure at run time, 130 interrupted. Results go to standard
-output, progress and errors to standard error; with --json the last line of standard output is one JSON object.
+Exit status: 0 success, 1 failed verdict, 2 bad input, 3 failure while running, 130 interrupted. Results go to standard
+output, progress and errors to standard error. With --json, the last line of standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EXIT_OK, EXIT_FAILED, EXIT_INPUT, EXIT_RUN, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; never raises but for `--help` and `--version`, which exit."""
+    """Run one command and return its exit status. Raises nothing; `--help` and `--version` exit the process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(arguments)
@@ -32,13 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BetterhalfError as error:
         return _complain(str(error), error.exit_code, arguments)
     except BrokenPipeError:
-        # The reader (`head`, say) has seen enough. Without this, Python complains once more while it exits.
+        # The reader, such as `head`, has closed the pipe. Without this, Python would report it again while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except OSError as error:
         return _complain(_disk_words(error), EXIT_RUN, arguments)
     except Exception as error:
-        # An error nobody foresaw: the traceback is what a bug report needs.
+        # An unexpected error: a bug report needs the traceback.
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}. Please report this, with the lines above."
         return _complain(message, EXIT_RUN, arguments)
@@ -68,12 +68,12 @@ def _json_line(result: dict[str, Any]) -> str:
 def _disk_words(error: OSError) -> str:
     where = f": {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full{where}. Free some space; what was written before is intact, and --resume continues."
+        return f"the disk is full{where}. Free some space and continue with --resume; earlier files are intact."
     return f"{error.strerror or error}{where}. Check the path and its permissions."
 
 
 def _complain(message: str, status: int, arguments: Sequence[str]) -> int:
-    """Say what went wrong, also to a machine that reads the last line."""
+    """Print the message of an error, with --json also as the last line of standard output; return `status`."""
     if os.environ.get("BETTERHALF_TRACEBACK") == "1" and status != EXIT_INTERRUPTED:
         traceback.print_exc()
     print(f"error: {message}", file=sys.stderr, flush=True)

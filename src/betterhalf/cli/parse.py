@@ -1,4 +1,4 @@
-"""Take a command line apart: verb, words, `key=value` settings, options."""
+"""Parse a command line into a verb, words, `key=value` settings and options."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from betterhalf.cli.verbs import VERBS
 from betterhalf.errors import InputError
 
 _SETTING = re.compile(r"[\w.-]+=", re.ASCII)
-"""What tells `training.steps=3` from a path."""
+"""Start of a setting, which distinguishes `training.steps=3` from a path."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises where argparse would print its usage and exit."""
+    """Parser that raises an error instead of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}. See `{self.prog} --help`.")
 
 
 def pick_verb(arguments: list[str]) -> tuple[str, list[str]]:
-    """The verb and what follows it; `--help`, `--version` and no argument at all end here."""
+    """Return the verb and the arguments after it; `--help`, `--version` or no argument exit the process.
+
+    Raises:
+        InputError: the first argument is not a verb; the message names the nearest.
+    """
     first = arguments[0] if arguments else "--help"
     if first in VERBS:
         return first, arguments[1:]
@@ -40,23 +44,23 @@ def pick_verb(arguments: list[str]) -> tuple[str, list[str]]:
     parser.add_argument("--version", action="version", version=f"betterhalf {__version__}")
     if first.startswith("-"):
         parser.parse_known_args([first])
-        raise InputError(f"unknown option {first!r}. A command starts with its verb: {', '.join(VERBS)}.")
-    cure = did_you_mean(first, VERBS) or f"The verbs are {', '.join(VERBS)}."
-    raise InputError(f"unknown verb {first!r}. {cure}")
+        raise InputError(f"unknown option {first!r}. Start with a verb: {', '.join(VERBS)}.")
+    fix = did_you_mean(first, VERBS) or f"The verbs are {', '.join(VERBS)}."
+    raise InputError(f"unknown verb {first!r}. {fix}")
 
 
 def _verb_list() -> str:
     rows = [(f"{name} {verb.words}", verb.help) for name, verb in VERBS.items()]
     width = max(len(left) for left, _ in rows)
     listed = "\n".join(f"  {left:<{width}}  {right}" for left, right in rows)
-    return f"verbs:\n{listed}\n\n`betterhalf VERB --help` tells more; experiments/README.md lists the experiments."
+    return f"verbs:\n{listed}\n\n`betterhalf VERB --help` explains a verb; experiments/README.md lists the experiments."
 
 
 def parse(name: str, verb: Verb, rest: list[str]) -> argparse.Namespace:
-    """The arguments after the verb.
+    """Parse the arguments after the verb.
 
     Raises:
-        InputError: an option that the verb does not have, with the nearest one it has.
+        InputError: the verb has no such option; the message names the nearest it has.
     """
     settings = " [key=value ...]" if verb.settings else ""
     options = "".join(f" [{_written(option)}]" for option in verb.options)
@@ -75,7 +79,7 @@ def parse(name: str, verb: Verb, rest: list[str]) -> argparse.Namespace:
             parser.add_argument(f"--{option.name}", metavar=option.value, help=option.help)
     found, unknown = parser.parse_known_intermixed_args(rest)
     if unknown:
-        raise InputError(f"unknown option {unknown[0]!r}. {_cure(parser.prog, verb, unknown[0])}")
+        raise InputError(f"unknown option {unknown[0]!r}. {_fix(parser.prog, verb, unknown[0])}")
     return found
 
 
@@ -83,19 +87,19 @@ def _written(option: Option) -> str:
     return f"--{option.name} {option.value}" if option.value else f"--{option.name}"
 
 
-def _cure(prog: str, verb: Verb, wrong: str) -> str:
+def _fix(prog: str, verb: Verb, wrong: str) -> str:
     setting = wrong.lstrip("-")
     if "=" in setting:
-        return f"Settings are written without dashes: {setting}."
+        return f"Write a setting without dashes: {setting}."
     known = ["--json", "--help", *(f"--{option.name}" for option in verb.options)]
     return did_you_mean(wrong, known) or f"See `{prog} --help`."
 
 
 def to_request(name: str, verb: Verb, found: argparse.Namespace) -> Request:
-    """Words apart from settings, and the verb's options by name.
+    """Separate words from settings, and collect the verb's options by name.
 
     Raises:
-        InputError: too few words, too many, or settings where the verb takes none.
+        InputError: too few or too many words, or settings for a verb that takes none.
     """
     from betterhalf.config.overrides import split_overrides
 
@@ -104,15 +108,15 @@ def to_request(name: str, verb: Verb, found: argparse.Namespace) -> Request:
     fewest, most = verb.num_words
     if not fewest <= len(words) <= most:
         given = " ".join(words) or "nothing"
-        raise InputError(f"{name} takes {verb.words}, got {given}. See `betterhalf {name} --help`.")
+        raise InputError(f"{name} takes {verb.words}, but got {given}. See `betterhalf {name} --help`.")
     if overrides and not verb.settings:
-        raise InputError(f"{name} takes no settings, got {overrides[0]}. Leave it out.")
+        raise InputError(f"{name} takes no settings, but got {overrides[0]}. Leave it out.")
     names = [option.name.replace("-", "_") for option in verb.options]
     options = {name: getattr(found, name) for name in names}
     return Request(words=words, overrides=tuple(overrides), run_dir=run_dir, options=options)
 
 
 def did_you_mean(wrong: str, allowed: Iterable[str]) -> str | None:
-    """A hint at the nearest allowed word, if any is near."""
+    """Return a hint at the nearest allowed word; None if none is near."""
     close = difflib.get_close_matches(wrong, list(allowed), n=1, cutoff=0.5)
     return f"Did you mean {close[0]}?" if close else None

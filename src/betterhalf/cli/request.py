@@ -1,4 +1,4 @@
-"""What goes into a verb and what comes out of it."""
+"""Input and output of a verb, and a row of the table of verbs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A command line, taken apart."""
+    """A parsed command line."""
 
     words: tuple[str, ...]
-    """Experiments, models, run folders."""
+    """Arguments that are not settings: experiments, models, run folders."""
     overrides: tuple[str, ...]
-    """`key=value` settings, `run_dir` excepted."""
+    """`key=value` settings, except `run_dir`."""
     run_dir: str | None
-    """Where to write, if given."""
+    """Folder to write to; None if not given."""
     options: dict[str, Any] = field(default_factory=dict)
     """Values of the verb's own options, such as `resume`, by name."""
 
     def config(self, experiment: str | Path | None) -> RunConfig:
-        """The experiment's configuration with the overrides applied."""
+        """Return the experiment's configuration with the overrides applied."""
         from betterhalf.config.load import load_config
 
         return load_config(experiment, self.overrides)
@@ -33,41 +33,43 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What a verb has to say."""
+    """Result of a verb."""
 
     result: dict[str, Any]
-    """For machines."""
+    """The result as JSON, for machines."""
     show: Callable[[], None]
-    """Prints the same for people."""
+    """Function that prints the result for people."""
     passed: bool = True
     """False for a failed verdict."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """One `--name` of a verb."""
+    """One option `--name` of a verb."""
 
     name: str
-    """Without dashes; `from-dump` arrives as `from_dump`."""
+    """Name without leading dashes; `from-dump` becomes `from_dump` in `Request.options`."""
     help: str
+    """One line for `--help`."""
     value: str | None = None
-    """What follows it, as its usage shows it; None for a switch."""
+    """Placeholder of its value in the usage; None for a switch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verb:
-    """One row of the table."""
+    """One row of the table of verbs."""
 
     run: Callable[[Request], Answer]
+    """Function that does the work."""
     words: str
-    """The words it takes, as its usage shows them."""
+    """The words it takes, as in the usage."""
     num_words: tuple[int, int]
-    """Fewest and most of them."""
+    """Smallest and largest number of words."""
     help: str
-    """One line."""
+    """One line for `--help`."""
     settings: bool = True
-    """Takes `key=value` of the configuration."""
+    """True if it takes `key=value` settings of the configuration."""
     computes: bool = True
-    """Runs a model, so that threads are chosen before torch is imported."""
+    """True if it runs a model; threads are then chosen before torch is imported."""
     options: tuple[Option, ...] = ()
-    """Its own, besides --json."""
+    """Options besides --json."""

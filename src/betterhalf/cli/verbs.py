@@ -1,4 +1,4 @@
-"""The table of verbs. Each is a function that imports what it needs when it is called: `--help` must answer at once."""
+"""The table of verbs. Each verb imports what it needs when it is called, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from betterhalf.cli.request import Answer, Option, Request, Verb
 from betterhalf.errors import InputError
 
 DEMO = "experiments/sanity/demo.toml"
-"""What `sanity` runs unless told otherwise; it comes with the package."""
+"""Experiment of `sanity` without an argument; it comes with the package."""
 
 PROBE = "experiments/base/probe.toml"
-"""Where `probe` and `doctor` of a model start from."""
+"""Experiment that `probe` and `doctor` use for a model."""
 
-RESUME = Option(name="resume", help="continue the run that run_dir holds")
+RESUME = Option(name="resume", help="continue the run in run_dir")
 
 
 def _sanity(request: Request) -> Answer:
@@ -47,7 +47,7 @@ def _probe(request: Request) -> Answer:
     dump = request.options["from_dump"]
     target = request.words[0] if request.words else None
     if target is None and dump is None:
-        raise InputError("probe takes MODEL, got nothing. Name a model or a run, or give --from-dump FILE.")
+        raise InputError("probe takes MODEL|RUN, but got nothing. Name a model or a run, or give --from-dump FILE.")
     config = request.config((_run_config(target) if target else None) or PROBE)
     from betterhalf.examine.probe import probe, probe_json
 
@@ -84,7 +84,7 @@ def _config(request: Request) -> Answer:
 
     left, *others = [request.config(word) for word in request.words]
     for config in (left, *others):
-        resolve_algorithm(config.algorithm)  # says whether its choices contradict each other
+        resolve_algorithm(config.algorithm)  # raises if its choices contradict each other
     if not others:
         return Answer(result=resolved_json(left), show=lambda: print(toml_text(left).rstrip()))
     changes = config_difference(left, others[0])
@@ -103,22 +103,22 @@ def _export(request: Request) -> Answer:
 
 
 def _run_config(target: str) -> Path | None:
-    """The configuration that a run folder was made with; None for a model.
+    """Return the path of a run folder's configuration; None for a model.
 
     Raises:
-        InputError: a sanity run, which holds several policies.
+        InputError: the folder is that of a sanity run, which holds several policies.
     """
     from betterhalf.run_dir import RunDir
 
     run = RunDir(Path(target))
     if run.arm_names():
         arm = run.arm(run.arm_names()[0])
-        raise InputError(f"{target} holds a sanity run. Name one of its arms, such as {arm.path}.")
+        raise InputError(f"{target} is a sanity run with several policies. Name one of its arms, such as {arm.path}.")
     return run.config if run.configured else None
 
 
 def _show_sanity(result: dict[str, Any]) -> None:
-    """The table of arms, what follows from it, and where to read on."""
+    """Print the table of arms, the verdict with its reasons, and the folder."""
     from betterhalf.report.verdict import print_verdict
 
     print_verdict(result)
@@ -129,7 +129,7 @@ def _show_sanity(result: dict[str, Any]) -> None:
 
 def _show_probe(result: dict[str, Any]) -> None:
     from betterhalf.examine.localize_text import show_localize
-    from betterhalf.report.matrix import show_probe
+    from betterhalf.examine.probe_text import show_probe
 
     show_probe(result)
     if result.get("localize"):
@@ -145,7 +145,7 @@ def _show_doctor(result: dict[str, Any]) -> None:
 
 
 def _show_folder(result: dict[str, Any]) -> None:
-    """Where everything is, and the page to look at."""
+    """Print the run folder and the path of the report."""
     from betterhalf.run_dir import RunDir
 
     run = RunDir(Path(result["run_dir"]))
@@ -153,7 +153,7 @@ def _show_folder(result: dict[str, Any]) -> None:
 
 
 def _show(result: dict[str, Any]) -> None:
-    """Name and value of each plain entry, one to a line."""
+    """Print name and value of each entry that is not a list or an object, one per line."""
     rows = {key: _brief(value) for key, value in result.items() if not isinstance(value, (dict, list))}
     width = max(map(len, rows), default=0)
     for key, value in rows.items():
@@ -169,45 +169,45 @@ VERBS = {
         run=_sanity,
         words="[EXPERIMENT]",
         num_words=(0, 1),
-        help="the paper's sanity test: perfectible set, one arm for each precision, verdict and report",
+        help="run the paper's sanity test: perfectible set, one arm per precision, verdict, report",
         options=(RESUME,),
     ),
     "train": Verb(
         run=_train,
         words="EXPERIMENT",
         num_words=(1, 1),
-        help="one RL fine-tuning run; with run_dir=RUN, --resume continues it",
+        help="fine-tune a model with RL; run_dir=RUN --resume continues a run",
         options=(RESUME,),
     ),
     "doctor": Verb(
         run=_doctor,
         words="MODEL|RUN",
         num_words=(1, 1),
-        help="range census forward and backward, mismatch matrix, and which precision to train in",
+        help="recommend a precision, from a range census, forward and backward, and the mismatch",
     ),
     "probe": Verb(
         run=_probe,
         words="MODEL|RUN",
         num_words=(0, 1),
-        help="how far sampling and training policy are apart, for every pair of precisions, without training",
+        help="measure the mismatch for every pair of precisions, without training",
         options=(
-            Option(name="from-dump", value="FILE", help="analyse rollouts of another framework (JSONL, docs/probe.md)"),
-            Option(name="gradient", help="also what the mismatch does to the policy gradient"),
-            Option(name="localize", help="also the first layer and operation where trainer and engine diverge"),
+            Option(name="from-dump", value="FILE", help="analyse another framework's rollouts (JSONL, docs/probe.md)"),
+            Option(name="gradient", help="also measure the effect of the mismatch on the policy gradient"),
+            Option(name="localize", help="also find the first layer and operation where trainer and engine diverge"),
         ),
     ),
     "evaluate": Verb(
         run=_evaluate,
         words="MODEL|RUN",
         num_words=(1, 1),
-        help="avg@k and pass@k, sampled by the rollout engine; with run_dir=DIR, --resume keeps what is scored",
+        help="measure avg@k and pass@k with the rollout engine; run_dir=DIR --resume continues",
         options=(RESUME,),
     ),
     "report": Verb(
         run=_report,
         words="RUN [RUN ...]",
         num_words=(1, sys.maxsize),
-        help="one self-contained HTML page with plots, from run folders",
+        help="write one self-contained HTML page with plots from run folders",
         settings=False,
         computes=False,
     ),
@@ -215,14 +215,14 @@ VERBS = {
         run=_config,
         words="EXPERIMENT [OTHER]",
         num_words=(1, 2),
-        help="the resolved configuration; with two, their difference",
+        help="print the resolved configuration, or the difference of two",
         computes=False,
     ),
     "export": Verb(
         run=_export,
         words="RUN DIR",
         num_words=(2, 2),
-        help="a Hugging Face folder that transformers and vLLM load",
+        help="write a Hugging Face folder that transformers and vLLM load",
         settings=False,
     ),
 }

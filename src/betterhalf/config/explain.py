@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in one plain line for each error: the key, what was given, what is allowed."""
+"""Messages for an invalid configuration, one line for each error: the key, the given value, and what is allowed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _Location = tuple[str | int, ...]
 
 
 def explain(error: ValidationError, origins: Mapping[str, str]) -> str:
-    """The message of a ConfigError.
+    """Return the message of a ConfigError.
 
     Args:
-        error: from validating the merged configuration.
-        origins: where each dotted key was set: a file's name, or the command line.
+        error: error of validating the merged configuration.
+        origins: source of each dotted key: the name of a file, or the command line.
     """
     lines = list(dict.fromkeys(_line(details, origins) for details in error.errors(include_url=False)))
     if len(lines) == 1:
@@ -36,7 +36,7 @@ def _line(details: ErrorDetails, origins: Mapping[str, str]) -> str:
 
 
 def _origin(names: list[str], origins: Mapping[str, str]) -> str | None:
-    """Where the key was set, a key in it, or the list that holds it."""
+    """Return the source of the key, of a key in it, or of the list that holds it; None for a default."""
     key = ".".join(names)
     inside = (origins[k] for k in origins if key and k.startswith(f"{key}."))
     around = (".".join(names[:end]) for end in range(len(names) - 1, 0, -1))
@@ -44,7 +44,7 @@ def _origin(names: list[str], origins: Mapping[str, str]) -> str | None:
 
 
 def _path(location: _Location) -> _Location:
-    """Without the tags that the validator adds where a field takes one of several forms."""
+    """Remove the tags that the validator adds for a field with several forms."""
     path: list[str | int] = []
     holders: tuple[type[Section], ...] = (RunConfig,)
     tagged = False
@@ -66,7 +66,7 @@ def _names(path: _Location) -> list[str]:
 
 
 def _key(path: _Location) -> str:
-    """Dotted, with the position in a list of sections: `watchdog.levels[0].metric`."""
+    """Return the dotted key, with positions in lists of sections: `watchdog.levels[0].metric`."""
     key = ""
     for end, part in enumerate(path):
         if not isinstance(part, int):
@@ -82,7 +82,7 @@ def _annotation(path: _Location) -> Any:
 
 
 def _given(details: ErrorDetails, path: _Location) -> str:
-    """`key = value`, as TOML would show it."""
+    """Return `key = value`, as in TOML."""
     return f"{_key(path)} = {toml_value(details['input'])}"
 
 
@@ -90,19 +90,19 @@ def _unknown(details: ErrorDetails, path: _Location) -> str:
     held = keys.items(_annotation(path[:-1])) if len(path) > 1 else ()
     if held:
         hint = keys.nearest(path[-1], list(held[0].model_fields))
-        cure = f"Did you mean {hint!r}?" if hint else f"It takes {', '.join(held[0].model_fields)}."
-        return f"unknown key {_key(path)!r}. {cure}"
+        fix = f"Did you mean {hint!r}?" if hint else f"Its keys are {', '.join(held[0].model_fields)}."
+        return f"unknown key {_key(path)!r}. {fix}"
     key = _first_leaf(".".join(_names(path)), details["input"])
     if keys.find(_names(path)) is not None:
         section = ".".join(_names(path)[:-1])
-        return f"{key} belongs to another {section}.type than the one chosen. Remove it, or set {section}.type."
+        return f"{key} is not a key of the chosen {section}.type. Remove it, or set another {section}.type."
     hint = keys.nearest_key(key)
-    cure = f"Did you mean {hint!r}?" if hint else "`betterhalf config EXPERIMENT` lists the valid keys."
-    return f"unknown key {key!r}. {cure}"
+    fix = f"Did you mean {hint!r}?" if hint else "`betterhalf config EXPERIMENT` lists the valid keys."
+    return f"unknown key {key!r}. {fix}"
 
 
 def _first_leaf(key: str, value: object) -> str:
-    """A wrong section is best recognised together with a key that it holds."""
+    """Extend the key of a wrong section by the first key in it, which makes it easier to recognise."""
     while isinstance(value, Mapping) and value:
         name, value = next(iter(value.items()))
         key = f"{key}.{name}"
@@ -112,24 +112,32 @@ def _first_leaf(key: str, value: object) -> str:
 def _missing(details: ErrorDetails, path: _Location) -> str:
     if isinstance(path[-1], int):
         return f"{_key(path)} has too few values. Give all of them, separated by commas."
-    info = keys.find(_names(path))
-    meaning = f" ({info.description.split(chr(10))[0].rstrip('.')})" if info and info.description else ""
+    sections = keys.sections(_annotation(path[:-1])) if len(path) > 1 else ()
+    chosen = [section for section in sections if _type_of(section) in details["loc"]]
+    info = keys.field(chosen, str(path[-1])) or keys.find(_names(path))
+    meaning = f" ({' '.join(info.description.split()).rstrip('.')})" if info and info.description else ""
     return f"{_key(path)} is required{meaning}. Set it."
+
+
+def _type_of(section: type[Section]) -> str | None:
+    """Return the value of `type` that chooses a section; None for a section without types."""
+    info = section.model_fields.get("type")
+    return info.default if info else None
 
 
 def _choice(details: ErrorDetails, path: _Location) -> str:
     allowed = keys.choices(_annotation(path))
-    hint = keys.nearest(details["input"], allowed)
-    cure = f" Did you mean {hint}?" if hint else ""
-    return f"{_given(details, path)} is not one of {', '.join(map(str, allowed))}.{cure}"
+    hint = keys.nearest(keys.current_value(_names(path)[-1], details["input"]), allowed)
+    fix = f" Did you mean {hint}?" if hint else ""
+    return f"{_given(details, path)} is not one of {', '.join(map(str, allowed))}.{fix}"
 
 
 def _type_tag(details: ErrorDetails, path: _Location) -> str:
-    allowed = [section.model_fields["type"].default for section in keys.sections(_annotation(path))]
+    allowed = [str(_type_of(section)) for section in keys.sections(_annotation(path))]
     given = details["input"].get("type") if isinstance(details["input"], Mapping) else details["input"]
     hint = keys.nearest(given, allowed)
-    cure = f" Did you mean {hint}?" if hint else ""
-    return f"{'.'.join(_names(path))}.type = {toml_value(given)} is not one of {', '.join(allowed)}.{cure}"
+    fix = f" Did you mean {hint}?" if hint else ""
+    return f"{'.'.join(_names(path))}.type = {toml_value(given)} is not one of {', '.join(allowed)}.{fix}"
 
 
 def _not_a_section(details: ErrorDetails, path: _Location) -> str:
@@ -147,7 +155,7 @@ def _must_be(what: str) -> Callable[[ErrorDetails, _Location], str]:
 
 
 def _own_words(details: ErrorDetails, path: _Location) -> str:
-    """The schema's validators already say what is wrong and how to cure it."""
+    """Return the message of one of the schema's own validators."""
     return str(details["ctx"]["error"])
 
 
@@ -180,4 +188,4 @@ _EXPLANATIONS: dict[str, Callable[[ErrorDetails, _Location], str]] = {
     "less_than": _must_be("below {lt:g}"),
     "less_than_equal": _must_be("at most {le:g}"),
 }
-"""One explanation for each kind of error that the schema can raise."""
+"""Explanations by the kinds of errors that the schema can raise."""

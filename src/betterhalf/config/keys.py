@@ -1,4 +1,4 @@
-"""The map of valid keys, read off the schema: what a dotted key may hold, and which key is nearest to a wrong one."""
+"""Valid keys, derived from the schema: the type of each dotted key, and the nearest key to a wrong one."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ _FAMILIAR = {
     "loss_type": "algorithm.preset",
     "backend": "engine.type",
 }
-"""Names of other frameworks, too unlike ours for a comparison of letters."""
+"""Keys of other frameworks that are too different from ours to be found by similarity."""
+
+_RENAMED_VALUES = {("gradient", "score"): "logprob"}
+"""Current values by (last part of the key, value in earlier runs)."""
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, `None` included; the annotation itself if it is no union. Ignores Annotated."""
+    """Return the alternatives of a union, `None` included; any other annotation alone. Ignores Annotated."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return members(get_args(annotation)[0])
@@ -40,44 +43,44 @@ def members(annotation: Any) -> tuple[Any, ...]:
 
 
 def sections(annotation: Any) -> tuple[type[Section], ...]:
-    """The sections a field can hold; none for a plain value."""
+    """Return the sections a field can hold; none for a plain value."""
     return tuple(part for part in members(annotation) if isinstance(part, type) and issubclass(part, Section))
 
 
 def items(annotation: Any) -> tuple[type[Section], ...]:
-    """The sections a field can hold a list of; none for anything else."""
+    """Return the sections in a list of sections; none for any other field."""
     lists = [part for part in members(annotation) if get_origin(part) is tuple]
     return tuple(section for part in lists for section in sections(get_args(part)[0]))
 
 
 def is_optional(annotation: Any) -> bool:
-    """Whether a field may be absent."""
+    """Return True if a field may be absent."""
     return type(None) in members(annotation)
 
 
 def is_text(annotation: Any) -> bool:
-    """Whether a field holds free text, so that `name=1e3` means the three characters."""
+    """Return True if a field holds free text, so that `name=1e3` means the three characters."""
     return str in members(annotation)
 
 
 def is_tuple(annotation: Any) -> bool:
-    """Whether a field holds several values, so that commas separate them."""
+    """Return True if a field holds several values, which commas separate."""
     return any(get_origin(part) is tuple for part in members(annotation))
 
 
 def holds_text(annotation: Any) -> bool:
-    """Whether a field holds several free texts."""
+    """Return True if a field holds several free texts."""
     lists = [part for part in members(annotation) if get_origin(part) is tuple]
     return any(is_text(get_args(part)[0]) for part in lists)
 
 
 def alternatives(annotation: Any) -> int:
-    """In how many forms a field can be given; an absent value is no form."""
+    """Return the number of forms that a field can take, not counting an absent value."""
     return len([part for part in members(annotation) if part is not type(None)])
 
 
 def choices(annotation: Any) -> tuple[Any, ...]:
-    """The values of a Literal (of a tuple of them, too); none for anything else."""
+    """Return the values of a Literal, or of a tuple of Literals; none for anything else."""
     found: list[Any] = []
     for part in members(annotation):
         if get_origin(part) is Literal:
@@ -88,18 +91,18 @@ def choices(annotation: Any) -> tuple[Any, ...]:
 
 
 def type_key(annotation: Any) -> str | None:
-    """`type` where a field holds one of several sections, told apart by that key."""
+    """Return `type` for a field that holds one of several sections, which that key distinguishes; None for others."""
     return "type" if len(sections(annotation)) > 1 else None
 
 
 def shorthand(annotation: Any) -> str | None:
-    """The key that a bare value of the section sets, as `preset` in `precision=fp16`."""
+    """Return the key that a bare value of the section sets, such as `preset` for `precision=fp16`; None without one."""
     found = sections(annotation)
     return type_key(annotation) or (found[0].shorthand if found else None)
 
 
 def field(holders: Sequence[type[Section]], key: str) -> FieldInfo | None:
-    """The field `key` of the first of `holders` that has it."""
+    """Return the field `key` of the first of `holders` that has it; None without one."""
     for section in holders:
         if key in section.model_fields:
             return section.model_fields[key]
@@ -107,9 +110,9 @@ def field(holders: Sequence[type[Section]], key: str) -> FieldInfo | None:
 
 
 def find(path: Sequence[str]) -> FieldInfo | None:
-    """The field at a path from the root, in whatever type of section has it; None if there is none.
+    """Return the field at a path from the root, searched in every type of section; None without one.
 
-    Positions in lists are left out of the path: `watchdog.levels.metric`.
+    The path has no positions in lists: `watchdog.levels.metric`.
     """
     holders: tuple[type[Section], ...] = (RunConfig,)
     found = None
@@ -122,7 +125,7 @@ def find(path: Sequence[str]) -> FieldInfo | None:
 
 
 def all_keys() -> tuple[str, ...]:
-    """Every dotted key that holds a value, in the order of the schema."""
+    """Return every dotted key that holds a value, in the order of the schema."""
     return tuple(dict.fromkeys(_keys((RunConfig,), "")))
 
 
@@ -137,10 +140,10 @@ def _keys(holders: Sequence[type[Section]], prefix: str) -> Iterator[str]:
 
 
 def nearest_key(wrong: str) -> str | None:
-    """The valid dotted key most like `wrong`: the same name but for a letter or two in the same section, then another
-    section's key of the same name, then by letters.
+    """Return the valid dotted key most similar to `wrong`; None if no key is similar.
 
-    A section's own name counts as a key, so that `optimiser.betas` and `optimiser` both find their way.
+    A key of the same section that differs in a letter or two comes first, then a key of that name in another section,
+    then the most similar key overall. Names of sections count as keys, so that `optimiser` finds one as well.
     """
     if wrong in _FAMILIAR:
         return _FAMILIAR[wrong]
@@ -156,8 +159,13 @@ def nearest_key(wrong: str) -> str | None:
 
 
 def nearest(wrong: object, allowed: Sequence[object]) -> str | None:
-    """The allowed value most like `wrong`, if any is close."""
+    """Return the allowed value most similar to `wrong`; None if none is close."""
     return _nearest(str(wrong), [str(value) for value in allowed])
+
+
+def current_value(leaf: str, value: object) -> object:
+    """Return the current name of a value that earlier runs call by another; any other value unchanged."""
+    return _RENAMED_VALUES.get((leaf, value), value) if isinstance(value, str) else value
 
 
 def _section_names() -> list[str]:

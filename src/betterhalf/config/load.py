@@ -1,10 +1,10 @@
-"""From an experiment file and `key=value` overrides to one checked configuration, and how two configurations differ.
+"""Load an experiment file and `key=value` overrides into one checked configuration, and compare configurations.
 
-    schema defaults <- base files, as named by `extends` <- the experiment file <- overrides
+    schema defaults <- base files, named by `extends` <- the experiment file <- overrides
 
-Files are sparse TOML: they hold what differs from the layer below. A run folder, or the `config.json` in it, serves as
-an experiment file too: what a machine wrote is JSON, where null survives. The choices of an algorithm's preset are
-filled in last, so what the files give applies to the preset that is named last.
+Files are sparse TOML: they hold only what differs from the layer below. A run folder, or the `config.json` in it, works
+as an experiment file too; it is JSON, which has a null. The choices of an algorithm's preset are filled in last, so the
+values in all files apply to the preset that is named last.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from betterhalf.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SHIPPED = (_PACKAGE / "experiments", _PACKAGE.parents[1] / "experiments")
-"""Where the experiment files lie: in an installed package, and in a checkout."""
+"""Folders of the experiment files: in an installed package, and in a checkout."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,27 +37,27 @@ class Difference:
     """One key whose value differs between two configurations."""
 
     key: str
-    """Dotted."""
+    """Dotted key."""
     left: Any
-    """JSON value in the first; None also where it has no such key."""
+    """JSON value in the first; None also if it lacks the key."""
     right: Any
-    """JSON value in the second."""
+    """JSON value in the second; None also if it lacks the key."""
 
     def __str__(self) -> str:
         return f"{self.key}: {toml_value(self.left)} -> {toml_value(self.right)}"
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of an experiment.
+    """Load the configuration of an experiment.
 
     Args:
-        path: TOML file, run folder, or `config.json`; None starts from the defaults alone. A path below `experiments/`
-            that is not there is looked for among the files that come with the package.
-        overrides: `key=value`, the last one winning; see `config.overrides`.
+        path: TOML file, run folder, or `config.json`; None for the defaults. A path below `experiments/` that does not
+            exist is looked up among the files of the package.
+        overrides: `key=value`; later ones win; see `config.overrides`.
 
     Raises:
-        ConfigError: a file is missing or malformed, `extends` goes in a circle, a key is unknown, or a value is wrong.
-            One message names every error.
+        ConfigError: a file is missing or malformed, `extends` forms a circle, a key is unknown, or a value is wrong.
+            The message lists every error.
     """
     file = resolve_experiment(path) if path is not None else None
     layers = _file_layers(file) if file else []
@@ -69,10 +69,10 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
 
 
 def resolve_experiment(path: str | Path) -> Path:
-    """The file that an EXPERIMENT argument means.
+    """Return the file that an EXPERIMENT argument names.
 
     Raises:
-        ConfigError: there is none; the message names the nearest.
+        ConfigError: there is no such file; the message names the most similar one.
     """
     path = Path(path)
     candidates = [path, path / "config.json", *(root / _below_experiments(path) for root in _SHIPPED)]
@@ -80,34 +80,34 @@ def resolve_experiment(path: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     hint = _nearest_file(path)
-    cure = f"Did you mean {str(hint)!r}?" if hint else "Name a TOML file, or the folder of a run."
-    raise ConfigError(f"there is no experiment file {str(path)!r}. {cure}")
+    fix = f"Did you mean {str(hint)!r}?" if hint else "Name a TOML file, or the folder of a run."
+    raise ConfigError(f"there is no experiment file {str(path)!r}. {fix}")
 
 
 def resolved_json(config: RunConfig) -> dict[str, Any]:
-    """Every setting as plain JSON; `RunConfig.model_validate` gives the same configuration back."""
+    """Return every setting as plain JSON; `RunConfig.model_validate` restores the configuration."""
     return config.model_dump(mode="json")
 
 
 def config_difference(left: RunConfig, right: RunConfig) -> list[Difference]:
-    """The keys whose values differ, sorted."""
+    """Return the keys whose values differ, sorted."""
     a, b = _flat(resolved_json(left)), _flat(resolved_json(right))
     changed = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
     return [Difference(key=key, left=a.get(key), right=b.get(key)) for key in changed]
 
 
 def same_except(left: RunConfig, right: RunConfig, *prefixes: str) -> bool:
-    """Whether two configurations differ in nothing but the keys at and below `prefixes`."""
+    """Return True if two configurations differ only in keys at and below `prefixes`."""
     changed = (difference.key for difference in config_difference(left, right))
     return all(any(f"{key}.".startswith(f"{prefix}.") for prefix in prefixes) for key in changed)
 
 
 def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """The file and what it extends, base first, each with its name."""
+    """Read a file and the files it extends, base first, each with its name."""
     resolved = path.resolve()
     if resolved in above:
         circle = " -> ".join(file.name for file in (*above[above.index(resolved) :], resolved))
-        raise ConfigError(f"`extends` goes in a circle: {circle}. Remove one of them.")
+        raise ConfigError(f"`extends` forms a circle: {circle}. Remove one of them.")
     layer = _read(path)
     base = layer.pop("extends", None)
     if base is None:
@@ -116,32 +116,40 @@ def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, di
         raise ConfigError(f"extends = {toml_value(base)} in {path} is not text. Name one file, relative to this one.")
     file = path.parent / base
     if not file.is_file():
-        raise ConfigError(f"{path} extends {base!r}, which is not there. Give its path relative to {path.name}.")
+        raise ConfigError(f"{path} extends {base!r}, which does not exist. Give its path relative to {path.name}.")
     return [*_file_layers(file, (*above, resolved)), (str(path), layer)]
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A TOML file, or the JSON of a run folder."""
+    """Read a TOML file, or the JSON of a run folder."""
     try:
         text = path.read_text(encoding="utf-8")
         layer = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}). Check the path and its permissions.") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {error}. Correct that place.") from error
+        raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {error}. Correct it there.") from error
     if not isinstance(layer, dict):
         raise ConfigError(f"{path} holds no settings. Name the config.json of a run, or a TOML file.")
-    return _sparse(layer) if path.suffix == ".json" else layer
+    return _sparse(_renamed(layer)) if path.suffix == ".json" else layer
+
+
+def _renamed(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a run with the current names of values; an earlier version may have written it."""
+    return {
+        key: _renamed(value) if isinstance(value, Mapping) else keys.current_value(key, value)
+        for key, value in resolved.items()
+    }
 
 
 def _sparse(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved configuration as a layer: what the algorithm has from its preset changes with the preset."""
+    """Return a resolved configuration as a layer, without its preset's choices, which another preset replaces."""
     section = resolved.get("algorithm")
     return {**resolved, "algorithm": own_choices(section)} if isinstance(section, Mapping) else dict(resolved)
 
 
 def _merge_layers(layers: Sequence[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """All layers over the defaults, and the layer that set each dotted key."""
+    """Merge all layers over the defaults; return the result and the layer that set each dotted key."""
     merged, origins = _sparse(resolved_json(RunConfig())), {}
     for source, layer in _joined(layers):
         merged = _merge(merged, layer)
@@ -150,9 +158,9 @@ def _merge_layers(layers: Sequence[tuple[str, dict[str, Any]]]) -> tuple[dict[st
 
 
 def _joined(layers: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
-    """Shorthands written out, and neighbours of one source (the overrides) as one layer.
+    """Expand shorthands, and join neighbours of one source (the overrides) to one layer.
 
-    Were each override a layer of its own, `task.path=a task.type=math` would lose the path when the type changes.
+    If each override were its own layer, `task.path=a task.type=math` would lose the path when the type changes.
     """
     joined: list[tuple[str, dict[str, Any]]] = []
     for source, layer in layers:
@@ -164,7 +172,7 @@ def _joined(layers: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, dic
 
 
 def _merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
-    """`layer` over `base`. A section whose `type` changes starts afresh: the other type's keys would not fit it."""
+    """Merge `layer` over `base`. A section whose `type` changes drops the keys of the other type."""
     changes_type = "type" in base and layer.get("type", base["type"]) != base["type"]
     merged = {} if changes_type else dict(base)
     for key, value in layer.items():
@@ -175,7 +183,7 @@ def _merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_types(data: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:
-    """Name the default's type in a section of several types that does not name its own."""
+    """Add the default `type` to sections with several types that do not name one."""
     filled = dict(data)
     for key, info in section.model_fields.items():
         value = filled.get(key)
@@ -188,7 +196,7 @@ def _with_types(data: Mapping[str, Any], section: type[Section]) -> dict[str, An
 
 
 def _validate(data: Mapping[str, Any], origins: Mapping[str, str]) -> RunConfig:
-    """Strictly: "12" is no number and true is no 1. As JSON, because only there may a list stand for a tuple."""
+    """Validate strictly: "12" is not a number, true is not 1. Only the JSON mode accepts a list for a tuple."""
     try:
         return RunConfig.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
@@ -196,7 +204,7 @@ def _validate(data: Mapping[str, Any], origins: Mapping[str, str]) -> RunConfig:
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of the leaves; a list is a leaf."""
+    """Return the leaves by their dotted keys; a list is a leaf."""
     leaves: dict[str, Any] = {}
     for key, value in data.items():
         leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -208,7 +216,7 @@ def _below_experiments(path: Path) -> Path:
 
 
 def _nearest_file(path: Path) -> Path | None:
-    """The experiment file whose path reads most like `path`, beside it or below `experiments/`, else by name."""
+    """Return the file with the most similar path, beside `path` or below `experiments/`, else one of that name."""
     beside = {file.name: file for file in sorted(path.parent.glob("*.toml"))}
     roots = [root for root in (Path("experiments"), *_SHIPPED) if root.is_dir()][:1]
     below = {str(file.relative_to(root)): file for root in roots for file in sorted(root.rglob("*.toml"))}

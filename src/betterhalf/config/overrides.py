@@ -1,4 +1,4 @@
-"""`key=value` settings, from the command line's text to the nested form that TOML files have."""
+"""Parse `key=value` settings of the command line into the nested form of TOML files."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from betterhalf.config.schema import RunConfig, Section
 from betterhalf.errors import ConfigError
 
 RUN_DIR_KEY = "run_dir"
+"""Key of the run folder, on the command line only; it is not part of the configuration."""
 
 _SHORT = {"arms": "sanity.arms"}
-"""Short names, on the command line only."""
+"""Short keys, on the command line only."""
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Take `run_dir=PATH` out of the overrides: it says where a run is kept, not what the run is.
+    """Take `run_dir=PATH` out of the overrides: it is the place of a run, not part of its configuration.
 
     Returns:
-        The last PATH given, or None, and the other overrides in order.
+        The last PATH given, or None; and the other overrides in order.
 
     Raises:
         ConfigError: an argument is not `key=value`, or PATH is empty.
@@ -39,7 +40,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """Each override as a nested dictionary; later ones win.
+    """Return each override as a nested dictionary.
 
     Raises:
         ConfigError: an override is not `key=value`.
@@ -48,7 +49,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def expand(layer: Mapping[str, Any], holders: Sequence[type[Section]] = (RunConfig,)) -> dict[str, Any]:
-    """Write shorthands out, `precision = "fp16"` as `precision.preset`; `"none"` makes an optional value absent."""
+    """Expand shorthands (`precision = "fp16"` sets `precision.preset`) and turn "none" into None in optional keys."""
     expanded = {}
     for key, value in layer.items():
         info = keys.field(holders, key)
@@ -89,7 +90,7 @@ def _nested(key: str, text: str) -> dict[str, Any]:
 
 
 def _value(text: str, annotation: Any) -> Any:
-    """`text` as a field of this annotation would have it; what does not fit stays, for the schema to refuse."""
+    """Convert `text` to the type of a field; text that does not fit is kept, and the schema refuses it."""
     value = _literal(text)
     if keys.items(annotation):
         return [value] if isinstance(value, dict) else value
@@ -102,7 +103,7 @@ def _value(text: str, annotation: Any) -> Any:
 
 
 def _literal(text: str) -> Any:
-    """A TOML value, a JSON list or object, or the bare text; true and false in any case."""
+    """Parse a TOML value, or a JSON list or object; otherwise return the text. True and false in any case."""
     try:
         return tomllib.loads(f"value = {text.lower() if text.lower() in ('true', 'false') else text}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):

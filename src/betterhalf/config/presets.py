@@ -1,29 +1,24 @@
 """The table of presets: the choices that make up each algorithm.
 
-A preset is nothing but a row of choices: what is subtracted from the reward, which importance ratio multiplies the
-advantage, which one corrects for the mismatch, and how token losses become one number. docs/algorithms.md gives the
-formula and the source of each.
+A preset is a row of choices: the baseline subtracted from the reward, the importance ratio that multiplies the
+advantage, the ratio that corrects for the mismatch, and the reduction of token losses to one number. docs/algorithms.md
+gives the formula and the source of each.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from betterhalf.config.ratio import RatioConfig
-from betterhalf.types import PresetName
+from betterhalf.types import AdvantageKind, AggregationKind, DenominatorKind, PresetName
 
-AdvantageKind = Literal["group_mean", "group_standardised", "leave_one_out", "raw"]
-AggregationKind = Literal["constant_length", "sequence_mean", "token_mean"]
-DenominatorKind = Literal["all", "kept"]
-
-NO_RATIO = RatioConfig(level="none", gradient="score")
-"""The ratio 1: as a surrogate it leaves log pi, as a correction it leaves the surrogate alone."""
+NO_RATIO = RatioConfig(level="none", gradient="logprob")
+"""The ratio 1: a surrogate is then log pi alone, and a correction has no effect."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """One row of the table; `AlgorithmConfig` has the same fields and says what each means."""
+    """One row of the table; `AlgorithmConfig` has the same fields and explains them."""
 
     advantage: AdvantageKind
     surrogate: RatioConfig
@@ -36,13 +31,13 @@ class Preset:
 
 
 def _ratio(text: str, **choices: object) -> RatioConfig:
-    """`_ratio("token current/proximal clip", ...)`: level, ratio and treatment in one readable string."""
+    """Build a ratio from a string of level, ratio and treatment, such as `token current/proximal clip`."""
     level, ratio, treatment = text.split()
     return RatioConfig.model_validate({"level": level, "ratio": ratio, "treatment": treatment, **choices})
 
 
 PPO_CLIP = _ratio("token current/proximal clip", lower=0.8, upper=1.28)
-"""The clipped surrogate of arXiv 1707.06347, with the asymmetric bounds that the paper's code uses."""
+"""The clipped surrogate of arXiv 1707.06347, with the asymmetric bounds of the paper's code."""
 
 PRESETS: dict[PresetName, Preset] = {
     "grpo": Preset(
@@ -80,17 +75,17 @@ PRESETS: dict[PresetName, Preset] = {
     ),
     "pg_seq_is": Preset(
         advantage="group_mean",
-        surrogate=_ratio("sequence current/behavior raw", gradient="score"),
+        surrogate=_ratio("sequence current/behavior raw", gradient="logprob"),
         aggregation="constant_length",
     ),
     "pg_seq_tis": Preset(
         advantage="group_mean",
-        surrogate=_ratio("sequence current/behavior truncate", upper=3, gradient="score"),
+        surrogate=_ratio("sequence current/behavior truncate", upper=3, gradient="logprob"),
         aggregation="constant_length",
     ),
     "pg_seq_mis": Preset(
         advantage="group_mean",
-        surrogate=_ratio("sequence current/behavior mask", upper=3, gradient="score"),
+        surrogate=_ratio("sequence current/behavior mask", upper=3, gradient="logprob"),
         aggregation="constant_length",
     ),
     "reinforce": Preset(
@@ -112,7 +107,7 @@ PRESETS: dict[PresetName, Preset] = {
     ),
     "cispo": Preset(
         advantage="group_standardised",
-        surrogate=_ratio("token current/proximal truncate", upper=5, gradient="score"),
+        surrogate=_ratio("token current/proximal truncate", upper=5, gradient="logprob"),
         aggregation="token_mean",
     ),
     "icepop": Preset(
@@ -129,7 +124,7 @@ PRESETS: dict[PresetName, Preset] = {
     ),
     "dppo_tv": Preset(
         advantage="group_mean",
-        surrogate=_ratio("token current/behavior truncate", upper=20, gradient="score", probability_gap=0.2),
+        surrogate=_ratio("token current/behavior truncate", upper=20, gradient="logprob", probability_gap=0.2),
         aggregation="token_mean",
     ),
 }

@@ -1,33 +1,35 @@
-"""Settings of one importance ratio."""
+"""Settings of one importance ratio: the sections `[algorithm.surrogate]` and `[algorithm.correction]`."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from betterhalf.config.section import Section
+from betterhalf.types import RatioGradient, RatioLevel, RatioName, RatioTreatment
 
 
 class RatioConfig(Section):
-    """One importance ratio in the loss. Bounds are bounds of the ratio itself (0.8 to 1.28, not 0.2 / 0.28)."""
+    """One importance ratio in the loss. Bounds are those of the ratio itself: 0.8 and 1.28, not 0.2 and 0.28."""
 
     shorthand: ClassVar[str | None] = "level"
 
-    level: Literal["none", "token", "sequence", "geometric_mean"]
-    """Per token; product over the sequence; geometric mean over the sequence; or no ratio (1)."""
-    ratio: Literal["current/proximal", "current/behavior", "proximal/behavior"] = "current/proximal"
+    level: RatioLevel
+    """Ratio of each token, product over the sequence, geometric mean over the sequence, or no ratio (1)."""
+    ratio: RatioName = "current/proximal"
     """Numerator and denominator."""
-    treatment: Literal["raw", "truncate", "mask", "clip"] = "raw"
-    """Leave it as it is; cap at `upper`; drop outside [lower, upper]; PPO's two-sided clip."""
+    treatment: RatioTreatment = "raw"
+    """`raw`: leave the ratio as it is. `truncate`: cap it at `upper`. `mask`: drop what is outside [lower, upper].
+    `clip`: PPO's two-sided clip."""
     lower: float | None = None
     """Lower bound of the ratio; `"none"` for no bound."""
     upper: float | None = None
     """Upper bound of the ratio; `"none"` for no bound."""
     keep_weight: bool = True
-    """With `mask`: multiply what is kept by its ratio (true), or only mask (false)."""
-    gradient: Literal["ratio", "score"] = "ratio"
-    """Differentiate the ratio itself, or hold it constant and differentiate log pi."""
+    """Multiply by the ratio what a `mask` keeps (true), or only mask (false)."""
+    gradient: RatioGradient = "ratio"
+    """`ratio`: differentiate the ratio. `logprob`: hold it constant and differentiate log pi."""
     dual_clip: float | None = None
-    """Bound on the loss of negative advantages, as a multiple of the advantage (arXiv 1912.09729)."""
+    """Upper bound of the loss for negative advantages, as a multiple of the advantage (arXiv 1912.09729)."""
     probability_gap: float | None = None
-    """Drop a token when the update moves pi away from mu and abs(pi - mu) exceeds this (arXiv 2602.04879); beside any
-    treatment but `clip`."""
+    """Drop a token if the update moves pi away from mu and abs(pi - mu) exceeds this value (arXiv 2602.04879). Works
+    with every treatment except `clip`."""

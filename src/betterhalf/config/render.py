@@ -1,7 +1,7 @@
-"""Configurations as TOML, for people to read and to keep.
+"""Configurations as TOML.
 
-Sections are tables, lists of sections arrays of tables; TOML has no null, so absent values are left out. In the ratios
-of an algorithm, where leaving a bound out means the preset's, an absent one is written as "none".
+A section is a table, a list of sections an array of tables. TOML has no null, so absent values are left out; in the
+ratios of an algorithm, where a missing bound means the preset's, an absent one is written as "none".
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any
 from betterhalf.config.schema import RunConfig
 
 _ABSENT = "none"
-"""Word that makes an optional value absent."""
+"""Value that makes an optional key absent."""
 _OVER_A_PRESET = ("algorithm.surrogate", "algorithm.correction")
-"""Sections that change what a preset gives."""
+"""Sections whose values replace those of a preset."""
 
 
 def toml_text(config: RunConfig) -> str:
-    """Every setting, section by section. Loading the text gives the configuration back."""
+    """Return every setting as TOML, section by section; loading the text restores the configuration."""
     return "\n".join(_lines(config.model_dump(mode="json"), "")).strip() + "\n"
 
 
 def toml_value(value: object) -> str:
-    """A value as TOML writes it; an absent one as `none`."""
+    """Return a value as TOML; None as `none`."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -39,7 +39,7 @@ def toml_value(value: object) -> str:
 
 
 def _lines(section: Mapping[str, Any], name: str) -> Iterator[str]:
-    """The plain values of a section below its header, then the sections in it; the root has no header."""
+    """Yield a section's header and plain values, then its inner sections; the root has no header."""
     inner = {key: value for key, value in section.items() if isinstance(value, Mapping) or _is_array(value)}
     absent = _ABSENT if name in _OVER_A_PRESET else None
     values = {key: absent if value is None else value for key, value in section.items() if key not in inner}
@@ -58,11 +58,11 @@ def _lines(section: Mapping[str, Any], name: str) -> Iterator[str]:
 
 
 def _is_array(value: object) -> bool:
-    """Whether a value is a list of sections; an empty list is a plain value."""
+    """Return True for a list of sections; an empty list is a plain value."""
     return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
 
 
 def _quoted(text: str) -> str:
-    """A basic string: quotes, backslashes and control characters escaped."""
+    """Return a TOML basic string, with quotes, backslashes and control characters escaped."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return '"' + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped) + '"'

@@ -1,4 +1,4 @@
-"""What all sections of the configuration have in common."""
+"""The base class of all sections of the configuration."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values cannot change, no silent coercion of strings."""
+    """Base class of every section: unknown keys are errors and values cannot be changed."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
     shorthand: ClassVar[str | None] = None
+    """Field that a bare string sets, as in `precision=fp16`; None without one."""

@@ -1,1 +1,1 @@
-"""Pure measurements of how far trainer and engine are apart; nothing here runs a model."""
+"""Measurements of the difference between trainer and engine: pure maths; nothing here runs a model."""

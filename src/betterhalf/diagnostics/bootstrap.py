@@ -1,14 +1,14 @@
-"""Resamples of the mismatch metrics: over whole completions, or over prompts with all their completions.
+"""Bootstrap resamples of the mismatch metrics: over completions, or over prompts with all their completions.
 
-Tokens of a completion are correlated, so tokens must not be resampled one by one; completions are, whole (the cluster
-bootstrap; B. Efron, R. Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3). Siblings share a prompt, and
-with it the difficulty of its continuations, so where prompts are known and numerous enough, prompts are resampled with
-all their completions: an interval then speaks of other prompts of the same kind. With fewer than `FEWEST_CLUSTERS`
-prompts completions are resampled instead.
+The tokens of a completion are correlated, so whole completions are resampled, not single tokens (the cluster bootstrap;
+B. Efron, R. Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3). Siblings share a prompt, and with it the
+difficulty of its continuations. Where prompts are known and numerous enough, prompts are therefore resampled with all
+their completions, so that an interval covers other prompts of the same kind. With fewer than `FEWEST_CLUSTERS` prompts,
+completions are resampled instead.
 
-A resample is a row of counts: how often each completion was drawn. Every metric is computed from those counts exactly
-as `mismatch_metrics` would compute it on the copied data: means through sums over each completion, extremes through
-those of the drawn completions, quantiles by weighted ranks. A test compares the two.
+A resample is a row of counts: the number of times that each completion was drawn. Every metric is computed from those
+counts, and equals what `mismatch_metrics` would return for the resampled data: means come from per-completion sums,
+extremes from those of the drawn completions, quantiles from weighted ranks. A test compares the two.
 
 Axes: B resamples, S completions, K clusters, C completion tokens, Q per-completion sums.
 """
@@ -25,16 +25,16 @@ from betterhalf import ops
 from betterhalf.diagnostics.logprob_gap import k3
 
 FEWEST_CLUSTERS = 8
-"""Prompts needed before they, instead of completions, are resampled."""
+"""Fewest prompts for which prompts, instead of completions, are resampled."""
 
 _GROUPS = 256
-"""Clusters are left out one by one up to here, and in this many groups beyond."""
+"""Maximum number of jackknife groups: up to this number, clusters are left out one by one; beyond it, in groups."""
 
 _CHUNK = 1 << 20
-"""Counts held at once: resamples times completions."""
+"""Maximum number of counts (resamples times completions) in memory at once."""
 
 _TAIL = 0.03
-"""Share of the tokens that is looked at first for a 99th percentile."""
+"""Share of the largest values that is searched first for a 99th percentile."""
 
 _SUMS = ("length", "d", "d2", "k3", "gap", "chi2", "x", "y", "x2", "y2", "xy")
 """Per-completion sums, the columns of `_Statistics.sums_SQ`."""
@@ -42,19 +42,20 @@ _SUMS = ("length", "d", "d2", "k3", "gap", "chi2", "x", "y", "x2", "y2", "xy")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Statistics:
-    """All that the metrics need to know of the data."""
+    """Statistics of the data from which every metric of a resample can be computed."""
 
     sums_SQ: Tensor
-    """Sums of `_SUMS` over each completion's tokens; d, x = pi and y = mu less their means over all tokens."""
+    """Sums of `_SUMS` over each completion's tokens; d, x = pi and y = mu are centred on their overall means."""
     means: tuple[float, float, float]
-    """What was taken off d, x and y: squares of what is left do not cancel."""
+    """Means that were subtracted from d, x and y, so that the sums of squares do not lose digits to cancellation."""
     d_S: Tensor
     """Sequence log-ratio."""
     lengths_S: Tensor
+    """Number of tokens."""
     highest_SE: Tensor
     """Largest value of gap, -gap, abs(d), x, -x, y, -y among each completion's tokens."""
     equal_S: Tensor
-    """Whether pi equals mu at every token."""
+    """True where pi equals mu at every token of the completion."""
     tokens: tuple[_Ranked, _Ranked]
     """abs(gap) and abs(d) of each token."""
     sequences: tuple[_Ranked, _Ranked]
@@ -63,7 +64,7 @@ class _Statistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ranked:
-    """Values in descending order, and which completion each belongs to."""
+    """Values in descending order, and the completion that each belongs to."""
 
     values: Tensor
     owners: Tensor
@@ -71,14 +72,14 @@ class _Ranked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resamples:
-    """The `mismatch/` metrics, named without their area, of the data and of what was drawn from them."""
+    """The `mismatch/` metrics, named without that prefix, of the data and of its resamples."""
 
     estimate: dict[str, Tensor]
-    """float64 []: of the data."""
+    """float64 []: value on the data."""
     values: dict[str, Tensor]
-    """float64 [B]: of each resample."""
+    """float64 [B]: value on each resample."""
     without: dict[str, Tensor]
-    """float64 [K]: of the data without one cluster, or one of `_GROUPS` groups of them (the jackknife)."""
+    """float64 [K]: value on the data without one cluster, or one of `_GROUPS` groups of clusters (the jackknife)."""
     cluster_S: Tensor
     """int64 [S]: the cluster of each completion."""
     sequence_index_C: Tensor
@@ -86,7 +87,7 @@ class Resamples:
     sequence_log_ratio_S: Tensor
     """float64 [S]: the summed log-ratio."""
     unit: str
-    """Name of a cluster: prompt or completion."""
+    """Kind of the clusters: `prompt` or `completion`."""
 
 
 def resample(
@@ -105,10 +106,10 @@ def resample(
         trainer_logprobs_C: float64 [C], finite.
         behavior_logprobs_C: float64 [C], finite.
         sequence_index_C: int64 [C], which completion each token belongs to; completions without tokens do not count.
-        num_sequences: S.
-        resamples: B.
+        num_sequences: number of sequences, S.
+        resamples: number of resamples, B.
         seed: the same seed gives the same resamples for the same completions.
-        cluster_index_S: int64 [S], which prompt each completion continues; completions stand for themselves if absent.
+        cluster_index_S: int64 [S], which prompt each completion continues; if None, each completion is its own cluster.
     """
     index_C, cluster_S = _only_present(sequence_index_C, num_sequences, cluster_index_S)
     statistics = _statistics(trainer_logprobs_C, behavior_logprobs_C, index_C, len(cluster_S))
@@ -134,21 +135,21 @@ def resampled_metrics(
     num_sequences: int,
     counts_BS: Tensor,
 ) -> dict[str, Tensor]:
-    """Every `mismatch/` metric of each resample, float64 [B].
+    """Return every `mismatch/` metric of each resample, float64 [B].
 
     Args:
         trainer_logprobs_C: [C], finite.
         behavior_logprobs_C: [C], finite.
         sequence_index_C: int64 [C]; every completion has at least one token.
-        num_sequences: S.
-        counts_BS: how often each completion was drawn; whole numbers, at least one of a row above 0.
+        num_sequences: number of sequences, S.
+        counts_BS: number of times that each completion was drawn; at least one count of each row is above 0.
     """
     statistics = _statistics(trainer_logprobs_C.double(), behavior_logprobs_C.double(), sequence_index_C, num_sequences)
     return {f"mismatch/{name}": value for name, value in _metrics(statistics, counts_BS.double()).items()}
 
 
 def _only_present(index_C: Tensor, num_sequences: int, cluster_S: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Completions renumbered without those that have no tokens, and the cluster of each."""
+    """Renumber the completions without empty ones; return the completion of each token and the cluster of each."""
     present_S = torch.bincount(index_C, minlength=num_sequences) > 0
     renumbered_S = present_S.long().cumsum(0) - 1
     own_S = torch.arange(int(present_S.sum()))
@@ -159,7 +160,7 @@ def _only_present(index_C: Tensor, num_sequences: int, cluster_S: Tensor | None)
 
 
 def _draws(cluster_S: Tensor, resamples: int, seed: int) -> Iterator[Tensor]:
-    """Counts [B, S] of all resamples, a chunk at a time."""
+    """Yield the counts [B, S] of all resamples, a chunk at a time."""
     generator = torch.Generator().manual_seed(seed)
     clusters = int(cluster_S.max()) + 1
     at_once = max(1, _CHUNK // len(cluster_S))
@@ -172,7 +173,7 @@ def _draws(cluster_S: Tensor, resamples: int, seed: int) -> Iterator[Tensor]:
 
 
 def _all_but_one(cluster_S: Tensor) -> Iterator[Tensor]:
-    """Counts [K, S] that leave out one cluster each, a chunk at a time; none if there is but one cluster."""
+    """Yield the counts [K, S] that leave out one cluster each, a chunk at a time; none if there is only one cluster."""
     clusters, at_once = int(cluster_S.max()) + 1, max(1, _CHUNK // len(cluster_S))
     for start in range(0, clusters if clusters > 1 else 0, at_once):
         left_out = torch.arange(start, min(clusters, start + at_once)).unsqueeze(1)
@@ -217,7 +218,7 @@ def _ranked(values: Tensor, owners: Tensor) -> _Ranked:
 
 
 def _metrics(statistics: _Statistics, counts_BS: Tensor) -> dict[str, Tensor]:
-    """The metrics of each resample, named as in `logprob_gap` without their area."""
+    """Return the metrics of each resample, named as in `logprob_gap` without the prefix."""
     sums_BQ = counts_BS @ statistics.sums_SQ
     tokens_B = sums_BQ[:, 0]
     mean = {name: sums_BQ[:, column] / tokens_B for column, name in enumerate(_SUMS)}
@@ -264,16 +265,16 @@ def _sequence_metrics(statistics: _Statistics, counts_BS: Tensor) -> dict[str, T
 
 
 def _highest(values_SE: Tensor, counts_BS: Tensor) -> Tensor:
-    """Largest value among the drawn completions: [B, E]."""
+    """Return the largest value among the drawn completions, [B, E]."""
     absent_BS = counts_BS == 0
     columns = [column.expand_as(counts_BS).masked_fill(absent_BS, -torch.inf) for column in values_SE.unbind(1)]
     return torch.stack([column.max(1).values for column in columns], 1)
 
 
 def _quantile(ranked: _Ranked, counts_BS: Tensor, total_B: Tensor, share: float) -> Tensor:
-    """Linear between the two nearest ranks of the values as often as they were drawn; an upper quantile.
+    """Return an upper quantile of the drawn values, interpolated linearly between the two nearest ranks.
 
-    Only as many of the largest values are looked at as the ranks need in every resample.
+    The search covers only the largest values, as many as every resample needs.
     """
     rank_B = share * (total_B - 1)
     low_B, high_B = total_B - 1 - rank_B.floor(), total_B - 1 - rank_B.ceil()
@@ -291,7 +292,7 @@ def _quantile(ranked: _Ranked, counts_BS: Tensor, total_B: Tensor, share: float)
 
 
 def _slope(lengths_S: Tensor, d_S: Tensor, counts_BS: Tensor) -> Tensor:
-    """Least squares of d on length; through the origin where all drawn lengths are equal."""
+    """Return the least-squares slope of d on length; through the origin where all drawn lengths are equal."""
     drawn_B = counts_BS.sum(1)
     x_B, y_B = counts_BS @ lengths_S / drawn_B, counts_BS @ d_S / drawn_B
     spread_BS = lengths_S - x_B.unsqueeze(1)
@@ -302,7 +303,7 @@ def _slope(lengths_S: Tensor, d_S: Tensor, counts_BS: Tensor) -> Tensor:
 
 
 def _pearson(mean: dict[str, Tensor], highest_BE: Tensor, counts_BS: Tensor, equal_S: Tensor) -> Tensor:
-    """Correlation of pi and mu; where one of them is constant, 1 if both are equal and else 0."""
+    """Return the correlation of pi and mu; where one of them is constant, 1 if both are equal and else 0."""
     x2_B, y2_B = mean["x2"] - mean["x"].square(), mean["y2"] - mean["y"].square()
     correlation_B = (mean["xy"] - mean["x"] * mean["y"]) / (x2_B * y2_B).sqrt()
     constant_B = (highest_BE[:, 3] == -highest_BE[:, 4]) | (highest_BE[:, 5] == -highest_BE[:, 6])

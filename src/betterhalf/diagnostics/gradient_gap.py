@@ -1,6 +1,6 @@
-"""How far one gradient is from another, and what sequence importance weights do to a batch.
+"""Distance between two gradients, and the spread of the sequence importance weights of a batch.
 
-Sums are in float64, a piece of one tensor at a time: no gradient is ever held in float64 as a whole.
+Sums are in float64, over pieces of one tensor at a time: no gradient is ever held in float64 as a whole.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ _PIECE = 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientGap:
-    """One gradient against a reference; NaN where either is not finite or the reference is zero everywhere."""
+    """Distance of a gradient from a reference; NaN where either is not finite or the reference is zero everywhere."""
 
     relative_error: float
     """||g - reference|| / ||reference||, over all parameters together."""
     cosine: float
-    """Of the angle between the two."""
+    """Cosine of the angle between the two."""
     zeroed_fraction: float
     """Share of the reference's non-zero entries that are exactly zero in the gradient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSpread:
-    """The sequence importance weights w = exp(sum over tokens of log pi - log mu) of one batch."""
+    """Spread of the sequence importance weights w = exp(sum over tokens of log pi - log mu) of one batch."""
 
     ess_fraction: float
     """(sum w)^2 / (S sum w^2): 1 when all are equal, 1/S when one outweighs the rest."""
     max_weight: float
+    """Largest weight."""
 
 
 @torch.no_grad()
@@ -47,10 +48,10 @@ def gradient_gap(
     """Compare two gradients of the same parameters.
 
     Args:
-        gradients: (name, accumulated gradient, still multiplied by the loss scale). Zeros are counted here, before
-            anything is divided, so that they are those of the half backward pass.
+        gradients: (name, accumulated gradient, still multiplied by the loss scale). Zeros are counted before
+            the division, so that they are those of the half-precision backward pass.
         reference: name -> gradient that is not scaled; the same names.
-        scale: what `gradients` are divided by, in float64.
+        scale: loss scale by which `gradients` are divided, in float64.
 
     Raises:
         ValueError: the names differ.
@@ -62,18 +63,20 @@ def gradient_gap(
         names.append(name)
         rows.extend(_sums(gradient, reference[name], scale))
     if len(names) != len(reference):
-        raise ValueError(f"{len(names)} gradients against {len(reference)}; compare gradients of the same model.")
+        raise ValueError(
+            f"there are {len(names)} gradients, and {len(reference)} in the reference; use the same model for both."
+        )
     return _gap(torch.stack(rows).sum(0).tolist())
 
 
 def weight_spread(sequence_log_ratio_S: Tensor) -> WeightSpread:
-    """Spread of the weights exp(log-ratio), the log-ratio bounded to +-20 as in the loss: [S], S >= 1."""
+    """Return the spread of the weights exp(log-ratio), [S >= 1]; log-ratios are bounded to +-20 as in the loss."""
     bounded_S = sequence_log_ratio_S.double().clamp(-ops.LOG_RATIO_BOUND, ops.LOG_RATIO_BOUND)
     return WeightSpread(ess_fraction=ess_fraction(bounded_S), max_weight=math.exp(float(bounded_S.max())))
 
 
 def _sums(gradient: Tensor, reference: Tensor, scale: float) -> list[Tensor]:
-    """Of each piece, float64 [6]: |g - r|^2, |g|^2, |r|^2, g.r, non-zero entries of r, those of them zero in g."""
+    """Return float64 [6] of each piece: |g - r|^2, |g|^2, |r|^2, g.r, non-zero entries of r, those zero in g."""
     pieces = zip(torch.split(gradient.reshape(-1), _PIECE), torch.split(reference.reshape(-1), _PIECE), strict=True)
     return [_piece_sums(own, wanted, scale) for own, wanted in pieces]
 
@@ -90,7 +93,7 @@ def _gap(sums: list[float]) -> GradientGap:
     difference, own, wanted, product, nonzero, zeroed = sums
     if not (math.isfinite(own) and wanted > 0):
         return GradientGap(relative_error=math.nan, cosine=math.nan, zeroed_fraction=math.nan)
-    # A gradient that vanished has no direction; sqrt(x * x) is exactly x, so that equal gradients have cosine 1.
+    # A gradient of zeros has no direction; sqrt(x * x) is exactly x, so that equal gradients have cosine 1.
     cosine = product / math.sqrt(own * wanted) if own > 0 else 0.0
     return GradientGap(
         relative_error=math.sqrt(difference / wanted),

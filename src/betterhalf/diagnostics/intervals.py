@@ -1,21 +1,22 @@
-"""Confidence intervals of the mismatch metrics, and where there is none, why.
+"""Confidence intervals of the mismatch metrics, or the reason why a metric has none.
 
-An interval has to cover: a percentile bootstrap does not, with some sixteen prompts and skewed quantities (86% instead
-of 95% for k3, 47% for the 1st percentile of the sequence log-ratio, 15% for a small effective sample size). Three kinds
-of metrics are told apart.
+An interval must have its nominal coverage. A percentile bootstrap does not, with about sixteen prompts and skewed
+quantities: it covers 86% instead of 95% for k3, 47% for the 1st percentile of the sequence log-ratio, and 15% for a
+small effective sample size. Three kinds of metrics are treated differently.
 
-* Means and what is made of means: the bootstrap's standard error, on a scale without bounds (the logarithm of what is
-  positive, Fisher's z of a correlation, the logit of a share), times Student's t. Its degrees of freedom are one less
-  than the clusters that count: a skewed quantity rests on few of them. With influences I of the clusters (jackknife)
-  that is (sum I^2)^2 / sum I^4 (A. Carter, K. Schnepel, D. Steigerwald, 2017, in another form); signed means are less
-  delicate, and all clusters count.
-* Percentiles: order statistics, whose ranks follow from a binomial distribution whatever the values are distributed as,
-  over as many independent values as the correlated ones are worth (E. Korn, B. Graubard, 1998). With few values there
-  is no such interval, for the sample does not reach that far.
-* Extremes grow with the number of tokens: there is nothing that an interval would be of.
+* Means and functions of means: the bootstrap's standard error on an unbounded scale (the logarithm of a positive value,
+  Fisher's z of a correlation, the logit of a share), times a quantile of Student's t. The degrees of freedom are the
+  effective number of clusters minus one, because a skewed quantity depends on few clusters. With influences I of the
+  clusters (jackknife), the effective number is (sum I^2)^2 / sum I^4 (A. Carter, K. Schnepel, D. Steigerwald, 2017, in
+  another form). Signed means are less sensitive, and all clusters count.
+* Percentiles: order statistics, whose ranks follow a binomial distribution whatever the distribution of the values,
+  over the number of independent values that the correlated ones are equivalent to (E. Korn, B. Graubard, 1998). With
+  few values there is no such interval, because the sample does not reach far enough.
+* Extremes grow with the number of tokens, so there is no fixed value for an interval to cover.
 
-The effective sample size has one more condition. Of weights exp(d) with d normal of deviation s, the mean square is
-made by values 2 s deviations above the mean, more where prompts differ in s: with a large s a sample lacks them.
+The effective sample size has one more condition. For weights exp(d) with d normal of standard deviation s, the mean
+square is dominated by values 2 s standard deviations above the mean, and by larger ones where prompts differ in s. With
+a large s, a sample lacks them.
 
 docs/probe.md states the coverage that is measured; a test measures it again.
 
@@ -37,44 +38,44 @@ from betterhalf import ops
 from betterhalf.diagnostics.bootstrap import Resamples, resample
 
 _FEWEST_EFFECTIVE = 1.25
-"""Effective clusters below which one of them carries nearly all of a metric."""
+"""Effective number of clusters below which a single one carries nearly all of a metric."""
 
 _LEAST_FREEDOM = 2.0
-"""Degrees of freedom below which no interval is widened further: its bounds would be a factor of ten apart."""
+"""Lower limit of the degrees of freedom: with fewer, the bounds of an interval would be a factor of ten apart."""
 
 _LEAST_PERCENTILE_FREEDOM = 4.0
-"""The same for percentiles."""
+"""Lower limit of the degrees of freedom for percentiles."""
 
 WIDEST_SPREAD = 0.25
-"""Deviation of the sequence log-ratio, in nats, above which the effective sample size has no interval."""
+"""Standard deviation of the sequence log-ratio, in nats, above which the effective sample size has no interval."""
 
 _SMALLEST = 2.0**-53
-"""Distance from 1 below which float64 holds nothing."""
+"""Smallest distance below 1 that float64 can represent."""
 
 _ROUNDING = 1e-15
-"""Relative differences that are rounding: resamples that do not differ otherwise are equal."""
+"""Relative difference up to which resamples count as equal: it is rounding."""
 
 _PERCENTILE = 0.99
-"""All percentiles are this one, of the values or of their negatives."""
+"""The percentile that all percentile metrics use, of the values or of their negatives."""
 
 SIGNED = ("k1/mean", "log_ratio/mean", "sequence_log_ratio/mean", "slope_per_1k")
 POSITIVE = (*("k2/mean", "k3/mean", "prob_gap/mean_abs", "log_ratio/std", "chi2_token", "sequence_log_ratio/std"),)
 EXTREMES = ("prob_gap/max", "prob_gap/min", "log_ratio/max_abs")
 
-_EXTREME = "an extreme grows with the number of tokens, so that there is no value to bracket"
+_EXTREME = "an extreme grows with the number of tokens, so there is no fixed value to bracket"
 _COUNT = "a count, not an estimate"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """Two bounds, or the reason for having none."""
+    """Bounds of a confidence interval, or the reason why there is none."""
 
     low: float
-    """NaN with a reason."""
+    """Lower bound; NaN without an interval."""
     high: float
-    """NaN with a reason."""
+    """Upper bound; NaN without an interval."""
     reason: str | None = None
-    """Why no interval would cover; None where there is one."""
+    """Reason why no interval would have its nominal coverage; None if there is an interval."""
 
 
 def confidence_intervals(
@@ -88,17 +89,17 @@ def confidence_intervals(
     seed: int,
     cluster_index_S: Tensor | None = None,
 ) -> dict[str, Interval]:
-    """Return the interval of every `mismatch/` metric, or why it has none.
+    """Return the interval of every `mismatch/` metric, or the reason why it has none.
 
     Args:
         trainer_logprobs_C: [C], finite.
         behavior_logprobs_C: [C], finite.
         sequence_index_C: int64 [C], which completion each token belongs to; completions without tokens do not count.
-        num_sequences: S.
-        resamples: B.
+        num_sequences: number of sequences, S.
+        resamples: number of resamples, B.
         confidence: level of the intervals, between 0 and 1.
         seed: the same seed gives the same resamples for the same completions, so pairs can be compared.
-        cluster_index_S: int64 [S], which prompt each completion continues; completions stand for themselves if absent.
+        cluster_index_S: int64 [S], which prompt each completion continues; if None, each completion is its own cluster.
     """
     trainer_C, behavior_C = trainer_logprobs_C.detach().double().cpu(), behavior_logprobs_C.detach().double().cpu()
     drawn = resample(
@@ -107,16 +108,16 @@ def confidence_intervals(
         seed=seed,
         cluster_index_S=cluster_index_S,
     )
-    found = {name: _of_means(name, drawn, confidence) for name in (*SIGNED, *POSITIVE, "pearson")}
+    found = {name: _mean_interval(name, drawn, confidence) for name in (*SIGNED, *POSITIVE, "pearson")}
     found |= _percentiles(trainer_C, behavior_C, drawn, confidence)
-    found["ess_fraction"] = _of_weights(drawn, confidence)
+    found["ess_fraction"] = _ess_interval(drawn, confidence)
     found |= dict.fromkeys(EXTREMES, _none(_EXTREME)) | {"tokens": _none(_COUNT)}
     return {f"mismatch/{name}": interval for name, interval in found.items()}
 
 
 @cache
 def student_t(probability: float, freedom: float) -> float:
-    """Quantile of Student's t, by bisection.
+    """Return a quantile of Student's t, by bisection.
 
     Args:
         probability: above 0.5.
@@ -132,7 +133,10 @@ def student_t(probability: float, freedom: float) -> float:
 
 
 def _t_share(t: float, freedom: float, panels: int = 200) -> float:
-    """Distribution function for t >= 0: the density is cos^(freedom - 1) of the angle, integrated by Simpson's rule."""
+    """Return the distribution function at t >= 0, by Simpson's rule.
+
+    Over the angle atan(t / sqrt(freedom)), the density is proportional to cos^(freedom - 1).
+    """
     angles = torch.linspace(0, math.atan(t / math.sqrt(freedom)), panels + 1, dtype=torch.float64)
     weights = torch.full_like(angles, 2.0)
     weights[1::2], weights[0], weights[-1] = 4.0, 1.0, 1.0
@@ -141,12 +145,12 @@ def _t_share(t: float, freedom: float, panels: int = 200) -> float:
 
 
 def _critical(confidence: float, freedom: float) -> float:
-    """Standard errors on either side; degrees of freedom are rounded down to tenths, so that quantiles recur."""
+    """Return half the width in standard errors; degrees of freedom are rounded down to tenths, for the cache."""
     return student_t((1 + confidence) / 2, max(1.0, math.floor(10 * freedom) / 10))
 
 
 def _effective(influence_K: Tensor) -> float:
-    """Clusters that count: K where all influences are of one size, 1 where a single one is not zero."""
+    """Return the effective number of clusters: K if all influences have the same size, 1 if only one is not zero."""
     centred_K = influence_K - influence_K.mean()
     return float(centred_K.square().sum().square() / centred_K.pow(4).sum())
 
@@ -160,7 +164,7 @@ def _none(reason: str) -> Interval:
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """A scale on which a metric has no bounds."""
+    """A scale on which a metric is unbounded, and the way back."""
 
     to: Callable[[Tensor], Tensor]
     back: Callable[[Tensor], Tensor]
@@ -178,11 +182,11 @@ _SCALES = {
 }
 
 
-def _of_means(name: str, drawn: Resamples, confidence: float) -> Interval:
+def _mean_interval(name: str, drawn: Resamples, confidence: float) -> Interval:
     estimate, values_B, without_K = drawn.estimate[name], drawn.values[name], drawn.without[name]
     clusters = len(without_K)
     if clusters < 2:
-        return _none(f"one {drawn.unit} says nothing about the spread among them")
+        return _none(f"a single {drawn.unit} gives no estimate of the spread")
     scale = _SCALES[name]
     if bool((values_B - estimate).abs().max() <= _ROUNDING * estimate.abs()):
         return Interval(low=float(estimate), high=float(estimate))
@@ -197,15 +201,15 @@ def _of_means(name: str, drawn: Resamples, confidence: float) -> Interval:
     return Interval(low=low, high=high)
 
 
-def _of_weights(drawn: Resamples, confidence: float) -> Interval:
-    """Give the effective sample size an interval only where the sample shows the weights that decide it."""
+def _ess_interval(drawn: Resamples, confidence: float) -> Interval:
+    """Return the interval of the effective sample size, if the sample can contain the weights that determine it."""
     spread = float(drawn.estimate["sequence_log_ratio/std"])
     if spread > WIDEST_SPREAD:
         return _none(
-            f"log-ratios of completions spread by {spread:.2g} nats; above {WIDEST_SPREAD:g} a sample can lack the "
-            "large weights that decide it, and the estimate is optimistic"
+            f"the log-ratios of completions have a standard deviation of {spread:.2g} nats; above {WIDEST_SPREAD:g} a "
+            "sample may lack the large weights that determine the value, and the estimate is optimistic"
         )
-    return _of_means("ess_fraction", drawn, confidence)
+    return _mean_interval("ess_fraction", drawn, confidence)
 
 
 # -- percentiles
@@ -216,33 +220,33 @@ def _percentiles(trainer_C: Tensor, behavior_C: Tensor, drawn: Resamples, confid
     gap_C = behavior_C.exp() * torch.expm1(d_C)
     d_S, cluster_S = drawn.sequence_log_ratio_S, drawn.cluster_S
     cluster_C = cluster_S[drawn.sequence_index_C]
-    low = _of_percentile(-d_S, cluster_S, confidence, "completions")
+    low = _percentile_interval(-d_S, cluster_S, confidence, "completions")
     return {
-        "prob_gap/p99_abs": _of_percentile(gap_C.abs(), cluster_C, confidence, "tokens"),
-        "log_ratio/p99_abs": _of_percentile(d_C.abs(), cluster_C, confidence, "tokens"),
+        "prob_gap/p99_abs": _percentile_interval(gap_C.abs(), cluster_C, confidence, "tokens"),
+        "log_ratio/p99_abs": _percentile_interval(d_C.abs(), cluster_C, confidence, "tokens"),
         "sequence_log_ratio/p1": Interval(low=-low.high, high=-low.low, reason=low.reason),
-        "sequence_log_ratio/p99": _of_percentile(d_S, cluster_S, confidence, "completions"),
+        "sequence_log_ratio/p99": _percentile_interval(d_S, cluster_S, confidence, "completions"),
     }
 
 
-def _of_percentile(values: Tensor, clusters: Tensor, confidence: float, unit: str) -> Interval:
+def _percentile_interval(values: Tensor, clusters: Tensor, confidence: float, unit: str) -> Interval:
     """Bracket the 99th percentile by two of the values themselves."""
     tail, needed = (1 - confidence) / 2, math.ceil(math.log((1 - confidence) / 2) / math.log(_PERCENTILE))
-    worth = _worth(values, clusters, confidence)
-    if worth < needed:
+    independent = _independent_count(values, clusters, confidence)
+    if independent < needed:
         return _none(
-            f"{len(values)} {unit}, worth {worth} independent ones, do not reach beyond this percentile; "
-            f"{100 * confidence:g}% takes {needed}"
+            f"{len(values)} {unit}, equivalent to {independent} independent ones, are too few to reach beyond this "
+            f"percentile; {100 * confidence:g}% confidence takes {needed}"
         )
     descending = values.sort(descending=True).values
-    upper, lower = _exceedances(worth, tail)
-    high = descending[max(0, math.floor(upper * len(values) / worth) - 1)]
-    low = descending[min(len(values), math.ceil(lower * len(values) / worth)) - 1]
+    upper, lower = _bounding_ranks(independent, tail)
+    high = descending[max(0, math.floor(upper * len(values) / independent) - 1)]
+    low = descending[min(len(values), math.ceil(lower * len(values) / independent)) - 1]
     return Interval(low=float(low), high=float(high))
 
 
-def _worth(values: Tensor, clusters: Tensor, confidence: float) -> int:
-    """Independent values that tell as much of the share beyond the 99th percentile as these correlated ones."""
+def _independent_count(values: Tensor, clusters: Tensor, confidence: float) -> int:
+    """Return the number of independent values that are as informative about the share beyond the 99th percentile."""
     count, groups = len(values), int(clusters.max()) + 1
     if groups < 2:
         return 0
@@ -261,8 +265,8 @@ def _kth(values: Tensor) -> Tensor:
     return values.kthvalue(math.ceil(_PERCENTILE * len(values))).values
 
 
-def _exceedances(count: int, tail: float) -> tuple[int, int]:
-    """Ranks from the top, (of the upper bound, of the lower bound), of `count` independent values.
+def _bounding_ranks(count: int, tail: float) -> tuple[int, int]:
+    """Return the ranks, from the top, of the upper and the lower bound among `count` independent values.
 
     The j-th largest is below the percentile when fewer than j values exceed it, and above when at least j do.
     """

@@ -1,12 +1,12 @@
-"""The mismatch between trainer and engine, from the logprobs that both give the same tokens.
+"""The mismatch between trainer and engine, from the logprobs that both assign to the same tokens.
 
 `log_ratio` is always trainer minus behavior, raw and in float64: in float32, exp(d) - 1 - d is noise below 1e-8.
 With pi the trainer's and mu the engine's policy and tokens drawn from mu, the means of
 
     k1 = -log_ratio     k2 = log_ratio^2 / 2     k3 = exp(log_ratio) - 1 - log_ratio
 
-estimate KL(mu || pi) (J. Schulman, "Approximating KL divergence", 2020): k1 without bias but signed and noisy, k2 with
-a bias of third order, k3 without bias, never negative, and with little variance.
+estimate KL(mu || pi) (J. Schulman, "Approximating KL divergence", 2020): k1 is unbiased, but signed and noisy; k2 has a
+bias of third order; k3 is unbiased, never negative, and has little variance.
 """
 
 from __future__ import annotations
@@ -23,35 +23,37 @@ from betterhalf import ops
 from betterhalf.errors import EngineError, NumericsError, RunError
 
 _SERIES_BELOW = 0.02
-"""Under this, exp(d) - 1 - d is summed as a series: the subtraction would lose the digits it is there for."""
+"""Magnitude of d below which exp(d) - 1 - d is summed as a series: the subtraction would lose its leading digits."""
 _SERIES = tuple(1 / math.factorial(power) for power in range(9, 1, -1))
-"""Coefficients of d^9 to d^2; what follows is below 1e-17 of the sum."""
+"""Coefficients of d^9 to d^2; further terms are below 1e-17 of the sum."""
 
 PROBABILITY_EDGES = (0.0, 1e-3, 1e-2, 0.1, 0.5, 0.9, 0.99, 1.0)
-"""Edges of the bins by mu. Rounding moves rare tokens most, and the bulk of a trained policy lies above 0.9."""
+"""Edges of the bins of mu. Rounding changes rare tokens most, and most tokens of a trained policy are above 0.9."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GapBin:
-    """The mismatch among the tokens with a certain probability, or at certain positions."""
+    """Mismatch of the tokens in one bin of probabilities or positions. In an empty bin, all statistics are 0."""
 
     lower: float
-    """Tokens are in the bin from here, inclusive."""
+    """Lower edge, inclusive."""
     upper: float
-    """To here, exclusive; the last bin includes it."""
+    """Upper edge, exclusive; inclusive in the last bin."""
     tokens: int
+    """Number of tokens."""
     k3: float
-    """Mean of k3 in nats; 0 in an empty bin, as the others."""
+    """Mean of k3, in nats."""
     log_ratio_mean: float
-    """Signed: what does not average out over a long completion."""
+    """Mean of the log-ratio, in nats and signed: the part that adds up over a long completion."""
     log_ratio_std: float
+    """Standard deviation of the log-ratio, in nats."""
     prob_gap_mean_abs: float
     """Mean of abs(pi - mu)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GapProfile:
-    """What the means of a step hide: where in the completions, and at which probabilities, the mismatch sits."""
+    """Mismatch of a step by probability, by position and by completion, which means over all tokens hide."""
 
     by_probability: tuple[GapBin, ...]
     """Bins of mu, with the edges `PROBABILITY_EDGES`."""
@@ -62,7 +64,7 @@ class GapProfile:
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """exp(d) - 1 - d elementwise in float64, accurate to the last digits for any d: any shape, unchanged."""
+    """Return exp(d) - 1 - d elementwise in float64, accurate to the last digits for any d; any shape."""
     d = log_ratio.double()
     series = torch.zeros_like(d)
     for coefficient in _SERIES:
@@ -73,17 +75,17 @@ def k3(log_ratio: Tensor) -> Tensor:
 def mismatch_metrics(
     trainer_logprobs_C: Tensor, behavior_logprobs_C: Tensor, sequence_index_C: Tensor, num_sequences: int
 ) -> dict[str, float]:
-    """Every `mismatch/` metric of a step; the catalogue says what each means.
+    """Return every `mismatch/` metric of a step; the metrics catalogue documents them.
 
     Args:
         trainer_logprobs_C: [C], log pi before any update.
         behavior_logprobs_C: [C], log mu.
         sequence_index_C: int64 [C], which sequence each token belongs to; sequences without tokens do not count.
-        num_sequences: S.
+        num_sequences: number of sequences, S.
 
     Raises:
         EngineError: behavior logprobs are not finite.
-        RunError: trainer logprobs are not finite.
+        NumericsError: trainer logprobs are not finite.
         ValueError: there are no tokens.
     """
     trainer_C, behavior_C = _checked(trainer_logprobs_C, behavior_logprobs_C)
@@ -102,16 +104,16 @@ def mismatch_metrics(
 def mismatch_bins(
     trainer_logprobs_C: Tensor, behavior_logprobs_C: Tensor, by_C: Tensor, edges: Sequence[float]
 ) -> tuple[GapBin, ...]:
-    """The mismatch as a function of something known of each token.
+    """Return the mismatch in bins of a quantity known for each token.
 
     Args:
         trainer_logprobs_C: [C].
         behavior_logprobs_C: [C].
-        by_C: [C], what the tokens are sorted by: mu (`behavior_logprobs_C.exp()`), or `completion_positions`.
+        by_C: [C], the quantity: mu (`behavior_logprobs_C.exp()`) or `completion_positions`.
         edges: ascending; one bin between each two neighbours. Tokens outside are left out.
 
     Raises:
-        EngineError, RunError, ValueError: as `mismatch_metrics`.
+        EngineError, NumericsError, ValueError: as in `mismatch_metrics`.
     """
     trainer_C, behavior_C = _checked(trainer_logprobs_C, behavior_logprobs_C)
     by_C, bins = by_C.double(), []
@@ -123,14 +125,14 @@ def mismatch_bins(
 
 
 def position_edges(max_length: int) -> tuple[float, ...]:
-    """Edges of the bins by position: 0, 1, 2, 4, ... up to the first power of two that is no less than `max_length`."""
+    """Return the edges of the position bins: 0, 1, 2, 4, ... up to the first power of two that is >= `max_length`."""
     return (0.0, *(2.0**power for power in range(max(0, (max_length - 1).bit_length()) + 1)))
 
 
 def ess_fraction(sequence_log_ratio_S: Tensor) -> float:
-    """(sum w)^2 / (S sum w^2) of the weights w = exp(d), between 1/S and 1.
+    """Return (sum w)^2 / (S sum w^2) of the weights w = exp(d), between 1/S and 1.
 
-    In log space: exp(d) of a long sequence need not be finite.
+    The sums are in log space, because exp(d) of a long sequence may overflow.
     """
     d_S = sequence_log_ratio_S.double()
     return math.exp(float(2 * d_S.logsumexp(0) - (2 * d_S).logsumexp(0))) / len(d_S)
@@ -143,14 +145,14 @@ def gap_profile(
     num_sequences: int,
     max_length: int,
 ) -> GapProfile:
-    """The mismatch by probability, by position and by completion.
+    """Return the mismatch by probability, by position and by completion.
 
     Args:
-        trainer_logprobs_C, behavior_logprobs_C, sequence_index_C, num_sequences: as `mismatch_metrics`.
-        max_length: no completion is longer than this.
+        trainer_logprobs_C, behavior_logprobs_C, sequence_index_C, num_sequences: as in `mismatch_metrics`.
+        max_length: upper limit of the completion lengths.
 
     Raises:
-        EngineError, RunError, ValueError: as `mismatch_metrics`.
+        EngineError, NumericsError, ValueError: as in `mismatch_metrics`.
     """
     trainer_C, behavior_C = _checked(trainer_logprobs_C, behavior_logprobs_C)
     positions_C = completion_positions(sequence_index_C)
@@ -166,7 +168,7 @@ def gap_profile(
 
 
 def completion_positions(sequence_index_C: Tensor) -> Tensor:
-    """int64 [C]: position of each token within its completion, from 0; the tokens of a sequence stand together."""
+    """Return the position of each token in its completion, from 0, int64 [C]; tokens of a sequence are contiguous."""
     places_C = torch.arange(len(sequence_index_C), device=sequence_index_C.device)
     first_C = torch.ones_like(sequence_index_C, dtype=torch.bool)
     first_C[1:] = sequence_index_C[1:] != sequence_index_C[:-1]
@@ -174,7 +176,7 @@ def completion_positions(sequence_index_C: Tensor) -> Tensor:
 
 
 def _checked(trainer_logprobs: Tensor, behavior_logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float64; raises when there is nothing to measure, or something that is not a number."""
+    """Return both in float64; raise an error if there are no tokens or if a value is not finite."""
     if trainer_logprobs.numel() == 0:
         raise ValueError("there are no tokens to measure the mismatch on; pass those of at least one completion.")
     _refuse_non_finite(
@@ -189,9 +191,9 @@ def _checked(trainer_logprobs: Tensor, behavior_logprobs: Tensor) -> tuple[Tenso
     return trainer_logprobs.detach().double(), behavior_logprobs.detach().double()
 
 
-def _refuse_non_finite(logprobs: Tensor, error: type[RunError], side: str, cure: str) -> None:
+def _refuse_non_finite(logprobs: Tensor, error: type[RunError], side: str, fix: str) -> None:
     if bad := int((~logprobs.isfinite()).sum()):
-        raise error(f"{bad} of {logprobs.numel()} {side} logprobs are not finite; {cure}.")
+        raise error(f"{bad} of {logprobs.numel()} {side} logprobs are not finite; {fix}.")
 
 
 def _token_metrics(d_C: Tensor, trainer_C: Tensor, behavior_C: Tensor) -> dict[str, float]:
@@ -225,7 +227,7 @@ def _sequence_metrics(d_S: Tensor, lengths_S: Tensor) -> dict[str, float]:
 
 
 def _quantile(values: Tensor, share: float) -> float:
-    """Linear between the two nearest ranks; torch.quantile refuses more than 2^24 values."""
+    """Return a quantile, linear between the two nearest ranks; torch.quantile refuses more than 2^24 values."""
     ordered = values.sort().values
     rank = share * (len(ordered) - 1)
     low, high = ordered[math.floor(rank)], ordered[math.ceil(rank)]
@@ -233,7 +235,7 @@ def _quantile(values: Tensor, share: float) -> float:
 
 
 def _slope(lengths_S: Tensor, d_S: Tensor) -> float:
-    """Least squares of d on length, in nats per token; through the origin when all lengths are equal."""
+    """Return the least-squares slope of d on length, in nats per token; through the origin if all lengths are equal."""
     if bool((lengths_S == lengths_S[0]).all()):
         return float(d_S.mean() / lengths_S[0])
     centred_S = lengths_S - lengths_S.mean()
@@ -241,7 +243,7 @@ def _slope(lengths_S: Tensor, d_S: Tensor) -> float:
 
 
 def _pearson(x: Tensor, y: Tensor) -> float:
-    """Correlation; where one side is constant, 1 if both are equal and else 0."""
+    """Return the correlation; where one side is constant, 1 if both are equal and else 0."""
     x_centred, y_centred = x - x.mean(), y - y.mean()
     scale = float(x_centred.norm() * y_centred.norm())
     if scale == 0.0:

@@ -1,7 +1,7 @@
-"""How close values come to the ends of a format: the arithmetic behind the range census of `doctor`.
+"""Headroom and underflow of values in a format: the arithmetic behind the range census of `doctor`.
 
-Magnitudes are taken of FP32 values, which are the truth; what a narrower format would make of them follows from its
-facts. `runs.census` gathers them from a real forward and backward pass.
+Magnitudes are those of FP32 values, the reference; what a narrower format makes of them follows from the facts of that
+format. `examine.census` collects them from a real forward and backward pass.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from betterhalf.precision.formats import FORMATS, FormatFacts
 from betterhalf.types import DtypeName
 
 Kind = Literal["input", "forward", "backward", "weight", "gradient"]
-"""What was measured of a module: its input where no other module's output is that, its output, the gradient with
-respect to its output, its parameters, their gradients."""
+"""Values that were measured at a module: its input (where that is not the output of another module), its output, the
+gradient with respect to its output, its parameters, or their gradients."""
 
 KINDS: tuple[Kind, ...] = ("input", "forward", "backward", "weight", "gradient")
-"""In the order of a census."""
+"""All kinds, in the order of a census."""
 
 BACKWARD_KINDS: frozenset[Kind] = frozenset({"backward", "gradient"})
-"""What a loss scale multiplies."""
+"""Kinds that a loss scale multiplies."""
 
 MAX_LOSS_SCALE = 2.0**32
-"""No larger loss scale is looked for: gradients that small have lost nothing that more would bring back."""
+"""Largest loss scale that is considered; gradients for which it is safe lose nothing that a larger one would keep."""
 
 _WORDS: dict[Kind, str] = {
     "input": "the input of {}",
@@ -40,50 +40,50 @@ _WORDS: dict[Kind, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Magnitudes:
-    """The sizes of some FP32 values. Tuples have one entry for each of `FORMATS`, in its order."""
+    """Magnitudes of a set of FP32 values. Tuples have one entry for each of `FORMATS`, in its order."""
 
     max_abs: float
     """Largest magnitude; infinity when a value is not finite."""
     nonzero: int
-    """Values that are not zero."""
+    """Number of values that are not zero."""
     subnormal: tuple[int, ...]
-    """Values below the format's smallest normal number that do not round to zero in it: they lose bits."""
+    """Number of values that are subnormal in the format, where they lose bits, but do not round to zero."""
     zeroed: tuple[int, ...]
-    """Values other than zero that round to zero in the format."""
+    """Number of values other than zero that round to zero in the format."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spot:
-    """A place in the model: where a value is not finite, or the largest of its kind."""
+    """A place in the model: a module, and one kind of its values."""
 
     module: str
-    """As in `named_modules`."""
+    """Name of the module, as in `named_modules`."""
     kind: Kind
 
     def __str__(self) -> str:
-        """In words, for a reason: `the output of model.layers.3.mlp.down_proj`."""
+        """Return the spot in words, such as `the output of model.layers.3.mlp.down_proj`."""
         return _WORDS[self.kind].format(self.module)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleRange:
-    """One row of a census: how one kind of a module's values fits a format, at loss scale 1."""
+    """One row of a census: the fit of one kind of a module's values into a format, at loss scale 1."""
 
     spot: Spot
     max_abs: float
     """Largest magnitude in FP32."""
     headroom_bits: float
-    """log2 of the format's largest number over `max_abs`; negative when it overflows, infinite for zeros. Of the
-    format that really holds the values: FP32 within an FP32 island."""
+    """log2 of the format's largest number over `max_abs`; negative when it overflows, infinite for zeros. The format
+    is the one that holds the values: FP32 within an FP32 island."""
     subnormal_fraction: float
-    """Share of the non-zero values that the format holds with fewer bits."""
+    """Share of the non-zero values that are subnormal in the format, and have fewer bits."""
     zero_fraction: float
-    """Share of the non-zero values that it rounds to zero."""
+    """Share of the non-zero values that round to zero in the format."""
     finite: bool
-    """Whether the values were finite in the real pass in this precision."""
+    """True if the values were finite in the real pass in this precision."""
 
     def to_json(self) -> dict[str, Any]:
-        """The row as in `doctor.json`."""
+        """Return the row as in `doctor.json`."""
         return {
             "module": self.spot.module,
             "kind": self.spot.kind,
@@ -97,24 +97,24 @@ class ModuleRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Census:
-    """The ranges of one model in one precision, forward and backward, and what the real passes gave."""
+    """Ranges of one model in one precision, forward and backward, and the results of the real passes."""
 
     dtype: DtypeName
     ranges: tuple[ModuleRange, ...]
     """In model order."""
     first_forward: Spot | None
-    """Where the real forward pass first left the format; None when all of it is finite."""
+    """First spot that is not finite in the real forward pass; None if all of it is finite."""
     first_backward: Spot | None
-    """Where the real backward pass at loss scale 1 first left the format, in backward order."""
+    """First spot that is not finite in the real backward pass at loss scale 1, in backward order; None without one."""
     largest_safe_loss_scale: float | None
-    """Largest power of two at which the real backward pass is finite; below 1 it is a prediction; None when the
-    forward pass is not finite already."""
+    """Largest power of two at which the real backward pass is finite; a prediction if below 1; None if already the
+    forward pass is not finite."""
     loss_scale: float
-    """Where to start: a quarter of the largest safe one, and at least 1; 1 in formats without loss scaling."""
+    """Recommended initial loss scale: a quarter of the largest safe one, at least 1; 1 in formats without scaling."""
     zeroed_fraction: float | None
     """Share of the non-zero FP32 parameter gradients that are zero at the largest safe loss scale; None without one."""
     zeroed_fraction_unscaled: float | None
-    """The same at loss scale 1; None when the pass is not finite there."""
+    """Share of the same gradients that are zero at loss scale 1; None if the pass is not finite there."""
     zeroed_modules: tuple[str, ...] = ()
     """Modules that lose the most gradient entries to zero at the largest safe scale, worst first."""
 
@@ -124,7 +124,7 @@ class Census:
         return FORMATS[self.dtype].max
 
     def to_json(self) -> dict[str, Any]:
-        """The census as in `doctor.json`."""
+        """Return the census as in `doctor.json`."""
         return {
             "modules": [row.to_json() for row in self.ranges],
             "largest_safe_loss_scale": self.largest_safe_loss_scale,
@@ -135,7 +135,7 @@ class Census:
 
 
 def magnitudes(x: Tensor) -> Magnitudes:
-    """Sizes of the values of `x`: FP32, any shape, not empty."""
+    """Return the magnitudes of `x`: FP32, any shape, not empty."""
     sizes = x.detach().abs()
     largest, zeros = float(sizes.max()), int((sizes == 0).sum())
     # NaN compares false with everything, so that it counts as neither.
@@ -150,7 +150,7 @@ def magnitudes(x: Tensor) -> Magnitudes:
 
 
 def together(first: Magnitudes, second: Magnitudes) -> Magnitudes:
-    """Sizes of the values of both."""
+    """Return the magnitudes of two sets of values together."""
     return Magnitudes(
         max_abs=max(first.max_abs, second.max_abs),
         nonzero=first.nonzero + second.nonzero,
@@ -160,14 +160,14 @@ def together(first: Magnitudes, second: Magnitudes) -> Magnitudes:
 
 
 def headroom_bits(max_abs: float, facts: FormatFacts) -> float:
-    """log2(largest number / max_abs): bits left before overflow; infinite for 0, minus infinity for infinity."""
+    """Return log2(largest number / max_abs), the bits left before overflow; infinite for 0, -infinity for infinity."""
     if max_abs == 0.0:
         return math.inf
     return -math.inf if math.isinf(max_abs) else math.log2(facts.max / max_abs)
 
 
 def module_range(spot: Spot, sizes: Magnitudes, held: DtypeName, *, finite: bool) -> ModuleRange:
-    """The row of values of these sizes, held in the format `held`."""
+    """Return the census row of values with these magnitudes, held in the format `held`."""
     place, share = list(FORMATS).index(held), 1 / max(1, sizes.nonzero)
     return ModuleRange(
         spot=spot,
@@ -180,9 +180,9 @@ def module_range(spot: Spot, sizes: Magnitudes, held: DtypeName, *, finite: bool
 
 
 def predicted_loss_scale(max_gradient: float, facts: FormatFacts) -> float:
-    """Largest power of two by which values up to `max_gradient` can be multiplied and stay finite; at most 2^32.
+    """Return the largest power of two, at most 2^32, with which values up to `max_gradient` stay finite in the format.
 
-    0 when `max_gradient` is infinite.
+    It is 0 if `max_gradient` is infinite.
     """
     headroom = headroom_bits(max_gradient, facts)
     if math.isinf(headroom):
@@ -191,13 +191,13 @@ def predicted_loss_scale(max_gradient: float, facts: FormatFacts) -> float:
 
 
 def starting_loss_scale(largest_safe: float | None) -> float:
-    """A quarter of the largest safe loss scale, for batches with larger gradients than the one seen; at least 1."""
+    """Return a quarter of the largest safe loss scale, which leaves room for larger gradients; at least 1."""
     return max(1.0, (largest_safe or 0.0) / 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Zeroed:
-    """Gradient entries that a precision turned to zero."""
+    """Gradient entries that are zero in a precision, but not in FP32."""
 
     fraction: float
     """Share of the entries that are not zero in FP32; 0 when there are none."""
@@ -209,7 +209,7 @@ def zeroed_gradients(nonzero: Mapping[str, Tensor], gradients: Iterable[tuple[st
     """Compare one precision's gradients with the FP32 trainer's.
 
     Args:
-        nonzero: by parameter, bool: which entries of its FP32 gradient are not zero.
+        nonzero: parameter -> bool mask of the entries of its FP32 gradient that are not zero.
         gradients: (parameter, gradient) in the precision under test, the same shapes.
     """
     lost = {name: int((nonzero[name] & (gradient == 0)).sum()) for name, gradient in gradients}

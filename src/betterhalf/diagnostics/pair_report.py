@@ -1,4 +1,4 @@
-"""Everything `probe.json` says of one (trainer dtype, rollout dtype) pair.
+"""The results of one (trainer dtype, rollout dtype) pair, as `probe.json` holds them.
 
 Axes: C completion tokens, S sequences.
 """
@@ -26,10 +26,10 @@ from betterhalf.diagnostics.logprob_gap import (
 )
 
 MAX_POINTS = 1000
-"""Tokens in the scatter; `tokens.parquet` has them all."""
+"""Maximum number of tokens in the scatter plot; `tokens.parquet` has them all."""
 
 _SIGNIFICANT = 9
-"""Digits of a probability in the scatter: FP32 has no more."""
+"""Significant digits of a probability in the scatter plot; FP32 has no more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,70 +37,71 @@ class Estimate:
     """One quantity and its confidence interval."""
 
     value: float
+    """Point estimate."""
     low: float
     """NaN where there is no interval."""
     high: float
     """NaN where there is no interval."""
     reason: str | None
-    """Why there is no interval; None where there is one."""
+    """Reason why there is no interval; None if there is one."""
 
 
 RAW_RATIO = 10.0
-"""Factor by which k3 is smaller at temperature 1 than at the stated one, for the logprobs to be called raw.
+"""Factor by which k3 must be smaller at temperature 1 than at the stated temperature for logprobs to count as raw.
 
 Measured with the demo model and SmolLM2-135M at temperatures 0.6 to 0.9: raw logprobs give 18 (BF16, 0.9) to 1e9
-(FP32), processed ones at most 0.06. Two policies that really differ, at either temperature, give about 1.
+(FP32), processed ones at most 0.06. Two policies that truly differ give about 1 at either temperature.
 """
 
 _RAW_LEAST = 1e-8
-"""k3 below which both readings are rounding, and their ratio is chance: a wrong temperature gives 1e-4 and more."""
+"""k3 below which both values are rounding noise, and so is their ratio; a wrong temperature gives 1e-4 or more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemperatureFit:
-    """Two readings of given behavior logprobs: of softmax(logits / temperature), and raw, of softmax(logits)."""
+    """Fit of given behavior logprobs to softmax(logits / temperature), and to softmax(logits) if they are raw."""
 
     stated: float
-    """The temperature that the file, or else the configuration, gives; not 1."""
+    """Temperature that the file, or else the configuration, states; not 1."""
     k3_at_stated: float
-    """Mean k3 in nats when the trainer divides its logits by it."""
+    """Mean k3 in nats when the trainer divides its logits by the stated temperature."""
     k3_at_1: float
-    """The same when the trainer does not divide them."""
+    """Mean k3 in nats when the trainer does not divide its logits."""
     tokens: int
-    """Tokens that both were measured on."""
+    """Number of tokens in both means."""
     raw: bool
-    """True if the logprobs fit temperature 1: its k3 is `RAW_RATIO` times smaller, or more."""
+    """True if the logprobs fit temperature 1: k3 is at least `RAW_RATIO` times smaller there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairReport:
-    """One pair, measured; or, with `error`, why it could not be: its numbers are NaN then and its series empty."""
+    """Results of one pair. With `error` set, it could not be measured: numbers are NaN, and series are empty."""
 
     train: str
-    """Trainer dtype; `dump` for trainer logprobs that a file gave."""
+    """Trainer dtype; `dump` if the trainer logprobs come from a file."""
     rollout: str
-    """Rollout dtype; `dump` where a file does not say which."""
+    """Rollout dtype; `dump` if a file does not state it."""
     seconds: float
-    """Scoring these rollouts with this trainer; sampling, and building the trainer, are counted apart."""
+    """Time to score these rollouts with this trainer; sampling and building the trainer are counted separately."""
     k3: float = math.nan
     """Mean over tokens, in nats."""
     k3_ci: tuple[float, float] = (math.nan, math.nan)
-    """Its confidence interval; NaN where there is none, for the reason that `metrics` gives."""
+    """Confidence interval of k3; NaN if there is none, for the reason given in `metrics`."""
     mean_abs: float = math.nan
     """Mean of abs(pi - mu), in probability."""
     max_abs: float = math.nan
     """Largest abs(pi - mu)."""
     sequence_kl: float = math.nan
-    """KL(mu, pi) of a whole completion in nats: the mean over completions of the summed token k3, which by the chain
-    rule is unbiased, and far less noisy than k3 of the sums."""
+    """KL(mu || pi) of a whole completion in nats: the mean over completions of the summed token k3, which by the chain
+    rule is unbiased, and is far less noisy than k3 of the sums."""
     slope_per_1k: float = math.nan
     """Least-squares slope of the sequence log-ratio against length, in nats per 1,000 tokens."""
     tokens: int = 0
-    """C."""
+    """Number of completion tokens, C."""
     metrics: dict[str, Estimate]
-    """Every `mismatch/` metric, by its name without that area."""
+    """Every `mismatch/` metric, by its name without that prefix."""
     budget: Budget | None = None
-    """Length up to which sequence weights are of use."""
+    """Length up to which sequence weights are useful; None if the pair could not be measured."""
     points: tuple[tuple[float, float], ...] = ()
     """(mu, pi) of at most `MAX_POINTS` tokens, evenly thinned."""
     completions: tuple[tuple[int, float], ...] = ()
@@ -110,12 +111,12 @@ class PairReport:
     by_probability: tuple[GapBin, ...] = ()
     """Bins by mu."""
     temperature: TemperatureFit | None = None
-    """For given logprobs at a temperature other than 1: which temperature they fit."""
+    """Temperature that given logprobs fit; None unless the stated one is other than 1."""
     error: str | None = None
-    """Why there is nothing else."""
+    """Reason why the pair could not be measured; None if it was."""
 
     def to_json(self) -> dict[str, Any]:
-        """The pair as `probe.json` holds it; a failed one has its dtypes, seconds and error only."""
+        """Return the pair as in `probe.json`; a failed one has its dtypes, seconds and error only."""
         if self.error is not None:
             return {"train": self.train, "rollout": self.rollout, "seconds": self.seconds, "error": self.error}
         fields = asdict(self)
@@ -124,7 +125,7 @@ class PairReport:
 
 
 def failed_pair(train: str, rollout: str, error: str, *, seconds: float = 0.0) -> PairReport:
-    """A pair of which nothing is known but why."""
+    """Return the report of a pair that could not be measured."""
     return PairReport(train=train, rollout=rollout, seconds=seconds, metrics={}, error=error)
 
 
@@ -161,12 +162,12 @@ def pair_report(
         rollout: rollout dtype.
         trainer_logprobs_C: [C], log pi at the weights that sampled.
         behavior_logprobs_C: [C], log mu.
-        sequence_index_C: int64 [C], which completion each token belongs to; its tokens stand together, in order.
-        num_sequences: S; each has at least one token.
-        seconds: what scoring cost.
-        bootstrap: resamples behind the intervals.
-        confidence: their level.
-        seed: of the resamples.
+        sequence_index_C: int64 [C], which completion each token belongs to; its tokens are contiguous and in order.
+        num_sequences: number of sequences, S; each has at least one token.
+        seconds: time that scoring took.
+        bootstrap: number of resamples for the intervals.
+        confidence: level of the intervals.
+        seed: seed of the resamples.
         cluster_index_S: int64 [S], which prompt each completion continues; see `confidence_intervals`.
 
     Raises:

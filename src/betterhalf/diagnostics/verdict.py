@@ -1,7 +1,7 @@
-"""The doctor's verdicts: which precision is safe for a model, why, and which modules are to blame.
+"""The doctor's verdicts: which precision is safe for a model, for what reasons, and which modules limit it.
 
     unsafe   a forward value is not finite, or no loss scale of 1 or more keeps the gradients finite with less than 1%
-             of the non-zero FP32 gradients turned to zero, or the pair of trainer and engine cannot be run
+             of the non-zero FP32 gradients rounded to zero, or the pair of trainer and engine cannot be run
     watch    less than two bits of headroom, or the mismatch of the matched pair outside its band
     ok       neither
 
@@ -22,25 +22,25 @@ from betterhalf.metrics.catalogue import CATALOGUE, Band
 from betterhalf.types import DtypeName
 
 MIN_HEADROOM_BITS = 2.0
-"""Below this the next batch, or a few steps of training, may overflow: watch."""
+"""Headroom below which the next batch, or a few steps of training, may overflow: watch."""
 
 MAX_ZEROED_FRACTION = 0.01
-"""Share of the non-zero FP32 gradients that a precision may turn to zero at its best loss scale: else unsafe."""
+"""Share of the non-zero FP32 gradients that a precision may round to zero at its best loss scale; above it, unsafe."""
 
 MIN_PREDICTED_ESS = ESS_FLOOR
-"""Predicted share of effective samples at the configured response length: below it, watch."""
+"""Predicted share of effective samples at the configured response length below which the verdict is watch."""
 
 BANDED_METRICS = ("k3/mean", "prob_gap/max", "prob_gap/min", "ess_fraction")
-"""Metrics of the mismatch whose bands, those of `metrics.catalogue`, count. Others are too noisy in a small sample."""
+"""Mismatch metrics whose bands in `metrics.catalogue` decide; the others are too noisy in a small sample."""
 
 MAX_AGREEING_K3 = 1e-6
-"""Mean k3 of the FP32 pair, in nats: above it, engine and trainer do not compute the same model."""
+"""Mean k3 of the FP32 pair, in nats, above which engine and trainer do not compute the same model."""
 
 MAX_AGREEING_LOG_RATIO = 1e-2
-"""Largest abs(log_ratio) of one token in the FP32 pair, in nats: above it likewise."""
+"""Largest abs(log_ratio) of one token in the FP32 pair, in nats, above which they do not either."""
 
 MAX_MODULES = 10
-"""Modules that a verdict names."""
+"""Maximum number of modules that a verdict names."""
 
 PREFERENCE: tuple[DtypeName, ...] = ("fp16", "bf16", "fp32")
 """Order in which precisions are recommended."""
@@ -52,54 +52,58 @@ _RESIDUAL = re.compile(r"\.layers\.\d+$")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What is to be expected of one precision."""
+    """Verdict on one precision."""
 
     verdict: VerdictName
+    """`ok`, `watch` or `unsafe`."""
     reasons: tuple[str, ...]
     """Sentences with the numbers; at least one."""
     modules: tuple[str, ...]
-    """Modules to blame, worst first; empty when there are none."""
+    """Modules that the reasons are about, worst first; empty when there are none."""
 
     def to_json(self) -> dict[str, Any]:
-        """The verdict as in `doctor.json`."""
+        """Return the verdict as in `doctor.json`."""
         return {"verdict": self.verdict, "reasons": list(self.reasons), "modules": list(self.modules)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairFinding:
-    """The mismatch of one matched pair, or why there is none."""
+    """Mismatch of one matched pair, or the reason why it could not be measured."""
 
     values: Mapping[str, float]
     """Mismatch metrics by name, without `mismatch/`; empty when the pair failed."""
     budget: Budget | None
+    """Budget of the pair; None when it failed."""
     response_length: int
     """Configured length limit of a completion, where the effective sample size is predicted."""
     failure: str | None = None
-    """What the trainer or the engine said when it gave up."""
+    """Error of the trainer or the engine; None if the pair was measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """Whether engine and trainer compute the same model where nothing rounds."""
+    """Agreement of engine and trainer in FP32, where rounding hardly matters: do they compute the same model?"""
 
     agrees: bool
+    """True if they do, or if it could not be measured."""
     reason: str
+    """Sentences with the numbers."""
 
     def to_json(self) -> dict[str, Any]:
-        """As in `doctor.json`."""
+        """Return the record as in `doctor.json`."""
         return {"agrees": self.agrees, "reason": self.reason}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Finding:
-    """One thing that speaks against a precision."""
+    """One argument against a precision."""
 
     reason: str
     modules: tuple[str, ...] = ()
 
 
 def judge(census: Census, pair: PairFinding | None) -> Verdict:
-    """The verdict on one precision, from its range census and, when measured, the mismatch of its matched pair."""
+    """Return the verdict on one precision, from its range census and, if measured, the mismatch of its matched pair."""
     unsafe = [*_overflow(census), *_no_loss_scale(census), *_failure(census, pair)]
     if unsafe:
         return _verdict("unsafe", unsafe)
@@ -110,7 +114,7 @@ def judge(census: Census, pair: PairFinding | None) -> Verdict:
 
 
 def engine_agreement(pair: PairFinding | None) -> Agreement:
-    """Whether the FP32 pair is as close as FP32 rounding leaves it; a larger gap is a bug, not rounding."""
+    """Return whether the FP32 pair is as close as FP32 rounding allows; a larger gap is a bug."""
     if pair is None or pair.failure is not None:
         return Agreement(agrees=True, reason=_unknown_agreement(pair))
     k3, largest = pair.values["k3/mean"], pair.values["log_ratio/max_abs"]
@@ -126,7 +130,7 @@ def engine_agreement(pair: PairFinding | None) -> Agreement:
 
 
 def recommend(verdicts: Mapping[DtypeName, Verdict]) -> DtypeName:
-    """FP16 or BF16, the first that is ok, else the first to watch; FP32, at twice the cost, when both are unsafe."""
+    """Return FP16 or BF16, the first that is ok, else the first to watch; FP32 (twice the cost) if both are unsafe."""
     for wanted in ("ok", "watch"):
         for name in PREFERENCE[:2]:
             if name in verdicts and verdicts[name].verdict == wanted:
@@ -135,9 +139,9 @@ def recommend(verdicts: Mapping[DtypeName, Verdict]) -> DtypeName:
 
 
 def overflowing(census: Census) -> tuple[Spot, ...]:
-    """Where values really leave the format: the first place, then whatever does not fit by its FP32 size, worst first.
+    """Return the spots that overflow: the first one, then those whose FP32 magnitude does not fit, worst first.
 
-    Forward places when the forward pass is not finite, else backward ones; empty when both are.
+    They are forward spots if the forward pass is not finite, else backward spots; empty if both passes are finite.
     """
     first = census.first_forward or census.first_backward
     if first is None:
@@ -147,30 +151,30 @@ def overflowing(census: Census) -> tuple[Spot, ...]:
 
 
 def cramped(census: Census) -> tuple[Spot, ...]:
-    """Places with too little headroom, forward and then backward, the worst of each first."""
+    """Return the spots with too little headroom, first forward, then backward ones, each worst first."""
     rows = [row for backward in (False, True) for row in _tight(census, MIN_HEADROOM_BITS, backward=backward)]
     return tuple(row.spot for row in rows)
 
 
-# -- against a precision
+# -- unsafe
 
 
 def _overflow(census: Census) -> list[_Finding]:
-    """The first value that is not finite, and what else would overflow by its own FP32 magnitude."""
+    """Return a finding on the first forward value that is not finite, with all modules that overflow."""
     first = census.first_forward
     if first is None:
         return []
     row = _row(census, first)
     reached = f" reaches {row.max_abs:.3g} in FP32 and" if row and math.isfinite(row.max_abs) else ""
     reason = (
-        f"Forward, {first}{reached} is not finite in {census.dtype.upper()}, which ends at {census.max:g}; "
-        "it is the first such value."
+        f"In the forward pass, {first}{reached} is not finite in {census.dtype.upper()}, whose maximum is "
+        f"{census.max:g}; it is the first such value."
     )
     return [_Finding(reason=reason, modules=tuple(spot.module for spot in overflowing(census)))]
 
 
 def _no_loss_scale(census: Census) -> list[_Finding]:
-    """Gradients that overflow at every loss scale, or that drown at the best one."""
+    """Return a finding on gradients that overflow at every loss scale, or underflow at the best one."""
     if census.first_forward is not None:
         return []
     if census.first_backward is not None:
@@ -179,8 +183,8 @@ def _no_loss_scale(census: Census) -> list[_Finding]:
     if lost is None or lost < MAX_ZEROED_FRACTION:
         return []
     reason = (
-        f"Backward, {lost:.1%} of the non-zero FP32 gradients turn to zero in {census.dtype.upper()} even at the "
-        f"largest safe loss scale, {_power(safe)}; the limit is {MAX_ZEROED_FRACTION:.0%}."
+        f"In the backward pass, {lost:.1%} of the non-zero FP32 gradients round to zero in {census.dtype.upper()} even "
+        f"at the largest safe loss scale, {_power(safe)}; the limit is {MAX_ZEROED_FRACTION:.0%}."
     )
     return [_Finding(reason=reason, modules=census.zeroed_modules)]
 
@@ -189,8 +193,9 @@ def _gradient_overflow(census: Census, first: Spot) -> _Finding:
     row = _row(census, first)
     reached = f" reaches {row.max_abs:.3g} in FP32 and" if row and math.isfinite(row.max_abs) else ""
     reason = (
-        f"Backward, {first}{reached} is not finite in {census.dtype.upper()}, which ends at {census.max:g}, although "
-        "every forward value is: no loss scale of 1 or more keeps the gradients finite."
+        f"In the backward pass, {first}{reached} is not finite in {census.dtype.upper()}, whose maximum is "
+        f"{census.max:g}, although every forward value is finite: no loss scale of 1 or more keeps the gradients "
+        "finite."
     )
     return _Finding(reason=reason, modules=tuple(spot.module for spot in overflowing(census)))
 
@@ -202,26 +207,26 @@ def _failure(census: Census, pair: PairFinding | None) -> list[_Finding]:
     return [_Finding(reason=reason)]
 
 
-# -- to watch
+# -- watch
 
 
 def _headroom(census: Census) -> list[_Finding]:
-    """What has less than two bits left, forward and, at loss scale 1, backward; the lowest named."""
+    """Return findings on less than two bits of headroom, forward and, at loss scale 1, backward, each for the worst."""
     found = []
-    for direction, backward in (("Forward,", False), ("Backward, at loss scale 1,", True)):
+    for direction, backward in (("In the forward pass,", False), ("In the backward pass at loss scale 1,", True)):
         low = _tight(census, MIN_HEADROOM_BITS, backward=backward)
         if low:
             worst = low[0]
             reason = (
-                f"{direction} {worst.spot} reaches {worst.max_abs:.3g}: {worst.headroom_bits:.1f} bits below the end "
-                f"of {census.dtype.upper()} at {census.max:g}, under {MIN_HEADROOM_BITS:g}."
+                f"{direction} {worst.spot} reaches {worst.max_abs:.3g}, {worst.headroom_bits:.1f} bits below the "
+                f"{census.dtype.upper()} maximum of {census.max:g}; at least {MIN_HEADROOM_BITS:g} bits are advised."
             )
             found.append(_Finding(reason=reason, modules=tuple(row.spot.module for row in low)))
     return found
 
 
 def _mismatch(pair: PairFinding | None) -> list[_Finding]:
-    """Metrics of the matched pair outside their bands, and an effective sample size that will not last."""
+    """Return findings on metrics of the matched pair outside their bands, and on a low effective sample size."""
     if pair is None or pair.failure is not None:
         return []
     found = []
@@ -236,27 +241,27 @@ def _mismatch(pair: PairFinding | None) -> list[_Finding]:
         if ess < MIN_PREDICTED_ESS:
             reason = (
                 f"At {pair.response_length} tokens the predicted effective sample size is {ess:.2f} of the batch, "
-                f"under {MIN_PREDICTED_ESS:g}; it lasts to {pair.budget.max_length:.0f} tokens."
+                f"below {MIN_PREDICTED_ESS:g}; completions of up to {pair.budget.max_length:.0f} tokens stay above."
             )
             found.append(_Finding(reason=reason))
     return found
 
 
-# -- nothing to complain of
+# -- ok
 
 
 def _all_well(census: Census, pair: PairFinding | None) -> list[str]:
     forward = [row for row in census.ranges if not _is_backward(row)]
     worst = min(forward, key=lambda row: row.headroom_bits)
     reasons = [
-        f"Forward, {worst.spot} comes closest to the end of {census.dtype.upper()}: {worst.max_abs:.3g}, "
+        f"In the forward pass, {worst.spot} comes closest to the {census.dtype.upper()} maximum: {worst.max_abs:.3g}, "
         f"{worst.headroom_bits:.1f} bits of headroom."
     ]
     if census.loss_scale > 1.0 or census.zeroed_fraction_unscaled:
         reasons.append(
-            f"Backward, gradients stay finite up to a loss scale of {_power(census.largest_safe_loss_scale)}, where "
-            f"{census.zeroed_fraction or 0.0:.2%} of them turn to zero ({census.zeroed_fraction_unscaled or 0.0:.2%} "
-            "without a loss scale)."
+            "In the backward pass, gradients stay finite up to a loss scale of "
+            f"{_power(census.largest_safe_loss_scale)}, where {census.zeroed_fraction or 0.0:.2%} of them round to "
+            f"zero ({census.zeroed_fraction_unscaled or 0.0:.2%} without a loss scale)."
         )
     if pair is not None and pair.budget is not None:
         ess = predict_ess(pair.budget, pair.response_length)
@@ -278,9 +283,10 @@ def _row(census: Census, spot: Spot) -> ModuleRange | None:
 
 
 def _tight(census: Census, bits: float, *, backward: bool) -> list[ModuleRange]:
-    """Rows of one direction with less headroom than `bits`, worst first.
+    """Return the rows of one direction with less headroom than `bits`, worst first.
 
-    Forward, the residual stream carries on what a branch has put into it: its rows count only where no branch's do.
+    In the forward pass, the residual stream passes on the outputs of its branches, so its rows count only if no row of
+    a branch does.
     """
     low = [row for row in census.ranges if row.headroom_bits < bits and _is_backward(row) == backward]
     branches = [row for row in low if backward or not _is_residual(row.spot)]
@@ -292,7 +298,7 @@ def _is_backward(row: ModuleRange) -> bool:
 
 
 def _is_residual(spot: Spot) -> bool:
-    """What a decoder layer hands on, and the sum in its middle, which is the input of its second norm."""
+    """Return whether a spot is the output of a decoder layer, or the sum in its middle (the second norm's input)."""
     return bool(_RESIDUAL.search(spot.module)) or (spot.kind == "input" and "norm" in spot.module)
 
 

@@ -1,6 +1,6 @@
 """Collective operations over the ranks of one trainer.
 
-A trainer in one process is one rank, `SingleProcess`; a trainer of several brings its own `Collective`.
+A trainer in one process is one rank, `SingleProcess`; a trainer of several ranks has its own `Collective`.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def reduce_over_ranks(record: _Record, ranks: Collective, device: torch.device |
 
     Args:
         record: a frozen dataclass; fields without a reduction stay as they are on this rank.
-        ranks: the same call is made on each.
-        device: device of the tensors that travel; that of the process group's backend.
+        ranks: every rank makes the same call.
+        device: device of the tensors that are reduced: that of the process group's backend.
 
     Returns:
         The record with floats, in float64: exact for counts up to 2^53.
@@ -75,7 +75,7 @@ def reduce_over_ranks(record: _Record, ranks: Collective, device: torch.device |
     kinds = declared_reductions(type(record))
     sums = [name for name, kind in kinds.items() if kind in ("sum", "mean")]
     largest = [name for name, kind in kinds.items() if kind == "max"]
-    # The number of ranks travels with the sums, for the means.
+    # The number of ranks is summed too, for the means.
     summed = _values(record, sums, device, extra=1.0)
     ranks.sum_(summed)
     *totals, count = summed.tolist()

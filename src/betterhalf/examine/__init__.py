@@ -1,1 +1,1 @@
-"""Look at a model without training it: `probe` and `doctor`, and what they are made of."""
+"""Examine a model without training it: `probe`, `doctor` and their parts."""

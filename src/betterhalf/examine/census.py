@@ -1,11 +1,10 @@
-"""The range census: how large a model's values get, forward and backward, on real tokens, and what a half precision
-does with them.
+"""The range census: magnitudes of a model's values on real tokens, forward and backward, and their fate in a precision.
 
-One pass of an FP32 trainer gives the true magnitudes of every module. Real passes in the precision under test then show
-where the first value leaves the format, which loss scales keep the gradients finite, and what they turn to zero.
+One pass of an FP32 trainer gives the reference magnitudes of every module. Real passes in the precision under test then
+show where the first value overflows, which loss scales keep the gradients finite, and which gradients become zero.
 
-The batch is a stand-in for training: the configured algorithm's loss, divided by what a train batch of the configured
-size would be divided by; advantages of +1 and -1, as the rewards of one batch say little of the next one's.
+The batch stands for training: it has the loss of the configured algorithm with the denominators of a train batch of the
+configured size. Advantages are +1 and -1, since the rewards of one batch say little about those of the next.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from betterhalf.diagnostics.numerics import (
     together,
     zeroed_gradients,
 )
-from betterhalf.examine.module_hooks import See, watched
+from betterhalf.examine.module_hooks import See, observe_module
 from betterhalf.examine.subject import Subject, trainer_in
 from betterhalf.precision.formats import FORMATS, dtype_name
 from betterhalf.training.pack import pack_step
@@ -42,31 +41,31 @@ from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, Denominators, DtypeName, MicroBatch, Prompt, Rollout
 
 CENSUS_TOKENS = 512
-"""Tokens of a census batch, each completion's prompt included; at least two completions are kept."""
+"""Maximum number of tokens in a census batch, counting the prompt of every completion; two completions always fit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CensusBatch:
-    """The tokens of a census, packed."""
+    """Packed tokens of a census."""
 
     micro_batches: tuple[MicroBatch, ...]
-    """As training would pack them."""
+    """Micro-batches, packed as in training."""
     denominators: Denominators
-    """Those of a whole train batch of the configured size."""
+    """Denominators of a whole train batch of the configured size."""
 
     @property
     def tokens(self) -> int:
-        """Those that pass through the model, where siblings share their prompt."""
+        """Number of tokens that pass through the model, where siblings share their prompt."""
         return sum(micro.num_tokens for micro in self.micro_batches)
 
 
 def census_batch(subject: Subject, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]) -> CensusBatch:
-    """Pack siblings of every prompt in turn, up to `CENSUS_TOKENS`, with advantages of +1 and -1 in turn.
+    """Pack siblings, one of each prompt in turn, up to `CENSUS_TOKENS`; advantages alternate between +1 and -1.
 
     Args:
-        subject: its configuration has the sizes of a train batch.
+        subject: model and settings; these have the sizes of a train batch.
         prompts: [P].
-        groups: [P], the completions of each.
+        groups: [P], completions of each prompt.
     """
     rollouts: list[Rollout] = []
     room = CENSUS_TOKENS
@@ -88,32 +87,33 @@ def census_batch(subject: Subject, prompts: Sequence[Prompt], groups: Sequence[S
 
 
 def _train_batch(subject: Subject, mean_length: float) -> Denominators:
-    """Denominators of a train batch whose completions are as long as the sampled ones."""
+    """Return the denominators of a train batch whose completions are as long as the sampled ones."""
     training = subject.config.training
     sequences = training.prompts_per_step * training.group_size / training.optimizer_steps
     max_tokens = subject.config.sampling.max_tokens
     return Denominators(sequences=sequences, tokens=sequences * mean_length, max_tokens=max_tokens)
 
 
-# -- the truth
+# -- the FP32 reference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """What the FP32 trainer computed."""
+    """Values of the FP32 trainer, with which a precision is compared."""
 
     sizes: dict[Spot, Magnitudes]
-    """In model order, kinds in the order of `KINDS`."""
+    """Magnitudes in model order, kinds in the order of `KINDS`."""
     nonzero: dict[str, Tensor]
-    """By parameter, bool: entries of the summed gradient that are not zero."""
+    """Parameter name -> bool mask of the non-zero entries of its summed gradient."""
     first_forward: Spot | None
-    """Where even FP32 is not finite: a damaged model."""
+    """First place of the forward pass that is not finite even in FP32, which means a damaged model."""
     first_backward: Spot | None
+    """First place of the backward pass that is not finite even in FP32."""
 
 
 @dataclass(slots=True)
 class _Sizes:
-    """Adds up magnitudes by place."""
+    """Collects magnitudes by place."""
 
     rows: dict[Spot, Magnitudes] = field(default_factory=dict)
 
@@ -123,7 +123,7 @@ class _Sizes:
 
 
 def reference(subject: Subject, batch: CensusBatch) -> Reference:
-    """The FP32 trainer's magnitudes of one forward and backward pass over the batch, without loss scale."""
+    """Return the FP32 trainer's magnitudes of one forward and backward pass over the batch, without a loss scale."""
     trainer = _trainer(subject, "fp32")
     sizes, finite = _Sizes(), _Finiteness()
 
@@ -146,7 +146,7 @@ def reference(subject: Subject, batch: CensusBatch) -> Reference:
 
 
 def _trainer(subject: Subject, dtype: DtypeName) -> PolicyTrainer:
-    # Parameters and their hooks refer to each other: the last trainer's memory comes back only so.
+    # Parameters and their hooks refer to each other, so only the collector frees the last trainer's memory.
     gc.collect()
     return trainer_in(subject, dtype, hooked=True)
 
@@ -156,12 +156,12 @@ def _in_model_order(module: nn.Module, rows: dict[Spot, Magnitudes]) -> dict[Spo
     return dict(sorted(rows.items(), key=lambda row: (places[row[0].module], KINDS.index(row[0].kind))))
 
 
-# -- the real thing
+# -- passes in the precision under test
 
 
 @dataclass(slots=True)
 class _Finiteness:
-    """Remembers what is not finite, what came first, and what is held in FP32 although the rest is half."""
+    """Records which places are not finite, the first of them, and which are FP32 in a half model."""
 
     first_forward: Spot | None = None
     first_backward: Spot | None = None
@@ -182,18 +182,18 @@ class _Finiteness:
 
 
 def _forward(trainer: PolicyTrainer, batch: CensusBatch, see: See) -> list[Tensor]:
-    """The watched weights and forward passes alone; returns the logprobs of each micro-batch."""
+    """Show `see` the weights and the values of forward passes; return the logprobs of each micro-batch."""
     for name, weight in trainer.weights.computing():
         see(name.rpartition(".")[0], "weight", weight)
-    with watched(trainer.module, see):
+    with observe_module(trainer.module, see):
         return [scores.logprobs_C for scores in trainer.measure(batch.micro_batches)]
 
 
 def _backward(trainer: PolicyTrainer, batch: CensusBatch, proximal: Sequence[Tensor], scale: float, see: See) -> None:
-    """Forward and watched backward passes, the loss multiplied by `scale`; gradients stay in the trainer, scaled.
+    """Run forward and backward passes with a loss scale, and show `see` their values.
 
-    The trainer's own logprobs stand in for the engine's, so that no token is masked for a mismatch, which is measured
-    apart.
+    The gradients stay in the trainer, still scaled. The trainer's own logprobs replace the engine's, so that no token
+    is masked for its mismatch, which is measured separately.
     """
     state = trainer.scaler.state_dict()
     if "scale" in state:
@@ -202,17 +202,18 @@ def _backward(trainer: PolicyTrainer, batch: CensusBatch, proximal: Sequence[Ten
     algorithm = resolve_algorithm(trainer.config.algorithm)
     for micro, proximal_C in zip(batch.micro_batches, proximal, strict=True):
         matched = dataclasses.replace(micro, behavior_logprobs_C=proximal_C, proximal_logprobs_C=proximal_C)
-        with watched(trainer.module, see):
+        with observe_module(trainer.module, see):
             trainer.forward_backward([matched], algorithm, batch.denominators)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pass:
-    """One real backward pass."""
+    """Result of one backward pass in the precision under test."""
 
     seen: _Finiteness
+    """Places that are not finite."""
     zeroed: Zeroed | None
-    """None when the pass was not finite."""
+    """Gradient entries that became zero; None if the pass was not finite."""
 
 
 def _real_pass(
@@ -224,7 +225,7 @@ def _real_pass(
     for name, gradient in gradients.items():
         owner = Spot(module=name.rpartition(".")[0], kind="gradient")
         if owner not in seen.broken and not bool(gradient.isfinite().all()):
-            # A head tied to the embedding has a gradient of its own, the first of all, that no parameter's hook sees.
+            # A head tied to the embedding adds its gradient, the first of the pass, where no parameter's hook sees it.
             seen.first_backward = Spot(module="lm_head", kind="gradient")
             seen.broken.add(owner)
     finite = seen.first_backward is None and seen.first_forward is None
@@ -232,10 +233,10 @@ def _real_pass(
 
 
 def take_census(subject: Subject, dtype: DtypeName, batch: CensusBatch, truth: Reference) -> Census:
-    """Real forward and backward passes of a trainer in `dtype`, beside the true magnitudes.
+    """Run forward and backward passes of a trainer in `dtype`, and compare them with the FP32 reference.
 
-    FP32 islands of the subject's configuration apply. The loss scale is searched for in formats that have one: from
-    the largest that the true magnitudes allow, halved until the real pass is finite.
+    FP32 islands of the subject's configuration apply. For a format with a loss scale, the largest safe one is searched:
+    from the largest that the reference magnitudes allow, halved until the pass is finite.
     """
     if dtype == "fp32":
         return _true_census(truth)
@@ -248,7 +249,7 @@ def take_census(subject: Subject, dtype: DtypeName, batch: CensusBatch, truth: R
     seen = _both(seen, plain.seen)
     allowed = _allowed_scale(dtype, truth, seen.wide)
     if plain.zeroed is None:
-        # Training never scales below 1, so that a smaller scale is not tried.
+        # Training never uses a scale below 1, so none is tried.
         return _census(dtype, truth, seen, safe=min(allowed, 0.5))
     if "scale" not in trainer.scaler.state_dict():
         return _census(dtype, truth, seen, plain=plain, best=plain, safe=allowed)
@@ -262,7 +263,7 @@ def take_census(subject: Subject, dtype: DtypeName, batch: CensusBatch, truth: R
 
 
 def _true_census(truth: Reference) -> Census:
-    """The FP32 trainer's own."""
+    """Return the census of FP32, from the reference itself."""
     seen = _Finiteness(
         first_forward=truth.first_forward,
         first_backward=truth.first_backward,
@@ -276,7 +277,7 @@ def _true_census(truth: Reference) -> Census:
 
 
 def _allowed_scale(dtype: DtypeName, truth: Reference, wide: set[Spot]) -> float:
-    """The largest loss scale that the true magnitudes of what is held in `dtype` allow."""
+    """Return the largest loss scale that the reference magnitudes allow, for values that are held in `dtype`."""
     held = [s.max_abs for spot, s in truth.sizes.items() if spot.kind in BACKWARD_KINDS and spot not in wide]
     return predicted_loss_scale(max(held, default=0.0), FORMATS[dtype])
 
@@ -318,5 +319,5 @@ def _both(forward: _Finiteness, backward: _Finiteness) -> _Finiteness:
 
 
 def _owners(parameters: Sequence[str]) -> tuple[str, ...]:
-    """Modules of the parameters, each once."""
+    """Return the modules of the parameters, each once."""
     return tuple(dict.fromkeys(name.rpartition(".")[0] for name in parameters))

@@ -1,11 +1,11 @@
-"""`betterhalf doctor`: which precision is safe for a model and an engine, found out without training.
+"""`betterhalf doctor`: determine without training which precision is safe for a model and an engine.
 
 1. Sample a few completions in every precision.
-2. Census: how large values get, forward and backward, and what each precision does with them.
-3. Mismatch of every matched pair, on the same completions.
-4. A verdict for each precision, FP32 islands where FP16 lacks range, and a configuration to start from.
+2. Take a census: the magnitudes of values, forward and backward, and what each precision does with them.
+3. Measure the mismatch of every matched pair on the same completions.
+4. Give a verdict for each precision, propose FP32 islands if FP16 lacks range, and write a configuration.
 
-`doctor.json` is written anew after each of these, so that what is measured is on disk whatever fails later.
+`doctor.json` is rewritten after each of these, so that a later failure does not lose what has been measured.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from betterhalf.setup.folder import run_folder
 from betterhalf.types import Completion, DtypeName, Prompt
 
 _PAIRS: tuple[tuple[DtypeName, DtypeName], ...] = (("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16"))
-"""FP32 first: its completions are those of the census, and it tells rounding from bugs."""
+"""Matched pairs. FP32 is first: the census uses its completions, and its mismatch shows bugs rather than rounding."""
 
 _PHASES = 2 * len(_PAIRS) + 1 + len(PREFERENCE)
-"""Rollouts and pairs, the FP32 reference, and the censuses: what the progress counts."""
+"""Steps of the progress bar: rollouts and pairs, the FP32 reference, and the censuses."""
 
 Samples = Mapping[str, Sample | BetterhalfError]
-"""By rollout dtype: what was sampled, or why it could not be."""
+"""Rollout dtype -> what was sampled, or the error that prevented it."""
 
 
 def doctor(target: str, config: RunConfig, run_dir: str | None) -> dict[str, Any]:
@@ -64,13 +64,13 @@ def doctor(target: str, config: RunConfig, run_dir: str | None) -> dict[str, Any
     Args:
         target: MODEL, or the folder of a run (then `config` should be the run's own).
         config: task, engine, sizes of a train batch, and `doctor` settings; overrides of single precision roles are
-            left aside, FP32 islands are kept.
-        run_dir: gets `doctor.json`, `summary.json`, the rollouts and `report.html`; `runs/doctor-<name>-<time>` if
-            absent.
+            ignored, FP32 islands are kept.
+        run_dir: folder for `doctor.json`, `summary.json`, the rollouts and `report.html`; None for
+            `runs/doctor-<name>-<time>`.
 
     Returns:
-        What `doctor.json` holds, and `passed`: the engine agrees with the trainer, and `precision.preset` is not
-        unsafe.
+        The content of `doctor.json`. Its `passed` is true if the engine agrees with the trainer and `precision.preset`
+        is not unsafe.
 
     Raises:
         InputError: the model, its prompts or the configuration cannot be used.
@@ -89,34 +89,36 @@ def doctor(target: str, config: RunConfig, run_dir: str | None) -> dict[str, Any
 
 
 def doctor_json(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a result that `--json` prints."""
+    """Return the part of a result that `--json` prints."""
     return {key: result[key] for key in ("verdicts", "recommended", "run_dir")}
 
 
 @dataclass(slots=True)
 class _Examination:
-    """What is known so far."""
+    """Results so far; each phase adds its own."""
 
     run: RunDir
     subject: Subject
     bar: PhaseProgress
     started: float
+    """Start of the examination, in seconds of `time.perf_counter`."""
     censuses: dict[DtypeName, Census] = field(default_factory=dict)
     reports: list[PairReport] = field(default_factory=list)
+    """Mismatch of the matched pairs."""
     verdicts: dict[DtypeName, Verdict] = field(default_factory=dict)
     agreement: Agreement | None = None
     islands: Islands | None = None
     recommended: DtypeName | None = None
 
     def finding(self, dtype: DtypeName) -> PairFinding | None:
-        """What the matched pair of a precision says."""
+        """Return the finding on the matched pair of a precision; None before it is measured."""
         for report in self.reports:
             if report.train == dtype:
                 return _finding(report, self.subject.config.sampling.max_tokens)
         return None
 
     def result(self) -> dict[str, Any]:
-        """`doctor.json` of what is known so far."""
+        """Return the content of `doctor.json` so far."""
         verdicts, recommended = self.verdicts, self.recommended
         asked = verdicts.get(self.subject.config.precision.preset)
         agrees = self.agreement is None or self.agreement.agrees
@@ -136,21 +138,21 @@ class _Examination:
         }
 
     def write_head(self) -> None:
-        """Put on disk what was asked, and of which machine."""
+        """Write the configuration and the environment."""
         if not self.run.config.exists():
             write_json_atomic(self.run.environment, environment())
             write_json_atomic(self.run.config, resolved_json(self.subject.config))
 
     def write(self) -> None:
-        """Put it on disk."""
+        """Write `doctor.json` with the results so far."""
         self.write_head()
         write_json_atomic(self.run.path / "doctor.json", self.result())
 
 
 class _Record(Recorder):
-    """Keeps rollouts, and counts what is done with.
+    """Recorder that writes rollouts and advances the progress bar.
 
-    The folder stays empty until there is one: bad input is often found only when the engine starts.
+    The folder stays empty until the first rollout: bad input is often found only when the engine starts.
     """
 
     def __init__(self, examination: _Examination) -> None:
@@ -182,7 +184,7 @@ def _examine(known: _Examination) -> dict[str, Any]:
     known.write()
     if overflowing(known.censuses["fp16"]) or cramped(known.censuses["fp16"]):
         known.islands = _islands(known, batch, truth, prompts)
-        known.recommended = _with_cure(known)
+        known.recommended = _recommended_with_islands(known)
         known.write()
     return known.result()
 
@@ -190,7 +192,7 @@ def _examine(known: _Examination) -> dict[str, Any]:
 def _sample(
     subject: Subject, pairs: Sequence[tuple[DtypeName, DtypeName]], prompts: Sequence[Prompt], record: Recorder
 ) -> Samples:
-    """Rollouts by dtype, or why there are none; bad input and missing packages are raised."""
+    """Return rollouts by dtype, or the error that prevented them; bad input and missing packages are raised."""
     try:
         return sample_dtypes(subject, pairs, prompts, subject.config.doctor.group_size, record)
     except (InputError, MissingExtraError):
@@ -200,7 +202,7 @@ def _sample(
 
 
 def _census_batch(subject: Subject, prompts: Sequence[Prompt], samples: Samples) -> CensusBatch:
-    """Tokens of the first precision that could sample; else the prompts' own second halves in their place."""
+    """Pack the completions of the first precision that could sample; without any, the second halves of the prompts."""
     sampled = (sample for sample in samples.values() if isinstance(sample, Sample))
     first = next(sampled, None)
     groups = [group for _, group in first.groups] if first else [(_half_of(prompt),) for prompt in prompts]
@@ -219,7 +221,7 @@ def _half_of(prompt: Prompt) -> Completion:
 
 def _islands(known: _Examination, batch: CensusBatch, truth: Reference, prompts: Sequence[Prompt]) -> Islands:
     def judged(subject: Subject, census: Census) -> Verdict:
-        """By the same rules as without islands; the pair is measured when the census alone says nothing against it."""
+        """Judge by the same rules as without islands; measure the pair only if the census alone is not unsafe."""
         alone = judge(census, None)
         if alone.verdict == "unsafe":
             return alone
@@ -230,7 +232,7 @@ def _islands(known: _Examination, batch: CensusBatch, truth: Reference, prompts:
 
 
 def _pair_of(subject: Subject, dtype: DtypeName, prompts: Sequence[Prompt]) -> PairReport:
-    """One matched pair, measured anew; the engine may refuse islands."""
+    """Sample and measure one matched pair again; the report holds the error if, say, the engine refuses islands."""
     pairs = ((dtype, dtype),)
     try:
         samples = sample_dtypes(subject, pairs, prompts, subject.config.doctor.group_size, Recorder())
@@ -239,8 +241,8 @@ def _pair_of(subject: Subject, dtype: DtypeName, prompts: Sequence[Prompt]) -> P
         return failed_pair(dtype, dtype, str(error))
 
 
-def _with_cure(known: _Examination) -> DtypeName | None:
-    """FP16 with islands when it is ok by the same rules; else what is recommended without."""
+def _recommended_with_islands(known: _Examination) -> DtypeName | None:
+    """Return FP16 if its verdict with islands is ok; else the recommendation without islands."""
     islands = known.islands
     return "fp16" if islands and islands.cures and islands.verdict.verdict == "ok" else known.recommended
 
@@ -255,26 +257,26 @@ def _finding(report: PairReport, response_length: int) -> PairFinding:
 
 
 def _plain(config: RunConfig) -> RunConfig:
-    """Without overrides of single roles, which would keep a precision from being what its name says."""
+    """Drop overrides of single roles: a precision must be the same in every role."""
     roles = ("compute_dtype", "rollout_dtype", "wire_dtype", "kv_dtype")
     precision = config.precision.model_copy(update=dict.fromkeys(roles))
     return config.model_copy(update={"precision": precision})
 
 
 def _shortened(config: RunConfig) -> RunConfig:
-    """With the doctor's own length limit, if that is shorter than training's."""
+    """Apply the doctor's length limit if it is shorter than training's."""
     limit = min(config.doctor.max_tokens, config.sampling.max_tokens)
     return config.model_copy(update={"sampling": config.sampling.model_copy(update={"max_tokens": limit})})
 
 
 def _sampling(subject: Subject) -> Subject:
-    """The subject as it is sampled from."""
+    """Return the subject with the length limit for sampling."""
     return dataclasses.replace(subject, config=_shortened(subject.config))
 
 
 @contextmanager
 def _opened(target: str, config: RunConfig) -> Iterator[Subject]:
-    """The subject with training's length limit; its prompts need room for the doctor's completions alone."""
+    """Open the subject with training's length limit, but require context only for the doctor's shorter completions."""
     with open_subject(target, _shortened(_plain(config)), prompts=config.doctor.prompts) as opened:
         restored = opened.config.model_copy(update={"sampling": config.sampling})
         yield dataclasses.replace(opened, config=restored)

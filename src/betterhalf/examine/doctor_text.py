@@ -1,4 +1,4 @@
-"""What the doctor found, for a terminal: verdicts, headroom, mismatch, and the configuration to paste."""
+"""Terminal view of the doctor's results: verdicts, headroom, mismatch, and a configuration to paste."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ROWS = 4
 
 
 def show_doctor(result: Mapping[str, Any], stream: TextIO | None = None, *, width: int = 100) -> None:
-    """Print a doctor's result, on standard output if `stream` is absent; what was not measured is left out."""
+    """Print a doctor's result, on standard output if `stream` is None; what was not measured is left out."""
     out = Console(file=stream or sys.stdout, width=width, highlight=False)
     agreement = result.get("engine_agrees")
     if agreement:
@@ -39,12 +39,12 @@ def show_doctor(result: Mapping[str, Any], stream: TextIO | None = None, *, widt
     _print_mismatch(out, result.get("mismatch") or [])
     islands = result.get("islands")
     if islands:
-        word = "cure it" if islands["cures"] else "do not cure it"
+        word = "solve the problem" if islands["cures"] else "do not solve the problem"
         out.print(Text(f"FP32 islands {word}:"))
         _print_indented(out, islands["reason"])
     if result.get("recommended"):
         out.print(Text(f"\nRecommended: {result['recommended']}", style="bold"))
-        # Pasted text must keep its lines.
+        # Not wrapped: the text is for pasting.
         print(result.get("config", ""), file=out.file)
 
 
@@ -64,11 +64,13 @@ def _print_indented(out: Console, text: str) -> None:
 
 
 def _print_census(out: Console, census: Mapping[str, Any]) -> None:
-    """The least headroom of the first census, which is the narrowest format's, in both directions."""
+    """Print the least headroom, in both directions, of the first census, which is that of the narrowest format."""
     if not census:
         return
     name, found = next(iter(census.items()))
-    table = _table(f"Least headroom in {name}, backward at loss scale 1", ("module", "what", "largest", "bits", "lost"))
+    table = _table(
+        f"Least headroom in {name}, backward at loss scale 1", ("module", "values", "largest", "bits", "lost")
+    )
     for backward in (False, True):
         for row in _lowest(found["modules"], backward=backward):
             lost = f"{100 * (row['subnormal_fraction'] + row['zero_fraction']):.1f}%"
@@ -80,7 +82,7 @@ def _print_census(out: Console, census: Mapping[str, Any]) -> None:
 
 
 def _lowest(rows: Sequence[Mapping[str, Any]], *, backward: bool) -> list[Mapping[str, Any]]:
-    """The rows of one direction with the least headroom, one for each module."""
+    """Return the rows of one direction with the least headroom, one for each module."""
     directed = [row for row in rows if (row["kind"] in _BACKWARD) == backward and _is_number(row["headroom_bits"])]
     lowest: dict[str, Mapping[str, Any]] = {}
     for row in sorted(directed, key=lambda row: row["headroom_bits"]):

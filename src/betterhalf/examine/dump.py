@@ -1,18 +1,19 @@
-"""Rollouts of another framework, or of an earlier probe: the JSONL schema of docs/probe.md.
+"""Dumps: rollouts of another framework or of an earlier probe, in the JSONL schema of docs/probe.md.
 
 Each line is one completion:
 
     prompt_token_ids   [int]    at least one
-    token_ids          [int]    what was sampled, at least one
-    behavior_logprobs  [float]  log mu of each, by the engine that sampled it
-    trainer_logprobs   [float]  optional: log pi of each, by the trainer
-    prompt_id          str      optional: siblings share it
+    token_ids          [int]    sampled tokens, at least one
+    behavior_logprobs  [float]  log mu of each token, by the engine that sampled it
+    trainer_logprobs   [float]  optional: log pi of each token, by the trainer
+    prompt_id          str      optional: shared by siblings
     finish_reason      str      optional: `stop` or `length`
     temperature        float    optional: both logprobs are of softmax(logits / temperature)
     rollout_dtype, trainer_dtype   optional: fp16, bf16 or fp32
     response_mask      [0, 1]   optional: 1 for the tokens that the engine sampled; other names in `dump_masks`
 
-A bad line is reported by number and reason, and the rest is kept. TRL's names and shapes are recognised (`trl_dump`).
+A bad line is reported with its number and the reason; the others are kept. TRL's names and shapes are recognised
+(`trl_dump`).
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from betterhalf.run_dir import write_text_atomic
 from betterhalf.types import Completion, DtypeName
 
 UNKNOWN = "dump"
-"""Stands for a dtype that the file does not say."""
+"""Name of a dtype that the file does not give."""
 
 LARGEST_LOGPROB = 1e-3
-"""A logprob is at most 0; half arithmetic may round it to a little more."""
+"""Largest logprob that is accepted: half arithmetic may round a logprob to slightly more than 0."""
 
 OTHER_NAMES = {
     "rollout_log_probs": "verl, OpenRLHF, slime",
@@ -46,7 +47,7 @@ OTHER_NAMES = {
     "inference_logprobs": "prime-rl",
     "output_logprobs": "AReaL",
 }
-"""What others call the behavior logprobs."""
+"""Name of the behavior logprobs in other frameworks -> those frameworks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,17 +55,19 @@ class DumpLine:
     """One completion of the file."""
 
     number: int
-    """Line in the file, from 1."""
+    """Line number in the file, from 1."""
     prompt_id: str
-    """As given, else one name for each distinct prompt."""
+    """Id that the line gives; without one, a name for each distinct prompt."""
     prompt_token_ids: tuple[int, ...]
+    """Tokens of the prompt without padding."""
     completion: Completion
-    """Tokens up to the last that was sampled; 0 stands for the logprob of those that were not."""
+    """Tokens up to the last sampled one. The logprob of a token that the engine did not sample is 0."""
     scored: tuple[bool, ...]
-    """For each token of the completion: whether the engine sampled it."""
+    """For each token of the completion, True if the engine sampled it."""
     trainer_logprobs: tuple[float, ...] | None
-    """For each token of the completion; 0 for those that were not sampled."""
+    """Logprob of each token of the completion, 0 for those that the engine did not sample; None without any."""
     temperature: float | None
+    """Temperature of the logprobs; None if the line does not give it."""
     rollout: str
     """Rollout dtype, or `UNKNOWN`."""
     train: str
@@ -72,7 +75,7 @@ class DumpLine:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and completion."""
+        """Number of tokens of prompt and completion."""
         return len(self.prompt_token_ids) + len(self.completion.token_ids)
 
 
@@ -81,23 +84,25 @@ class Rejection:
     """A line that cannot be used, or one completion of a line that holds several."""
 
     line: int
-    """From 1."""
+    """Line number in the file, from 1."""
     reason: str
+    """Reason, as shown to the user."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dump:
-    """A file, read."""
+    """Content of a dump file."""
 
     lines: tuple[DumpLine, ...]
-    """At least one."""
+    """Usable completions, at least one."""
     rejected: tuple[Rejection, ...]
+    """Lines and completions that cannot be used."""
 
     def keep(self, problem: Callable[[DumpLine], str | None]) -> Dump:
-        """The lines that have no problem; the others are rejected with it.
+        """Keep the lines for which `problem` returns None; reject the others with the reason that it returns.
 
         Raises:
-            InputError: none is left.
+            InputError: no line is left.
         """
         found = [(line, problem(line)) for line in self.lines]
         good = tuple(line for line, reason in found if reason is None)
@@ -109,10 +114,10 @@ class Dump:
 
 
 def read_dump(path: Path) -> Dump:
-    """Read and check a file; lines that are no completion are rejected, blank ones passed over.
+    """Read and check a file; reject lines that are not a completion, and ignore blank ones.
 
     Raises:
-        InputError: the file cannot be read, is no JSONL, or holds no usable line.
+        InputError: the file cannot be read, is in Parquet format, or holds no usable line.
     """
     lines: list[DumpLine] = []
     rejected: list[Rejection] = []
@@ -128,10 +133,10 @@ def read_dump(path: Path) -> Dump:
 
 
 def write_dump(path: Path, rollout: str, prompt_ids: Sequence[str], items: Sequence[Item], temperature: float) -> None:
-    """Write completions so that `read_dump` reads them back.
+    """Write completions in the format that `read_dump` reads.
 
     Raises:
-        RunError: the disk is full or cannot be written.
+        RunError: the file cannot be written, for example because the disk is full.
     """
     rows = (
         {
@@ -149,7 +154,13 @@ def write_dump(path: Path, rollout: str, prompt_ids: Sequence[str], items: Seque
 
 
 def fits_model(vocabulary: int, context: int, temperature: float) -> Callable[[DumpLine], str | None]:
-    """What keeps a line from being scored by a model with so many token ids and positions, at one temperature."""
+    """Return a check for `Dump.keep`: can a model score the line at this temperature?
+
+    Args:
+        vocabulary: number of token ids of the model.
+        context: maximum number of positions of the model.
+        temperature: temperature at which the whole dump is scored.
+    """
 
     def problem(line: DumpLine) -> str | None:
         highest = max(*line.prompt_token_ids, *line.completion.token_ids)
@@ -165,31 +176,31 @@ def fits_model(vocabulary: int, context: int, temperature: float) -> Callable[[D
 
 
 def lacks_trainer_logprobs(line: DumpLine) -> str | None:
-    """What keeps a line from being measured without a model."""
+    """Return a reason if the line cannot be measured without a model, else None; a check for `Dump.keep`."""
     return None if line.trainer_logprobs is not None else "no trainer_logprobs, and no MODEL is named to score with"
 
 
 def _text_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line), without the blank ones."""
+    """Yield (line number from 1, line), without blank lines."""
     try:
         with path.open("rb") as file:
             for number, text in enumerate(file, start=1):
                 if number == 1 and text.startswith(b"PAR1"):
                     raise InputError(
-                        f"{path} is a Parquet file, and --from-dump reads JSON lines. The completions that TRL logs as "
-                        "Parquet hold text alone, no token ids and no logprobs; docs/probe.md shows how to write both."
+                        f"{path} is a Parquet file, but --from-dump reads JSON lines. The completions that TRL logs as "
+                        "Parquet hold only text, no token ids and no logprobs; docs/probe.md shows how to write both."
                     )
                 if text.strip():
                     yield number, text
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}). Name a file of JSON lines.") from error
+        raise InputError(f"{path} cannot be read ({error.strerror}). Give --from-dump a file of JSON lines.") from error
 
 
 def _completions(number: int, text: bytes) -> Iterator[DumpLine | Rejection]:
-    """The completions of one line; it holds several where a framework writes batches.
+    """Yield the completions of one line; a framework that writes batches puts several on a line.
 
     Raises:
-        ValueError: the line as a whole is bad.
+        ValueError: the line as a whole cannot be used.
     """
     try:
         record = json.loads(text)
@@ -233,7 +244,7 @@ def _parsed(number: int, record: dict[str, Any]) -> DumpLine:
 
 
 def _with_prompt_ids(lines: Sequence[DumpLine]) -> tuple[DumpLine, ...]:
-    """Where a line names no prompt, equal prompts get one name, after the line where they first stand."""
+    """Name the prompts of lines without `prompt_id`: equal prompts share the number of the first line with them."""
     first: dict[tuple[int, ...], int] = {}
     return tuple(
         line
@@ -248,7 +259,7 @@ def _list(record: dict[str, Any], key: str) -> list[Any]:
     if values is None:
         raise ValueError(f"{key} is missing")
     if not isinstance(values, list):
-        raise ValueError(f"{key} is no list")
+        raise ValueError(f"{key} is not a list")
     if not values:
         raise ValueError(f"{key} is empty")
     return values
@@ -257,19 +268,19 @@ def _list(record: dict[str, Any], key: str) -> list[Any]:
 def _token_ids(key: str, values: Sequence[Any], places: range) -> tuple[int, ...]:
     for place in places:
         if type(values[place]) is not int or values[place] < 0:
-            raise ValueError(f"{key}[{place}] = {_shown(values[place])} is no token id")
+            raise ValueError(f"{key}[{place}] = {_shown(values[place])} is not a token id")
     if not places:
         raise ValueError(f"{key} is empty")
     return tuple(values[places.start : places.stop])
 
 
 def _logprobs(record: dict[str, Any], key: str, count: int, kept: Kept) -> tuple[float, ...]:
-    """Logprobs of the tokens that are scored; 0 for the others, whatever placeholder they have."""
+    """Return the logprobs of the tokens that are scored; 0 for the others, whatever placeholder they have."""
     values = record.get(key)
     if values is None:
         raise ValueError(f"{key} is missing{_other_name(record)}")
     if not isinstance(values, list):
-        raise ValueError(f"{key} is no list")
+        raise ValueError(f"{key} is not a list")
     if len(values) != count:
         raise ValueError(f"{key} has {len(values)} values for {count} token_ids")
     return tuple(_logprob(key, place, values[place]) if scored else 0.0 for place, scored in enumerate(kept.scored))
@@ -277,9 +288,9 @@ def _logprobs(record: dict[str, Any], key: str, count: int, kept: Kept) -> tuple
 
 def _logprob(key: str, place: int, value: Any) -> float:
     if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{key}[{place}] = {_shown(value)} is no finite number")
+        raise ValueError(f"{key}[{place}] = {_shown(value)} is not a finite number")
     if value > LARGEST_LOGPROB:
-        raise ValueError(f"{key}[{place}] = {value:g} is positive: no logprob")
+        raise ValueError(f"{key}[{place}] = {value:g} is positive, so it is not a logprob")
     return float(value)
 
 
@@ -287,7 +298,7 @@ def _temperature(value: Any) -> float | None:
     if value is None:
         return None
     if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"temperature = {_shown(value)} is no positive number")
+        raise ValueError(f"temperature = {_shown(value)} is not a positive number")
     return float(value)
 
 
@@ -303,7 +314,7 @@ def _dtype(record: dict[str, Any], key: str) -> str:
 def _other_name(record: dict[str, Any]) -> str:
     for name, owner in OTHER_NAMES.items():
         if name in record:
-            return f"; {name} ({owner}) is there: rename it if it is log mu from the engine"
+            return f"; if {name} ({owner}) is log mu from the engine, rename it"
     return ""
 
 
@@ -317,7 +328,7 @@ def _nothing_usable(path: Path, rejected: Sequence[Rejection]) -> str:
     if all("behavior_logprobs is missing" in rejection.reason for rejection in rejected):
         known = ", ".join(f"{name} ({owner})" for name, owner in OTHER_NAMES.items())
         return (
-            f"{path} holds no behavior_logprobs, without which there is no mismatch to measure: {_first(rejected)} "
+            f"{path} holds no behavior_logprobs, so the mismatch cannot be measured: {_first(rejected)} "
             f"Let the engine return the logprob of each sampled token, and write it as behavior_logprobs. Other "
             f"frameworks call it {known}."
         )

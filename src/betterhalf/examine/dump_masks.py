@@ -1,15 +1,15 @@
-"""Masks in the rows of a dump: which tokens were sampled by the engine, and which are padding.
+"""Masks in the rows of a dump: they tell sampled tokens from tokens of the environment and from padding.
 
-In a conversation with tools, part of a completion was written by the environment. Frameworks keep such tokens in the
-completion and mark them with a zero: the model reads them, but nobody sampled them, so that they have no logprobs, only
-placeholders. Padding is marked with a zero, too. A zero with a one after it is a token that is read and not scored;
+In a conversation with tools, the environment wrote part of a completion. Frameworks keep such tokens in the completion
+and mark them with a zero: the model reads them, but the engine did not sample them, so they have no logprobs, only
+placeholders. Padding is marked with a zero, too. A zero that precedes a one is a token that is read but not scored;
 zeros at the end of a completion are padding.
 
-Two masks are about reading instead of scoring, and for the prompt alone a zero can mean padding on the left:
+Two masks say which tokens the model reads, not which are scored:
 
-* `attention_mask`: a zero is a token that nobody reads. Zeros may only surround the sequence.
-* `prompt_mask`: TRL marks padding with it; others fill it with zeros, since prompts are not trained on. Zeros on either
-  end that cover one repeated token are padding; all others say nothing about the prompt, which is never scored.
+* `attention_mask`: a zero is a token that the model does not read. Zeros are allowed only around the sequence.
+* `prompt_mask`: TRL marks padding with it; other frameworks fill it with zeros, since prompts are not trained on. Zeros
+  at either end that cover one repeated token are padding. Other zeros are ignored: a prompt is never scored.
 """
 
 from __future__ import annotations
@@ -30,47 +30,47 @@ KNOWN_MASKS = {
     "attention_mask": "transformers",
     "prompt_mask": "TRL, prime-rl",
 }
-"""Masks that are read, and who writes them."""
+"""Name of each mask that is read -> frameworks that write it."""
 
 OTHER_MASKS = frozenset({"pixel_attention_mask"})
-"""Masks of something else than tokens, which are passed over."""
+"""Masks of other things than tokens; they are ignored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """The tokens of one row that are used."""
+    """Tokens of one row that are used."""
 
     prompt: range
-    """Places of the prompt without padding."""
+    """Positions of the prompt without padding."""
     scored: tuple[bool, ...]
-    """For each completion token up to the last sampled one: whether the engine sampled it."""
+    """For each completion token up to the last sampled one, True if the engine sampled it."""
 
 
 def refuse_unknown_masks(record: Mapping[str, Any]) -> None:
-    """Refuse a key that looks like a mask and is none of `KNOWN_MASKS`: ignored, it would spoil every number.
+    """Refuse a key that looks like a mask but is not one of `KNOWN_MASKS`: ignoring it would falsify every number.
 
     Raises:
-        ValueError: with the name of the key.
+        ValueError: there is such a key; the message names it.
     """
     for key, value in record.items():
         if "mask" in key.lower() and value is not None and key not in KNOWN_MASKS and key not in OTHER_MASKS:
             raise ValueError(
-                f"{key} looks like a mask and is none that is known; rename it to the one it is "
+                f"{key} looks like a mask, but is not a known one; rename it to the mask with its meaning "
                 f"({', '.join(KNOWN_MASKS)}), or leave it out"
             )
 
 
 def read_masks(record: Mapping[str, Any], prompt: Sequence[Any], completion: Sequence[Any]) -> Kept:
-    """Read all masks of a row; a token counts as sampled where every one of them is 1.
+    """Read all masks of a row; a token counts as sampled if every one of them is 1.
 
     Args:
-        record: the row; masks have a value for each token of the completion, or of prompt and completion.
-        prompt: token ids as they stand in the row, padding included.
-        completion: token ids as they stand in the row, padding included.
+        record: row whose masks have a value for each token of the completion, or of prompt and completion.
+        prompt: token ids in the row, including padding.
+        completion: token ids in the row, including padding.
 
     Raises:
-        ValueError: a mask has other values or another length, hides a token that others follow from the model, or
-            leaves nothing to score.
+        ValueError: a mask has other values or another length, hides a token in the middle of the sequence from the
+            model, or leaves nothing to score.
     """
     kept, scored = range(len(prompt)), [True] * len(completion)
     for name, mask in _masks(record, len(prompt), len(completion)):
@@ -82,18 +82,18 @@ def read_masks(record: Mapping[str, Any], prompt: Sequence[Any], completion: Seq
             kept = _both(kept, _without_ends(before)) if before else kept
         scored = [one and other for one, other in zip(scored, after, strict=True)] if after else scored
     if completion and not any(scored):
-        raise ValueError(f"no token is left to score after {_names(record)}")
+        raise ValueError(f"no token is left to score after applying {_names(record)}")
     return Kept(prompt=kept, scored=tuple(scored[: len(_without_ends(scored, start=False))]))
 
 
 def _masks(record: Mapping[str, Any], prompt: int, completion: int) -> Iterator[tuple[str, list[bool]]]:
-    """(name, values) of each mask that the row has."""
+    """Yield (name, values) of each mask in the row."""
     for name in KNOWN_MASKS:
         values = record.get(name)
         if values is None:
             continue
         if not isinstance(values, list):
-            raise ValueError(f"{name} is no list")
+            raise ValueError(f"{name} is not a list")
         lengths = (prompt,) if name == "prompt_mask" else (completion, prompt + completion)
         if len(values) not in lengths:
             wanted = f"{prompt} prompt tokens" + ("" if name == "prompt_mask" else f" and {completion} token_ids")
@@ -112,20 +112,20 @@ def _require_contiguous(name: str, before: Sequence[bool], after: Sequence[bool]
         inside = _without_ends(values, start=part == "prompt")
         if not all(values[place] for place in inside):
             raise ValueError(
-                f"{name} has a zero between ones of the {part}, and the trainer reads every token in between; mark "
-                "tokens that are read but were not sampled in response_mask instead"
+                f"{name} has a zero between ones of the {part}, but the trainer reads every token there; use "
+                "response_mask to mark tokens that are read but were not sampled"
             )
 
 
 def _is_padding(mask: Sequence[bool], prompt: Sequence[Any]) -> bool:
-    """Return whether the zeros on both ends of a prompt cover one repeated token; a mask without ones says nothing."""
+    """Return whether the zeros at the ends of a prompt cover one repeated token; False for a mask without ones."""
     inside = _without_ends(mask)
     outside = [*prompt[: inside.start], *prompt[inside.stop :]]
     return any(mask) and all(token == outside[0] for token in outside)
 
 
 def _without_ends(mask: Sequence[bool], *, start: bool = True) -> range:
-    """Places from the first one, or from the very first place without `start`, to the last one."""
+    """Return the positions from the first one to the last one; without `start`, from position 0."""
     ones = [place for place, value in enumerate(mask) if value]
     if not ones:
         return range(0)

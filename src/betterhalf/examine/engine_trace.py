@@ -1,8 +1,8 @@
-"""The result of every operation inside the native engine's decoder, on the ways a sequence can take through it.
+"""Traces of the native engine's decoder: the result of every operation, on each path of a sequence through it.
 
 Whole: all tokens in one packed pass. Decoded: the prompt in one pass, then token by token through the KV cache, alone
-or beside other sequences of a batch. A trace can be forced: then every operation reads the results of another trace
-instead of its predecessors', so that what differs in it is its own doing.
+or in a batch with other sequences. A trace can be forced: then every operation reads the results of another trace
+instead of those of its predecessors, so that a difference belongs to that operation alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SLOT_MULTIPLE = 16
 
 
 class _Recorder:
-    """A tap that keeps the rows of one sequence and, when forced, hands on the given rows in their place."""
+    """A tap that keeps the rows of one sequence and, when forced, passes on the given rows in their place."""
 
     def __init__(self, forced: Trace | None) -> None:
         self._forced = forced
@@ -32,14 +32,17 @@ class _Recorder:
         self._prompt = False
 
     def aim(self, rows: slice, first: int, *, prompt: bool = False) -> None:
-        """From now on the sequence lies in these rows of each result, its token `first` in the first of them.
+        """Record these rows of each result from now on.
 
-        The final norm of a `prompt` pass has one row for each prompt, so it is left out.
+        Args:
+            rows: rows of the sequence.
+            first: index in the sequence of the token in the first of them.
+            prompt: the pass is a prompt pass, whose final norm has one row for each prompt and is left out.
         """
         self._rows, self._first, self._prompt = rows, first, prompt
 
     def __call__(self, operation: str, layer: int | None, result: Tensor) -> Tensor:
-        """See `Tap`."""
+        """Record a result and return the value that the next operation reads; see `Tap`."""
         if operation == _LAST and self._prompt:
             return result
         kept = result[self._rows].clone()
@@ -53,7 +56,7 @@ class _Recorder:
         return result
 
     def trace(self) -> Trace:
-        """Everything kept, in the order of computation."""
+        """Return everything recorded, in the order of computation."""
         return {place: torch.cat(parts) for place, parts in self._parts.items()}
 
 
@@ -95,7 +98,7 @@ def decoded_trace(
 
 
 def _cache(decoder: Decoder, slots: int, length: int) -> KVCache:
-    """As the engine allocates one: lengths of a multiple of 16, and FP32 storage on a CPU."""
+    """Allocate a cache as the engine does: lengths in multiples of 16, and FP32 storage on a CPU."""
     device = decoder.inv_freq.device
     dtype = torch.float32 if device.type == "cpu" else decoder.rounding.kv_dtype
     length = -(-length // _SLOT_MULTIPLE) * _SLOT_MULTIPLE

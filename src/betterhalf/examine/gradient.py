@@ -1,8 +1,8 @@
-"""What the mismatch does to learning, without learning: the policy gradient of one batch in each precision.
+"""Effect of the mismatch on learning: the policy gradient of one batch in each precision, without a training step.
 
-Two questions, one batch. How far does a half trainer's gradient lie from the FP32 trainer's on the same tokens? And how
-far do the sequence importance weights between matched trainer and engine turn a gradient? Every gradient is that of
-`PolicyTrainer.forward_backward`, as accumulated in FP32 over the micro-batches that training would use.
+It answers two questions. How far is a half trainer's gradient from the FP32 trainer's on the same tokens? How far do
+the sequence importance weights between a matched trainer and engine rotate a gradient? Every gradient is that of
+`PolicyTrainer.forward_backward`, accumulated in FP32 over the micro-batches that training would use.
 """
 
 from __future__ import annotations
@@ -35,47 +35,49 @@ Groups = Sequence[tuple[Prompt, tuple[Completion, ...]]]
 """Prompts, each with its siblings."""
 
 TRAINER_DTYPES: tuple[DtypeName, ...] = ("fp32", "fp16", "bf16")
-"""Trainers compared, the reference first."""
+"""Dtypes of the trainers to compare, the reference first."""
 
 PLAIN: PresetName = "reinforce"
-"""log pi times advantage over a constant length."""
+"""Algorithm without weights: log pi times advantage over a constant length."""
 WEIGHTED: PresetName = "pg_seq_is"
-"""The same, each sequence multiplied by its raw weight pi/mu."""
+"""Same algorithm with each sequence multiplied by its raw weight pi/mu."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Attempt:
-    """How a gradient was obtained; it stands in the masters, still multiplied by the scale."""
+    """Attempt at a gradient, which is held by the master weights, still multiplied by the scale."""
 
     scale: float
-    """The loss scale of the last attempt."""
+    """Loss scale of the last attempt."""
     halvings: int
-    """Times the scale was halved because the gradient was not finite."""
+    """Number of times that the scale was halved because the gradient was not finite."""
     finite: bool
+    """True if the last gradient is finite."""
 
 
 def measure_gradients(
     subject: Subject, rollouts: Mapping[DtypeName, Groups], *, advance: Callable[[str], None] = lambda stage: None
 ) -> dict[str, Any]:
-    """The section `gradient` of `probe.json`.
+    """Measure the section `gradient` of `probe.json`.
 
     Args:
-        subject: what is examined; `probe.gradient_completions` of its configuration is the size of the batch.
+        subject: model and settings; `probe.gradient_completions` is the number of completions in the batch.
         rollouts: completions by rollout dtype, sampled at the subject's weights. Trainers are compared on the tokens of
-            fp32 if given, else of the first; weights are measured on each dtype's own.
-        advance: told what is done next, before each gradient.
+            fp32 if given, else of the first dtype; weights are measured on the tokens of each dtype.
+        advance: called with the name of the next measurement before each gradient.
 
     Returns:
         `rows`: each trainer against the FP32 trainer, FP16 with the configured loss scale and without one. `weights`:
-        for each rollout dtype, the matched trainer's gradient with weights against without. `advantages`: `signs`
-        when the rewards of some rollout dtype give no advantage at all, and seeded signs +-1 stand in for all.
+        for each rollout dtype, the matched trainer's gradient with weights against the one without. `advantages`:
+        `rewards`, or `signs` if the rewards of some rollout dtype give no advantage at all and seeded signs +-1 are
+        used for all.
 
     Raises:
         InputError: there are no rollouts.
         RewardError: a reward is not finite.
     """
     if not rollouts or not all(rollouts.values()):
-        raise InputError("there are no completions to take a gradient of; sample at least one for each precision.")
+        raise InputError("there are no completions for a gradient; sample at least one for each precision.")
     batches, kind = _batches(subject, rollouts)
     base: DtypeName = "fp32" if "fp32" in batches else next(iter(batches))
     comparison = _Comparison(subject=subject, batches=batches, base=base, advance=advance)
@@ -92,20 +94,22 @@ def measure_gradients(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Comparison:
-    """What is known so far; one trainer lives at a time, the first one's gradient stays as the reference."""
+    """Results so far. Only one trainer is in memory at a time; the first one's gradient is kept as the reference."""
 
     subject: Subject
     batches: Mapping[DtypeName, StepBatch]
-    """By rollout dtype."""
+    """Rollout dtype -> its one train batch."""
     base: DtypeName
-    """Whose tokens the trainers are compared on."""
+    """Rollout dtype on whose tokens the trainers are compared."""
     advance: Callable[[str], None]
+    """Called with the name of the next measurement."""
     reference: dict[str, Tensor] = field(default_factory=dict)
+    """Parameter name -> unscaled gradient of the first trainer."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     weights: dict[DtypeName, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, dtype: DtypeName) -> None:
-        """Build one trainer, take its gradients, let go of it."""
+        """Build one trainer, measure its gradients, and release it."""
         trainer = trainer_in(self.subject, dtype)
         configured = trainer.scaler.scale
         for scale in dict.fromkeys((configured, 1.0)):
@@ -132,7 +136,7 @@ class _Comparison:
         )
 
     def _weigh(self, trainer: PolicyTrainer, dtype: DtypeName, scale: float) -> dict[str, Any]:
-        """The gradient with raw sequence weights against the one without: one trainer, one set of tokens."""
+        """Compare the gradient with raw sequence weights with the one without, on the same trainer and tokens."""
         batch = self.batches[dtype]
         if dtype == self.base == TRAINER_DTYPES[0]:
             plain = self.reference
@@ -152,9 +156,9 @@ class _Comparison:
 
 
 def _accumulate(trainer: PolicyTrainer, algorithm: Algorithm, batch: StepBatch, scale: float) -> _Attempt:
-    """Leave the batch's gradient in the masters; while it overflows, try again with half the loss scale.
+    """Accumulate the batch's gradient in the masters; while it overflows, try again with half the loss scale.
 
-    It does not fall below 1, where the half backward would lose more than it does without a loss scale.
+    The scale does not fall below 1, where the half backward pass would lose more than without a loss scale.
     """
     halvings = 0
     while True:
@@ -165,7 +169,7 @@ def _accumulate(trainer: PolicyTrainer, algorithm: Algorithm, batch: StepBatch, 
 
 
 def _backward(trainer: PolicyTrainer, algorithm: Algorithm, batch: StepBatch, scale: float) -> tuple[bool, bool]:
-    """One pass over the micro-batches; whether the loss is finite, and whether it and the gradient are."""
+    """Run one pass over the micro-batches; return whether the loss is finite, and whether loss and gradient are."""
     trainer.scaler = build_loss_scaler(LossScaleConfig(initial=scale), trainer.precision.roles.compute_dtype)
     trainer.weights.zero_grad()
     (train_batch,) = batch.train_batches
@@ -176,13 +180,13 @@ def _backward(trainer: PolicyTrainer, algorithm: Algorithm, batch: StepBatch, sc
 
 
 def _unscaled(trainer: PolicyTrainer, attempt: _Attempt) -> dict[str, Tensor]:
-    """A copy of the gradient. Scales are powers of two where nobody chose otherwise, and then dividing is exact."""
+    """Return a copy of the gradient, unscaled; the division is exact if the scale is a power of two, as by default."""
     return {name: gradient / attempt.scale for name, gradient in trainer.weights.gradients()}
 
 
 @torch.no_grad()
 def _sequence_log_ratios(trainer: PolicyTrainer, batch: StepBatch) -> Tensor:
-    """log pi - log mu summed over each completion, float64 [S], zero advantages included."""
+    """Return log pi - log mu summed over each completion, float64 [S], including those with zero advantages."""
     sums = []
     for pack, scores in zip(batch.packs, trainer.measure(batch.packs), strict=True):
         log_ratio_C = ops.log_ratio(scores.logprobs_C.double(), pack.behavior_logprobs_C.double())
@@ -196,7 +200,7 @@ def _sequence_log_ratios(trainer: PolicyTrainer, batch: StepBatch) -> Tensor:
 def _batches(
     subject: Subject, rollouts: Mapping[DtypeName, Groups]
 ) -> tuple[dict[DtypeName, StepBatch], Literal["rewards", "signs"]]:
-    """One train batch for each rollout dtype, and what its advantages are made of."""
+    """Return one train batch for each rollout dtype, and the source of their advantages."""
     graded = {dtype: _graded(subject, groups) for dtype, groups in rollouts.items()}
     advantages = {dtype: _reward_advantages(groups) for dtype, groups in graded.items()}
     kind: Literal["rewards", "signs"] = "rewards" if all(any(values) for values in advantages.values()) else "signs"
@@ -211,7 +215,7 @@ def _batches(
 
 
 def _graded(subject: Subject, groups: Groups) -> list[list[Rollout]]:
-    """The first `probe.gradient_completions` completions with their rewards, siblings together."""
+    """Return the first `probe.gradient_completions` completions with their rewards, grouped by prompt."""
     flat = [(number, prompt, c) for number, (prompt, siblings) in enumerate(groups) for c in siblings]
     flat = flat[: subject.config.probe.gradient_completions]
     texts = completion_texts(subject.model.tokenizer, [completion for _, _, completion in flat])
@@ -225,7 +229,7 @@ def _graded(subject: Subject, groups: Groups) -> list[list[Rollout]]:
 
 
 def _reward_advantages(groups: Sequence[Sequence[Rollout]]) -> list[float]:
-    """Reward minus the group's mean; 0 for a group of one, which has no baseline."""
+    """Return reward minus the group's mean; 0 for a group of one, which has no baseline."""
     out: list[float] = []
     for group in groups:
         rewards = torch.tensor([[rollout.reward for rollout in group]])
@@ -234,7 +238,7 @@ def _reward_advantages(groups: Sequence[Sequence[Rollout]]) -> list[float]:
 
 
 def _signs(count: int, seed: int) -> list[float]:
-    """Seeded advantages +1 and -1, as many of one as of the other but for one."""
+    """Return advantages of +1 and -1 in a seeded order; for an odd count there is one more +1."""
     signs = [1.0 if index % 2 == 0 else -1.0 for index in range(count)]
     random.Random(f"signs-{seed}").shuffle(signs)
     return signs

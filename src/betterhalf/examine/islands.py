@@ -1,7 +1,7 @@
-"""FP32 islands for a model that half precision cannot hold, or only just: proposed from where it overflows, and tried.
+"""Search for FP32 islands for a model that overflows in half precision, or has too little headroom.
 
-An island computes in FP32 while what is around it is half (`precision.fp32_modules`). Each round makes islands of the
-places that overflow, runs the real passes again, and looks for what overflows, or has too little headroom, next.
+An island computes in FP32 while the modules around it are half (`precision.fp32_modules`). Each round turns the places
+that overflow, or that have too little headroom, into islands, and runs the census again.
 """
 
 from __future__ import annotations
@@ -18,42 +18,44 @@ from betterhalf.examine.census import CensusBatch, Reference, take_census
 from betterhalf.examine.subject import Subject
 
 MAX_ROUNDS = 8
-"""Times that islands are added before the search gives up."""
+"""Number of times that islands are added before the search gives up."""
 
 _PLACE = re.compile(r"(?P<layer>.*?\.layers\.\d+)(\.((?P<part>self_attn|mlp)(\.(?P<leaf>.+))?|.+))?")
 _NARROW = ("down_proj", "o_proj")
-"""Projections that can be islands of their own: they write to the residual stream."""
+"""Projections that can be islands alone: they write to the residual stream."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Islands:
-    """What was tried, and what came of it."""
+    """Islands that were tried, and their effect."""
 
     modules: tuple[str, ...]
-    """For `precision.fp32_modules`; empty when no island can cover the first overflow."""
+    """Value for `precision.fp32_modules`; empty if no island can cover the first overflow."""
     cures: bool
-    """Whether they make the precision better; see `find_islands`."""
+    """True if the islands make the precision good enough; see `find_islands`."""
     reason: str
+    """Reason for the user, in one or two sentences."""
     verdict: Verdict
-    """The precision's verdict with the islands."""
+    """Verdict on the precision with the islands."""
     census: Census
-    """The census with the islands."""
+    """Census with the islands."""
 
     def to_json(self) -> dict[str, Any]:
-        """As in `doctor.json`."""
+        """Return the object of `doctor.json`."""
         return {"modules": list(self.modules), "cures": self.cures, "reason": self.reason}
 
 
 def with_islands(subject: Subject, modules: tuple[str, ...]) -> Subject:
-    """The same subject with these FP32 islands."""
+    """Return the subject with these FP32 islands."""
     precision = subject.config.precision.model_copy(update={"fp32_modules": modules})
     return dataclasses.replace(subject, config=subject.config.model_copy(update={"precision": precision}))
 
 
 def islands_for(spot: Spot) -> Iterator[str]:
-    """Islands that cover a place, the narrowest first.
+    """Yield the islands that cover a place, the narrowest first.
 
-    None for what is in no layer, nor for a weight that does not fit: weights of an island stay on the half grid.
+    There are none for a place outside the layers, nor for a weight that overflows: weights of an island are rounded to
+    half, too.
     """
     place = _PLACE.fullmatch(spot.module)
     if place is None or spot.kind == "weight":
@@ -69,16 +71,16 @@ def islands_for(spot: Spot) -> Iterator[str]:
 def find_islands(
     subject: Subject, batch: CensusBatch, truth: Reference, census: Census, judge: Callable[[Subject, Census], Verdict]
 ) -> Islands:
-    """Add islands until nothing overflows or comes close, for at most `MAX_ROUNDS` rounds or half of the layers.
+    """Add islands until nothing overflows or comes close to it, in at most `MAX_ROUNDS` rounds and half of the layers.
 
-    They cure an overflow when the precision is no longer unsafe, and want of headroom when it is ok.
+    They are good enough for an overflow if the precision is no longer unsafe, and for a lack of headroom if it is ok.
 
     Args:
-        subject: its own islands, if any, are kept.
+        subject: model and settings; islands that it has already are kept.
         batch: tokens of the census.
-        truth: their FP32 magnitudes.
-        census: of the precision in want of them, without further islands.
-        judge: the verdict on a subject with islands and its census; may measure the pair.
+        truth: FP32 magnitudes of the batch.
+        census: census of the precision that overflows, without further islands.
+        judge: returns the verdict on a subject with islands and its census; may measure the pair.
     """
     modules = tuple(subject.config.precision.fp32_modules)
     most = max(1, subject.model.hf_config.num_hidden_layers // 2)
@@ -92,15 +94,16 @@ def find_islands(
     verdict = judge(with_islands(subject, modules), census)
     cures = verdict.verdict in sufficient
     name = census.dtype.upper()
-    reason = _cured(name, modules, verdict) if cures else _not_cured(name, modules, verdict, most)
+    reason = _why_sufficient(name, modules, verdict) if cures else _why_insufficient(name, modules, verdict, most)
     return Islands(modules=modules, cures=cures, reason=reason, verdict=verdict, census=census)
 
 
 def _grown(modules: tuple[str, ...], spots: tuple[Spot, ...]) -> tuple[str, ...]:
-    """One more island, or a wider one, for each place; islands inside another are dropped."""
+    """Add one island, or a wider one, for each place; drop islands inside another."""
     chosen = dict.fromkeys(modules)
     for spot in spots:
-        # What overflows although an earlier island covers it needs a wider one; one of this round is not tried yet.
+        # A place that overflows inside an island of an earlier round needs a wider one. An island of this round that
+        # covers the place has not been tried yet, so it may be enough.
         wider = (island for island in islands_for(spot) if not _covered(modules, island))
         island = next(wider, None)
         if island is not None and not _covered(chosen, island):
@@ -117,21 +120,21 @@ def _covered(islands: Iterable[str], module: str) -> bool:
 
 
 def _layers(modules: tuple[str, ...]) -> int:
-    """Layers with an island in them."""
+    """Return the number of layers that contain an island."""
     places = (_PLACE.fullmatch(module) for module in modules)
     return len({place["layer"] for place in places if place})
 
 
-def _cured(name: str, modules: tuple[str, ...], verdict: Verdict) -> str:
+def _why_sufficient(name: str, modules: tuple[str, ...], verdict: Verdict) -> str:
     return f"With {_named(modules)} in FP32, {name} is {verdict.verdict}: {verdict.reasons[0]}"
 
 
-def _not_cured(name: str, modules: tuple[str, ...], verdict: Verdict, most: int) -> str:
+def _why_insufficient(name: str, modules: tuple[str, ...], verdict: Verdict, most: int) -> str:
     if not modules:
-        return f"No island covers it, or islands in more than {most} layers would be needed."
+        return f"No island covers the overflow, or islands in more than {most} layers would be needed."
     return (
         f"With {_named(modules)} in FP32, {name} is still {verdict.verdict}: {verdict.reasons[0]} The search "
-        f"ends after {MAX_ROUNDS} rounds, at islands in {most} layers, or where no wider island is left."
+        f"ends after {MAX_ROUNDS} rounds, with islands in {most} layers, or when no wider island is left."
     )
 
 

@@ -1,8 +1,9 @@
-"""The first divergence: one sequence through trainer and native engine, and the first operation that differs.
+"""Localisation of a divergence: run one sequence through trainer and engine, and find the first operation that differs.
 
-Three comparisons. Trainer against engine, where every operation of the engine reads the trainer's results (`forced`),
-so that a difference is that operation's own; then both running freely, for the growth from layer to layer. And the
-engine against itself: prompt pass against decoding through the cache, and decoding alone against decoding in a batch.
+Three comparisons. Trainer against engine: first with every operation of the engine reading the trainer's results
+(`forced`), so that a difference belongs to that operation alone; then with both running freely, which shows the growth
+from layer to layer. And twice the engine against itself: the prompt pass against decoding through the cache, and
+decoding alone against decoding in a batch.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from betterhalf.config.engine import NativeEngineConfig
+from betterhalf.config.schema import NativeEngineConfig
 from betterhalf.diagnostics.divergence import (
     HINTS,
     Difference,
@@ -31,41 +32,43 @@ from betterhalf.errors import InputError
 from betterhalf.examine.engine_trace import decoded_trace, whole_trace
 from betterhalf.examine.subject import Subject, config_in, precision_in, rounded_weights, trainer_in
 from betterhalf.examine.trainer_trace import trainer_logits, trainer_trace
-from betterhalf.rollout.build import build_engine
+from betterhalf.rollout.build import build_traced_engine, capabilities
 from betterhalf.rollout.native.decoder import Decoder
-from betterhalf.rollout.native.engine import NativeEngine
+from betterhalf.rollout.tracing import TracedEngine
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import DtypeName
 
 BATCH = 8
-"""Sequences in the batch that decoding alone is compared with."""
+"""Sequences of the batch in the comparison of decoding alone with decoding in a batch."""
 
 _MAX_DECODED = 64
-"""Tokens of the completion that are replayed; more find nothing else and cost a decode step each, four times."""
+"""Most completion tokens that are replayed; more would find nothing new and cost four decode steps each."""
 _MAX_TRACED = 2**28
-"""Values in one trace (1 GiB in FP32); a sequence too long for it is cut."""
+"""Most values in one trace (1 GiB in FP32); a longer sequence is cut."""
 _MAX_LOGITS = 2**23
-"""Logits compared (64 MiB in FP64 on each side)."""
+"""Most logits compared (64 MiB in FP64 on each side)."""
 
-_OVERFLOW = "a value left the range of the format: `betterhalf doctor` names the modules and their cure"
+_OVERFLOW = "a value left the range of the format: `betterhalf doctor` names the modules and the fix"
 
 
 def localize(subject: Subject, token_ids: Sequence[int], prompt_length: int, *, dtype: DtypeName) -> dict[str, Any]:
-    """Replay one sequence through both wings of a subject in one precision; the native engine, whatever is configured.
+    """Replay one sequence through trainer and engine of a subject in one precision.
+
+    An engine whose operations cannot be traced is replaced by the native engine.
 
     Args:
-        subject: the model and the settings of trainer and engine.
+        subject: model and settings of trainer and engine.
         token_ids: prompt and completion; a long completion is cut.
         prompt_length: tokens of the prompt, at least one, followed by at least one token.
         dtype: precision of both sides.
 
     Returns:
-        The object `localize` of probe.json; see docs/localize.md.
+        The entry `localize` of probe.json; see docs/localize.md.
 
     Raises:
-        InputError: an architecture the native engine does not compute, or a sequence without prompt or completion.
+        InputError: the engine does not compute the architecture, or the sequence lacks a prompt or a completion.
     """
-    subject = _with_native_engine(subject)
+    subject = _with_traced_engine(subject)
     engine, trainer = _engine_unchecked(subject, dtype), trainer_in(subject, dtype, hooked=True)
     return localize_pair(trainer, engine.decoder, token_ids, prompt_length, dtype=dtype)
 
@@ -73,7 +76,7 @@ def localize(subject: Subject, token_ids: Sequence[int], prompt_length: int, *, 
 def localize_pair(
     trainer: PolicyTrainer, decoder: Decoder, token_ids: Sequence[int], prompt_length: int, *, dtype: DtypeName
 ) -> dict[str, Any]:
-    """As `localize`, on a trainer and a decoder that hold their weights."""
+    """Run `localize` on a trainer and a decoder that hold their weights."""
     tokens = _replayed(decoder, token_ids, prompt_length)
     against_trainer = _yardstick(decoder, dtype, len(tokens), trainer=True)
     against_itself = _yardstick(decoder, dtype, len(tokens), trainer=False)
@@ -96,14 +99,14 @@ def localize_pair(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Comparison:
-    """Two ways of computing one sequence."""
+    """Comparison of two computations of one sequence."""
 
     sides: tuple[str, str]
     """Names of the result and of the reference."""
     forced: list[Difference]
-    """Of each operation, computed from the reference's inputs."""
+    """Difference of each operation, computed from the reference's inputs."""
     growth: list[float | None]
-    """Difference of the residual stream after each layer, both running freely."""
+    """Difference of the residual stream after each layer, with both sides running freely."""
 
 
 def _comparison(
@@ -116,24 +119,24 @@ def _comparison(
     )
 
 
-def _with_native_engine(subject: Subject) -> Subject:
-    if isinstance(subject.config.engine, NativeEngineConfig):
+def _with_traced_engine(subject: Subject) -> Subject:
+    """Return the subject with an engine whose operations can be traced: the configured one, else the native engine."""
+    if capabilities(subject.config).traces:
         return subject
     config = subject.config.model_copy(update={"engine": NativeEngineConfig()})
     return dataclasses.replace(subject, config=config)
 
 
-def _engine_unchecked(subject: Subject, dtype: DtypeName) -> NativeEngine:
-    """An engine with the subject's weights that nothing has run on: where values overflow is what we are to find."""
+def _engine_unchecked(subject: Subject, dtype: DtypeName) -> TracedEngine:
+    """Return an engine with the subject's weights on which nothing has run: an overflow is what we look for."""
     model, precision = subject.model, precision_in(subject, dtype)
-    engine = build_engine(config_in(subject, dtype), model.hf_config, model.stop_token_ids, precision)
-    assert isinstance(engine, NativeEngine)
+    engine = build_traced_engine(config_in(subject, dtype), model.hf_config, model.stop_token_ids, precision)
     engine.load_weights(rounded_weights(model, precision.wire_dtype), policy_version=0)
     return engine
 
 
 def _replayed(decoder: Decoder, token_ids: Sequence[int], prompt_length: int) -> tuple[int, ...]:
-    """The prompt and as much of the completion as is worth its time and memory."""
+    """Return the prompt and the part of the completion within the limits on time and memory."""
     if not 0 < prompt_length < len(token_ids):
         raise InputError(
             f"a sequence of {len(token_ids)} tokens with a prompt of {prompt_length} cannot be replayed through "
@@ -161,7 +164,7 @@ def _yardstick(decoder: Decoder, dtype: DtypeName, tokens: int, *, trainer: bool
 def _compare_logits(
     trainer: PolicyTrainer, decoder: Decoder, theirs: Trace, prompt_length: int, yardstick: Yardstick
 ) -> Difference:
-    """The heads of both sides on the trainer's final hidden states of rows that predict completion tokens."""
+    """Compare the heads of both sides on the trainer's final hidden states that predict completion tokens."""
     first, rows = prompt_length - 1, max(1, _MAX_LOGITS // decoder.config.vocab_size)
     hidden = theirs["final_norm", None][first : first + rows]
     ours = decoder.logits(hidden.to(decoder.rounding.container))
@@ -184,7 +187,7 @@ def _as_json(comparisons: dict[str, _Comparison]) -> dict[str, Any]:
 
 
 def _summary(comparison: _Comparison) -> dict[str, Any]:
-    """First beyond rounding, first that is not bitwise equal, and the one that comes nearest to its bound."""
+    """Select the first difference beyond rounding, the first that is not bitwise zero, and the nearest to its bound."""
     finite = [one for one in comparison.forced if one.local is not None]
     found = {
         "first": first_beyond(comparison.forced),
@@ -195,7 +198,7 @@ def _summary(comparison: _Comparison) -> dict[str, Any]:
 
 
 def _record(one: Difference, sides: tuple[str, str]) -> dict[str, Any]:
-    """A difference as probe.json holds it; `not_finite` names the sides that hold NaN or infinity."""
+    """Return a difference as written to probe.json; `not_finite` names the sides that hold NaN or infinity."""
     finite = (one.result_finite, one.reference_finite)
     not_finite = [side for side, is_finite in zip(sides, finite, strict=True) if not is_finite]
     return {

@@ -1,4 +1,4 @@
-"""What `betterhalf probe --localize` found, for a terminal: the sentence, then a table of layers."""
+"""Terminal view of `betterhalf probe --localize`: a sentence for each comparison, then a table of layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHOWN_LAYERS = 12
 
 
 def localize_sentences(result: Mapping[str, Any]) -> list[str]:
-    """One sentence for each comparison, and for each difference beyond rounding a hint where to look."""
+    """Return one sentence for each comparison, and a hint at the cause for each difference beyond rounding."""
     sentences = []
     for name, label in _COMPARISONS.items():
         sentences += _comparison_sentences(label, result["comparisons"][name])
@@ -41,13 +41,13 @@ def show_localize(result: Mapping[str, Any], stream: TextIO | None = None, *, wi
 def _comparison_sentences(label: str, summary: Mapping[str, Any]) -> list[str]:
     first = summary["first"]
     if first is None:
-        return [f"{label}: apart by rounding alone; {_nearest(summary['nearest'])}"]
+        return [f"{label}: differ by rounding alone; {_nearest(summary['nearest'])}"]
     where = f"{label}: FIRST DIFFERENCE in {_place(first)}, at token {first['token']}"
     if first["not_finite"]:
         return [f"{where}: NaN or infinity in {' and '.join(first['not_finite'])}", f"  {first['hint']}"]
     return [
-        f"{where}: {first['difference']:.2e}, where rounding reaches {first['bound']:.1e}",
-        f"  look at {first['hint']}",
+        f"{where}: {first['difference']:.2e}, where rounding explains at most {first['bound']:.1e}",
+        f"  check {first['hint']}",
     ]
 
 
@@ -55,7 +55,7 @@ def _nearest(nearest: Mapping[str, Any] | None) -> str:
     if nearest is None or not nearest["difference"]:
         return "every operation is bitwise equal"
     share = nearest["difference"] / nearest["bound"]
-    return f"{_place(nearest)} comes nearest to its bound ({nearest['difference']:.1e}, {share:.0%} of it)"
+    return f"{_place(nearest)} comes closest to its bound ({nearest['difference']:.1e}, {share:.0%} of it)"
 
 
 def _place(one: Mapping[str, Any]) -> str:
@@ -64,7 +64,7 @@ def _place(one: Mapping[str, Any]) -> str:
 
 
 def _growth_table(result: Mapping[str, Any]) -> Table:
-    """The difference of the residual stream after each layer; of many layers, an even choice with the last."""
+    """Return the difference of the residual stream after each layer; many layers are thinned evenly, up to the last."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title="difference of the residual stream", title_justify="left")
     for column in _COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)

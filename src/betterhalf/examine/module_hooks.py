@@ -1,4 +1,7 @@
-"""Watch a module compute: every output, every input that is no output, every gradient, without changing a bit."""
+"""Hooks that show every value of a module's forward and backward passes without changing a bit.
+
+These are the output of each module, inputs that are not the output of another module, and gradients.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +18,26 @@ from torch.utils.hooks import RemovableHandle
 from betterhalf.diagnostics.numerics import Kind
 
 See = Callable[[str, Kind, Tensor], None]
-"""Told of every value as it is computed: (module, kind, value)."""
+"""Called with (module name, kind, value) for every value, in the order of computation."""
 
 _LAYER = re.compile(r"\.layers\.\d+$")
 _RECENT = 8
-"""Outputs remembered to tell whether an input is one of them; siblings such as queries and values share an input."""
+"""Number of recent outputs with which an input is compared; several modules, such as the projections of queries and
+values, read the same output."""
 
 
 @contextmanager
-def watched(module: nn.Module, see: See) -> Iterator[None]:
-    """Show `see` what every leaf module and decoder layer computes, in the order of computation, forward and backward.
+def observe_module(module: nn.Module, see: See) -> Iterator[None]:
+    """Call `see` with the values of every leaf module and decoder layer, in the order of computation.
 
-    Numbers stay the same bit for bit, since hooks only look, but for FP32 gradients of weights, which are made before
-    they are added up so that there is something to see (`precision.products.direct_sum`). Leaves without parameters are
-    included (activations); what is no floating tensor, such as token ids or rope's pair of tables, is not.
+    The hooks only read, so numbers stay the same bit for bit. FP32 gradients of weights are the exception: with a hook
+    they are computed first and added afterwards, not added in place (`precision.products.direct_sum`). Leaf modules
+    without parameters, such as activations, are included. Values that are not floating-point tensors, such as token ids
+    or rope's pair of tables, are not.
     """
-    watcher = _Watcher(see)
-    handles = [handle for name, part in module.named_modules() for handle in watcher.hooks(name, part)]
-    handles += watcher.parameter_hooks(module)
+    observer = _Observer(see)
+    handles = [handle for name, part in module.named_modules() for handle in observer.hooks(name, part)]
+    handles += observer.parameter_hooks(module)
     try:
         yield
     finally:
@@ -40,7 +45,7 @@ def watched(module: nn.Module, see: See) -> Iterator[None]:
             handle.remove()
 
 
-class _Watcher:
+class _Observer:
     """Hooks that call `see`."""
 
     def __init__(self, see: See) -> None:
@@ -48,17 +53,17 @@ class _Watcher:
         self._recent: deque[Tensor] = deque(maxlen=_RECENT)
 
     def hooks(self, name: str, part: nn.Module) -> list[RemovableHandle]:
-        """Hooks on one module: none on containers other than decoder layers."""
+        """Install the hooks of one module; containers other than decoder layers get none."""
         if _LAYER.search(name):
             return [part.register_forward_hook(partial(self._after, name))]
         if name == "" or any(part.children()):
             return []
-        # First of all: an FP32 island's own hook widens the input, which is held in half until then.
+        # Prepended, to see the half input before an FP32 island's own hook widens it.
         before = part.register_forward_pre_hook(partial(self._before, name), prepend=True)
         return [before, part.register_forward_hook(partial(self._after, name))]
 
     def parameter_hooks(self, module: nn.Module) -> list[RemovableHandle]:
-        """Hooks on the gradient that each backward pass brings to a parameter."""
+        """Install hooks that see each parameter's gradient of every backward pass."""
         named = [(name.rpartition(".")[0], p) for name, p in module.named_parameters() if p.requires_grad]
         return [_on_gradient(p, partial(self._gradient, owner, "gradient")) for owner, p in named]
 
@@ -70,14 +75,14 @@ class _Watcher:
     def _after(self, name: str, part: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if not _is_floating(output):
             return
-        # Detached: an output whose hook leads back to itself would keep the whole graph for ever.
+        # Detached: an output whose hook refers to the output itself would keep the whole graph alive.
         self._recent.append(output.detach())
         self._see(name, "forward", output.detach())
         if output.requires_grad:
             _on_gradient(output, partial(self._gradient, name, "backward"))
 
     def _gradient(self, name: str, kind: Kind, gradient: Tensor) -> None:
-        # An embedding's is sparse: its other rows are zeros, which a census counts too.
+        # An embedding's gradient is sparse; a census also counts the zeros of its other rows.
         self._see(name, kind, gradient.detach().to_dense() if gradient.is_sparse else gradient.detach())
 
 
@@ -91,5 +96,5 @@ def _is_floating(x: Any) -> bool:
 
 
 def _same_values(x: Tensor, seen: Tensor) -> bool:
-    """Whether `x` is `seen`, perhaps in another shape."""
+    """Return whether `x` and `seen` are the same memory, perhaps in different shapes."""
     return x.data_ptr() == seen.data_ptr() and x.numel() == seen.numel()

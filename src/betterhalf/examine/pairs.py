@@ -1,6 +1,6 @@
-"""Measure (trainer dtype, rollout dtype) pairs: one rollout for each rollout dtype, scored by one trainer at a time.
+"""Measure (trainer dtype, rollout dtype) pairs: sample once for each rollout dtype, score with one trainer at a time.
 
-What fails is recorded with its reason and the rest goes on; a recorder is told of everything as soon as it is there.
+A failure is recorded with its reason, and the other pairs are still measured. A recorder receives every result at once.
 """
 
 from __future__ import annotations
@@ -27,60 +27,60 @@ from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, DtypeName, Prompt
 
 Group = tuple[Prompt, tuple[Completion, ...]]
-"""A prompt and the siblings sampled for it."""
+"""(prompt, its siblings)."""
 
 Scores = Sequence[Sequence[float]]
-"""For each completion, the trainer's logprob of each of its tokens."""
+"""Trainer logprob of each token of each completion."""
 
 Value = TypeVar("Value")
 
 _FIT_TOKENS = 4096
-"""Completion tokens that tell raw from processed logprobs."""
+"""Number of completion tokens that decide whether logprobs are raw or of the stated temperature."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """What one policy mu sampled."""
+    """Completions that one policy mu sampled."""
 
     rollout: str
-    """Its rollout dtype; `dump` where a file does not say."""
+    """Rollout dtype; `dump` if a file does not give it."""
     items: tuple[Item, ...]
-    """[S] prompt and completion of each; siblings stand together."""
+    """[S] prompt and completion; siblings are adjacent."""
     prompt_ids: tuple[str, ...]
-    """[S] names the prompt of each."""
+    """[S] id of each completion's prompt."""
     groups: tuple[Group, ...] = ()
-    """The same with whole prompts, where they are known."""
+    """Same completions grouped by prompt, with whole prompts; empty for a file."""
     scored: tuple[tuple[bool, ...], ...] = ()
-    """[S] of a file: which tokens of each completion the engine sampled; all of them if empty."""
+    """[S] for each token of a completion from a file, True if the engine sampled it; empty if it sampled all tokens."""
 
     def only_scored(self, rows: Sequence[Sequence[Value]]) -> list[list[Value]]:
-        """Reduce values of all completion tokens to those of the tokens that the engine sampled."""
+        """Keep the values of tokens that the engine sampled, from one value for each completion token."""
         if not self.scored:
             return [list(row) for row in rows]
         return [list(compress(row, scored)) for row, scored in zip(rows, self.scored, strict=True)]
 
 
 class Recorder:
-    """Is told of everything when it happens. This one keeps nothing."""
+    """Receiver of results as they arrive. This base class ignores them."""
 
     def sampled(self, sample: Sample) -> None:
-        """A rollout is complete."""
+        """Record the completed rollouts of one dtype."""
 
     def measured(self, report: PairReport, sample: Sample, trainer_logprobs: Scores) -> None:
-        """A pair is complete."""
+        """Record a measured pair."""
 
     def failed(self, report: PairReport, error: BetterhalfError) -> None:
-        """A pair cannot be measured."""
+        """Record a pair that cannot be measured."""
 
     def spent(self, phase: Literal["generate", "score"], dtype: str, seconds: float) -> None:
-        """What a rollout, or everything that one trainer did, cost."""
+        """Record the time spent on the rollouts of one dtype, or on everything that one trainer did."""
 
     def advance(self, label: str) -> None:
-        """One more rollout or pair is done with, for better or worse."""
+        """Count one more finished rollout dtype or pair, successful or not."""
 
 
 class _RolloutFiles(Recorder):
-    """Keeps rollouts in a run folder."""
+    """Recorder that writes rollouts to a run folder."""
 
     def __init__(self, run: RunDir | None, temperature: float, advance: Callable[[str], None]) -> None:
         self._run, self._temperature, self._advance = run, temperature, advance
@@ -102,18 +102,18 @@ def measure_pairs(
     run: RunDir | None = None,
     advance: Callable[[str], None] = lambda label: None,
 ) -> list[PairReport]:
-    """Sample once for each rollout dtype and score in each trainer dtype asked for.
+    """Sample once for each rollout dtype, and score in each requested trainer dtype.
 
     Args:
-        subject: what is examined; `probe` of its configuration says how intervals are made.
-        pairs: (trainer dtype, rollout dtype).
-        prompts: to complete.
-        group_size: completions of each.
-        run: folder that gets `rollouts-<dtype>.jsonl`, in the schema of docs/probe.md; none if absent.
-        advance: told of each rollout and each pair that is done.
+        subject: model and settings; `probe` has those of the confidence intervals.
+        pairs: (trainer dtype, rollout dtype) of each pair.
+        prompts: prompts to complete.
+        group_size: completions of each prompt.
+        run: folder for `rollouts-<dtype>.jsonl`, in the schema of docs/probe.md; None to write no files.
+        advance: called with a label after each rollout dtype and each pair.
 
     Returns:
-        One report for each pair, in their order; a pair that failed has `error` set and NaN for numbers.
+        One report for each pair, in the order of `pairs`; a pair that failed has `error` set, and NaN for numbers.
 
     Raises:
         InputError, RunError: nothing could be sampled in any of the rollout dtypes.
@@ -125,10 +125,10 @@ def measure_pairs(
 
 
 def write_rollouts(run: RunDir, sample: Sample, temperature: float) -> None:
-    """Keep what was sampled in one dtype as `rollouts-<dtype>.jsonl`, which `--from-dump` reads.
+    """Write the completions of one rollout dtype to `rollouts-<dtype>.jsonl`, which `--from-dump` reads.
 
     Raises:
-        RunError: the disk is full or cannot be written.
+        RunError: the file cannot be written, for example because the disk is full.
     """
     path = run.path / f"rollouts-{sample.rollout}.jsonl"
     write_dump(path, sample.rollout, sample.prompt_ids, sample.items, temperature)
@@ -141,10 +141,10 @@ def sample_dtypes(
     group_size: int,
     recorder: Recorder,
 ) -> dict[str, Sample | BetterhalfError]:
-    """By rollout dtype: what was sampled, or why it could not be.
+    """Sample in every rollout dtype of the pairs; return the completions of each, or the error that prevented them.
 
     Raises:
-        InputError, RunError: all of them failed; this is the first one's error.
+        InputError, RunError: all dtypes failed; this is the error of the first.
         MissingExtraError: the engine's package is not installed.
     """
     outcomes: dict[str, Sample | BetterhalfError] = {}
@@ -155,7 +155,7 @@ def sample_dtypes(
             except MissingExtraError:
                 raise
             except BetterhalfError as error:
-                # A kept traceback would keep the engine in memory.
+                # The traceback would keep the engine in memory.
                 outcomes[dtype] = error.with_traceback(None)
         outcome = outcomes[dtype]
         if isinstance(outcome, Sample):
@@ -172,7 +172,7 @@ def _sample(subject: Subject, dtype: DtypeName, prompts: Sequence[Prompt], group
         with engine_in(subject, dtype) as engine:
             siblings = sample_groups_of(subject, engine, prompts, group_size)
     except EngineDiedError:
-        # Requests are seeded: a second engine gives what the first one would have given.
+        # Requests are seeded: a second engine samples what the first one would have sampled.
         with engine_in(subject, dtype) as engine:
             siblings = sample_groups_of(subject, engine, prompts, group_size)
     groups = tuple(zip(prompts, siblings, strict=True))
@@ -191,7 +191,7 @@ def score_pairs(
     samples: Mapping[str, Sample | BetterhalfError],
     recorder: Recorder,
 ) -> list[PairReport]:
-    """Score every sample in the trainer dtypes asked for; one trainer lives at a time."""
+    """Score every sample in the requested trainer dtypes, with only one trainer in memory at a time."""
     reports: dict[tuple[str, str], PairReport] = {}
     for train in dict.fromkeys(train for train, _ in pairs):
         rollouts = list(dict.fromkeys(rollout for other, rollout in pairs if other == train))
@@ -208,7 +208,7 @@ def _score_in(
     samples: Sequence[tuple[str, Sample | BetterhalfError]],
     recorder: Recorder,
 ) -> Iterator[PairReport]:
-    """The pairs of one trainer."""
+    """Yield the reports of the pairs of one trainer."""
     trainer: PolicyTrainer | BetterhalfError
     try:
         trainer = trainer_in(subject, train)
@@ -246,7 +246,7 @@ def _measure(
 
 
 def _temperature_fit(trainer: PolicyTrainer, sample: Sample, scores: Scores, config: RunConfig) -> TemperatureFit:
-    """Tell whether a file's logprobs are of the stated temperature or raw, by the first completions."""
+    """Determine from the first completions whether a file's logprobs are of the stated temperature or raw."""
     behavior = sample.only_scored([completion.behavior_logprobs for _, completion in sample.items])
     count = 1 + sum(total < _FIT_TOKENS for total in accumulate(map(len, behavior[:-1])))
     first = replace(sample, items=sample.items[:count], scored=sample.scored[:count])
@@ -260,10 +260,10 @@ def _temperature_fit(trainer: PolicyTrainer, sample: Sample, scores: Scores, con
 
 
 def compare(train: str, sample: Sample, scores: Scores, config: RunConfig, *, seconds: float) -> PairReport:
-    """The pair that a sample and its trainer logprobs make.
+    """Return the report on the pair of a sample and its trainer logprobs.
 
     Raises:
-        EngineError, NumericsError: logprobs that are not finite.
+        EngineError, NumericsError: logprobs of the engine, or of the trainer, are not finite.
     """
     names = {name: number for number, name in enumerate(dict.fromkeys(sample.prompt_ids))}
     behavior = sample.only_scored([completion.behavior_logprobs for _, completion in sample.items])

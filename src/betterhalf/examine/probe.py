@@ -1,4 +1,4 @@
-"""`betterhalf probe`: how far sampling and training policy are apart, for each pair of precisions, without training."""
+"""`betterhalf probe`: measure the mismatch between rollout engine and trainer for pairs of precisions, offline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import InputError
@@ -24,7 +24,7 @@ from betterhalf.types import DtypeName, Prompt
 
 __all__ = ["measure_pairs", "probe", "probe_json", "wanted_pairs"]
 
-DTYPES: tuple[DtypeName, ...] = ("fp16", "bf16", "fp32")
+DTYPES: tuple[DtypeName, ...] = get_args(DtypeName)
 """Order of rows and columns."""
 
 Key = TypeVar("Key")
@@ -49,38 +49,40 @@ def probe(
     """Measure the mismatch of a model, or of rollouts that another framework sampled.
 
     Args:
-        target: MODEL or RUN; may be None with a dump that brings its trainer logprobs.
-        config: model, task, sampling, engine and `probe` settings; `precision.pairs` says what is measured.
-        run_dir: where everything goes; `runs/probe-<name>-<time>` if absent.
-        from_dump: JSONL file in the schema of `runs.dump`, analysed instead of sampling.
-        gradient: also measure what the mismatch does to the policy gradient.
-        localize: also look for the first operation where trainer and engine diverge.
+        target: MODEL or RUN; may be None for a dump that includes trainer logprobs.
+        config: model, task, sampling, engine and `probe` settings; `precision.pairs` selects the pairs.
+        run_dir: folder for all results; None for `runs/probe-<name>-<time>`.
+        from_dump: JSONL file in the schema of `examine.dump`, which is analysed instead of new rollouts.
+        gradient: also measure the effect of the mismatch on the policy gradient.
+        localize: also find the first operation where trainer and engine diverge.
 
     Returns:
         The content of `probe.json`.
 
     Raises:
-        InputError: bad model, dump or settings; what was measured before is on disk.
+        InputError: model, dump or settings cannot be used; results so far are on disk.
         RunError: a pair could not be measured; all others are on disk.
     """
     if from_dump is None and target is None:
-        raise InputError("probe has nothing to look at. Name a model or a run, or give --from-dump FILE.")
+        raise InputError("probe has no model to examine. Name a model or a run, or give --from-dump FILE.")
     if from_dump is None:
         return _probe_model(cast(str, target), config, run_dir, gradient=gradient, localize=localize)
     if gradient or localize:
-        raise InputError("--gradient and --localize need rollouts of their own; leave them out with --from-dump.")
+        raise InputError(
+            "--gradient and --localize need rollouts that the probe samples itself; leave them out with --from-dump."
+        )
     return _probe_dump(target, config, run_dir, Path(from_dump))
 
 
 def probe_json(result: dict[str, Any]) -> dict[str, Any]:
-    """What `--json` prints: the pairs in a few numbers, the ratio, and where the rest is."""
+    """Return the part of a result that `--json` prints: a few numbers of each pair, the ratio, and the run folder."""
     keys = (*_PAIR_KEYS, "seconds")
     pairs = [{key: pair.get(key) for key in keys} for pair in result["pairs"]]
     return {"pairs": pairs, "bf16_over_fp16": result["bf16_over_fp16"], "run_dir": result["run_dir"]}
 
 
 def wanted_pairs(config: RunConfig) -> list[tuple[DtypeName, DtypeName]]:
-    """(trainer dtype, rollout dtype) of each pair that `precision.pairs` asks for."""
+    """Return (trainer dtype, rollout dtype) of each pair that `precision.pairs` selects."""
     pairs = config.precision.pairs
     if pairs == "full":
         return [(train, rollout) for train in DTYPES for rollout in DTYPES]
@@ -131,16 +133,16 @@ def _probe_model(
 def _open_short(
     target: str, config: RunConfig, *, samples: bool = True, grades: bool = False
 ) -> AbstractContextManager[Subject]:
-    """Open without asking for room for completions of the length limit: how much there is, is found out later."""
+    """Open the subject without checking that completions of maximum length fit the context; `_with_room` does so."""
     short, prompts = _sampling(config, max_tokens=1), config.probe.prompts
     return open_subject(target, short, prompts=prompts, samples=samples, grades=grades)
 
 
 def _with_room(subject: Subject, prompts: Sequence[Prompt], max_tokens: int) -> Subject:
-    """The subject with the length limit as configured, or as the context leaves room for."""
+    """Return the subject with the configured length limit, lowered to what fits the model's context."""
     room = subject.model.context_length - max(len(prompt.token_ids) for prompt in prompts)
     if room < max_tokens:
-        print(f"completions are limited to {room} tokens: the model's context has no room for more", file=sys.stderr)
+        print(f"completions are limited to {room} tokens: more do not fit the model's context", file=sys.stderr)
     return replace(subject, config=_sampling(subject.config, max_tokens=min(max_tokens, room)))
 
 
@@ -155,7 +157,7 @@ def _gradient(subject: Subject, samples: dict[str, Sample]) -> dict[str, Any]:
 
 
 def _localize(subject: Subject, samples: dict[str, Sample]) -> dict[str, Any]:
-    """Replay the longest completion of the configured precision, or of whichever was sampled."""
+    """Replay the longest completion of the configured precision; if that was not sampled, of the first that was."""
     from betterhalf.examine.localize import localize
 
     preset = subject.config.precision.preset
@@ -168,7 +170,7 @@ def _localize(subject: Subject, samples: dict[str, Sample]) -> dict[str, Any]:
 
 
 def _probe_dump(target: str | None, config: RunConfig, run_dir: str | None, path: Path) -> dict[str, Any]:
-    """Analyse a file; lines that bring trainer logprobs make a pair of their own beside those that MODEL scores."""
+    """Analyse a file; lines with trainer logprobs form a separate pair, beside those that MODEL scores."""
     dump = read_dump(path)
     if target is None:
         dump = dump.keep(lacks_trainer_logprobs)
@@ -182,7 +184,7 @@ def _probe_dump(target: str | None, config: RunConfig, run_dir: str | None, path
 
 
 def _at_temperature(config: RunConfig, dump: Dump) -> RunConfig:
-    """The first temperature that the file states decides; lines that state another are rejected."""
+    """Set the sampling temperature to the first that the file states; lines with another are rejected later."""
     stated = next((line.temperature for line in dump.lines if line.temperature is not None), None)
     if stated is None:
         return config
@@ -217,13 +219,16 @@ def _record_dump(run: RunDir, subject: Subject | None, config: RunConfig, target
 
 
 def _given_pairs(lines: Sequence[DumpLine], *, named: bool) -> dict[tuple[str, str], list[DumpLine]]:
-    """Lines with trainer logprobs by (trainer dtype, rollout dtype); beside MODEL's own, the former stays unnamed."""
+    """Group lines with trainer logprobs by (trainer dtype, rollout dtype).
+
+    Without `named` the trainer dtype is `UNKNOWN`, so that the pair differs from those that MODEL scores.
+    """
     with_trainer = [line for line in lines if line.trainer_logprobs is not None]
     return dict(_by(with_trainer, lambda line: (line.train if named else UNKNOWN, line.rollout)))
 
 
 def _by(lines: Sequence[DumpLine], key: Callable[[DumpLine], Key]) -> list[tuple[Key, list[DumpLine]]]:
-    """Lines by their key, in order of first appearance."""
+    """Group lines by a key, in the order of its first appearance."""
     groups: dict[Key, list[DumpLine]] = {}
     for line in lines:
         groups.setdefault(key(line), []).append(line)
@@ -248,7 +253,10 @@ def _measure_given(
 
 
 def _scoring_dtypes(config: RunConfig, rollout: str) -> tuple[DtypeName, ...]:
-    """Trainer dtypes in which MODEL scores a dump; `matched`: that of the rollouts, or the preset if unknown."""
+    """Return the trainer dtypes in which MODEL scores a dump.
+
+    For `matched` that is the dtype of the rollouts, or the preset if the file does not give it.
+    """
     pairs = config.precision.pairs
     if pairs == "full":
         return DTYPES

@@ -1,4 +1,4 @@
-"""What a probe leaves in its folder, complete after every rollout and every pair."""
+"""Files that a probe writes to its folder; they are complete after every rollout dtype and every pair."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from betterhalf.run_dir import RunDir, write_json_atomic, write_text_atomic
 
 
 class ProbeRecord(Recorder):
-    """Keeps `probe.json`, `tokens.parquet` and the rollouts up to date.
+    """Recorder that keeps `probe.json`, `tokens.parquet` and the rollout files up to date.
 
-    The folder stays empty until there is something to keep: bad input is often found only when the engine starts.
+    The folder stays empty until the first result: bad input is often found only when the engine starts.
     """
 
     def __init__(
@@ -57,36 +57,36 @@ class ProbeRecord(Recorder):
             "run_dir": str(run.path),
         }
 
-    # -- told by whoever measures
+    # -- called by the measurement
 
     def sampled(self, sample: Sample) -> None:
-        """Keep a rollout."""
+        """Write the rollouts of one dtype."""
         if self._keep_rollouts:
             write_rollouts(self.run, sample, self._config.sampling.temperature)
         self.save()
 
     def measured(self, report: PairReport, sample: Sample, trainer_logprobs: Scores) -> None:
-        """Keep a pair and its tokens."""
+        """Record a pair and its tokens."""
         self._tokens.add(report.train, sample, trainer_logprobs)
         self._add(report)
 
     def failed(self, report: PairReport, error: BetterhalfError) -> None:
-        """Keep why a pair has no numbers."""
+        """Record the reason why a pair has no numbers."""
         self._errors[f"{report.train}/{report.rollout}"] = error
         self._add(report)
 
     def spent(self, phase: Literal["generate", "score"], dtype: str, seconds: float) -> None:
-        """Keep what a rollout or a trainer cost."""
+        """Record the time of one dtype's rollouts, or of one trainer."""
         self.result["seconds"][phase][dtype] = seconds
 
     def advance(self, label: str) -> None:
-        """Move the bar."""
+        """Advance the progress bar."""
         self._advance()
 
-    # -- told by the verb
+    # -- called by the verb
 
     def add_part(self, name: Literal["gradient", "localize"], measure: Callable[[], dict[str, Any]]) -> None:
-        """Keep what `measure` finds; its failure, too, leaves the rest as it is."""
+        """Record the result of `measure`; if it fails, record the error and keep all other results."""
         started = time.perf_counter()
         try:
             self.result[name] = measure()
@@ -100,8 +100,8 @@ class ProbeRecord(Recorder):
         """Write summary and report, and return `probe.json`.
 
         Raises:
-            InputError: something failed, and always for bad input.
-            RunError: something else failed.
+            InputError: something failed, and every failure is one of bad input.
+            RunError: something failed for another reason.
         """
         self.save()
         write_json_atomic(self.run.summary, self._summary())
@@ -111,7 +111,7 @@ class ProbeRecord(Recorder):
         return self.result
 
     def save(self) -> None:
-        """Write what is known; the configuration last, so that with it the head is whole."""
+        """Write the results so far; the configuration is written last, so if it exists, so do the other files."""
         write_json_atomic(self.run.probe, self.result)
         if not self.run.config.exists():
             write_json_atomic(self.run.environment, environment())
@@ -138,7 +138,7 @@ class ProbeRecord(Recorder):
         }
 
     def _failure(self) -> BetterhalfError:
-        """One error for all: the reasons, each once with what it stopped."""
+        """Return one error for all failures; it names each reason once, with the pairs and parts that it affects."""
         by_reason: dict[str, list[str]] = {}
         for name, error in self._errors.items():
             by_reason.setdefault(str(error), []).append(name)
@@ -148,14 +148,14 @@ class ProbeRecord(Recorder):
 
 
 def ratio_of(pairs: Sequence[dict[str, Any]]) -> float | None:
-    """k3 of the BF16 pair over that of the FP16 pair; None without both, or where FP16 has no mismatch at all."""
+    """Return k3 of the BF16 pair over k3 of the FP16 pair; None without both, or if FP16 has no mismatch at all."""
     k3 = {pair["train"]: pair.get("k3") for pair in pairs if pair["train"] == pair["rollout"]}
     fp16, bf16 = k3.get("fp16"), k3.get("bf16")
     return bf16 / fp16 if fp16 and bf16 is not None else None
 
 
 def keep_rejected(path: Path, rejected: Sequence[Any]) -> None:
-    """Write `rejected.jsonl`: number and reason of each line that was not used."""
+    """Write `rejected.jsonl`: line number and reason of each line that was not used."""
     import json
 
     rows = [json.dumps({"line": rejection.line, "reason": rejection.reason}) + "\n" for rejection in rejected]

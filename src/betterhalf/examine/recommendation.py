@@ -1,4 +1,4 @@
-"""The doctor's recommendation as an experiment file: TOML to paste, each line with its reason."""
+"""The doctor's recommendation as an experiment file: TOML with a reason beside each setting."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def config_text(
     censuses: Mapping[DtypeName, Census],
     islands: Islands | None,
 ) -> str:
-    """Model, precision, FP32 islands and loss scale; empty before there is a recommendation.
+    """Return the settings of model, precision, FP32 islands and loss scale; empty without a recommendation.
 
-    `betterhalf train` takes the file as it is, or as the base of another.
+    `betterhalf train` accepts the file as it is, or as the base of another experiment.
     """
     if recommended is None:
         return ""
-    cured = islands is not None and islands.cures and recommended == "fp16" and verdicts["fp16"].verdict != "ok"
-    census = islands.census if islands and cured else censuses[recommended]
-    return "\n".join(_lines(subject, recommended, verdicts, census, islands if cured else None)) + "\n"
+    needed = islands is not None and islands.cures and recommended == "fp16" and verdicts["fp16"].verdict != "ok"
+    census = islands.census if islands and needed else censuses[recommended]
+    return "\n".join(_lines(subject, recommended, verdicts, census, islands if needed else None)) + "\n"
 
 
 def _lines(
@@ -61,7 +61,7 @@ def _lines(
 
 
 def _line(key: str, value: object, why: str) -> str:
-    """`key = value  # why`; a comment ends with its line."""
+    """Return `key = value  # why` on one line."""
     return f"{key} = {toml_value(value)}  # {' '.join(why.split())}"
 
 

@@ -1,4 +1,4 @@
-"""Trainer logprobs of completions that are already there: the packs and the forward pass of training, nothing else."""
+"""Score given completions: trainer logprobs from the packs and the forward pass of training."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, Prompt, Rollout
 
 Item = tuple[Sequence[int], Completion]
-"""The prompt's token ids, and what was sampled after them."""
+"""(token ids of the prompt, completion)."""
 
 
 def score_completions(
     trainer: PolicyTrainer, items: Sequence[Item], config: RunConfig, *, temperature: float | None = None
 ) -> list[list[float]]:
-    """Score each token of each completion by log pi, at the trainer's weights and temperature.
+    """Return log pi of each token of each completion, at the trainer's weights and temperature.
 
     Args:
-        trainer: computes pi.
-        items: prompts of at least one token, completions of at least one.
-        config: `training.tokens_per_micro_batch` bounds a forward pass.
-        temperature: replaces the trainer's.
+        trainer: trainer that computes pi.
+        items: prompts and completions of at least one token each.
+        config: settings; `training.tokens_per_micro_batch` limits the size of a forward pass.
+        temperature: temperature to use instead of the trainer's.
 
     Returns:
-        For each item, in order, one FP32 logprob for each token; not finite where the forward pass was not.
+        For each item, in order, one FP32 logprob for each token; not finite if the forward pass was not.
     """
     rollouts = [_as_rollout(token_ids, completion) for token_ids, completion in items]
     scores: dict[int, list[float]] = {}

@@ -1,4 +1,4 @@
-"""A model under examination by `probe` or `doctor`: its weights, its prompts, and both wings in any precision.
+"""Model under examination by `probe` or `doctor`: its weights and prompts, with trainer and engine in any precision.
 
 Nothing here trains. Each trainer works on a copy of the weights, so that the next one starts from the same numbers.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from betterhalf.config.engine import require_whole_distribution
+from betterhalf.config.sampling import require_whole_distribution
 from betterhalf.config.schema import RunConfig
 from betterhalf.models.description import describe_model
 from betterhalf.models.loading import LoadedModel, load_weights
@@ -33,28 +33,28 @@ from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, DtypeName, GenerateRequest, Prompt
 
 POLICY_VERSION = 0
-"""Version under which an examined model's weights are loaded: nothing is trained here."""
+"""Policy version of the examined weights; it never changes, since nothing is trained."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What is examined."""
+    """Model under examination, with its task and settings."""
 
     target: str
     """MODEL or RUN, as the user wrote it."""
     config: RunConfig
-    """Settings; its precision is replaced by the one of the moment."""
+    """Settings; each trainer and engine gets its own precision in place of the configured one."""
     model: LoadedModel
-    """FP32 weights that nobody changes."""
+    """Model with FP32 weights, which are never changed."""
     task: Task
-    """Gives prompts and, for gradients, rewards."""
+    """Source of prompts and, for gradients, of rewards."""
 
     def close(self) -> None:
         """End the task's worker processes."""
         self.task.close()
 
     def prompts(self, count: int) -> list[Prompt]:
-        """The first `count` prompts of the task, or all if it has fewer."""
+        """Return the first `count` prompts of the task, or all if it has fewer."""
         return [self.task.prompt(index) for index in range(min(count, len(self.task)))]
 
 
@@ -66,10 +66,10 @@ def open_subject(
 
     Args:
         target: MODEL or RUN.
-        config: of the examination.
-        prompts: prompts of the task that will be looked at; all if absent.
-        samples: whether the engine will sample; without, the model need not be one that it knows.
-        grades: whether completions will be graded; without, the grader's workers need not start.
+        config: settings of the examination.
+        prompts: number of prompts of the task that will be used; None for all.
+        samples: True if the engine will sample; else it need not support the model.
+        grades: True if completions will be graded; else the grader's worker processes need not start.
 
     Raises:
         InputError: truncated sampling, an unknown or damaged model, no tokenizer, a row of the data that cannot be
@@ -98,20 +98,22 @@ def open_subject(
 
 
 def config_in(subject: Subject, dtype: DtypeName) -> RunConfig:
-    """The subject's settings with every role in one format: overrides of single roles are for runs."""
+    """Return the subject's settings with every role in one format; overrides of single roles are dropped."""
     roles = dict.fromkeys(("compute_dtype", "rollout_dtype", "wire_dtype", "kv_dtype"))
     precision = subject.config.precision.model_copy(update={"preset": dtype, **roles})
     return subject.config.model_copy(update={"precision": precision})
 
 
 def precision_in(subject: Subject, dtype: DtypeName) -> Precision:
-    """Every role in one format, on the device of the configuration."""
+    """Return the precision with every role in one format, on the configured device."""
     return build_precision(config_in(subject, dtype).precision, choose_device(subject.config))
 
 
 def trainer_in(subject: Subject, dtype: DtypeName, *, hooked: bool = False) -> PolicyTrainer:
-    """A trainer in `dtype` on its own copy of the weights; not compiled if it is to be `hooked`, for compiled layers
-    would not call hooks."""
+    """Build a trainer in `dtype` with its own copy of the weights.
+
+    Set `hooked` if modules will get hooks: compiled layers would not call them, so layers are then not compiled.
+    """
     config = config_in(subject, dtype)
     if hooked:
         config = config.model_copy(update={"training": config.training.model_copy(update={"compile_layers": False})})
@@ -121,11 +123,11 @@ def trainer_in(subject: Subject, dtype: DtypeName, *, hooked: bool = False) -> P
 
 @contextmanager
 def engine_in(subject: Subject, dtype: DtypeName) -> Iterator[RolloutEngine]:
-    """The configured engine in `dtype`, holding the subject's weights, which are verified; closed at the end.
+    """Run the configured engine in `dtype` with the subject's weights, verified by digest; close it at the end.
 
     Raises:
-        InputError: the engine does not know the architecture, or refuses the format.
-        WeightSyncError: it holds other weights than it was sent.
+        InputError: the engine does not support the architecture or the format.
+        WeightSyncError: the engine holds other weights than those it was sent.
     """
     precision = precision_in(subject, dtype)
     model = subject.model
@@ -142,7 +144,7 @@ def engine_in(subject: Subject, dtype: DtypeName) -> Iterator[RolloutEngine]:
 def sample_groups_of(
     subject: Subject, engine: RolloutEngine, prompts: Sequence[Prompt], group_size: int
 ) -> list[tuple[Completion, ...]]:
-    """`group_size` completions of each prompt; the same random numbers for every engine and precision."""
+    """Sample `group_size` completions of each prompt; every engine and precision uses the same random numbers."""
     requests = [
         GenerateRequest(
             token_ids=prompt.token_ids,
@@ -158,6 +160,6 @@ def sample_groups_of(
 
 
 def rounded_weights(model: LoadedModel, dtype: torch.dtype) -> Iterable[tuple[str, Tensor]]:
-    """(unfused Hugging Face name, FP32 weight rounded once to `dtype`), one at a time."""
+    """Yield (unfused Hugging Face name, FP32 weight rounded once to `dtype`), one at a time."""
     for name, parameter in model.module.named_parameters():
         yield name, parameter.detach().to(dtype)

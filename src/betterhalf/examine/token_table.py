@@ -1,4 +1,4 @@
-"""`tokens.parquet`: one row for each token and pair, for whoever wants to look further than the report."""
+"""`tokens.parquet`: one row for each token and pair, for analyses beyond the report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from betterhalf.examine.pairs import Sample, Scores
 
 
 class TokenTable:
-    """The rows so far; the file on disk is whole after every pair."""
+    """Rows so far; the file on disk is complete after every pair."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -23,7 +23,7 @@ class TokenTable:
         """Add a pair's tokens and replace the file.
 
         Raises:
-            RunError: it cannot be written; the file that was there is untouched.
+            RunError: the file cannot be written; the previous one is untouched.
         """
         import pyarrow
         import pyarrow.parquet

@@ -1,7 +1,7 @@
-"""The result of every operation inside the trainer's transformers module, in the layout of the native engine's taps.
+"""Trace of the trainer: the result of every operation in its transformers module, in the layout of the engine's taps.
 
-Forward hooks see what goes into and comes out of each module. Rotated queries and keys exist only as arguments of the
-attention function, which is wrapped for the moment.
+Forward hooks record the input and output of each module. Rotated queries and keys exist only as arguments of the
+attention function, which is wrapped while the trace is recorded.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from betterhalf.diagnostics.divergence import Place, Trace
 from betterhalf.rollout.native.decoder import OPERATIONS
+from betterhalf.training.pack import pack_sequence
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.training.token_scores import head_logits
-from betterhalf.types import MicroBatch, PackedSegment
 
 _Keep = Callable[[str, int | None, Tensor], None]
-"""(operation, layer, its result [1, T, ...])."""
+"""Called with (operation, layer, result [1, T, ...])."""
 
 _AROUND_LAYER: dict[str, tuple[str | None, str | None]] = {
     "input_layernorm": (None, "attention_norm"),
@@ -34,12 +34,12 @@ _AROUND_LAYER: dict[str, tuple[str | None, str | None]] = {
     "mlp.up_proj": (None, "up"),
     "mlp.down_proj": ("swiglu", "down"),
 }
-"""Module of a layer -> the operations whose results are its input and its output."""
+"""Module of a layer -> (operation whose result is its input, operation whose result is its output)."""
 
 
 @torch.no_grad()
 def trainer_trace(trainer: PolicyTrainer, token_ids: tuple[int, ...]) -> Trace:
-    """Run one sequence through the trainer, as it scores one, and keep every operation's result [T, ...]."""
+    """Score one sequence with the trainer, and return every operation's result [T, ...]."""
     found: dict[Place, Tensor] = {}
 
     def keep(operation: str, layer: int | None, result: Tensor) -> None:
@@ -51,19 +51,19 @@ def trainer_trace(trainer: PolicyTrainer, token_ids: tuple[int, ...]) -> Trace:
         for index, layer in enumerate(decoder.layers):
             _hook_layer(index, layer, keep, hooks)
         hooks.enter_context(_rotated_heads(trainer.attention, keep))
-        trainer.measure([_one_sequence(token_ids)])
+        trainer.measure([pack_sequence(token_ids)])
     return _in_order(found, len(decoder.layers))
 
 
 @torch.no_grad()
 def trainer_logits(trainer: PolicyTrainer, hidden: Tensor) -> Tensor:
-    """FP32 logits [N, V] of final hidden states [N, H], computed as the trainer's scoring does."""
+    """Return FP32 logits [N, V] of final hidden states [N, H], computed as in the trainer's scoring."""
     weight = trainer.module.get_output_embeddings().weight.detach()
     return head_logits(hidden, weight if weight.is_cuda else weight.float())
 
 
 def _hook_ends(decoder: Any, keep: _Keep, hooks: ExitStack) -> None:
-    """The residual stream between layers, and what is outside of them."""
+    """Record the embedding, the residual stream between layers, and the final norm."""
     last = len(decoder.layers) - 1
     for index, layer in enumerate(decoder.layers):
         operation, before = ("mlp_residual", index - 1) if index else ("embedding", None)
@@ -109,7 +109,7 @@ def _rotated_heads(name: str, keep: _Keep) -> Iterator[None]:
         keep("rotated_keys", module.layer_idx, key.transpose(1, 2))
         return attend(module, query, key, value, *args, **kwargs)
 
-    # The instance's own entry goes before the one registered for the class, which stays as it is.
+    # An entry of the instance takes precedence over the one registered for the class, which is not changed.
     ALL_ATTENTION_FUNCTIONS[name] = recording
     try:
         yield
@@ -118,7 +118,7 @@ def _rotated_heads(name: str, keep: _Keep) -> Iterator[None]:
 
 
 def _in_order(found: dict[Place, Tensor], layers: int) -> Trace:
-    """Every operation in the order of computation; heads as [T, heads, D], gate and up side by side."""
+    """Return every result in the order of computation, heads as [T, heads, D], gate and up concatenated."""
     for layer in range(layers):
         head_dim = found["rotated_queries", layer].shape[-1]
         for operation in ("queries", "keys", "values"):
@@ -132,20 +132,3 @@ def _places(layers: int) -> list[Place]:
     first, *within, last = OPERATIONS
     inner: list[Place] = [(operation, layer) for layer in range(layers) for operation in within]
     return [(first, None), *inner, (last, None)]
-
-
-def _one_sequence(token_ids: tuple[int, ...]) -> MicroBatch:
-    """The sequence alone in a pack; behavior logprobs and advantages play no part."""
-    tokens = torch.tensor(token_ids)
-    positions = torch.arange(len(token_ids))
-    return MicroBatch(
-        token_ids_T=tokens,
-        position_ids_T=positions,
-        segments=(PackedSegment(length=len(token_ids)),),
-        loss_rows_C=positions[:-1],
-        target_ids_C=tokens[1:],
-        sequence_index_C=torch.zeros_like(positions[:-1]),
-        behavior_logprobs_C=torch.zeros(len(token_ids) - 1),
-        advantages_S=torch.zeros(1),
-        rollout_index_S=(0,),
-    )

@@ -1,15 +1,15 @@
-"""TRL's completions as lines of a dump.
+"""Convert TRL's completions to lines of a dump.
 
-Two shapes are recognised, one completion a line or a whole batch a line:
+Two kinds of record are recognised, with one completion or a whole batch on a line:
 
-* what a rollout function returns (`GRPOTrainer(rollout_func=...)`): `prompt_ids`, `completion_ids`, `logprobs`, and
-  `env_mask` where an environment wrote some of the tokens;
-* what the trainer scores (`_generate_and_score_completions`): padded `prompt_ids` and `completion_ids` with their
-  masks, `sampling_per_token_logps` (log mu), and where TRL computed it `old_per_token_logps` (log pi before the
+* the result of a rollout function (`GRPOTrainer(rollout_func=...)`): `prompt_ids`, `completion_ids`, `logprobs`, and
+  `env_mask` if an environment wrote some of the tokens;
+* the batch that the trainer scores (`_generate_and_score_completions`): padded `prompt_ids` and `completion_ids` with
+  their masks, `sampling_per_token_logps` (log mu), and, if TRL computed it, `old_per_token_logps` (log pi before the
   update).
 
-vLLM's logprobs come as [tokens][top]; the sampled token's is the only one, or is found through `logprob_token_ids`.
-TRL's log of completions holds text alone and cannot be used.
+vLLM's logprobs have the shape [tokens][top]. The sampled token's logprob is the only one of its row, or is found
+through `logprob_token_ids`. TRL's log of completions holds only text and cannot be used.
 """
 
 from __future__ import annotations
@@ -20,33 +20,34 @@ from typing import Any
 from betterhalf.examine.dump_masks import KNOWN_MASKS, read_masks
 
 _BEHAVIOR = ("sampling_per_token_logps", "logprobs")
+"""Names of the behavior logprobs, in order of preference."""
 _PASSED_ON = ("prompt_id", "finish_reason", "temperature", "rollout_dtype", "trainer_dtype", *KNOWN_MASKS)
-
+"""Keys that have the same name and meaning in a dump."""
 
 _COLUMNS = {
     *("prompt_ids", "completion_ids", "logprob_token_ids", "old_per_token_logps"),
     *(*_BEHAVIOR, *_PASSED_ON),
 }
-"""All that matters of a batch; images, rewards and the like may have any shape."""
+"""Keys of a batch that are read; others, such as images and rewards, are ignored and may have any shape."""
 
 
 def is_trl(record: Mapping[str, Any]) -> bool:
-    """Whether a line has TRL's names instead of the schema's."""
+    """Return whether a line has TRL's key names instead of the schema's."""
     return "token_ids" not in record and "completion_ids" in record
 
 
 def trl_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One of TRL's records taken apart: one for each completion of a batch.
+    """Split one of TRL's records into one for each completion of its batch.
 
     Args:
-        record: lists as JSON has them.
+        record: parsed JSON object.
 
     Raises:
-        ValueError: the columns of the batch do not belong together.
+        ValueError: the columns of the batch have different lengths.
     """
     completions = record["completion_ids"]
     if not isinstance(completions, list):
-        raise ValueError("completion_ids is no list")
+        raise ValueError("completion_ids is not a list")
     if not (completions and isinstance(completions[0], list)):
         return [dict(record)]
     count = len(completions)
@@ -57,10 +58,10 @@ def trl_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def trl_line(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The line that one completion makes, in the schema of `dump`; padding and masks stay as they are.
+    """Convert one completion to the schema of `dump`; padding and masks stay as they are.
 
     Raises:
-        ValueError: its parts do not belong together.
+        ValueError: logprobs, candidates or masks do not match the completion.
     """
     line = {name: row[name] for name in _PASSED_ON if row.get(name) is not None}
     line["prompt_token_ids"] = row.get("prompt_ids", [])
@@ -74,7 +75,7 @@ def trl_line(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _column(key: str, value: Any, count: int) -> list[Any]:
-    """A value for each completion: given so, one for all, or one for the siblings of each prompt."""
+    """Return a value for each completion from a list of such values, one value for all, or one for each prompt."""
     if not isinstance(value, list):
         return [value] * count
     if len(value) == count:
@@ -85,12 +86,12 @@ def _column(key: str, value: Any, count: int) -> list[Any]:
 
 
 def _sampled(logprobs: Any, row: Mapping[str, Any]) -> Any:
-    """One logprob for each token, out of vLLM's list of the most likely ones; None where none was sampled."""
+    """Pick each sampled token's logprob from vLLM's list of candidates; None for tokens that were not sampled."""
     tokens, prompt = row["completion_ids"], row.get("prompt_ids", [])
     if not isinstance(logprobs, list) or not any(isinstance(value, list) for value in logprobs):
         return logprobs
     if not isinstance(prompt, list):
-        raise ValueError("prompt_ids is no list")
+        raise ValueError("prompt_ids is not a list")
     if len(logprobs) != len(tokens):
         raise ValueError(f"logprobs has {len(logprobs)} values for {len(tokens)} completion_ids")
     scored = read_masks(row, prompt, tokens).scored
@@ -101,17 +102,19 @@ def _sampled(logprobs: Any, row: Mapping[str, Any]) -> Any:
 
 
 def _of_token(place: int, value: Any, row: Mapping[str, Any]) -> Any:
-    """The sampled token's logprob: the only one, or the one that `logprob_token_ids` gives it."""
+    """Return the sampled token's logprob: the only one, or the one that `logprob_token_ids` assigns to it."""
     if not isinstance(value, list):
         return value
     if len(value) == 1:
         return value[0]
     token, ids = row["completion_ids"][place], row.get("logprob_token_ids")
     if ids is None:
-        raise ValueError("logprobs lists several candidates for a token; add logprob_token_ids, or generate with one")
+        raise ValueError(
+            "logprobs lists several candidates for a token; add logprob_token_ids, or generate with one candidate"
+        )
     if not isinstance(ids, list) or len(ids) != len(row["completion_ids"]):
         raise ValueError(f"logprob_token_ids does not match the {len(row['completion_ids'])} completion_ids")
     candidates = ids[place]
     if not isinstance(candidates, list) or len(candidates) != len(value) or token not in candidates:
-        raise ValueError(f"logprobs has none for the sampled token {token}")
+        raise ValueError(f"logprobs has no value for the sampled token {token}")
     return value[candidates.index(token)]

@@ -1,12 +1,13 @@
-"""Triton kernels for a GPU, each several of torch's operations in one pass over memory.
+"""Triton kernels for a GPU; each replaces several torch operations by one pass over memory.
 
-    decoding     the native engine between its matrix products: residual and norm, rope and cache, SwiGLU
+    decoding     decode step of the native engine between its matrix products: residual and norm, rope and cache, SwiGLU
     attention    one new token of each sequence over the engine's cache
-    vocabulary   rows of logits: normaliser, entropy, gradient, sums of neighbours to draw from
-    gradients    what the loss scaler looks for
+    vocabulary   rows of logits: scores of tokens, entropy, gradient, drawing tokens
+    gradients    accumulation in FP32, and statistics for the loss scaler
 
-What they compute is defined by the operations they replace, in the same formats and with the same roundings; sums may
-be in another order. Tests run them on a CPU by Triton's interpreter. Import the modules only where `fused` allows it.
+A kernel is defined by the operations that it replaces: it uses the same formats and rounds at the same points, but may
+sum in another order. Tests run the kernels on a CPU in Triton's interpreter. Import the modules only where `fused`
+allows it.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from torch import Tensor
 
 
 def fused(x: Tensor) -> bool:
-    """Whether the kernels can compute on this tensor: it lies on a GPU, and Triton, which torch brings, is there."""
+    """Return whether the kernels can compute on this tensor: it is on a GPU, and Triton is installed."""
     return x.is_cuda and has_triton()
 
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton is installed."""
+    """Return whether Triton is installed; torch brings it where it supports GPUs."""
     return find_spec("triton") is not None

@@ -1,4 +1,4 @@
-"""Attention of one new token for each sequence over its slot of the cache."""
+"""Decode attention: one new token of each sequence attends over the sequence's slot of the KV cache."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import triton.language as tl
 from torch import Tensor
 
 _LAUNCH = {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
-"""Keys of a step, and how it is run."""
+"""Launch settings for half queries: keys of one iteration (`BLOCK_N`), warps and pipeline stages."""
 _LAUNCH_FP32 = {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+"""Launch settings for FP32 queries."""
 _FEWEST_QUERIES = 16
-"""Rows of the smallest product of a tensor core; a group's queries are padded to them."""
+"""Rows of the smallest tensor core product, to which the queries of a group are padded."""
 _MOST_SPLITS = 8
-"""Programs that share the keys of a sequence at most."""
+"""Maximum number of programs among which the keys of a sequence are split."""
 _LOG2_E = 1.4426950408889634
+"""log2(e): softmax is computed with powers of two."""
 
 
 @triton.jit
 def _keys_of(split, length, window, SPLITS: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First key of a program's share, and the one after the last."""
+    """Return the first key of a program's share, and the end of the share."""
     first = 0
     if WINDOWED:
         first = tl.maximum(length - window, 0)
@@ -75,10 +77,10 @@ def _attend(
         held = seen[:, None] & (d < DIM)[None, :]
         k = tl.load(keys + n[:, None] * DIM + d[None, :], mask=held, other=0.0).to(q.dtype)
         v = tl.load(values + n[:, None] * DIM + d[None, :], mask=held, other=0.0).to(q.dtype)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        qk = tl.where(seen[None, :], qk, float("-inf"))
+        higher = tl.maximum(peak, tl.max(qk, 1))
+        weights = tl.exp2(qk - higher[:, None])
         shrink = tl.exp2(peak - higher)
         total = total * shrink + tl.sum(weights, 1)
         mixed = mixed * shrink[:, None] + tl.dot(weights.to(q.dtype), v, input_precision="ieee")
@@ -127,19 +129,20 @@ def attend(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """Attention of one token for each of B sequences over its slot of the cache, the token itself included.
+    """Return the attention of one token for each of B sequences over its slot of the cache, the token included.
 
-    Only positions that a sequence has are read, however long the cache is. Softmax and sums are FP32; its numerators
-    are rounded to the queries' dtype before they meet V, as in flash attention (arXiv 2205.14135). Where sequences are
-    too few for the device, the keys of each are split among programs (flash decoding).
+    Only positions that a sequence has are read, however long the cache is. Softmax and sums are FP32; the numerators
+    of the softmax are rounded to the queries' dtype before the product with V, as in flash attention (arXiv
+    2205.14135). With too few sequences to occupy the device, the keys of each are split among programs (flash
+    decoding).
 
     Args:
         queries: [B, heads, D].
-        cache: keys and values, [slots * kv_heads, max_length, D] each, of at least B slots.
+        cache: keys and values, [slots * kv_heads, max_length, D] each, with at least B slots.
         lengths: int64 [B], position of the token.
-        kv_heads: key heads of a slot.
-        scale: of the scores.
-        window: how many positions a token sees, itself among them; None: all.
+        kv_heads: number of key heads of a slot.
+        scale: factor of q k^T before the softmax.
+        window: number of positions that a token sees, including its own; None for all.
 
     Returns:
         [B, heads * D] in the dtype of `queries`.
@@ -170,8 +173,10 @@ def attend(
 
 
 def _splits(pairs: int, device: torch.device) -> int:
-    """Programs that share the keys of a sequence: so many that every multiprocessor has two. The cache's length has no
-    say: it depends on what was sampled before, and would change sums by it."""
+    """Return the number of programs that share the keys of a sequence, so that every multiprocessor runs two.
+
+    It does not depend on the cache's length: that follows from what was sampled before, and would change sums.
+    """
     return max(1, min(2 * _multiprocessors(device) // pairs, _MOST_SPLITS))
 
 

@@ -1,7 +1,7 @@
-"""A decode step between its matrix products and attention, in four kernels a layer where torch takes some thirty.
+"""Decode step without its matrix products and attention: four kernels for each layer, where torch needs about thirty.
 
-B sequences, one token each; `group` queries share a key head. All tensors are contiguous. Values pass through FP32 and
-are rounded where `rollout.native.rounding.Rounding` rounds them, to the dtype of the tensor that receives them.
+The step has B sequences with one token each. All tensors are contiguous. Values are computed in FP32 and rounded where
+`rollout.native.rounding.Rounding` rounds them, to the dtype of the tensor that they are written to.
 """
 
 from __future__ import annotations
@@ -60,18 +60,18 @@ def add_norm(
     reader: torch.dtype,
     aligned: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The residual stream after a branch, and its RMSNorm.
+    """Add a branch to the residual stream; return the sum and its RMSNorm.
 
     Args:
-        hidden: [B, H], half or FP32.
-        branch: [B, H], added to it; or sums of S parts of it, float32 [S, B, H], whose total is rounded to `stream`
-            first; None adds nothing.
+        hidden: residual stream [B, H], half or FP32.
+        branch: [B, H] to add, or S partial sums of it, float32 [S, B, H], whose total is first rounded to `stream`;
+            None adds nothing.
         weight: float32 [H].
         eps: added to the mean square.
         stream: dtype of the sum.
-        grid: dtype that the norm is rounded to.
-        reader: dtype that it is handed on in.
-        aligned: round also before the weight.
+        grid: dtype to which the norm is rounded.
+        reader: dtype in which the norm is returned.
+        aligned: also round before the product with the weight.
 
     Returns:
         [B, H] in `stream` and [B, H] in `reader`.
@@ -97,7 +97,7 @@ def add_norm(
     return summed, normed
 
 
-# -- rope, and the cache
+# -- rope and cache
 
 
 @triton.jit
@@ -174,14 +174,14 @@ def rotate_and_append(
     """Norm and rotate queries and keys, and write the new keys and values to the cache, rounded to its dtype.
 
     Args:
-        heads: [B, heads + 2 kv_heads, D], queries, keys and values of one token each.
+        heads: queries, keys and values of one token each, [B, heads + 2 kv_heads, D].
         rope: cosine and signed sine of every position, float32 [positions, 1, D].
-        lengths: int64 [B], tokens in the cache: the new one's position.
-        norms: float32 [D] weights of the RMSNorm of queries and of keys, or None without.
-        cache: keys and values, [slots * kv_heads, max_length, D] each, of at least B slots; written.
-        eps: of the norms.
-        kv_heads: key heads of a slot.
-        aligned: round norms also before the weight, and products of rope before their sum.
+        lengths: int64 [B], number of tokens in the cache, which is the new token's position.
+        norms: float32 [D] weights of the RMSNorm of queries and of keys, or None without norms.
+        cache: keys and values, [slots * kv_heads, max_length, D] each, with at least B slots; written in place.
+        eps: added to the mean square in the norms.
+        kv_heads: number of key heads of a slot.
+        aligned: also round norms before the product with the weight, and products of rope before their sum.
 
     Returns:
         Rotated queries [B, heads, D] in the dtype of `heads`.
@@ -230,7 +230,7 @@ def _swiglu(gate_up, out, width, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def swiglu(gate_up: Tensor, *, aligned: bool) -> Tensor:
-    """silu(gate) * up: [B, 2 * width] -> [B, width] in the same dtype; `aligned` rounds silu too."""
+    """Return silu(gate) * up: [B, 2 * width] -> [B, width] in the same dtype; `aligned` also rounds silu(gate)."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
     block = 1024
@@ -239,5 +239,5 @@ def swiglu(gate_up: Tensor, *, aligned: bool) -> Tensor:
 
 
 def _warps(block: int) -> int:
-    """Of a program that holds one row of so many numbers."""
+    """Return the number of warps for a program that holds one row of `block` numbers."""
     return min(8, max(1, block // 256))

@@ -1,4 +1,4 @@
-"""Gradients of parameters: added up in FP32, and looked at by the loss scaler, in one pass each."""
+"""Gradients of parameters: accumulation in FP32, and statistics for the loss scaler, in one pass each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 4096
+"""Numbers that a program holds at once."""
 _PART = 4 * _BLOCK
+"""Numbers of one gradient that a program of `inspect` reads in total."""
 
 
 @triton.jit
@@ -24,7 +26,7 @@ def _accumulate(total, share, numbers, ADDS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def accumulate(total: Tensor, share: Tensor, *, empty: bool) -> None:
-    """Add a half gradient to an FP32 one of the same shape, or with `empty` overwrite it; both contiguous."""
+    """Add a half gradient to an FP32 one of the same shape; with `empty`, overwrite that one. Both are contiguous."""
     if total.numel():
         grid = (triton.cdiv(total.numel(), _BLOCK),)
         _accumulate[grid](total, share, total.numel(), ADDS=not empty, BLOCK=_BLOCK, num_warps=8)
@@ -43,12 +45,12 @@ def _inspect(addresses, sizes, owners, first_parts, out, smallest_normal, PART: 
     square = tl.zeros([BLOCK], tl.float32)
     for start in range(0, PART, BLOCK):
         place = begin + start + tl.arange(0, BLOCK)
-        # Without a mask several numbers are read at once.
+        # A load without a mask reads several numbers at once.
         if begin + PART <= numbers:
             x = tl.abs(tl.load(gradient + place))
         else:
             x = tl.abs(tl.load(gradient + place, mask=place < numbers, other=0.0))
-        # Infinity minus itself is NaN, and NaN differs from zero.
+        # inf - inf is NaN, and NaN != 0.
         broken += ((x - x) != 0.0).to(tl.int32)
         nonzero += (x != 0.0).to(tl.int32)
         small += ((x != 0.0) & (x < smallest_normal)).to(tl.int32)
@@ -73,16 +75,18 @@ def _add_parts(table, first_parts, out, BLOCK: tl.constexpr):
 
 
 def inspect(gradients: Sequence[Tensor], smallest_normal: float) -> list[list[float]]:
-    """Of each gradient: entries not finite, not zero, not zero and below the smallest normal, the sum of squares.
+    """Return the statistics of gradients that the loss scaler needs.
 
-    All of them in one launch, which otherwise takes longer for hundreds of parameters than the reading.
+    One launch covers all gradients: a launch for each of hundreds of parameters takes longer than reading them.
 
     Args:
-        gradients: float32, contiguous, beginning at a multiple of 16 bytes, on one GPU; at least one.
-        smallest_normal: of the format they were computed in.
+        gradients: at least one gradient, float32, contiguous, aligned to 16 bytes, all on one GPU.
+        smallest_normal: smallest normal number of the format they were computed in.
 
     Returns:
-        Four numbers for each. Squares are summed in FP32 over some thousands and then in float64.
+        Four numbers for each gradient: the counts of non-finite entries, of non-zero entries, and of non-zero entries
+        below the smallest normal number, and the sum of squares. Squares are summed in FP32 over a few thousand
+        entries, and these sums in float64.
     """
     device, parts = gradients[0].device, [triton.cdiv(gradient.numel(), _PART) for gradient in gradients]
     addresses, sizes, counts, first_parts = torch.tensor(

@@ -1,4 +1,7 @@
-"""Rows of FP32 logits, [B, V] with V of a hundred thousand and more: each is read once or twice, none is copied."""
+"""Kernels over rows of FP32 logits, [B, V] with a large vocabulary V: they read each row once or twice, without a copy.
+
+They score given tokens, compute the gradient of these logprobs, and draw tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 4096
+"""Logits that a program holds at once."""
 
 
 # -- scores of given tokens
@@ -31,14 +35,14 @@ def _scores(
     peak = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
-    # A running softmax in each lane: the sum of exp(x - peak), and of exp(x - peak) * (x - peak).
+    # Online softmax in each lane: the sum of exp(x - peak), and of exp(x - peak) * (x - peak).
     for start in range(0, vocabulary, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = tl.load(logits + column, mask=column < vocabulary, other=float("-inf"))
         if SCALES:
             x = x / temperature
         higher = tl.maximum(peak, x)
-        # A lane that has seen only -inf holds nothing.
+        # A lane that has only seen -inf has a total of 0; its peak of -inf would make the sums NaN.
         shift = tl.where(total > 0, peak - higher, 0.0)
         here = tl.where(x == float("-inf"), 0.0, x - higher)
         shrink, weight = tl.exp(shift), tl.where(x == float("-inf"), 0.0, tl.exp(here))
@@ -59,12 +63,12 @@ def _scores(
 
 
 def scores(logits: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Logprob of a token, the logarithm of the sum of exponentials, and the entropy of each row.
+    """Score one token of each row: return its logprob, the row's log-sum-exp, and the row's entropy.
 
     Args:
         logits: float32 [B, V], rows contiguous.
         token_ids: int64 [B].
-        temperature: logits are divided by it.
+        temperature: divides the logits.
 
     Returns:
         float32 [B] each, in nats.
@@ -87,7 +91,7 @@ def scores(logits: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tenso
     return logprobs, normalisers, entropies
 
 
-# -- their gradient
+# -- gradient of the scores
 
 
 @triton.jit
@@ -119,15 +123,15 @@ def _grad_logits(
 def grad_logits(
     logits: Tensor, token_ids: Tensor, normalisers: Tensor, grads: Tensor, temperature: float, dtype: torch.dtype
 ) -> Tensor:
-    """Gradient of the tokens' logprobs: (onehot - softmax) * grad / temperature, rounded once.
+    """Return the gradient of the logits: (onehot - softmax) * grad / temperature, rounded once.
 
     Args:
         logits: float32 [B, V], any part of the vocabulary, rows contiguous.
-        token_ids: int64 [B], counted from the first of these logits; one may lie outside.
-        normalisers: float32 [B], over the whole vocabulary.
-        grads: float32 [B].
-        temperature: logits are divided by it.
-        dtype: of the result.
+        token_ids: int64 [B], relative to the first of these logits; an id may be outside of them.
+        normalisers: float32 [B], log-sum-exp over the whole vocabulary.
+        grads: float32 [B], gradients of the tokens' logprobs.
+        temperature: divides the logits.
+        dtype: dtype of the result.
 
     Returns:
         [B, V].
@@ -174,7 +178,7 @@ def _cells(
     x = tl.load(logits + row * vocabulary + column, mask=inside, other=float("-inf"))
     if SCALES:
         x = x / temperature
-    # NaN differs from itself; infinity minus itself is NaN.
+    # inf - inf is NaN, and NaN != 0.
     tl.store(broken + row * parts + part, tl.sum((inside & ((x - x) != 0.0)).to(tl.int32), 0))
     highest = tl.max(x, 0)
     tl.store(peaks + row * parts + part, highest)
@@ -185,7 +189,7 @@ def _cells(
 
 @triton.jit
 def _uniform(key, position, GOLDEN: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """What `rollout.sampler.uniforms` makes of two int64: unsigned here, where shifts are logical."""
+    """Return the same number as `rollout.sampler.uniforms`; unsigned integers give logical shifts."""
     x = key.to(tl.uint64, bitcast=True) + (position + 1).to(tl.uint64, bitcast=True) * GOLDEN
     x = (x ^ (x >> 30)) * FIRST
     x = (x ^ (x >> 27)) * SECOND
@@ -195,7 +199,10 @@ def _uniform(key, position, GOLDEN: tl.constexpr, FIRST: tl.constexpr, SECOND: t
 
 @triton.jit
 def _look_up(weights, uniform, FACTOR: tl.constexpr, COUNT, BLOCK: tl.constexpr):
-    """Where the running sum of weights passes `uniform` of the total, and how far into that weight, of 1."""
+    """Return the index at which the running sum of weights exceeds `uniform` times the total.
+
+    The second result is the position within that weight, from 0 to 1.
+    """
     wide = weights.to(tl.float64)
     shares = (wide * (FACTOR / tl.max(wide, 0))).to(tl.int64)
     running = tl.cumsum(shares, 0)
@@ -260,18 +267,21 @@ def _draw(
 def draw(
     logits: Tensor, keys: Tensor, positions: Tensor, temperature: float, neighbours: int, mix: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Look a uniform number up in each row's cumulative distribution, first among cells of neighbours, then in a cell.
+    """Draw one token of each row by looking a uniform number up in the row's cumulative distribution.
+
+    The look-up finds a cell of neighbouring tokens first, then a token within the cell.
 
     Args:
         logits: float32 [B, V], contiguous.
-        keys: int64 [B], of each row's stream of random numbers.
-        positions: int64 [B], in that stream.
-        temperature: logits are divided by it.
-        neighbours: tokens of a cell, a power of two up to 4096.
-        mix: SplitMix64's increment and its two factors, from which key and position become uniform numbers.
+        keys: int64 [B], key of each row's stream of random numbers.
+        positions: int64 [B], position in that stream.
+        temperature: divides the logits.
+        neighbours: number of tokens of a cell, a power of two up to 4096.
+        mix: SplitMix64's increment and its two factors, which turn key and position into a uniform number.
 
     Returns:
-        int64 [B] token ids, float32 [B] their logprobs, and bool [B]: every logit of the row and the logprob is finite.
+        Token ids, int64 [B]; their logprobs, float32 [B]; and flags, bool [B], True if every logit of the row and the
+        logprob are finite.
     """
     rows, vocabulary = logits.shape
     parts, count = triton.cdiv(vocabulary, _BLOCK), triton.cdiv(vocabulary, neighbours)
@@ -298,5 +308,5 @@ def draw(
 
 
 def _factor(count: int) -> float:
-    """What the largest of so many weights becomes, so that their sum stays within 62 bits."""
+    """Return the integer scale of the largest of `count` weights with which their sum stays within 62 bits."""
     return 2.0 ** (62 - count.bit_length())

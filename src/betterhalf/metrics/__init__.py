@@ -1,1 +1,1 @@
-"""What is measured, and where it is written; imports no torch."""
+"""Metrics of a run: their catalogue, the sinks that keep them, and the views that show them."""

@@ -1,7 +1,7 @@
-"""Every metric that a run writes: its name, unit, meaning, and the band in which it is healthy.
+"""Catalogue of the metrics of a run: name, unit, meaning and healthy band of each.
 
 `python -m betterhalf.metrics.catalogue > docs/metrics.md` writes the page of documentation. Bands are published alarm
-thresholds or follow from definitions; they are where to start looking, not verdicts.
+thresholds or follow from definitions; a value outside its band is a reason to look closer, not a verdict.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ Band = tuple[float | None, float | None]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One line of `metrics.jsonl`, explained."""
+    """Description of one metric of `metrics.jsonl`."""
 
     name: str
     """`area/quantity/statistic`."""
     unit: str
-    """What it is measured in; `share` lies between 0 and 1."""
+    """Unit; a `share` is between 0 and 1."""
     meaning: str
+    """One or two sentences of documentation."""
     band: Band | None = None
-    """(lowest, highest) healthy value; None on a side means no limit there, None altogether that there is no band."""
+    """(lowest, highest) healthy value, either of them None for no limit; None for no band."""
     source: str = ""
-    """Where the band is from."""
+    """Source of the band."""
     reduction: Reduction = "mean"
-    """How values of the optimizer steps of one step become the value of the step."""
+    """Reduction of the values of the optimizer steps in one step to the value of the step."""
 
     def healthy(self, value: float) -> bool:
-        """Whether the value lies in the band, bounds included; a value that is not a number never does."""
+        """Return True if the value is within the band, bounds included; NaN never is."""
         lower, upper = self.band or (None, None)
         return not isnan(value) and (lower is None or value >= lower) and (upper is None or value <= upper)
 
@@ -42,7 +43,7 @@ class Metric:
 _VERL = "verl, docs on rollout correction"
 _NEMO = "NeMo-RL, GRPO guide"
 _HALF = (
-    "by definition: below it half of the batch is lost. Measured (docs/mismatch.md): SmolLM2 at 147 tokens 0.996 in "
+    "by definition: below it, half of the batch is lost. Measured (docs/mismatch.md): SmolLM2 at 147 tokens 0.996 in "
     "FP16, 0.70 in BF16; demo at 35 tokens with an engine whose weights are 20% off 0.63"
 )
 
@@ -50,17 +51,19 @@ _MISMATCH = (
     Metric(
         "mismatch/k1/mean",
         "nats",
-        "KL(mu to pi) by the mean of -log_ratio: unbiased, signed, noisy.",
+        "KL(mu to pi), estimated by the mean of -log_ratio: unbiased, signed, noisy.",
         (-0.1, 0.1),
         _VERL,
     ),
     Metric(
-        "mismatch/k2/mean", "nats", "The same by half the mean square of log_ratio: never negative, slightly biased."
+        "mismatch/k2/mean",
+        "nats",
+        "The same KL by half the mean square of log_ratio: never negative, slightly biased.",
     ),
     Metric(
         "mismatch/k3/mean",
         "nats",
-        "The same by the mean of exp(log_ratio) - 1 - log_ratio: unbiased, never negative. The number to watch.",
+        "The same KL by the mean of exp(log_ratio) - 1 - log_ratio: unbiased, never negative. The number to watch.",
         (None, 1e-3),
         _NEMO,
     ),
@@ -69,14 +72,14 @@ _MISMATCH = (
     Metric(
         "mismatch/prob_gap/max",
         "probability",
-        "Largest pi - mu. In runs that collapse it goes to 1.",
+        "Largest pi - mu. It approaches 1 in runs that collapse.",
         (None, 0.5),
         "our choice from arXiv 2510.26788: FP16 within about 0.1 with spikes to 0.5, BF16 up to 1",
     ),
     Metric(
         "mismatch/prob_gap/min",
         "probability",
-        "Smallest (most negative) pi - mu. In runs that collapse it goes to -1.",
+        "Smallest (most negative) pi - mu. It approaches -1 in runs that collapse.",
         (-0.5, None),
         "our choice from arXiv 2510.26788: FP16 within about 0.1 with spikes to 0.5, BF16 up to 1",
     ),
@@ -87,40 +90,42 @@ _MISMATCH = (
     Metric("mismatch/log_ratio/p99_abs", "nats", "99th percentile of abs(log_ratio)."),
     Metric("mismatch/log_ratio/max_abs", "nats", "Largest abs(log_ratio); rare tokens dominate it."),
     Metric("mismatch/sequence_log_ratio/mean", "nats", "Mean over completions of the summed log_ratio."),
-    Metric("mismatch/sequence_log_ratio/std", "nats", "Its standard deviation over completions."),
+    Metric("mismatch/sequence_log_ratio/std", "nats", "Standard deviation over completions of the summed log_ratio."),
     Metric(
-        "mismatch/sequence_log_ratio/p1", "nats", "Its 1st percentile: the long tail of arXiv 2510.26788, figure 2."
+        "mismatch/sequence_log_ratio/p1",
+        "nats",
+        "1st percentile over completions of the summed log_ratio: the long tail of arXiv 2510.26788, figure 2.",
     ),
-    Metric("mismatch/sequence_log_ratio/p99", "nats", "Its 99th percentile."),
+    Metric("mismatch/sequence_log_ratio/p99", "nats", "99th percentile over completions of the summed log_ratio."),
     Metric(
         "mismatch/slope_per_1k",
         "nats per 1000 tokens",
-        "Least-squares slope of the summed log_ratio against length; through the origin when all lengths are equal.",
+        "Least-squares slope of the summed log_ratio against length; through the origin if all lengths are equal.",
         (-0.2, 0.2),
-        "our choice between -0.07 (FP16) and -1.01 (BF16) of arXiv 2510.26788, figure 2",
+        "our choice, between -0.07 (FP16) and -1.01 (BF16) in arXiv 2510.26788, figure 2",
     ),
     Metric(
         "mismatch/ess_fraction",
         "share",
-        "Effective sample size of the completions weighted by pi/mu, before anything is truncated.",
+        "Effective sample size of the completions weighted by pi/mu, before any truncation.",
         (0.5, None),
         _HALF,
     ),
     Metric(
         "mismatch/chi2_token",
         "1",
-        "Chi-squared divergence: mean of (pi/mu - 1)^2 over tokens, as (pi/mu)^2 - 1 in expectation, with less noise.",
+        "Chi-squared divergence: mean of (pi/mu - 1)^2 over tokens; (pi/mu)^2 - 1 has the same mean and more noise.",
         (None, 1.0),
         _VERL,
     ),
     Metric(
         "mismatch/pearson",
         "1",
-        "Correlation of pi and mu over tokens; where one side is constant, 1 if both are equal and else 0.",
+        "Correlation of pi and mu over tokens; if one of them is constant, 1 if both are equal and 0 otherwise.",
         (0.99, None),
         "MiniMax-M1, arXiv 2506.13585: about 0.9 bad, 0.99 good",
     ),
-    Metric("mismatch/tokens", "tokens", "Tokens that were measured."),
+    Metric("mismatch/tokens", "tokens", "Number of measured tokens."),
 )
 
 _LOGNORMAL = "lognormal algebra, docs/mismatch.md"
@@ -130,26 +135,26 @@ _BUDGET = (
     Metric(
         "budget/correlation",
         "1",
-        "tau: variance of the completions' summed log-ratio over that of independent tokens (1 when independent).",
+        "tau: variance of the completions' summed log-ratio, divided by that of independent tokens (1 if independent).",
     ),
     Metric(
         "budget/predicted_ess",
         "share",
-        "Effective sample size predicted for the step's lengths: 1 / mean(exp(L sigma2 tau)).",
+        "Effective sample size predicted for the lengths L of the step: 1 / mean(exp(L sigma2 tau)).",
         (0.5, None),
-        f"by definition: below it half of the batch is lost; the prediction is {_LOGNORMAL}",
+        f"by definition: below it, half of the batch is lost; the prediction is {_LOGNORMAL}",
     ),
     Metric(
         "budget/observed_ess",
         "share",
-        "Effective sample size that the completions weighted by pi/mu really have; never below 1 / completions.",
+        "Effective sample size of the completions weighted by pi/mu, as measured; never below 1 / completions.",
         (0.5, None),
         _HALF,
     ),
     Metric(
         "budget/max_length",
         "tokens",
-        "Length at which the predicted effective sample size falls to 0.5; null when there is no mismatch at all.",
+        "Length at which the predicted effective sample size falls to 0.5; null without any mismatch.",
     ),
 )
 
@@ -157,35 +162,30 @@ _OPTIM = (
     Metric(
         "optim/loss_scale",
         "1",
-        "Loss scale after the step; 1 where the loss is not scaled.",
+        "Loss scale after the step; 1 if the loss is not scaled.",
         (1.0, None),
-        "DESIGN",
+        "by definition: a factor below 1 would push gradients towards zero",
         reduction="last",
     ),
     Metric(
         "optim/skipped",
         "optimizer steps",
-        "Optimizer steps of this step refused because a gradient was not finite.",
+        "Optimizer steps skipped because a gradient was not finite.",
         reduction="sum",
     ),
-    Metric("optim/first_offender", "name", "First parameter whose gradient was not finite; null when there was none."),
-    Metric(
-        "optim/updates_applied",
-        "optimizer steps",
-        "Optimizer steps of this step that changed the weights.",
-        reduction="sum",
-    ),
+    Metric("optim/first_offender", "name", "First parameter with a gradient that was not finite; null without one."),
+    Metric("optim/updates_applied", "optimizer steps", "Optimizer steps that changed the weights.", reduction="sum"),
     Metric(
         "optim/grad_norm",
         "1",
-        "Global norm of the unscaled gradient before clipping, mean over applied updates; null without.",
+        "Global norm of the unscaled gradient before clipping, mean over applied updates; null without an update.",
     ),
     Metric("optim/learning_rate", "1", "Learning rate of the last optimizer step.", reduction="last"),
     Metric(
         "optim/subnormal_fraction",
         "share",
         "Scaled gradient elements below the smallest normal number of the compute dtype, among those that are not "
-        "zero, mean of the step: they have lost bits and are not lost.",
+        "zero; mean of the step. They have lost precision, but are not zero.",
         (None, 0.1),
         "measured, demo in FP16, 12 steps: 2e-4 at loss scale 65536, 2e-3 at 4096, 0.08 at 64, 0.96 at 1, where 2e-7, "
         "2e-6, 1e-4 and 3e-3 of the elements have become zero",
@@ -193,31 +193,33 @@ _OPTIM = (
     Metric(
         "optim/zero_fraction",
         "share",
-        "Gradient elements that are exactly zero, mean of the step. What became zero in half precision is the excess "
-        "over an FP32 run: in exact arithmetic, too, some are zero (rows of an untied embedding for absent tokens; "
-        "7.7e-4 in demo). The doctor counts against FP32, and calls 1% unsafe.",
+        "Gradient elements that are exactly zero; mean of the step. The excess over an FP32 run has underflowed; some "
+        "are zero in exact arithmetic as well (rows of an untied embedding for absent tokens; 7.7e-4 in demo). The "
+        "doctor compares with FP32 and calls 1% unsafe.",
     ),
     Metric(
         "optim/overflow_fraction",
         "share",
-        "Gradient elements that are not finite, of the optimizer step with most of them.",
+        "Gradient elements that are not finite, in the worst optimizer step.",
         reduction="max",
     ),
 )
 
 _POLICY = (
     Metric("policy/version", "updates", "Applied updates so far; a skipped step does not count.", reduction="last"),
-    Metric("policy/loss", "1", "Policy loss, mean over the optimizer steps of the step. Its size means little."),
+    Metric(
+        "policy/loss", "1", "Policy loss, mean over the optimizer steps of the step. Its value says little by itself."
+    ),
     Metric("policy/entropy/mean", "nats", "Entropy of the trainer's distribution, mean over completion tokens."),
-    Metric("policy/ratio/mean", "1", "Mean over tokens of the surrogate's ratio, before treatment."),
-    Metric("policy/ratio/max", "1", "Largest of them.", reduction="max"),
-    Metric("policy/clip_fraction", "share", "Tokens whose gradient PPO's clip (or dual clip) took away."),
-    Metric("policy/mask_fraction", "share", "Tokens dropped by a mask, of the surrogate or of the correction."),
+    Metric("policy/ratio/mean", "1", "Mean over tokens of the surrogate's ratio, before its treatment."),
+    Metric("policy/ratio/max", "1", "Largest surrogate ratio of a token, before its treatment.", reduction="max"),
+    Metric("policy/clip_fraction", "share", "Tokens whose gradient is zero because of PPO's clip or dual clip."),
+    Metric("policy/mask_fraction", "share", "Tokens dropped by a mask of the surrogate or of the correction."),
     Metric("policy/truncate_fraction", "share", "Tokens with a weight capped at its upper bound."),
     Metric(
         "policy/bounded_fraction",
         "share",
-        "Tokens with a log-ratio beyond +-20, which was bounded.",
+        "Tokens whose log-ratio was beyond +-20 and was bounded.",
         (None, 0.0),
         "by definition: a ratio of 5e8 is an error, not a sample",
     ),
@@ -225,16 +227,18 @@ _POLICY = (
         "policy/rejected_share/short", "share", "Masked tokens among those of completions up to half the length limit."
     ),
     Metric(
-        "policy/rejected_share/long", "share", "Masked tokens among those of longer completions: the bias of a mask."
+        "policy/rejected_share/long",
+        "share",
+        "Masked tokens among those of longer completions. More than among short ones: a bias of the mask.",
     ),
     Metric(
         "policy/ess_before",
         "share",
-        "Effective sample size of the tokens by their whole importance weight, before truncation, masks and clip.",
+        "Effective sample size of the tokens by their full importance weight, before truncation, masks and clip.",
         (0.3, None),
         _VERL,
     ),
-    Metric("policy/ess_after", "share", "The same by the weight that multiplies the gradient, zeros included."),
+    Metric("policy/ess_after", "share", "The same for the weight that multiplies the gradient, zeros included."),
 )
 
 _ROLLOUT = (
@@ -244,50 +248,68 @@ _ROLLOUT = (
     Metric("rollout/length/max", "tokens", "Longest completion."),
     Metric("rollout/truncated_fraction", "share", "Completions that ended at the length limit."),
     Metric(
-        "rollout/zero_advantage_fraction", "share", "Groups whose advantages are all zero: no signal, no backward pass."
+        "rollout/zero_advantage_fraction",
+        "share",
+        "Groups whose advantages are all zero: they have no gradient and need no backward pass.",
     ),
-    Metric("rollout/reward_timeouts", "rollouts", "Rewards that ran out of time or memory and count as 0."),
-    Metric("rollout/unparsed_answers", "rollouts", "Boxed answers that the grader could not read; they count as 0."),
+    Metric("rollout/reward_timeouts", "rollouts", "Gradings that ran out of time or memory; their reward is 0."),
+    Metric("rollout/unparsed_answers", "rollouts", "Boxed answers that the grader could not parse; their reward is 0."),
     Metric(
-        "rollout/groups_dropped", "groups", "Groups replaced by dynamic sampling since their rewards were all equal."
+        "rollout/groups_dropped",
+        "groups",
+        "Groups that dynamic sampling replaced because their rewards were all equal.",
     ),
     Metric(
         "rollout/groups_surplus",
         "groups",
-        "Groups with different rewards that dynamic sampling sampled when the step was full already.",
+        "Groups with different rewards that dynamic sampling sampled after the step was full.",
     ),
     Metric(
         "rollout/engine_restarts",
         "restarts",
-        "Times the engine's process died in the step and a new one sampled the same completions.",
+        "Crashes of the engine's process in the step; each time, a new process sampled the same completions.",
         (None, 0.0),
-        "by definition: a healthy engine does not die",
+        "by definition: a healthy engine does not crash",
     ),
     Metric("rollout/kept/reward/mean", "reward", "Mean reward of the rollouts that the step trains on."),
-    Metric("rollout/kept/reward/std", "reward", "Standard deviation of their rewards."),
-    Metric("rollout/kept/length/mean", "tokens", "Mean length of their completions, stop token included."),
-    Metric("rollout/kept/length/max", "tokens", "Longest of them."),
-    Metric("rollout/kept/truncated_fraction", "share", "Those of them that ended at the length limit."),
+    Metric(
+        "rollout/kept/reward/std",
+        "reward",
+        "Standard deviation of the rewards of the rollouts that the step trains on.",
+    ),
+    Metric(
+        "rollout/kept/length/mean",
+        "tokens",
+        "Mean length of the completions that the step trains on, stop token included.",
+    ),
+    Metric("rollout/kept/length/max", "tokens", "Longest completion that the step trains on."),
+    Metric("rollout/kept/truncated_fraction", "share", "Share of these completions that ended at the length limit."),
     Metric(
         "rollout/kept/zero_advantage_fraction",
         "share",
-        "Groups of the step whose advantages are all zero; with dynamic sampling, those that fill it up.",
+        "Groups that the step trains on whose advantages are all zero; with dynamic sampling, groups that fill it up.",
     ),
 )
 
 _TIME = (
     Metric("time/step_seconds", "s", "Wall-clock time of the whole step."),
     Metric("time/generate_seconds", "s", "Sampling completions."),
-    Metric("time/reward_seconds", "s", "Grading them."),
-    Metric("time/measure_seconds", "s", "Trainer logprobs before any update."),
+    Metric("time/reward_seconds", "s", "Grading completions."),
+    Metric("time/measure_seconds", "s", "Computing trainer logprobs before any update."),
     Metric("time/train_seconds", "s", "Forward, backward and optimizer steps."),
     Metric("time/sync_seconds", "s", "Sending the weights to the engine and comparing digests."),
 )
 
 _SYSTEM = (
-    Metric("system/tokens_per_second", "tokens/s", "Completion tokens sampled in the step over its wall-clock time."),
-    Metric("system/kept_tokens_per_second", "tokens/s", "The same of the tokens that the step trains on."),
-    Metric("system/peak_memory_gib", "GiB", "Peak memory: of the device on a GPU, of the process on a CPU."),
+    Metric(
+        "system/tokens_per_second", "tokens/s", "Completion tokens sampled in the step, divided by its wall-clock time."
+    ),
+    Metric(
+        "system/kept_tokens_per_second",
+        "tokens/s",
+        "Completion tokens that the step trains on, divided by its wall-clock time.",
+    ),
+    Metric("system/peak_memory_gib", "GiB", "Peak memory: that of the device on a GPU, that of the process on a CPU."),
 )
 
 CATALOGUE: dict[str, Metric] = {
@@ -297,34 +319,35 @@ CATALOGUE: dict[str, Metric] = {
 
 _AREAS = {
     "mismatch": "Trainer (pi) against engine (mu) at equal weights, before any update; log_ratio is log pi - log mu.",
-    "budget": "What the mismatch leaves of the effective sample size, by length: predicted from tokens, and observed.",
+    "budget": "Effective sample size that the mismatch leaves at a given length: predicted from tokens, and observed.",
     "optim": "The optimizer, and the health of half-precision gradients.",
-    "policy": "The policy and its loss, over the tokens that were trained on.",
-    "rollout": "What the engine sampled; `rollout/kept/` is what the step trains on: less, with dynamic sampling only.",
-    "time": "Where the time went. Differs between a run and its repetition.",
-    "system": "What the machine did. Differs between a run and its repetition.",
+    "policy": "The policy and its loss, over the tokens that the step trains on.",
+    "rollout": "Completions of the engine; with dynamic sampling, the step trains on fewer of them: `rollout/kept/`.",
+    "time": "Time of each part of a step. Differs between a run and its repetition.",
+    "system": "Speed and memory. Differs between a run and its repetition.",
 }
 
 
 def check_known(names: Iterable[str]) -> None:
-    """Raise InputError for names that are not in the catalogue, with the nearest that is."""
+    """Raise InputError for a name that is not in the catalogue; the message names the nearest."""
     for name in names:
         if name not in CATALOGUE:
             near = get_close_matches(name, CATALOGUE, n=1, cutoff=0.0)[0]
             raise InputError(
-                f"metric {name!r} is not in the catalogue; add it to metrics/catalogue.py, or use {near!r}."
+                f"metric {name!r} is not in the catalogue. Add it to metrics/catalogue.py, or use {near!r}."
             )
 
 
 def render() -> str:
-    """The catalogue as a Markdown page."""
+    """Render the catalogue as a Markdown page."""
     lines = [
         "# Metrics",
         "",
         "Generated by `python -m betterhalf.metrics.catalogue > docs/metrics.md`; edit `metrics/catalogue.py` instead.",
         "",
         "`metrics.jsonl` holds one flat JSON object for each step: `step`, and the names below. Bands are published",
-        "alarm thresholds, or our choice where the source says so: where to start looking, not verdicts.",
+        "alarm thresholds, or our choice where the source says so. A value outside its band is a reason to look",
+        "closer, not a verdict.",
     ]
     for area, meaning in _AREAS.items():
         lines += ["", f"## {area}", "", meaning, "", "| metric | unit | meaning | healthy | source of the band |"]

@@ -1,6 +1,6 @@
-"""What a person sees while a run goes on: a live panel on a terminal, one line for each step elsewhere.
+"""Progress of a run for people: a live panel on a terminal, one line for each step elsewhere.
 
-All of it goes to standard error. Standard output is left to results: tables, and the last line of `--json`.
+It goes to standard error. Standard output is for results: tables, and the last line of `--json`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from betterhalf.metrics.catalogue import CATALOGUE
 from betterhalf.metrics.events import emit
 from betterhalf.metrics.events import wanted as events_wanted
 from betterhalf.metrics.sinks import MetricValue
+from betterhalf.types import ConsoleMode
 
-ConsoleMode = Literal["auto", "live", "lines", "quiet", "events"]
+OutputMode = ConsoleMode | Literal["events"]
 """`auto` is `live` on a terminal and `lines` elsewhere; `events` are for a parent process (`metrics/events.py`)."""
 
 K3 = "mismatch/k3/mean"
@@ -41,10 +42,10 @@ _STYLES = {"ok": "green", "high": "bold red", "low": "bold red", "": "dim"}
 
 
 class TerminalView:
-    """A live view on a terminal, or lines. A context manager, so that the terminal is restored whatever happens."""
+    """A live view on a terminal, or lines elsewhere. A context manager, so that the terminal is always restored."""
 
-    def __init__(self, mode: ConsoleMode, stream: TextIO | None) -> None:
-        """Show on `stream`, on standard error if absent."""
+    def __init__(self, mode: OutputMode, stream: TextIO | None) -> None:
+        """Show on `stream`; on standard error by default."""
         self._stream = stream or sys.stderr
         self._out = RichConsole(file=self._stream, highlight=False, soft_wrap=False)
         self._mode = resolve_mode(mode, self._out)
@@ -62,7 +63,7 @@ class TerminalView:
             self._live = None
 
     def _view_now(self) -> RenderableType:
-        """The live view as it is now; each kind of view has its own."""
+        """Return the current live view; each subclass has its own."""
         raise NotImplementedError
 
     def _refresh(self) -> None:
@@ -70,21 +71,21 @@ class TerminalView:
             self._live.update(self._view_now(), refresh=True)
 
     def _print(self, text: str) -> None:
-        # A line of a log is never cut or wrapped at the width that some terminal would have.
+        # A line of a log is neither cut nor wrapped at the width of a terminal.
         wrap = self._live is not None
         self._out.print(Text(text), overflow="fold" if wrap else "ignore", no_wrap=not wrap, crop=wrap)
 
 
 class Console(TerminalView):
-    """Shows the steps of one run."""
+    """View of the steps of one run."""
 
-    def __init__(self, mode: ConsoleMode, *, total_steps: int, label: str, stream: TextIO | None = None) -> None:
-        """`label` names the run (an arm of a sanity run, say); `stream` is standard error if absent."""
+    def __init__(self, mode: OutputMode, *, total_steps: int, label: str, stream: TextIO | None = None) -> None:
+        """`label` names the run, such as an arm of a sanity run; `stream` is standard error by default."""
         super().__init__(mode, stream)
         self._view = StepView(total_steps=total_steps, label=label)
 
     def update(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
-        """Show the metrics of `step`; names that are missing show as a dash."""
+        """Show the metrics of `step`; a missing metric shows as a dash."""
         self._view.add(step, metrics)
         self._refresh()
         if self._mode == "lines":
@@ -104,7 +105,7 @@ class Console(TerminalView):
 
 
 class StepView:
-    """The state of what is shown, and its two forms: a line and a panel."""
+    """Metrics to show for one run, in two forms: a line and a panel."""
 
     def __init__(self, *, total_steps: int, label: str) -> None:
         self._total = total_steps
@@ -117,7 +118,7 @@ class StepView:
         self._seconds: deque[float] = deque(maxlen=_TIMED_STEPS)
 
     def add(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
-        """Take the metrics of one more step."""
+        """Add the metrics of one step."""
         self._step, self._metrics = step, metrics
         skipped = reading(metrics, "optim/skipped")
         self._skipped += int(skipped) if skipped is not None and math.isfinite(skipped) else 0
@@ -131,7 +132,7 @@ class StepView:
                 history.append(value)
 
     def line(self) -> str:
-        """One aligned line, without markup."""
+        """Return one aligned line, without markup."""
         width = len(str(self._total))
         k3 = reading(self._metrics, K3)
         return "  ".join(
@@ -149,10 +150,10 @@ class StepView:
         )
 
     def panel(self, width: int = 80) -> Panel:
-        """The live panel, for a terminal of `width` columns."""
+        """Return the live panel for a terminal of `width` columns."""
         title = f" {self._label or 'run'} "
         if self._step == 0:
-            body: RenderableType = Text(f"step 1 of {self._total} is under way ...", style="dim")
+            body: RenderableType = Text(f"step 1 of {self._total} is running ...", style="dim")
         else:
             body = Group(self._curves(), Text(""), self._facts(), Text(""), self._bar())
         return Panel(body, title=title, title_align="left", border_style="dim", width=min(80, width))
@@ -226,23 +227,23 @@ class StepView:
 
 
 class PhaseProgress:
-    """Progress of a phase without steps, such as building the perfectible set or an evaluation."""
+    """Progress of a phase without steps, such as an evaluation."""
 
     def __init__(self, shown: Callable[[int], None] = lambda done: None) -> None:
-        """`shown` is told of all units done, whenever that changes."""
+        """`shown` is called with the number of finished units whenever it changes."""
         self._shown = shown
         self.done = 0
-        """Units finished so far."""
+        """Number of finished units."""
 
     def advance(self, count: int = 1) -> None:
-        """Count `count` more units as finished."""
+        """Add `count` finished units."""
         self.done += count
         self._shown(self.done)
 
 
 @contextmanager
 def progress(
-    label: str, total: int, *, mode: ConsoleMode = "auto", stream: TextIO | None = None
+    label: str, total: int, *, mode: OutputMode = "auto", stream: TextIO | None = None
 ) -> Iterator[PhaseProgress]:
     """Show the progress of a phase of `total` units: a bar on a terminal, a line at start and end elsewhere."""
     out = RichConsole(file=stream or sys.stderr, highlight=False)
@@ -272,8 +273,8 @@ def _phase_events(label: str, total: int, out: TextIO) -> Iterator[PhaseProgress
     yield PhaseProgress(shown)
 
 
-def show_note(text: str, *, mode: ConsoleMode = "auto", stream: TextIO | None = None) -> None:
-    """Show a note outside the steps of a run, such as what was left out of its data; nothing when `quiet`."""
+def show_note(text: str, *, mode: OutputMode = "auto", stream: TextIO | None = None) -> None:
+    """Show a note outside the steps of a run, such as the rows left out of its data; nothing in the mode `quiet`."""
     out = stream or sys.stderr
     if mode == "events" or (mode != "quiet" and events_wanted()):
         emit(out, {"note": text})
@@ -281,9 +282,11 @@ def show_note(text: str, *, mode: ConsoleMode = "auto", stream: TextIO | None = 
         print(text, file=out)
 
 
-def resolve_mode(mode: ConsoleMode, out: RichConsole) -> ConsoleMode:
-    """`auto` made concrete: `live` when `out` is a terminal that can move its cursor. A parent that shows our progress
-    gets events, unless all is to be quiet."""
+def resolve_mode(mode: OutputMode, out: RichConsole) -> OutputMode:
+    """Resolve `auto` to `live` if `out` is a terminal that can move its cursor, and to `lines` otherwise.
+
+    Every mode but `quiet` becomes `events` if the parent process asked for events.
+    """
     if events_wanted() and mode != "quiet":
         return "events"
     if mode == "auto":
@@ -292,19 +295,20 @@ def resolve_mode(mode: ConsoleMode, out: RichConsole) -> ConsoleMode:
 
 
 def health(name: str, value: float | None) -> str:
-    """`ok`, `high` or `low` against the catalogue's healthy band; empty without a value; NaN is `high`."""
+    """Compare a value with the catalogue's healthy band: `ok`, `high` (NaN too) or `low`; empty without value or
+    band."""
     band = CATALOGUE[name].band
     if value is None or band is None:
         return ""
     low, high = band
     if low is not None and value < low:
         return "low"
-    # Written so that NaN, which compares false with everything, does not count as healthy.
+    # NaN compares false with everything, so this order of comparisons makes it unhealthy.
     return "ok" if high is None or value <= high else "high"
 
 
 def band_text(name: str) -> str:
-    """The healthy band in words."""
+    """Return the healthy band in words; empty without one."""
     low, high = CATALOGUE[name].band or (None, None)
     if low is not None and high is not None:
         return f"healthy {low:g} to {high:g}"
@@ -314,27 +318,27 @@ def band_text(name: str) -> str:
 
 
 def max_gap(metrics: Mapping[str, MetricValue]) -> float | None:
-    """Largest |pi - mu| of a step, from the two signed extremes; None when neither was measured."""
+    """Return the largest |pi - mu| of a step, from the two signed extremes; None if neither was measured."""
     extremes = (reading(metrics, name) for name in ("mismatch/prob_gap/max", "mismatch/prob_gap/min"))
     gaps = [abs(value) for value in extremes if value is not None]
     return max(gaps) if gaps else None
 
 
 def reading(metrics: Mapping[str, MetricValue], name: str) -> float | None:
-    """The metric as a number; None when it is missing or no number."""
+    """Return the metric as a number; None if it is missing or not a number."""
     value = metrics.get(name)
     return float(value) if isinstance(value, (int, float)) else None
 
 
 def number(value: float | None, spec: str) -> str:
-    """`value` formatted by `spec`; a dash when missing, `nan` or `inf` as such."""
+    """Format `value` by `spec`: a dash for None, `nan` and `inf` as they are."""
     if value is None:
         return "-"
     return format(value, spec) if math.isfinite(value) else str(float(value))
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: `8s`, `1m09s`, `2h05m`; a dash when unknown."""
+    """Format seconds for people: `8s`, `1m09s`, `2h05m`; a dash if not finite."""
     if not math.isfinite(seconds):
         return "-"
     whole = round(seconds)
@@ -346,7 +350,7 @@ def duration(seconds: float) -> str:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """`values`, averaged into at most `width` columns, as block characters from the lowest to the highest."""
+    """Draw `values`, averaged into at most `width` columns, as block characters from the lowest to the highest."""
     if not values:
         return ""
     series = list(values)

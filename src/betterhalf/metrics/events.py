@@ -1,12 +1,12 @@
-"""Progress of a child process as events that its parent reads: JSON text sequences (RFC 7464) on standard error.
+"""Progress of a child process as events for its parent: JSON text sequences (RFC 7464) on standard error.
 
     {"step": 3, "metrics": {...}}                      one more step
     {"note": "..."}                                    one line, or a table, for people
     {"phase": "final accuracy", "done": 8, "total": 320}
-    {"error": "RewardError", "message": "..."}         why the process ends
+    {"error": "RewardError", "message": "..."}         the reason why the process ends
 
-A process that shows several runs passes their events on, with the name of the run under `run`. Whatever else the child
-writes is no event, and stays as it is.
+A process that shows several runs passes their events on, with the name of the run under `run`. Anything else that the
+child writes is not an event and is left as it is.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _MARK = "\x1e"
 
 
 def wanted(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether the parent process asked for events."""
+    """Return True if the parent process asked for events."""
     return environment.get(VARIABLE) == "1"
 
 
 def emit(out: TextIO, event: Mapping[str, Any]) -> None:
-    """Write one event, at once."""
+    """Write one event and flush."""
     out.write(f"{_MARK}{json.dumps(event)}\n")
     out.flush()
 
 
 def parse(line: str) -> dict[str, Any] | None:
-    """The event that a line holds; None for any other output."""
+    """Return the event in a line; None for any other output."""
     if not line.startswith(_MARK):
         return None
     try:

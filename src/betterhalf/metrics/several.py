@@ -1,6 +1,6 @@
-"""Several runs at once on one terminal, from the events of their processes.
+"""Progress of several runs on one terminal, from the events of their processes.
 
-A process whose own parent asked for events passes those of its runs on, with the name of the run under `run`.
+If the parent of this process asked for events, it gets those of the runs, with the name of the run under `run`.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from typing import Any, TextIO
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from betterhalf.metrics.console import ConsoleMode, StepView, TerminalView, duration
+from betterhalf.metrics.console import OutputMode, StepView, TerminalView, duration
 from betterhalf.metrics.events import emit
 
 
 class SeveralRuns(TerminalView):
-    """Shows the steps of runs side by side: a panel for each on a terminal, labelled lines elsewhere."""
+    """View of several runs at once: a panel for each on a terminal, labelled lines elsewhere."""
 
     def __init__(
-        self, mode: ConsoleMode, *, labels: Sequence[str], total_steps: int, stream: TextIO | None = None
+        self, mode: OutputMode, *, labels: Sequence[str], total_steps: int, stream: TextIO | None = None
     ) -> None:
-        """Args: how to show; names of the runs; steps of each; standard error if `stream` is absent."""
+        """`labels` names the runs, of `total_steps` each; `stream` is standard error by default."""
         super().__init__(mode, stream)
         self._views = {label: StepView(total_steps=total_steps, label=label) for label in labels}
         self._phases: dict[str, str] = {}
         self._phase_started: dict[str, float] = {}
 
     def show(self, label: str, event: Mapping[str, Any]) -> None:
-        """Show one event of the run `label`, or a line of its `output` that is no event; unknown events show nothing.
+        """Show one event of the run `label`, or a line of its `output` that is not an event; ignore unknown events.
 
-        Output is shown even when `quiet`: what one process says past its console, such as a warning, is not silenced.
+        Output is shown even in the mode `quiet`, so that warnings of a process are not lost.
         """
         if self._mode == "events":
-            if "error" not in event:  # whoever raises it shows it
+            if "error" not in event:  # the caller raises it, and the command line shows it
                 emit(self._stream, {"run": label, **event})
         elif "step" in event:
             self._step(label, event)

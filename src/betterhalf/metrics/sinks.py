@@ -1,4 +1,4 @@
-"""Where metrics go: one row for each step into `metrics.jsonl`, and, when asked for, TensorBoard events."""
+"""Sinks of metrics: one row for each step in `metrics.jsonl`, and TensorBoard events on request."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from betterhalf.errors import MissingExtraError
 from betterhalf.metrics.catalogue import check_known
 
 MetricValue = float | str | None
-"""A number; a name, such as a parameter's; or None for what could not be measured in this step."""
+"""A number; a name, such as that of a parameter; or None for what this step could not measure."""
 
 
 class MetricSink(Protocol):
-    """Takes the metrics of one step at a time."""
+    """Receiver of the metrics of one step at a time."""
 
     def write(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
         """Record the metrics of `step`; steps count from 1."""
         ...
 
     def close(self) -> None:
-        """Flush and release; calling it twice is harmless."""
+        """Flush and release resources; a second call does nothing."""
         ...
 
 
 class JsonlSink:
-    """One flat JSON object for each step, `step` first; NaN and infinity become null. The record every report reads."""
+    """Sink of one flat JSON object for each step, `step` first, NaN and infinity as null. Every report reads this
+    file."""
 
     def __init__(self, append: Callable[[Mapping[str, Any]], None]) -> None:
-        """`append` writes one row for good, non-finite numbers as null, before it returns: `RunDir.append_metrics`."""
+        """`append` writes one row to disk before it returns, non-finite numbers as null: `RunDir.append_metrics`."""
         self._append = append
 
     def write(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
@@ -45,11 +46,12 @@ class JsonlSink:
         self._append({"step": step, **metrics})
 
     def close(self) -> None:
-        """Nothing to release: each row is on disk once written."""
+        """Do nothing: each row is already on disk."""
 
 
 class TensorBoardSink:
-    """Scalars as TensorBoard event files, by the `tensorboard` package alone: its torch wrapper would import torch."""
+    """Sink of TensorBoard event files. It uses the `tensorboard` package alone, as torch's wrapper would import
+    torch."""
 
     def __init__(self, folder: Path) -> None:
         """Open an event file in `folder`.
@@ -64,13 +66,13 @@ class TensorBoardSink:
         except ImportError as error:
             raise MissingExtraError(
                 "logging.tensorboard=true needs the package tensorboard, which is not installed. "
-                "Install it with: pip install 'betterhalf[tensorboard]'"
+                "Install it with `pip install 'betterhalf[tensorboard]'`."
             ) from error
         self._event, self._summary = Event, Summary
         self._writer: Any = EventFileWriter(str(folder))
 
     def write(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
-        """Add one event that holds every number of the step; it is on disk when this returns."""
+        """Write one event with every number of the step to disk."""
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
         self._writer.add_event(self._event(step=step, wall_time=time.time(), summary=self._summary(value=values)))
@@ -82,18 +84,18 @@ class TensorBoardSink:
 
 
 class Sinks:
-    """Hands every row to the record first, then to each extra sink; one that fails is dropped with a warning."""
+    """Several sinks: the record first, then extras. An extra sink that fails is dropped with a warning."""
 
     def __init__(
         self, record: MetricSink, extras: Sequence[MetricSink] = (), *, warn: Callable[[str], None] | None = None
     ) -> None:
-        """`record` may not fail; `warn` shows one line to the user (standard error if absent)."""
+        """An error of `record` is raised; `warn` shows one line to the user, by default on standard error."""
         self._record = record
         self._extras = list(extras)
         self._warn = warn or _to_stderr
 
     def write(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
-        """Record the metrics of `step` everywhere.
+        """Write the metrics of `step` to all sinks.
 
         Raises:
             RunError: the record could not be written.
@@ -103,7 +105,7 @@ class Sinks:
             self._guard(sink, lambda sink=sink: sink.write(step, metrics))  # type: ignore[misc]
 
     def close(self) -> None:
-        """Close all; the record last, whatever the others do."""
+        """Close all sinks, the record last and in any case."""
         for sink in tuple(self._extras):
             self._guard(sink, sink.close)
         self._record.close()
@@ -113,7 +115,7 @@ class Sinks:
             action()
         except Exception as error:
             self._extras.remove(sink)
-            self._warn(f"warning: {type(sink).__name__} failed and is switched off for this run: {error}")
+            self._warn(f"warning: {type(sink).__name__} failed and is switched off for the rest of the run: {error}")
 
 
 def _to_stderr(message: str) -> None:

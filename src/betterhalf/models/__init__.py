@@ -1,1 +1,1 @@
-"""The trainer's model: loading from hub, folder, GGUF or this package, and attention over packed sequences."""
+"""The trainer's model: loading it from the hub, a folder, a GGUF file or this package, and its packed attention."""

@@ -1,14 +1,15 @@
 """Causal attention over packed sequences, registered with transformers: no padding, no [tokens, tokens] mask.
 
-Three implementations, chosen by `attention_name`:
+`attention_name` chooses one of three implementations:
 
-    betterhalf_packed            in the tensors' own dtype: scores in FP32, probabilities rounded before they meet V, as
-                                 fused kernels do; on a CPU in blocks, elsewhere torch's scaled_dot_product_attention
+    betterhalf_packed            in the tensors' own dtype: softmax(Q K^T) in FP32, probabilities rounded before the
+                                 product with V, as in fused kernels; in blocks on a CPU, elsewhere by torch's
+                                 scaled_dot_product_attention
     betterhalf_packed_fp32_sums  half tensors widened to FP32, softmax(Q K^T) V in FP32, the result rounded once (CPU)
     betterhalf_packed_varlen     one fused kernel over all segments: torch.nn.attention.varlen (CUDA only)
 
-A pack's segments are whole sequences, prompts that siblings share, and their completions, which see the prompt and
-themselves. Segments of the same lengths that lie side by side share one call, so a pack sorted by length needs few.
+A pack's segments are whole sequences, prompts that siblings share, and completions, which attend to their prompt and to
+themselves. Adjacent segments of equal lengths share one call, so a pack sorted by length needs few calls.
 """
 
 from __future__ import annotations
@@ -36,10 +37,14 @@ Segments = tuple[PackedSegment, ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackLayout:
-    """A pack's segments as a model's forward passes them on: torch.compile compiles anew for every other tuple, but
-    does not look into an object that only attention reads."""
+    """Wrapper around a pack's segments, in which they travel through a model's forward pass to its attention.
+
+    torch.compile would compile again for every different tuple, but does not look into an object that only attention
+    reads.
+    """
 
     segments: Segments
+    """Segments of the pack, in order."""
 
 
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
@@ -47,7 +52,7 @@ _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 
 def attention_name(device: torch.device, head_dim: int, *, fp32_sums: bool) -> str:
-    """Which registered implementation to use for trainer attention on this device.
+    """Return the name of the implementation for the trainer's attention on this device.
 
     Flash attention needs an Ampere GPU or newer and a head dimension that is a multiple of 8 up to 256.
     """
@@ -58,11 +63,11 @@ def attention_name(device: torch.device, head_dim: int, *, fp32_sums: bool) -> s
 
 
 def require_packable(module: Any) -> None:
-    """Refuse a model whose positions exchange information other than through the registered attention.
+    """Refuse a model whose positions exchange information outside the registered attention, or that changes its logits.
 
     Raises:
-        InputError: state-space, convolutional or otherwise unknown mixers, attention sinks, or logits that are
-            post-processed.
+        InputError: the model has state-space, convolutional or unknown mixers, attention sinks, or post-processed
+            logits.
     """
     config = module.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -73,14 +78,14 @@ def require_packable(module: Any) -> None:
         )
     if any(name.endswith(".sinks") for name, _ in module.named_parameters()):
         raise InputError(
-            f"architecture {config.model_type!r} adds sinks to its attention, which attention over packed sequences "
-            "does not; use a decoder such as llama, mistral, qwen2 or qwen3"
+            f"architecture {config.model_type!r} has attention sinks, which attention over packed sequences does not "
+            "support; use a decoder such as llama, mistral, qwen2 or qwen3"
         )
     for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, key, None) not in (None, 1, 1.0):
             raise InputError(
-                f"architecture {config.model_type!r} changes its logits ({key}={getattr(config, key)}), which the "
-                "chunked logprobs do not; use a decoder such as llama, mistral, qwen2 or qwen3"
+                f"architecture {config.model_type!r} post-processes its logits ({key}={getattr(config, key)}), which "
+                "the chunked logprobs do not support; use a decoder such as llama, mistral, qwen2 or qwen3"
             )
 
 
@@ -90,39 +95,45 @@ def _has_convolution(module: torch.nn.Module) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentBatch:
-    """Neighbouring segments of one length, whose prefixes have one length too: they share an attention call."""
+    """Adjacent segments of equal length whose prefixes have equal lengths too; they share one attention call."""
 
     count: int
-    """N segments."""
+    """Number of segments, N."""
     length: int
-    """L tokens of each."""
+    """Tokens of each segment, L."""
     prefix_length: int
-    """P tokens of each segment's prefix; 0 without."""
+    """Tokens of each segment's prefix, P; 0 without prefixes."""
     prefixes: tuple[tuple[int, int], ...]
-    """[N] (run, place in it) that holds each segment's prefix; empty without."""
+    """[N] (index of a batch, index within it) of each segment's prefix; empty without prefixes."""
 
 
 @lru_cache(maxsize=64)
 def segment_batches(segments: Segments) -> tuple[SegmentBatch, ...]:
-    """The runs of a pack, in order; every layer asks for them."""
-    runs: list[SegmentBatch] = []
+    """Group a pack's segments into batches, in order; cached, since every layer asks for them."""
+    batches: list[SegmentBatch] = []
     places: list[tuple[int, int]] = []
-    for (length, before), group in groupby(segments, key=lambda segment: (segment.length, _before(segments, segment))):
+
+    def lengths(segment: PackedSegment) -> tuple[int, int]:
+        return segment.length, _prefix_length(segments, segment)
+
+    for (length, prefix_length), group in groupby(segments, key=lengths):
         members = tuple(group)
-        places.extend((len(runs), k) for k in range(len(members)))
+        places.extend((len(batches), k) for k in range(len(members)))
         prefixes = tuple(places[member.prefix] for member in members if member.prefix is not None)
-        runs.append(SegmentBatch(count=len(members), length=length, prefix_length=before, prefixes=prefixes))
-    return tuple(runs)
+        batches.append(SegmentBatch(count=len(members), length=length, prefix_length=prefix_length, prefixes=prefixes))
+    return tuple(batches)
 
 
-def _before(segments: Segments, segment: PackedSegment) -> int:
+def _prefix_length(segments: Segments, segment: PackedSegment) -> int:
+    """Return the length of the segment's prefix; 0 without one."""
     return 0 if segment.prefix is None else segments[segment.prefix].length
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
     """Causal attention of N segments: q [N, heads, L, D], k and v [N, kv_heads, P + L, D] -> [N, heads, L, D].
 
-    The last query sees the last key. A mask is made only for a prefix or where a sliding window binds.
+    The last query is at the position of the last key. A mask is built only for a prefix, or if a sliding window is
+    shorter than the keys.
     """
     queries, keys = q.shape[-2], k.shape[-2]
     grouped = q.shape[1] != k.shape[1]
@@ -138,15 +149,15 @@ _Attend = Callable[[Tensor, Tensor, Tensor, float, int | None], Tensor]
 """(q [N, heads, L, D], k, v [N, kv_heads, P + L, D], scale, window) -> [N, heads, L, D]."""
 
 
-def _by_runs(
+def _by_batch(
     attend: _Attend, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None
 ) -> Tensor:
-    """Attention of each segment: q [1, heads, T, D], k and v [1, kv_heads, T, D] -> [1, T, heads, D]."""
-    runs = segment_batches(segments)
+    """Call `attend` for each batch of segments: q [1, heads, T, D], k and v [1, kv_heads, T, D] -> [1, T, heads, D]."""
+    batches = segment_batches(segments)
     queries, keys, values = (
-        _folded(q, runs),
-        _after_prefixes(_folded(k, runs), runs),
-        _after_prefixes(_folded(v, runs), runs),
+        _folded(q, batches),
+        _after_prefixes(_folded(k, batches), batches),
+        _after_prefixes(_folded(v, batches), batches),
     )
     parts = []
     for fold_q, fold_k, fold_v in zip(queries, keys, values, strict=True):
@@ -155,53 +166,55 @@ def _by_runs(
     return torch.cat(parts).unsqueeze(0)
 
 
-def _folded(x: Tensor, runs: tuple[SegmentBatch, ...]) -> list[Tensor]:
-    """The rows of each run, [N, heads, L, D], from those of the pack, [1, heads, T, D]."""
-    pieces = torch.split(x[0], [run.count * run.length for run in runs], dim=1)
+def _folded(x: Tensor, batches: tuple[SegmentBatch, ...]) -> list[Tensor]:
+    """Split the pack's rows, [1, heads, T, D], into those of each batch, [N, heads, L, D]."""
+    pieces = torch.split(x[0], [batch.count * batch.length for batch in batches], dim=1)
     return [
-        piece.reshape(x.shape[1], run.count, run.length, x.shape[3]).transpose(0, 1)
-        for run, piece in zip(runs, pieces, strict=True)
+        piece.reshape(x.shape[1], batch.count, batch.length, x.shape[3]).transpose(0, 1)
+        for batch, piece in zip(batches, pieces, strict=True)
     ]
 
 
-def _after_prefixes(folded: list[Tensor], runs: tuple[SegmentBatch, ...]) -> list[Tensor]:
-    """Each run's keys (or values) with those of its prefixes before them: [N, kv_heads, P + L, D]."""
-    # One unbind for each run that holds prompts: its gradient is one stack, however many siblings there are.
-    prompts = {index: folded[index].unbind() for index in {index for run in runs for index, _ in run.prefixes}}
+def _after_prefixes(folded: list[Tensor], batches: tuple[SegmentBatch, ...]) -> list[Tensor]:
+    """Prepend the prefixes' keys (or values) to those of each batch: [N, kv_heads, P + L, D]."""
+    # One unbind for each batch that holds prompts: its gradient is one stack, however many siblings there are.
+    prompts = {index: folded[index].unbind() for index in {index for batch in batches for index, _ in batch.prefixes}}
     return [
-        torch.cat((torch.stack([prompts[index][place] for index, place in run.prefixes]), own), dim=2)
-        if run.prefixes
+        torch.cat((torch.stack([prompts[index][place] for index, place in batch.prefixes]), own), dim=2)
+        if batch.prefixes
         else own
-        for run, own in zip(runs, folded, strict=True)
+        for batch, own in zip(batches, folded, strict=True)
     ]
 
 
 def _own_dtype(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
-    """`_by_runs` as the query's dtype is multiplied; a format that the processor cannot multiply is left to torch."""
+    """Attention in the query's dtype; formats that a CPU cannot multiply natively are left to torch's kernel."""
     if q.is_cuda or not has_native_matmul(q.dtype):
-        return _by_runs(_fused, q, k, v, segments, scale, window)
+        return _by_batch(_fused, q, k, v, segments, scale, window)
     return _blocked(q, k, v, segments, scale, window, q.dtype)
 
 
 def _widened(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
-    """`_by_runs` on operands widened to FP32; the result is rounded once to the query's dtype."""
+    """Attention on operands widened to FP32; the result is rounded once to the query's dtype."""
     return _blocked(q, k, v, segments, scale, window, torch.float32)
 
 
 def _blocked(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None, operands: torch.dtype
 ) -> Tensor:
+    """Attention by `blocked_attention`, batch by batch."""
+
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         return blocked_attention(q, k, v, scale=scale, window=window, operands=operands)
 
-    # Widened before prompts are shared out among siblings, so that their gradients are added up in FP32.
-    return _by_runs(attend, q.float(), k.float(), v.float(), segments, scale, window).to(q.dtype)
+    # Widened before siblings share their prompt, so that the prompt's gradients are added in FP32.
+    return _by_batch(attend, q.float(), k.float(), v.float(), segments, scale, window).to(q.dtype)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
-    """`_by_runs` in one call of torch's variable-length flash attention; FP32 tensors go run by run."""
+    """Attention in one call of torch's variable-length flash attention; FP32 tensors go batch by batch."""
     if q.dtype == torch.float32:
-        return _by_runs(_fused, q, k, v, segments, scale, window)
+        return _by_batch(_fused, q, k, v, segments, scale, window)
     # Imported here: the module loads CUDA kernels.
     from torch.nn.attention.varlen import varlen_attn
 
@@ -209,7 +222,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, w
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
     k, v = (repeat_prefixes(x, segments) for x in (k, v))
     grouped: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if _asks_for_groups(varlen_attn) else {}
-    # Where keys outnumber queries the causal mask and the window end at the last key, as here.
+    # With more keys than queries, the kernel aligns the causal mask and the window to the last key, as `_fused` does.
     ends = (window - 1 if window else -1, 0)
     out = varlen_attn(q, k, v, *spans.offsets, *spans.longest, scale=scale, window_size=ends, **grouped)
     assert isinstance(out, Tensor)
@@ -218,30 +231,31 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, w
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Spans:
-    """Where the queries and the keys of each segment lie."""
+    """Rows of each segment, for queries and for keys."""
 
     offsets: tuple[Tensor, Tensor]
-    """int32 [segments + 1] each: first row of every segment, and the end."""
+    """int32 [segments + 1] each: first row of every segment, then the number of rows."""
     longest: tuple[int, int]
+    """Rows of the longest segment."""
 
 
 @lru_cache(maxsize=64)
 def _spans(segments: Segments, device: torch.device) -> _Spans:
-    """Made once for a pack, since every layer asks: to send numbers to a GPU waits for it."""
+    """Return the spans of a pack; cached, since every layer asks, and each copy to a GPU waits for it."""
     queries = [segment.length for segment in segments]
-    keys = [segment.length + _before(segments, segment) for segment in segments]
+    keys = [segment.length + _prefix_length(segments, segment) for segment in segments]
     first, second = (torch.tensor([0, *accumulate(x)], dtype=torch.int32, device=device) for x in (queries, keys))
     return _Spans(offsets=(first, second), longest=(max(queries), max(keys)))
 
 
 @cache
 def _asks_for_groups(varlen_attn: Callable[..., Any]) -> bool:
-    """Whether it must be told that queries share key heads; torch before 2.12 lets them without."""
+    """Return whether the function must be told that queries share key heads; torch before 2.12 has no such argument."""
     return "enable_gqa" in signature(varlen_attn).parameters
 
 
 def repeat_prefixes(x: Tensor, segments: Segments) -> Tensor:
-    """Keys or values [T, kv_heads, D] with each segment's prefix copied before it, [sum of P + L, kv_heads, D]."""
+    """Copy each segment's prefix before it: keys or values [T, kv_heads, D] -> [sum of P + L, kv_heads, D]."""
     if all(segment.prefix is None for segment in segments):
         return x
     own = torch.split(x, [segment.length for segment in segments])
@@ -253,11 +267,11 @@ AttentionFunction = Callable[..., tuple[Tensor, None]]
 
 
 def _for_transformers(kernel: Callable[..., Tensor]) -> AttentionFunction:
-    """A kernel with the signature that transformers calls: query [1, heads, T, D], key and value [1, kv_heads, T, D].
+    """Give a kernel the signature that transformers calls: query [1, heads, T, D], key and value [1, kv_heads, T, D].
 
-    Besides transformers' own keywords it takes `layout`, passed through the model's forward, and `cached_as` from an
-    FP32 island: the grid of the engine's cache, to which keys and values are rounded. The returned function
-    gives [1, T, heads, D], and raises InputError when the model asks for attention dropout.
+    Besides transformers' own keywords the function takes `layout`, which arrives through the model's forward call, and
+    `cached_as` from an FP32 island: the dtype of the engine's cache, to which keys and values are rounded. It returns
+    [1, T, heads, D], and raises InputError if the model asks for attention dropout.
     """
 
     def attend(
@@ -276,7 +290,8 @@ def _for_transformers(kernel: Callable[..., Tensor]) -> AttentionFunction:
     ) -> tuple[Tensor, None]:
         if dropout:
             raise InputError(
-                f"attention_dropout={dropout} would make pi random; set it to 0 in the model's configuration"
+                f"attention_dropout={dropout} would make the trainer's logprobs random; set it to 0 in the model's "
+                "configuration"
             )
         if cached_as is not None:
             key, value = round_through(key, cached_as), round_through(value, cached_as)
@@ -297,9 +312,9 @@ _IMPLEMENTATIONS: dict[str, AttentionFunction] = {
 
 
 def use_packed_attention(module: Any, name: str, *, compiled: bool = False) -> None:
-    """Make a transformers model use one of the implementations above for its attention.
+    """Make a transformers model use the registered implementation `name` for its attention.
 
-    `compiled` says that torch.compile will see the layers, and hides attention from it.
+    Set `compiled` if torch.compile will compile the layers; attention is then hidden from it.
     """
     attend = _IMPLEMENTATIONS[name]
     if compiled:

@@ -1,8 +1,8 @@
-"""Regional compilation: torch.compile fuses what lies between the matrix products of each decoder layer.
+"""Regional compilation: torch.compile fuses the operations between the matrix products of each decoder layer.
 
-A layer is compiled once, for packs of any size, and all layers share the code. Attention is left out, and so are the
-CPU's half products, which torch would have to look through to their cached weights. The compiler is told to keep every
-rounding to half that the module's own operations make; sums it may order anew.
+A layer is compiled once, for packs of any size, and all layers share the code. Attention is not compiled, nor is
+`CpuLinear`, whose cached FP32 weights torch would have to trace. The compiler is told to keep every rounding to half
+that the module's operations make; it may change the order of sums.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from betterhalf.precision.cpu_linear import CpuLinear
 
 
 def compile_layers(decoder: Any, device: torch.device) -> None:
-    """Compile the layers of a transformers decoder in place; nothing happens before the first pass.
+    """Set the layers of a transformers decoder up for compilation, which happens in the first pass.
 
     Raises:
-        InputError: on a CPU without a C++ compiler.
+        InputError: the device is a CPU and there is no C++ compiler.
     """
     if device.type == "cpu":
         _require_compiler()
@@ -31,7 +31,7 @@ def compile_layers(decoder: Any, device: torch.device) -> None:
 
 
 def _require_compiler() -> None:
-    # Imported here: they load the compiler's own machinery, which takes seconds.
+    # Imported here: these modules load torch's compiler, which takes seconds.
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -39,6 +39,6 @@ def _require_compiler() -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise InputError(
-            "training.compile_layers needs a C++ compiler on a CPU, and there is none; install g++ or clang++, or set "
+            "training.compile_layers needs a C++ compiler on a CPU, and none was found; install g++ or clang++, or set "
             "training.compile_layers=false"
         ) from error

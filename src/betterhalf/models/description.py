@@ -1,4 +1,4 @@
-"""Facts from a model's configuration files, read before any of its weights."""
+"""Description of a model from its configuration files, read before its weights."""
 
 from __future__ import annotations
 
@@ -23,45 +23,46 @@ from betterhalf.models.stop_tokens import (
 )
 
 _LENGTH_WARNING = "sequence-length-is-longer-than-the-specified-maximum"
-"""Key under which transformers remembers that it has warned of long texts."""
+"""Key with which transformers records that it has warned of a long text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """A decoder as its files describe it, with everything around its weights."""
+    """Facts about a decoder from its files, apart from the weights."""
 
     name: str
-    """Name, path or file in the user's words."""
+    """Name, path or file, as the user wrote it."""
     hf_config: Any
-    """Its transformers configuration."""
+    """transformers configuration."""
     tokenizer: Any
     """transformers tokenizer."""
     stop_token_ids: tuple[int, ...]
-    """Ids that end a completion, sorted: those of `model.stop_tokens`, or those that the files declare."""
+    """Sorted ids of the tokens that end a completion: those of `model.stop_tokens`, or those that the files declare."""
     context_length: int
-    """Positions the model can attend over: prompt and completion together."""
+    """Maximum number of positions, prompt and completion together."""
     turn_end: TurnEnd | None = None
-    """The token with which the chat template ends the assistant's turn, if it shows one."""
+    """Token with which the chat template ends the assistant's turn; None if it shows none."""
     notes: tuple[str, ...] = ()
-    """Notes on these files for the user."""
+    """Notes on the files for the user."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDescription(ModelFacts):
-    """`ModelFacts` before the weights are read, and where these are."""
+    """`ModelFacts` of a model whose weights have not been read yet, with their location."""
 
     source: ModelSource
+    """Location of the model's files."""
     stop_tokens: tuple[StopToken, ...]
-    """The tokens of `stop_token_ids`, each with the place that declares it."""
+    """Tokens of `stop_token_ids`, each with the setting or file that declares it."""
 
 
 def describe_model(config: ModelConfig) -> ModelDescription:
-    """Read configuration, tokenizer and stop tokens, and refuse what they show cannot be trained.
+    """Read configuration, tokenizer and stop tokens; refuse a model that they show cannot be trained.
 
     Raises:
-        InputError: no such model, files that cannot be read, not a decoder whose sequences can be packed, or a
-            tokenizer that does not belong to it.
-        MissingExtraError: `smollm2` or a GGUF file without the extra `[smollm2]`.
+        InputError: there is no such model, its files cannot be read, it is not a decoder whose sequences can be packed,
+            or the tokenizer does not belong to it.
+        MissingExtraError: a package is missing for `smollm2` or for a GGUF file (extra `[smollm2]`).
     """
     source = find_model(config)
     flags = {} if source.gguf is None else tokenizer_flags(source.gguf)
@@ -71,7 +72,7 @@ def describe_model(config: ModelConfig) -> ModelDescription:
         require_packable(_skeleton(hf_config))
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments, **flags)
         generation = read_generation(source)
-    # Prompts beyond the context are refused by name; its own warning of them would come on top.
+    # Tasks refuse prompts that exceed the context, so the tokenizer's own warning is not needed.
     tokenizer.deprecation_warnings[_LENGTH_WARNING] = True
     _require_own_tokenizer(config.name, tokenizer, hf_config.vocab_size)
     stops = chosen_stop_tokens(config.stop_tokens, tokenizer) or declared_stop_tokens(
@@ -92,13 +93,13 @@ def describe_model(config: ModelConfig) -> ModelDescription:
 
 
 def _skeleton(hf_config: Any) -> Any:
-    """The transformers module on the meta device: names and shapes, no numbers."""
+    """Return the transformers module on the meta device: names and shapes without data."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)  # type: ignore[no-untyped-call]
 
 
 def _require_plain_weights(name: str, hf_config: Any) -> None:
-    """Quantized weights are no parameters: nothing could be learned."""
+    """Refuse quantized weights, which are not trainable parameters; GGUF files are dequantized when loaded."""
     settings = getattr(hf_config, "quantization_config", None)
     if settings is None:
         return
@@ -107,14 +108,14 @@ def _require_plain_weights(name: str, hf_config: Any) -> None:
         return
     raise InputError(
         f"model {name!r} holds quantized weights (quantization_config in config.json, {method or 'unnamed'}), which "
-        "cannot be trained; name the model that it was made from"
+        "cannot be trained; use the model that was quantized"
     )
 
 
 def _require_own_tokenizer(name: str, tokenizer: Any, vocabulary: int) -> None:
-    """Tokens that were added may lie beyond the model's vocabulary and never be used; ordinary ones may not."""
+    """Refuse a tokenizer with ordinary tokens beyond the model's vocabulary; added tokens may exceed it unused."""
     if tokenizer.vocab_size > vocabulary:
         raise InputError(
-            f"model {name!r} has a vocabulary of {vocabulary} tokens (vocab_size in config.json), its tokenizer one of "
-            f"{tokenizer.vocab_size}, so they do not belong together; put the model's own tokenizer beside it"
+            f"model {name!r} has a vocabulary of {vocabulary} tokens (vocab_size in config.json), but its tokenizer "
+            f"has {tokenizer.vocab_size}, so they do not belong together; put the model's own tokenizer into its folder"
         )

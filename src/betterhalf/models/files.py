@@ -1,4 +1,4 @@
-"""Find a model's files by the name that the user wrote, and explain what transformers says of them."""
+"""Find a model's files by the name that the user wrote, and explain the errors of transformers."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ from betterhalf.errors import BetterhalfError, InputError, MissingExtraError
 from betterhalf.run_dir import RunDir
 
 BUILT_IN = ("demo", "smollm2")
-"""Names that need neither hub nor path."""
+"""Names of models that need neither hub nor path."""
 
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """Location of a model's files, in the terms of `from_pretrained`."""
+    """Location of a model's files, as arguments of `from_pretrained`."""
 
     location: str
     """Folder, or name on the hub."""
     arguments: dict[str, Any]
-    """Keywords that go with it: `gguf_file`, `revision`."""
+    """Keyword arguments: `gguf_file`, `revision`."""
 
     @property
     def gguf(self) -> Path | None:
-        """The GGUF file, if the model is one."""
+        """Path of the GGUF file; None for a model in another form."""
         name = self.arguments.get("gguf_file")
         return None if name is None else Path(self.location, name)
 
     def holds(self, name: str) -> bool:
-        """Return whether the source is a local folder with a file of this name."""
+        """Return whether the model is a local folder that contains the file."""
         return self.gguf is None and Path(self.location, name).is_file()
 
     def named(self, name: str) -> str:
-        """A file of the model for a message: its name, or the GGUF file that stands for all of them."""
+        """Return the name of a file for messages; a GGUF file takes the place of every other file."""
         return name if self.gguf is None else self.gguf.name
 
 
 def find_model(config: ModelConfig) -> ModelSource:
-    """Map the user's name to files, and refuse what cannot exist before anything is read.
+    """Map the user's name to files; refuse a name that cannot exist before anything is read.
 
     Raises:
-        InputError: no such model, or a folder without configuration or tokenizer.
-        MissingExtraError: `smollm2` or a GGUF file without the extra `[smollm2]`.
+        InputError: there is no such model, or its folder has no configuration or no tokenizer.
+        MissingExtraError: a package is missing for `smollm2` or for a GGUF file (extra `[smollm2]`).
     """
     if config.name == "demo":
         return ModelSource(location=str(Path(__file__).parent / "demo"), arguments={})
@@ -87,15 +87,20 @@ def _gguf(path: Path) -> ModelSource:
         raise InputError(f"there is no GGUF file {str(path)!r}; check the path")
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(f"reading a GGUF file needs the package {package}; `pip install betterhalf[gguf]`")
+            raise MissingExtraError(
+                f"reading a GGUF file needs the package {package}; install it with `pip install betterhalf[gguf]`"
+            )
     return ModelSource(location=str(path.parent), arguments={"gguf_file": path.name})
 
 
 def _folder(path: Path) -> ModelSource:
     if not (path / "config.json").is_file():
-        raise InputError(f"folder {str(path)!r} holds no config.json; give a folder in transformers format")
+        raise InputError(f"folder {str(path)!r} holds no config.json; use a model folder in transformers format")
     if RunDir(path).configured:
-        raise InputError(f"folder {str(path)!r} is a run; turn it into a model with `betterhalf export {path} DIR`")
+        raise InputError(
+            f"folder {str(path)!r} is a run, not a model; write its model to a folder with `betterhalf export {path} "
+            "DIR`"
+        )
     tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if not any((path / name).is_file() for name in tokenizers):
         raise InputError(
@@ -118,33 +123,33 @@ def _alternatives(name: str) -> str:
 
 @contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Turn the many exceptions of `from_pretrained` into one that names the model and the cause."""
+    """Turn any exception of `from_pretrained` into an InputError that names the model and the reason."""
     try:
         yield
     except BetterhalfError:
         raise
-    except Exception as error:  # torn files raise what their parsers please
+    except Exception as error:  # the parsers of damaged files raise all kinds of exceptions
         raise InputError(f"model {name!r} cannot be loaded ({first_line(error)}); {_fix(name, error)}") from error
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, without its full stop; its type if it says nothing."""
+    """Return the first line of an exception's message without its full stop; the exception's type if it is empty."""
     return (next(iter(str(error).strip().splitlines()), "") or type(error).__name__).rstrip(".")
 
 
 def _fix(name: str, error: Exception) -> str:
     if "is not supported yet" in str(error) or "does not recognize this architecture" in str(error):
-        return "transformers does not read this architecture; use a decoder such as llama, mistral, qwen2 or qwen3"
+        return "transformers does not know this architecture; use a decoder such as llama, mistral, qwen2 or qwen3"
     if Path(name).expanduser().exists() or name in BUILT_IN:
-        return "restore its files, as `save_pretrained` writes them, or name another model"
+        return "restore its files, as `save_pretrained` writes them, or use another model"
     if not isinstance(error, OSError):
-        return "name another model or revision"
-    return "check the name, the revision and access to the hub (HF_HUB_OFFLINE=1 forbids it), or give a local folder"
+        return "use another model or revision"
+    return "check the name, the revision and access to the hub (HF_HUB_OFFLINE=1 forbids it), or use a local folder"
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the bars and notes of transformers: our own output is the only one on the terminal."""
+    """Silence the progress bars and warnings of transformers, so that only our own output is on the terminal."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -163,7 +168,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _no_gguf_bar() -> Iterator[None]:
-    """The bar of GGUF tensors is tqdm's own, out of reach of the switch of transformers."""
+    """Silence the progress bar of GGUF tensors, which uses tqdm directly and ignores the switch of transformers."""
     names = vars(modeling_gguf_pytorch_utils)
     bar = names.get("tqdm")
     if bar is None:

@@ -1,4 +1,4 @@
-"""A model's generation configuration, and whether what was loaded can be saved again."""
+"""Generation configuration of a model, and checks that a loaded model can be saved again."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from betterhalf.errors import InputError
 from betterhalf.models.files import ModelSource, first_line, quiet
 
 FILE = "generation_config.json"
-"""Name of its file in a model folder."""
+"""Name of the generation configuration in a model folder."""
 
 _FIRST = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample")
-"""Settings that are kept before all others where some exclude each other."""
+"""Settings that take precedence where settings exclude each other."""
 
 
 def read_generation(source: ModelSource) -> GenerationConfig | None:
     """Read `generation_config.json`; None for a model without one.
 
     Raises:
-        InputError: the file is there and cannot be read.
+        InputError: the file exists but cannot be read.
     """
     if source.gguf is not None:
         return None
@@ -31,7 +31,7 @@ def read_generation(source: ModelSource) -> GenerationConfig | None:
     except (OSError, ValueError) as error:
         if source.holds(FILE):
             raise InputError(
-                f"{FILE} of {source.location} cannot be read ({first_line(error)}); mend it, or delete it"
+                f"{FILE} of {source.location} cannot be read ({first_line(error)}); fix or delete it"
             ) from error
         if isinstance(error, OSError):
             return None
@@ -40,7 +40,7 @@ def read_generation(source: ModelSource) -> GenerationConfig | None:
 
 
 def can_be_saved(generation: GenerationConfig) -> bool:
-    """Return whether `save_pretrained` accepts it; it refuses settings that exclude each other."""
+    """Return whether `save_pretrained` accepts the configuration; it refuses settings that exclude each other."""
     try:
         with quiet():
             generation.validate(strict=True)
@@ -50,10 +50,10 @@ def can_be_saved(generation: GenerationConfig) -> bool:
 
 
 def repaired(generation: GenerationConfig) -> tuple[GenerationConfig, tuple[str, ...]]:
-    """Return what can be saved of a generation configuration, and the names of the settings left out.
+    """Return a generation configuration that can be saved, and the names of the settings it had to leave out.
 
-    Token ids and `do_sample` stay, so that generation stops and samples as before; of the others those go that
-    transformers refuses beside them, such as a temperature where nothing is sampled.
+    Token ids and `do_sample` stay, so that generation stops and samples as before. Other settings are left out if
+    transformers refuses them next to these, such as a temperature without sampling.
     """
     if can_be_saved(generation):
         return generation, ()
@@ -78,10 +78,10 @@ def _accepted(settings: dict[str, Any]) -> bool:
 
 
 def why_not_saved(hf_config: Any) -> str | None:
-    """Return the objection of `save_pretrained` to a model configuration; None if it writes it."""
+    """Return the error of `save_pretrained` for a model configuration; None if it can be saved."""
     try:
         with quiet(), tempfile.TemporaryDirectory() as folder:
             hf_config.save_pretrained(folder)
-    except Exception as error:  # validators raise what they please
+    except Exception as error:  # validators raise all kinds of exceptions
         return first_line(error)
     return None

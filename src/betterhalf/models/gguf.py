@@ -1,6 +1,6 @@
-"""Settings of the tokenizer that a GGUF file holds and transformers leaves out.
+"""Tokenizer settings of a GGUF file that transformers ignores.
 
-A GGUF file begins with metadata, key after key, before the table of tensors and the tensors themselves:
+A GGUF file begins with its metadata, a list of keys and values, followed by the table of tensors and the tensors:
 
     "GGUF"  version: u32  number of tensors: u64  number of keys: u64
     for each key:  name: string  type: u32  value
@@ -18,27 +18,29 @@ from betterhalf.errors import InputError
 
 _STRING, _ARRAY, _BOOL, _U32 = 8, 9, 7, 4
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Value type -> its bytes: u8, i8, u16, i16, u32, i32, f32, bool, u64, i64, f64."""
+"""Value type -> size in bytes: u8, i8, u16, i16, u32, i32, f32, bool, u64, i64, f64."""
 
 _PREFIX = "tokenizer.ggml."
 _FLAGS = ("add_bos_token", "add_eos_token")
 _LLAMA_3 = ("llama3", "llama-v3", "llama-bpe")
-"""Names of the way in which the byte-level tokenizer of Llama 3 splits text."""
+"""Names under which files declare Llama 3's way of splitting text before byte-level BPE."""
 
 
 def tokenizer_flags(path: Path) -> dict[str, bool]:
-    """Which tokens a tokenizer puts around a text: `add_bos_token`, `add_eos_token`.
+    """Return the flags for tokens that the tokenizer adds around a text: `add_bos_token`, `add_eos_token`.
 
-    A file that does not say is read as llama.cpp reads it: a begin token for sentencepiece and Llama 3.
+    A missing flag is filled in as in llama.cpp: sentencepiece and Llama 3 tokenizers add a begin token.
 
     Raises:
-        InputError: this is no GGUF file, or it ends within its metadata.
+        InputError: the file is not in GGUF format, or ends within its metadata.
     """
     try:
         with path.open("rb") as file:
             found = _tokenizer_entries(file)
     except (struct.error, KeyError, IndexError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no whole GGUF file: its metadata cannot be read; get it again") from error
+        raise InputError(
+            f"{path} is not a complete GGUF file: its metadata cannot be read; download it again"
+        ) from error
     flags = {name: bool(found[name]) for name in _FLAGS if isinstance(found.get(name), bool)}
     if found.get("model") == "llama" or found.get("pre") in _LLAMA_3:
         flags.setdefault("add_bos_token", True)
@@ -46,13 +48,16 @@ def tokenizer_flags(path: Path) -> dict[str, bool]:
 
 
 def declares_end_token(path: Path) -> bool:
-    """Return whether a GGUF file names the token that ends a text; `tokenizer_flags` has found its metadata whole."""
+    """Return whether a GGUF file names the token that ends a text.
+
+    The file must have passed `tokenizer_flags`, which checks its metadata.
+    """
     with path.open("rb") as file:
         return "eos_token_id" in _tokenizer_entries(file)
 
 
 def _tokenizer_entries(file: IO[bytes]) -> dict[str, str | bool | int]:
-    """The metadata about the tokenizer that are a text, a flag or a token id, by their names without prefix."""
+    """Return the tokenizer's metadata of type string, bool or u32 by name, without the prefix."""
     magic, _, _, keys = struct.unpack("<4sIQQ", file.read(24))
     if magic != b"GGUF":
         raise KeyError(magic)

@@ -1,4 +1,4 @@
-"""Load a decoder and its tokenizer, always in FP32: hub name, local folder, GGUF file, or one of the built-in names."""
+"""Load a decoder in FP32, with its tokenizer, from the hub, a local folder, a GGUF file or a built-in name."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from betterhalf.models.generation import repaired
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel(ModelFacts):
-    """A decoder on the CPU in FP32, with everything around it that sampling needs."""
+    """Decoder on the CPU in FP32, with everything else that sampling needs."""
 
     module: Any
-    """transformers causal language model; parameters and buffers in FP32. Its configuration is `hf_config`, without
+    """transformers causal language model with parameters and buffers in FP32. Its configuration is `hf_config`, without
     a quantization section."""
     generation_left_out: tuple[str, ...] = ()
-    """Settings of its generation configuration that could not be saved and are gone."""
+    """Settings removed from its generation configuration, since it could not be saved with them."""
 
     def facts(self) -> ModelFacts:
         """Return everything but the weights."""
@@ -32,18 +32,18 @@ class LoadedModel(ModelFacts):
 
 
 def load_model(config: ModelConfig) -> LoadedModel:
-    """Load weights (FP32), tokenizer and stop tokens.
+    """Load weights (in FP32), tokenizer and stop tokens.
 
     Raises:
-        InputError: no such model, files that cannot be read, not a decoder whose sequences can be packed, or no
-            tokenizer.
-        MissingExtraError: `smollm2` or a GGUF file without the extra `[smollm2]`.
+        InputError: there is no such model, its files cannot be read, it is not a decoder whose sequences can be packed,
+            or its tokenizer is missing or belongs to another model.
+        MissingExtraError: a package is missing for `smollm2` or for a GGUF file (extra `[smollm2]`).
     """
     return load_weights(describe_model(config))
 
 
 def load_weights(described: ModelDescription) -> LoadedModel:
-    """Read the weights of a model whose configuration files have been found good.
+    """Load the weights of a model whose configuration files have been checked.
 
     Raises:
         InputError: weights are missing or cannot be read.
@@ -77,16 +77,16 @@ def load_weights(described: ModelDescription) -> LoadedModel:
 
 
 def _forget_quantization(module: Any) -> None:
-    """A GGUF file's weights are FP32 once read; with these marks transformers would refuse to train or save them."""
+    """Remove the marks of quantization: a GGUF file's weights are FP32 once loaded, and can be trained and saved."""
     module.config.__dict__.pop("quantization_config", None)
     for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
         module.__dict__.pop(mark, None)
 
 
 def _settle_head(described: ModelDescription, module: Any) -> tuple[str, ...]:
-    """Let the configuration say whether the head is the embedding as loaded: engine and export go by it.
+    """Make `tie_word_embeddings` true to the loaded weights, since engine and export rely on it; return notes on it.
 
-    transformers keeps a head apart that differs from the embedding in the files, whatever the configuration says.
+    transformers does not tie a head that differs from the embedding in the files, whatever the configuration says.
     """
     tied = module.get_output_embeddings().weight is module.get_input_embeddings().weight
     if bool(module.config.tie_word_embeddings) == tied:
@@ -94,23 +94,23 @@ def _settle_head(described: ModelDescription, module: Any) -> tuple[str, ...]:
     module.config.tie_word_embeddings = tied
     return (
         f"{described.source.named('config.json')} of model {described.name!r} says tie_word_embeddings=true, but its "
-        "files hold a head that differs from the embedding; that head is used and trained, and export writes "
+        "files hold an LM head that differs from the embedding; that head is used and trained, and export writes "
         "tie_word_embeddings=false",
     )
 
 
 def _require_whole(described: ModelDescription, missing: Collection[str]) -> None:
-    """transformers fills weights that a file lacks with random numbers, and only warns."""
+    """Refuse missing weights, which transformers would fill with random numbers and only warn about."""
     name = described.name
     if set(missing) == {"lm_head.weight"}:
         raise InputError(
             f"model {name!r} has no lm_head.weight, and its {described.source.named('config.json')} does not say that "
-            "the embedding is the head; set tie_word_embeddings to true there if it is, or restore the weight"
+            "the embedding is the LM head; set tie_word_embeddings to true there if it is, or restore the weight"
         )
     if missing:
         raise InputError(
             f"model {name!r} lacks weights of its architecture ({len(missing)}, {min(missing)!r} among them); restore "
-            "its files, or name another model"
+            "its files, or use another model"
         )
 
 

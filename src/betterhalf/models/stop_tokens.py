@@ -1,4 +1,4 @@
-"""The tokens that end a completion: where they are declared, and the token with which a chat template ends a turn."""
+"""Tokens that end a completion, and the token with which a chat template ends a turn."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from betterhalf.models.generation import FILE
 from betterhalf.models.gguf import declares_end_token
 
 _QUESTION, _ANSWER = "betterhalf question", "betterhalf answer"
-"""Contents of the turns that show how a template ends them."""
+"""Contents of the conversation that is rendered to see how a template ends a turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopToken:
-    """A token that ends a completion."""
+    """Token that ends a completion."""
 
     token_id: int
+    """Id in the model's vocabulary."""
     source: str
-    """Setting and file that declare it, for messages."""
+    """Setting or file that declares it, for messages."""
 
 
 def declared_stop_tokens(source: ModelSource, hf_config: Any, generation: Any, tokenizer: Any) -> tuple[StopToken, ...]:
-    """Return what the model's files call the end of a sequence: generation configuration, configuration, tokenizer.
+    """Return the end-of-sequence tokens that the model's files declare, sorted by id.
 
-    `hf_config` counts only where the file has the key: transformers has a default for some architectures, 2 for Llama,
-    whatever token that is.
+    The files are the generation configuration, the configuration and the tokenizer's. `hf_config` counts only if the
+    file has the key: for some architectures transformers has a default, 2 for Llama, whatever token that is.
     """
     in_config = getattr(hf_config, "eos_token_id", None) if _config_declares(source) else None
     places = (
@@ -54,10 +55,10 @@ def _config_declares(source: ModelSource) -> bool:
 
 
 def chosen_stop_tokens(tokens: Sequence[str | int], tokenizer: Any) -> tuple[StopToken, ...]:
-    """The tokens of `model.stop_tokens`, named by text or id.
+    """Return the tokens that `model.stop_tokens` names by text or id, sorted by id.
 
     Raises:
-        ConfigError: the tokenizer has no token of this text.
+        ConfigError: a text is not a single token of the tokenizer.
     """
     chosen = (StopToken(token_id=_token_id(token, tokenizer), source="model.stop_tokens") for token in tokens)
     return tuple(sorted({token.token_id: token for token in chosen}.values(), key=lambda token: token.token_id))
@@ -71,7 +72,7 @@ def _token_id(token: str | int, tokenizer: Any) -> int:
         return int(vocabulary[token])
     if token.isdecimal():
         return int(token)
-    # Vocabularies spell text in an alphabet of their own: a newline is no entry, but it is one token.
+    # Byte-level vocabularies spell text in their own alphabet: a newline is not an entry, but it is one token.
     token_ids = tokenizer.encode(token, add_special_tokens=False)
     if len(token_ids) == 1:
         return int(token_ids[0])
@@ -85,28 +86,30 @@ def require_in_vocabulary(name: str, stops: Sequence[StopToken], vocabulary: int
     """Refuse a stop token that the model cannot sample.
 
     Raises:
-        InputError: names the id, what declares it, and the size of the vocabulary.
+        InputError: an id is outside the vocabulary; the message names the id, its source and the vocabulary's size.
     """
     for stop in stops:
         if not 0 <= stop.token_id < vocabulary:
             raise InputError(
                 f"model {name!r} cannot sample its stop token {stop.token_id} ({stop.source}): its vocabulary has "
-                f"{vocabulary} tokens; mend that file, or name the right tokens with model.stop_tokens"
+                f"{vocabulary} tokens; fix that file, or set model.stop_tokens to the right tokens"
             )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnEnd:
-    """The token with which a chat template ends the assistant's turn."""
+    """Token with which a chat template ends the assistant's turn."""
 
     token_id: int
+    """Id in the model's vocabulary."""
     text: str
+    """Text of the token."""
 
 
 def turn_end(tokenizer: Any) -> TurnEnd | None:
-    """Render a conversation and look for the special token behind the answer; None if there is none to be seen.
+    """Render a conversation and return the first special token after the answer; None without one.
 
-    A template that cannot be rendered is judged by the task that uses it.
+    None is also returned for a template that cannot be rendered; the task that uses it reports the error.
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
@@ -114,7 +117,7 @@ def turn_end(tokenizer: Any) -> TurnEnd | None:
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
         token_ids = tokenizer.encode(text.rpartition(_ANSWER)[2], add_special_tokens=False)
-    except Exception:  # a template raises what it pleases
+    except Exception:  # a template can raise anything
         return None
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     first = next((int(token_id) for token_id in token_ids if token_id in special), None)

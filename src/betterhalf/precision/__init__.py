@@ -1,1 +1,1 @@
-"""Half precision: formats, dtype roles, loss scaling, linear layers with FP32 sums, and the contract of both sides."""
+"""Half precision: formats, dtype roles, loss scaling, CPU layers with FP32 sums, FP32 islands, precision contract."""

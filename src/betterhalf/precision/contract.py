@@ -1,7 +1,8 @@
-"""Both sides report what they really run; the contract compares the two.
+"""The precision contract: trainer and engine report the formats that they really use, and the reports are compared.
 
 Equality is required of the compute dtype, the dtype of the weights on the wire, the dtype of cached keys and values,
-the FP32 islands, and the weights themselves, by digest. The rest is shown: it explains what mismatch remains.
+the FP32 islands, and the weights themselves, by digest. Everything else is only shown: it explains the mismatch that
+remains.
 """
 
 from __future__ import annotations
@@ -22,29 +23,29 @@ from betterhalf.types import DtypeName
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SideReport:
-    """What one side reports of itself, read from its live tensors rather than from its configuration."""
+    """Report of one side, trainer or engine, read from its live tensors rather than from its configuration."""
 
     side: Literal["trainer", "engine"]
     dtypes: dict[str, DtypeName]
-    """Region -> format. Trainer: weights, compute, wire, lm_head, rope, norm, master, gradients, optimizer.
-    Engine: weights, compute, wire, kv, lm_head, rope, norm."""
+    """Region -> format. Regions of the trainer: weights, compute, wire, lm_head, rope, norm, master, gradients,
+    optimizer. Regions of the engine: weights, compute, wire, kv, lm_head, rope, norm."""
     facts: dict[str, str]
-    """Attention backend, how matrix products sum, rounding points, library versions, device; under `fp32_modules` the
-    FP32 islands, `none` if it is missing."""
+    """Name -> value: attention backend, format of sums in matrix products, rounding points, library versions, device.
+    `fp32_modules` names the FP32 islands; without that key there are none."""
     digests: dict[str, str]
-    """Unfused Hugging Face parameter name -> digest of the tensor as held."""
+    """Unfused Hugging Face parameter name -> digest of the tensor that the side holds."""
 
 
 RowStatus = Literal["equal", "differs", "reported"]
-"""`equal` and `differs` are for what is required; everything else is only `reported`."""
+"""`equal` or `differs` for a required region, `reported` for any other."""
 
 ABSENT = "-"
-"""Shown where a side has no such region."""
+"""Placeholder for a region that a side does not have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContractRow:
-    """One region, as both sides report it."""
+    """One region with the reports of both sides."""
 
     region: str
     trainer: str
@@ -54,22 +55,22 @@ class ContractRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contract:
-    """The comparison of one trainer with one engine."""
+    """Result of comparing one trainer with one engine."""
 
     rows: tuple[ContractRow, ...]
     """Required regions first."""
     first_difference: str | None
-    """The first required region that differs, in words; None if all are equal."""
+    """Description of the first required region that differs; None if all are equal."""
     allow_difference: bool
-    """The user asked for an ablation: a difference is shown, not refused."""
+    """True if the user asked for an ablation: a difference is then shown, not refused."""
 
     @property
     def ok(self) -> bool:
-        """Whether the run may start."""
+        """True if the run may start."""
         return self.first_difference is None or self.allow_difference
 
     def table(self) -> str:
-        """Aligned plain text, at most 100 columns wide."""
+        """Return the contract as aligned plain text, at most 100 columns wide."""
         lines = [_line("region", "trainer", "engine", "status"), _line("-" * 14, "-" * 32, "-" * 32, "-" * 16)]
         for row in self.rows:
             lines += _wrapped(row, self._shown_status(row))
@@ -85,7 +86,7 @@ class Contract:
         return row.status
 
     def to_json(self) -> dict[str, Any]:
-        """The content of `contract.json`."""
+        """Return the content of `contract.json`."""
         return {
             "ok": self.ok,
             "allow_difference": self.allow_difference,
@@ -98,10 +99,10 @@ class Contract:
 
 
 def compare(trainer: SideReport, engine: SideReport, *, allow_difference: bool) -> Contract:
-    """Compare what both sides report. Every required region must equal the trainer's compute dtype.
+    """Compare the reports of trainer and engine; every required dtype must equal the trainer's compute dtype.
 
-    That includes the wire: weights that travel in another format are rounded once more, or less, than those the
-    trainer computes with, even if both ends agree on it.
+    That includes the wire dtype: weights sent in another format are rounded once more, or once less, than those the
+    trainer computes with, even if both sides agree on the format.
     """
     required = [
         _dtype_row("compute", trainer.dtypes["compute"], engine.dtypes["compute"], trainer.dtypes["compute"]),
@@ -117,7 +118,7 @@ def compare(trainer: SideReport, engine: SideReport, *, allow_difference: bool) 
 
 
 def enforce(contract: Contract) -> None:
-    """Refuse a run whose sides differ without being told to.
+    """Refuse a run whose trainer and engine differ in precision, unless the difference is allowed.
 
     Raises:
         ContractError: the contract is not `ok`; the message holds the table.
@@ -131,17 +132,17 @@ def enforce(contract: Contract) -> None:
 
 
 def verify_sync(expected: dict[str, str], held: dict[str, str]) -> None:
-    """Check the engine's weights after a sync against what was sent, by digest.
+    """Check by digest that after a sync the engine holds the weights that were sent.
 
     Raises:
-        WeightSyncError: naming the first parameter that differs, is missing, or was never sent.
+        WeightSyncError: a parameter differs, is missing, or was never sent; the message names the first.
     """
     wrong = _differing(expected, held)
     if wrong:
         name = wrong[0]
         raise WeightSyncError(
-            f"after the weight sync {len(wrong)} of {len(expected)} parameters differ in the engine, first {name} "
-            f"(sent {expected.get(name, 'nothing')}, held {held.get(name, 'nothing')}); "
+            f"after the weight sync {len(wrong)} of {len(expected)} parameters differ in the engine, the first is "
+            f"{name} (sent {expected.get(name, 'nothing')}, held {held.get(name, 'nothing')}); "
             "check that the engine loads every parameter and casts none, then resume from the last checkpoint"
         )
 
@@ -159,11 +160,11 @@ def _weights_row(trainer: dict[str, str], engine: dict[str, str]) -> ContractRow
 
 
 _ISLANDS = "fp32_modules"
-"""The fact that names a side's FP32 islands."""
+"""Key in `SideReport.facts` of the FP32 islands."""
 
 
 def _island_rows(trainer: SideReport, engine: SideReport) -> list[ContractRow]:
-    """One required row when a side has FP32 islands, else none."""
+    """Return one required row if either side has FP32 islands, else none."""
     mine, theirs = (side.facts.get(_ISLANDS, NONE) for side in (trainer, engine))
     if mine == theirs == NONE:
         return []
@@ -171,13 +172,13 @@ def _island_rows(trainer: SideReport, engine: SideReport) -> list[ContractRow]:
 
 
 def _differing(expected: dict[str, str], held: dict[str, str]) -> list[str]:
-    """Names in the order expected, those never expected last."""
+    """Return the names whose digests differ: expected names in their order, then names that were not expected."""
     wrong = [name for name, digest in expected.items() if held.get(name) != digest]
     return wrong + [name for name in held if name not in expected]
 
 
 def folded_digest(digests: dict[str, str]) -> str:
-    """One digest of all weights: 12 hexadecimal digits over the sorted names and their digests."""
+    """Return one digest of all weights: 12 hexadecimal digits over the sorted names and their digests."""
     folded = hashlib.sha256("".join(f"{name}={digests[name]};" for name in sorted(digests)).encode())
     return folded.hexdigest()[:12]
 
@@ -196,7 +197,10 @@ def _in_words(row: ContractRow, trainer: SideReport, engine: SideReport) -> str:
 
 
 def _reported_rows(trainer: SideReport, engine: SideReport) -> list[ContractRow]:
-    """Dtypes that are not required, then facts: what both sides name, then what one names."""
+    """Return a row for each region that is not required: first those that both sides report, then those of one side.
+
+    Within each group dtypes come before facts.
+    """
     mine, theirs = _reported(trainer), _reported(engine)
     shared = [region for region in mine if region in theirs]
     alone = [region for region in (*mine, *theirs) if region not in shared]
@@ -213,7 +217,7 @@ def _reported(side: SideReport) -> dict[str, str]:
 
 
 def _other_dtypes(side: SideReport) -> dict[str, str]:
-    """Not the required regions; `weights` are called `held weights`, beside the row that compares digests."""
+    """Return the dtypes that are not required; `weights` becomes `held weights`, since another row has that name."""
     names = {region: region for region in side.dtypes if region not in ("compute", "wire", "kv")}
     return {"held weights" if region == "weights" else region: side.dtypes[region] for region in names}
 
@@ -223,7 +227,7 @@ def _line(region: str, trainer: str, engine: str, status: str) -> str:
 
 
 def _wrapped(row: ContractRow, status: str) -> list[str]:
-    """The row, its long cells continued on further lines."""
+    """Return the lines of a row, with long cells continued on further lines."""
     columns = [textwrap.wrap(row.region, 14), textwrap.wrap(row.trainer, 32), textwrap.wrap(row.engine, 32), [status]]
     height = max(len(column) for column in columns)
     cells = [column + [""] * (height - len(column)) for column in columns]
@@ -231,25 +235,26 @@ def _wrapped(row: ContractRow, status: str) -> list[str]:
 
 
 _WORDS_AT_ONCE = 2**17
-"""64-bit words digested at once on a CPU: a mebibyte, and its two temporaries, stay in the cache."""
+"""64-bit words digested at once on a CPU: one MiB, which fits in the cache together with two temporaries."""
 
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 """Constants of splitmix64 (Steele, Lea and Flood 2014, OOPSLA)."""
 
 
 def weights_digests(weights: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """Name -> `tensor_digest` of each tensor, in the order given."""
+    """Return name -> `tensor_digest` for each tensor, in the order given."""
     return {name: tensor_digest(tensor) for name, tensor in weights}
 
 
 @torch.no_grad()
 def tensor_digest(tensor: Tensor) -> str:
-    """64-bit checksum of a tensor's bits, their positions, its dtype and its shape, as 16 hexadecimal digits.
+    """Return a 64-bit checksum of a tensor's bits, their positions, its dtype and its shape, as 16 hexadecimal digits.
 
     Each 64-bit word is mixed with its position (splitmix64, one to one for each position) and the words are added
-    modulo 2^64: a change within one word always shows, any other change shows but for one chance in 2^64. It guards
-    against mistakes, not against forgery. Equal on every device, whatever the strides. The sign of a zero is left out:
-    weights that an engine holds packed can only be read back through a product, whose sum has lost it.
+    modulo 2^64: a change within one word always shows, any other change goes unnoticed with probability 2^-64. The
+    checksum guards against mistakes, not against forgery. It is the same on every device and for all strides. The sign
+    of a zero is left out: weights that an engine holds packed can only be read back through a product, whose sum has
+    lost it.
     """
     words, tail = _as_words(tensor)
     at_once = words.numel() if words.is_cuda else _WORDS_AT_ONCE
@@ -259,7 +264,7 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def _as_words(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """int64 views of the bytes: all whole words, and at most one that is filled up with zeros."""
+    """Return the tensor's bytes as int64: all whole words, and a last one padded with zeros if bytes are left over."""
     raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
     whole = raw.numel() // 8 * 8
     rest = raw[whole:]
@@ -271,7 +276,14 @@ def _as_words(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sum_of_mixed(words: Tensor, first_position: int, at_once: int, dtype: torch.dtype) -> int:
-    """Sum modulo 2^64 of the mixed words, made of numbers of `dtype`; `first_position` is the position of the first."""
+    """Return the sum of the mixed words as an int64, modulo 2^64.
+
+    Args:
+        words: int64, the bits of numbers of `dtype`.
+        first_position: position of the first word in the whole tensor.
+        at_once: words mixed at once.
+        dtype: format of the numbers that the words consist of.
+    """
     size = min(at_once, words.numel())
     keys = torch.arange(size, device=words.device) * _signed(_GOLDEN)
     mixed, shifted = torch.empty_like(keys), torch.empty_like(keys)
@@ -289,11 +301,11 @@ def _without_negative_zeros(words: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _mix(words: Tensor, keys: Tensor, offset: int, mixed: Tensor, shifted: Tensor) -> Tensor:
-    """Two rounds of splitmix64 on words + keys + offset, into `mixed`; `shifted` is scratch."""
+    """Write two rounds of splitmix64 on words + keys + offset to `mixed` and return it; `shifted` is scratch."""
     torch.add(words, keys, out=mixed)
     mixed.add_(offset)
     for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
-        # The shift of a signed integer repeats its sign; the mask makes it the unsigned shift, which is one to one.
+        # Shifting a signed integer copies its sign bit; the mask turns that into an unsigned shift, one to one.
         torch.bitwise_right_shift(mixed, shift, out=shifted)
         shifted.bitwise_and_((1 << (64 - shift)) - 1)
         mixed.bitwise_xor_(shifted).mul_(_signed(factor))
@@ -301,5 +313,5 @@ def _mix(words: Tensor, keys: Tensor, offset: int, mixed: Tensor, shifted: Tenso
 
 
 def _signed(value: int) -> int:
-    """The int64 with the same 64 low bits."""
+    """Return the int64 with the same lowest 64 bits."""
     return (value + 2**63) % 2**64 - 2**63

@@ -1,7 +1,7 @@
-"""Which linear operations of a model the precision rules cover, and how those really sum.
+"""Check that the precision rules cover a model's linear operations, and test whether those sum in FP32.
 
-The rules are written for `nn.Linear` and `nn.Embedding`. Weights that compute elsewhere (a subclass, a Conv1D, experts
-in one 3-D parameter, `F.linear` on somebody else's weight) would round and sum by other rules without a word.
+The rules are written for `nn.Linear` and `nn.Embedding`. Weights used in any other way (a subclass, a Conv1D, experts
+in one 3-D parameter, `F.linear` on another module's weight) would silently round and sum by other rules.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from betterhalf.precision.cpu_embedding import CpuEmbedding
 from betterhalf.precision.cpu_linear import CpuLinear
 from betterhalf.precision.roles import Precision
 
-# -- what is covered
+# -- coverage
 
 
 def require_covered(module: nn.Module, precision: Precision) -> None:
-    """Refuse weights that belong to no layer with a precision rule; in FP32 there is no rule to keep.
+    """Refuse weights outside the layers that have a precision rule; FP32 needs no rule and passes.
 
-    Call it when parameters have the compute dtype and `use_cpu_linear` and `use_cpu_embedding` have replaced theirs.
+    Call it after the parameters have the compute dtype and `use_cpu_linear` and `use_cpu_embedding` have replaced
+    their layers.
 
     Raises:
-        InputError: names the modules that hold a parameter of two or more axes and are no such layer.
+        InputError: a module outside those layers holds a parameter of two or more axes; the message names it.
     """
     if precision.roles.compute_dtype == "fp32":
         return
@@ -44,7 +45,7 @@ def require_covered(module: nn.Module, precision: Precision) -> None:
 
 
 def _covered(part: nn.Module, precision: Precision) -> bool:
-    """Exactly the layers with rules; a subclass may compute what it likes."""
+    """Return whether a precision rule covers the module; a subclass of a covered layer may compute anything."""
     sums = precision.fp32_sums(precision.roles.compute_dtype)
     if type(part) is nn.Linear:
         return part.weight.dtype == torch.float32 or not sums
@@ -63,15 +64,15 @@ def _uncovered(names: Sequence[str], precision: Precision) -> str:
 
 
 def require_no_half_products(module: nn.Module, precision: Precision, run: Callable[[], object]) -> None:
-    """Refuse a model that multiplies half tensors past its covered layers where products must have FP32 sums.
+    """Refuse a model that multiplies half tensors outside its covered layers although products must have FP32 sums.
 
     Args:
-        module: whose parameters the message names.
-        policy: elsewhere than on a CPU with FP32 sums nothing is run: half products are native there.
-        run: a forward pass.
+        module: model; the message names its parameters.
+        precision: where it does not ask for FP32 sums on a CPU, half products are native and nothing is checked.
+        run: performs a forward pass of `module`.
 
     Raises:
-        InputError: names the weights, as far as they are parameters.
+        InputError: a product has half operands; the message names those that are parameters.
     """
     if not precision.fp32_sums(precision.roles.compute_dtype):
         return
@@ -80,7 +81,7 @@ def require_no_half_products(module: nn.Module, precision: Precision, run: Calla
     if seen.operands:
         names = {parameter.data_ptr(): name for name, parameter in module.named_parameters()}
         found = {names.get(operand.data_ptr(), "") for operand in seen.operands} - {""}
-        raise InputError(_uncovered(sorted(found) or ["operations of its own"], precision))
+        raise InputError(_uncovered(sorted(found) or ["other operations"], precision))
 
 
 _PRODUCTS = {
@@ -89,11 +90,11 @@ _PRODUCTS = {
     *("aten::_grouped_mm", "aten::_scaled_mm", "aten::mkldnn_linear", "mkldnn::_linear_pointwise"),
     *("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_attention_math"),
 }
-"""Operations that multiply and add, as the dispatcher names them."""
+"""Dispatcher names of the operations that multiply and add."""
 
 
 class _HalfProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the operands of every product of half tensors."""
+    """Record the operands of every product of half tensors."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -105,28 +106,29 @@ class _HalfProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-# -- what runs
+# -- sums
 
 
 def linear_layers(module: nn.Module, head: nn.Module | None) -> list[nn.Linear | CpuLinear]:
-    """The covered linear layers of a model, each once, without the LM head."""
+    """Return the covered linear layers of a model, each once, without the LM head."""
     parts = (part for part in module.modules() if isinstance(part, nn.Linear | CpuLinear) and part is not head)
     return [part for part in parts if type(part) in (nn.Linear, CpuLinear)]
 
 
 def described(layers: Sequence[nn.Linear | CpuLinear]) -> str:
-    """For the contract: how many layers there are of each kind."""
+    """Return the number of layers of each kind in words, for the contract."""
     return in_words("fp32" if _is_fp32(x) else "widened" if isinstance(x, CpuLinear) else "native" for x in layers)
 
 
 LayerKind = Literal["widened", "native", "fp32"]
-"""Half operands widened to FP32 and the result rounded once; half products of the processor; all of it FP32."""
+"""Kind of linear layer. `widened`: half operands widened to FP32, result rounded once. `native`: half products by the
+processor. `fp32`: all FP32."""
 
 _KINDS: dict[LayerKind, str] = {"widened": "widened to fp32", "native": "native", "fp32": "in fp32"}
 
 
 def in_words(kinds: Iterable[LayerKind]) -> str:
-    """The same for a side that has no modules."""
+    """Return the number of layers of each kind in words, for a side that has no modules."""
     counts = Counter(kinds)
     return ", ".join(f"{counts[kind]} {words}" for kind, words in _KINDS.items() if counts[kind]) or "none"
 
@@ -136,33 +138,39 @@ def _is_fp32(layer: nn.Linear | CpuLinear) -> bool:
 
 
 def layers_sum(layers: Sequence[nn.Linear | CpuLinear]) -> str:
-    """For the contract: the sums of a model's layers, forward and backward, one of each kind and shape being run."""
+    """Return the format of the sums in a model's layers, forward and backward, for the contract.
+
+    One layer of each kind and shape is run.
+    """
     kinds = {(type(x), x.weight.shape, x.weight.dtype, x.bias is None): x for x in reversed(layers)}
     return sums_in_words([_sums_in_fp32(layer) for layer in kinds.values()])
 
 
 def sums_in_words(exact: Sequence[bool]) -> str:
-    """For the contract: `fp32` if every product that was run had FP32 sums."""
+    """Return `fp32` if every product had FP32 sums, `less than fp32` if one had not, `none` without products."""
     return "none" if not exact else "fp32" if all(exact) else "less than fp32"
 
 
 _ROWS, _RESULTS = 64, 256
-"""Rows of a probe, and results of each row at most. The sums themselves are as long as the layer's."""
+"""Rows of a test product, and its maximum number of columns. Its sums have as many terms as the layer's."""
 
 
 def sums_in_fp32(multiply: Callable[[Tensor, Tensor], Tensor], weight: Tensor) -> bool:
-    """Return whether `multiply(x, weight)`, of `x @ weight^T`, sums in FP32.
+    """Return whether `multiply(x, weight)`, which computes `x @ weight^T`, sums in FP32.
 
     Args:
-        multiply: gets operands that lie on the grid of `weight`; the dtype of its result does not matter.
-        weight: [out, in], for its shape, dtype and device only.
+        multiply: is called with operands of the dtype of `weight`; its result may have any dtype.
+        weight: [out, in]; only its shape, dtype and device are used.
     """
     outputs, inputs = weight.shape
     return _exact(multiply(_ones(_ROWS, inputs, weight), _terms(min(outputs, _RESULTS), inputs, weight)), weight)
 
 
 def _sums_in_fp32(layer: nn.Linear | CpuLinear) -> bool:
-    """Run the layer on other weights: its results, and its gradients of inputs and of weights, as sums of `_terms`."""
+    """Return whether the layer sums in FP32 in its results and in its gradients of inputs and of weights.
+
+    It is run with weights and inputs that make each of these a sum of `_terms`.
+    """
     weight = layer.weight.detach()
     outputs, inputs = weight.shape
     few_outputs, few_inputs = min(outputs, _RESULTS), min(inputs, _RESULTS)
@@ -177,7 +185,7 @@ def _sums_in_fp32(layer: nn.Linear | CpuLinear) -> bool:
 
 @torch.enable_grad()
 def _pass(layer: nn.Linear | CpuLinear, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Result, and the gradients of x and weight when each result has gradient 1."""
+    """Return the result, and the gradients of x and weight for a gradient of 1 in every result."""
     x, weight = (t.contiguous().requires_grad_() for t in (x, weight))
     others = {} if layer.bias is None else {"bias": torch.zeros_like(weight[:, 0])}
     out: Tensor = functional_call(layer, {"weight": weight, **others}, (x,))
@@ -186,7 +194,7 @@ def _pass(layer: nn.Linear | CpuLinear, x: Tensor, weight: Tensor) -> tuple[Tens
 
 
 _FEWEST = 3
-"""Terms of a sum that shows anything."""
+"""Smallest number of terms with which a sum can show its format."""
 
 
 def _ones(rows: int, width: int, like: Tensor) -> Tensor:
@@ -194,10 +202,10 @@ def _ones(rows: int, width: int, like: Tensor) -> Tensor:
 
 
 def _terms(rows: int, width: int, like: Tensor) -> Tensor:
-    """Rows whose sums need FP32: a large number, its negative and a small one at random places, zeros between.
+    """Return rows whose sums need FP32: a large number, its negative and a small one at random places among zeros.
 
-    The small one is the exact sum in whatever order. It is lost when it meets one of the large ones in a sum of fewer
-    bits, which in some rows it does, whether sums run in order, in lanes or in blocks; and it changes when FP32
+    The small number is the exact sum in any order. A sum of fewer bits loses it where it is added to one of the large
+    numbers, which happens in some rows whether sums run in order, in lanes or in blocks. It also changes when FP32
     operands are rounded.
     """
     shape = rows, max(width, _FEWEST)
@@ -208,7 +216,7 @@ def _terms(rows: int, width: int, like: Tensor) -> Tensor:
 
 
 def _large_and_small(like: Tensor) -> tuple[float, float]:
-    """Together they need 16 bits of significand for half operands, and all 24 for FP32 ones."""
+    """Return the numbers of `_terms`; their sum needs 16 significand bits for half operands and all 24 for FP32."""
     return (2.0**12, 1 + 2.0**-11) if like.dtype == torch.float32 else (2.0**15, 1.0)
 
 

@@ -1,8 +1,9 @@
-"""Embeddings on a CPU whose gradient is summed in FP32 and rounded once, and holds only the rows that occur.
+"""Embeddings on a CPU with a sparse gradient, summed in FP32 and rounded once.
 
-torch's CPU backward of an embedding adds the gradients of equal tokens one after another in their own dtype: in FP16 a
-sum of ones stops at 2048, in BF16 at 256. A token occurs hundreds of times in a pack, so that loses bits for good. In
-FP32 nothing is lost, but a gradient as large as the vocabulary is made and added for some hundreds of rows.
+torch's CPU backward pass of an embedding adds the gradients of equal tokens sequentially in their own dtype: in FP16 a
+sum of ones stops at 2048, in BF16 at 256. A token occurs hundreds of times in a pack, so gradient bits are lost. In
+FP32 nothing is lost, but a dense gradient of the whole vocabulary is built and added although only a few hundred rows
+are non-zero.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from betterhalf.precision.roles import Precision
 
 
 class _CpuEmbeddingFunction(torch.autograd.Function):
-    """weight [V, H], token ids [...] -> [..., H]; sparse gradient by an FP32 sum for each row, rounded once."""
+    """weight [V, H], token ids [...] -> [..., H]; the sparse gradient is an FP32 sum for each row, rounded once."""
 
     @staticmethod
     def forward(ctx: Any, weight_VH: Tensor, token_ids: Tensor, padding_idx: int | None) -> Tensor:
@@ -34,25 +35,25 @@ class _CpuEmbeddingFunction(torch.autograd.Function):
         total.index_add_(0, place, rows)
         if ctx.padding_idx is not None:
             total[present == ctx.padding_idx] = 0
-        # Sparse: a pack has some hundreds of rows; a dense gradient of all would be written and read once more.
-        # Its rows are in range: they are those of tokens that were looked up.
+        # Sparse, since a pack uses only a few hundred rows: a dense gradient would be written and read in full.
+        # No check of the indices: they are tokens that were looked up, so they are in range.
         with torch.sparse.check_sparse_tensor_invariants(enable=False):  # type: ignore[no-untyped-call]
             grad = torch.sparse_coo_tensor(present[None], total.to(ctx.dtype), ctx.shape)
         return grad, None, None
 
 
 class CpuEmbedding(nn.Module):
-    """Takes the place of an `nn.Embedding`: same parameter, same name, same padding rule."""
+    """Replacement for an `nn.Embedding` on a CPU, half or FP32: same parameter, same name, same padding rule."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
-        """Adopt the very parameter of `embedding`."""
+        """Take over the parameter of `embedding`, without a copy."""
         super().__init__()
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
         self.padding_idx = embedding.padding_idx
         self.weight = embedding.weight
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """int64 [...] -> [..., H] in the weight's dtype."""
+        """Look up int64 [...] and return [..., H] in the weight's dtype."""
         out = _CpuEmbeddingFunction.apply(self.weight, token_ids, self.padding_idx)  # type: ignore[no-untyped-call]
         assert isinstance(out, Tensor)
         return out
@@ -62,7 +63,7 @@ def use_cpu_embedding(module: nn.Module, precision: Precision) -> int:
     """Replace, in place, every `nn.Embedding` inside `module` that holds the compute dtype on a CPU.
 
     Returns:
-        How many were replaced; 0 on a GPU, whose kernel sums in FP32.
+        Number of embeddings replaced; 0 on a GPU, whose kernel sums in FP32.
     """
     if precision.device.type != "cpu":
         return 0

@@ -1,10 +1,12 @@
-"""Half-precision linear layers on a CPU: operands and results on the half grid, products and sums in FP32.
+"""Linear layers on a CPU, half or FP32: operands and results in the weight's dtype, products and sums in FP32.
 
-A tensor core does the same: it multiplies half operands exactly, adds in FP32, and rounds the result once. A product
-of two FP16 (or BF16) numbers is exact in FP32, so an FP32 matrix product of widened operands is that computation;
-torch's own FP16 product on a CPU is an order of magnitude slower (`benchmarks/train_pass.py` measures it).
+With half operands this is what a tensor core does: it multiplies them exactly, adds in FP32, and rounds the result
+once. A product of two FP16 (or BF16) numbers is exact in FP32, so an FP32 matrix product of widened operands is the
+same computation. torch's own FP16 product on a CPU is an order of magnitude slower (`benchmarks/train_pass.py`
+measures it). Half weights are widened once for each update, not once for each call.
 
-Weights are widened once for each update, not once for each call.
+FP32 models use the same layers: their products go to the faster library (`precision.products`), and the gradient of a
+weight is added in place.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from betterhalf.precision.roles import Precision
 
 
 def widened_linear(x: Tensor, weight_wide: Tensor, bias_wide: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`x @ weight^T + bias` with products and sums in FP32, rounded once to `dtype`; no gradient of its own.
+    """Return `x @ weight^T + bias` with FP32 products and sums, rounded once to `dtype`; not differentiable.
 
     Args:
-        x: [..., in], half, or FP32 with values on the half grid (then nothing is widened).
-        weight_wide: float32 [out, in], half-grid values, plain or `packed`.
-        bias_wide: float32 [out], half-grid values, or None.
-        dtype: of the result; FP32 leaves it unrounded.
+        x: [..., in], half or FP32; the values of FP32 tensors may be half numbers that were widened before.
+        weight_wide: float32 [out, in], plain or `packed`; a half weight widened.
+        bias_wide: float32 [out], a half bias widened, or None.
+        dtype: format of the result; FP32 leaves it unrounded.
 
     Returns:
         [..., out] in `dtype`, contiguous.
@@ -36,21 +38,21 @@ def widened_linear(x: Tensor, weight_wide: Tensor, bias_wide: Tensor | None, dty
 
 
 class Widened:
-    """The FP32 copy of a half tensor, made anew only when the tensor has changed.
+    """FP32 copy of a half tensor, refreshed only when the tensor has changed.
 
-    Changes are seen through torch's version counter and the tensor's address. Writing through `.data` in place
-    (`p.data.copy_(x)`) evades the counter: use `p.copy_(x)` under `torch.no_grad()`.
+    Changes are detected by torch's version counter and the tensor's address. Writing through `.data` in place
+    (`p.data.copy_(x)`) does not move the counter: use `p.copy_(x)` under `torch.no_grad()`.
     """
 
     def __init__(self, source: Tensor) -> None:
-        """Watch `source`; nothing is allocated before the first call."""
+        """Remember `source`; the first call allocates the copy."""
         self.source = source
         self._wide: Tensor | None = None
         self._seen: Tensor | None = None
         self._version = -1
 
     def __call__(self) -> Tensor:
-        """float32, same shape and values as the source now."""
+        """Return a float32 tensor with the source's shape and present values."""
         if self._wide is None or self._stale():
             self._refresh()
         assert self._wide is not None
@@ -62,17 +64,17 @@ class Widened:
         return moved or self._version != self.source._version
 
     def _refresh(self) -> None:
-        # Inference tensors cannot be saved for a later backward pass, and a no-grad pass may be the first to come here.
+        # Inference tensors cannot be saved for a later backward pass, and the first call may come from inference mode.
         with torch.inference_mode(False), torch.no_grad():
             if self._wide is None or self._wide.shape != self.source.shape:
                 self._wide = torch.empty_like(self.source, dtype=torch.float32)
             self._wide.copy_(self.source)
-            # Holding the storage keeps its address from being given to a replacement, which would look unchanged.
+            # Keep the storage alive: if its address were reused for a new tensor, that one would look unchanged.
             self._seen, self._version = self.source.detach(), self.source._version
 
 
 class _CpuLinearFunction(torch.autograd.Function):
-    """x [..., in], weight [out, in], bias [out] in half and their widened copies -> [..., out] in half."""
+    """x [..., in], weight [out, in], bias [out] in one dtype, and FP32 copies of the last two -> [..., out]."""
 
     @staticmethod
     def forward(
@@ -99,14 +101,14 @@ class _CpuLinearFunction(torch.autograd.Function):
 
 
 def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, weight_wide: Tensor, bias_wide: Tensor | None) -> Tensor:
-    """Differentiable `x @ weight^T + bias`; result and each gradient are FP32 sums rounded once.
+    """Return `x @ weight^T + bias`, differentiable; result and each gradient are FP32 sums rounded once.
 
     Args:
-        x: half [..., in].
-        weight: [out, in] in the same dtype; receives its gradient, in FP32 directly if it has one already.
+        x: half or FP32, [..., in].
+        weight: [out, in] in the same dtype. If it already has an FP32 gradient, the new one is added there, unrounded.
         bias: [out] in the same dtype, or None.
         weight_wide: `weight` in FP32.
-        bias_wide: `bias` in FP32.
+        bias_wide: `bias` in FP32, or None.
 
     Returns:
         [..., out] in the same dtype.
@@ -118,10 +120,10 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, weight_wide: Tens
 
 
 class CpuLinear(nn.Module):
-    """Takes the place of an `nn.Linear` with half parameters: same parameters, same names, FP32 sums."""
+    """Replacement for an `nn.Linear` on a CPU, half or FP32: same parameters, same names, FP32 sums."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        """Adopt the very parameters of `linear`; its bias may be None."""
+        """Take over the parameters of `linear`, without a copy; its bias may be None."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = linear.weight
@@ -132,7 +134,7 @@ class CpuLinear(nn.Module):
         self._bias_wide: Widened | None = None
 
     def weight_wide(self) -> Tensor:
-        """float32 [out, in]: the weight as the products use it; an FP32 weight is used itself."""
+        """Return the weight as float32 [out, in]: a widened copy of a half weight, or the FP32 weight itself."""
         if self.weight.dtype == torch.float32:
             return self.weight.detach()
         if self._weight_wide is None or self._weight_wide.source is not self.weight:
@@ -140,7 +142,7 @@ class CpuLinear(nn.Module):
         return self._weight_wide()
 
     def bias_wide(self) -> Tensor | None:
-        """float32 [out], or None."""
+        """Return the bias as float32 [out], or None without one."""
         if self.bias is None or self.bias.dtype == torch.float32:
             return None if self.bias is None else self.bias.detach()
         if self._bias_wide is None or self._bias_wide.source is not self.bias:
@@ -148,22 +150,22 @@ class CpuLinear(nn.Module):
         return self._bias_wide()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Half [..., in] -> half [..., out]."""
+        """Map [..., in] to [..., out], both in the weight's dtype."""
         return cpu_linear(x, self.weight, self.bias, self.weight_wide(), self.bias_wide())
 
     def extra_repr(self) -> str:
-        """Shape and format, as `nn.Linear` prints them."""
+        """Return shape and format in the style of `nn.Linear`."""
         kind = dtype_name(self.weight.dtype)
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kind}"
 
 
 def use_cpu_linear(module: nn.Module, precision: Precision) -> int:
-    """Replace, in place, every `nn.Linear` inside `module` that holds the compute dtype, if the policy sums in FP32.
+    """Replace, in place, every `nn.Linear` inside `module` that holds the compute dtype, if that sums in FP32 on a CPU.
 
     A linear layer that occurs twice stays one layer. State dict and parameters are unchanged.
 
     Returns:
-        How many layers were replaced; 0 when the policy computes half products natively.
+        Number of layers replaced; 0 on a GPU, and on a CPU that computes half products natively.
     """
     compute = precision.roles.compute_dtype
     if precision.device.type != "cpu" or not (compute == "fp32" or precision.fp32_sums(compute)):

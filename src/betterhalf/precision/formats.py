@@ -1,4 +1,4 @@
-"""Facts of the floating-point formats, their mapping to torch dtypes, and rounding to formats that no hardware has."""
+"""Floating-point formats: their facts, their torch dtypes, and emulated rounding to formats without hardware."""
 
 from __future__ import annotations
 
@@ -15,45 +15,49 @@ _NAMES: dict[torch.dtype, DtypeName] = {dtype: name for name, dtype in _TORCH_DT
 
 
 def torch_dtype(name: DtypeName) -> torch.dtype:
-    """The torch dtype of a format name."""
+    """Return the torch dtype of a format name."""
     return _TORCH_DTYPES[name]
 
 
 def dtype_name(dtype: torch.dtype) -> DtypeName:
-    """The format name of a torch dtype; KeyError for integer and 64-bit dtypes."""
+    """Return the format name of a torch dtype.
+
+    Raises:
+        KeyError: the dtype is none of FP16, BF16 and FP32.
+    """
     return _NAMES[dtype]
 
 
 def dtype_keyword(name: DtypeName) -> str:
-    """The format's name where a library takes torch's dtype names as text, without the prefix."""
+    """Return torch's name of the format without the prefix, such as `bfloat16`, for libraries that take it as text."""
     return str(_TORCH_DTYPES[name]).removeprefix("torch.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FormatFacts:
-    """An IEEE 754 style binary format: one sign bit, subnormal numbers, infinities. At most as wide as FP32."""
+    """Binary format in the style of IEEE 754, with a sign bit, subnormal numbers and infinities; a subset of FP32."""
 
     significand_bits: int
-    """Precision, the leading bit that is not stored included: 11 for FP16, 8 for BF16, 24 for FP32."""
+    """Bits of precision, including the leading bit that is not stored: 11 for FP16, 8 for BF16, 24 for FP32."""
     exponent_bits: int
-    """5 for FP16, 8 for BF16 and FP32."""
+    """Bits of the exponent: 5 for FP16, 8 for BF16 and FP32."""
 
     def __post_init__(self) -> None:
-        """Refuse formats that FP32 does not contain, which the rounding below could not represent."""
+        """Refuse formats that FP32 does not contain: `round_to_format` could not represent their numbers."""
         if not (1 <= self.significand_bits <= 24 and 2 <= self.exponent_bits <= 8):
             raise ValueError(
-                f"{self.significand_bits} significand and {self.exponent_bits} exponent bits are not a part of FP32; "
-                "give 1 to 24 significand bits and 2 to 8 exponent bits"
+                f"FP32 does not contain a format of {self.significand_bits} significand and {self.exponent_bits} "
+                "exponent bits; give 1 to 24 significand bits and 2 to 8 exponent bits"
             )
 
     @property
     def max_exponent(self) -> int:
-        """Exponent of the largest power of two: 15, 127, 127."""
+        """Exponent of the largest power of two: 15 for FP16, 127 for BF16 and FP32."""
         return (1 << (self.exponent_bits - 1)) - 1
 
     @property
     def min_exponent(self) -> int:
-        """Exponent of the smallest normal number: -14, -126, -126."""
+        """Exponent of the smallest normal number: -14 for FP16, -126 for BF16 and FP32."""
         return 1 - self.max_exponent
 
     @property
@@ -73,12 +77,12 @@ class FormatFacts:
 
     @property
     def min_normal(self) -> float:
-        """Smallest number with full precision."""
+        """Smallest positive number with full precision."""
         return 2.0**self.min_exponent
 
     @property
     def min_subnormal(self) -> float:
-        """Smallest number above zero; half of it or less rounds to zero."""
+        """Smallest positive number; half of it or less rounds to zero."""
         return self.min_normal * self.eps
 
 
@@ -91,7 +95,7 @@ FORMATS: dict[DtypeName, FormatFacts] = {
 
 
 def formats_table() -> str:
-    """The formats as the Markdown table of docs/precision.md; spacings are exact powers of two."""
+    """Return the formats as the Markdown table of docs/precision.md; spacings are exact powers of two."""
     rows = {
         "significand bits (stored + 1)": [str(facts.significand_bits) for facts in FORMATS.values()],
         "exponent bits": [str(facts.exponent_bits) for facts in FORMATS.values()],
@@ -107,11 +111,11 @@ def formats_table() -> str:
 
 
 def narrowest_format(x: Tensor) -> DtypeName:
-    """The format whose grid all values of `x` lie on, whatever dtype holds them; of two, the coarser.
+    """Return a half format that represents every value of `x` exactly, BF16 before FP16; `fp32` if none does.
 
-    A few dozen values computed in one format do not lie on another's grid by chance, so this tells what a computation
-    was rounded to, also where half values are kept in FP32 tensors. Zeros and non-finite values tell nothing; with
-    fewer than 16 others the answer is the tensor's dtype.
+    A few dozen values computed in one format are not representable in another by chance, so this shows which format a
+    computation was rounded to, even when its half values are held in FP32 tensors. Zeros and non-finite values are
+    ignored; with fewer than 16 other values the result is the tensor's dtype.
     """
     telling = x[x.isfinite() & (x != 0)]
     if telling.numel() < 16:
@@ -128,17 +132,17 @@ def _power(value: float) -> str:
 
 
 def round_to_format(x: Tensor, target: DtypeName | FormatFacts) -> Tensor:
-    """Round to the nearest number of the format, ties to even, once; overflow gives infinity, NaN stays NaN.
+    """Round once to the nearest number of the format, ties to even; overflow gives infinity, NaN stays NaN.
 
-    The result keeps its dtype, so that formats without hardware, such as 9 significand bits, can be studied. FP64
-    input is rounded directly, while torch's cast to half goes through FP32 and rounds twice.
+    The result keeps the dtype of `x`, so that formats without hardware, such as 9 significand bits, can be studied.
+    FP64 input is rounded directly, while torch's cast to half goes through FP32 and rounds twice.
 
     Args:
         x: float32 or float64, any shape.
-        target: a format's name or its facts.
+        target: name or facts of the format.
 
     Returns:
-        Values of the format, in the dtype of `x`.
+        Numbers of the format, in the dtype of `x`.
     """
     assert x.dtype in (torch.float32, torch.float64), f"rounding is emulated on FP32 and FP64, not on {x.dtype}"
     facts = FORMATS[target] if isinstance(target, str) else target
@@ -151,5 +155,5 @@ def round_to_format(x: Tensor, target: DtypeName | FormatFacts) -> Tensor:
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
-    """Exactly 2^exponent in float64, assembled from bits: torch's vectorised power may miss by one unit."""
+    """Return exactly 2^exponent in float64, assembled from bits: torch's vectorised power may be off by one unit."""
     return ((exponent.clamp(-1022, 1023) + 1023) << 52).view(torch.float64)

@@ -1,4 +1,4 @@
-"""What accumulated gradients hold, in as few passes over them as the device allows."""
+"""Statistics of accumulated gradients for the loss scaler, in as few passes over them as the device allows."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ from torch import Tensor
 from betterhalf.kernels import fused
 
 _CHUNK = 2**19
-"""Elements inspected at once on a CPU: 2 MiB of FP32 stay in its cache over all passes."""
+"""Elements inspected at once on a CPU: 2 MiB of FP32, which stay in the cache over all passes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """Of one gradient."""
+    """Statistics of one gradient."""
 
     broken: int
     """Entries that are infinite or NaN."""
     nonzero: int
     """Entries that are not zero."""
     small: int
-    """Of those, entries below the smallest normal number of the compute format."""
+    """Non-zero entries below the smallest normal number of the compute format."""
     square: float
     """Sum of squares; infinite or NaN only if an entry is."""
 
 
 @torch.no_grad()
 def inspect(grads: Sequence[Tensor], smallest_normal: float) -> list[Inspection]:
-    """Look at float32 gradients on one device; squares are summed in FP32 over up to 2^19 entries, then in float64."""
+    """Return the statistics of float32 gradients on one device.
+
+    Squares are summed in FP32 over at most 2^19 entries, and these sums in float64.
+    """
     if grads and all(fused(grad) and grad.is_contiguous() and grad.data_ptr() % 16 == 0 for grad in grads):
-        # Imported here: only where there is a GPU does it need Triton.
+        # Imported here: it needs Triton, which a machine without a GPU may lack.
         from betterhalf.kernels import gradients
 
         rows = gradients.inspect(grads, smallest_normal)
@@ -46,18 +49,18 @@ def inspect(grads: Sequence[Tensor], smallest_normal: float) -> list[Inspection]
 
 
 def _square(grad: Tensor, square: float, broken: float) -> float:
-    """Squares above 1.8e19 leave FP32's range; then they are summed in float64."""
+    """Return the sum of squares, in float64 if entries above 1.8e19 have made it overflow in FP32."""
     return square if broken or math.isfinite(square) else float(grad.double().square().sum())
 
 
 def _inspect(grad: Tensor, smallest_normal: float) -> list[float]:
-    """Broken, nonzero, small, square: by torch's operations."""
+    """Return broken, nonzero, small and square, computed by torch's operations."""
     nonzero = small = square = 0.0
     memory = torch.empty(2, min(_CHUNK, grad.numel()), device=grad.device)
     for piece in torch.split(grad.reshape(-1), _CHUNK):
         magnitude, flags = memory[:, : piece.numel()]
         torch.abs(piece, out=magnitude)
-        # Flags as FP32 numbers: as booleans they take five times as long to make, and ten times as long to count.
+        # Flags as FP32 numbers: booleans take five times as long to compute and ten times as long to count.
         zero = torch.eq(magnitude, 0.0, out=flags).sum()
         below = torch.lt(magnitude, smallest_normal, out=flags).sum()
         found = torch.stack([zero, below, torch.dot(magnitude, magnitude)]).tolist()

@@ -1,7 +1,8 @@
-"""Make modules of a transformers decoder FP32 islands, by hooks: no module is cast or replaced.
+"""Turn modules of a transformers decoder into FP32 islands by hooks; no module is cast or replaced.
 
-Each island's input is widened before it computes; its parameters are FP32 tensors already (`ReplicatedWeights`). A norm
-that reads an FP32 residual hands on FP32; where a half module reads that, the norm's result is rounded once.
+A hook widens an island's input before the island computes; its parameters are FP32 tensors already
+(`ReplicatedWeights`). A norm that reads an FP32 residual stream returns FP32; if a half module reads its result, that
+is rounded once.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from betterhalf.errors import InputError
 from betterhalf.precision.islands import Islands, LayerIslands
 
 _CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-"""What a pre-norm decoder layer consists of; with other norms, other tensors would have to be widened."""
+"""Children of a pre-norm decoder layer; with other norms, other tensors would have to be widened."""
 
 
 def use_islands(module: Any, islands: Islands, half: torch.dtype) -> None:
-    """Hook the islands into a transformers causal language model.
+    """Install the hooks of the islands in a transformers causal language model.
 
     Args:
-        module: the model; its islands' parameters are FP32 tensors.
-        islands: resolved for its number of layers.
+        module: model whose islands have FP32 parameters.
+        islands: islands resolved for the model's number of layers.
         half: compute dtype of everything else.
 
     Raises:
@@ -78,7 +79,10 @@ def _widen_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _widen_attention(rotary: nn.Module, half: torch.dtype) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Hidden states and rope's tables in FP32; keys and values on the grid of the engine's cache."""
+    """Return a hook that gives attention FP32 hidden states and rope tables, and the dtype of the engine's cache.
+
+    Attention rounds keys and values to that dtype, as the engine does.
+    """
 
     def widen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = kwargs["hidden_states"].float()
@@ -93,7 +97,7 @@ def _round_result(norm: nn.Module, half: torch.dtype) -> None:
 
 
 class _RoundThrough(torch.autograd.Function):
-    """x rounded to the grid of `dtype`, in its own dtype; the gradient passes unchanged."""
+    """x rounded to `dtype` and widened back to its own dtype; the gradient passes unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -105,7 +109,7 @@ class _RoundThrough(torch.autograd.Function):
 
 
 def round_through(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values of `dtype` in a tensor of the dtype of `x`, with the gradient of the identity."""
+    """Round `x` to `dtype` and return it in its own dtype, with the gradient of the identity."""
     out = _RoundThrough.apply(x, dtype)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
     return out

@@ -1,8 +1,9 @@
-"""FP32 islands: which modules compute in FP32 although the rest of the model is half, and what that makes of the rest.
+"""FP32 islands: modules that compute in FP32 while the rest of the model is half.
 
-An island computes in FP32 from its input on and hands on FP32; a result rounded to half would overflow after all. The
-residual stream it adds to is therefore FP32 from there to the end of the model. Norms compute in FP32 anyway; what a
-norm of a wide stream hands to a half module is rounded once. Both wings build from the same `Islands`.
+An island widens its input, computes in FP32 and returns FP32: rounded to half, its result would overflow after all.
+The residual stream that it adds to is therefore FP32 from there to the end of the model. Norms compute in FP32 anyway;
+where a norm of an FP32 stream feeds a half module, its result is rounded once. Trainer and engine are both built from
+the same `Islands`.
 """
 
 from __future__ import annotations
@@ -15,74 +16,74 @@ from fnmatch import fnmatchcase
 from betterhalf.errors import InputError
 
 _PARTS = ("self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj")
-"""What can be an island within a layer, apart from the whole layer. Projections that read a norm's result are not
-islands by themselves: what overflows there is the half module behind them."""
+"""Modules within a layer that can be islands, besides the whole layer. Projections that read a norm's result cannot be
+islands alone: their result would overflow in the half module that reads it."""
 
 NONE = "none"
-"""What a side without islands reports."""
+"""Report of a side without islands."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerIslands:
-    """What is FP32 in one layer, in the order of computation."""
+    """Parts of one layer in the order of computation; True for those in FP32."""
 
     stream_in: bool
-    """The residual stream that the attention's norm reads."""
+    """Residual stream that the attention's norm reads."""
     attention: bool
     """Queries, keys, values (with their norms and rope) and the attention itself."""
     output: bool
-    """The attention's output projection."""
+    """Output projection of the attention."""
     stream_mid: bool
-    """The residual stream that the MLP's norm reads."""
+    """Residual stream that the MLP's norm reads."""
     mlp: bool
     """Gate and up projections and their product."""
     down: bool
-    """The down projection."""
+    """Down projection."""
     stream_out: bool
-    """The residual stream that the next layer, or the final norm, reads."""
+    """Residual stream that the next layer, or the final norm, reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Islands:
-    """The FP32 islands of one model."""
+    """FP32 islands of one model."""
 
     names: tuple[str, ...]
-    """Modules, in the model's order; none lies within another."""
+    """Names of the modules, in the model's order; none is inside another."""
     layers: tuple[LayerIslands, ...]
-    """What that makes FP32 in each layer."""
+    """FP32 parts of each layer that follow from the names."""
 
     def __bool__(self) -> bool:
-        """Whether there is any."""
+        """Return whether there is any island."""
         return bool(self.names)
 
     def hold(self, parameter: str) -> bool:
-        """Whether the parameter of this unfused Hugging Face name belongs to an island."""
+        """Return whether the parameter with this unfused Hugging Face name belongs to an island."""
         return any(parameter.startswith(f"{name}.") for name in self.names)
 
     @property
     def stream_out(self) -> bool:
-        """Whether the final norm reads an FP32 stream."""
+        """True if the final norm reads an FP32 stream."""
         return bool(self.layers) and self.layers[-1].stream_out
 
     @property
     def attention(self) -> bool:
-        """Whether any layer's attention is FP32."""
+        """True if the attention of any layer is FP32."""
         return any(layer.attention for layer in self.layers)
 
     def described(self) -> str:
-        """For the contract: the names, or `none`."""
+        """Return the names, or `none`, for the contract."""
         return ", ".join(self.names) or NONE
 
 
 def resolve_islands(patterns: Sequence[str], num_layers: int) -> Islands:
-    """The islands that `precision.fp32_modules` names in a model of so many layers.
+    """Return the islands of a model that match the patterns of `precision.fp32_modules`.
 
     Args:
-        patterns: module names or shell patterns of them (`*` also matches dots).
-        num_layers: decoder layers of the model.
+        patterns: module names, or shell patterns of them (`*` also matches dots).
+        num_layers: number of decoder layers of the model.
 
     Raises:
-        InputError: a pattern matches no module that can be an island; the message names the nearest that can.
+        InputError: a pattern matches no module that can be an island; the message suggests the closest name.
     """
     allowed = tuple(_allowed(num_layers))
     for pattern in patterns:
@@ -103,11 +104,11 @@ def _require_match(pattern: str, allowed: tuple[str, ...], num_layers: int) -> N
     if any(fnmatchcase(name, pattern) for name in allowed):
         return
     near = difflib.get_close_matches(pattern, allowed, n=1, cutoff=0.7)
-    meant = f"did you mean {near[0]}? " if near else ""
+    meant = f"; did you mean {near[0]}?" if near else ""
     raise InputError(
-        f"precision.fp32_modules names {pattern!r}, which is no module of this model of {num_layers} layers that can "
-        f"be an FP32 island; {meant}Use model.layers.N, or model.layers.N with one of "
-        f"{', '.join(f'.{part}' for part in _PARTS)} behind it; * in the place of N takes every layer."
+        f"precision.fp32_modules names {pattern!r}, which matches no module that can be an FP32 island in this model "
+        f"of {num_layers} layers; use model.layers.N, alone or followed by one of "
+        f"{', '.join(f'.{part}' for part in _PARTS)}, with * in place of N for every layer{meant}"
     )
 
 
@@ -116,7 +117,7 @@ def _inside_another(name: str, chosen: set[str]) -> bool:
 
 
 def _layers(names: frozenset[str], num_layers: int) -> Iterator[LayerIslands]:
-    """Layer by layer; a stream that is FP32 once stays so."""
+    """Yield the FP32 parts of each layer; once the residual stream is FP32, it stays FP32."""
     stream = False
     for index in range(num_layers):
         layer = _layer(names, f"model.layers.{index}", stream)

@@ -1,12 +1,12 @@
-"""Loss scaling: keep FP16 gradients above underflow and below overflow, and skip the steps that overflow.
+"""Loss scaling: keep FP16 gradients between underflow and overflow, and skip the steps that overflow.
 
     loss = scaler.scale_loss(loss); loss.backward()          each micro-batch
     report = scaler.unscale(gradients, max_norm=1.0)         FP32 gradients, in place
     if not report.found_inf: optimizer.step()
     scaler.update(report.found_inf)
 
-BF16 and FP32 use the null scaler, whose scale is 1 and which still finds non-finite gradients: no caller asks which
-one it holds. The rule is that of torch.amp.GradScaler (arXiv 1710.03740), with a floor and DeepSpeed's two
+BF16 and FP32 use the null scaler. Its scale is 1, and it still detects non-finite gradients, so callers need not know
+which scaler they hold. The rule is that of torch.amp.GradScaler (arXiv 1710.03740), with a floor and DeepSpeed's two
 kinds of hysteresis.
 """
 
@@ -34,24 +34,24 @@ _NORM_EPSILON = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnscaleReport:
-    """What unscaling saw in the accumulated, still scaled gradients."""
+    """Statistics of the accumulated gradients. Fractions refer to the scaled gradients, and to all ranks together."""
 
     found_inf: bool
-    """Some gradient on some rank is infinite or NaN: skip the optimizer step."""
+    """True if a gradient on any rank is infinite or NaN: skip the optimizer step."""
     first_offender: str | None
-    """First parameter, in the order given, with a non-finite gradient; of the first rank that has one."""
+    """First parameter, in the order given, with a non-finite gradient, on the first rank that has one; else None."""
     norm: float
     """L2 norm of all ranks' unscaled gradients together, before clipping; NaN with `found_inf`."""
     subnormal_fraction: float
-    """Share of all ranks' non-zero entries below the smallest normal number of the compute format."""
+    """Fraction of non-zero entries below the smallest normal number of the compute format."""
     zero_fraction: float
-    """Share of all ranks' entries that are zero: turned to zero, or zero in exact arithmetic too."""
+    """Fraction of entries that are zero: underflowed, or zero in exact arithmetic too."""
     overflow_fraction: float
-    """Share of all ranks' entries that are infinite or NaN."""
+    """Fraction of entries that are infinite or NaN."""
 
 
 class LossScaler(Protocol):
-    """What the trainer needs of a scaler."""
+    """Interface of a loss scaler, as the trainer uses it."""
 
     @property
     def scale(self) -> float:
@@ -59,7 +59,7 @@ class LossScaler(Protocol):
         ...
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """Scaled loss; `loss` must be FP32 and a scalar, since a half loss times 65536 is infinite."""
+        """Return the scaled loss; `loss` must be an FP32 scalar, since a half loss times 65536 is infinite."""
         ...
 
     def unscale(
@@ -69,12 +69,12 @@ class LossScaler(Protocol):
         *,
         max_norm: float | None = None,
     ) -> UnscaleReport:
-        """Divide FP32 gradients by the scale and clip their norm, in place, and report what they held.
+        """Divide FP32 gradients by the scale and clip their norm, in place; return their statistics.
 
         Args:
-            grads: (name, float32 gradient) in a fixed order: this rank's shard.
+            grads: (name, float32 gradient) of this rank's shard, in a fixed order.
             ranks: all ranks of the trainer, so that all skip, clip and report alike.
-            max_norm: upper bound of the norm of all of them together; None clips nothing.
+            max_norm: maximum norm of all gradients together; None for no clipping.
         """
         ...
 
@@ -82,31 +82,31 @@ class LossScaler(Protocol):
         """Adapt the scale after an optimizer step that was applied, or skipped because of `found_inf`.
 
         Raises:
-            LossScaleError: too many skipped steps in a row with nowhere left to go.
+            LossScaleError: too many optimizer steps in a row were skipped, and the scale cannot fall further.
         """
         ...
 
     def state_dict(self) -> dict[str, float]:
-        """Everything a checkpoint needs; JSON holds it exactly."""
+        """Return everything a checkpoint needs; JSON represents it exactly."""
         ...
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Continue from `state_dict()`.
 
         Raises:
-            CheckpointError: the state is of another kind of scaler.
+            CheckpointError: the state belongs to another kind of scaler.
         """
         ...
 
 
 class DynamicLossScaler:
-    """Grows after a number of clean optimizer steps, backs off on overflow; for FP16."""
+    """Scaler for FP16: it grows after a number of clean optimizer steps and backs off on overflow."""
 
     def __init__(self, config: LossScaleConfig, compute_dtype: DtypeName) -> None:
-        """Start at `config.initial`; `compute_dtype` says what counts as subnormal."""
+        """Start at `config.initial`; `compute_dtype` defines which gradients count as subnormal."""
         self._config = config
         self._smallest_normal = FORMATS[compute_dtype].min_normal
-        # A scale of zero could never be undone, so there is a floor even without one.
+        # Gradients cannot be divided by a scale of zero, so a configured floor of 0 is raised.
         self._floor = max(config.floor, FORMATS["fp32"].min_normal)
         self._scale = _to_fp32(config.initial)
         self._clean_steps = 0
@@ -116,11 +116,11 @@ class DynamicLossScaler:
 
     @property
     def scale(self) -> float:
-        """Factor that multiplies the next loss; an FP32 number."""
+        """Factor that multiplies the next loss, an FP32 number."""
         return self._scale
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """`loss` times the scale: float32 [] -> float32 []."""
+        """Return `loss` times the scale: float32 [] -> float32 []."""
         _require_scalar_fp32(loss)
         return loss * self._scale
 
@@ -139,7 +139,7 @@ class DynamicLossScaler:
     def update(self, found_inf: bool) -> None:
         """See `LossScaler.update`. With hysteresis h the scale falls from the h-th overflow on.
 
-        Counted are overflows since the scale last grew, or, with `consecutive_hysteresis`, since the last clean step.
+        Overflows are counted since the scale last grew or, with `consecutive_hysteresis`, since the last clean step.
         """
         if found_inf:
             self._after_overflow()
@@ -172,7 +172,7 @@ class DynamicLossScaler:
             )
 
     def state_dict(self) -> dict[str, float]:
-        """Scale and the three counters."""
+        """Return the scale and the three counters."""
         return {
             "scale": self._scale,
             "clean_steps": self._clean_steps,
@@ -182,7 +182,7 @@ class DynamicLossScaler:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """See `LossScaler.load_state_dict`."""
-        # Version 0.1 counted overflows in a row only, under another name.
+        # Version 0.1 counted only consecutive overflows, under another name.
         state = {"overflows" if key == "overflows_in_row" else key: value for key, value in state.items()}
         _require_keys(state, self.state_dict())
         self._scale = float(state["scale"])
@@ -192,19 +192,19 @@ class DynamicLossScaler:
 
 
 class NullLossScaler:
-    """Scale 1 for ever; for BF16 and FP32. Still finds non-finite gradients, and stops when they do not end."""
+    """Scaler for BF16 and FP32: its scale is always 1. It raises after too many non-finite gradients in a row."""
 
     scale: float = 1.0
 
     def __init__(self, config: LossScaleConfig, compute_dtype: DtypeName) -> None:
-        """`compute_dtype` says what counts as subnormal; of `config` only `max_skips_at_floor` is used."""
+        """Use only `max_skips_at_floor` of `config`; `compute_dtype` defines which gradients count as subnormal."""
         self._max_skips = config.max_skips_at_floor
         self._smallest_normal = FORMATS[compute_dtype].min_normal
         self._skips_in_row = 0
         self._last_offender: str | None = None
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """`loss` itself."""
+        """Return `loss` itself."""
         _require_scalar_fp32(loss)
         return loss
 
@@ -215,7 +215,7 @@ class NullLossScaler:
         *,
         max_norm: float | None = None,
     ) -> UnscaleReport:
-        """See `LossScaler.unscale`; the gradients are clipped only."""
+        """See `LossScaler.unscale`; the gradients are only clipped."""
         report = _unscale(grads, 1.0, self._smallest_normal, max_norm, ranks)
         self._last_offender = report.first_offender or self._last_offender
         return report
@@ -230,7 +230,7 @@ class NullLossScaler:
             )
 
     def state_dict(self) -> dict[str, float]:
-        """Count of skipped steps in a row."""
+        """Return the number of skipped steps in a row."""
         return {"skips_in_row": self._skips_in_row}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
@@ -240,7 +240,7 @@ class NullLossScaler:
 
 
 def build_loss_scaler(config: LossScaleConfig, compute_dtype: DtypeName) -> LossScaler:
-    """Dynamic scaler for FP16, null scaler for formats with the exponent range of FP32."""
+    """Return a dynamic scaler for FP16, the null scaler for formats with the exponent range of FP32."""
     if FORMATS[compute_dtype].exponent_bits < FORMATS["fp32"].exponent_bits:
         return DynamicLossScaler(config, compute_dtype)
     return NullLossScaler(config, compute_dtype)
@@ -272,7 +272,7 @@ def _unscale(
     max_norm: float | None,
     ranks: Collective,
 ) -> UnscaleReport:
-    """Inspect, then divide and clip at once."""
+    """Inspect the gradients, then unscale and clip them with one multiplication."""
     named = list(grads)
     for name, grad in named:
         assert grad.dtype == torch.float32, f"the accumulated gradient of {name} is {grad.dtype}, not FP32"
@@ -326,8 +326,8 @@ def _require_scalar_fp32(loss: Tensor) -> None:
 def _require_keys(state: dict[str, float], wanted: dict[str, float]) -> None:
     if state.keys() != wanted.keys():
         raise CheckpointError(
-            f"the checkpoint's loss scaler holds {sorted(state)}, this run's {sorted(wanted)}; "
-            "resume with the precision the checkpoint was made with"
+            f"the checkpoint's loss scaler has the keys {sorted(state)}, this run's has {sorted(wanted)}; "
+            "resume with the precision of the run that wrote the checkpoint"
         )
 
 
@@ -336,5 +336,5 @@ def _offender(name: str | None) -> str:
 
 
 def _to_fp32(value: float) -> float:
-    """The scale multiplies an FP32 loss, so it is kept as an FP32 number, as GradScaler does."""
+    """Round a scale to FP32, as GradScaler does: it multiplies an FP32 loss."""
     return torch.tensor(value, dtype=torch.float64).float().item()

@@ -1,10 +1,10 @@
-"""Matrix products on a CPU by the faster of the two libraries inside torch, MKL and oneDNN, chosen by the processor.
+"""Matrix products on a CPU by the faster of torch's two GEMM backends, MKL and oneDNN, for the CPU vendor.
 
-torch gives FP32 products to MKL. On an AMD processor with AVX-512 oneDNN is about twice as fast; on Intel's the two are
-equal forward and MKL is a third faster for gradients of weights (`benchmarks/products.py` measures both, docs/LOG.md
-has the numbers). The choice is made by the maker's name, not by timing: other libraries add in another order, and a
-run must repeat bit for bit. A weight packed into oneDNN's own blocks is the fastest for few rows on both; it takes the
-place of the plain one. Sums are FP32 in every case; results of half operands are rounded once.
+torch computes FP32 products with MKL. On AMD processors with AVX-512 oneDNN is about twice as fast. On Intel's the two
+are equally fast in the forward pass, and MKL is a third faster for gradients of weights (`benchmarks/products.py`
+measures both, docs/LOG.md has the numbers). The vendor's name decides, not a timing: the libraries add in different
+orders, and a run must repeat bit for bit. A weight packed into oneDNN's blocked layout is fastest for few rows on both
+vendors; it replaces the plain weight. Sums are FP32 in every case; results of half operands are rounded once.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _ROWS = 64
-"""What a weight is packed for; products of other sizes take it as it is. Fewer than 32 would make a slow layout."""
+"""Number of rows that weights are packed for; products with any number of rows use them. Below 32, oneDNN picks a slow
+layout."""
 
 _CACHED = 2**21
-"""FP32 numbers that stay in a processor's cache."""
+"""FP32 numbers that fit in a processor's cache."""
 _FEWEST_COLUMNS = 256
+"""Smallest number of columns that `product_into` computes at once."""
 
 _LESSER_PRECISION = "bf16"
-"""What torch calls the setting under which oneDNN gets FP32 batches."""
+"""Value of torch's setting with which it hands FP32 batches to oneDNN."""
 
 
 def _onednn() -> bool:
@@ -35,7 +37,7 @@ def _onednn() -> bool:
 
 @cache
 def _onednn_takes(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN multiplies the format here; it refuses a half format that the processor lacks."""
+    """Return whether oneDNN multiplies the format on this processor; it refuses half formats without hardware."""
     if dtype == torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -43,19 +45,19 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
 
 @cache
 def _plain_by_onednn() -> bool:
-    """Whether oneDNN also gets FP32 products of weights that are not packed: not where MKL is at home."""
-    # Older versions of torch do not tell the processor's name.
+    """Return whether oneDNN also computes products of plain weights: wherever it exists but on Intel CPUs with MKL."""
+    # Older versions of torch do not report the processor's name.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return _onednn() and not (torch._C.has_mkl and "intel" in capabilities.get("cpu_name", "").lower())
 
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`left @ right^T + bias`, without a gradient of its own.
+    """Return `left @ right^T + bias`; not differentiable.
 
     Args:
         left: [M, K], any strides.
         right: [N, K] in the same dtype, any strides, or a result of `packed`.
-        bias: [N] in the same dtype.
+        bias: [N] in the same dtype, or None.
 
     Returns:
         [M, N] in the same dtype, contiguous; FP32 sums.
@@ -69,7 +71,7 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add `left @ right^T` in place: a gradient to the sum it belongs to.
+    """Add `left @ right^T` to `total` in place, as for a gradient.
 
     Args:
         total: float32 [M, N], dense.
@@ -83,15 +85,18 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def direct_sum(leaf: Tensor) -> Tensor | None:
-    """The FP32 gradient that a backward pass may add to itself, in place of a tensor for autograd to add: there is one
-    already, and nobody has asked to see what is added. `torch.autograd.grad` does not see it either."""
+    """Return the leaf's FP32 gradient if a backward pass may add to it in place; None if autograd has to add.
+
+    The gradient must exist already, on a CPU, and the leaf must have no hooks, which would not see what is added.
+    `torch.autograd.grad` does not see it either.
+    """
     grad = leaf.grad
-    watched = leaf._backward_hooks or leaf._post_accumulate_grad_hooks
-    return grad if grad is not None and grad.is_cpu and grad.dtype == torch.float32 and not watched else None
+    hooked = leaf._backward_hooks or leaf._post_accumulate_grad_hooks
+    return grad if grad is not None and grad.is_cpu and grad.dtype == torch.float32 and not hooked else None
 
 
 def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """`left @ right^T` in memory that is there already, which for a large result spares more time than it seems.
+    """Write `left @ right^T` to existing memory, which saves considerable time for a large result.
 
     Args:
         out: float32 [M, N], contiguous.
@@ -101,22 +106,21 @@ def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
     if not (left.is_cpu and _plain_by_onednn()):
         torch.mm(left, right.t(), out=out)
         return
-    # oneDNN brings its own memory: a part that stays in the processor's cache is copied for little.
+    # oneDNN allocates its result; a piece that stays in the processor's cache is cheap to copy.
     columns = max(_FEWEST_COLUMNS, _CACHED // max(1, left.shape[0]))
     for start in range(0, right.shape[0], columns):
         out[:, start : start + columns] = product(left, right[start : start + columns])
 
 
 def _dense(matrix: Tensor) -> Tensor:
-    """The matrix without gaps between its rows or columns: with gaps oneDNN falls back to a loop, hundreds of times
-    slower."""
+    """Return the matrix without gaps between rows or columns; oneDNN is hundreds of times slower with gaps."""
     if matrix.layout != torch.strided or matrix.is_contiguous() or matrix.t().is_contiguous():
         return matrix
     return matrix.contiguous()
 
 
 def batched_product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` for each of B pairs, without a gradient of its own; for some dozens of rows or more.
+    """Return `left @ right` for each of B pairs; not differentiable, and meant for a few dozen rows or more.
 
     Args:
         left: [B, M, K], any dtype and strides.
@@ -134,7 +138,7 @@ def add_batched_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add `left @ right` to `total` in place, for each of B pairs.
 
     Args:
-        total: float32 [B, M, N]; what one pair adds to is dense, and may be part of a larger tensor.
+        total: float32 [B, M, N]; each [M, N] matrix is dense, and may be part of a larger tensor.
         left: [B, M, K], any dtype; a half product is rounded before it is added.
         right: [B, K, N] in the same dtype.
     """
@@ -154,7 +158,7 @@ def _bmm_by_onednn(left: Tensor, right: Tensor) -> Tensor:
 
 @contextmanager
 def _onednn_gets_batches() -> Iterator[None]:
-    # torch hands FP32 batches to oneDNN only when oneDNN may round their operands to BF16.
+    # torch hands FP32 batches to oneDNN only if oneDNN may round their operands to BF16.
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = _LESSER_PRECISION
@@ -170,7 +174,10 @@ def _batched_by_onednn() -> bool:
 
 @cache
 def _exact_batches() -> bool:
-    """Whether oneDNN computes FP32 batches in FP32 even where it may do less: no AMX tiles, and a product shows it."""
+    """Return whether oneDNN computes FP32 batches in FP32 although it is allowed to round their operands.
+
+    It may not where the processor has AMX tiles; elsewhere a test product decides.
+    """
     if torch.cpu._is_amx_tile_supported():
         return False
     left, right = (torch.rand(2, 128, 128, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
@@ -179,12 +186,15 @@ def _exact_batches() -> bool:
 
 
 def has_native_matmul(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies the format itself; torch's fallback is ten times slower than FP32."""
+    """Return whether this processor multiplies the format natively; torch's fallback is ten times slower than FP32."""
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def packed(weight: Tensor) -> Tensor:
-    """The matrix [N, K] in blocks, for `product` alone; on a GPU, or where oneDNN does not take it, the very tensor."""
+    """Return [N, K] in oneDNN's blocked layout, which only `product` reads; `weight` itself where that is impossible.
+
+    That is the case on a GPU, without oneDNN, and for formats that oneDNN does not multiply on this processor.
+    """
     if weight.is_cuda or not (_onednn() and _onednn_takes(weight.dtype)):
         return weight
     out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
@@ -192,5 +202,5 @@ def packed(weight: Tensor) -> Tensor:
 
 
 def unpacked(weight: Tensor) -> Tensor:
-    """The same matrix with ordinary strides: a copy of a packed one, a plain one itself."""
+    """Return the matrix with ordinary strides: a copy of a packed one, a plain one itself."""
     return weight.to_dense() if weight.layout == torch._mkldnn else weight  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Which format each role uses, as torch dtypes, and how half matrix products are computed on this device."""
+"""Precision of a run on one device: the torch dtype of each role, the kind of half matrix products, FP32 islands."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from betterhalf.types import DtypeName
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
-    """The dtype of every role on one device."""
+    """Dtype of every role on one device, with the settings that change what these dtypes mean."""
 
     roles: PrecisionRoles
-    """Names of the formats."""
+    """Format names of all roles."""
     device: torch.device
+    """Device that computes."""
     half_matmul: str
     """`auto`, `native` or `fp32_sums`; see `PrecisionConfig.half_matmul`."""
     fp32_modules: tuple[str, ...] = ()
@@ -27,35 +28,35 @@ class Precision:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Forward and backward of the trainer."""
+        """Dtype of the trainer's forward and backward passes."""
         return torch_dtype(self.roles.compute_dtype)
 
     @property
     def wire_dtype(self) -> torch.dtype:
-        """Weights on their way to the engine."""
+        """Dtype of weights sent to the engine."""
         return torch_dtype(self.roles.wire_dtype)
 
     @property
     def rollout_dtype(self) -> torch.dtype:
-        """Computation of the engine."""
+        """Dtype of the engine's computation."""
         return torch_dtype(self.roles.rollout_dtype)
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        """Cached keys and values."""
+        """Dtype of the engine's cached keys and values."""
         return torch_dtype(self.roles.kv_dtype)
 
     def islands(self, num_layers: int, name: DtypeName) -> Islands:
-        """The FP32 islands of a model of so many layers that computes in `name`; none in FP32.
+        """Return the FP32 islands of a model with `num_layers` layers that computes in `name`; none if that is `fp32`.
 
         Raises:
-            InputError: a pattern matches no module that can be an island, in whatever format.
+            InputError: a pattern matches no module that can be an island; `fp32` is checked too.
         """
         found = resolve_islands(self.fp32_modules, num_layers)
         return found if name != "fp32" else resolve_islands((), num_layers)
 
     def fp32_sums(self, name: DtypeName) -> bool:
-        """Whether matrix products of this format run on half-grid operands with sums in FP32 (CPU only)."""
+        """Return whether matrix products of this half format are computed in FP32 on widened operands (CPU only)."""
         if self.device.type != "cpu" or name == "fp32":
             return False
         if self.half_matmul == "auto":
@@ -64,7 +65,7 @@ class Precision:
 
 
 def build_precision(config: PrecisionConfig, device: torch.device) -> Precision:
-    """Resolve the configuration's roles for one device; on a GPU, also tell torch to keep sums in FP32."""
+    """Resolve the configured roles for one device; for a GPU, also tell torch to keep sums in FP32."""
     if device.type == "cuda":
         _keep_fp32_sums()
     return Precision(
@@ -73,7 +74,7 @@ def build_precision(config: PrecisionConfig, device: torch.device) -> Precision:
 
 
 def _keep_fp32_sums() -> None:
-    """cuBLAS may add parts of a half product in half unless told not to, and FP32 products may drop to TF32."""
+    """Forbid what cuBLAS may do otherwise: add parts of a half product in half, and compute FP32 products in TF32."""
     settings = torch.backends.cuda.matmul
     settings.allow_fp16_reduced_precision_reduction = False
     settings.allow_bf16_reduced_precision_reduction = False

@@ -1,1 +1,1 @@
-"""Figures and the self-contained page, drawn from run folders alone; imports no torch."""
+"""Figures and the self-contained page, made from run folders alone; imports no torch."""

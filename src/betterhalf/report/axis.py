@@ -1,4 +1,4 @@
-"""Axes of a figure: the range that fits the data, where a value lands in pixels, ticks and their labels."""
+"""Axes of a figure: a range that fits the data, the mapping of values to pixels, ticks and their labels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Scale = Literal["linear", "log10", "log2"]
-"""How values map to distance along an axis."""
+"""Mapping of values to distance along an axis."""
 
 _SUPERSCRIPTS = str.maketrans("0123456789-", "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b")
 _MANTISSAS = (1.0, 2.0, 5.0)
@@ -17,7 +17,7 @@ _TINY = 1e-300
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """A range of values laid over a range of pixels."""
+    """A range of values mapped to a range of pixels."""
 
     scale: Scale
     low: float
@@ -27,22 +27,22 @@ class Axis:
     start: float
     """Pixel of `low`."""
     end: float
-    """Pixel of `high`; may lie before `start`, as on a vertical axis."""
+    """Pixel of `high`; may be before `start`, as on a vertical axis."""
 
     def pixel(self, value: float) -> float:
-        """Where `value` lands; values beyond the range land on its edge."""
+        """Return the pixel of `value`; values outside the range map to its edge."""
         low, high, at = (_distance(self.scale, v) for v in (self.low, self.high, value))
         share = min(1.0, max(0.0, (at - low) / (high - low)))
         return self.start + share * (self.end - self.start)
 
     def ticks(self, count: int = 5) -> list[float]:
-        """About `count` round values within the range, ascending."""
+        """Return about `count` round values within the range, ascending."""
         if self.scale == "linear":
             return _linear_ticks(self.low, self.high, count)
         return _power_ticks(self.low, self.high, 2 if self.scale == "log2" else 10, count)
 
     def label(self, value: float) -> str:
-        """How the tick at `value` is written."""
+        """Return the label of the tick at `value`."""
         if self.scale == "log2":
             return f"2{superscript(round(math.log2(value)))}"
         if self.scale == "log10":
@@ -53,9 +53,9 @@ class Axis:
 def fit(
     values: Iterable[float], *, scale: Scale, start: float, end: float, include: Iterable[float] = ()
 ) -> Axis | None:
-    """The axis whose round bounds hold all finite `values` and `include`; None when no value can be drawn.
+    """Return an axis whose round bounds contain all finite `values` and `include`; None if no value can be drawn.
 
-    On a logarithmic axis zero and negative values cannot be drawn and do not count.
+    On a logarithmic axis, zero and negative values cannot be drawn and are ignored.
     """
     drawable = [value for value in values if can_draw(scale, value)]
     if not drawable:
@@ -66,7 +66,7 @@ def fit(
 
 
 def steps_axis(steps: Iterable[int], *, start: float, end: float) -> Axis:
-    """The horizontal axis of steps, exactly as long as the run."""
+    """Return the horizontal axis of steps, exactly as long as the run."""
     seen = list(steps)
     low, high = min(seen), max(seen)
     if low == high:
@@ -75,7 +75,7 @@ def steps_axis(steps: Iterable[int], *, start: float, end: float) -> Axis:
 
 
 def step_ticks(axis: Axis) -> list[int]:
-    """Whole steps to label: the first, and round ones far enough from it."""
+    """Return the steps to label: the first, and round ones far enough from it."""
     first, last = math.ceil(axis.low), math.floor(axis.high)
     step = max(1, round(nice_step((last - first) / 5 or 1)))
     gap = 0.6 * step
@@ -83,18 +83,18 @@ def step_ticks(axis: Axis) -> list[int]:
 
 
 def can_draw(scale: Scale, value: float) -> bool:
-    """Whether `value` has a place on such an axis."""
+    """Return whether `value` can be drawn on an axis with this scale."""
     return math.isfinite(value) and (scale == "linear" or value > _TINY)
 
 
 def nice_step(rough: float) -> float:
-    """The smallest of 1, 2, 5 times a power of ten that is at least `rough`, which is positive."""
+    """Return the smallest of 1, 2, 5 times a power of ten that is at least `rough`, which is positive."""
     power = 10.0 ** math.floor(math.log10(rough))
     return next(m * power for m in (*_MANTISSAS, 10.0) if m * power >= rough * (1 - 1e-9))
 
 
 def superscript(exponent: int) -> str:
-    """`-8` as superscript characters."""
+    """Return an exponent, such as -8, in superscript characters."""
     return str(exponent).translate(_SUPERSCRIPTS)
 
 
@@ -113,7 +113,7 @@ def _linear_bounds(low: float, high: float) -> tuple[float, float]:
 
 
 def _log10_bounds(low: float, high: float) -> tuple[float, float]:
-    """The nearest 1, 2 or 5 times a power of ten on either side."""
+    """Return the nearest 1, 2 or 5 times a power of ten on either side."""
     below = max(value for value in _around(low) if value <= low * (1 + 1e-9))
     above = min(value for value in _around(high) if value >= high * (1 - 1e-9))
     return (below, above) if below < above else (below / 10, above * 10)
@@ -125,7 +125,7 @@ def _around(value: float) -> list[float]:
 
 
 def _log2_bounds(low: float, high: float) -> tuple[float, float]:
-    """Powers of two, one to spare on either side, so that a constant is a line in the middle."""
+    """Return powers of two with one to spare on either side, so that a constant is drawn in the middle."""
     return 2.0 ** (math.floor(math.log2(low)) - 1), 2.0 ** (math.ceil(math.log2(high)) + 1)
 
 
@@ -139,7 +139,7 @@ def _linear_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def _power_ticks(low: float, high: float, base: int, count: int) -> list[float]:
-    """Whole powers, thinned to `count`; on a decimal axis of less than two decades also 2 and 5 times them."""
+    """Return about `count` whole powers; a decimal axis of less than two decades also has 2 and 5 times them."""
     first = math.ceil(math.log(low, base) - 1e-9)
     last = math.floor(math.log(high, base) + 1e-9)
     if base == 10 and high / low < 100:

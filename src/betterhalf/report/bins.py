@@ -1,4 +1,4 @@
-"""The mismatch by position in the completion and by probability of the token: what a mean over tokens hides."""
+"""Figures of the mismatch by position in the completion and by token probability, which a mean over tokens hides."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ By = Literal["by_position", "by_probability"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bin:
-    """The tokens of one bin, of one or several steps."""
+    """Statistics of one bin, over one or several steps."""
 
     lower: float
+    """Lower edge."""
     upper: float
-    """Infinite where the bin is open."""
+    """Upper edge; infinite if the bin is open."""
     tokens: float
+    """Number of tokens."""
     k3: float
     """Mean over the bin's tokens, in nats."""
     gap: float
@@ -41,7 +43,7 @@ class BinSeries:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BinSpec:
-    """One figure over bins."""
+    """Specification of one figure over bins."""
 
     by: By
     quantity: Literal["k3", "gap"]
@@ -50,7 +52,7 @@ class BinSpec:
     across: str
     caption: str
     metric: str | None = None
-    """Whose healthy band is shaded."""
+    """Metric whose healthy band is shaded, if any."""
 
 
 BIN_FIGURES = (
@@ -58,7 +60,7 @@ BIN_FIGURES = (
         by="by_position",
         quantity="k3",
         title="Mismatch by position",
-        unit="mean k3, nats a token",
+        unit="mean k3, nats per token",
         across="token",
         metric="mismatch/k3/mean",
         caption="Healthy: level. A rise with the position means that differences build up in the KV cache.",
@@ -69,16 +71,16 @@ BIN_FIGURES = (
         title="Gap by position",
         unit="mean |pi \u2212 mu|",
         across="token",
-        caption="The same in probability.",
+        caption="The same difference in probability instead of nats.",
     ),
     BinSpec(
         by="by_probability",
         quantity="k3",
         title="Mismatch by probability",
-        unit="mean k3, nats a token",
+        unit="mean k3, nats per token",
         across="mu",
         metric="mismatch/k3/mean",
-        caption="Rare tokens differ most: the same rounding of a logit moves a small log-probability more.",
+        caption="Rare tokens differ most: the same rounding error of a logit changes their log-probability more.",
     ),
     BinSpec(
         by="by_probability",
@@ -86,14 +88,14 @@ BIN_FIGURES = (
         title="Gap by probability",
         unit="mean |pi \u2212 mu|",
         across="mu",
-        caption="In probability the gap is widest where mu is neither 0 nor 1.",
+        caption="The gap in probability is largest where mu is close to neither 0 nor 1.",
     ),
 )
 """The figures over bins, in order."""
 
 
 def pool(rows: Iterable[Mapping[str, Any]]) -> list[Bin]:
-    """Bins (of `diagnostics.logprob_gap`, as JSON) of several steps as one for each range: means weighted by tokens."""
+    """Merge bins of several steps (from `diagnostics.logprob_gap`, as JSON) by range, with token-weighted means."""
     pooled: dict[tuple[float, float], Bin] = {}
     for row in rows:
         new = _read(row)
@@ -104,7 +106,7 @@ def pool(rows: Iterable[Mapping[str, Any]]) -> list[Bin]:
 
 
 def bin_figures(prefix: str, series: Mapping[By, Sequence[BinSeries]], legend: str = "") -> list[Figure]:
-    """The figures of `BIN_FIGURES` that have data; `prefix` makes their keys unique on the page."""
+    """Return the figures of `BIN_FIGURES` that have data; `prefix` makes their keys unique on the page."""
     drawn = (_figure(prefix, spec, [one for one in series[spec.by] if one.bins], legend) for spec in BIN_FIGURES)
     return [figure for figure in drawn if figure is not None]
 
@@ -170,7 +172,7 @@ def _value(one: Bin, spec: BinSpec) -> float:
 
 
 def _edges(ranges: Sequence[tuple[float, float]]) -> tuple[tuple[float, str], ...]:
-    """Bins stand side by side at equal widths; the labels between them say where one ends."""
+    """Return the labels at the edges of the bins, which are drawn side by side at equal widths."""
     starts = [(float(index), f"{lower:g}") for index, (lower, _) in enumerate(ranges)]
     return (*starts, *((float(len(ranges)), _edge(upper)) for _, upper in ranges[-1:]))
 

@@ -1,7 +1,7 @@
-"""What every figure is drawn on: the plot area, grid, healthy band, markers, labels that keep apart.
+"""Drawing functions shared by all figures: plot area, grid, healthy band, markers, labels that do not overlap.
 
-Colours come from CSS, so that one drawing serves light and dark pages; each `<svg>` carries a title and a description
-for screen readers.
+Colours come from CSS, so that one drawing works on light and dark pages; each `<svg>` has a title and a description for
+screen readers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Band = tuple[float | None, float | None]
 
 
 def svg(key: str, title: str, description: str, body: str, height: int = HEIGHT) -> str:
-    """An accessible `<svg>` around `body`."""
+    """Return an accessible `<svg>` around `body`."""
     return (
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="{key}-t {key}-d">'
         f'<title id="{key}-t">{escape(title)}</title><desc id="{key}-d">{escape(description)}</desc>{body}</svg>'
@@ -35,12 +35,12 @@ def svg(key: str, title: str, description: str, body: str, height: int = HEIGHT)
 
 
 def style_class(index: int) -> str:
-    """CSS class of the series at `index`."""
+    """Return the CSS class of the series at `index`."""
     return f"s{index % STYLES}"
 
 
 def marker(style: int, x: float, y: float, size: float = 3.2) -> str:
-    """A small filled shape that belongs to the series `style`: circle, square, triangle, diamond."""
+    """Return the marker of the series `style`: a small filled circle, square, triangle or diamond."""
     shape = style % 4
     if shape == 0:
         return f'<circle class="m" cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}"/>'
@@ -54,7 +54,7 @@ def marker(style: int, x: float, y: float, size: float = 3.2) -> str:
 
 
 def cloud(points: Sequence[Point], style: int) -> str:
-    """Many points as one path: dots, squares, triangles or diamonds, as the markers of the series."""
+    """Return many points as one path of dots, squares, triangles or diamonds, like the markers of the series."""
     shapes = ("h0", "m-1.4 -1.4h2.8v2.8h-2.8z", "m0 -2l1.9 3.2h-3.8z", "m0 -2.1l2.1 2.1l-2.1 2.1l-2.1 -2.1z")
     shape = style % len(shapes)
     path = "".join(f"M{x:.1f} {y:.1f}{shapes[shape]}" for x, y in points)
@@ -62,13 +62,13 @@ def cloud(points: Sequence[Point], style: int) -> str:
 
 
 def line_path(points: Sequence[Point], kind: str) -> str:
-    """A polyline of CSS class `kind` through `points`, in pixels."""
+    """Return a polyline of CSS class `kind` through `points`, in pixels."""
     moves = "L".join(f"{x:.1f} {y:.1f}" for x, y in thin(list(points)))
     return f'<path class="{kind}" d="M{moves}"/>'
 
 
 def thin(points: list[Point], limit: int = _MAX_POINTS) -> list[Point]:
-    """At most about `limit` points that keep every visible extreme: lowest and highest of each bucket, in order."""
+    """Reduce to about `limit` points that keep every visible extreme: lowest and highest of each bucket, in order."""
     if len(points) <= limit:
         return points
     size = math.ceil(len(points) / (limit // 2))
@@ -81,7 +81,7 @@ def thin(points: list[Point], limit: int = _MAX_POINTS) -> list[Point]:
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """`positions` moved as little as needed to lie `gap` apart within [low, high]; their order is kept."""
+    """Move `positions` until they are `gap` apart within [low, high]; their order is kept."""
     order = sorted(range(len(positions)), key=lambda i: positions[i])
     placed = list(positions)
     floor = low
@@ -96,7 +96,7 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
 
 
 def grid(axis: Axis) -> str:
-    """Horizontal grid lines with their labels."""
+    """Return horizontal grid lines with their labels."""
     parts = []
     for tick in axis.ticks():
         y = axis.pixel(tick)
@@ -107,7 +107,7 @@ def grid(axis: Axis) -> str:
 
 
 def across_labels(ticks: Sequence[tuple[float, str]], name: str) -> str:
-    """The horizontal axis: pixel and text of each tick, and what is laid along it."""
+    """Return the horizontal axis, with its ticks, as (pixel, text), and the name of its quantity."""
     parts = [f'<line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>']
     for x, text in ticks:
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{BOTTOM}" y2="{BOTTOM + 4}"/>')
@@ -117,7 +117,7 @@ def across_labels(ticks: Sequence[tuple[float, str]], name: str) -> str:
 
 
 def rules(axis: Axis, bounds: Sequence[tuple[float, str]], *, outside: bool = False) -> str:
-    """Dashed horizontal lines with their names above, or beside the plot; those that the axis reaches."""
+    """Return the dashed horizontal lines that the axis reaches, with names above, or (`outside`) beside the plot."""
     reached = [(axis.pixel(value), text) for value, text in bounds if axis.low <= value <= axis.high]
     places = spread([y + (4 if outside else -5) for y, _ in reached], _NAME_GAP, TOP + 4, BOTTOM + 8)
     across = f'x="{RIGHT + 4}"' if outside else f'x="{RIGHT - 4}" text-anchor="end"'
@@ -129,7 +129,7 @@ def rules(axis: Axis, bounds: Sequence[tuple[float, str]], *, outside: bool = Fa
 
 
 def band_area(band: Band | None, axis: Axis) -> str:
-    """The healthy range, shaded, with dashed edges where the axis reaches beyond it."""
+    """Return the shaded healthy range, with dashed edges where the axis extends beyond it."""
     if band is None:
         return ""
     low = axis.low if band[0] is None else band[0]
@@ -144,16 +144,16 @@ def band_area(band: Band | None, axis: Axis) -> str:
     return rect + edges
 
 
-def band_label(band: Band | None, axis: Axis, inked: Sequence[float]) -> str:
-    """The band in words, at the height within it that is furthest from the data, whose heights are `inked`."""
-    if band is None or not inked:
+def band_label(band: Band | None, axis: Axis, occupied: Sequence[float]) -> str:
+    """Return the band's label, at the height within it that is furthest from the `occupied` heights of the data."""
+    if band is None or not occupied:
         return ""
     top = axis.pixel(axis.high if band[1] is None else band[1]) + 15
     bottom = axis.pixel(axis.low if band[0] is None else band[0]) - 6
     if bottom < top:
         return ""
     heights = [top + (bottom - top) * share / 8 for share in range(9)]
-    y = max(heights, key=lambda height: min(abs(height - 4 - ink) for ink in inked))
+    y = max(heights, key=lambda height: min(abs(height - 4 - other) for other in occupied))
     return f'<text class="bandname" x="{LEFT + 6}" y="{y:.1f}">{escape(_band_words(band))}</text>'
 
 

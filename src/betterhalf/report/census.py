@@ -1,4 +1,4 @@
-"""The range census of a doctor: headroom by layer and kind, the worst modules, the window of loss scales."""
+"""The range census of `doctor`: headroom by layer and kind, the worst modules, the range of safe loss scales."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from betterhalf.report.markup import Figure, legend, shown, table
 from betterhalf.report.plot import Plot, Series, draw_plot, whole_ticks
 
 KINDS = ("forward", "input", "backward", "weight", "gradient")
-"""What is measured of a module; also the order of styles."""
+"""Kinds of values measured at a module; also the order of styles."""
 
 _WATCH_BITS = 2.0
-"""Headroom below which the doctor says watch."""
+"""Headroom below which the doctor's verdict is watch."""
 _WORST = 12
 _MAX_SCALE = 2.0**24
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.(\d+)(?:\.|$)")
@@ -35,19 +35,20 @@ class Row:
     headroom: float
     """Bits to the largest finite value; negative infinity where a value is not finite."""
     subnormal: float
-    """Share of values."""
+    """Share of the non-zero values that are subnormal."""
     zero: float
-    """Share of values."""
+    """Share of the non-zero values that round to zero."""
     finite: bool
+    """True if all values were finite."""
 
 
 def read_census(census: Mapping[str, Any]) -> list[Row]:
-    """The census of one precision, in model order."""
+    """Return the census of one precision, in model order."""
     return [_read(row) for row in mappings(census, "modules")]
 
 
 def headroom_figure(key: str, dtype: str, rows: Sequence[Row]) -> Figure | None:
-    """Least headroom of each layer, a line for each kind; None without a finite number."""
+    """Draw the least headroom of each layer, one line for each kind; None without a finite number."""
     shapes = _by_layer(rows)
     lines = [(KINDS.index(kind), kind, points) for kind, points in shapes.items() if kind in KINDS and points]
     series = tuple(Series(name=kind, style=style, points=points, joined=True) for style, kind, points in lines)
@@ -66,28 +67,29 @@ def headroom_figure(key: str, dtype: str, rows: Sequence[Row]) -> Figure | None:
     if image is None:
         return None
     overflowing = sum(not row.finite for row in rows)
-    lost = f" Not finite, drawn below the limit: {overflowing}." if overflowing else ""
+    lost = f" Entries that are not finite, drawn below the limit: {overflowing}." if overflowing else ""
     return Figure(
         key=key,
         title=f"Headroom, {dtype}",
-        unit="bits to the largest finite value, least of each layer",
+        unit="bits below the largest finite value, minimum of each layer",
         image=image,
         legend=legend((style, escape(kind)) for style, kind, _ in lines),
-        caption=f"Healthy: above {_WATCH_BITS:g} bits; at 0 the format is full. Left of layer 0 stands what comes "
-        f"before the layers, right of the last what follows them.{lost}",
+        caption="Forward: outputs; backward: gradients with respect to outputs; gradient: weight gradients. Healthy: "
+        f"above {_WATCH_BITS:g} bits; below 0 values overflow. Modules before the first layer are drawn to its left, "
+        f"modules after the last layer to its right.{lost}",
         numbers=worst_table(rows),
     )
 
 
 def worst_table(rows: Sequence[Row]) -> str:
-    """The entries with the least headroom, least first."""
+    """Return a table of the entries with the least headroom, least first."""
     worst = sorted(rows, key=lambda row: row.headroom)[:_WORST]
     head = ["module", "kind", "largest magnitude", "headroom, bits", "subnormal", "zero", "finite"]
     return table(head, [_cells(row) for row in worst]) if worst else ""
 
 
 def window_figure(key: str, dtype: str, census: Mapping[str, Any]) -> Figure | None:
-    """Which loss scales are safe, and which is used; None when the census does not say."""
+    """Draw the range of safe loss scales, and the one in use; None if the census does not hold them."""
     largest, used = number(census.get("largest_safe_loss_scale")), number(census.get("loss_scale"))
     if not largest > 0:
         return None
@@ -97,18 +99,18 @@ def window_figure(key: str, dtype: str, census: Mapping[str, Any]) -> Figure | N
         words = f"No scale of 1 or more keeps the gradients finite; the largest that does is {_scale(largest)}."
     return Figure(
         key=key,
-        title=f"Loss-scale window, {dtype}",
+        title=f"Safe loss scales, {dtype}",
         unit="loss scale, powers of two",
-        image=svg(key, f"Loss-scale window in {dtype}", words, _window(largest, used), height=112),
-        caption=f"{words} Gradients that are zero in {dtype} and not in FP32: {shown(with_scale, '.2%')} with "
-        f"that scale, {shown(without, '.2%')} without.",
+        image=svg(key, f"Safe loss scales in {dtype}", words, _window(largest, used), height=112),
+        caption=f"{words} Gradients that are zero in {dtype} but not in FP32: {shown(with_scale, '.2%')} at the "
+        f"largest safe scale, {shown(without, '.2%')} without a loss scale.",
         numbers=table(
             ["", "value"],
             [
                 ["largest safe loss scale", _scale(largest)],
-                ["loss scale", _scale(used)],
-                ["zeroed with it", shown(with_scale, ".3%")],
-                ["zeroed without", shown(without, ".3%")],
+                ["loss scale in use", _scale(used)],
+                ["zeroed at the largest safe scale", shown(with_scale, ".3%")],
+                ["zeroed without a loss scale", shown(without, ".3%")],
             ],
         ),
     )
@@ -141,7 +143,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _by_layer(rows: Sequence[Row]) -> dict[str, list[Point]]:
-    """Kind -> (layer, least headroom), ascending; overflow stands just below the axis's zero."""
+    """Return kind -> (layer, least headroom), ascending; overflow is placed at -1, below the limit."""
     least: dict[tuple[str, float], float] = {}
     for place, row in zip(_places(rows), rows, strict=True):
         if row.headroom < math.inf:
@@ -151,7 +153,7 @@ def _by_layer(rows: Sequence[Row]) -> dict[str, list[Point]]:
 
 
 def _places(rows: Sequence[Row]) -> list[float]:
-    """The layer of each row; -1 before the first layer, one beyond the last after it."""
+    """Return the layer of each row: -1 before the first layer, one more than the last after it."""
     layers = [_layer(row.module) for row in rows]
     numbered = [layer for layer in layers if layer is not None]
     if not numbered:
@@ -175,13 +177,13 @@ def _layer_range(rows: Sequence[Row]) -> tuple[float, float]:
 
 
 def _scale(value: float) -> str:
-    """As a power of two where it is one."""
+    """Format a loss scale, as a power of two where it is one."""
     exact = value > 0 and math.frexp(value)[0] == 0.5
     return f"2{superscript(math.frexp(value)[1] - 1)}" if exact else shown(value, ".3g")
 
 
 def _window(largest: float, used: float) -> str:
-    """A bar of the safe scales on an axis of powers of two, and a pole where the loss scale stands."""
+    """Return a bar of the safe scales on an axis of powers of two, and a vertical line at the loss scale in use."""
     across = Axis(scale="log2", low=min(1.0, largest) / 4, high=max(_MAX_SCALE, largest), start=LEFT, end=RIGHT)
     left, right = across.pixel(1.0), across.pixel(largest)
     bar = f'<rect class="band" x="{left:.1f}" y="34" width="{max(0.0, right - left):.1f}" height="30"/>'

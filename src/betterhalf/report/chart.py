@@ -1,6 +1,6 @@
 """Line charts over steps as inline SVG: raw and smoothed lines, healthy band, events, names at the ends of lines.
 
-A series is told from another by dash and marker as well as by colour.
+Series differ in dash and marker as well as in colour.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from betterhalf.report.canvas import (
 
 _LABEL_GAP = 14
 _COLUMN = 60
-"""Labels further apart than this across cannot touch."""
+"""Horizontal distance in pixels beyond which end labels cannot touch."""
 _MARKERS_PER_LINE = 4
 
 
@@ -44,8 +44,9 @@ class Mark:
     value: float = math.nan
     """Height of the cross; a flag has none."""
     text: str
-    """Shown on hovering, and read out."""
+    """Shown on hover, and read by screen readers."""
     flag: bool = False
+    """Draw a flag instead of a cross."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,7 @@ class Line:
     """One for each step; NaN breaks the line."""
     marks: tuple[Mark, ...] = ()
     second: bool = False
-    """Drawn thin and dotted, beside another line of the same series."""
+    """Draw the line thin and dotted, beside another line of the same series."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +87,7 @@ class Chart:
 
 
 def draw(chart: Chart) -> str | None:
-    """The chart as an `<svg>` element, or None when no value can be drawn."""
+    """Return the chart as an `<svg>` element, or None if no value can be drawn."""
     values = [value for line in chart.lines for value in line.values]
     axis = fit(values, scale=chart.scale, start=BOTTOM, end=TOP, include=chart.include)
     if axis is None:
@@ -94,14 +95,14 @@ def draw(chart: Chart) -> str | None:
     across = steps_axis([step for line in chart.lines for step in line.steps], start=LEFT, end=RIGHT)
     parts = [band_area(chart.band, axis), grid(axis), _step_labels(across)]
     parts.append(rules(axis, chart.rules))
-    inked = [axis.pixel(value) for value in values if can_draw(chart.scale, value)]
+    occupied = [axis.pixel(value) for value in values if can_draw(chart.scale, value)]
     parts += [_series(chart, line, across, axis) for line in chart.lines]
-    parts += [_end_labels(chart, across, axis), band_label(chart.band, axis, inked)]
+    parts += [_end_labels(chart, across, axis), band_label(chart.band, axis, occupied)]
     return svg(chart.key, chart.title, _description(chart), "".join(parts))
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the finite values in a centred window, shortened at the ends; NaN where the value itself is missing."""
+    """Return the mean of the finite values in a centred window, shorter at the ends; NaN where the value is missing."""
     half = window // 2
     means = []
     for index, value in enumerate(values):
@@ -111,7 +112,7 @@ def moving_average(values: Sequence[float], window: int) -> list[float]:
 
 
 def smoothed(chart: Chart, line: Line) -> list[float]:
-    """The values drawn bold: a moving average, geometric on a logarithmic axis lest a lone spike rule it."""
+    """Return the values of the bold line: a moving average, geometric on a logarithmic axis, to damp lone spikes."""
     window = smoothing_window(len(line.values)) if chart.smooth else 1
     if window == 1:
         return list(line.values)
@@ -122,12 +123,12 @@ def smoothed(chart: Chart, line: Line) -> list[float]:
 
 
 def smoothing_window(count: int) -> int:
-    """An odd window of about a twelfth of `count` values; 1, which smooths nothing, for short runs."""
+    """Return an odd window of about a twelfth of `count` values; 1 (no smoothing) for short runs."""
     return 1 if count < 15 else 2 * (count // 24) + 3
 
 
 def segments(line: Line, scale: Scale, across: Axis, axis: Axis, values: Sequence[float]) -> list[list[Point]]:
-    """Pixel positions of the unbroken stretches of a line."""
+    """Return the pixel positions of the unbroken stretches of a line."""
     stretches: list[list[Point]] = [[]]
     for step, value in zip(line.steps, values, strict=True):
         if can_draw(scale, value):
@@ -153,7 +154,7 @@ def _series(chart: Chart, line: Line, across: Axis, axis: Axis) -> str:
 
 
 def _marker_points(stretches: list[list[Point]], style: int) -> list[Point]:
-    """Lone points, the last point, and a few on the way, shifted by series lest equal curves hide each other's."""
+    """Return isolated points, the last point, and a few between, shifted by series to keep equal curves visible."""
     lone = [stretch[0] for stretch in stretches if len(stretch) == 1]
     path = [point for stretch in stretches for point in stretch]
     if not path:
@@ -170,7 +171,7 @@ def _cross(mark: Mark, across: Axis, axis: Axis) -> str:
 
 
 def _flag(mark: Mark, across: Axis) -> str:
-    """A pole at the step with a pennant at its head."""
+    """Return a vertical line at the step, with a small flag at its top."""
     x = across.pixel(mark.step)
     side = -9 if x > RIGHT - 12 else 9
     shape = f"M{x:.1f} {BOTTOM}V{TOP - 6}l{side} 4l{-side} 4"
@@ -191,7 +192,7 @@ def _columns(ends: list[tuple[Line, Point]]) -> list[int]:
 
 
 def _label_column(ends: list[tuple[Line, Point]]) -> str:
-    """Labels of lines that end at about the same step, moved apart."""
+    """Return the labels of lines that end at about the same step, moved apart."""
     heights = spread([point[1] for _, point in ends], _LABEL_GAP, TOP, BOTTOM)
     return "".join(
         f'<text class="end {style_class(line.style)}" x="{point[0] + 8:.1f}" y="{y + 4:.1f}">{escape(line.tag)}</text>'
@@ -200,7 +201,7 @@ def _label_column(ends: list[tuple[Line, Point]]) -> str:
 
 
 def _description(chart: Chart) -> str:
-    """The chart in words: where each series starts, ends, and how far it reaches."""
+    """Describe the chart in words: first, last, lowest and highest value of each series, and its events."""
     sentences = []
     for line in chart.lines:
         finite = [value for value in line.values if math.isfinite(value)]

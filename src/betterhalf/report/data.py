@@ -1,4 +1,4 @@
-"""What a report is made of, read from run folders."""
+"""The data of a report, read from run folders."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _TAG_LENGTH = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One run as the report shows it: an arm of a sanity run, or a run of its own."""
+    """One run in the report: an arm of a sanity run, or a run in its own folder."""
 
     name: str
-    """Full name: of the arm, or of the run folder."""
+    """Full name of the arm, or name of the run folder."""
     tag: str
     """Short name for the end of a line in a figure: see `_tags`."""
     index: int
@@ -33,7 +33,7 @@ class Arm:
     mismatch: list[dict[str, Any]]
     """`mismatch.jsonl`: bins and completions of each step."""
     watchdog: list[dict[str, Any]]
-    """`watchdog.jsonl`: its events."""
+    """`watchdog.jsonl`: events of the watchdog."""
     config: dict[str, Any]
     """`config.json`; empty if absent, as are the next three."""
     contract: dict[str, Any]
@@ -42,15 +42,15 @@ class Arm:
 
     @property
     def steps(self) -> list[int]:
-        """The step of each row."""
+        """Step of each row."""
         return [int(row["step"]) for row in self.rows if "step" in row]
 
     def values(self, name: str) -> list[float]:
-        """The metric `name` at each of `steps`; NaN where it is missing, null or no number."""
+        """Return the metric `name` at each of `steps`; NaN where it is missing, null or not a number."""
         return [number(row.get(name)) for row in self.rows if "step" in row]
 
     def finite(self, name: str) -> list[float]:
-        """The finite values of the metric `name`."""
+        """Return the finite values of the metric `name`."""
         return [value for value in self.values(name) if math.isfinite(value)]
 
 
@@ -59,13 +59,13 @@ class Study:
     """A folder that `probe` or `doctor` wrote: one measurement, without steps."""
 
     name: str
-    """Of the folder."""
+    """Name of the folder."""
     index: int
     """Position on the page, which makes the keys of its figures unique."""
     result: dict[str, Any]
     """`probe.json` or `doctor.json`; empty if damaged."""
     damage: str
-    """What is wrong with that file; empty if nothing is."""
+    """Error in that file; empty without one."""
     config: dict[str, Any]
     """`config.json`; empty if absent, as are the next two."""
     contract: dict[str, Any]
@@ -87,7 +87,7 @@ class ReportData:
     doctors: list[Study]
     """Folders with a `doctor.json`."""
     environment: dict[str, Any]
-    """Of the first run that recorded one."""
+    """Environment of the first run that recorded one."""
 
 
 def load(runs: Sequence[RunDir | Path | str]) -> ReportData:
@@ -116,7 +116,7 @@ def load(runs: Sequence[RunDir | Path | str]) -> ReportData:
 
 
 def _has_steps(run: RunDir) -> bool:
-    """Whether the folder is shown as a run: it is, unless it only holds what `probe` or `doctor` wrote."""
+    """Return whether the folder is shown as a run: it is, unless it only holds results of `probe` or `doctor`."""
     only_studied = any((run.path / name).exists() for name in ("probe.json", "doctor.json"))
     return run.metrics.exists() or run.arms.is_dir() or not only_studied
 
@@ -126,7 +126,7 @@ def _studies(opened: Sequence[RunDir], file: str) -> list[Study]:
 
 
 def _read_study(run: RunDir, path: Path, index: int) -> Study:
-    """A damaged result is shown as such: the rest of the page still serves."""
+    """Read a study; a damaged result is recorded as such, and the rest of the page is still written."""
     result, damage = {}, ""
     try:
         result = read_json(path)
@@ -151,7 +151,7 @@ def _arms_of(run: RunDir, title: str, several: bool) -> list[tuple[str, RunDir]]
 
 
 def _tags(names: list[str]) -> list[str]:
-    """The names themselves where all are short; else letters, or nothing for a lone run."""
+    """Return the names themselves if all are short; else letters, or nothing for a single run."""
     if all(len(name) <= _TAG_LENGTH for name in names):
         return names
     return [ascii_uppercase[index % 26] if len(names) > 1 else "" for index in range(len(names))]
@@ -182,7 +182,7 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys: `{"model": {"name": 1}}` -> `{"model.name": 1}`."""
+    """Flatten nested sections to dotted keys: `{"model": {"name": 1}}` -> `{"model.name": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):

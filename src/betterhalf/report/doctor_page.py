@@ -1,4 +1,4 @@
-"""What `doctor` found, as a section of the page: verdicts, a config to copy, the census, islands, the mismatch."""
+"""The results of `doctor` as a section of the page: verdicts, a config to copy, census, islands, mismatch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from betterhalf.report.probe_page import matrix_part, pair_table
 _SYMBOLS = {"ok": "\u2713", "watch": "!", "unsafe": "\u2717"}
 _CLASSES = {"ok": "passed", "watch": "incomplete", "unsafe": "failed"}
 _MODULES_SHOWN = 8
-_ROOMY_BITS = 64.0
-"""A census with so much headroom holds no news, and is folded away."""
+_COLLAPSE_BITS = 64.0
+"""Headroom from which a census is of little interest, and is collapsed."""
 
 
 def doctor_section(study: Study, several: bool) -> str:
-    """The whole section of one doctor folder; `several` puts its name into the heading."""
+    """Return the section of one doctor folder; `several` puts its name into the heading."""
     title = f"Precision check: {study.name}" if several else "Precision check"
     if study.damage:
         return section(title, notice(study.damage))
@@ -71,7 +71,7 @@ def _agreement(agrees: Mapping[str, Any]) -> str:
     reason = str(agrees.get("reason") or "")
     if agrees.get("agrees"):
         return f"<p><span class=passed>\u2713 Engine and trainer agree.</span> {escape(reason)}</p>"
-    return notice(f"\u2717 Engine and trainer do not agree, which rounding does not explain: {reason}")
+    return notice(f"\u2717 Engine and trainer differ by more than rounding explains: {reason}")
 
 
 def _config(result: Mapping[str, Any]) -> str:
@@ -95,7 +95,7 @@ def _census_of(prefix: str, dtype: str, census: Mapping[str, Any]) -> str:
     drawn: list[Figure] = [figure for figure in made if figure]
     shown_part = figures(drawn) + f"<h4>Least headroom in {escape(dtype)}</h4>" + worst_table(rows)
     least = min(row.headroom for row in rows)
-    if least < _ROOMY_BITS:
+    if least < _COLLAPSE_BITS:
         return shown_part
     summary = f"<summary>Census of {escape(dtype)}: least headroom {shown(least, '.0f')} bits</summary>"
     return f"<details>{summary}{shown_part}</details>"
@@ -105,12 +105,12 @@ def _islands(islands: Mapping[str, Any]) -> str:
     if not islands:
         return ""
     modules = ", ".join(f"<code>{escape(module)}</code>" for module in texts(islands, "modules"))
-    cures = (
-        "<span class=passed>\u2713 cures it</span>"
+    outcome = (
+        "<span class=passed>\u2713 solves the problem</span>"
         if islands.get("cures")
-        else "<span class=failed>\u2717 does not cure it</span>"
+        else "<span class=failed>\u2717 does not solve the problem</span>"
     )
-    return f"<p>FP32 for {modules or 'no module'}: {cures}. {escape(str(islands.get('reason') or ''))}</p>"
+    return f"<p>FP32 for {modules or 'no module'}: {outcome}. {escape(str(islands.get('reason') or ''))}</p>"
 
 
 def _mismatch(prefix: str, result: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What happened in a run besides steps: the watchdog's actions and restarts of the engine."""
+"""Events of a run: actions of the watchdog, and restarts of the engine."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from betterhalf.report.markup import shown, table
 
 RESTARTS = "rollout/engine_restarts"
 _FALLBACK = "mismatch/k3/mean"
-"""Where events of metrics without a figure are marked."""
+"""Metric whose figure also marks the events of metrics without a figure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One event, or the same on several steps in a row."""
+    """One event, or the same event on consecutive steps."""
 
     first: int
+    """First step."""
     last: int
-    """The steps from first to last."""
+    """Last step."""
     metric: str
     action: str
     value: float
-    """Of the first step."""
+    """Value of the metric at the first step."""
     bound: float
+    """Bound that the value crossed; NaN without one."""
     reason: str
 
 
 def events_of(arm: Arm) -> list[Event]:
-    """The watchdog's events and the engine's restarts, in step order; repetitions on consecutive steps are one."""
+    """Return the watchdog's events and the engine's restarts, in step order; repetitions are merged."""
     rows = sorted([*_watchdog(arm), *_restarts(arm)], key=lambda event: event.first)
     merged: list[Event] = []
     for event in rows:
@@ -45,8 +47,10 @@ def events_of(arm: Arm) -> list[Event]:
 
 
 def event_marks(arm: Arm, metrics: Sequence[str], all_metrics: Sequence[str]) -> tuple[Mark, ...]:
-    """Flags for a figure of `metrics`: their events, and on the mismatch's figure those no figure (of `all_metrics`)
-    has a place for."""
+    """Return flags for the events of the `metrics` that a figure shows.
+
+    The mismatch figure also gets the events of metrics that no figure shows (those not in `all_metrics`).
+    """
     return tuple(
         Mark(step=event.first, text=f"{arm.name}, {_steps(event)}: {event.action}, {event.metric}", flag=True)
         for event in events_of(arm)
@@ -55,14 +59,14 @@ def event_marks(arm: Arm, metrics: Sequence[str], all_metrics: Sequence[str]) ->
 
 
 def events_table(arms: Sequence[Arm]) -> str:
-    """All events as a table; nothing when nothing happened."""
+    """Return all events as a table; empty without events."""
     rows = [_row(arm, event) for arm in arms for event in events_of(arm)]
     head = ["run", "step", "action", "metric", "value", "bound", "reason"]
     return table(head, rows, numeric=False) if rows else ""
 
 
 def watchdog_bounds(arm: Arm, metrics: Sequence[str]) -> list[tuple[float, str]]:
-    """The bounds that the run's configuration sets on any of `metrics`, with the action they lead to."""
+    """Return the bounds that the run's configuration sets on any of `metrics`, with the action that each triggers."""
     levels = [level for level in mappings(mapping(arm.config, "watchdog"), "levels") if level.get("metric") in metrics]
     bounds = [(number(level.get(side)), str(level.get("action"))) for level in levels for side in ("below", "above")]
     return [(value, f"watchdog: {action}") for value, action in bounds if math.isfinite(value)]
@@ -89,7 +93,7 @@ def _restarts(arm: Arm) -> list[Event]:
 
 
 def _restart(step: int, count: float) -> Event:
-    reason = "the engine's process ended; a new one took the current weights and the step went on"
+    reason = "the engine process ended; a new one loaded the current weights, and the step continued"
     return Event(
         first=step, last=step, metric=RESTARTS, action="engine restarted", value=count, bound=math.nan, reason=reason
     )

@@ -1,4 +1,4 @@
-"""Which figures the page shows, in order, and what each looks like when all is well."""
+"""The figures over steps, in the order of the page, with captions that describe a healthy run."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from betterhalf.report.markup import Figure, header_row, scroll
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FigureSpec:
-    """One figure over steps."""
+    """Specification of one figure over steps."""
 
     key: str
     title: str
     unit: str
     metrics: tuple[str, ...]
-    """The first is labelled at its end; the others share its style."""
+    """Metrics to draw; the first is labelled at its end, the others share its style."""
     caption: str
-    """What it shows, and what healthy looks like."""
+    """Content of the figure, and what a healthy run looks like."""
     scale: Scale = "linear"
     include: tuple[float, ...] = ()
+    """Values that the vertical axis must reach."""
     smooth: bool = False
+    """Draw a moving average over the faint raw line."""
     show_band: bool = False
     """Shade the healthy band that the catalogue gives the metrics, and draw the watchdog's bounds."""
     second_dotted: bool = False
@@ -52,13 +54,13 @@ FIGURES = (
     FigureSpec(
         key="k3",
         title="Mismatch k3",
-        unit="nats a token",
+        unit="nats per token",
         metrics=("mismatch/k3/mean",),
         scale="log10",
         smooth=True,
         show_band=True,
-        caption="KL(mu || pi) over sampled tokens, at equal weights, before any update. Healthy: in the shaded band "
-        "and level. Growth over many steps comes before a collapse.",
+        caption="KL(mu || pi) of engine (mu) and trainer (pi) over sampled tokens, at the same weights, before any "
+        "update. Healthy: level, in the shaded band. Growth over many steps precedes a collapse.",
     ),
     FigureSpec(
         key="gap",
@@ -67,8 +69,8 @@ FIGURES = (
         metrics=("mismatch/prob_gap/max", "mismatch/prob_gap/min"),
         include=(0.0,),
         show_band=True,
-        caption="The most that trainer (pi) and engine (mu) disagree on any sampled token, above and below zero. "
-        "Healthy: narrow and symmetric.",
+        caption="Largest difference between trainer (pi) and engine (mu) on any sampled token, in either direction. "
+        "Healthy: small and symmetric.",
     ),
     FigureSpec(
         key="ess",
@@ -77,7 +79,7 @@ FIGURES = (
         metrics=("mismatch/ess_fraction",),
         include=(0.0, 1.0),
         show_band=True,
-        caption="What is left of the sample once completions are weighted by pi / mu. Healthy: close to 1.",
+        caption="Share of the sample that remains when completions are weighted by pi / mu. Healthy: close to 1.",
     ),
     FigureSpec(
         key="budget",
@@ -87,18 +89,18 @@ FIGURES = (
         include=(0.0, 1.0),
         show_band=True,
         second_dotted=True,
-        caption="Solid: predicted at the current length from the variance and correlation of the token log-ratio; "
-        "dotted: observed in the step. Healthy: above the floor, and the two close to each other.",
+        caption="Thick lines: predicted for the current lengths from the variance and correlation of the token "
+        "log-ratio; thin dotted lines: observed in the step. Healthy: above the floor, and close to each other.",
     ),
     FigureSpec(
         key="usable",
         title="Usable length",
-        unit="tokens until the predicted sample size falls to the floor",
+        unit="tokens at which the predicted effective sample size reaches the floor",
         metrics=("budget/max_length", "rollout/length/mean"),
         scale="log10",
         second_dotted=True,
-        caption="Solid: the longest completion that the mismatch leaves room for; dotted: the mean length now. "
-        "Healthy: far above it.",
+        caption="Thick lines: completion length up to which importance weights are useful; thin dotted lines: mean "
+        "completion length. Healthy: the former far above the latter.",
     ),
     FigureSpec(
         key="slope-steps",
@@ -108,8 +110,8 @@ FIGURES = (
         include=(0.0,),
         show_band=True,
         smooth=True,
-        caption="Least-squares slope of a completion's log-ratio against its length, from one step's completions: "
-        "noisy where they are few, short or of equal length. Healthy: around zero.",
+        caption="Least-squares slope of the completions' log-ratio against their length, in each step: noisy if the "
+        "completions are few, short or of equal length. Healthy: around zero.",
     ),
     FigureSpec(
         key="scale",
@@ -117,8 +119,8 @@ FIGURES = (
         unit="powers of two; a cross is a skipped step",
         metrics=("optim/loss_scale",),
         scale="log2",
-        caption="Healthy in FP16: level or slowly rising; a lone skip after a rise is how the scale finds its place. "
-        "Falling step after step means overflow in the backward pass. BF16 and FP32 stay at 1.",
+        caption="Healthy in FP16: level or slowly rising; a single skip after a rise is how the scaler finds the "
+        "largest safe scale. A steady fall means overflow in the backward pass. BF16 and FP32 stay at 1.",
     ),
     FigureSpec(
         key="grad",
@@ -127,16 +129,16 @@ FIGURES = (
         metrics=("optim/grad_norm",),
         scale="log10",
         smooth=True,
-        caption="Healthy: same order of magnitude throughout; spikes that recur and grow are a warning.",
+        caption="Healthy: the same order of magnitude throughout. Spikes that recur and grow are a warning.",
     ),
     FigureSpec(
         key="entropy",
         title="Entropy",
-        unit="nats a token",
+        unit="nats per token",
         metrics=("policy/entropy/mean",),
         include=(0.0,),
         smooth=True,
-        caption="Healthy: falls slowly as the policy makes up its mind. Zero means no exploration; a rise, noise.",
+        caption="Healthy: falls slowly as the policy becomes certain. Zero means no exploration, a rise means noise.",
     ),
     FigureSpec(
         key="length",
@@ -144,13 +146,13 @@ FIGURES = (
         unit="tokens, mean",
         metrics=("rollout/length/mean",),
         smooth=True,
-        caption="Healthy: moves with the task. A jump to the length limit means completions no longer end.",
+        caption="Healthy: depends on the task. A jump to the length limit means that completions no longer end.",
     ),
 )
 
 
 def step_figures(arms: Sequence[Arm]) -> tuple[list[Figure], list[str]]:
-    """The figures over steps that have data, and the titles of those that have none."""
+    """Return the figures over steps that have data, and the titles of those without."""
     drawn, missing = [], []
     for spec in FIGURES:
         image = draw(_chart(spec, arms))
@@ -175,7 +177,7 @@ def _chart(spec: FigureSpec, arms: Sequence[Arm]) -> Chart:
 
 
 def _band(metrics: Sequence[str]) -> Band | None:
-    """The tightest of the bands that the catalogue gives any of the metrics."""
+    """Return the tightest bounds among the bands of the metrics in the catalogue."""
     bands = [known.band for name in metrics if (known := CATALOGUE.get(name)) and known.band]
     lows = [low for low, _ in bands if low is not None]
     highs = [high for _, high in bands if high is not None]
@@ -183,7 +185,7 @@ def _band(metrics: Sequence[str]) -> Band | None:
 
 
 def _rules(spec: FigureSpec, arms: Sequence[Arm]) -> tuple[tuple[float, str], ...]:
-    """The watchdog's bounds, each once though several arms share it."""
+    """Return the watchdog's bounds, without repeating those that several arms share."""
     if not spec.show_band:
         return ()
     return tuple(dict.fromkeys(rule for arm in arms for rule in watchdog_bounds(arm, spec.metrics)))
@@ -221,7 +223,7 @@ def _with_text(spec: FigureSpec, arms: Sequence[Arm], image: str) -> Figure:
     longest = max(len(arm.steps) for arm in arms)
     window = smoothing_window(longest) if spec.smooth else 1
     mean = "mean" if spec.scale == "linear" else "geometric mean"
-    smoothed = f" Bold: {mean} of {window} steps; faint: each step." if window > 1 else ""
+    smoothed = f" Bold: {mean} over {window} steps; faint: each step." if window > 1 else ""
     flagged = " A flag marks an event; see Events." if 'class="flag"' in image else ""
     return Figure(
         key=spec.key,
@@ -234,7 +236,7 @@ def _with_text(spec: FigureSpec, arms: Sequence[Arm], image: str) -> Figure:
 
 
 def _numbers(spec: FigureSpec, arms: Sequence[Arm]) -> str:
-    """First, last, mean, lowest and highest of each metric and arm, as an HTML table."""
+    """Return first, last, mean, lowest and highest value of each metric and arm, as an HTML table."""
     statistics: tuple[tuple[str, Callable[[list[float]], float]], ...] = (
         ("first", lambda v: v[0]),
         ("last", lambda v: v[-1]),

@@ -1,4 +1,4 @@
-"""The mismatch matrix as a table whose cells are shaded by the decade of k3; every cell also says its number."""
+"""The mismatch matrix as a table whose cells are shaded by k3; every cell also shows the number."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from betterhalf.report.markup import header_row, note, scroll
 from betterhalf.report.pairs import Pair, dtypes
 
 _EDGES = (1e-9, 1e-7, 1e-5, 1e-3)
-"""Where a cell's shade changes; the last is the healthy bound of k3."""
-_SHADES = ("below 1e-9", "to 1e-7", "to 1e-5", "to 1e-3", "above: out of band")
+"""Values of k3 at which the shade changes; the last is the bound of its healthy band."""
+_SHADES = ("below 1e-9", "below 1e-7", "below 1e-5", "below 1e-3", "1e-3 and above: outside the healthy band")
 
 
 def heat_table(pairs: Sequence[Pair], confidence: float = math.nan) -> str:
-    """Trainer dtypes down, rollout dtypes across, or one row of matched pairs; nothing when there is no pair."""
+    """Return the pairs by trainer dtype (rows) and rollout dtype (columns), or as one row if all are matched."""
     if not pairs:
         return ""
     rollouts = dtypes([pair.rollout for pair in pairs])
@@ -23,22 +23,22 @@ def heat_table(pairs: Sequence[Pair], confidence: float = math.nan) -> str:
         f'<tr><th scope="row">{escape(name)}</th>{"".join(_cell(row.get(rollout)) for rollout in rollouts)}</tr>'
         for name, row in _rows(pairs)
     )
-    level = f", {100 * confidence:g}% interval" if math.isfinite(confidence) else ", confidence interval"
-    sides = "Rows: precision of the trainer; columns: of the rollout engine."
+    level = f"{100 * confidence:g}% confidence interval" if math.isfinite(confidence) else "confidence interval"
+    sides = "Rows: precision of the trainer (pi); columns: precision of the rollout engine (mu)."
     if all(pair.train == pair.rollout for pair in pairs):
-        sides = "Trainer and rollout engine in the same precision."
-    lead = note(f"Mismatch k3, nats a token{level}. {sides}")
+        sides = "Trainer (pi) and rollout engine (mu) have the same precision."
+    lead = note(f"Mismatch k3 in nats per token, with its {level}. {sides}")
     matrix = f"<table class=heat>{header_row(['', *rollouts])}{rows}</table>"
     return lead + scroll(matrix, "mismatch k3, trainer by rollout precision") + _key()
 
 
 def shade(k3: float) -> int:
-    """0 to 4: how many of the edges k3 has reached."""
+    """Return the shade, 0 to 4: the number of edges that k3 has reached."""
     return sum(k3 >= edge for edge in _EDGES)
 
 
 def _rows(pairs: Sequence[Pair]) -> list[tuple[str, dict[str, Pair]]]:
-    """Name and pairs, by rollout dtype, of each row."""
+    """Return the name of each row, and its pairs by rollout dtype."""
     if all(pair.train == pair.rollout for pair in pairs):
         return [("matched", {pair.rollout: pair for pair in pairs})]
     trains = dtypes([pair.train for pair in pairs])

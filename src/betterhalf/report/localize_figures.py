@@ -1,4 +1,4 @@
-"""Where trainer and engine first differ beyond rounding, and how the difference grows with the layers."""
+"""The first difference between trainer and engine beyond rounding, and the growth of the difference over layers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ COMPARISONS = {
     "prefill_decode": "prefill against decode",
     "batch": "two batch sizes",
 }
-"""What is compared, and in words; also the order of styles."""
+"""Comparison -> words for it; also the order of styles."""
 
 _WORST = 12
 
 
 def localize_part(prefix: str, localize: Mapping[str, Any]) -> str:
-    """Sentences, the growth by layer, and the operations closest to their bounds; nothing without a localization."""
+    """Return sentences, the growth by layer, and the operations closest to their bounds; empty without data."""
     if not localize:
         return ""
     growth = _growth(prefix, mappings(localize, "growth"))
@@ -33,9 +33,9 @@ def _sentences(localize: Mapping[str, Any]) -> str:
     dtype = str(localize.get("dtype") or "?")
     first = mapping(localize, "first")
     if first:
-        lead = notice(f"In {dtype}, trainer and engine first differ beyond rounding at {_place(first)}.")
+        lead = notice(f"In {dtype}, trainer and engine first differ by more than rounding at {_place(first)}.")
     else:
-        lead = f"<p>In {escape(dtype)}, trainer and engine differ by no more than rounding, in every operation.</p>"
+        lead = f"<p>In {escape(dtype)}, trainer and engine differ by no more than rounding in every operation.</p>"
     comparisons = mapping(localize, "comparisons")
     others = [(words, mapping(comparisons, key)) for key, words in COMPARISONS.items() if key in comparisons]
     items = "".join(f"<li>{escape(words)}: {escape(_comparison(found))}</li>" for words, found in others)
@@ -43,14 +43,14 @@ def _sentences(localize: Mapping[str, Any]) -> str:
 
 
 def _comparison(found: Mapping[str, Any]) -> str:
-    """A comparison holds its first divergence under `first`, or is it."""
+    """Describe a comparison, which holds its first divergence under `first`, or is that divergence itself."""
     first = mapping(found, "first") if "first" in found else found
     return f"first at {_place(first)}" if first.get("operation") else "no difference beyond rounding"
 
 
 def _place(first: Mapping[str, Any]) -> str:
     layer = number(first.get("layer"))
-    where = f"layer {layer:.0f}, " if layer == layer else ""  # NaN is not itself: outside the layers
+    where = f"layer {layer:.0f}, " if layer == layer else ""  # NaN is not equal to itself: outside the layers
     size = f"difference {shown(number(first.get('difference')))}, bound {shown(number(first.get('bound')))}"
     return f"{where}{first.get('operation')} ({size})"
 
@@ -81,11 +81,11 @@ def _growth(prefix: str, rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     return Figure(
         key=f"{prefix}growth",
         title="Growth by layer",
-        unit="relative difference of the layer's output",
+        unit="relative difference of the layer outputs",
         image=image,
         legend=legend((style, escape(words)) for style, words in enumerate(COMPARISONS.values())),
-        caption="Healthy: starts at the rounding of the format and grows slowly and smoothly. A jump marks the layer "
-        "to look at. Where two computations agree to the last bit there is no mark: a logarithm has no zero.",
+        caption="Healthy: starts at the rounding error of the format, and grows slowly and smoothly. A jump marks the "
+        "layer to examine. Layers where two computations agree bit for bit have no mark: the axis is logarithmic.",
         numbers=_growth_table(rows),
     )
 
@@ -110,10 +110,10 @@ def _operations(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         for row in worst
     ]
-    return table(["operation, nearest to its bound first", "layer", "local difference", "bound", "ratio"], cells)
+    return table(["operation (closest to its bound first)", "layer", "local difference", "bound", "ratio"], cells)
 
 
 def _excess(row: Mapping[str, Any]) -> float:
-    """Difference over bound; -1, last in order, where either is missing."""
+    """Return difference / bound; -1, which sorts last, if either is missing."""
     local, bound = number(row.get("local")), number(row.get("bound"))
     return local / bound if bound > 0 and local == local else -1.0

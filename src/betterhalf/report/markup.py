@@ -1,4 +1,4 @@
-"""The page's building blocks as HTML: sections, tables that scroll inside their box, legends, figures."""
+"""Building blocks of the page as HTML: sections, tables that scroll in their own box, legends, figures."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ class Figure:
     image: str
     """The `<svg>`."""
     caption: str
-    """What it shows, and what healthy looks like."""
+    """Content of the figure, and what a healthy run looks like."""
     numbers: str
-    """The same data as an HTML table."""
+    """The data of the figure as an HTML table."""
     legend: str = ""
-    """A `legend` of its series, where the page's own does not serve."""
+    """`legend` of its series, if the legend of the page does not apply."""
 
 
 def section(title: str, content: str) -> str:
-    """A section under a heading of the second level; nothing when there is no content."""
+    """Return a section under a second-level heading; empty without content."""
     return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
 
 
 def part(title: str, content: str) -> str:
-    """A part of a section under a heading of the third level; nothing when there is no content."""
+    """Return a part of a section under a third-level heading; empty without content."""
     return f"<h3 class=part>{escape(title)}</h3>{content}" if content else ""
 
 
 def notice(text: str) -> str:
-    """Something the reader must not miss."""
+    """Return a highlighted paragraph for something important."""
     return f"<p class=notice>{escape(text)}</p>"
 
 
 def note(text: str) -> str:
-    """An explanation in small print."""
+    """Return an explanation in small print; empty without text."""
     return f"<p class=note>{escape(text)}</p>" if text else ""
 
 
 def figures(drawn: Iterable[Figure]) -> str:
-    """The figures side by side, as many as fit; nothing when there are none."""
+    """Return the figures side by side, as many as fit; empty without figures."""
     shown = "".join(map(_figure, drawn))
     return f"<div class=grid-of>{shown}</div>" if shown else ""
 
 
 def legend(entries: Iterable[tuple[int, str]]) -> str:
-    """Colour, dash and marker of each series, beside its name (which is HTML already)."""
+    """Return the legend: colour, dash and marker of each (style, name); the name is already HTML."""
     items = []
     for style, name in entries:
         swatch = (
@@ -67,24 +67,24 @@ def legend(entries: Iterable[tuple[int, str]]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numeric: bool = True) -> str:
-    """A table of plain text in a box of its own; the first column heads the rows, the others hold numbers or text."""
+    """Return a table of plain text in its own box; the first column holds the row headings."""
     kind = "numeric" if numeric else "plain"
     return scroll(f"<table class={kind}>{header_row(head)}{''.join(map(_row, rows))}</table>", head[0] or "table")
 
 
 def header_row(head: Sequence[str]) -> str:
-    """The `<tr>` of column headings; an empty first one is no heading."""
+    """Return the `<tr>` of column headings; an empty one becomes a plain cell."""
     cells = [f'<th scope="col">{escape(cell)}</th>' if cell else "<td></td>" for cell in head]
     return f"<tr>{''.join(cells)}</tr>"
 
 
 def scroll(content: str, label: str) -> str:
-    """A box that scrolls sideways by finger, mouse or keyboard when `content` is wider than the page."""
+    """Put `content` into a box that scrolls sideways (touch, mouse or keyboard) if it is wider than the page."""
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{content}</div>'
 
 
 def shown(value: float, spec: str = ".3g") -> str:
-    """`value` for a reader; a dash when it is not finite."""
+    """Format `value`; a dash if it is not finite."""
     return format(value, spec) if math.isfinite(value) else "-"
 
 

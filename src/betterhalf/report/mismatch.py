@@ -1,6 +1,6 @@
-"""What a training run keeps of its mismatch beyond means: bins and completions, of the last quarter of its steps.
+"""Figures of a training run's mismatch beyond means: by bin and by completion, over the last quarter of its steps.
 
-`mismatch.jsonl` holds them; a run without it is shown by the rollouts it kept, if any.
+The data come from `mismatch.jsonl`, or from the recorded rollouts of a run without that file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BYS: tuple[By, ...] = ("by_position", "by_probability")
 
 
 def mismatch_figures(arms: Sequence[Arm]) -> list[Figure]:
-    """Slope, then bins by position and by probability; those that some arm has data for."""
+    """Return the figures that have data: the slope, then the bins by position and by probability."""
     groups = [Completions(name=arm.name, style=arm.index, points=completions(arm)) for arm in arms]
     slope = slope_figure("slope", groups, "Completions of the last quarter of the steps.")
     series = {by: [BinSeries(name=arm.name, style=arm.index, bins=bins(arm, by)) for arm in arms] for by in _BYS}
@@ -29,7 +29,7 @@ def mismatch_figures(arms: Sequence[Arm]) -> list[Figure]:
 
 
 def completions(arm: Arm) -> list[Point]:
-    """(length, summed log_ratio) of each completion of the last quarter of the steps."""
+    """Return (length, summed log_ratio) of each completion of the last quarter of the steps."""
     measured = [point for row in _last_quarter(arm.mismatch) for point in points(row, "completions")]
     if measured:
         return measured
@@ -38,7 +38,7 @@ def completions(arm: Arm) -> list[Point]:
 
 
 def bins(arm: Arm, by: By) -> list[Bin]:
-    """The bins of the last quarter of the steps, pooled by token counts."""
+    """Return the bins of the last quarter of the steps, merged with token-weighted means."""
     measured = pool(bin_row for row in _last_quarter(arm.mismatch) for bin_row in mappings(row, by))
     if measured:
         return measured
@@ -47,7 +47,7 @@ def bins(arm: Arm, by: By) -> list[Bin]:
 
 
 def _last_quarter(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Rows whose step lies in the last quarter of all; at least the last step's."""
+    """Return the rows of the last quarter of the steps; at least those of the last step."""
     steps = [number(row.get("step")) for row in rows]
     finite = [step for step in steps if math.isfinite(step)]
     if not finite:
@@ -58,14 +58,14 @@ def _last_quarter(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _tokens(row: Mapping[str, Any]) -> list[tuple[int, float, float]]:
-    """(position, mu, log_ratio) of each token of a kept rollout that both sides scored."""
+    """Return (position, mu, log_ratio) of each token of a recorded rollout that has logprobs of both sides."""
     columns = zip(row.get("trainer_logprobs") or [], row.get("behavior_logprobs") or [], strict=False)
     scored = [(index, number(pi), number(mu)) for index, (pi, mu) in enumerate(columns)]
     return [(i, math.exp(min(0.0, mu)), pi - mu) for i, pi, mu in scored if math.isfinite(pi) and math.isfinite(mu)]
 
 
 def _bin_rows(tokens: Sequence[tuple[int, float, float]], by: By) -> list[dict[str, float]]:
-    """The tokens as one row for each bin, in the shape of `mismatch.jsonl`."""
+    """Return one row for each bin of the tokens, in the format of `mismatch.jsonl`."""
     edges = _PROBABILITY_EDGES if by == "by_probability" else _position_edges(tokens)
     rows = []
     for lower, upper in pairwise(edges):
@@ -78,7 +78,7 @@ def _bin_rows(tokens: Sequence[tuple[int, float, float]], by: By) -> list[dict[s
 
 
 def _position_edges(tokens: Sequence[tuple[int, float, float]]) -> tuple[float, ...]:
-    """0, then powers of two from 8 to beyond the longest completion."""
+    """Return 0, then powers of two from 8 to beyond the longest completion."""
     longest = max((position for position, _, _ in tokens), default=0)
     powers = range(3, max(4, math.ceil(math.log2(longest + 1)) + 1))
     return (0.0, *(float(2**power) for power in powers))
@@ -92,7 +92,7 @@ def _means(tokens: Sequence[tuple[int, float, float]]) -> dict[str, float]:
 
 
 def _k3(d: float) -> float:
-    """exp(d) - 1 - d; near 0 by its series, where the subtraction would lose every digit."""
+    """Return exp(d) - 1 - d, near 0 by its series: the subtraction would lose every digit there."""
     if abs(d) > 1e-3:
         return math.expm1(d) - d
     return d * d / 2 * (1 + d / 3 * (1 + d / 4 * (1 + d / 5)))

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing else, made from run folders alone."""
+"""The report: one self-contained HTML file, made from run folders alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from betterhalf.report.timing import timing_figure
 from betterhalf.report.tokens import samples, token_figures
 from betterhalf.run_dir import RunDir, write_text_atomic
 
-# A page that is opened from anywhere may show what a model wrote; nothing in it may run or load anything.
+# The page shows text that a model wrote, and may be opened anywhere: it must not run or load anything.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -47,7 +47,7 @@ def write_report(runs: Sequence[RunDir | Path | str], out: Path) -> Path:
 
 
 def render(data: ReportData) -> str:
-    """The whole page as text."""
+    """Return the whole page as text."""
     title = ", ".join(data.titles)
     folders: list[Arm | Study] = [*data.arms, *data.probes, *data.doctors]
     several = len(data.titles) > 1
@@ -74,7 +74,7 @@ def render(data: ReportData) -> str:
 
 
 def _runs(data: ReportData) -> str:
-    """Verdict, figures and events of the runs, all overlaid."""
+    """Return verdict, figures and events of the runs, all overlaid."""
     return (
         section("Verdict", verdicts(data) or _no_verdict(data.arms))
         + section("Figures", _figures(data.arms))
@@ -83,7 +83,7 @@ def _runs(data: ReportData) -> str:
 
 
 def _subject(folders: Sequence[Arm | Study]) -> str:
-    """Model, task and algorithm, when all folders share them."""
+    """Return model, task and algorithm, if all folders share them."""
     parts = []
     for group, key in (("model", "name"), ("task", "type"), ("algorithm", "preset")):
         found = [mapping(folder.config, group).get(key) for folder in folders if folder.config]
@@ -95,7 +95,7 @@ def _subject(folders: Sequence[Arm | Study]) -> str:
 
 def _no_verdict(arms: Sequence[Arm]) -> str:
     steps = max((step for arm in arms for step in arm.steps), default=0)
-    return notice(f"No summary: not finished, or stopped early. Last recorded step: {steps or 'none'}.")
+    return notice(f"No summary: the run has not finished, or stopped early. Last recorded step: {steps or 'none'}.")
 
 
 def _figures(arms: Sequence[Arm]) -> str:
@@ -114,5 +114,7 @@ def _samples(arms: Sequence[Arm]) -> str:
         return "<p>No rollouts recorded.</p>"
     shades = ""
     if 'class="t' in shown:
-        shades = " The stronger a token's ground, the larger |pi \u2212 mu|: one shade a decade, from 1e-5 on."
-    return f"<p class=note>Best and worst of the last step that kept rollouts.{shades}</p>{shown}"
+        shades = (
+            " A stronger background marks a token with a larger |pi \u2212 mu|: one shade per decade, from 1e-5 on."
+        )
+    return f"<p class=note>Best and worst completion of the last step with recorded rollouts.{shades}</p>{shown}"

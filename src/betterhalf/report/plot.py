@@ -1,6 +1,6 @@
-"""Charts of one quantity against another as inline SVG: clouds with their least-squares lines, and joined points.
+"""Plots of one quantity against another as inline SVG: point clouds with least-squares lines, and connected points.
 
-The same drawing serves the scatter of pi against mu, log-ratio against length, bins and layers.
+They show pi against mu, log-ratio against length, bins and layers.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from betterhalf.report.canvas import (
 _MAX_MARKERS = 40
 _WHOLE_TICKS = 8
 _TICK_GAP = 34
-"""Pixels that a label of the horizontal axis needs."""
+"""Minimum distance in pixels between labels of the horizontal axis."""
 _LABEL_WIDTH = 125
-"""Pixels that the band's label takes at most."""
+"""Maximum width of the band's label in pixels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,17 +54,17 @@ class Series:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plot:
-    """A figure of one quantity (up) against another (across)."""
+    """A figure of one quantity (vertical) against another (horizontal)."""
 
     key: str
     """Unique on the page; part of element ids."""
     title: str
     series: tuple[Series, ...]
-    """Drawn in this order: the widest cloud first, lest it bury the others."""
+    """Series in the order of drawing: the widest cloud first, so that it does not hide the others."""
     across_name: str
     """Written at the end of the horizontal axis."""
     scale: Scale = "linear"
-    """Of the vertical axis."""
+    """Scale of the vertical axis."""
     include: tuple[float, ...] = ()
     """Values the vertical axis must reach."""
     across_range: tuple[float, float] | None = None
@@ -72,19 +72,19 @@ class Plot:
     across_include: tuple[float, ...] = ()
     """Values that a fitted horizontal axis must reach."""
     across_ticks: tuple[tuple[float, str], ...] | None = None
-    """Places and texts on the horizontal axis; round numbers if absent."""
+    """Positions and texts of the ticks of the horizontal axis; round numbers if absent."""
     band: Band | None = None
     """Healthy range, shaded."""
     wedge: Band | None = None
-    """Healthy slopes of a line through the origin, in units up per unit across; shaded."""
+    """Healthy slopes of a line through the origin, in vertical units per horizontal unit; shaded."""
     rules: tuple[tuple[float, str], ...] = ()
-    """Horizontal lines with a short name each, which stands beside the plot."""
+    """Horizontal lines with short names, which are written beside the plot."""
     guide: tuple[Point, Point] | None = None
-    """A dashed line where every point lies when all is well."""
+    """Dashed line on which every point of a healthy run would be."""
 
 
 def draw_plot(plot: Plot) -> str | None:
-    """The plot as an `<svg>` element, or None when no point can be drawn."""
+    """Return the plot as an `<svg>` element, or None if no point can be drawn."""
     kept = [point for series in plot.series for point in _drawable(series, plot.scale)]
     axis = fit([y for _, y in kept], scale=plot.scale, start=BOTTOM, end=TOP, include=plot.include)
     if axis is None:
@@ -95,18 +95,18 @@ def draw_plot(plot: Plot) -> str | None:
     parts += [_guide(plot.guide, across, axis)]
     lone = len(plot.series) == 1
     parts += [_series(series, across, axis, lone) for series in plot.series]
-    parts += [band_label(plot.band, axis, _inked(plot, across, axis))]
+    parts += [band_label(plot.band, axis, _occupied(plot, across, axis))]
     return svg(plot.key, plot.title, _description(plot), "".join(parts))
 
 
 def whole_ticks(values: Iterable[int]) -> tuple[tuple[float, str], ...]:
-    """Ticks at whole numbers, such as layers: about eight of the values, from the first on."""
+    """Return ticks at whole numbers, such as layers: at most eight of the values, from the first on."""
     ordered = sorted(set(values))
     return tuple((float(value), str(value)) for value in ordered[:: max(1, math.ceil(len(ordered) / _WHOLE_TICKS))])
 
 
 def least_squares(points: Sequence[Point]) -> tuple[float, float]:
-    """Slope and intercept of y on x; through the origin where all x are equal, and NaN without points or at x = 0."""
+    """Return slope and intercept of y on x: through the origin if all x are equal, NaN without points or at x = 0."""
     if not points:
         return math.nan, math.nan
     x_mean = math.fsum(x for x, _ in points) / len(points)
@@ -122,8 +122,8 @@ def _drawable(series: Series, scale: Scale) -> list[Point]:
     return [(x, y) for x, y in series.points if math.isfinite(x) and can_draw(scale, y)]
 
 
-def _inked(plot: Plot, across: Axis, axis: Axis) -> list[float]:
-    """Heights, in pixels, that points and lines take up where the band's label may stand; of all points if none do."""
+def _occupied(plot: Plot, across: Axis, axis: Axis) -> list[float]:
+    """Return the heights in pixels of points and lines near the band's label; of all points if none are near."""
     heights, everywhere = [], []
     for series in plot.series:
         pixels = [(across.pixel(x), axis.pixel(y)) for x, y in _drawable(series, axis.scale)]
@@ -157,7 +157,7 @@ def _labels(plot: Plot, across: Axis) -> str:
 
 
 def _apart(ticks: list[tuple[float, str]]) -> list[tuple[float, str]]:
-    """Without the texts of labels that would touch the one before."""
+    """Remove the texts of labels that would touch the previous one."""
     kept, last = [], -math.inf
     for x, text in ticks:
         free = x - last >= max(_TICK_GAP, 7.5 * len(text))
@@ -167,7 +167,7 @@ def _apart(ticks: list[tuple[float, str]]) -> list[tuple[float, str]]:
 
 
 def _wedge(slopes: Band | None, across: Axis, axis: Axis) -> str:
-    """The area between two straight lines through the origin, within the plot."""
+    """Return the area between two straight lines through the origin, within the plot."""
     if slopes is None or None in slopes:
         return ""
     low, high = (float(slope or 0.0) for slope in slopes)
@@ -186,7 +186,7 @@ def _guide(guide: tuple[Point, Point] | None, across: Axis, axis: Axis) -> str:
 
 
 def _series(series: Series, across: Axis, axis: Axis, lone: bool) -> str:
-    """A lone cloud is of dots, which show the most of it; several are told apart by their shapes."""
+    """Draw one series; a single cloud consists of dots, which show the most, and several clouds differ in shape."""
     drawable = _drawable(series, axis.scale)
     pixels = [(across.pixel(x), axis.pixel(y)) for x, y in drawable]
     if not pixels:
@@ -200,7 +200,7 @@ def _series(series: Series, across: Axis, axis: Axis, lone: bool) -> str:
 
 
 def _fit_line(series: Series, points: Sequence[Point], across: Axis, axis: Axis) -> str:
-    """From the first to the last x, or from 0 where there is one x only; a casing lifts the line off the cloud."""
+    """Draw the fit from the first to the last x, or from 0 if there is only one; an outline sets it off the cloud."""
     if series.fit is None or not all(map(math.isfinite, series.fit)):
         return ""
     slope, intercept = series.fit
@@ -211,7 +211,7 @@ def _fit_line(series: Series, points: Sequence[Point], across: Axis, axis: Axis)
 
 
 def _description(plot: Plot) -> str:
-    """The plot in words: how many points each series has, and between what values they lie."""
+    """Describe the plot in words: the number of points of each series, and the range of their values."""
     sentences = []
     for series in plot.series:
         ys = [y for _, y in series.points]

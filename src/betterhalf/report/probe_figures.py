@@ -1,4 +1,4 @@
-"""The figures of a probe's pairs: the paper's offline figure (arXiv 2510.26788, 2), and where the mismatch sits."""
+"""The figures of a probe's pairs: the offline figure of the paper (arXiv 2510.26788, figure 2), and the bins."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MakeFigures = Callable[[str, Sequence[Pair]], list[Figure]]
 
 
 def probe_figures(prefix: str, pairs: Sequence[Pair]) -> list[Figure]:
-    """All figures of `PROBE_FIGURES` that the matched pairs have data for."""
+    """Return all figures of `PROBE_FIGURES` that the matched pairs have data for."""
     drawn = matched(pairs)
     return [figure for make in PROBE_FIGURES for figure in make(prefix, drawn)]
 
 
 def _scatters(prefix: str, pairs: Sequence[Pair]) -> list[Figure]:
-    """One for each pair, on the same axes: side by side where the page is wide."""
+    """Return one scatter plot for each pair, on the same axes."""
     drawn = [
         scatter_figure(f"{prefix}tokens-{index}", f"Token probabilities, {cloud.name}", [cloud])
         for index, cloud in enumerate(_clouds(pairs))

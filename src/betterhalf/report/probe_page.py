@@ -1,4 +1,4 @@
-"""What `probe` found, as a section of the page: the matrix, the offline figure, budget, seconds, gradient."""
+"""The results of `probe` as a section of the page: the matrix, the offline figure, budget, gradient, seconds."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from betterhalf.report.markup import figures, note, notice, part, section, shown
 from betterhalf.report.pairs import Pair, raw_logprobs_sentence, read_pairs
 from betterhalf.report.probe_figures import probe_figures
 
-_BITS_APART = 3
-"""Mantissa bits that FP16 has more than BF16."""
+_COLUMN_NOTE = (
+    "k3 in nats per token; gap: pi \u2212 mu, in probability; sequence KL in nats per completion; slope of a "
+    "completion's log-ratio in nats per 1,000 tokens."
+)
+_EXTRA_BITS = 3
+"""Number of mantissa bits that FP16 has in addition to those of BF16."""
 
 
 def probe_section(study: Study, several: bool) -> str:
-    """The whole section of one probe folder; `several` puts its name into the heading."""
+    """Return the section of one probe folder; `several` puts its name into the heading."""
     title = f"Mismatch: {study.name}" if several else "Mismatch"
     if study.damage:
         return section(title, notice(study.damage))
@@ -32,9 +36,9 @@ def probe_section(study: Study, several: bool) -> str:
         "".join(notice(said) for pair in pairs if (said := raw_logprobs_sentence(pair.row))),
         matrix_part(pairs, confidence, number(study.result.get("bf16_over_fp16"))),
         figures(probe_figures(prefix, pairs)),
-        part("Every pair", pair_table(pairs) + _quantities(pairs)) if pairs else "",
+        part("All pairs", pair_table(pairs) + _quantities(pairs)) if pairs else "",
         part("Budget", budget_table(pairs)),
-        part("What it does to the gradient", _gradient(mapping(study.result, "gradient"))),
+        part("Effect on the gradient", _gradient(mapping(study.result, "gradient"))),
         part("First divergence", localize_part(prefix, mapping(study.result, "localize"))),
         part("Seconds", _seconds(mapping(study.result, "seconds"))),
     ]
@@ -42,7 +46,7 @@ def probe_section(study: Study, several: bool) -> str:
 
 
 def matrix_part(pairs: Sequence[Pair], confidence: float, ratio: float) -> str:
-    """The heat table, what failed, and the ratio of BF16 to FP16 in a sentence."""
+    """Return the heat table, the failed pairs, and the ratio of BF16 to FP16 in a sentence."""
     if not pairs:
         return notice("No pair is recorded: the measurement did not finish, or stopped before its first pair.")
     failed = "".join(notice(f"{pair.name}: {pair.error}") for pair in pairs if pair.error)
@@ -50,7 +54,7 @@ def matrix_part(pairs: Sequence[Pair], confidence: float, ratio: float) -> str:
 
 
 def pair_table(pairs: Sequence[Pair]) -> str:
-    """The numbers that the command prints, a row for each measured pair."""
+    """Return the numbers that the command prints, a row for each measured pair."""
     head = ["trainer / rollout", "k3", "mean |gap|", "max |gap|", "sequence KL", "slope per 1k", "tokens", "seconds"]
     rows = [
         [
@@ -63,11 +67,11 @@ def pair_table(pairs: Sequence[Pair]) -> str:
         for pair in pairs
         if not pair.error
     ]
-    return table(head, rows) if rows else ""
+    return note(_COLUMN_NOTE) + table(head, rows) if rows else ""
 
 
 def budget_table(pairs: Sequence[Pair]) -> str:
-    """Variance and correlation of the token log-ratio, and how long completions may be; nothing when absent."""
+    """Return variance and correlation of the token log-ratio, and the usable completion length; empty without them."""
     columns: tuple[tuple[str, str, str], ...] = (
         ("sigma\u00b2", "sigma2", ".3g"),
         ("correlation", "correlation", ".3g"),
@@ -87,7 +91,7 @@ def budget_table(pairs: Sequence[Pair]) -> str:
         return ""
     explained = note(
         "Effective sample size (ESS) as a share of the completions: predicted from the variance of the token log-ratio "
-        "and its correlation, and observed. The usable length is where the prediction falls to the floor."
+        "and its correlation, and observed. The usable length is the one at which the prediction falls to the floor."
     )
     return explained + table(["trainer / rollout", *(title for title, _, _ in columns), "usable length, tokens"], rows)
 
@@ -97,23 +101,28 @@ def _tokens(length: float) -> str:
 
 
 def _subject(result: Mapping[str, Any]) -> str:
-    facts = (("target", ""), ("engine", " engine"), ("completions", " completions"), ("max_tokens", " tokens at most"))
-    parts = [f"{result[key]}{word}" for key, word in facts if isinstance(result.get(key), (int, float, str))]
+    facts = (
+        ("target", "{}"),
+        ("engine", "{} engine"),
+        ("completions", "{} completions"),
+        ("max_tokens", "up to {} tokens each"),
+    )
+    parts = [text.format(result[key]) for key, text in facts if isinstance(result.get(key), (int, float, str))]
     return " \u00b7 ".join(parts)
 
 
 def _ratio_sentence(ratio: float) -> str:
     if not math.isfinite(ratio):
-        return "The ratio of BF16 to FP16 was not formed: it takes both matched pairs."
+        return "The ratio of BF16 to FP16 could not be computed: it takes both matched pairs."
     number_shown = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
     return (
-        f"k3 of the BF16 pair is {number_shown} times that of the FP16 pair. FP16 has {_BITS_APART} more mantissa "
-        f"bits, and k3 grows as the squared rounding error: expect about {4**_BITS_APART}."
+        f"k3 of the BF16 pair is {number_shown} times that of the FP16 pair. FP16 has {_EXTRA_BITS} more mantissa "
+        f"bits, and k3 grows as the squared rounding error: expect about {4**_EXTRA_BITS}."
     )
 
 
 def _quantities(pairs: Sequence[Pair]) -> str:
-    """Every quantity of every pair with its interval, folded away."""
+    """Return every quantity of every pair with its interval, collapsed."""
     measured = [pair for pair in pairs if mapping(pair.row, "metrics")]
     names = list(dict.fromkeys(name for pair in measured for name in mapping(pair.row, "metrics")))
     if not names:
@@ -123,7 +132,9 @@ def _quantities(pairs: Sequence[Pair]) -> str:
         [name, *(_interval(mapping(mapping(pair.row, "metrics"), name), notes) for pair in measured)] for name in names
     ]
     head = ["quantity", *(f"{pair.train} / {pair.rollout}" for pair in measured)]
-    return f"<details><summary>Every quantity with its interval</summary>{table(head, rows)}{_reasons(notes)}</details>"
+    return (
+        f"<details><summary>All quantities with their intervals</summary>{table(head, rows)}{_reasons(notes)}</details>"
+    )
 
 
 def _reasons(notes: Sequence[str]) -> str:
@@ -131,7 +142,7 @@ def _reasons(notes: Sequence[str]) -> str:
 
 
 def _interval(metric: Mapping[str, Any], notes: list[str]) -> str:
-    """A value with its interval, or with the number of the note that says why there is none."""
+    """Format a value with its interval, or with the number of the note that says why there is none."""
     value, low, high = (number(metric.get(key)) for key in ("value", "low", "high"))
     bounds = f" [{shown(low)}, {shown(high)}]" if math.isfinite(low) and math.isfinite(high) else ""
     reason = metric.get("reason")
@@ -144,18 +155,18 @@ def _interval(metric: Mapping[str, Any], notes: list[str]) -> str:
 
 def _seconds(seconds: Mapping[str, Any]) -> str:
     rows = [[key.replace(".", ", "), shown(number(value), ".1f")] for key, value in flatten(seconds).items()]
-    return table(["what", "seconds"], rows) if rows else ""
+    return table(["phase", "seconds"], rows) if rows else ""
 
 
 def _gradient(gradient: Mapping[str, Any]) -> str:
-    """Two tables: the trainer's rounding, and the importance weights."""
+    """Return two tables: the effect of the trainer's rounding, and that of the importance weights."""
     if not gradient:
         return ""
     facts = (
         f"{shown(number(gradient.get('completions')), '.0f')} completions, advantages: {gradient.get('advantages')}."
     )
     return (
-        note(f"The policy gradient of one batch, against the FP32 trainer's on the same tokens. {facts}")
+        note(f"The policy gradient of one batch, compared with that of the FP32 trainer on the same tokens. {facts}")
         + _columns(mappings(gradient, "rows"), _ROUNDING)
         + _columns(mappings(gradient, "weights"), _WEIGHTS)
     )
@@ -177,7 +188,7 @@ _ROUNDING: tuple[Column, ...] = (
     ("overflow", lambda row: "yes" if row.get("overflow") else "no"),
 )
 _WEIGHTS: tuple[Column, ...] = (
-    ("weights of rollouts in", lambda row: str(row.get("rollout", "?"))),
+    ("importance weights, rollouts in", lambda row: str(row.get("rollout", "?"))),
     ("relative change", _as("relative_change", ".2%")),
     ("cosine", _as("cosine", ".6f")),
     ("effective sample size", _as("ess_fraction", ".3f")),

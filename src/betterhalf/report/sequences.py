@@ -1,4 +1,4 @@
-"""Sequence log-ratio against length with its least-squares line: the paper's offline figure (arXiv 2510.26788, 2)."""
+"""Sequence log-ratio against length with its least-squares line, as in figure 2 of the paper (arXiv 2510.26788)."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Completions:
 
     @property
     def slope_per_1k(self) -> float:
-        """Nats per 1,000 tokens; NaN without completions."""
+        """Least-squares slope in nats per 1,000 tokens; NaN without completions."""
         return 1000 * least_squares(self.points)[0]
 
 
 def slope_figure(key: str, groups: Sequence[Completions], caption: str = "") -> Figure | None:
-    """The figure; None when no completion was kept."""
+    """Return the figure; None if no completion was recorded."""
     groups = [group for group in groups if group.points]
     if not groups:
         return None
@@ -50,11 +50,12 @@ def slope_figure(key: str, groups: Sequence[Completions], caption: str = "") -> 
     return Figure(
         key=key,
         title="Log-ratio against length",
-        unit="log(pi / mu) of a completion, nats (up); its tokens (across)",
+        unit="log(pi / mu) of a completion in nats (vertical), its length in tokens (horizontal)",
         image=image,
         legend=legend((group.style, _label(group)) for group in groups),
         caption="Each mark is a completion; the line is the least-squares fit. Healthy: a slope within the shaded "
-        f"wedge ({_wedge_words()} nats per 1,000 tokens). A falling line: mu is surer of its tokens than pi. {caption}",
+        f"wedge ({_wedge_words()} nats per 1,000 tokens). A falling line means that pi gives the sampled tokens less "
+        f"probability than mu. {caption}",
         numbers=_numbers(groups),
     )
 
@@ -73,7 +74,7 @@ def _label(group: Completions) -> str:
 
 
 def _wedge() -> tuple[float, float]:
-    """The healthy slopes in nats a token."""
+    """Return the healthy slopes in nats per token."""
     low, high = CATALOGUE["mismatch/slope_per_1k"].band or (None, None)
     return (low or 0.0) / 1000, (high or 0.0) / 1000
 

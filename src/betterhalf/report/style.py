@@ -1,4 +1,4 @@
-"""The page's style sheet: light and dark, phone and desktop, no outside resource."""
+"""The page's style sheet: light and dark, phone and desktop, no external resources."""
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#ffffff;--card:#f7f8fa;--ink:#1b1f24;--soft:#59636e;--rule:#d9dee4;--band:#2da44e1f;

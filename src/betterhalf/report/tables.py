@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from betterhalf.report.data import Arm, ReportData, Study, flatten
-from betterhalf.report.markup import header_row, scroll
+from betterhalf.report.markup import header_row, note, scroll
 from betterhalf.report.markup import legend as series_legend
 from betterhalf.report.verdict import COLUMNS, verdict_rows, verdict_sentences
 
@@ -28,17 +28,22 @@ _KEY_SETTINGS = (
     "seed",
 )
 
+_STATUSES = (
+    "Regions with the status equal or differs must be the same in trainer and engine; "
+    "the others are reported for comparison only."
+)
+
 _SYMBOLS = {"passed": "\u2713", "failed": "\u2717", "incomplete": "\u2026"}
 
 
 def verdicts(data: ReportData) -> str:
-    """Verdict table and sentences of each sanity run; for other runs the numbers of the summary."""
+    """Return the verdict table and sentences of each sanity run; for other runs, the numbers of the summary."""
     several = len(data.titles) > 1
     return "".join(_verdict(title, summary, several) for title, summary in data.summaries.items())
 
 
 def contracts(arms: Sequence[Arm | Study]) -> str:
-    """What trainer and engine reported, one table for each arm or study that recorded it."""
+    """Return the reports of trainer and engine, one table for each arm or study that recorded them."""
     tables = [(arm.name, _contract_rows(arm.contract)) for arm in arms]
     head = header_row(["region", "trainer", "engine", "status"])
     shown = "".join(
@@ -46,11 +51,11 @@ def contracts(arms: Sequence[Arm | Study]) -> str:
         for name, rows in tables
         if rows
     )
-    return f"<div class=side>{shown}</div>" if shown else ""
+    return note(_STATUSES) + f"<div class=side>{shown}</div>" if shown else ""
 
 
 def config_differences(arms: Sequence[Arm | Study]) -> str:
-    """The settings in which the arms differ; of a single arm, the settings that matter most."""
+    """Return the settings in which the arms differ; for a single arm, the most important settings."""
     configs = [flatten(arm.config) for arm in arms if arm.config]
     names = [arm.name for arm in arms if arm.config]
     if not configs:
@@ -67,7 +72,7 @@ def config_differences(arms: Sequence[Arm | Study]) -> str:
 
 
 def environment_line(environment: Mapping[str, Any]) -> str:
-    """Machine, versions and code state in one line."""
+    """Return machine, versions and code state in one line."""
     packages = environment.get("packages") or {}
     git = environment.get("git") or {}
     commit = str(git.get("commit") or "")[:10]
@@ -78,14 +83,14 @@ def environment_line(environment: Mapping[str, Any]) -> str:
         *(str(gpu) for gpu in environment.get("gpus") or []),
         f"python {environment['python']}" if environment.get("python") else "",
         *(f"{name} {packages[name]}" for name in ("betterhalf", "torch", "transformers", "vllm") if name in packages),
-        f"commit {commit}{' with changes' if git.get('dirty') else ''}" if commit else "",
+        f"commit {commit}{' with uncommitted changes' if git.get('dirty') else ''}" if commit else "",
         str(environment.get("time") or ""),
     ]
     return escape(" \u00b7 ".join(part for part in parts if part)) or "No environment recorded."
 
 
 def legend(arms: Sequence[Arm]) -> str:
-    """Name, colour, dash and marker of each arm."""
+    """Return name, colour, dash and marker of each arm."""
     entries = []
     for arm in arms:
         tag = f"<b>{escape(arm.tag)}</b> " if arm.tag not in ("", arm.name) else ""

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: one bar for each arm, one segment for each phase."""
+"""Time of a step by phase: one bar for each arm, one segment for each phase."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ _NAMES = (*_PHASES, "other")
 _LEFT, _RIGHT = 12, 428
 _BAR, _PITCH = 24, 52
 _LETTER = 7.2
-"""Width of a letter in pixels, generously."""
+"""Upper estimate of the width of a letter in pixels."""
 
 
 def timing_figure(arms: Sequence[Arm]) -> Figure | None:
-    """Mean seconds of a step by phase; None when no arm recorded times."""
+    """Draw the mean seconds of a step by phase; None if no arm recorded times."""
     bars = [(arm, seconds) for arm in arms if (seconds := phase_seconds(arm))]
     if not bars:
         return None
     return Figure(
         key="timing",
         title="Time of a step",
-        unit="seconds, mean, by phase",
+        unit="mean seconds by phase",
         image=_draw(bars),
         caption="Segments in the order of a step: "
         + ", ".join(_NAMES)
-        + ". Arms should differ little on hardware that is "
-        "equally fast in both formats; measuring the mismatch is the third segment.",
+        + ". The third segment measures the mismatch. Arms should differ little on hardware that is equally fast in "
+        "both formats.",
         numbers=_numbers(bars),
     )
 
 
 def phase_seconds(arm: Arm) -> dict[str, float]:
-    """Mean seconds of each phase in step order, what is left of the step as `other`; empty without times."""
+    """Return the mean seconds of each phase in step order, and the rest of the step as `other`; empty without times."""
     seconds = {phase: _mean(arm.finite(f"time/{phase}_seconds")) for phase in _PHASES}
     total = _mean(arm.finite("time/step_seconds"))
     known = math.fsum(seconds.values())

@@ -1,4 +1,4 @@
-"""Token probabilities of trainer and engine, from the rollouts a run kept: two scatter plots and readable samples."""
+"""Token probabilities of trainer and engine, from recorded rollouts: two scatter plots and sample completions."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _SHADES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenPair:
-    """One sampled token's probability on both sides."""
+    """Probability of one sampled token on both sides."""
 
     mu: float
-    """By the engine that sampled it."""
+    """Probability by the engine that sampled it."""
     pi: float
-    """By the trainer, at the same weights."""
+    """Probability by the trainer, at the same weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,16 +43,16 @@ class Cloud:
 
 
 def token_figures(arms: Sequence[Arm]) -> list[Figure]:
-    """The scatter of pi against mu, and of their gap; none when no arm kept per-token columns."""
+    """Return the scatter plots of pi and of pi - mu against mu; none if no arm recorded per-token columns."""
     clouds = [Cloud(name=arm.name, style=arm.index, pairs=_kept(arm)) for arm in arms]
-    shapes = "each arm has its own shape"
-    kept = f"Tokens of the rollouts kept, evenly thinned to {_POINTS_PER_CLOUD} an arm; {shapes}."
+    shapes = "each arm has its own marker shape"
+    kept = f"Tokens of the recorded rollouts, evenly thinned to {_POINTS_PER_CLOUD} per arm; {shapes}."
     drawn = [scatter_figure("tokens", "Token probabilities", clouds, kept), gap_figure("token-gap", clouds)]
     return [figure for figure in drawn if figure is not None]
 
 
 def scatter_figure(key: str, title: str, clouds: Sequence[Cloud], note: str = "", legend: str = "") -> Figure | None:
-    """pi against mu, with the diagonal; None without tokens."""
+    """Draw pi against mu, with the diagonal; None without tokens."""
     image = draw_plot(
         Plot(
             key=key,
@@ -64,13 +64,13 @@ def scatter_figure(key: str, title: str, clouds: Sequence[Cloud], note: str = ""
             guide=((0.0, 0.0), (1.0, 1.0)),
         )
     )
-    unit = "pi (up) against mu (across)"
+    unit = "pi (vertical) against mu (horizontal)"
     caption = f"Healthy: every token on the diagonal. {note}".strip()
     return _figure(key, title, unit, image, caption, clouds, legend)
 
 
 def gap_figure(key: str, clouds: Sequence[Cloud], legend: str = "") -> Figure | None:
-    """pi - mu against mu; None without tokens."""
+    """Draw pi - mu against mu; None without tokens."""
     image = draw_plot(
         Plot(
             key=key,
@@ -82,15 +82,16 @@ def gap_figure(key: str, clouds: Sequence[Cloud], legend: str = "") -> Figure | 
             guide=((0.0, 0.0), (1.0, 0.0)),
         )
     )
-    unit = "pi \u2212 mu (up) against mu (across)"
+    unit = "pi \u2212 mu (vertical) against mu (horizontal)"
     caption = (
-        "The distance to the diagonal, enlarged. Healthy: a thin cloud around zero, widest where mu is neither 0 nor 1."
+        "The distance to the diagonal, enlarged. Healthy: a thin cloud around zero, widest where mu is close to "
+        "neither 0 nor 1."
     )
     return _figure(key, "Token gap", unit, image, caption, clouds, legend)
 
 
 def token_pairs(arm: Arm) -> Iterator[TokenPair]:
-    """Every kept token of an arm that both sides scored."""
+    """Yield every recorded token of an arm that has logprobs of both sides."""
     for row in arm.rollouts:
         for trainer, behavior in zip(*_logprob_columns(row), strict=False):
             if trainer is not None and behavior is not None:
@@ -98,13 +99,13 @@ def token_pairs(arm: Arm) -> Iterator[TokenPair]:
 
 
 def sample_evenly(pairs: Sequence[TokenPair], limit: int) -> list[TokenPair]:
-    """At most `limit` of them, at even distances."""
+    """Return at most `limit` of the pairs, at even distances."""
     stride = max(1, math.ceil(len(pairs) / limit))
     return list(pairs[::stride])
 
 
 def samples(arms: Sequence[Arm]) -> str:
-    """A few completions of each arm's last recorded step as HTML: the best and the worst by reward."""
+    """Return completions of each arm's last recorded step as HTML: the best and the worst by reward."""
     return "".join(_arm_samples(arm) for arm in arms if arm.rollouts)
 
 
@@ -117,7 +118,7 @@ def _kept(arm: Arm) -> list[TokenPair]:
 
 
 def _series(clouds: Sequence[Cloud], *, gap: bool) -> tuple[Series, ...]:
-    """The widest cloud lies at the bottom, so that it does not bury the narrow one."""
+    """Return the series with the widest cloud at the bottom, so that it does not hide the narrower ones."""
     ordered = sorted(clouds, key=lambda cloud: cloud.largest_gap, reverse=True)
     return tuple(
         Series(
@@ -172,7 +173,7 @@ def _sample(arm: Arm, row: dict[str, Any]) -> str:
 
 
 def _completion(row: dict[str, Any]) -> str:
-    """The completion, shaded by the gap of each token where tokens are text that add up to it."""
+    """Return the completion, with each token shaded by its gap if the texts of the tokens add up to it."""
     text = str(row.get("completion", ""))
     tokens = row.get("tokens") or []
     trainer, behavior = _logprob_columns(row)
@@ -191,5 +192,5 @@ def _token(token: str, log_pi: float | None, log_mu: float | None) -> str:
 
 
 def _shade(gap: float) -> int:
-    """0 to 4: one shade for each decade of the gap from 1e-5 on."""
+    """Return the shade, 0 to 4: one for each decade of the gap from 1e-5 on."""
     return 0 if gap < 1e-5 else min(_SHADES, 1 + math.floor(math.log10(gap) + 5))

@@ -1,4 +1,4 @@
-"""The outcome of a sanity run in words and rows, for the terminal and for the page alike."""
+"""The outcome of a sanity run as table rows and sentences, for the terminal and for the page."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _BITS = {"fp16": 10, "bf16": 7, "fp32": 23}
 
 
 def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """One row of `COLUMNS` for each arm of a sanity run's summary; a dash for what is missing."""
+    """Return one row of `COLUMNS` for each arm in the summary of a sanity run; missing values are dashes."""
     return [_row(name, arm or {}) for name, arm in (summary.get("arms") or {}).items()]
 
 
 def verdict_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """What the numbers say, in plain sentences: the ratio of the mismatches, and whether learning differed."""
+    """Return sentences on the ratio of the mismatches, and on whether the arms learned."""
     arms = {name: arm or {} for name, arm in (summary.get("arms") or {}).items()}
     sentences = []
     if "fp16" in arms and "bf16" in arms:
@@ -80,13 +80,14 @@ def _is_number(value: object) -> bool:
 
 def _ratio_sentence(ratio: float | None) -> str:
     if ratio is None or not _is_number(ratio):
-        return "The k3 ratio could not be formed."
+        return "The k3 ratio could not be computed."
     bits = _BITS["fp16"] - _BITS["bf16"]
     expected = 4**bits
     shown = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
     return (
-        f"k3 ratio BF16 / FP16: {shown}. Sampling and training policy differ that many times more in BF16. "
-        f"FP16 has {bits} more mantissa bits, and k3 grows as the squared rounding error: expect about {expected}."
+        f"k3 ratio BF16 / FP16: {shown}. The mismatch between sampling and training policy is that many times larger "
+        f"in BF16. FP16 has {bits} more mantissa bits, and k3 grows as the squared rounding error: expect about "
+        f"{expected}."
     )
 
 
@@ -95,7 +96,7 @@ def _learning_sentence(arms: Mapping[str, Mapping[str, Any]]) -> str:
     if fp16 is None or bf16 is None:
         return "An arm is incomplete, so learning cannot be compared."
     if fp16 and bf16:
-        return "Both arms learned: here the gap shows in the mismatch, not in the learning."
+        return "Both arms learned the perfectible set: here the precisions differ in mismatch, not in learning."
     if fp16:
         return "FP16 learned the perfectible set and BF16 did not."
     return "BF16 learned the perfectible set and FP16 did not." if bf16 else "Neither arm learned the perfectible set."

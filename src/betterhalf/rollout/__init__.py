@@ -1,1 +1,1 @@
-"""The wing of mu: engines that sample completions, and report what they really run."""
+"""Rollout engines: they sample completions from the behavior policy mu and report what they really run."""

@@ -1,4 +1,4 @@
-"""Everything that a run needs of a rollout engine."""
+"""Interface between a run and its rollout engine."""
 
 from __future__ import annotations
 
@@ -8,84 +8,79 @@ from typing import Protocol
 from torch import Tensor
 
 from betterhalf.config.schema import SamplingConfig
-from betterhalf.errors import EngineError, InputError
+from betterhalf.errors import EngineError
 from betterhalf.precision.contract import SideReport
 from betterhalf.types import Completion, GenerateRequest
 
 
-def stop_ids(token_ids: Iterable[int], vocabulary: int) -> tuple[int, ...]:
-    """The tokens that end a completion, sorted, each once.
-
-    Raises:
-        InputError: one is not in the vocabulary, so that it could never be sampled.
-    """
-    found = tuple(sorted(set(token_ids)))
-    for token_id in found:
-        if not 0 <= token_id < vocabulary:
-            raise InputError(
-                f"stop token {token_id} is not in the model's vocabulary of {vocabulary} tokens; name the tokens that "
-                "end a completion with model.stop_tokens"
-            )
-    return found
-
-
 class RolloutEngine(Protocol):
-    """Samples completions from policy mu. Sampling is seeded: the same requests and weights give the same tokens.
+    """Samples completions from the behavior policy mu.
 
-    An engine is awake when it is made. From `sleep` until `wake` it may be asked for nothing but `sleep`, `wake`,
-    `restart` and `close`: the caller wakes it, and an engine need not wake by itself.
+    Sampling is seeded: the same requests and weights give the same tokens.
+
+    A new engine is awake. Between `sleep` and `wake` only `sleep`, `wake`, `restart` and `close` may be called: the
+    caller wakes the engine, which need not wake by itself.
+
+    `EngineCapabilities` declares what an engine can do beyond this, and which of these methods it lacks.
     """
 
     def generate(self, requests: Sequence[GenerateRequest], sampling: SamplingConfig) -> list[tuple[Completion, ...]]:
         """Sample `group_size` completions for each request, in request order and sibling order.
 
-        Each completion carries the `policy_version` that was loaded last; the caller refuses any other
-        (`require_version`).
+        Each completion carries the `policy_version` loaded last; the caller refuses any other (`require_version`).
 
         Raises:
-            InputError: a prompt leaves no room for a single token in the model's context.
+            InputError: a prompt is empty, leaves no room for one more token in the model's context, or holds a token
+                outside the vocabulary.
             EngineError: a behavior logprob is not finite.
-            EngineDiedError: the engine's process ended; `restart`, load the weights, and ask again: the same requests
-                give the same completions.
+            EngineDiedError: the engine's process ended. After `restart` and `load_weights` the same requests give the
+                same completions.
         """
         ...
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
-        """log mu of each given token but the first, at temperature 1, as the engine's prefill computes it.
+        """Return log mu of each given token but the first, at temperature 1, as the engine's prefill computes it.
+
+        Call it only if the engine declares `EngineCapabilities.scores`.
 
         Args:
-            sequences: token ids, each of at least two.
+            sequences: token ids, at least two in each sequence.
 
         Returns:
-            For each sequence one float less than it has tokens.
+            For each sequence, the logprobs in nats of its tokens from the second on.
 
         Raises:
-            InputError: a sequence is longer than the model's context.
+            InputError: a sequence has fewer than two tokens, is longer than the model's context, or holds a token
+                outside the vocabulary.
             EngineError: a logprob is not finite.
         """
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
-        """Replace all weights, in place. Names are the unfused Hugging Face names; tensors have the wire dtype.
+        """Replace all weights in place.
+
+        Args:
+            weights: (unfused Hugging Face name, tensor in the wire dtype), every weight once.
+            policy_version: version of these weights, for `Completion.policy_version`.
 
         Raises:
-            EngineError: a name is unknown, missing, or has the wrong shape.
+            EngineError: a name is unknown, missing or repeated, or a tensor has the wrong shape.
         """
         ...
 
     def digests(self) -> dict[str, str]:
-        """Unfused Hugging Face name -> digest of the weight as held, in the rollout dtype."""
+        """Return unfused Hugging Face name -> digest of the weight as held, in the rollout dtype."""
         ...
 
     def report(self) -> SideReport:
-        """What the engine really runs, found out by running it; `digests` included."""
+        """Run the engine briefly and report what it really computes in; includes `digests`."""
         ...
 
     def sleep(self) -> None:
-        """Free the device for the trainer, if both share it and the engine can.
+        """Free the device for the trainer, if both share it and the engine supports that.
 
         `generate`, `score`, `load_weights`, `digests` and `report` need `wake` first. The weights and their version
-        survive. Calling it twice is harmless.
+        are kept. Calling it twice is harmless.
         """
         ...
 
@@ -93,28 +88,29 @@ class RolloutEngine(Protocol):
         """Undo `sleep`; harmless when awake.
 
         Raises:
-            EngineDiedError: the engine's process ended while it slept.
+            EngineDiedError: the engine's process ended during sleep.
         """
         ...
 
     def restart(self) -> None:
-        """After an `EngineDiedError`: a new engine in the old one's place, awake, without weights until `load_weights`.
+        """Replace the engine after an `EngineDiedError` by a new one, awake and without weights.
 
         Raises:
-            EngineError: it cannot be started, or the engine has no process of its own that could die.
+            EngineError: it cannot be started, or the engine has no process of its own (then its declared `max_restarts`
+                is 0).
         """
         ...
 
     def close(self) -> None:
-        """Release memory and processes; calling it twice is harmless."""
+        """Release memory and end processes; calling it twice is harmless."""
         ...
 
 
 def require_version(groups: Iterable[Iterable[Completion]], policy_version: int) -> None:
-    """Refuse completions that other weights sampled than those they are about to be compared with.
+    """Refuse completions sampled by other weights than those they are compared with.
 
     Raises:
-        EngineError: a completion has another policy version; its staleness would be measured as mismatch.
+        EngineError: a completion has another policy version, so its staleness would be measured as mismatch.
     """
     versions = [completion.policy_version for group in groups for completion in group]
     stale = [version for version in versions if version != policy_version]

@@ -1,1 +1,1 @@
-"""Whole runs, where both wings meet: the loop, weight sync, training, evaluation and the sanity test."""
+"""Whole runs, where trainer and engine meet: the loop, weight sync, training, evaluation and the sanity test."""

@@ -1,7 +1,7 @@
 """The process that trains one arm of a sanity run, started by `runs/arms.py`.
 
-`python -m betterhalf.runs.arm_process SANITY_RUN ARM PERFECTIBLE PARENT_PID [key=value ...]`. It shows its progress as
-events, the last of which is its error, if it has one.
+`python -m betterhalf.runs.arm_process SANITY_RUN ARM PERFECTIBLE PARENT_PID [key=value ...]`. It reports its progress
+as events; if it fails, the last one is its error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from betterhalf.process import end_with_parent, prepare_process
 
 
 def public_name(error: BetterhalfError) -> str:
-    """Name of the error's class, or of the nearest base class that `errors` defines."""
+    """Return the name of the error's class, or of the nearest base class that `errors` defines."""
     return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
 
 
@@ -44,7 +44,7 @@ def main() -> int:
         emit(sys.stderr, {"error": "OSError", **words})
         return 3
     except Exception as error:
-        # An error nobody foresaw: the traceback, which becomes a note, is what a bug report needs.
+        # An unexpected error: a bug report needs the traceback, which is shown as a note.
         traceback.print_exc()
         message = f"the arm {name} failed: {type(error).__name__}: {error}. Please report this, with the lines above."
         emit(sys.stderr, {"error": "RunError", "message": message})

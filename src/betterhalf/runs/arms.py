@@ -1,7 +1,7 @@
-"""Arms of a sanity run side by side: each in a process of its own, with an equal share of the threads.
+"""Arms of a sanity run side by side, each in its own process with an equal share of the threads.
 
-Two processes of one thread each finish sooner than one process of two threads after the other: nobody waits for a
-thread to wake. docs/LOG.md has it measured.
+Two processes with one thread each, side by side, finish sooner than two processes with two threads each in sequence,
+because no thread waits for another to wake up. docs/LOG.md has the measurement.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from betterhalf.errors import BetterhalfError, RunError
 from betterhalf.metrics import events
 from betterhalf.metrics.several import SeveralRuns
 from betterhalf.process import chosen_threads, usable_cores
+from betterhalf.rollout.build import capabilities
 from betterhalf.run_dir import RunDir
 from betterhalf.runs.data_check import permission
 from betterhalf.setup.device import choose_device
 
 BYTES_PER_PARAMETER = 32
-"""Memory of an arm on a CPU, estimated by what it holds: FP32 masters, two Adam states and gradients (16), the
-trainer's and the engine's widened weights (8), and what a sync and an optimizer step hold for a moment (8)."""
+"""Estimated memory of an arm on a CPU for each parameter: FP32 masters, two Adam states and gradients (16), widened
+weights of trainer and engine (8), and temporary tensors of a sync and an optimizer step (8)."""
 
 BYTES_BESIDE = 2 * 2**30
-"""Estimate for libraries, activations, logits and cache of an arm."""
+"""Estimated memory of an arm for libraries, activations, logits and cache."""
 
 _Lines = queue.SimpleQueue[tuple[str, str | None]]
-"""Name of an arm and a line of its output; None at the end of it."""
+"""(name of an arm, line of its output); None in place of the line at the end of the output."""
 
 _MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
-"""Memory that a container may use."""
+"""File with the memory limit of a container."""
 
 _MODULE = "betterhalf.runs.arm_process"
 _LINES_KEPT = 15
@@ -49,20 +50,20 @@ _GRACE_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArmPlan:
-    """The arms that are trained at the same time."""
+    """Number of arms to train at the same time, and their threads."""
 
     at_once: int
-    """Processes at a time; 1 trains one after the other, in this process."""
+    """Number of processes at a time; with 1 the arms train sequentially, in this process."""
     threads: int
-    """Threads of each."""
+    """Number of threads of each arm."""
     reason: str
-    """Why, in words."""
+    """Reason for the plan, in words."""
 
     def described(self, names: Sequence[str]) -> str:
-        """One line for people."""
+        """Return one line for the terminal."""
         arms = " and ".join(names) if len(names) < 3 else f"{len(names)} arms"
         at_once = min(self.at_once, len(names))
-        how = f"{at_once} side by side" if at_once > 1 else "one after the other" if len(names) > 1 else "alone"
+        how = f"{at_once} side by side" if at_once > 1 else "sequentially" if len(names) > 1 else "alone"
         each = " each" if len(names) > 1 else ""
         return f"{arms}: {how}, {self.threads} thread{'' if self.threads == 1 else 's'}{each} ({self.reason})"
 
@@ -70,12 +71,12 @@ class ArmPlan:
 def plan_arms(config: RunConfig, count: int, parameters: int) -> ArmPlan:
     """Choose how many of `count` arms train at the same time.
 
-    The choice depends on the machine, not on its load: it decides the threads of an arm, and these the order of sums.
+    The choice depends on the machine, not on its load: it sets the threads of an arm, which set the order of sums.
 
     Args:
-        config: of the sanity run.
-        count: arms of the run, those that are finished included.
-        parameters: of the model.
+        config: configuration of the sanity run.
+        count: number of arms of the run, finished ones included.
+        parameters: number of parameters of the model.
     """
     threads = chosen.count if (chosen := chosen_threads()) else usable_cores()
     if config.sanity.arms_at_once:
@@ -83,7 +84,7 @@ def plan_arms(config: RunConfig, count: int, parameters: int) -> ArmPlan:
         return _plan(at_once, threads, f"sanity.arms_at_once={config.sanity.arms_at_once}")
     if choose_device(config).type != "cpu":
         return _plan(1, threads, "they share a GPU")
-    if config.engine.type != "native":
+    if not capabilities(config).shares_cores:
         return _plan(1, threads, f"engine.type={config.engine.type} takes all cores")
     if (fit := _fit_in_memory(parameters)) < min(count, threads):
         return _plan(max(1, fit), threads, "as many as fit into memory")
@@ -96,7 +97,7 @@ def _plan(at_once: int, threads: int, reason: str) -> ArmPlan:
 
 
 def _fit_in_memory(parameters: int) -> int:
-    """Arms whose memory fits into what the machine has; not what is free now, which changes from hour to hour."""
+    """Return the number of arms that fit into the machine's memory: all of it, because free memory varies."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
@@ -109,18 +110,18 @@ def _fit_in_memory(parameters: int) -> int:
 def train_side_by_side(
     run: RunDir, config: RunConfig, threads: Mapping[str, int], perfectible: Path, at_once: int
 ) -> None:
-    """Train arms in processes of their own, showing all of them; each leaves its run folder with a summary.
+    """Train arms in their own processes and show their progress; each leaves a run folder with a summary.
 
     Args:
-        run: the sanity run, whose configuration is written.
+        run: folder of the sanity run, which holds its configuration.
         config: the same configuration.
-        threads: arms to train, and the threads of each.
-        perfectible: the set they train on.
-        at_once: processes at a time.
+        threads: names of the arms to train, each with its number of threads.
+        perfectible: path of the perfectible set, on which they train.
+        at_once: number of processes at a time.
 
     Raises:
-        BetterhalfError: what an arm raised; the other arms are ended, and --resume continues all of them.
-        RunError: an arm's process ended without a word.
+        BetterhalfError: the error of an arm; the other arms are ended, and --resume continues all of them.
+        RunError: an arm's process failed without reporting an error.
     """
     view = SeveralRuns(config.logging.console, labels=tuple(threads), total_steps=config.training.steps)
     waiting, running = deque(threads), dict[str, _Arm]()
@@ -139,7 +140,7 @@ def train_side_by_side(
 
 @contextlib.contextmanager
 def _all_ended(running: Mapping[str, _Arm]) -> Iterator[None]:
-    """End what still runs when the body is left, whatever the reason."""
+    """End the processes that still run when the body is left, for whatever reason."""
     try:
         yield
     finally:
@@ -159,9 +160,9 @@ class _Arm:
         arrived: _Lines,
         overrides: Sequence[str] = (),
     ) -> None:
-        """Start it; its output goes to `arrived`, and at its end None.
+        """Start the process; its output goes to `arrived`, followed by None.
 
-        `overrides` are what `run.config`, from which the process takes its settings, does not keep.
+        The process reads its settings from `run.config`; `overrides` are those that are not recorded there.
         """
         self._name = name
         self._error: dict[str, Any] | None = None
@@ -174,7 +175,7 @@ class _Arm:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            # A group of its own: Ctrl-C reaches us alone, and what the arm started ends with it.
+            # Its own process group: Ctrl-C reaches this process alone, and the arm's children end with the arm.
             start_new_session=True,
         )
         threading.Thread(target=self._read, args=(arrived,), daemon=True).start()
@@ -193,15 +194,15 @@ class _Arm:
         arrived.put((self._name, None))
 
     def _clear(self) -> None:
-        """End what the process leaves behind when it ends: its output would stay open, and `_read` wait for more.
+        """End the children that the process leaves when it ends: they keep its output open, and `_read` would wait.
 
-        Not by SIGKILL: the resource tracker of `multiprocessing`, which SIGTERM leaves alone, has yet to clean up.
+        Not by SIGKILL: the resource tracker of `multiprocessing`, which ignores SIGTERM, still has to clean up.
         """
         self._process.wait()
         self._signal(signal.SIGTERM)
 
     def take(self, line: str) -> dict[str, Any] | None:
-        """The event to show of a line of output; any other line becomes `output`, and is kept for an obituary."""
+        """Return the event to show for a line; other lines become `output`, and are kept for an error message."""
         event = events.parse(line)
         if event is None:
             text = line.rstrip()
@@ -212,11 +213,11 @@ class _Arm:
         return event
 
     def finish(self) -> None:
-        """Wait for the process, whose output has ended.
+        """Wait for the process after the end of its output.
 
         Raises:
-            BetterhalfError: as the arm did.
-            RunError: it ended otherwise without success.
+            BetterhalfError: the error of the arm.
+            RunError: the process failed without reporting an error.
         """
         code = self._process.wait()
         if self._error is not None:
@@ -231,20 +232,20 @@ class _Arm:
             )
 
     def end(self) -> None:
-        """End the process and its group, first politely; harmless when it has ended."""
+        """End the process and its group, by SIGTERM and then by SIGKILL; harmless if it has ended."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             self._signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_GRACE_SECONDS)
 
     def _signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process and its group, if anything of it is left."""
+        """Send a signal to the process group, if any of it is left."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
 
 def _raised(event: Mapping[str, Any]) -> Exception:
-    """The error of an arm, as it would have been raised here."""
+    """Return the error of an arm as it would have been raised in this process."""
     if event["error"] == "OSError":
         return OSError(event["errno"], event["message"], event["filename"])
     kind = getattr(errors, str(event["error"]), RunError)

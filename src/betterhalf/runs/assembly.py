@@ -1,4 +1,4 @@
-"""Build the parts of a run from its configuration: trainer, rollout engine, task, and what they agree on."""
+"""Build the parts of a run from its configuration: trainer, rollout engine, task, and what they share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from betterhalf.algorithms.advantage import check_group_size, check_overlong_buffer
 from betterhalf.algorithms.presets import Algorithm, resolve_algorithm
-from betterhalf.config.engine import require_whole_distribution
+from betterhalf.config.sampling import require_whole_distribution
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import MissingExtraError
 from betterhalf.models.description import ModelDescription, ModelFacts, describe_model
@@ -29,7 +29,7 @@ from betterhalf.training.trainer import Trainer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """Everything one run is made of."""
+    """Parts of one run."""
 
     config: RunConfig
     precision: Precision
@@ -43,9 +43,9 @@ class Parts:
     data: DataRecord
     """Digests of the task's rows and of its reward."""
     trainer: Trainer
-    """Holds the policy pi."""
+    """Trainer, which holds the policy pi."""
     engine: RolloutEngine
-    """Samples from mu; holds no weights before the first sync."""
+    """Engine, which samples from mu; it holds no weights before the first sync."""
 
     def close(self) -> None:
         """End worker processes, the engine and the trainer."""
@@ -68,14 +68,14 @@ def assemble(
 
     Args:
         config: the configuration of the run.
-        rows: number of rows of the task to use, from the first on; all if absent.
+        rows: number of rows of the task to use, from the first on; all by default.
         evaluating: True if the engine only samples: its distribution may then be truncated, because its logprobs are
             not compared with the trainer's.
         trained: loads weights that replace the model's own.
 
     Raises:
         CheckpointError: the trained weights are of another model.
-        InputError: a model, data set or combination of settings that cannot work.
+        InputError: the model, the data set or the combination of settings cannot work.
     """
     algorithm = _checked_algorithm(config, evaluating=evaluating)
     described = _checked_model(config)
@@ -138,7 +138,7 @@ def _trainer(
 
 
 def require_logging(config: RunConfig) -> None:
-    """Refuse TensorBoard events without the package before the run has left anything on disk.
+    """Refuse TensorBoard events if the package is missing, before the run writes anything to disk.
 
     Raises:
         MissingExtraError: `tensorboard` is not installed.
@@ -151,14 +151,14 @@ def require_logging(config: RunConfig) -> None:
 
 
 def with_precision(config: RunConfig, precision: str) -> RunConfig:
-    """The same run in another precision: nothing else differs."""
+    """Return the configuration in another precision; nothing else differs."""
     data = config.model_dump()
     data["precision"]["preset"] = precision
     return RunConfig.model_validate(data)
 
 
 def algorithm_record(algorithm: Algorithm) -> dict[str, Any]:
-    """The algorithm's resolved choices, for `environment.json`."""
+    """Return the algorithm's resolved choices, for `environment.json`."""
     return {
         "preset": algorithm.preset,
         "advantage": algorithm.advantage,

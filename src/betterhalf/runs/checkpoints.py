@@ -15,10 +15,10 @@ from betterhalf.training import checkpoint
 def save_checkpoint(parts: Parts, run: RunDir, progress: Progress) -> None:
     """Write everything that the next step depends on.
 
-    Sampling, shuffling and data order are functions of (seed, step, position): no generator has a state to be kept.
+    Sampling, shuffling and data order are functions of (seed, step, position), so no generator has state to save.
 
     Raises:
-        RunError: it cannot be written; earlier checkpoints are untouched.
+        RunError: the checkpoint cannot be written; earlier checkpoints are untouched.
     """
     values = {
         "position": progress.position,
@@ -67,5 +67,5 @@ def _drop_rows_after(run: RunDir, step: int) -> None:
         )
     for path in (run.rollouts, run.mismatch):
         truncate_jsonl(path, step)
-    # That the run was once stopped stays on record; other alarms come again with their steps.
+    # Stops stay on record; other alarms are raised again when their steps are repeated.
     truncate_jsonl(run.watchdog, lambda row: row["action"] == "stop" or row["step"] <= step)

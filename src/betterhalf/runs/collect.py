@@ -1,4 +1,4 @@
-"""Fill a step with rollout groups: prompts, completions, rewards."""
+"""Collect the rollout groups of a step: prompts, completions, rewards."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from betterhalf.types import Completion, GenerateRequest, Prompt, Rollout, Rollo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    """The groups of one step."""
+    """Groups of one step."""
 
     groups: tuple[RolloutGroup, ...]
-    """`prompts_per_step` of them: what the step trains on."""
+    """Groups that the step trains on, `prompts_per_step` of them."""
     left_out: tuple[RolloutGroup, ...] = ()
-    """Groups that dynamic sampling replaced, or sampled beyond the step's size: measured, but not trained on."""
+    """Groups that dynamic sampling replaced, or sampled beyond the size of the step: measured, but not trained on."""
     position: int
-    """Prompts consumed since the start of the run: where the next step goes on."""
+    """Number of prompts consumed since the start of the run; the next step starts there."""
     timeouts: int
-    """Rewards that ran out of time in this step."""
+    """Number of rewards that ran out of time in this step."""
     unparsed_answers: int = 0
-    """Answers of this step that the grader could not read."""
+    """Number of answers in this step that the grader could not parse."""
     restarts: int = 0
-    """Times the engine died while sampling and was started again."""
+    """Number of restarts of the engine after a crash while sampling."""
 
     @property
     def rollouts(self) -> list[Rollout]:
-        """Those of the step's own groups: groups in order, siblings in order."""
+        """Rollouts of the step's own groups: groups in order, siblings in order."""
         return [rollout for group in self.groups for rollout in group.rollouts]
 
     @property
     def left_out_rollouts(self) -> list[Rollout]:
-        """Those of the groups that are left out."""
+        """Rollouts of the groups that are left out."""
         return [rollout for group in self.left_out for rollout in group.rollouts]
 
     @property
@@ -60,12 +60,12 @@ class Collected:
 
     @property
     def kept_tokens(self) -> int:
-        """Completion tokens of the step's own groups."""
+        """Number of completion tokens in the step's own groups."""
         return _tokens(self.rollouts)
 
     @property
     def tokens(self) -> int:
-        """Completion tokens of everything the engine sampled."""
+        """Number of completion tokens that the engine sampled."""
         return self.kept_tokens + _tokens(self.left_out_rollouts)
 
 
@@ -81,9 +81,10 @@ def _tokens(rollouts: Sequence[Rollout]) -> int:
 def collect_groups(parts: Parts, progress: Progress, clock: Stopwatch) -> Collected:
     """Sample and grade the groups of the step after `progress`.
 
-    With `dynamic_sampling` (arXiv 2503.14476), groups without a difference in reward are replaced by fresh prompts, for
-    at most `max_sampling_rounds` rounds; what is then still missing is filled up with groups of equal rewards, so that
-    a step always has its size. What was sampled and is not in the step is kept apart, to be measured.
+    With `dynamic_sampling` (arXiv 2503.14476), groups whose rewards are all equal are replaced by groups of fresh
+    prompts, for at most `max_sampling_rounds` rounds. If groups are still missing then, groups of equal rewards fill
+    the step up, so that it always has its size. Groups that were sampled and are not in the step are left out of
+    training, and measured.
     """
     wanted, start = parts.config.training.prompts_per_step, progress.position
     position = start
@@ -121,7 +122,7 @@ def collect_groups(parts: Parts, progress: Progress, clock: Stopwatch) -> Collec
 
 
 def _fresh_prompts(parts: Parts, start: int, taken: int) -> list[Prompt]:
-    """The next prompts of a step that has taken some from `start` on: none again, if the data set is large enough."""
+    """Return the next prompts of a step that has `taken` already; none repeats if the data set is large enough."""
     count, seed = parts.config.training.prompts_per_step, parts.config.seed
     if taken + count > len(parts.task):
         return parts.task.prompts(start + taken, count, seed)
@@ -141,22 +142,22 @@ def sample_groups(
 ) -> list[RolloutGroup]:
     """Sample and grade completions of some prompts; (seed, step, index) determines every draw.
 
-    When the engine's process dies, a new one samples the same completions.
+    If the engine's process crashes, a new one samples the same completions.
 
     Args:
         parts: engine, task and settings.
-        prompts: one group each.
-        group_size: completions of each prompt.
-        step: of the random key.
-        policy_version: the one that the completions must have: that of the trainer's weights.
+        prompts: one for each group.
+        group_size: number of completions of each prompt.
+        step: step in the random key.
+        policy_version: version that the completions must have: that of the trainer's weights.
         first_index: index of the first prompt in the random key.
-        clock: takes the seconds of `generate` and `reward`.
-        restarts: counts and limits the restarts of the engine; by default those of this call alone.
+        clock: records the seconds of `generate` and `reward`.
+        restarts: counts and limits the restarts of the engine; by default, in this call alone.
 
     Raises:
-        EngineDiedError: the engine died once more than it may.
-        EngineError: it sampled with other weights than the trainer's.
-        RewardError: a reward is not finite, or their number is wrong.
+        EngineDiedError: the engine crashed once more often than it may be restarted.
+        EngineError: the engine sampled with other weights than the trainer's.
+        RewardError: a reward is not finite, or the number of rewards is wrong.
     """
     with clock("generate"):
         requests = [

@@ -1,4 +1,4 @@
-"""Accuracy of a policy as its engine samples it: avg@k and pass@k."""
+"""Accuracy of a policy in the completions that its engine samples: avg@k and pass@k."""
 
 from __future__ import annotations
 
@@ -33,25 +33,26 @@ from betterhalf.setup.trained_policy import load_policy, require_checkpoint
 from betterhalf.types import Prompt, RolloutGroup
 
 EVALUATION_STEP = 2**31 - 1
-"""Stands in for the step in the random key, so that evaluation never draws what training drew."""
+"""Step in the random key: no training step reaches it, so evaluation never repeats a draw of training."""
 
 _PROMPTS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptResult:
-    """How often one prompt was solved."""
+    """Results of the completions of one prompt."""
 
     prompt_id: str
     solved: int
-    """Completions with the full reward of 1."""
+    """Number of completions with the full reward of 1."""
     samples: int
+    """Number of completions."""
     reward: float
     """Mean reward."""
     truncated: int
-    """Completions that hit the length limit."""
+    """Number of completions that reached the length limit."""
     tokens: int
-    """Completion tokens, all samples together."""
+    """Number of completion tokens, over all samples."""
 
 
 def evaluate_prompts(
@@ -68,12 +69,12 @@ def evaluate_prompts(
 
     Args:
         parts: engine, task and settings.
-        prompts: what to score.
-        samples: completions of each.
+        prompts: prompts to evaluate.
+        samples: number of completions of each.
         policy_version: version of the engine's weights.
-        step: stands for the step in the random key.
-        first_index: place of the first prompt in the random key.
-        keep: called with the scores of some prompts as soon as they are known.
+        step: step in the random key.
+        first_index: index of the first prompt in the random key.
+        keep: called with the results of each block of prompts as soon as they are known.
     """
     results: list[PromptResult] = []
     clock = Stopwatch(parts.precision.device)
@@ -107,17 +108,17 @@ def _result(group: RolloutGroup) -> PromptResult:
 
 
 def average_reward(results: Sequence[PromptResult]) -> float:
-    """avg@k: mean reward over all completions of all prompts."""
+    """Return avg@k: the mean reward over all completions of all prompts."""
     return statistics.fmean(result.reward for result in results)
 
 
 def pass_at(results: Sequence[PromptResult], k: int) -> float:
-    """pass@k: chance that at least one of k completions solves a prompt; the unbiased estimator of arXiv 2107.03374."""
+    """Return pass@k, the chance that at least one of k completions solves a prompt; unbiased (arXiv 2107.03374)."""
     return statistics.fmean(1 - math.comb(s.samples - s.solved, k) / math.comb(s.samples, k) for s in results)
 
 
 def evaluation_summary(results: Sequence[PromptResult]) -> dict[str, Any]:
-    """avg@k, and pass@k for powers of two up to the number of samples."""
+    """Return avg@k, and pass@k for powers of two up to the number of samples."""
     samples = results[0].samples
     powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
     return {
@@ -136,12 +137,12 @@ def evaluate(target: str, config: RunConfig, run_dir: str | None, resume: bool =
     Args:
         target: MODEL, or the folder of a run (then `config` should be the run's own).
         config: task, sampling, precision and `evaluate` settings.
-        run_dir: where `evaluation.jsonl` and `summary.json` go; `runs/evaluate-<name>-<time>` if absent.
-        resume: keep the scores that the folder already holds.
+        run_dir: folder for `evaluation.jsonl` and `summary.json`; `runs/evaluate-<name>-<time>` by default.
+        resume: keep the results that the folder already holds.
 
     Raises:
         InputError: bad input, or `resume` with other weights, data or settings.
-        RunError: a failure while sampling or grading; the scores so far are kept.
+        RunError: a failure while sampling or grading; the results so far are kept.
     """
     if resume and run_dir is None:
         raise InputError("--resume needs the folder of the evaluation to continue; add run_dir=PATH")
@@ -176,14 +177,14 @@ def _evaluate_in(run: RunDir, config: RunConfig, target: str) -> dict[str, Any]:
 
 
 def _require_evaluation(run: RunDir, config: RunConfig) -> None:
-    """Refuse to continue what is not an evaluation, or was started with other settings."""
+    """Refuse to continue a run that is not an evaluation, or was started with other settings."""
     if not run.evaluated.exists():
         raise InputError(f"{run.path} holds no evaluation to continue; leave out --resume, or name another run_dir")
     require_same_config(run, config)
 
 
 def _require_same_subject(run: RunDir, parts: Parts) -> None:
-    """Refuse to continue with other weights or other data: the scores would be of neither."""
+    """Refuse to continue with other weights or other data: the results would mix both."""
     saved = read_json(run.evaluated)
     if saved["weights_digest"] != folded_digest(parts.engine.digests()):
         raise InputError(
@@ -196,7 +197,7 @@ def _require_same_subject(run: RunDir, parts: Parts) -> None:
 
 
 def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:
-    """Record the subject of the scores; the configuration comes last: with it, the head is whole."""
+    """Record what is evaluated; the configuration is written last, so a folder that has it is complete."""
     write_json_atomic(run.environment, environment())
     write_json_atomic(run.contract, contract.to_json())
     write_left_out(run, parts.task)
@@ -206,10 +207,10 @@ def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:
 
 
 def _evaluate_rest(run: RunDir, parts: Parts, policy_version: int) -> list[PromptResult]:
-    """Score the prompts that the folder does not hold yet; each block is written as soon as it is scored."""
+    """Evaluate the prompts that the folder does not hold yet; each block is written as soon as it is complete."""
     config, count = parts.config, min(len(parts.task), parts.config.evaluate.max_prompts or len(parts.task))
     done = [PromptResult(**row) for row in read_jsonl(run.evaluation)]
-    # Logits depend a little on what is batched together, so a block that was cut off is scored again, whole.
+    # Logits depend slightly on the other rows of a batch, so an interrupted block is repeated as a whole.
     done = done[: len(done) - len(done) % _PROMPTS_AT_ONCE] if len(done) < count else done
     write_text_atomic(run.evaluation, "".join(json.dumps(asdict(result)) + "\n" for result in done))
     prompts = [parts.task.prompt(index) for index in range(len(done), count)]
@@ -233,14 +234,14 @@ def _evaluate_rest(run: RunDir, parts: Parts, policy_version: int) -> list[Promp
 
 @contextmanager
 def _kept(run: RunDir, count: int) -> Iterator[None]:
-    """Say in an error that ends an evaluation what of it is kept."""
+    """Add the number of prompts that are kept to the message of an error that ends an evaluation."""
     try:
         yield
     except BetterhalfError as error:
         done = len(read_jsonl(run.evaluation))
         raise type(error)(
-            f"{str(error).rstrip('.')}. {done} of {count} prompts are scored and kept in {run.evaluation}; "
-            "go on from there with --resume"
+            f"{str(error).rstrip('.')}. {done} of {count} prompts are evaluated, and kept in "
+            f"{run.evaluation}; continue with --resume"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Turn a run into a Hugging Face folder that transformers and vLLM load."""
+"""Export a run as a Hugging Face folder that transformers and vLLM load."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def export(run: str, directory: str) -> dict[str, Any]:
 
     Raises:
         InputError: the directory is not a new or empty folder, or the run has no checkpoint.
-        RunError: the folder cannot be written, on a full disk for example; then nothing is left behind.
+        RunError: the folder cannot be written, for example on a full disk; nothing is left behind.
     """
     target = Path(directory)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -50,7 +50,7 @@ def export(run: str, directory: str) -> dict[str, Any]:
 
 
 def _save(model: LoadedModel, target: Path) -> None:
-    """All files or none: they appear under the folder's name once they are complete."""
+    """Write all files or none: the folder gets its name once they are complete."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -62,16 +62,16 @@ def _save(model: LoadedModel, target: Path) -> None:
             model.module.save_pretrained(partial)
             model.tokenizer.save_pretrained(partial)
         os.replace(partial, target)
-    except Exception as error:  # safetensors raises a class of its own for what the disk says
+    except Exception as error:  # safetensors raises its own class for errors of the disk
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(_why_not_written(target, error)) from error
 
 
 def _why_not_written(target: Path, error: Exception) -> str:
-    """Message for a failed write: its cause as seen, and a fix for that cause."""
-    said = f"{target} cannot be written ({first_line(error)})"
+    """Return the message for a failed write: the cause, and a fix for it."""
+    problem = f"{target} cannot be written ({first_line(error)})"
     if disk_full(error):
-        return f"{said}; free disk space, or name another folder"
+        return f"{problem}; free disk space, or name another folder"
     if isinstance(error, OSError | SafetensorError):
-        return f"{said}; name another folder, or mend what is in the way"
-    return f"{said}; the run's checkpoints are untouched: mend the model's configuration files that it names"
+        return f"{problem}; fix the cause, or name another folder"
+    return f"{problem}; fix the model's configuration files that the error names; the run's checkpoints are untouched"

@@ -1,4 +1,4 @@
-"""Rollouts kept for people to read: the rows of `rollouts.jsonl`."""
+"""Rollouts kept for reading: the rows of `rollouts.jsonl`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def keep_rollouts(
     """Choose `logging.rollouts_per_step` rollouts of a step, by a seeded draw.
 
     Args:
-        rollouts: of the step's own groups, in the order of the packs' `rollout_index_S`.
+        rollouts: rollouts of the step's own groups, in the order of the packs' `rollout_index_S`.
         advantages: one for each rollout.
         batch: their packs.
         measured: scores of the packs, from the sample of the mismatch.

@@ -1,4 +1,4 @@
-"""Learning from one train batch: gradients of its packs, then one optimizer step."""
+"""Training on one train batch: gradients of its packs, then one optimizer step."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def learn(trainer: Trainer, algorithm: Algorithm, batch: StepBatch, train_batch:
     """Accumulate the gradients of one train batch, then take its optimizer step.
 
     Args:
-        trainer: holds the weights.
+        trainer: holder of the weights.
         algorithm: the loss.
-        batch: the step, with proximal logprobs where the algorithm reads them.
+        batch: packs of the step, with proximal logprobs where the algorithm reads them.
         train_batch: one of its train batches.
         rate: learning rate of the optimizer step.
     """

@@ -1,4 +1,4 @@
-"""The loop: one step of reinforcement learning after another.
+"""The training loop: one step of reinforcement learning, repeated.
 
 prompts -> completions -> rewards -> advantages -> packs -> mismatch and watchdog, before any update -> gradients ->
 optimizer steps -> weight sync -> metrics
@@ -34,17 +34,20 @@ Metrics = dict[str, float | str | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Everything that one step leaves behind."""
+    """Result of one step."""
 
     progress: Progress
+    """Position of the run after the step."""
     metrics: Metrics
+    """Row of `metrics.jsonl`."""
     profile: GapProfile
     """The mismatch by probability, position and completion."""
     alarms: tuple[Alarm, ...]
-    """Alarms of the watchdog, raised before the update."""
+    """Alarms of the watchdog, from before the update."""
     truncation: str | None
-    """A note that nothing ended a completion of the first step, so that rewards mean little; None otherwise."""
+    """Note that every completion of the first step was cut off, so that rewards mean little; None otherwise."""
     kept: tuple[KeptRollout, ...]
+    """Rollouts for `rollouts.jsonl`."""
 
 
 def train_steps(parts: Parts, progress: Progress, on_step: Callable[[StepResult], None]) -> Progress:
@@ -58,15 +61,17 @@ def train_steps(parts: Parts, progress: Progress, on_step: Callable[[StepResult]
 
 
 def train_step(parts: Parts, progress: Progress) -> StepResult:
-    """Sample one rollout batch, measure it, and learn from it in `training.optimizer_steps` optimizer steps."""
+    """Sample one rollout batch, measure it, and train on it in `training.optimizer_steps` optimizer steps."""
     config, trainer, step = parts.config, parts.trainer, progress.step + 1
     max_tokens, clock = config.sampling.max_tokens, Stopwatch(parts.precision.device)
 
     collected = collect_groups(parts, progress, clock)
     parts.engine.sleep()
+
     advantages = rollout_advantages(collected.groups, parts.algorithm, max_tokens)
     batch = pack_step(collected.rollouts, advantages, config, step, left_out=collected.left_out_rollouts)
 
+    # Before any update: the mismatch, the watchdog, and the proximal anchor from the same logprobs.
     with clock("measure"):
         measured = measure(trainer, batch, config, step)
         gap = mismatch(batch, measured, max_tokens)
@@ -80,14 +85,17 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
     rate = watch.state.learning_rate_factor * learning_rate(config.optimizer, step, config.training.steps)
     with clock("train"):
         learned = [learn(trainer, algorithm, batch, train_batch, rate) for train_batch in batch.train_batches]
-    version = learned[-1].report.policy_version
-    if version > progress.policy_version:
+
+    policy_version = learned[-1].report.policy_version
+    if policy_version > progress.policy_version:
         with clock("sync"):
             sync_weights(parts)
 
     rollouts = collected.rollouts + collected.left_out_rollouts
     return StepResult(
-        progress=replace(progress, step=step, position=collected.position, policy_version=version, watch=watch.state),
+        progress=replace(
+            progress, step=step, position=collected.position, policy_version=policy_version, watch=watch.state
+        ),
         metrics={
             **before,
             **learning_metrics(learned, rate),

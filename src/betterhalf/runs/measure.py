@@ -21,14 +21,14 @@ class Measured:
     """Scores of a step's packs at the weights that sampled them."""
 
     scores: Mapping[int, TokenScores]
-    """Index of a pack -> its scores: of the packs in `sample`, and of those that the loss needs besides."""
+    """Index of a pack -> its scores, for the packs in `sample` and for others that the loss needs."""
     sample: tuple[int, ...]
-    """The packs over which the mismatch is taken: all, or a seeded sample; ascending."""
+    """Indices of the packs over which the mismatch is computed: all, or a seeded sample; ascending."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gap:
-    """Gap between trainer and engine at the same weights."""
+    """Mismatch between trainer and engine at the same weights."""
 
     metrics: dict[str, float]
     """`mismatch/*`, `budget/*` and the entropy, over all measured tokens."""
@@ -47,7 +47,7 @@ def measure(trainer: Trainer, batch: StepBatch, config: RunConfig, step: int) ->
 
 
 def measure_also(trainer: Trainer, batch: StepBatch, measured: Measured, packs: Iterable[int]) -> Measured:
-    """Score the packs that are not scored yet; they stay out of the mismatch, which trained packs alone would bias."""
+    """Score those `packs` that have no scores yet; the mismatch ignores them, or trained packs would bias it."""
     missing = sorted(set(packs) - measured.scores.keys())
     found = trainer.measure(batch.chosen(missing)) if missing else []
     return replace(measured, scores={**measured.scores, **dict(zip(missing, found, strict=True))})
@@ -63,7 +63,7 @@ def anchor_packs(algorithm: Algorithm, batch: StepBatch) -> list[int]:
 
 
 def anchored(batch: StepBatch, measured: Measured) -> StepBatch:
-    """Return the batch with the measured logprobs as proximal ones, in every pack that was scored."""
+    """Return the batch with the measured logprobs as proximal logprobs, in every pack that was scored."""
     packs = [
         replace(pack, proximal_logprobs_C=measured.scores[index].logprobs_C) if index in measured.scores else pack
         for index, pack in enumerate(batch.packs)
@@ -75,8 +75,8 @@ def mismatch(batch: StepBatch, measured: Measured, max_tokens: int) -> Gap:
     """Compare trainer and engine over all measured tokens.
 
     Args:
-        batch: the step.
-        measured: scores of its packs; those of `sample` are used.
+        batch: packs of the step.
+        measured: scores of the packs; those of `sample` are used.
         max_tokens: length limit of a completion, for the profile by position.
     """
     packs, offsets, sequences = batch.chosen(measured.sample), [], 0

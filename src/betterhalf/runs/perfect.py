@@ -24,30 +24,30 @@ from betterhalf.tasks.perfectible import (
 from betterhalf.tasks.perfectible_task import require_same_rows
 
 PERFECTIBLE_STEP = 2**31 - 2
-"""Stands in for the step in the random key, so that counting never draws what training or evaluation draws."""
+"""Step in the random key: counting never repeats a draw of training or evaluation."""
 
 _PROMPTS_AT_ONCE = 16
-"""Prompts counted between two writes: what a kill can cost."""
+"""Number of prompts counted between two writes, which is the most that a kill can lose."""
 
 
 def build_perfectible(config: RunConfig, run: RunDir) -> tuple[Path, int]:
-    """The perfectible set of `config.task`, counted by the base policy in FP32 so that it belongs to no arm.
+    """Build the perfectible set of `config.task`, counted by the base policy in FP32 so that it favours no arm.
 
-    An interrupted count goes on. A task that is a perfectible set already is used as it is.
+    An interrupted count continues. A task that already is a perfectible set is used as it is.
 
     Returns:
         Path of the file, and the number of the model's parameters.
 
     Raises:
-        InputError: nothing is perfectible, or the folder holds a count made under other circumstances.
+        InputError: nothing is perfectible, or the folder holds a count made with other settings.
     """
     if isinstance(config.task, PerfectibleTask):
-        parts = assemble(config)  # finds what is wrong with it before an arm starts
+        parts = assemble(config)  # so that an error in it shows before an arm starts
         parts.close()
         write_left_out(run, parts.task)
         return Path(config.task.path).expanduser().resolve(), parts.parameters
     path = run.perfectible.resolve()
-    # FP32 has no islands, but those of the arms must be modules of the model before hours of counting.
+    # FP32 has no islands, but a name among those of the arms that the model lacks must show before hours of counting.
     in_fp32 = PrecisionConfig(preset="fp32", fp32_modules=config.precision.fp32_modules)
     parts = assemble(config.model_copy(update={"precision": in_fp32}), rows=config.sanity.candidates)
     try:
@@ -70,7 +70,7 @@ def _count(parts: Parts, path: Path) -> None:
         require_same_rows(path, rows[:candidates], parts.data, parts.task.place, task_prefix(config))
     done = len(rows)
     if done < candidates:
-        # Logits depend a little on what is batched together, so a block that was cut off is counted again, whole.
+        # Logits depend slightly on the other rows of a batch, so an interrupted block is repeated as a whole.
         done -= done % _PROMPTS_AT_ONCE
         truncate_jsonl(path, lambda row: row.get("index", -1) < done)
     label = f"perfectible set: {candidates} prompts x {config.sanity.samples}"
@@ -82,7 +82,7 @@ def _count(parts: Parts, path: Path) -> None:
 
 
 def _count_some(parts: Parts, indices: range, path: Path, provenance: Provenance, policy_version: int) -> None:
-    """Count some candidates, then write them down; the first ones start the file."""
+    """Count some candidates, then append them to the file, which is created with the first ones."""
     prompts = [parts.task.prompt(index) for index in indices]
     samples = parts.config.sanity.samples
     results = evaluate_prompts(

@@ -1,6 +1,6 @@
-"""The paper's sanity test (arXiv 2510.26788, section 4): every prompt can be learned, so a sound system learns all.
+"""The paper's sanity test (arXiv 2510.26788, section 4): each prompt can be learned, so a sound system learns all.
 
-base policy -> perfectible set -> one arm for each precision, identical but for the precision -> verdict
+base policy -> perfectible set -> one arm for each precision, otherwise identical -> verdict
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def sanity(config: RunConfig, run_dir: str | None, resume: bool = False) -> dict
 
     Args:
         config: task, model, sizes; `sanity.arms` names the precisions.
-        run_dir: the run folder; `runs/sanity-<name>-<time>` if absent.
+        run_dir: the run folder; `runs/sanity-<name>-<time>` by default.
         resume: keep what the folder already holds: counted prompts, finished arms, an arm's checkpoints.
 
     Returns:
-        `passed` (whether the first arm did), `k3_ratio` (BF16 over FP16), `arms`, `run_dir`; also in `summary.json`.
+        `passed` (true if the first arm passed), `k3_ratio` (BF16 over FP16), `arms`, `run_dir`; also in `summary.json`.
 
     Raises:
         InputError: bad input, or nothing in the data set is perfectible.
@@ -59,7 +59,7 @@ def _sanity_in(run: RunDir, config: RunConfig) -> dict[str, Any]:
     if run.config.exists():
         require_same_config(run, config)
     kept, parameters = build_perfectible(config, run)
-    # Not before the set stands: a count that kept nothing can go on with other bounds.
+    # Written once the set is complete: a count that kept nothing can continue with other bounds.
     write_json_atomic(run.environment, environment())
     write_json_atomic(run.config, resolved_json(without_permission(config)))
     arms = _run_arms(run, config, kept, parameters)
@@ -79,10 +79,10 @@ def _sanity_in(run: RunDir, config: RunConfig) -> dict[str, Any]:
 
 
 def _run_arms(run: RunDir, config: RunConfig, kept: Path, parameters: int) -> dict[str, dict[str, Any]]:
-    """Train the arms that are not finished, side by side where that is faster; the summary of each, in order."""
+    """Train the unfinished arms, side by side where that is faster, and return the summary of every arm, in order."""
     names = config.sanity.arms
     open_arms = [name for name in names if not _finished(run.arm(name))]
-    # For all arms, not for those left when a run is resumed: these keep the threads, and with them the bits, they had.
+    # Planned for all arms, not for those left on a resume: an arm keeps its number of threads, and so its bits.
     plan = plan_arms(config, len(names), parameters)
     if open_arms:
         show_note(plan.described(open_arms), mode=config.logging.console)
@@ -95,12 +95,12 @@ def _run_arms(run: RunDir, config: RunConfig, kept: Path, parameters: int) -> di
 
 
 def _finished(arm: RunDir) -> bool:
-    """Return whether an arm has a result; a watchdog's stop is none, for a resumed run may go on from there."""
+    """Return whether an arm has a result; a stop by the watchdog is not one, because a resumed run may continue."""
     return arm.summary.exists() and "stopped" not in read_json(arm.summary)
 
 
 def require_one_precision(config: RunConfig) -> None:
-    """Refuse, before hours of counting, arms that the contract would refuse later.
+    """Refuse arms that the contract would refuse, before hours of counting.
 
     Raises:
         ContractError: a role set by hand differs from an arm's precision without `precision.allow_difference`.
@@ -110,13 +110,13 @@ def require_one_precision(config: RunConfig) -> None:
 
 
 def k3_ratio(arms: Mapping[str, dict[str, Any]]) -> float | None:
-    """Mean k3 of the BF16 arm over that of the FP16 arm; None unless both ran."""
+    """Return the mean k3 of the BF16 arm over that of the FP16 arm; None unless both ran."""
     pair = [arms.get(name, {}).get("mismatch_k3") for name in ("bf16", "fp16")]
     return pair[0] / pair[1] if pair[0] and pair[1] else None
 
 
 def arm_config(config: RunConfig, precision: str, perfectible: Path) -> RunConfig:
-    """The configuration of one arm: the perfectible set as task, and the precision; nothing else differs."""
+    """Return the configuration of one arm: the perfectible set as task, and the precision; nothing else differs."""
     data = with_precision(config, precision).model_dump()
     base = config.task.base if isinstance(config.task, PerfectibleTask) else config.task
     data["task"] = {"type": "perfectible", "path": str(perfectible), "base": base.model_dump()}
@@ -124,10 +124,10 @@ def arm_config(config: RunConfig, precision: str, perfectible: Path) -> RunConfi
 
 
 def run_arm(config: RunConfig, name: str, perfectible: Path, arm: RunDir) -> dict[str, Any]:
-    """Train one arm and evaluate it; a finished arm is read back, an unfinished or stopped one goes on.
+    """Train and evaluate one arm; a finished arm is read from its folder, an unfinished or stopped one continues.
 
-    An arm that its own precision brings down (the loss scale at its floor, logprobs that are not finite, a mismatch at
-    which the watchdog stops) has failed the test: that is a result, with its reason, and the other arms still run.
+    An arm that ends because of its precision (the loss scale at its floor, logprobs that are not finite, a mismatch at
+    which the watchdog stops) has failed the test: a result, recorded with its reason, and the other arms still run.
     """
     if _finished(arm):
         return read_json(arm.summary)
@@ -153,7 +153,7 @@ def run_arm(config: RunConfig, name: str, perfectible: Path, arm: RunDir) -> dic
 
 
 def evaluate_arm(parts: Parts, label: str, policy_version: int) -> float:
-    """Return avg@k over the whole perfectible set at temperature 1, from the engine as the last step left it."""
+    """Return avg@k over the whole perfectible set at temperature 1, with the engine's weights after the last step."""
     config = parts.config
     sampling = config.sampling.model_copy(update={"temperature": 1.0})
     at_one = replace(parts, config=config.model_copy(update={"sampling": sampling}))

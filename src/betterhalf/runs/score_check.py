@@ -1,7 +1,7 @@
-"""Score the same tokens on both sides: weights that arrived but are not used show here, and nowhere else.
+"""Score the same tokens on both sides: the only check that detects weights that arrived but are not used.
 
-An engine may hold the right tensors and multiply by stale copies of them, or read stale keys and values. Digests cannot
-see that; logprobs can.
+An engine may hold the right tensors and multiply by stale copies of them, or read stale keys and values. Digests do not
+show that; logprobs do.
 """
 
 from __future__ import annotations
@@ -11,78 +11,66 @@ import math
 import torch
 
 from betterhalf.errors import WeightSyncError
+from betterhalf.models.description import ModelFacts
 from betterhalf.precision.formats import FORMATS
 from betterhalf.precision.roles import Precision
-from betterhalf.runs.assembly import Parts
-from betterhalf.types import MicroBatch, PackedSegment
+from betterhalf.rollout.engine import RolloutEngine
+from betterhalf.training.pack import pack_sequence
+from betterhalf.training.trainer import Trainer
 
 _TOKENS = 32
 _ROUNDOFFS, _RELATIVE = 64, 16
-"""The tolerance in units of roundoff of the coarser format: absolute, and relative to the mean logprob, whose rounding
-errors grow with it. Rounding alone makes up to about a tenth of it (docs/engines.md has the measurements)."""
+"""Tolerance in unit roundoffs of the coarser format: absolute, and relative to the mean logprob, since rounding
+errors grow with it. Rounding alone causes up to about a tenth of it (docs/engines.md has the measurements)."""
 _FLOOR = 1e-3
-"""Nats; where both formats are fine, other orders of summation still differ."""
+"""Smallest tolerance, in nats: even in fine formats, other orders of summation differ."""
 
 
 def tolerance(precision: Precision, mean_logprob: float) -> float:
-    """Mean absolute difference of logprobs, in nats, that rounding may make.
+    """Return the mean absolute difference of logprobs, in nats, that rounding may cause.
 
-    The largest of 1e-3, 64 unit roundoffs, and 16 unit roundoffs times the mean absolute logprob.
+    It is the largest of 1e-3, 64 unit roundoffs, and 16 unit roundoffs times the mean absolute logprob.
     """
     formats = (precision.roles.compute_dtype, precision.roles.rollout_dtype)
     roundoff = max(FORMATS[name].unit_roundoff for name in formats)
     return max(_FLOOR, roundoff * max(_ROUNDOFFS, _RELATIVE * abs(mean_logprob)))
 
 
-def score_difference(parts: Parts) -> tuple[float, float]:
-    """Mean absolute difference of trainer and engine logprobs of a fixed prompt at temperature 1, and the trainer's
-    mean logprob, in nats."""
-    vocab_size = int(parts.model.hf_config.vocab_size)
-    token_ids = fixed_tokens(vocab_size, min(_TOKENS, parts.model.context_length))
-    behavior = torch.tensor(parts.engine.score([token_ids])[0], dtype=torch.float64)
-    (scores,) = parts.trainer.measure([_whole(token_ids)], temperature=1.0)
+def score_difference(trainer: Trainer, engine: RolloutEngine, model: ModelFacts) -> tuple[float, float]:
+    """Return the mean absolute difference of trainer and engine logprobs, and the trainer's mean logprob, in nats.
+
+    Both are taken over a fixed prompt at temperature 1.
+    """
+    vocab_size = int(model.hf_config.vocab_size)
+    token_ids = fixed_tokens(vocab_size, min(_TOKENS, model.context_length))
+    behavior = torch.tensor(engine.score([token_ids])[0], dtype=torch.float64)
+    (scores,) = trainer.measure([pack_sequence(token_ids)], temperature=1.0)
     logprobs = scores.logprobs_C.double()
     return float((logprobs - behavior).abs().mean()), float(logprobs.mean())
 
 
-def check_scores(parts: Parts) -> None:
-    """Refuse an engine that scores otherwise than the trainer does, beyond rounding.
+def check_scores(trainer: Trainer, engine: RolloutEngine, model: ModelFacts, precision: Precision) -> None:
+    """Refuse an engine whose logprobs differ from the trainer's by more than rounding.
 
-    A trainer whose own logprobs are not finite says nothing about the engine; the step's measurement names it.
+    If the trainer's own logprobs are not finite, nothing is checked: the measurement of the step reports that.
 
     Raises:
         WeightSyncError: the mean difference exceeds `tolerance`.
         EngineError: the engine's logprobs are not finite.
     """
-    difference, mean_logprob = score_difference(parts)
+    difference, mean_logprob = score_difference(trainer, engine, model)
     if not math.isfinite(mean_logprob):
         return
-    allowed = tolerance(parts.precision, mean_logprob)
+    allowed = tolerance(precision, mean_logprob)
     if not difference <= allowed:
         raise WeightSyncError(
-            f"after the weight sync the engine scores a prompt {difference:.3g} nats per token apart from the trainer "
-            f"(rounding makes at most {allowed:.3g}), although it holds the same weights: it computes with stale "
-            "copies or a stale cache, or its model differs; use engine=native, and report this with the model's name"
+            f"after the weight sync the logprobs of engine and trainer differ by {difference:.3g} nats per token "
+            f"(rounding causes at most {allowed:.3g}), although both hold the same weights: the engine computes with "
+            "stale copies or a stale cache, or its model differs; use engine=native, and report this with the model's "
+            "name"
         )
 
 
 def fixed_tokens(vocab_size: int, count: int) -> tuple[int, ...]:
-    """`count` token ids, the same every time, scattered over the vocabulary."""
+    """Return `count` token ids, the same in every call, scattered over the vocabulary."""
     return tuple((1009 * (i + 1) * (i + 2) // 2) % vocab_size for i in range(count))
-
-
-def _whole(token_ids: tuple[int, ...]) -> MicroBatch:
-    """One sequence, of which every token but the first is scored."""
-    count = len(token_ids)
-    tokens, positions = torch.tensor(token_ids), torch.arange(count)
-    return MicroBatch(
-        token_ids_T=tokens,
-        position_ids_T=positions,
-        segments=(PackedSegment(length=count),),
-        loss_rows_C=positions[:-1],
-        target_ids_C=tokens[1:],
-        sequence_index_C=torch.zeros_like(positions[1:]),
-        behavior_logprobs_C=torch.zeros(count - 1),
-        advantages_S=torch.zeros(1),
-        rollout_index_S=(0,),
-    )

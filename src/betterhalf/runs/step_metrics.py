@@ -21,7 +21,7 @@ from betterhalf.types import Rollout
 
 
 def rollout_metrics(collected: Collected, advantages: Sequence[float]) -> dict[str, float]:
-    """Describe the rollouts of one step; rewards are those before any overlong penalty.
+    """Return `rollout/*` of one step; rewards are those before any overlong penalty.
 
     Args:
         collected: the step's groups, and those that dynamic sampling left out.
@@ -55,10 +55,10 @@ def _described(area: str, rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def learning_metrics(learned: Sequence[Learned], rate: float) -> dict[str, float | str | None]:
-    """Describe the optimizer steps of one step, each number reduced over them as the catalogue declares.
+    """Return `optim/*` and `policy/*` of one step, reduced over its optimizer steps as the catalogue declares.
 
     Args:
-        learned: at least one.
+        learned: one record for each optimizer step; at least one.
         rate: their learning rate.
     """
     reports = [one.report for one in learned]
@@ -84,7 +84,7 @@ def learning_metrics(learned: Sequence[Learned], rate: float) -> dict[str, float
 
 
 def system_metrics(collected: Collected, seconds: float, device: torch.device) -> dict[str, float]:
-    """Describe the use of the machine over a step of `seconds` seconds."""
+    """Return `system/*` of a step that took `seconds` seconds."""
     return {
         "system/tokens_per_second": collected.tokens / seconds,
         "system/kept_tokens_per_second": collected.kept_tokens / seconds,

@@ -10,10 +10,10 @@ import torch
 
 
 class Stopwatch:
-    """Adds up wall-clock seconds by phase; on a GPU it waits for the device, so that a phase pays for its own work."""
+    """Sum of wall-clock seconds by phase; on a GPU it synchronises, so that a phase includes the work it launched."""
 
     def __init__(self, device: torch.device) -> None:
-        """Start now; `device` is the one that computes the phases, and no other is waited for."""
+        """Start now; only `device`, which computes the phases, is synchronised."""
         self._device = device
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
@@ -30,10 +30,10 @@ class Stopwatch:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def total(self) -> float:
-        """Seconds since the stopwatch was made."""
+        """Return the seconds since the stopwatch was created."""
         return time.perf_counter() - self.started
 
     def metrics(self, phases: tuple[str, ...]) -> dict[str, float]:
-        """`time/<phase>_seconds` for each phase (0 when it did not happen) and `time/step_seconds`."""
+        """Return `time/<phase>_seconds` for each phase (0 if it did not run) and `time/step_seconds`."""
         named = {f"time/{phase}_seconds": self.seconds.get(phase, 0.0) for phase in phases}
         return {"time/step_seconds": self.total(), **named}

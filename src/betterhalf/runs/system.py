@@ -1,4 +1,4 @@
-"""What the process uses of the machine."""
+"""Use of the machine by the process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory held so far in GiB: of the GPU's allocator on a GPU, else resident memory."""
+    """Return the peak memory so far in GiB: of the GPU's allocator on a GPU, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""One training run: from configuration to run folder, and back again with `--resume`."""
+"""One training run, from configuration to run folder, and its continuation with `--resume`."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def train(config: RunConfig, run_dir: str | None, resume: bool) -> dict[str, Any
 
     Args:
         config: the resolved configuration.
-        run_dir: the run folder; `runs/train-<name>-<time>` if absent.
-        resume: go on from the folder's newest checkpoint.
+        run_dir: the run folder; `runs/train-<name>-<time>` by default.
+        resume: continue from the folder's newest checkpoint.
 
     Returns:
         The summary, as written to `summary.json`.
@@ -61,7 +61,7 @@ def run_training(
     label: str,
     after: Callable[[Parts, Progress], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Train in `run`; `after` may look at the trained policy and add to the summary (an arm's final accuracy)."""
+    """Train in `run`; `after` may evaluate the trained policy and add to the summary (an arm's final accuracy)."""
     started = time.perf_counter()
     require_sound_levels(config)
     if run.config.exists():
@@ -76,7 +76,7 @@ def run_training(
         write_left_out(run, parts.task)
         # A resumed run may have other watchdog levels; its own configuration must name those in force.
         write_json_atomic(run.config, resolved_json(without_permission(config)))
-        # A run under way has no result: that it was stopped once is in watchdog.jsonl.
+        # A run in progress has no summary; an earlier stop stays on record in watchdog.jsonl.
         run.summary.unlink(missing_ok=True)
         with Console(config.logging.console, total_steps=config.training.steps, label=label) as console:
             if threads:
@@ -92,7 +92,7 @@ def run_training(
 
 
 def _threads_note(run: RunDir) -> str | None:
-    """For people: the threads of this process, and whether the run that it continues had others."""
+    """Return a note on the threads of this process, and on another number in the run that it continues."""
     threads = chosen_threads()
     if threads is None:
         return None
@@ -100,24 +100,24 @@ def _threads_note(run: RunDir) -> str | None:
     if before in (None, threads.count):
         return str(threads)
     return (
-        f"{threads}\nthe steps before had {before}: sums have another order now, and so other last bits; "
-        f"OMP_NUM_THREADS={before} goes on as before"
+        f"{threads}\nearlier steps used {before}: sums now have another order, and so other last bits; set "
+        f"OMP_NUM_THREADS={before} to continue bit for bit"
     )
 
 
 def recorded_threads(run: RunDir) -> int | None:
-    """Threads that the run was started with; None if it was not, or by a version that did not write them."""
+    """Return the number of threads that the run was started with; None if it was not recorded."""
     if not run.environment.exists():
         return None
     return (read_json(run.environment).get("threads") or {}).get("count")
 
 
 def require_same_config(run: RunDir, config: RunConfig) -> None:
-    """Refuse to continue a run under another configuration; only three kinds of settings may change.
+    """Refuse to continue a run with another configuration; only three kinds of settings may change.
 
-    The watchdog's levels decide when a run ends, and a stopped run must be able to go on; what they changed so far is
-    in the checkpoint. What to do about bad or changed rows is decided when a run meets them; the data itself is
-    compared row by row. `sanity.arms_at_once` changes no number: a resumed arm keeps its threads.
+    The watchdog's levels may change, because a stopped run must be able to continue; their effects so far are in the
+    checkpoint. The settings for bad or changed rows may change, because the need for them shows during a run; the data
+    itself is compared row by row. `sanity.arms_at_once` may change, because a resumed arm keeps its threads.
     """
     found = config_difference(load_config(run.config), config)
     changes = [change for change in found if not _may_change(change.key)]
@@ -125,7 +125,7 @@ def require_same_config(run: RunDir, config: RunConfig) -> None:
         lines = "\n".join(f"  {change}" for change in changes)
         raise InputError(
             f"{run.path} was started with another configuration:\n{lines}\n"
-            f"Resume with the same experiment and overrides (naming {run.path} as the experiment takes its own), or "
+            f"Resume with the same experiment and overrides (naming {run.path} as the experiment uses its own), or "
             "start a new run in another run_dir"
         )
 
@@ -138,13 +138,13 @@ def _may_change(key: str) -> bool:
 
 
 def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:
-    """What is known before the first step, but for the configuration: with it, which comes last, the head is whole."""
+    """Write contract and environment; the caller writes the configuration last, so a folder that has it is complete."""
     write_json_atomic(run.contract, contract.to_json())
     write_json_atomic(run.environment, environment() | {"algorithm": algorithm_record(parts.algorithm)})
 
 
 def _train_and_record(parts: Parts, run: RunDir, progress: Progress, console: Console) -> Progress:
-    """Run the loop, with everything it leaves on disk and on the terminal."""
+    """Run the loop, and record each step on disk and on the terminal."""
     extras: list[MetricSink] = [TensorBoardSink(run.tensorboard)] if parts.config.logging.tensorboard else []
     sinks = Sinks(JsonlSink(run.append_metrics), extras, warn=console.note)
     finished = progress
@@ -176,7 +176,7 @@ def _train_and_record(parts: Parts, run: RunDir, progress: Progress, console: Co
 
 
 def _record_alarms(run: RunDir, console: Console, alarms: tuple[Alarm, ...], **more: Any) -> None:
-    """A row for each alarm, a stop with what was `measured`; a note for those that are news."""
+    """Write a row for each alarm, with `more` for a stop, and show a note for each fresh one."""
     for alarm in alarms:
         append_jsonl(run.watchdog, asdict(alarm) | (more if alarm.action == "stop" else {}))
         if alarm.fresh:
@@ -184,14 +184,14 @@ def _record_alarms(run: RunDir, console: Console, alarms: tuple[Alarm, ...], **m
 
 
 def _stop(parts: Parts, run: RunDir, stop: Alarm) -> WatchdogError:
-    """Leave a summary of the steps that were finished, and say how to go on."""
+    """Write a summary of the finished steps, and return an error that says how to continue."""
     summary = summarise(run, parts.config) | {"stopped": f"step {stop.step}: {stop.reason}", "stopped_step": stop.step}
     write_json_atomic(run.summary, summary)
     return WatchdogError(
-        f"the watchdog stopped the run in step {stop.step}: {stop.reason}. Nothing of that step was learned; "
-        f"{run.path} holds the {stop.step - 1} finished before it, and watchdog.jsonl what was measured. See where "
+        f"the watchdog stopped the run in step {stop.step}: {stop.reason}. That step was not trained on; "
+        f"{run.path} holds the {stop.step - 1} steps before it, and watchdog.jsonl the measurements. See where "
         f"trainer and engine diverge with `betterhalf doctor {run.path}` and `betterhalf probe {run.path} --localize`; "
-        "go on with --resume once the cause is gone, or with other watchdog.levels, which a resumed run may change"
+        "continue with --resume once the cause is fixed, or with other watchdog.levels, which a resumed run may change"
     )
 
 
@@ -209,7 +209,7 @@ def _checkpoint_due(config: RunConfig, step: int) -> bool:
 
 
 def summarise(run: RunDir, config: RunConfig) -> dict[str, Any]:
-    """The run in a few numbers, over all its steps, those before a resume included."""
+    """Return the run in a few numbers, over all its steps, those before a resume included."""
     rows = read_jsonl(run.metrics)
     return {
         "verb": "train",
@@ -239,5 +239,5 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _kept_reward(row: dict[str, Any]) -> float:
-    """Mean reward of the rollouts that the step trained on; earlier versions wrote no other under `rollout/reward`."""
+    """Return the mean reward of the rollouts that the step trained on; older versions wrote it as `rollout/reward`."""
     return float(row.get("rollout/kept/reward/mean", row["rollout/reward/mean"]))

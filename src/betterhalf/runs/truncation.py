@@ -1,4 +1,4 @@
-"""Notes for when every completion runs to the length limit: no stop token was sampled."""
+"""Note for a step in which every completion ran to the length limit: no stop token was sampled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from betterhalf.types import Rollout
 
 
 def truncation_note(rollouts: Sequence[Rollout], max_tokens: int, end: TurnEnd | None) -> str | None:
-    """Return a note if all completions were cut off, saying whether the model ended turns as its template does.
+    """Return a note if all completions were cut off; it says whether the model ended turns as its template does.
 
     Args:
         rollouts: of one step.
@@ -19,17 +19,17 @@ def truncation_note(rollouts: Sequence[Rollout], max_tokens: int, end: TurnEnd |
     if any(rollout.completion.finish_reason != "length" for rollout in rollouts):
         return None
     sampled = 0 if end is None else sum(end.token_id in rollout.completion.token_ids for rollout in rollouts)
-    said = f"all {len(rollouts)} completions were cut off at sampling.max_tokens={max_tokens}"
+    problem = f"all {len(rollouts)} completions were cut off at sampling.max_tokens={max_tokens}"
     if end is not None and sampled:
         return (
-            f"{said}; {sampled} of them hold {end.text!r}, with which the chat template ends turns, and which is no "
-            f"stop token: set model.stop_tokens={end.text}"
+            f"{problem}; {sampled} of them hold {end.text!r}, with which the chat template ends turns, but which is "
+            f"not a stop token: set model.stop_tokens={end.text}"
         )
-    return f"{said}; {ADVICE}"
+    return f"{problem}; {ADVICE}"
 
 
 ADVICE = (
-    "raise it if answers need more room, or check that the model was taught to end with its stop token "
+    "raise it if answers need more room, or check that the model was trained to end with its stop token "
     "(model.stop_tokens names another)"
 )
 """Advice for when nothing ends a completion."""

@@ -1,12 +1,12 @@
-"""The watchdog: rules on what is known before a step's update, and what is done when one is broken.
+"""The watchdog: rules on the metrics known before a step's update, and an action for each rule that is broken.
 
     warn                    a note, and a row in `watchdog.jsonl`
-    mask                    from this step on, tokens whose proximal/behavior ratio leaves 0.5 to 5 are dropped
+    mask                    from this step on, tokens with a proximal/behavior ratio outside 0.5 to 5 are dropped
     halve_learning_rate     from this step on, each time the rule fires
-    stop                    nothing of this step is learned; the run saves and ends
+    stop                    the step is not trained on; the run saves a checkpoint and ends
 
-`check` is a pure function of the rules, the state, and the step's measurements. The state travels in the loop's
-`Progress` and in the checkpoint, so that a resumed run acts as an undisturbed one.
+`check` is a pure function of the rules, the state, and the step's measurements. The state is kept in the loop's
+`Progress` and in the checkpoint, so that a resumed run acts like an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from betterhalf.algorithms.presets import PRESETS, Algorithm, resolve_algorithm
 from betterhalf.config.schema import RunConfig, WatchdogLevel
 from betterhalf.errors import ConfigError, WatchdogError
 from betterhalf.metrics.catalogue import CATALOGUE
-
-Action = Literal["warn", "mask", "halve_learning_rate", "stop"]
+from betterhalf.types import WatchdogAction
 
 MASK = PRESETS["icepop"].correction
-"""What `mask` switches on: token-level proximal/behavior, dropped outside 0.5 to 5, weight kept (arXiv 2510.18855)."""
+"""Correction that `mask` switches on: token-level proximal/behavior, dropped outside 0.5 to 5, weight kept.
+
+Source: arXiv 2510.18855.
+"""
 
 WATCHED = tuple(name for name in CATALOGUE if name.startswith(("mismatch/", "budget/", "rollout/")))
 """Metrics known before a step's update."""
@@ -33,61 +35,61 @@ WATCHED = tuple(name for name in CATALOGUE if name.startswith(("mismatch/", "bud
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchState:
-    """What the watchdog has done and counted so far."""
+    """Counts and past actions of the watchdog."""
 
     counts: Mapping[str, int] = field(default_factory=dict)
-    """Consecutive steps out of bounds, by `level_name`; a level that is not named counts 0."""
+    """Consecutive steps out of bounds, by `level_name`; a missing level counts 0."""
     learning_rate_factor: float = 1.0
-    """Multiplies the scheduled learning rate: 0.5 for each time a level halved it."""
+    """Factor of the scheduled learning rate, halved each time a level with that action fires."""
     masked: bool = False
-    """Whether the mask is on."""
+    """True once the mask is on."""
 
     def to_json(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """Return the state as JSON values, for the checkpoint."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of `to_json`; what is missing, as in checkpoints without a watchdog, is as in a new run."""
+        """Invert `to_json`; missing values, as in checkpoints without a watchdog, are those of a new run."""
         return cls(**values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alarm:
-    """A level that fired: one row of `watchdog.jsonl`."""
+    """Record of a level that fired: one row of `watchdog.jsonl`."""
 
     step: int
     metric: str
     value: float
-    """Of this step."""
+    """Value of the metric in this step."""
     bound: float
-    """The bound it broke."""
-    action: Action
+    """Bound that the value broke."""
+    action: WatchdogAction
     reason: str
-    """What was seen and what is done about it, in one sentence."""
+    """Finding and action, in one sentence."""
     consecutive: int
-    """Steps in a row out of bounds, this one included."""
+    """Number of consecutive steps out of bounds, this one included."""
     fresh: bool
-    """The first alarm of a stretch: what a person should be told once."""
+    """True for the first alarm of a stretch of steps, the one to show to the user."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watch:
-    """What the check of one step found."""
+    """Result of the check of one step."""
 
     state: WatchState
-    """As it is from this step on."""
+    """State from this step on."""
     alarms: tuple[Alarm, ...]
-    """Levels that fired, in their order."""
+    """Alarms of the levels that fired, in the order of the levels."""
 
     @property
     def stop(self) -> Alarm | None:
-        """The alarm that ends the run, if any."""
+        """Alarm that ends the run; None without one."""
         return next((alarm for alarm in self.alarms if alarm.action == "stop"), None)
 
 
 class Stopped(WatchdogError):
-    """A level with the action `stop` fired; whoever keeps the run folder saves, says where to look, and raises on."""
+    """A level with the action `stop` fired; the caller saves the run and raises an error that says where to look."""
 
     def __init__(self, stop: Alarm, watch: Watch, measured: Mapping[str, Any]) -> None:
         super().__init__(stop.reason)
@@ -96,11 +98,11 @@ class Stopped(WatchdogError):
         self.watch = watch
         """All alarms of the step."""
         self.measured = measured
-        """What was measured of the step that is not learned."""
+        """Metrics measured in the step, which is not trained on."""
 
 
 def check(levels: Sequence[WatchdogLevel], state: WatchState, step: int, measured: Mapping[str, Any]) -> Watch:
-    """Compare the step's measurements with every level, before anything is updated.
+    """Compare the step's measurements with every level, before any update.
 
     Raises:
         Stopped: a level with the action `stop` fired.
@@ -108,12 +110,12 @@ def check(levels: Sequence[WatchdogLevel], state: WatchState, step: int, measure
     counts: dict[str, int] = {}
     alarms: list[Alarm] = []
     for level in levels:
-        # What an engine did not measure in this step is not judged.
+        # A metric that was not measured in this step is not checked.
         value = measured.get(level.metric)
         bound = None if value is None else broken_bound(level, value)
         count = 0 if bound is None else state.counts.get(level_name(level), 0) + 1
         counts[level_name(level)] = count
-        # A mask that is on has nothing more to switch on.
+        # A mask that is on cannot be switched on again.
         if value is None or bound is None or count % level.steps or (level.action == "mask" and state.masked):
             continue
         state = _ACTIONS[level.action](state)
@@ -125,7 +127,7 @@ def check(levels: Sequence[WatchdogLevel], state: WatchState, step: int, measure
 
 
 def broken_bound(level: WatchdogLevel, value: float) -> float | None:
-    """The bound that `value` breaks; None when it is within. A value that is not a number breaks any bound."""
+    """Return the bound that `value` breaks, None if it is within bounds; NaN breaks every bound."""
     if level.below is not None and not value >= level.below:
         return level.below
     if level.above is not None and not value <= level.above:
@@ -134,25 +136,25 @@ def broken_bound(level: WatchdogLevel, value: float) -> float | None:
 
 
 def level_name(level: WatchdogLevel) -> str:
-    """Identifies a level in the checkpoint: levels that a resumed run changes start to count anew."""
+    """Return the name of a level in the checkpoint; a level that a resumed run changes counts from 0 again."""
     return f"{level.metric} below {level.below} above {level.above} for {level.steps}: {level.action}"
 
 
-_ACTIONS: dict[Action, Callable[[WatchState], WatchState]] = {
+_ACTIONS: dict[WatchdogAction, Callable[[WatchState], WatchState]] = {
     "warn": lambda state: state,
     "mask": lambda state: replace(state, masked=True),
     "halve_learning_rate": lambda state: replace(state, learning_rate_factor=state.learning_rate_factor / 2),
     "stop": lambda state: state,
 }
-"""What each action changes."""
+"""Change of the state by each action."""
 
-_WORDS: dict[Action, str] = {
+_WORDS: dict[WatchdogAction, str] = {
     "warn": "",
     "mask": f"; from now on tokens with a proximal/behavior ratio outside {MASK.lower:g} to {MASK.upper:g} are dropped",
     "halve_learning_rate": "; the learning rate is halved, to {factor:g} of its schedule",
     "stop": "; the run stops before this step's update",
 }
-"""What each action says."""
+"""End of an alarm's reason, by action."""
 
 
 def _alarm(level: WatchdogLevel, state: WatchState, step: int, value: float, bound: float, consecutive: int) -> Alarm:
@@ -176,16 +178,16 @@ def _reason(level: WatchdogLevel, state: WatchState, value: float, bound: float,
 
 
 def masked(algorithm: Algorithm) -> Algorithm:
-    """The algorithm with the correction that `mask` switches on."""
+    """Return the algorithm with the correction that `mask` switches on."""
     return replace(algorithm, correction=MASK)
 
 
 def require_sound_levels(config: RunConfig) -> None:
-    """Refuse, before anything is loaded, levels that could not act.
+    """Refuse levels that could not act, before anything is loaded.
 
     Raises:
-        ConfigError: a metric that is unknown, or not known before the update; a mask for an algorithm that has no
-            place for one, or has one already.
+        ConfigError: a metric is unknown, or not known before the update; or a mask is asked of an algorithm that cannot
+            take one, or has one already.
     """
     for number, level in enumerate(config.watchdog.levels):
         key = f"watchdog.levels[{number}]"
@@ -199,8 +201,8 @@ def _why_not_watched(metric: str) -> str:
     if metric in CATALOGUE:
         return "is not watched before the update. Choose one of mismatch/*, budget/* and rollout/*."
     near = get_close_matches(metric, WATCHED, n=1, cutoff=0.5)
-    cure = f"Did you mean {near[0]!r}?" if near else "docs/metrics.md lists mismatch/*, budget/* and rollout/*."
-    return f"is no metric that can be watched. {cure}"
+    hint = f"Did you mean {near[0]!r}?" if near else "docs/metrics.md lists mismatch/*, budget/* and rollout/*."
+    return f"is not a metric that can be watched. {hint}"
 
 
 def _require_room_for_mask(key: str, algorithm: Algorithm) -> None:
@@ -211,7 +213,7 @@ def _require_room_for_mask(key: str, algorithm: Algorithm) -> None:
     else:
         return
     raise ConfigError(
-        f'{key}.action = "mask" has no place in algorithm.preset={algorithm.preset}, which {why}. Use '
+        f'{key}.action = "mask" cannot be used with algorithm.preset={algorithm.preset}, which {why}. Use '
         "algorithm=grpo, where the mask can be switched on, or algorithm=icepop, which masks from the first step, or "
         "another action."
     )

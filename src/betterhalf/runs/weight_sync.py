@@ -1,4 +1,4 @@
-"""Send the trainer's weights to the engine, and prove that they arrived and are used."""
+"""Send the trainer's weights to the engine, and check that they arrived and are used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from betterhalf.metrics.console import show_note
 from betterhalf.precision.contract import Contract, compare, enforce, tensor_digest, verify_sync
+from betterhalf.rollout.build import capabilities
 from betterhalf.runs.assembly import Parts
 from betterhalf.runs.recovery import restarts_of, retry_on_engine_death
 from betterhalf.runs.score_check import check_scores
@@ -16,7 +18,7 @@ from betterhalf.runs.score_check import check_scores
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstSync:
-    """Result of the first sync of a process."""
+    """Result of the first weight sync of a process."""
 
     contract: Contract
     """Formats, facts and weights of both sides, as they run."""
@@ -25,7 +27,7 @@ class FirstSync:
 
 
 def first_sync(parts: Parts) -> FirstSync:
-    """Run `sync_weights`, and enforce the contract: formats, facts and weights as both sides find them by running.
+    """Run `sync_weights`, and enforce the contract on the formats, facts and weights that both sides report.
 
     Raises:
         ContractError: the two sides differ in precision and `precision.allow_difference` is false.
@@ -35,45 +37,59 @@ def first_sync(parts: Parts) -> FirstSync:
 
 
 def sync_weights(parts: Parts) -> None:
-    """Master FP32 -> wire dtype, one rounding -> engine; then compare what it holds, and how both sides score.
+    """Send the FP32 masters to the engine, rounded once to the wire dtype, and check that it holds and uses them.
 
-    An engine that has died since it was last used is started again.
+    Digests are compared for every tensor, and logprobs for a fixed prompt if the engine can score. An engine that
+    crashed since it was last used is restarted.
 
     Raises:
         WeightSyncError: the engine holds other tensors than were sent, or does not compute with them.
-        EngineDiedError: the engine dies again and again.
+        EngineDiedError: the engine crashed more often than it may be restarted.
     """
     retry_on_engine_death(lambda: _sync(parts), parts.engine.restart, restarts_of(parts.config))
 
 
 def revive(parts: Parts) -> None:
-    """Start a died engine again, with the current weights, verified.
+    """Restart the engine after a crash, and sync the current weights.
 
     Raises:
-        EngineDiedError: it dies meanwhile.
+        EngineDiedError: it crashed again.
     """
     parts.engine.restart()
     _sync(parts)
 
 
 def _first(parts: Parts) -> FirstSync:
-    # The contract before the scores: it says more of a difference than they do.
+    # The contract is checked before the scores, because it says more about a difference.
     version = _send(parts)
-    # The engine first: where numbers are not finite it names the weight, which the trainer does not.
+    # The engine reports first: it names a weight that is not finite, which the trainer does not.
     held = parts.engine.report()
     contract = compare(parts.trainer.report(), held, allow_difference=parts.config.precision.allow_difference)
     enforce(contract)
-    check_scores(parts)
+    if not capabilities(parts.config).scores:
+        show_note(_ONLY_DIGESTS.format(parts.config.engine.type), mode=parts.config.logging.console)
+    _compare_scores(parts)
     return FirstSync(contract=contract, policy_version=version)
+
+
+_ONLY_DIGESTS = (
+    "note: engine.type={} does not score given tokens, so a weight sync is verified by the digests of the weights alone"
+)
 
 
 def _sync(parts: Parts) -> None:
     _send(parts)
-    check_scores(parts)
+    _compare_scores(parts)
+
+
+def _compare_scores(parts: Parts) -> None:
+    """Run `check_scores` if the engine can score."""
+    if capabilities(parts.config).scores:
+        check_scores(parts.trainer, parts.engine, parts.model, parts.precision)
 
 
 def _send(parts: Parts) -> int:
-    """Send the weights, compare digests of each tensor as it leaves and as it is held, and return their version."""
+    """Send the weights, compare the digest of each tensor as sent and as held, and return their version."""
     trainer, engine = parts.trainer, parts.engine
     engine.wake()
     sent: dict[str, str] = {}
@@ -87,7 +103,7 @@ def _send(parts: Parts) -> int:
 def _noting(
     weights: Iterable[tuple[str, Tensor]], rollout_dtype: torch.dtype, digests: dict[str, str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The weights as they pass, their digests in the rollout dtype put into `digests`."""
+    """Yield the weights, and put the digest of each in the rollout dtype into `digests`."""
     for name, tensor in weights:
         digests[name] = tensor_digest(tensor.to(rollout_dtype))
         yield name, tensor

@@ -1,1 +1,1 @@
-"""From a configuration to device, data and run folder: the steps that training and examining share."""
+"""Steps from a configuration to device, data and run folder, shared by training and examination."""

@@ -1,4 +1,4 @@
-"""The task of a run: its data read, every row checked, and rows that are left out shown and recorded."""
+"""The task of a run: read its data, check every row, and show and record the rows that are left out."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from betterhalf.tasks.task import Task
 
 
 def load_task(model: ModelFacts, config: RunConfig, *, rows: int | None = None, will_grade: bool = True) -> Task:
-    """The task of the configuration, every row checked before anything is sampled; rows left out are shown.
+    """Build the task of the configuration; every row is checked before sampling, and rows left out are shown.
 
     Args:
         model: gives tokenizer, context and vocabulary.
-        config: task, length limit, and `task.bad_rows`.
-        rows: rows that will be used, from the first on; all if absent.
-        will_grade: whether completions will be graded, so that the grader tries itself out before anything else.
+        config: gives task, length limit and `task.bad_rows`.
+        rows: number of rows that will be used, from the first on; all by default.
+        will_grade: true if completions will be graded; the grader is then tested before anything else.
 
     Raises:
         RewardError: the grader cannot work.
-        InputError: rows that cannot be used, named by file and row number, unless they are to be left out.
+        InputError: rows cannot be used and are not to be left out; the message names file and row number.
     """
     task = build_task(config.task, model.tokenizer)
     try:
@@ -65,7 +65,7 @@ def _screened(
 
 
 _ROWS_WITHOUT_PROGRESS = 10_000
-"""Fewer are checked in the time it takes to read a line."""
+"""Number of rows below which there is no progress bar, because checking them is quick."""
 
 
 def bad_rows_rule(config: RunConfig) -> BadRowRule:

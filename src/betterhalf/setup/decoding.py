@@ -1,4 +1,4 @@
-"""From the tokens of a completion to the text that is graded and shown: the one definition."""
+"""Decoding of a completion's tokens to the text that is graded and shown; defined only here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def completion_texts(tokenizer: Any, completions: Sequence[Completion]) -> list[
     """Decode completions as the model wrote them.
 
     A stop token at the end is removed if it is a special token, and so is padding or a start token at either end. Every
-    other special token stays: tokenizers declare marks such as `</think>` special, and formats are made of them.
+    other special token stays: tokenizers declare markers such as `</think>` special, and answer formats use them.
     """
     special = _special_ids(tokenizer)
     framing = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id} & special
@@ -22,7 +22,7 @@ def completion_texts(tokenizer: Any, completions: Sequence[Completion]) -> list[
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
-    """Ids that `skip_special_tokens=True` would drop."""
+    """Return the ids that `skip_special_tokens=True` would drop."""
     added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
 

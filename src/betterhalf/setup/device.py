@@ -1,4 +1,4 @@
-"""The device on which a run computes: `config.device`, resolved on this machine."""
+"""The device of a run: `config.device`, resolved on this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from betterhalf.errors import ConfigError
 
 
 def choose_device(config: RunConfig) -> torch.device:
-    """The device of `config.device`.
+    """Return the device that `config.device` names; `auto` is a GPU if there is one.
 
     Raises:
         ConfigError: a GPU is asked for and there is none.

@@ -1,4 +1,4 @@
-"""Where a run is kept: a folder made before anything expensive, and gone again if nothing came of it."""
+"""The folder of a run, created before anything expensive, and removed if nothing was written to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RESUMABLE = ("train", "sanity", "evaluate")
 
 
 def default_run_dir(verb: str, name: str) -> Path:
-    """`runs/<verb>-<name>-<time>`, local time to the second; numbered when that is taken."""
+    """Return `runs/<verb>-<name>-<time>`, in local time to the second; with a number if that exists."""
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
     base = Path("runs", f"{verb}-{safe}-{time.strftime('%Y%m%d-%H%M%S')}")
     path, number = base, 2
@@ -28,14 +28,14 @@ def default_run_dir(verb: str, name: str) -> Path:
 
 @contextmanager
 def run_folder(run_dir: str | None, verb: str, name: str, *, resume: bool = False) -> Iterator[RunDir]:
-    """The folder at `run_dir`, or `runs/<verb>-<name>-<time>`.
+    """Create the folder at `run_dir`, or at `runs/<verb>-<name>-<time>`, and yield it.
 
-    Bad input is often found only when model and data are read. If nothing was written by then, the folders made here
-    are removed, so that a corrected command finds the place free.
+    Bad input is often found only when model and data are read. If nothing has been written when the body ends, the
+    folders created here are removed, so that a corrected command can use the same path.
 
     Raises:
-        InputError: as `RunDir.create`.
-        KeyboardInterrupt: as the body; it names the folder if there is something in it.
+        InputError: see `RunDir.create`.
+        KeyboardInterrupt: the body was interrupted; the message names the folder if it holds something.
     """
     path = Path(run_dir) if run_dir else default_run_dir(verb, name)
     made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
@@ -44,7 +44,7 @@ def run_folder(run_dir: str | None, verb: str, name: str, *, resume: bool = Fals
     except KeyboardInterrupt as interrupt:
         if path.is_dir() and any(path.iterdir()):
             go_on = "; --resume continues it" if verb in _RESUMABLE else ""
-            raise KeyboardInterrupt(f"interrupted; what was done by then is in {path}{go_on}") from interrupt
+            raise KeyboardInterrupt(f"interrupted; finished work is in {path}{go_on}") from interrupt
         raise
     finally:
         _remove_empty(made)

@@ -1,24 +1,27 @@
-"""Check by its configuration files alone that a model fits the configuration of a run: no weight is read here."""
+"""Checks that a model fits the configuration of a run, from its configuration files alone; no weights are read here."""
 
 from __future__ import annotations
 
 from betterhalf.config.schema import ModelConfig, RunConfig
 from betterhalf.errors import ContractError, InputError
-from betterhalf.metrics.console import ConsoleMode, show_note
+from betterhalf.metrics.console import OutputMode, show_note
 from betterhalf.models.description import ModelDescription, ModelFacts
 from betterhalf.models.stop_tokens import require_in_vocabulary
 from betterhalf.precision.islands import resolve_islands
-from betterhalf.rollout.build import check_architecture
-from betterhalf.rollout.vllm.options import check_cache_dtype
+from betterhalf.rollout.build import capabilities, check_architecture, check_engine_roles
 from betterhalf.training.policy_trainer import require_no_dropout
 
 
 def check_roles(config: RunConfig, where: str = "") -> None:
     """Refuse roles that the precision contract would refuse once both sides run.
 
+    Args:
+        config: configuration of the run.
+        where: name of the arm for the message, such as " in the arm fp16"; empty for a single run.
+
     Raises:
-        ContractError: they differ without `precision.allow_difference`; `where` says in which arm.
-        ConfigError: vLLM would keep keys and values in another dtype than it computes in.
+        ContractError: the roles differ without `precision.allow_difference`.
+        ConfigError: the engine cannot apply a role: vLLM keeps keys and values in the dtype it computes in.
     """
     roles = config.precision.roles()
     used = {key: getattr(roles, key) for key in ("compute_dtype", "rollout_dtype", "wire_dtype", "kv_dtype")}
@@ -28,21 +31,20 @@ def check_roles(config: RunConfig, where: str = "") -> None:
             f"trainer and rollout engine would differ in precision{where} ({listed}); leave out the "
             "precision.*_dtype settings, or set precision.allow_difference=true if this ablation is intended"
         )
-    if config.engine.type == "vllm":
-        check_cache_dtype(roles)
+    check_engine_roles(config)
 
 
 def check_model(model: ModelDescription, config: RunConfig, *, samples: bool = True) -> None:
-    """Refuse a model that the run's engine or trainer cannot compute as told.
+    """Refuse a model that the run's engine or trainer cannot compute as configured.
 
     Args:
-        model: its configuration files.
-        config: engine and precision.
-        samples: whether the engine will run; without, it need not know the model.
+        model: the model's configuration files.
+        config: configuration of engine and precision.
+        samples: True if the engine will run; otherwise it need not know the model.
 
     Raises:
         InputError: the engine does not know the architecture, the model has dropout, a stop token is not in its
-            vocabulary, or it lacks an FP32 island of the configuration.
+            vocabulary, or the model lacks an FP32 island of the configuration.
     """
     if samples:
         check_architecture(config, model.hf_config)
@@ -53,24 +55,24 @@ def check_model(model: ModelDescription, config: RunConfig, *, samples: bool = T
 
 
 def check_islands(model: ModelFacts, config: RunConfig) -> None:
-    """Refuse FP32 islands that the model does not have, or the engine cannot compute.
+    """Refuse FP32 islands that the model does not have, or that the engine cannot compute.
 
     Raises:
-        InputError: names the nearest module, or the engine.
+        InputError: the message names the nearest module, or the engine.
     """
     islands = resolve_islands(config.precision.fp32_modules, model.hf_config.num_hidden_layers)
-    if islands and config.engine.type != "native" and not config.precision.allow_difference:
+    if islands and not capabilities(config).fp32_islands and not config.precision.allow_difference:
         raise InputError(
             f"engine.type={config.engine.type} computes every module in the rollout dtype, so it has no FP32 islands "
-            f"({islands.described()}); set engine.type=native, or drop precision.fp32_modules and set precision=bf16."
+            f"({islands.described()}); set engine.type=native, or drop precision.fp32_modules and set precision=bf16"
         )
 
 
 def require_stop_token(model: ModelFacts, config: ModelConfig) -> None:
-    """Refuse to sample from a model where nothing ends a completion: all would be cut off, and none rewarded.
+    """Refuse to sample from a model without a stop token: every completion would be cut off, and none rewarded.
 
     Raises:
-        InputError: names the ways to declare one.
+        InputError: the message names the ways to declare a stop token.
     """
     if model.stop_token_ids or config.allow_no_stop_token:
         return
@@ -83,8 +85,8 @@ def require_stop_token(model: ModelFacts, config: ModelConfig) -> None:
     )
 
 
-def show_notes(model: ModelFacts, mode: ConsoleMode = "auto") -> None:
-    """Show what the user should know of a model, each note once in a process."""
+def show_notes(model: ModelFacts, mode: OutputMode = "auto") -> None:
+    """Show the notes on a model to the user, each once in a process."""
     for note in (*model.notes, *_stop_notes(model)):
         if note not in _shown:
             _shown.add(note)
@@ -92,7 +94,7 @@ def show_notes(model: ModelFacts, mode: ConsoleMode = "auto") -> None:
 
 
 _shown: set[str] = set()
-"""Notes that the user has seen: the arms of a sanity run load one model several times."""
+"""Notes already shown: the arms of a sanity run load one model several times."""
 
 
 def _stop_notes(model: ModelFacts) -> tuple[str, ...]:
@@ -103,6 +105,6 @@ def _stop_notes(model: ModelFacts) -> tuple[str, ...]:
         return ()
     stops = ", ".join(repr(model.tokenizer.decode([token_id])) for token_id in model.stop_token_ids)
     return (
-        f"the chat template of model {model.name!r} ends turns with {end.text!r}, which is no stop token of it "
-        f"({stops}); if completions run on behind it, set model.stop_tokens={end.text}",
+        f"the chat template of model {model.name!r} ends turns with {end.text!r}, which is not one of its stop tokens "
+        f"({stops}); if completions continue after it, set model.stop_tokens={end.text}",
     )

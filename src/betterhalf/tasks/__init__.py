@@ -1,1 +1,1 @@
-"""Tasks: where prompts come from, and what earns a reward."""
+"""Tasks: sources of prompts, and the rewards for completions."""

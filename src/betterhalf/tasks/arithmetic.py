@@ -1,4 +1,4 @@
-"""Arithmetic made up on the fly: running sums for the demo model, plain sentences for a chat model."""
+"""Generated arithmetic problems: running sums for the demo model, word problems for a chat model."""
 
 from __future__ import annotations
 
@@ -21,61 +21,64 @@ END_MARK = "."
 
 
 def running_sum_digits(seed: int, index: int, terms: int) -> tuple[int, ...]:
-    """The digits, 1 to 9, of problem `index`."""
+    """Return the digits (1 to 9) of problem `index`."""
     return tuple(draw_int(1, 9, seed, index, place) for place in range(terms))
 
 
 def running_sum_question(digits: tuple[int, ...]) -> str:
-    """(2, 7, 9) -> `2+7+9=`."""
+    """Return the question, such as `2+7+9=` for (2, 7, 9)."""
     return "+".join(map(str, digits)) + "="
 
 
 def running_sum_solution(digits: tuple[int, ...]) -> str:
-    """(2, 7, 9) -> `7=09,9=18.`: each further digit, and the total so far in two digits (three beyond 99)."""
+    """Return the worked solution, such as `7=09,9=18.` for (2, 7, 9).
+
+    Each step is the next digit and the total so far, in two digits (three beyond 99).
+    """
     steps = [f"{digit}={total:02d}" for digit, total in zip(digits[1:], list(accumulate(digits))[1:], strict=True)]
     return ",".join(steps) + END_MARK
 
 
 def solves_running_sum(text: str, answer: str) -> bool:
-    """Whether the text ends with the right total and the end mark; the steps before it are free."""
+    """Return whether the text ends with the right total and the end mark; the steps before it are not checked."""
     final = re.search(r"=([0-9]{1,9})\.\s*$", text)
     return final is not None and int(final[1]) == int(answer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningSums:
-    """`2+7+9+1+5+5+4+9=` -> `7=09,9=18,1=19,5=24,5=29,4=33,9=42.`"""
+    """Running sums: the question `2+7+9+1+5+5+4+9=` has the solution `7=09,9=18,1=19,5=24,5=29,4=33,9=42.`"""
 
     config: ArithmeticTask
     tokenizer: Tokenizer
 
     def __len__(self) -> int:
-        """Problems in the data set."""
+        """Return the number of problems."""
         return self.config.num_prompts
 
     def row(self, index: int) -> Row:
-        """Problem `index`; depends on the task's seed and `index` alone."""
+        """Return problem `index`, which depends on the task's seed and `index` alone."""
         digits = running_sum_digits(self.config.seed, index, self.config.terms)
         name = f"running_sum/{index}"
         question = running_sum_question(digits)
         return Row(prompt_id=name, place=f"prompt {name!r}", question=question, answer=str(sum(digits)))
 
     def draft(self, index: int) -> Draft:
-        """Problem `index` as it stands."""
+        """Return problem `index` as plain text, without a chat template."""
         row = self.row(index)
         return plain_draft(row.prompt_id, row.question, answer=row.answer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Story:
-    """One pattern of a word problem."""
+    """Template of a word problem."""
 
     text: str
-    """Sentences with the fields name, item, a, b, c."""
+    """Text with the placeholders name, item, a, b and, for two steps, c."""
     bounds: tuple[tuple[int, int], ...]
     """Smallest and largest value of a, b and, for two steps, c; chosen so that no answer is negative."""
     answer: Callable[..., int]
-    """The numbers to the answer."""
+    """Function that computes the answer from the numbers."""
 
 
 STORIES = (
@@ -108,11 +111,11 @@ STORIES = (
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas")
 ITEMS = ("apples", "oranges", "cookies", "nuts", "plums", "candies", "pears", "cherries")
 INSTRUCTION = "Answer in one short sentence."
-"""Keeps a small model from rambling: most completions of SmolLM2-135M then end within 40 tokens."""
+"""Keeps the completions of a small model short: most of SmolLM2-135M's then end within 40 tokens."""
 
 
 def word_problem(seed: int, index: int) -> tuple[str, int]:
-    """Text and answer of word problem `index`."""
+    """Return the text and the answer of word problem `index`."""
     pick = draw_int(0, len(STORIES) * len(NAMES) * len(ITEMS) - 1, seed, index, -1)
     story = STORIES[pick % len(STORIES)]
     name = NAMES[pick // len(STORIES) % len(NAMES)]
@@ -123,48 +126,48 @@ def word_problem(seed: int, index: int) -> tuple[str, int]:
 
 
 _NUMBER = re.compile(r"(?<![\d.])(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
-"""1,234 and 12.50 and -3; the minus of `5-3` is not a sign."""
+"""Matches 1,234 and 12.50 and -3; the minus in `5-3` is not a sign."""
 
 
 def last_number(text: str) -> float | None:
-    """The last number of a text; None if there is none."""
+    """Return the last number in a text, or None without one."""
     found = _NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
 
 def solves_word_problem(text: str, answer: str) -> bool:
-    """Whether the last number of the text is the answer."""
+    """Return whether the last number in the text is the answer."""
     return last_number(text) == float(answer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WordProblems:
-    """One or two steps in plain sentences, put to the model through its chat template."""
+    """Word problems of one or two steps, in the model's chat template."""
 
     config: ArithmeticTask
     tokenizer: Tokenizer
 
     def __len__(self) -> int:
-        """Problems in the data set."""
+        """Return the number of problems."""
         return self.config.num_prompts
 
     def row(self, index: int) -> Row:
-        """Problem `index`; depends on the task's seed and `index` alone."""
+        """Return problem `index`, which depends on the task's seed and `index` alone."""
         question, answer = word_problem(self.config.seed, index)
         name = f"word_problem/{index}"
         return Row(prompt_id=name, place=f"prompt {name!r}", question=question, answer=str(answer))
 
     def draft(self, index: int) -> Draft:
-        """Problem `index` in the chat template."""
+        """Return problem `index`, rendered in the chat template."""
         row = self.row(index)
         return chat_draft(self.tokenizer, row.prompt_id, row.question, answer=row.answer)
 
 
 def build_arithmetic(config: ArithmeticTask, tokenizer: Tokenizer) -> DatasetTask:
-    """The task of `config.style`.
+    """Build the task in the style `config.style`.
 
     Raises:
-        InputError: word problems for a tokenizer without a chat template.
+        InputError: the style is `word_problem` and the tokenizer has no chat template.
     """
     style = config.style
     if style == "auto":

@@ -1,4 +1,4 @@
-"""From the configuration to the task."""
+"""Build a task from its configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from betterhalf.tasks.task import Tokenizer
 
 
 def build_task(config: TaskConfig, tokenizer: Tokenizer) -> DatasetTask:
-    """The task a configuration describes; close it after use.
+    """Build the task that a configuration describes; close it after use.
 
     Raises:
         InputError: the data cannot be read, is empty, or does not fit the tokenizer.

@@ -1,4 +1,4 @@
-"""Numbers drawn by counter: each depends on its key alone, on every machine and in every order."""
+"""Counter-based random draws: each depends on its key alone, on every machine and in any order."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from functools import lru_cache
 
 
 def draw_int(low: int, high: int, *key: int) -> int:
-    """An integer of [low, high], both included, determined by `key`."""
+    """Return an integer in [low, high], both ends included, determined by `key`."""
     digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest()
     return low + int.from_bytes(digest, "big") % (high - low + 1)
 
 
 @lru_cache(maxsize=8)
 def shuffled(size: int, seed: int, turn: int) -> tuple[int, ...]:
-    """A permutation of range(size), determined by (seed, turn)."""
+    """Return a permutation of range(size), determined by (seed, turn); `turn` numbers the shuffles of a stream."""
 
     def sort_key(index: int) -> bytes:
         return hashlib.blake2b(f"{seed},{turn},{index}".encode(), digest_size=16).digest()
@@ -23,16 +23,16 @@ def shuffled(size: int, seed: int, turn: int) -> tuple[int, ...]:
 
 
 def stream(size: int, position: int, count: int, seed: int) -> list[int]:
-    """Indices `position` to `position + count` of an endless stream: one shuffle of range(size) after another."""
+    """Return `count` indices, from `position` on, of an endless stream of successive shuffles of range(size)."""
     places = (divmod(place, size) for place in range(position, position + count))
     return [shuffled(size, seed, turn)[offset] for turn, offset in places]
 
 
 def distinct_stream(size: int, position: int, count: int, seed: int) -> list[int]:
-    """`stream` without a repetition where two shuffles meet; with one if `count` exceeds `size`.
+    """Return `stream` without repetitions across the boundary of two shuffles, unless `count` exceeds `size`.
 
-    An index that was among these `count` already is replaced by the one that comes last in the new shuffle, so every
-    other index keeps its place. What is returned for a smaller `count` is the beginning of what a larger one returns.
+    An index that is already among these `count` is replaced by the last free one of the new shuffle, so that every
+    other index keeps its place. The result for a smaller `count` is a prefix of the result for a larger one.
     """
     indices = stream(size, position, count, seed)
     if count > size or len(set(indices)) == count:

@@ -1,9 +1,12 @@
-"""Digests of a task's rows and of what its reward is made of: a resumed run must find the same ones."""
+"""Digests of a task's rows and of the code behind its rewards; a resumed run must find the same ones."""
 
 from __future__ import annotations
 
+import ast
 import base64
 import hashlib
+import io
+import tokenize
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -13,17 +16,17 @@ from typing import Any, Self
 from betterhalf.tasks.row import Row
 
 ROW_BYTES = 8
-"""Length of a row's digest: in a million rows, the chance that two different ones agree is under 1e-7."""
+"""Bytes of a row's digest: among a million different rows, the chance of a collision is below 1e-7."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataRecord:
-    """The data that a run learns from, as a checkpoint keeps it."""
+    """Digests of the data that a run trains on, as saved in a checkpoint."""
 
     row_digests: bytes
-    """ROW_BYTES for each row, in order."""
+    """Concatenated digests, `ROW_BYTES` for each row, in order."""
     reward: dict[str, str]
-    """Settings and code that make rewards and prompts from the rows."""
+    """Settings, code digests and package versions that determine prompts and rewards."""
 
     @property
     def rows(self) -> int:
@@ -31,50 +34,50 @@ class DataRecord:
         return len(self.row_digests) // ROW_BYTES
 
     def row(self, index: int) -> str:
-        """Digest of one row, in hexadecimal."""
+        """Return the digest of one row, in hexadecimal."""
         return self.row_digests[index * ROW_BYTES : (index + 1) * ROW_BYTES].hex()
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON can hold it."""
+        """Return the record as a JSON object."""
         return {"rows": self.rows, "row_digests": base64.b64encode(self.row_digests).decode(), "reward": self.reward}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The record that `to_json` wrote."""
+        """Read a record that `to_json` wrote."""
         return cls(row_digests=base64.b64decode(values["row_digests"]), reward=dict(values["reward"]))
 
     def rows_that_differ(self, other: DataRecord) -> list[int]:
-        """Positions that both have, and whose rows are not the same."""
+        """Return the positions, among those that both records have, where the rows differ."""
         pairs = zip(_split(self.row_digests), _split(other.row_digests), strict=False)
         return [index for index, (left, right) in enumerate(pairs) if left != right]
 
     def reward_changes(self, other: DataRecord) -> list[str]:
-        """`name: old -> new` of everything about the reward that is not the same in `other`."""
+        """Return `name: old -> new` for every entry of `reward` that differs in `other`."""
         names = sorted(self.reward.keys() | other.reward.keys())
         pairs = {name: (self.reward.get(name, "none"), other.reward.get(name, "none")) for name in names}
         return [f"{name}: {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
 
 
 def row_digest(row: Row) -> bytes:
-    """Digest of a row's content, not of its place.
+    """Return the digest of a row's content, without its place.
 
-    Taken before the chat template: templates may print the date, and a run may be resumed on another day.
+    It is computed before the chat template: templates may print the date, and a run may be resumed on another day.
     """
     return _digest([row.question, row.answer], ROW_BYTES)
 
 
 def reward_source(settings: Mapping[str, Any], *, modules: Iterable[str], packages: Iterable[str]) -> dict[str, str]:
-    """Collect the settings and the code that make rewards and prompts.
+    """Collect the settings, the code digest and the package versions that determine prompts and rewards.
 
     Args:
-        settings: those of the task that decide prompts and rewards.
-        modules: files of this package that hold the reward.
-        packages: packages that the reward calls.
+        settings: task settings that affect prompts or rewards.
+        modules: modules of this package that compute the reward.
+        packages: other packages that the reward uses.
     """
     folder = Path(__file__).parent
     code = hashlib.blake2b(digest_size=8)
     for name in modules:
-        code.update((folder / f"{name}.py").read_bytes())
+        code.update(code_text((folder / f"{name}.py").read_text(encoding="utf-8")).encode())
     return {
         **{name: str(value) for name, value in settings.items()},
         "code": code.hexdigest(),
@@ -82,8 +85,23 @@ def reward_source(settings: Mapping[str, Any], *, modules: Iterable[str], packag
     }
 
 
+def code_text(source: str) -> str:
+    """Return the tokens of a module without comments, docstrings and layout, which change no reward."""
+    prose = {
+        (node.lineno, node.col_offset)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    }
+    tokens = [
+        token.string if token.string.strip() else tokenize.tok_name[token.type]
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE) and token.start not in prose
+    ]
+    return "\n".join(tokens)
+
+
 def text_digest(text: str) -> str:
-    """Digest of one text, such as a chat template."""
+    """Return the digest of one text, such as a chat template."""
     return _digest([text], 8).hex()
 
 

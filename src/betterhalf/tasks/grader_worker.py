@@ -1,4 +1,4 @@
-"""Start a worker of the grader, and find out why none starts."""
+"""Initialise a worker process of the grader, and diagnose why workers fail to start."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import sys
 from betterhalf.tasks.math_equal import equivalent
 
 WORKER_MEMORY_BYTES = 4 * 2**30
-"""Address space of a worker beyond its imports: 10^{10^{10}} must end in its own MemoryError, not in the trainer's."""
-REHEARSAL_SECONDS = 120.0
-"""Limit on a rehearsed start, which imports the main module again."""
+"""Address space of a worker beyond its imports, so that 10^{10^{10}} ends in its own MemoryError, not the trainer's."""
+TRIAL_START_SECONDS = 120.0
+"""Time limit of a trial start, which imports the main module again."""
 
 _READY, _BAD_MAIN, _BAD_WORKER = 90, 91, 92
-"""Exit statuses of a rehearsal; any other comes from the main module, which may end the process."""
-_REHEARSAL = f"""
+"""Exit statuses of a trial start; any other comes from the main module, which may end the process."""
+_TRIAL_SCRIPT = f"""
 import pickle, sys, traceback
 from multiprocessing import process, spawn
 def attempt(function, *args, status):
@@ -38,48 +38,48 @@ attempt(start, status={_BAD_WORKER})
 sys.exit({_READY})
 """
 MAIN_MODULE_GRADES = (
-    "the main module grades while it is imported, and each worker imports it again; "
-    'put its calls under `if __name__ == "__main__":`'
+    "the main module grades completions while it is imported, and each worker imports it again; "
+    'move its code under `if __name__ == "__main__":`'
 )
-_GUARD = 'put what it does under `if __name__ == "__main__":`'
+_GUARD = 'move its code under `if __name__ == "__main__":`'
 _MISSING = re.compile(r"ModuleNotFoundError\b")
 _ERROR_LINE = re.compile(r"^(?:[A-Za-z_][\w.]*)?(?:Error|Exception|Exit|Interrupt|Warning)\b", re.MULTILINE)
 
 
 def start_worker() -> None:
-    """Leave interrupts to the parent, bound the memory, and import and compile before any clock runs."""
+    """Leave interrupts to the parent, warm up the comparison before any time limit runs, and limit the memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     equivalent("3", "6/2")
     _bound_memory()
 
 
 def why_workers_fail() -> str | None:
-    """Start a worker once more, with its messages caught; return what is wrong and its fix, or None if it starts.
+    """Start a worker again with its output captured; return the problem and its fix, or None if it starts.
 
-    The start is that of `multiprocessing`: the main module is imported under another name.
+    As in `multiprocessing`, the main module is imported under another name.
     """
-    data = multiprocessing.spawn.get_preparation_data("rehearsal")
-    data.pop("authkey", None)  # a secret, which refuses to be pickled
-    command = [sys.executable, "-c", _REHEARSAL]
+    data = multiprocessing.spawn.get_preparation_data("trial start")
+    data.pop("authkey", None)  # a secret that cannot be pickled
+    command = [sys.executable, "-c", _TRIAL_SCRIPT]
     try:
         done = subprocess.run(
-            command, input=pickle.dumps(data), capture_output=True, timeout=REHEARSAL_SECONDS, check=False
+            command, input=pickle.dumps(data), capture_output=True, timeout=TRIAL_START_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        return f"importing the main module again takes a worker more than {REHEARSAL_SECONDS:g} s; {_GUARD}"
+        return f"importing the main module again takes a worker more than {TRIAL_START_SECONDS:g} s; {_GUARD}"
     if done.returncode == _READY:
         return None
     return _fault(done.returncode, _last_error_of(done.stderr.decode(errors="replace")))
 
 
 def _fault(status: int, error: str) -> str:
-    """Return one sentence of what is wrong and one of how to mend it, by the cause that was seen."""
+    """Return the problem and its fix, by the observed cause."""
     if MAIN_MODULE_GRADES in error:
         return MAIN_MODULE_GRADES
     if _MISSING.match(error):
         return f"the grader's workers cannot start ({error}); install the package that is missing"
     if status == _BAD_WORKER:
-        return f"the grader's workers cannot start ({error}); see that `import math_verify` works in this environment"
+        return f"the grader's workers cannot start ({error}); check that `import math_verify` works in this environment"
     cause = error if status == _BAD_MAIN else f"it ends with status {status}"
     return f"the grader's workers cannot import the main module again ({cause}); {_GUARD}"
 
@@ -91,7 +91,7 @@ def last_error(error: BaseException) -> str:
 
 
 def _last_error_of(messages: str) -> str:
-    """Return the last error in a process's messages, on one line."""
+    """Return the last error in a process's output, on one line."""
     found = [match.start() for match in _ERROR_LINE.finditer(messages)]
     lines = messages[found[-1] :] if found else next(iter(messages.strip().splitlines()[-1:]), "")
     return " ".join(lines.split())[:600].rstrip(".")
@@ -108,9 +108,9 @@ def _bound_memory() -> None:
 
 
 def _address_space() -> int:
-    """Return the address space in use: a main module that imports CUDA may hold more than the limit already."""
+    """Return the address space in use; a main module that imports CUDA may already exceed the limit."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        return 0  # only Linux tells
+        return 0  # only Linux has this file

@@ -1,4 +1,4 @@
-"""Problems with a checkable answer, in the prompt templates of the paper."""
+"""Mathematics problems with verifiable answers, in the prompt templates of the paper."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from betterhalf.tasks.row import Row
 from betterhalf.tasks.task import Tokenizer
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-"""As in the paper (arXiv 2510.26788) and the models' own cards."""
+"""Instruction of the paper (arXiv 2510.26788) and of the models' own cards."""
 
 _BAR, _BLOCK = "\N{FULLWIDTH VERTICAL LINE}", "\N{LOWER ONE EIGHTH BLOCK}"
 
@@ -28,38 +28,38 @@ TEMPLATES = {
         "<|im_start|>system\n{instruction}<|im_end|>\n<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n"
     ),
 }
-"""Written out, special tokens included: of DeepSeek-R1-Distill (thinking already opened), and of Qwen2.5-Math."""
+"""Prompt templates with special tokens: DeepSeek-R1-Distill (with <think> already opened) and Qwen2.5-Math."""
 
 
 def render(template: str, problem: str) -> str:
-    """The text of a problem in one of TEMPLATES; braces in the problem mean nothing."""
+    """Render a problem in one of TEMPLATES; braces in the problem are left as they are."""
     parts = TEMPLATES[template].replace("{instruction}", INSTRUCTION).split("{problem}")
     return problem.join(parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MathProblems:
-    """Rows of a data set, put to the model in one template."""
+    """Problems of a data set, in one prompt template."""
 
     source: str
-    """File or data set, for people."""
+    """File or data set, as named in messages."""
     rows: list[MathRow]
     template: str
     """`chat`, `r1_distill`, `qwen_math` or `none`."""
     tokenizer: Tokenizer
 
     def __len__(self) -> int:
-        """Problems in the data set."""
+        """Return the number of problems."""
         return len(self.rows)
 
     def row(self, index: int) -> Row:
-        """Row `index`, counted from 0 without blank lines."""
+        """Return row `index`, counted from 0 without blank lines."""
         row = self.rows[index]
         place = f"{self.source}, row {row.number}"
         return Row(prompt_id=f"math/{index}", place=place, question=row.problem, answer=row.answer, defect=row.defect)
 
     def draft(self, index: int) -> Draft:
-        """The problem of row `index` in the template."""
+        """Return the problem of row `index`, rendered in the template."""
         row = self.row(index)
         if self.template == "chat":
             return chat_draft(self.tokenizer, row.prompt_id, f"{row.question} {INSTRUCTION}", answer=row.answer)
@@ -69,10 +69,10 @@ class MathProblems:
 
 
 def build_math(config: MathTask, tokenizer: Tokenizer) -> DatasetTask:
-    """The task of a data file or hub name; its worker processes start with the first answers to grade.
+    """Build the task of a data file or hub data set; its worker processes start when the first answers are checked.
 
     Raises:
-        InputError: the data cannot be read or is empty; or no chat template where one is needed.
+        InputError: the data cannot be read or is empty, or the tokenizer lacks the chat template that the task needs.
         MissingExtraError: the data set is on the hub and `datasets` is not installed.
     """
     if config.template == "chat":

@@ -1,4 +1,4 @@
-"""From a completion to the answer it gives, and two answers to a common spelling. String work only."""
+"""Extract the answer from a completion, and normalise the spelling of answers. String operations only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _THINK_END = "</think>"
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _THOUSANDS = (re.compile(r"(?<=\d)(?:\\[,;: ]|\{,\}|~)(?=\d{3}(?!\d))"), "")
-"""10\\,000 and 10{,}000; a space in 3\\,1/2 means something."""
+"""Matches the separators in 10\\,000 and 10{,}000, but not the space in 3\\,1/2, which has a meaning."""
 _SAME_LOOK = (
     (re.compile(r"\\!"), ""),
     _THOUSANDS,
@@ -58,18 +58,18 @@ _FINITE = re.compile(
     r"|\\(?:sqrt(?!\s*\[)|pi|text|mbox|mathrm|left|right|le|leq|ge|geq|lt|gt|in|cup|cap|pm|cdot|times|infty|begin|end|quad)"
     r"(?![A-Za-z]))*"
 )
-"""Digits, variables, sums, products, roots, small powers and divisions by a written number: never infinite or huge."""
+"""Matches digits, variables, sums, products, roots, small powers, divisions by a number: never infinite or huge."""
 MAX_WORDS = 6
-"""A gold answer of more words is a sentence."""
+"""Maximum number of words of a gold answer; anything longer is a sentence."""
 MAX_DIGITS = 4000
-"""Python reads no longer integer."""
+"""Maximum number of digits; by default, Python's int() refuses more than 4,300."""
 
 
 def answer_part(text: str, template: str) -> str | None:
     """Return the part of a completion that may hold the answer; None if the template's format is broken.
 
-    `r1_distill`: the prompt has opened <think>, so exactly one </think> must follow, and the answer after it
-    (arXiv 2510.26788, the authors' grader). Other templates: the whole text.
+    `r1_distill`: the prompt has opened <think>, so exactly one </think> must follow, with the answer after
+    it (arXiv 2510.26788, the authors' grader). Other templates: the whole text.
     """
     if template != "r1_distill":
         return text
@@ -91,15 +91,16 @@ def last_boxed(text: str) -> str | None:
 
 
 def extract_answer(text: str, template: str) -> str | None:
-    """Return the boxed answer of a completion, or None: then it is wrong."""
+    """Return the boxed answer of a completion, or None if it has none and is therefore wrong."""
     part = answer_part(text, template)
     return None if part is None else last_boxed(part)
 
 
 def gold_answer(gold: str) -> str:
-    """Return the answer that a gold field gives, without markup and in ASCII signs.
+    """Extract the answer from a gold field, without markup and in ASCII.
 
-    That is its box, its <answer>, or the text after `####` (GSM8K) or after "The answer is".
+    The answer is the content of its box or <answer> tag, or the text after `####` (GSM8K) or "The answer is"; else it
+    is the whole field.
     """
     text = ascii_signs(gold).strip()
     if "####" in text:
@@ -112,7 +113,7 @@ def gold_answer(gold: str) -> str:
 
 
 def look_alike(gold: str, candidate: str) -> bool:
-    """Return whether two answers are the same text but for spacing and LaTeX that changes no meaning."""
+    """Return whether two answers differ at most in spacing and in LaTeX that has no meaning."""
     return _plain(gold) == _plain(candidate)
 
 
@@ -123,7 +124,7 @@ def _plain(answer: str) -> str:
 
 
 def spell_plainly(answer: str) -> str:
-    """Return an answer as math-verify reads it best: no $...$, markup or final period; plain numbers, ASCII signs."""
+    """Rewrite an answer as math-verify parses it best: no $...$, markup or final period; plain numbers, ASCII signs."""
     answer = _unwrapped(ascii_signs(answer))
     for pattern, replacement in _SPELLING:
         answer = pattern.sub(replacement, answer).strip()
@@ -132,7 +133,7 @@ def spell_plainly(answer: str) -> str:
 
 
 def _unwrapped(answer: str) -> str:
-    """Strip $...$, \\(...\\), {...}, markup and a final period, as often as they are there."""
+    """Strip $...$, \\(...\\), {...}, markup and a final period, until none is left."""
     before = None
     while before != answer:
         before, answer = answer, without_markup(_FINAL_MARK.sub("", answer.strip()))
@@ -152,7 +153,7 @@ def _fraction(repeating: re.Match[str]) -> str:
 
 
 def plain_number(text: str) -> str | None:
-    """Return a number without an exponent (1e-05 -> 0.00001); None if it is none, infinite, or too long to write."""
+    """Write a number without an exponent (1e-05 -> 0.00001); None if it is not a number, not finite, or too long."""
     try:
         number = Decimal(text)
     except InvalidOperation:
@@ -175,7 +176,7 @@ def _may_be_sum(found: re.Match[str]) -> bool:
 
 
 def readings(value: str) -> list[str]:
-    """Return what a value may mean: itself, and 0.002 for 2e-3, where spell_plainly left that open."""
+    """Return the possible readings of a value: itself, and 0.002 for 2e-3, which spell_plainly leaves ambiguous."""
     front = "-" if value.startswith("-") else ""
     found = _FLOAT.fullmatch(value.removeprefix("-"))
     number = plain_number(found[0]) if found and _may_be_sum(found) else None
@@ -183,12 +184,12 @@ def readings(value: str) -> list[str]:
 
 
 def is_surely_finite(answer: str) -> bool:
-    """Return whether an answer is of so simple a form that it has a value, which equals itself."""
+    """Return whether an answer has such a simple form that its value is finite and equals itself."""
     return _FINITE.fullmatch(answer) is not None and "inf" not in answer.replace("\\infty", "")
 
 
 def shape_fault(gold: str) -> str | None:
-    """Return the reason why no box can hold this gold answer, or no model would write it; None if it can be met."""
+    """Return the reason why no box can hold this gold answer, or no model would write it; None without one."""
     answer = gold_answer(gold)
     if not re.search(r"\w", answer) and not re.search(r"\\[a-zA-Z]", answer):
         return "it holds no answer"
@@ -199,5 +200,5 @@ def shape_fault(gold: str) -> str | None:
     words = _WORD.findall(_MARKUP.sub(" ", answer))
     around_value = len(words) > 1 and re.search(r"\d", answer) and _VERBS & {word.lower() for word in words}
     if len(words) > MAX_WORDS or around_value:
-        return f"it is a sentence ({len(words)} words), which only the same sentence would equal; give the value alone"
+        return f"it is a sentence ({len(words)} words), which only the same sentence would match; give the value alone"
     return None

@@ -1,4 +1,4 @@
-"""Rows of `problem` and `answer`: from a JSONL file, or from the Hugging Face hub."""
+"""Load rows of `problem` and `answer` from a JSONL file or from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _OTHER_MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-"""Byte order marks; that of UTF-32 begins like that of UTF-16."""
+"""Byte order marks; UTF-32 comes first, because its mark begins like that of UTF-16."""
 
 
 class _Number(str):
-    """A number of JSON as it is written there: a float would round it."""
+    """A JSON number as it is written; a float would round it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,16 +36,16 @@ class MathRow:
     answer: str
     """The gold answer, without \\boxed."""
     number: int = field(default=0, compare=False)
-    """Place in the source, counted from 1 as an editor does, blank lines included."""
+    """Number of the row in the source, counted from 1, blank lines included."""
     defect: BadRow | None = field(default=None, compare=False)
     """Set when the row cannot be read; then problem and answer are empty."""
 
 
 def load_rows(path: str, split: str) -> list[MathRow]:
-    """All rows of a JSONL file, of a local folder, or of a data set on the hub; those that cannot be read say why.
+    """Load all rows of a JSONL file, a local folder or a data set on the hub; unreadable rows carry the reason.
 
     Raises:
-        InputError: no such data, or no rows.
+        InputError: the data does not exist, cannot be read, or has no rows.
         MissingExtraError: a folder or hub name, and the package `datasets` is not installed.
     """
     file = Path(path).expanduser()
@@ -56,7 +56,7 @@ def load_rows(path: str, split: str) -> list[MathRow]:
 
 
 def _jsonl_rows(file: Path) -> list[MathRow]:
-    """Rows of a JSONL file; blank lines are passed over, but counted."""
+    """Return the rows of a JSONL file; blank lines are skipped, but counted."""
     try:
         data = file.read_bytes()
     except OSError as error:
@@ -70,7 +70,7 @@ def _jsonl_rows(file: Path) -> list[MathRow]:
 
 
 def _read(parse: Callable[[Any], tuple[str, str]], source: Any, *, place: str, number: int) -> MathRow:
-    """Problem and answer of a row, or why it has none."""
+    """Parse a row; if that fails, return it with the reason and without a problem and an answer."""
     try:
         problem, answer = parse(source)
     except RowError as error:
@@ -101,7 +101,7 @@ def _fields(row: Any) -> tuple[str, str]:
 
 
 def _field(row: dict[str, Any], name: str) -> str:
-    """Return a field as text; a number is as good as its digits, written without an exponent."""
+    """Return a field as text; a number becomes its digits, written without an exponent."""
     value = row.get(name)
     if isinstance(value, _Number | int | float | Decimal) and not isinstance(value, bool):
         digits = _digits(value)
@@ -115,7 +115,7 @@ def _field(row: dict[str, Any], name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         found = "holds no text" if name in row else "is missing"
         has = ", ".join(map(repr, row)) or "nothing"
-        raise RowError(f"the field `{name}` {found} (it has {has})", "give each row `problem` and `answer`")
+        raise RowError(f"the field `{name}` {found} (the row has {has})", "give each row `problem` and `answer`")
     return value
 
 

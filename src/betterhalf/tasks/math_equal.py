@@ -1,8 +1,8 @@
-"""Compare two answers by mathematics, with math-verify. Every function here runs in a worker process.
+"""Compare two answers mathematically, with math-verify. Every function here runs in a worker process.
 
-Some calls never return, so they belong into a process that can be killed. math-verify's own time limits are off: they
-are alarms, which cannot interrupt the arithmetic of huge integers. math-verify compares within tolerances; here numbers
-that are written exactly are compared exactly, and a decimal of few digits is exact.
+Some calls never return, so they must run in a process that can be killed. math-verify's own time limits are off: they
+are alarm signals, which cannot interrupt arithmetic on huge integers. math-verify compares within tolerances; here,
+numbers that are written exactly are compared exactly, and a decimal with few digits counts as exact.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ _BASE_NAMES = {
 
 
 class UnparsedAnswerError(Exception):
-    """The answer that a model wrote cannot be read as mathematics."""
+    """The model's answer cannot be parsed as mathematics."""
 
 
 def equivalent(gold: str, candidate: str) -> bool:
     """Return whether two answers are equal.
 
     Raises:
-        UnparsedAnswerError: the candidate cannot be read, and is not the gold answer's text either.
+        UnparsedAnswerError: the candidate cannot be parsed, and is not the same text as the gold answer.
     """
     gold, candidate = spell_plainly(gold), spell_plainly(candidate)
     (gold, gold_unit), (candidate, unit) = split_unit(gold), split_unit(candidate)
@@ -77,8 +77,8 @@ def _equal(gold: str, candidate: str) -> bool:
     return _same(gold, candidate) or _same(gold.removesuffix("\\%"), candidate.removesuffix("\\%"))
 
 
-def why_unmeetable(gold: str) -> str | None:
-    """Return the reason why a box that holds this gold answer is not found equal to it; None if it is."""
+def why_unmatchable(gold: str) -> str | None:
+    """Return the reason why a box with exactly this gold answer would not be graded as equal; None without one."""
     value = split_unit(spell_plainly(gold))[0]
     if _by_form(value, value):
         return None
@@ -92,7 +92,7 @@ def why_unmeetable(gold: str) -> str | None:
 
 
 def _by_form(gold: str, candidate: str) -> bool | None:
-    """Decide what is text, not mathematics: words, times of day, and digits in another base. None if undecided."""
+    """Compare answers that are text, not mathematics: words, times of day, numbers in another base. None if neither."""
     words = [_words(side) for side in (gold, candidate)]
     if None not in words and any(_is_wordy(side) for side in (gold, candidate)):
         return words[0] == words[1]
@@ -110,7 +110,7 @@ def _by_form(gold: str, candidate: str) -> bool | None:
 
 
 def _words(answer: str) -> str | None:
-    """Return an answer that is nothing but words, in small letters; None for any other."""
+    """Return an answer that consists of words alone, in lower case; None for any other."""
     text = _TEXT.sub(r"\1", answer).strip()
     text = text.removeprefix("(").removesuffix(")").strip()
     if not _LETTERS.fullmatch(text):
@@ -119,7 +119,7 @@ def _words(answer: str) -> str | None:
 
 
 def _is_wordy(answer: str) -> bool:
-    """Return whether letters stand for a word, not for a product of variables."""
+    """Return whether the letters of an answer form a word, not a product of variables."""
     return bool(_TEXT.search(answer)) or any(len(word) >= 4 for word in re.findall(r"[A-Za-z]+", answer))
 
 
@@ -129,7 +129,7 @@ def _bases(answer: str) -> list[str]:
 
 
 def _is_number(before: str) -> bool:
-    """Return whether digits end here, and not a name such as A_1 or \\log_2."""
+    """Return whether the text ends in digits, and not in a name as in A_1 or \\log_2."""
     digits = re.search(r"([0-9A-Z]+)\)?$", before)
     return bool(digits and re.search(r"[0-9]", digits[1]))
 
@@ -174,7 +174,7 @@ def _equal_values(gold: str, left: Any, right: Any) -> bool:
 
 
 def _is_of_library(error: Exception) -> bool:
-    """Return whether sympy, or what it stands on, failed on an expression: models write anything."""
+    """Return whether the error comes from sympy or a related library: models write expressions that make them fail."""
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES for frame, _ in frames)
 
@@ -186,7 +186,7 @@ def _verify(gold: Any, candidate: Any) -> bool:
 
 
 def _parse(answer: str) -> tuple[Any | None, str]:
-    """Return the expression, None if it cannot be read, and the text that math-verify made of it."""
+    """Return the expression, or None if it cannot be parsed, and math-verify's normalised text."""
     from math_verify import parse
 
     parsed = parse(f"\\boxed{{{answer}}}", extraction_config=[_config()], parsing_timeout=None)
@@ -197,7 +197,7 @@ def _parse(answer: str) -> tuple[Any | None, str]:
 
 @lru_cache(maxsize=1)
 def _config() -> Any:
-    """Read the whole box or nothing, not a fraction inside it; leave units, since math-verify takes 2h for 2 hours."""
+    """Return parser settings: parse the whole box or nothing; keep units, since math-verify reads 2h as 2 hours."""
     from math_verify import LatexExtractionConfig
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)

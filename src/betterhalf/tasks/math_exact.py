@@ -12,7 +12,7 @@ _POINTS = ("1.37", "-2.13", "0.61", "-0.29")
 
 
 def exact(expression: Any) -> Any:
-    """Return an expression with its decimals as fractions, each rational constant worked out, and i as sqrt(-1)."""
+    """Return an expression with decimals as fractions, rational constants evaluated, and i as the imaginary unit."""
     import sympy
     from latex2sympy2_extended.logic import And
     from latex2sympy2_extended.sets import FiniteSet
@@ -23,7 +23,7 @@ def exact(expression: Any) -> Any:
         return FiniteSet(*map(exact, expression._unsorted_args))
     if isinstance(expression, sympy.Tuple):
         return sympy.Tuple(*map(exact, expression.args))
-    if isinstance(expression, sympy.Interval) and expression.args:  # the reals are one without
+    if isinstance(expression, sympy.Interval) and expression.args:  # the real line is an interval without args
         start, end, left_open, right_open = expression.args
         return sympy.Interval(exact(start), exact(end), left_open, right_open)
     if isinstance(expression, And):
@@ -55,8 +55,11 @@ def is_constant(expression: Any) -> bool:
 def same_constant(gold: Any, candidate: Any, decimals: int | None = None) -> bool:
     """Return whether two numbers are equal: fractions exactly, others to 40 digits.
 
-    Args: `decimals` of a gold answer that is itself a rounded number; a candidate that no decimal writes may round to
-    it.
+    Args:
+        gold: gold answer.
+        candidate: answer of the model.
+        decimals: decimal places of a gold answer that is itself rounded. A candidate that has no finite decimal
+            expansion is then equal if it rounds to the gold answer.
     """
     import sympy
 
@@ -72,12 +75,12 @@ def same_constant(gold: Any, candidate: Any, decimals: int | None = None) -> boo
     if decimals is not None:
         return bool(distance <= sympy.Rational(1, 2 * 10**decimals))
     if min(abs(left), abs(right)) < sympy.Rational(1, 10**30):
-        return bool(sympy.simplify(gold - candidate) == 0)  # digits say nothing about a sum that vanishes
+        return bool(sympy.simplify(gold - candidate) == 0)  # leading digits say nothing about a sum that cancels
     return bool(distance <= size * sympy.Rational(1, 10**40))
 
 
 def _is_decimal(number: Any) -> bool:
-    """Return whether a finite decimal writes a number: a fraction over powers of two and five."""
+    """Return whether a number has a finite decimal expansion: its denominator has no factors but two and five."""
     if not number.is_Rational:
         return False
     rest = int(number.q)
@@ -102,8 +105,8 @@ def equal_if_positive(gold: Any, candidate: Any) -> bool:
 def differ_somewhere(gold: Any, candidate: Any) -> bool:
     """Return whether two expressions differ at one of a few points where at least one of them is real.
 
-    It overrules a comparison within tolerances, which takes e^{-50}x for e^{-60}x, and one for positive variables
-    only, which takes sqrt(x^2) for x.
+    The result overrules two laxer comparisons: one within tolerances, which takes e^{-50}x for e^{-60}x, and one for
+    positive variables only, which takes sqrt(x^2) for x.
     """
     import sympy
 
@@ -117,7 +120,7 @@ def differ_somewhere(gold: Any, candidate: Any) -> bool:
 
 
 def _points(variables: int) -> list[tuple[str, ...]]:
-    """Return every combination for one or two variables, and sixteen that are always the same for more."""
+    """Return every combination of coordinates for one or two variables, and a fixed choice of sixteen for more."""
     if variables <= 2:
         return list(product(_POINTS, repeat=variables))
     draw = random.Random(0)
@@ -134,7 +137,7 @@ def _differ(gold: Any, candidate: Any, point: dict[Any, Any]) -> bool:
 
 
 def both_unsolvable(gold: Any, candidate: Any) -> bool:
-    """Return whether two different equations have no solution: math-verify compares solutions, and finds none alike."""
+    """Return whether two different equations have no solution; math-verify compares solutions, and finds them equal."""
     import sympy
 
     if not (isinstance(gold, sympy.Eq) and isinstance(candidate, sympy.Eq)):
@@ -157,6 +160,6 @@ def contradicts(candidate: Any) -> bool:
 
 
 def lengths_differ(gold: Any, candidate: Any) -> bool:
-    """Return whether two lists differ in length; read as sets, 1,1,2 would be 1,2."""
+    """Return whether two lists differ in length; compared as sets, 1,1,2 would equal 1,2."""
     members = [getattr(side, "_unsorted_args", None) for side in (gold, candidate)]
     return None not in members and len({len(side) for side in members if side is not None}) > 1

@@ -1,4 +1,4 @@
-"""Grade mathematics in worker processes, each completion within a limit of wall-clock time."""
+"""Grade mathematics in worker processes, with a wall-clock time limit for each completion."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from betterhalf.errors import RewardError
 from betterhalf.tasks.grader_worker import MAIN_MODULE_GRADES, last_error, start_worker, why_workers_fail
 from betterhalf.tasks.math_answer import extract_answer, gold_answer, is_surely_finite, look_alike, shape_fault
-from betterhalf.tasks.math_equal import UnparsedAnswerError, equivalent, why_unmeetable
+from betterhalf.tasks.math_equal import UnparsedAnswerError, equivalent, why_unmatchable
 from betterhalf.types import FinishReason, Prompt
 
 Pair = tuple[str, str]
@@ -23,30 +23,34 @@ Pair = tuple[str, str]
 _TRIVIAL_PAIR = ("1/2", "0.5")
 _TRIALS = 3
 START_SECONDS = 20.0
-"""Time after which workers without a first result are looked into."""
+"""Seconds without a first result after which a failure to start is suspected and checked."""
 
 
 class Failure(Enum):
     """Reasons why a comparison has no result."""
 
-    RESOURCES = "ran out of time or memory, or brought its worker down"
-    UNPARSED = "cannot be read"
+    RESOURCES = "ran out of time or memory, or crashed its worker"
+    UNPARSED = "cannot be parsed"
 
 
 class MathGrader:
-    """1 for a finished completion whose boxed answer equals the gold answer, else 0.
+    """Grader that rewards a finished completion with 1 if its boxed answer equals the gold answer, and else with 0.
 
-    A worker that is still busy when its time is up is killed and replaced; that completion scores 0 and counts in
-    `timeouts`, and so does one that runs out of memory or brings its worker down. An answer that cannot be read scores
-    0 and counts in `unparsed_answers`. Workers start with the check of the gold answers, and stay.
+    A worker that exceeds its time limit is killed and replaced. Its completion gets reward 0 and counts in `timeouts`,
+    as does one that runs out of memory or crashes its worker. An answer that cannot be parsed gets reward 0 and counts
+    in `unparsed_answers`. The workers start when the gold answers are checked, and run until `close`.
     """
 
     def __init__(
         self, template: str, *, seconds: float, workers: int, equal: Callable[[str, str], bool] = equivalent
     ) -> None:
-        """Args: template of the prompts; limit per completion; processes; the comparison, importable by name.
+        """Create the grader, without starting its workers.
 
-        The comparison gets gold answer and candidate, and may raise `UnparsedAnswerError`.
+        Args:
+            template: template of the prompts; see `answer_part`.
+            seconds: time limit for each completion.
+            workers: number of worker processes.
+            equal: comparison of (gold answer, candidate), importable by name; it may raise `UnparsedAnswerError`.
         """
         self._template = template
         self._seconds = seconds
@@ -59,18 +63,18 @@ class MathGrader:
 
     @property
     def timeouts(self) -> int:
-        """Completions whose grading ran out of time or memory, or brought its worker down, so far."""
+        """Number of completions so far whose grading ran out of time or memory, or crashed its worker."""
         return self._timeouts
 
     @property
     def unparsed_answers(self) -> int:
-        """Boxed answers that could not be read, so far."""
+        """Number of boxed answers so far that could not be parsed."""
         return self._unparsed
 
     def rewards(
         self, prompts: Sequence[Prompt], texts: Sequence[str], finish_reasons: Sequence[FinishReason]
     ) -> list[float]:
-        """Return one reward for each completion; truncated ones score 0 without grading.
+        """Return one reward for each completion; truncated ones get 0 without grading.
 
         Raises:
             RewardError: the workers cannot start, or the comparison itself failed.
@@ -86,9 +90,9 @@ class MathGrader:
         return [float(result is True) for result in results]
 
     def check_golds(self, answers: Sequence[str], *, will_grade: bool = True) -> list[str | None]:
-        """Return one reason for each gold answer that a completion cannot meet by boxing it; None for the others.
+        """Return, for each gold answer, the reason why a completion that boxes it cannot match it, or None.
 
-        A grader that will grade starts its workers, and has one of them compare two answers.
+        With `will_grade`, start the workers first, and test one of them on two answers that are known to be equal.
 
         Raises:
             RewardError: the workers cannot start, or the comparison itself failed.
@@ -99,33 +103,33 @@ class MathGrader:
         faults = {gold: shape_fault(gold) for gold in dict.fromkeys(answers)}
         hard = {gold: gold_answer(gold) for gold, fault in faults.items() if fault is None}
         hard = {gold: answer for gold, answer in hard.items() if not is_surely_finite(answer)}
-        for gold, reason in zip(hard, self._run(why_unmeetable, [(answer,) for answer in hard.values()]), strict=True):
-            limit = f"comparing it with itself takes more than {self._seconds:g} s or the memory of a worker"
+        for gold, reason in zip(hard, self._run(why_unmatchable, [(answer,) for answer in hard.values()]), strict=True):
+            limit = f"comparing it with itself takes more than {self._seconds:g} s or more memory than a worker has"
             faults[gold] = limit if isinstance(reason, Failure) else reason
         return [faults[gold] for gold in answers]
 
     def close(self) -> None:
-        """End the workers, busy or not."""
+        """Stop the workers, even busy ones."""
         if self._pool is not None:
             self._pool.stop()  # type: ignore[no-untyped-call]
             self._pool.join()
             self._pool = None
 
     def _try_out(self) -> None:
-        """Compare two answers that are equal, so that a grader that cannot work is found before anything is sampled."""
-        for _ in range(_TRIALS):  # a busy machine may let a short limit pass once
+        """Compare two equal answers, so that a grader that does not work is found before anything is sampled."""
+        for _ in range(_TRIALS):  # a busy machine may exceed a short time limit once
             verdict = self._compare([_TRIVIAL_PAIR])[_TRIVIAL_PAIR]
             if verdict is not Failure.RESOURCES:
                 break
         if verdict is Failure.RESOURCES:
             raise RewardError(
                 f"the grader's workers cannot compare {' and '.join(_TRIVIAL_PAIR)} within {self._seconds:g} s and "
-                "their memory; raise task.reward_seconds, or give the machine less to do"
+                "their memory limit; raise task.reward_seconds, or reduce the load on the machine"
             )
         if verdict is not True:
             raise RewardError(
                 f"the grader does not find {' and '.join(_TRIVIAL_PAIR)} equal; "
-                "install the versions of math-verify and sympy that betterhalf asks for"
+                "install the versions of math-verify and sympy that betterhalf requires"
             )
 
     def _pair(self, prompt: Prompt, text: str) -> Pair | None:
@@ -133,7 +137,7 @@ class MathGrader:
         return None if candidate is None else (gold_answer(prompt.answer), candidate)
 
     def _compare(self, pairs: Sequence[Pair]) -> dict[Pair, bool | Failure]:
-        """Return whether each pair is equal, or why that is not known."""
+        """Return whether each pair is equal, or the failure that left this open."""
         verdicts: dict[Pair, bool | Failure] = {pair: True for pair in pairs if look_alike(*pair)}
         waiting = [pair for pair in pairs if pair not in verdicts]
         for pair, verdict in zip(waiting, self._run(self._equal, waiting), strict=True):
@@ -148,7 +152,7 @@ class MathGrader:
     def _run(self, function: Callable[..., Any], calls: Sequence[tuple[str, ...]]) -> list[Any]:
         """Return the result of each call in a worker, or its `Failure`.
 
-        A pool also breaks when an idle worker is killed from outside, so it is replaced once before that is an error.
+        A pool also breaks when an idle worker is killed from outside, so it is replaced once before this is an error.
         """
         starting = self._pool is None
         try:
@@ -165,7 +169,7 @@ class MathGrader:
             self.close()
             raise RewardError(
                 f"the grader's workers ended twice without a result ({error}); "
-                "see their messages above, and whether the machine has run out of memory"
+                "check their messages above, and whether the machine has run out of memory"
             ) from error
 
     def _results(self, futures: Sequence[ProcessFuture[Any]]) -> list[Any]:
@@ -180,11 +184,11 @@ class MathGrader:
             self._pool = ProcessPool(max_workers=self._workers, initializer=start_worker, context=context)
         try:
             return self._pool.schedule(function, args=call, timeout=self._seconds)
-        except RuntimeError as error:  # pebble's word for a pool that broke between two batches
+        except RuntimeError as error:  # pebble raises this if a pool broke between two batches
             raise BrokenProcessPool(str(error)) from error
 
     def _require_start(self) -> None:
-        """Raise an error if no worker can start; pebble replaces one that ends with status 0, for ever."""
+        """Raise an error if no worker can start; pebble would forever replace one that exits with status 0."""
         fault = why_workers_fail()
         if fault is not None:
             self.close()
@@ -192,7 +196,7 @@ class MathGrader:
 
 
 def _result(future: ProcessFuture[Any]) -> Any:
-    """Return what a call returned, or the failure that the answers caused; any other error is one of the grader."""
+    """Return the result of a call, or the failure that its answers caused; raise any other error."""
     error = future.exception()
     if error is None:
         return future.result()

@@ -1,4 +1,4 @@
-"""Markup around an answer, and signs that are no ASCII: what models and data sets write instead of LaTeX."""
+"""Strip markup around an answer, and convert non-ASCII signs, both of which models and data sets use beside LaTeX."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _SIGNS = {
     "\N{YEN SIGN}": r"\$",
     "\N{INDIAN RUPEE SIGN}": r"\$",
 }
-"""A currency is a mark to pass over: the grader does not tell them apart."""
-_LOOKS = frozenset({"<wide>", "<narrow>", "<small>", "<font>"})
-"""Unicode's names for characters that are others in another width or typeface."""
+"""Sign -> ASCII or LaTeX. All currency signs become $, which the grader ignores: it does not distinguish currencies."""
+_VARIANTS = frozenset({"<wide>", "<narrow>", "<small>", "<font>"})
+"""Unicode decomposition types of characters that are variants of others in width or typeface."""
 _SUPERSCRIPTS = re.compile("[\u00b2\u00b3\u00b9\u2070\u2074-\u2079\u207a\u207b]+")
 _EMPHASIS = (
     re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*]+?)(?<=\S)\*\*(?![\w(*])"),
     re.compile(r"(?<![\w)\]}])__(?=[^\s_])([^_]+?)(?<=\S)__(?![\w(])"),
 )
-"""Not the powers of 2**3**4."""
+"""Bold text in Markdown, but not the powers in 2**3**4."""
 _AROUND = (
     re.compile(r"\*(?=\S)([^*]+)(?<=\S)\*"),
     re.compile(r"_(?=[^\s{])([^_]+)(?<=\S)_"),
@@ -47,7 +47,7 @@ _AROUND = (
     re.compile(r"<([a-zA-Z]\w*)>(?P<inside>.*)</\1>", re.DOTALL),
     re.compile(r"(?:=|\\approx(?![a-zA-Z])|\\simeq(?![a-zA-Z])|~)\s*(?=[^\s=~])(.+)", re.DOTALL),
 )
-"""Remove markup around a whole answer (emphasis, code, a tag), and a relation that has no left side."""
+"""Markup around a whole answer (emphasis, code, a tag), and a relation without a left-hand side."""
 _NUMBER_WORD = (
     r"zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen"
     r"|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|million|billion"
@@ -56,7 +56,7 @@ _IN_WORDS = re.compile(rf"(-?[\d.,]+)\s*\((?:(?:minus|negative|and|{_NUMBER_WORD
 
 
 def ascii_signs(text: str) -> str:
-    """Return a text with full-width and other unusual digits, letters and signs as ASCII or LaTeX."""
+    """Return a text with full-width and other non-ASCII digits, letters and signs as ASCII or LaTeX."""
     if text.isascii():
         return text
     text = _SUPERSCRIPTS.sub(_exponent, text)
@@ -64,7 +64,7 @@ def ascii_signs(text: str) -> str:
 
 
 def without_markup(answer: str) -> str:
-    """Return an answer without emphasis, code marks, tags, a leading `=` or `\\approx`, and its number in words."""
+    """Return an answer without emphasis, code marks, tags, a leading `=` or `\\approx`, or its number in words."""
     before = None
     while before != answer:
         before = answer
@@ -85,7 +85,7 @@ def _ascii_sign(char: str) -> str:
     if kind == "<fraction>":
         top, _, bottom = unicodedata.normalize("NFKC", char).partition("\N{FRACTION SLASH}")
         return rf"\frac{{{top}}}{{{bottom}}}" if bottom else char
-    if kind in _LOOKS:
+    if kind in _VARIANTS:
         return "".join(_SIGNS.get(part, part) for part in unicodedata.normalize("NFKC", char))
     digit = unicodedata.decimal(char, None)
     return char if digit is None else str(digit)

@@ -13,7 +13,7 @@ _BARE_UNIT = re.compile(
 _RATE = re.compile(
     r"(.*[\d})%$])(?:\\[ ,;:]|[\s~])+([A-Za-z]+(?:\^?\{?\d\}?)?\s*/\s*[A-Za-z]+(?:\^?\{?\d\}?)?)", re.DOTALL
 )
-"""5 km/h, but not 5m/s without a space, which is a quotient of variables."""
+"""Matches 5 km/h, but not 5m/s: without a space, it is a quotient of variables."""
 _SHORT = frozenset({"mm", "cm", "dm", "km", "ft", "in", "yd", "mi", "kg", "mg", "lb", "lbs", "oz", "ml", "mph", "sq"})
 _SHORT_WORDS = frozenset(
     {"day", "men", "sec", "min", "hrs", "hr", "yr", "yrs", "kph", "feet", "inch", "cup", "tsp", "ton", "gal"}
@@ -26,7 +26,7 @@ _NOT_UNITS = frozenset(
         *("alpha", "beta", "gamma", "delta", "theta", "lambda", "sigma", "omega"),
     }
 )
-"""Words behind a number that belong to its value, or make it a condition."""
+"""Words after a number that are part of its value, or turn it into a condition."""
 _POWER = re.compile(r"(square|sq|cubic|cu|)(.*?)(\d?)", re.DOTALL)
 _SAME = {
     "mm": "millimeter millimetre",
@@ -61,13 +61,13 @@ _NAME = {word: unit for unit, words in _SAME.items() for word in (unit, *words.s
 _RATES = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h"}
 _PER = re.compile(r"/|\bper\b")
 Unit = tuple[tuple[str, str], ...]
-"""Names and powers, of a rate two: ((km, 1), (h, 1))."""
+"""(name, power) of each factor; a rate has two factors: ((km, 1), (h, 1))."""
 
 
 def split_unit(answer: str) -> tuple[str, str]:
-    """Return the value and the unit: (5, cm) of `5 \\text{ cm}` or `5 cm`; the unit is empty if there is none.
+    """Split an answer into value and unit: (5, cm) for `5 \\text{ cm}` or `5 cm`; the unit is empty if there is none.
 
-    A single letter behind a number, as in 2h, is a variable; 5 m/s has a unit.
+    A single letter after a number, as in 2h, is a variable; 5 m/s has a unit.
     """
     found = _RATE.fullmatch(answer)
     if found and _name(found[2]) is not None:
@@ -82,7 +82,7 @@ def split_unit(answer: str) -> tuple[str, str]:
 
 
 def units_differ(first: str, second: str) -> bool:
-    """Return whether both units are known and name different things; a missing or unknown unit differs from none."""
+    """Return whether both units are known and different; a missing or unknown unit agrees with every other."""
     names = [_name(unit) for unit in (first, second)]
     return None not in names and names[0] != names[1]
 
@@ -106,7 +106,7 @@ def _name(unit: str) -> Unit | None:
 
 def _simple_name(unit: str) -> tuple[str, str] | None:
     found = _POWER.fullmatch(re.sub(r"\s", "", unit))
-    assert found is not None  # the pattern takes any text
+    assert found is not None  # the pattern matches any text
     area, word, power = found.groups()
     name = _NAME.get(word) or _NAME.get(word.removesuffix("s"))
     return (name, power or {"s": "2", "c": "3"}.get(area[:1], "1")) if name else None

@@ -1,7 +1,8 @@
 """The perfectible set: prompts that the base policy solves sometimes (arXiv 2510.26788, section 4.1).
 
-A policy can learn to solve every one of them, so a sound system must. The file `perfectible.jsonl` starts with its
-provenance; one row for each prompt tried follows, added as they are counted, so that an interrupted count goes on.
+A policy can learn to solve every one of them, so a correct training system must get it there. The file
+`perfectible.jsonl` starts with its provenance, followed by one row for each prompt that was tried. Rows are appended as
+they are counted, so that an interrupted count can continue.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from betterhalf.errors import InputError
 from betterhalf.run_dir import append_jsonl, plain_json, read_jsonl, write_text_atomic
 
 SAME_DATA_KEYS = frozenset({"path", "reward_seconds", "reward_workers", "bad_rows", "allow_changed_data"})
-"""Task settings that may differ between counting and training: a moved file holds the same problems."""
+"""Task settings that may differ between counting and training; a file that was moved holds the same problems."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PerfectibleResult:
-    """What the filter kept."""
+    """Result of filtering prompts by their solved counts."""
 
     kept: tuple[int, ...]
     """Positions in `solved_counts`, in order; at least one."""
@@ -33,44 +34,46 @@ class PerfectibleResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """What a perfectible set was made from: the first line of its file."""
+    """Origin of a perfectible set; the first line of its file."""
 
     model: str
-    """As the user named it."""
+    """Model, as the user named it."""
     weights_digest: str
-    """Of the weights that sampled."""
+    """Digest of the weights that sampled."""
     task: dict[str, Any]
     """Configuration of the base task."""
     seed: int
-    """Of the sampling."""
+    """Seed of the sampling."""
     candidates: int
-    """Prompts to try: 0 to candidates - 1 of the base task."""
+    """Number of prompts to try: 0 to candidates - 1 of the base task."""
     samples: int
-    """Completions of each."""
+    """Completions sampled for each prompt."""
     lower: float
-    """Smallest share solved that is kept."""
+    """Smallest solved share at which a prompt is kept."""
     upper: float
-    """Largest share solved that is kept."""
+    """Largest solved share at which a prompt is kept."""
     temperature: float
-    """Of the sampling."""
+    """Sampling temperature."""
     max_tokens: int
     """Length limit of a completion."""
     engine_dtype: str
-    """Format the engine computed in."""
+    """Dtype in which the engine computed."""
     versions: dict[str, str]
-    """Versions of the packages that matter."""
+    """Versions of the relevant packages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolvedRow:
-    """How often one prompt was solved."""
+    """Number of times one prompt was solved."""
 
     index: int
-    """Number of the candidate: its place among the rows of the base task that can be used."""
+    """Index of the candidate among the usable rows of the base task."""
     prompt_id: str
-    """Names the row itself."""
+    """Stable name of the row."""
     solved: int
+    """Completions that solved the prompt."""
     samples: int
+    """Completions sampled."""
     digest: str = ""
     """Digest of the row's content; empty in files of older versions."""
 
@@ -89,25 +92,25 @@ def select(solved_counts: Sequence[int], samples: int, lower: float, upper: floa
     if not kept:
         raise InputError(
             f"none of {len(solved_counts)} prompts is perfectible: {too_easy} too easy (solved over {upper:.0%} of the "
-            f"time), {too_hard} too hard (under {lower:.0%}); take {_cure(too_easy, too_hard)}, or widen "
-            "sanity.lower and sanity.upper (in the same run_dir, --resume keeps the counts)"
+            f"time), {too_hard} too hard (under {lower:.0%}); choose {_alternative(too_easy, too_hard)}, or widen the "
+            "range of sanity.lower and sanity.upper (--resume with the same run_dir keeps the counts)"
         )
     return PerfectibleResult(kept=kept, too_easy=too_easy, too_hard=too_hard)
 
 
-def _cure(too_easy: int, too_hard: int) -> str:
+def _alternative(too_easy: int, too_hard: int) -> str:
     if too_easy and too_hard:
         return "another task or model, or more sanity.candidates"
     return "a harder task" if too_easy else "an easier task, a stronger model, or a larger sampling.max_tokens"
 
 
 def open_perfectible(path: Path, provenance: Provenance) -> list[SolvedRow]:
-    """Start the file, or read back what an interrupted count left: its rows so far; a torn last line is dropped.
+    """Create the file, or return the rows that an interrupted count left; an incomplete last line is dropped.
 
-    Counts stay good under other bounds, and when more candidates are asked for: then the provenance is replaced.
+    Counts stay valid under other bounds and for more candidates; the provenance is then replaced.
 
     Raises:
-        InputError: the file was made from something else (named), or is damaged.
+        InputError: the file has another provenance (the message names the differences), or is damaged.
         RunError: the disk is full.
     """
     header = {"provenance": plain_json(asdict(provenance))}
@@ -124,21 +127,21 @@ def open_perfectible(path: Path, provenance: Provenance) -> list[SolvedRow]:
 
 
 def _filter_of(provenance: Provenance) -> dict[str, Any]:
-    """What decides which prompts are tried and kept, but not how often one is solved."""
+    """Return the settings that decide which prompts are tried and kept, but not how often one is solved."""
     return {"candidates": provenance.candidates, "lower": provenance.lower, "upper": provenance.upper}
 
 
 def append_solved(path: Path, row: SolvedRow) -> None:
-    """Add one prompt's count.
+    """Append the count of one prompt.
 
     Raises:
-        RunError: the disk is full; the rows before are untouched.
+        RunError: the disk is full; the rows already written are intact.
     """
     append_jsonl(path, asdict(row))
 
 
 def read_perfectible(path: Path) -> tuple[Provenance, list[SolvedRow]]:
-    """Provenance and rows, which may be incomplete.
+    """Return the provenance and the rows, which may be incomplete.
 
     Raises:
         InputError: there is no such file, or it is not a perfectible set.
@@ -158,10 +161,10 @@ def read_perfectible(path: Path) -> tuple[Provenance, list[SolvedRow]]:
 
 
 def read_kept(path: Path) -> tuple[Provenance, list[SolvedRow]]:
-    """Provenance, and the rows of the prompts kept, of a finished file.
+    """Return the provenance and the rows of the kept prompts of a finished file.
 
     Raises:
-        InputError: as `read_perfectible`; or the count is unfinished; or nothing is kept.
+        InputError: as in `read_perfectible`; or the count is unfinished; or nothing is kept.
     """
     provenance, rows = read_perfectible(path)
     if len(rows) < provenance.candidates:
@@ -174,7 +177,7 @@ def read_kept(path: Path) -> tuple[Provenance, list[SolvedRow]]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignored: frozenset[str] = frozenset()) -> list[str]:
-    """`key: old -> new` for each differing key, nested ones dotted."""
+    """Return `key: old -> new` for each key that differs; nested keys are dotted."""
     found = []
     for key in [name for name in {**old, **new} if name not in ignored]:
         before, after = old.get(key), new.get(key)
@@ -195,7 +198,7 @@ def _require_same(path: Path, old: Any, new: Any) -> None:
 
 
 def _require_order(path: Path, rows: Sequence[SolvedRow]) -> None:
-    """Rows are prompts 0, 1, 2, ...: a gap means that the file was edited or two runs wrote to it."""
+    """Refuse rows that are not prompts 0, 1, 2, ...: the file was edited, or two runs wrote to it."""
     for expected, row in enumerate(rows):
         if row.index != expected:
             raise InputError(

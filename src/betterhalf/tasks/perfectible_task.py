@@ -15,7 +15,7 @@ from betterhalf.tasks.perfectible import SAME_DATA_KEYS, Provenance, SolvedRow, 
 
 
 def restrict(config: PerfectibleTask, base: DatasetTask) -> DatasetTask:
-    """The prompts that the file keeps; rewards come from `base`, which this task closes.
+    """Restrict `base` to the prompts that the file keeps; the result shares the grader of `base`, and closes it.
 
     Raises:
         InputError: the file is missing, unfinished, or was counted on another task or other rows.
@@ -33,17 +33,17 @@ def restrict(config: PerfectibleTask, base: DatasetTask) -> DatasetTask:
 def require_same_rows(
     path: Path, rows: Sequence[SolvedRow], data: DataRecord, place: Callable[[int], str], prefix: str
 ) -> None:
-    """Refuse rows that are not those whose solutions were counted.
+    """Refuse a task whose rows are not those that were counted.
 
     Args:
         path: the file with the counts.
-        rows: those it holds.
+        rows: rows of that file.
         data: digests of the task's rows; row i of the file is row i of the task.
-        place: names a row of the task.
-        prefix: of the keys of the task's settings.
+        place: function that names a row of the task.
+        prefix: prefix of the task's configuration keys, for the message.
 
     Raises:
-        InputError: names the first, and how many differ.
+        InputError: rows differ; the message names the first, and how many there are.
     """
     different = [index for index, row in enumerate(rows) if row.digest and row.digest != data.row(index)]
     if different:
@@ -63,7 +63,7 @@ def _require_same_task(path: Path, provenance: Provenance, config: PerfectibleTa
 
 
 def _places(path: Path, rows: Sequence[SolvedRow], problems: Problems) -> list[int]:
-    """Index in the base task of each prompt, by its id: candidates are numbered without the rows left out."""
+    """Return the index of each prompt in the base task, by its id: candidates are numbered without skipped rows."""
     if all(row.index < len(problems) and problems.row(row.index).prompt_id == row.prompt_id for row in rows):
         return [row.index for row in rows]
     known = {problems.row(index).prompt_id: index for index in range(len(problems))}

@@ -1,4 +1,4 @@
-"""Problem to text, and text to `Prompt`: as it stands, or through the tokenizer's chat template."""
+"""Turn a problem into text, verbatim or through the tokenizer's chat template, and the text into a `Prompt`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from betterhalf.types import Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """A prompt before the tokenizer."""
+    """A prompt before tokenization."""
 
     prompt_id: str
     text: str
@@ -22,24 +22,25 @@ class Draft:
     add_special_tokens: bool
     """Let the tokenizer add its special tokens; false where the text already holds them."""
     answer: str
+    """Gold answer."""
 
 
 def plain_draft(prompt_id: str, text: str, *, answer: str) -> Draft:
-    """A prompt whose text the model reads as it stands; the tokenizer adds its special tokens."""
+    """Return a prompt of verbatim text; the tokenizer adds its special tokens."""
     return Draft(prompt_id=prompt_id, text=text, add_special_tokens=True, answer=answer)
 
 
 def templated_draft(prompt_id: str, text: str, *, answer: str) -> Draft:
-    """A prompt whose text already holds its special tokens, so that the tokenizer must not add any."""
+    """Return a prompt whose text already holds its special tokens, so that the tokenizer must not add any."""
     return Draft(prompt_id=prompt_id, text=text, add_special_tokens=False, answer=answer)
 
 
 def chat_draft(tokenizer: Tokenizer, prompt_id: str, question: str, *, answer: str) -> Draft:
-    """A question from the user, in the tokenizer's own chat template.
+    """Return a question from the user, rendered in the tokenizer's own chat template.
 
     Raises:
         InputError: the tokenizer has no chat template.
-        RowError: the template cannot render the question; the message holds the template's own.
+        RowError: the template cannot render the question; the message includes the template's error.
     """
     require_chat_template(tokenizer)
     messages = [{"role": "user", "content": question}]
@@ -48,7 +49,7 @@ def chat_draft(tokenizer: Tokenizer, prompt_id: str, question: str, *, answer: s
     except Exception as error:  # a template is a program that comes with the model: it may raise anything
         raise RowError(
             f"the chat template of the model's tokenizer fails with {type(error).__name__}: {error}",
-            "correct the template (chat_template.jinja or tokenizer_config.json in the model's folder), or take "
+            "correct the template (chat_template.jinja or tokenizer_config.json in the model's folder), or use "
             "another model",
         ) from error
     return templated_draft(prompt_id, text, answer=answer)
@@ -58,24 +59,24 @@ def require_chat_template(tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer without a chat template.
 
     Raises:
-        InputError: it has none.
+        InputError: the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
         raise InputError(
-            "the model's tokenizer has no chat template; take an instruction-tuned model, or for the math task set "
+            "the model's tokenizer has no chat template; use an instruction-tuned model, or for the math task set "
             "task.template to 'none', 'r1_distill' or 'qwen_math'"
         )
 
 
 def encode(tokenizer: Tokenizer, draft: Draft, token_ids: Sequence[int] | None = None) -> Prompt:
-    """The prompt of a draft; `token_ids` are those of its text where they are known already."""
+    """Tokenize a draft; `token_ids` are the token ids of its text where they are already known."""
     if token_ids is None:
         token_ids = tokenizer.encode(draft.text, add_special_tokens=draft.add_special_tokens)
     return Prompt(prompt_id=draft.prompt_id, text=draft.text, token_ids=tuple(token_ids), answer=draft.answer)
 
 
 def encode_texts(tokenizer: Tokenizer, drafts: Sequence[Draft]) -> list[list[int]]:
-    """Token ids of several drafts at once, which is several times faster than one after another."""
+    """Tokenize several drafts in one call, which is several times faster than one by one."""
     found: list[list[int]] = []
     for special, group in groupby(drafts, key=lambda draft: draft.add_special_tokens):
         texts = [draft.text for draft in group]

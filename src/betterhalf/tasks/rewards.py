@@ -1,4 +1,4 @@
-"""What every reward must be, and the grader for rewards that are quick string work."""
+"""Validation of rewards, and the grader for tasks whose answers are checked by comparing strings."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from betterhalf.types import FinishReason, Prompt
 
 
 def check_rewards(rewards: Iterable[Any], expected_count: int) -> list[float]:
-    """Rewards as plain floats; refuse those that would silently spoil the advantages.
+    """Convert rewards to plain floats; refuse those that would silently corrupt the advantages.
 
-    A number is anything that Python converts to a float without reading text: an int, a bool (right is 1), a NumPy
+    A reward is anything that Python converts to a float without parsing text: an int, a bool (True is 1), a NumPy
     scalar, a tensor of one element.
 
     Raises:
-        RewardError: not one reward for each completion, or one that is no finite number.
+        RewardError: there is not exactly one reward for each completion, or one is not a finite number.
     """
     try:
         given = list(rewards)
@@ -37,7 +37,7 @@ def check_rewards(rewards: Iterable[Any], expected_count: int) -> list[float]:
 
 
 def _number(reward: Any, name: str) -> float:
-    """The reward as a finite float."""
+    """Return the reward as a finite float."""
     try:
         value = math.nan if isinstance(reward, (str, bytes)) else float(reward)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -48,33 +48,33 @@ def _number(reward: Any, name: str) -> float:
 
 
 def _shown(value: Any) -> str:
-    """The value and its type; of a float the value alone."""
+    """Return a value and its type for a message; of a float the value alone."""
     return f"{value}" if isinstance(value, float) else f"{reprlib.repr(value)} ({type(value).__name__})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextGrader:
-    """Grades in this process by comparing text with the answer; truncated completions score 0."""
+    """Grader that compares text with the answer in this process; truncated completions get reward 0."""
 
     solves: Callable[[str, str], bool]
-    """(completion text, answer) -> whether it is right."""
+    """Function of (completion text, answer) that returns True for a correct completion."""
     timeouts: int = 0
-    """String work does not run out of time."""
+    """Always 0: comparing strings has no time limit."""
     unparsed_answers: int = 0
-    """String work reads every answer."""
+    """Always 0: any text can be compared."""
 
     def rewards(
         self, prompts: Sequence[Prompt], texts: Sequence[str], finish_reasons: Sequence[FinishReason]
     ) -> list[float]:
-        """1 for a finished completion that is right, else 0."""
+        """Return 1 for a finished completion that is correct, else 0."""
         return [
             float(reason == "stop" and self.solves(text, prompt.answer))
             for prompt, text, reason in zip(prompts, texts, finish_reasons, strict=True)
         ]
 
     def check_golds(self, answers: Sequence[str], *, will_grade: bool = True) -> list[str | None]:
-        """Generated answers can all be met, and no worker has to start."""
+        """Return None for every answer: generated answers can all be matched, and there are no workers to start."""
         return [None] * len(answers)
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: there is nothing to release."""

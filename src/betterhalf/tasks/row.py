@@ -1,4 +1,4 @@
-"""A row of a data set, and why a row cannot be used."""
+"""A row of a data set, and the reason why a row cannot be used."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from betterhalf.errors import InputError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One problem as its source holds it, before any template."""
+    """One problem as stored in its source, before any template."""
 
     prompt_id: str
     """Stable name; also names the prompt in `rollouts.jsonl`."""
     place: str
-    """Place where a person finds it: file and row number, counted from 1 as an editor does; or the prompt id."""
+    """Location for messages: file and row number, counted from 1; or the prompt id."""
     question: str
+    """Text of the problem."""
     answer: str
     """Gold answer."""
     defect: BadRow | None = None
@@ -27,19 +28,19 @@ class BadRow:
     """A row that cannot be used."""
 
     place: str
-    """The `place` of `Row`."""
+    """Location of the row; see `Row.place`."""
     reason: str
-    """Defect, as a clause."""
+    """Problem, as a clause."""
     fix: str
-    """Remedy, as a clause in the imperative."""
+    """Fix, as a clause in the imperative."""
     room: int | None = None
     """Largest `sampling.max_tokens` that fits beside the prompt; set when only that is too large."""
 
 
 class RowError(InputError):
-    """One problem cannot be put to the model."""
+    """A problem cannot be turned into a prompt."""
 
     def __init__(self, reason: str, fix: str) -> None:
-        """Say what is wrong with the problem, and what to do about it."""
+        """Store what is wrong with the problem, and how to fix it."""
         super().__init__(f"{reason}; {fix}")
         self.reason, self.fix = reason, fix

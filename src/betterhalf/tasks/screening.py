@@ -1,6 +1,6 @@
-"""Look at every row before a run: what the model, its tokenizer or the grader cannot take is found here, by row.
+"""Check every row before a run, for anything that the model, its tokenizer or the grader cannot handle.
 
-A row that fails late costs everything done by then, and a resumed run would meet it again.
+A row that fails later costs all the work done before it, and would fail again in a resumed run.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from betterhalf.errors import InputError
 from betterhalf.tasks.dataset import DatasetTask, Subset
 from betterhalf.tasks.prompting import Draft, encode_texts
 from betterhalf.tasks.row import BadRow, Row, RowError
 from betterhalf.tasks.task import Tokenizer
+from betterhalf.types import BadRowAction
 
 _ROWS_AT_ONCE = 1024
 _SHOWN = 5
@@ -25,31 +25,33 @@ class PromptLimits:
     """Limits on the size and the tokens of a prompt."""
 
     context_length: int
-    """Positions of the model: prompt and completion together."""
+    """Context length of the model in tokens: prompt and completion together."""
     max_tokens: int
-    """Length limit of a completion."""
+    """Maximum length of a completion, in tokens."""
     vocab_size: int
-    """Token ids that the model has an embedding for."""
+    """Number of token ids that the model has an embedding for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BadRowRule:
     """Rule for rows that cannot be used."""
 
-    action: Literal["refuse", "skip"]
+    action: BadRowAction
+    """Raise an error, or leave the rows out."""
     key: str
-    """Key of the configuration that sets it, for messages."""
+    """Configuration key that sets the action, for messages."""
 
 
 @dataclass(slots=True, kw_only=True)
 class _Found:
-    """Results of the rows looked at so far."""
+    """Rows checked so far."""
 
     indices: list[int]
-    """Rows that can be used, in order."""
+    """Indices of the usable rows, in order."""
     encoded: list[array[int]]
-    """Their token ids: 4 bytes each, where a tuple would take 8 and more."""
+    """Their token ids at 4 bytes each; a tuple would take 8 or more."""
     bad: list[BadRow]
+    """Unusable rows, in order."""
 
 
 def screen(
@@ -61,22 +63,22 @@ def screen(
     will_grade: bool = True,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> DatasetTask:
-    """Check every row that a run may use: its text, its place in the template, its length, its gold answer.
+    """Check every row that a run may use: its text, its rendering in the template, its length and its gold answer.
 
     Args:
         task: all rows.
-        limits: what a prompt must fit into.
-        rule: refuse bad rows, or leave them out.
-        count: rows that will be used, from the first on; all if absent.
-        will_grade: whether completions will be graded, so that the grader tries itself out first.
-        advance: told of the number of rows looked at.
+        limits: limits that every prompt must satisfy.
+        rule: refuse unusable rows, or leave them out.
+        count: number of rows to use, from the first on; all if None.
+        will_grade: True if completions will be graded later; the grader then tests itself first.
+        advance: called with the number of rows checked since the last call.
 
     Returns:
-        The task of the rows that can be used, in their order and under their own prompt ids; prompts are encoded.
+        The task with its usable rows alone, in order and with their own prompt ids; the prompts are tokenized.
 
     Raises:
-        InputError: a row is bad and to be refused, or no row is left.
-        RewardError: the grader cannot work.
+        InputError: a row is unusable and the rule refuses it, or no row is left.
+        RewardError: the grader does not work.
     """
     wanted = len(task) if count is None else min(count, len(task))
     found = _Found(indices=[], encoded=[], bad=[])
@@ -108,20 +110,20 @@ def _checked(
     will_grade: bool,
     advance: Callable[[int], None],
 ) -> Iterator[tuple[int, array[int], BadRow | None]]:
-    """Index, token ids and defect of each row."""
+    """Yield the index, token ids and defect of each row."""
     for block in blocks:
         checked = [task.problems.row(index) for index in block]
         drafts = [_drafted(task, index, row) for index, row in zip(block, checked, strict=True)]
         encoded = _encoded(task.problems.tokenizer, checked, drafts)
         results = [_fitted(row, ids, limits) for row, ids in zip(checked, encoded, strict=True)]
         graded = _graded(task, checked, results, will_grade=will_grade)
-        # Before the rows are taken: whoever has enough of them does not come back for the last block.
+        # Before the rows are yielded: a caller that has enough rows does not resume this generator.
         advance(len(block))
         yield from zip(block, *zip(*graded, strict=True), strict=True)
 
 
 def _drafted(task: DatasetTask, index: int, row: Row) -> Draft | BadRow:
-    """The text for the model."""
+    """Return the text for the model, or why there is none."""
     if row.defect is not None:
         return row.defect
     for name, text in (("question", row.question), ("answer", row.answer)):
@@ -138,7 +140,7 @@ def _drafted(task: DatasetTask, index: int, row: Row) -> Draft | BadRow:
 
 
 def _surrogate(text: str) -> int | None:
-    """Index of the first lone surrogate."""
+    """Return the index of the first lone surrogate, or None."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -149,12 +151,12 @@ def _surrogate(text: str) -> int | None:
 def _encoded(
     tokenizer: Tokenizer, rows: Sequence[Row], drafts: Sequence[Draft | BadRow]
 ) -> list[Sequence[int] | BadRow]:
-    """The token ids of all drafts at once, or of one after another where one of them makes the tokenizer fail."""
+    """Tokenize all drafts in one call, or one by one if one of them makes the tokenizer fail."""
     ready = [draft for draft in drafts if isinstance(draft, Draft)]
     try:
         found: Iterator[Sequence[int] | BadRow] = iter(encode_texts(tokenizer, ready) if ready else [])
         return [next(found) if isinstance(draft, Draft) else draft for draft in drafts]
-    except Exception:  # each kind of tokenizer has its own
+    except Exception:  # each kind of tokenizer raises other errors
         return [_encoded_alone(tokenizer, row, draft) for row, draft in zip(rows, drafts, strict=True)]
 
 
@@ -169,7 +171,7 @@ def _encoded_alone(tokenizer: Tokenizer, row: Row, draft: Draft | BadRow) -> Seq
 
 
 def _fitted(row: Row, token_ids: Sequence[int] | BadRow, limits: PromptLimits) -> Sequence[int] | BadRow:
-    """Token ids that the model can read, with room for a completion."""
+    """Check that the token ids are in the vocabulary and leave room for a completion."""
     if isinstance(token_ids, BadRow):
         return token_ids
     size, room = len(token_ids), limits.context_length - len(token_ids)
@@ -193,9 +195,9 @@ def _fitted(row: Row, token_ids: Sequence[int] | BadRow, limits: PromptLimits) -
 def _graded(
     task: DatasetTask, rows: Sequence[Row], results: Sequence[Sequence[int] | BadRow], *, will_grade: bool
 ) -> list[tuple[array[int], BadRow | None]]:
-    """Token ids and defect, once the gold answers of what is sound so far have been tried on the grader."""
-    sound = [row for row, result in zip(rows, results, strict=True) if not isinstance(result, BadRow)]
-    reasons = iter(task.grader.check_golds([row.answer for row in sound], will_grade=will_grade) if sound else [])
+    """Return the token ids and defect of each row, after the grader has checked the gold answers of the good ones."""
+    good = [row for row, result in zip(rows, results, strict=True) if not isinstance(result, BadRow)]
+    reasons = iter(task.grader.check_golds([row.answer for row in good], will_grade=will_grade) if good else [])
     return [_with_gold(row, result, reasons) for row, result in zip(rows, results, strict=True)]
 
 
@@ -210,23 +212,23 @@ def _with_gold(
         if reason is None
         else BadRow(
             place=row.place,
-            reason=f"no completion can meet its answer {row.answer!r}: {reason}",
+            reason=f"no completion can match its answer {row.answer!r}: {reason}",
             fix="correct the answer",
         )
     )
     return array("i", result), bad
 
 
-def _refusal(bad: Sequence[BadRow], looked_at: int, rule: BadRowRule) -> str:
-    """The message for rows that cannot be used: the first of them, how many there are, and what to do."""
+def _refusal(bad: Sequence[BadRow], checked: int, rule: BadRowRule) -> str:
+    """Return the error message: the first unusable rows, how many there are, and how to fix them."""
     fixes = _fixes(bad)
-    if rule.action == "refuse" and len(bad) < looked_at:
+    if rule.action == "refuse" and len(bad) < checked:
         fixes.append(f"leave such rows out with {rule.key}=skip")
     advice = f"{_listed(fixes)}."
     advice = advice[0].upper() + advice[1:]
     if len(bad) == 1:
-        return f"{bad[0].place}: {bad[0].reason} (1 of {looked_at} rows cannot be used). {advice}"
-    return "\n".join([f"{len(bad)} of {looked_at} rows cannot be used:", *listing(bad), advice])
+        return f"{bad[0].place}: {bad[0].reason} (1 of {checked} rows cannot be used). {advice}"
+    return "\n".join([f"{len(bad)} of {checked} rows cannot be used:", *listing(bad), advice])
 
 
 def _fixes(bad: Sequence[BadRow]) -> list[str]:
@@ -241,11 +243,11 @@ def _fixes(bad: Sequence[BadRow]) -> list[str]:
 
 
 def _listed(words: Sequence[str]) -> str:
-    """`a, b, or c`."""
+    """Join words as in `a, b, or c`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])}, or {words[-1]}"
 
 
 def listing(bad: Sequence[BadRow]) -> list[str]:
-    """The first rows with their reasons, one to a line, and how many more there are."""
+    """Return the first rows with their reasons, one per line, and the number of further rows."""
     lines = [f"  {row.place}: {row.reason}" for row in bad[:_SHOWN]]
     return [*lines, f"  ... and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else lines

@@ -1,4 +1,4 @@
-"""What the loop needs of a task: prompts in a fixed order, and a reward for each completion."""
+"""Interface of a task to the training loop: prompts in a fixed order, and a reward for each completion."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ class Tokenizer(Protocol):
     """The part of a transformers tokenizer that tasks use."""
 
     chat_template: Any
+    """Source of the chat template; None without one."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Text to token ids."""
+        """Tokenize one text."""
         ...
 
     def __call__(
         self, text: list[str], *, add_special_tokens: bool = True, return_attention_mask: bool = True
     ) -> Mapping[str, Any]:
-        """Several texts to token ids, under `input_ids`."""
+        """Tokenize several texts; the token ids are under `input_ids`."""
         ...
 
     def apply_chat_template(
         self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
     ) -> Any:
-        """Messages to the text the model reads."""
+        """Render messages as the text that the model reads."""
         ...
 
 
@@ -38,51 +39,51 @@ class Task(Protocol):
     """A data set of prompts with a reward."""
 
     def __len__(self) -> int:
-        """Prompts in the data set; at least 1."""
+        """Return the number of prompts in the data set; at least 1."""
         ...
 
     @property
     def left_out(self) -> Sequence[BadRow]:
-        """Rows of the data that cannot be used and were skipped, in order."""
+        """Unusable rows of the data that were skipped, in order."""
         ...
 
     def prompt(self, index: int) -> Prompt:
-        """The prompt at `index` of the data set, in its fixed order."""
+        """Return the prompt at `index` of the data set, in its fixed order."""
         ...
 
     def prompts(self, position: int, count: int, seed: int) -> list[Prompt]:
-        """`count` prompts from `position` on, of an endless stream: one seeded shuffle of the data set after another.
+        """Return `count` prompts, from `position` on, of an endless stream of seeded shuffles of the data set.
 
-        Deterministic in its arguments. `position` counts the prompts consumed since the start of the run. Where two
-        shuffles meet, no prompt comes twice, unless `count` exceeds the data set; a smaller `count` gives the first
-        prompts of a larger one.
+        The result depends on the arguments alone. `position` counts the prompts consumed since the start of the run. No
+        prompt is repeated across the boundary of two shuffles, unless `count` exceeds the data set. The result for a
+        smaller `count` is a prefix of the result for a larger one.
         """
         ...
 
     def rewards(
         self, prompts: Sequence[Prompt], texts: Sequence[str], finish_reasons: Sequence[FinishReason]
     ) -> list[float]:
-        """One reward for each completion. A time-out scores 0 and is counted in `timeouts`."""
+        """Return one reward for each completion. A timeout gives reward 0 and counts in `timeouts`."""
         ...
 
     @property
     def timeouts(self) -> int:
-        """Rewards that ran out of time so far."""
+        """Number of rewards that timed out so far."""
         ...
 
     def record(self) -> DataRecord:
-        """Digests of the rows, in order, and of what the reward is computed by: what a resumed run must find again."""
+        """Return digests of the rows, in order, and of the code behind the rewards; a resumed run must match them."""
         ...
 
     def place(self, index: int) -> str:
-        """Name of row `index` for people: its file and row number, or its prompt id."""
+        """Return the location of row `index` for messages: its file and row number, or its prompt id."""
         ...
 
     @property
     def unparsed_answers(self) -> int:
-        """Answers that could not be read so far; they count as wrong."""
+        """Number of answers that could not be parsed so far; they count as wrong."""
         ...
 
     def close(self) -> None:
-        """End worker processes; calling it twice is harmless."""
+        """Stop the worker processes; calling it twice is harmless."""
         ...

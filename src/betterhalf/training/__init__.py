@@ -1,1 +1,1 @@
-"""The wing of pi: packing, the trainer with FP32 master weights, schedules and checkpoints."""
+"""The trainer, which computes the policy pi: packing, FP32 master weights, schedules and checkpoints."""

@@ -6,7 +6,7 @@
         state.json              step, loss scaler, policy version, data position, random states
         manifest.json           size and SHA-256 of the three; written last
 
-A checkpoint is written under a temporary name and renamed: a folder named `step-...` is whole.
+A checkpoint is written under a temporary name and then renamed, so a folder named `step-...` is complete.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Everything a run needs to go on as if it had never stopped."""
+    """Everything a run needs to continue as if it had never stopped."""
 
     step: int
     """Last finished step; 0 before the first."""
@@ -46,7 +46,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Write a checkpoint, then delete all but the newest `keep`.
 
     Raises:
-        RunError: it cannot be written, on a full disk for example; earlier checkpoints are untouched.
+        RunError: the checkpoint cannot be written, for example on a full disk; earlier checkpoints are untouched.
     """
     final = folder / f"step-{checkpoint.step:06d}"
     partial = folder / f".{final.name}.partial"
@@ -56,9 +56,9 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         _write_files(partial, checkpoint)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-    except Exception as error:  # safetensors raises a class of its own for what the disk says
+    except Exception as error:  # safetensors raises its own class for errors of the disk
         shutil.rmtree(partial, ignore_errors=True)
-        fix = "free disk space, then continue" if disk_full(error) else "once that is mended, continue"
+        fix = "free disk space, then continue" if disk_full(error) else "fix the cause, then continue"
         raise RunError(f"checkpoint {final} cannot be written ({error}); {fix} with --resume") from error
     for old in _complete(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -87,7 +87,7 @@ def _write_synced(path: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Force a finished file to the disk: after a power loss a checkpoint that has its name is whole."""
+    """Flush a finished file to the disk, so that a renamed checkpoint is complete even after a power loss."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -98,23 +98,23 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Checkpoints by step, oldest first."""
+    """Return the checkpoints by step, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint of a run; None when it has none yet."""
+    """Return the newest checkpoint of a run; None if it has none yet."""
     found = _complete(folder)
     return found[-1] if found else None
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint back, every file checked against its digest first.
+    """Read a checkpoint, after checking every file against its digest.
 
     Raises:
-        CheckpointError: a file is missing, torn or altered; the message says what to delete to go on from an older one.
+        CheckpointError: a file is missing, truncated or altered; the message says which folder to delete.
     """
     _verify(path)
     values = json.loads((path / "state.json").read_text())
@@ -136,12 +136,12 @@ def _verify(path: Path) -> None:
         expected_names = {f"{name}.safetensors" for name in _TENSOR_FILES} | {"state.json"}
         damaged += sorted(expected_names - set(manifest))
     except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {path} is incomplete ({error}); {_cure(path)}") from error
+        raise CheckpointError(f"checkpoint {path} is incomplete ({error}); {_fix_for(path)}") from error
     if damaged:
-        raise CheckpointError(f"checkpoint {path} is corrupted ({', '.join(damaged)}); {_cure(path)}")
+        raise CheckpointError(f"checkpoint {path} is corrupted ({', '.join(damaged)}); {_fix_for(path)}")
 
 
-def _cure(path: Path) -> str:
+def _fix_for(path: Path) -> str:
     older = [other.name for other in _complete(path.parent) if other.name < path.name]
     if older:
         return f"delete that folder to resume from {older[-1]}"

@@ -1,8 +1,8 @@
-"""Lay rollouts end to end: from a step's rollouts and advantages to packs without padding.
+"""Packing: the rollouts of a step are concatenated into micro-batches without padding.
 
-The order is: a seeded shuffle of all rollouts, cut into one train batch for each optimizer step, each cut into
-micro-batches by a token budget that siblings fill together, so that they share one copy of their prompt. Within a
-micro-batch segments are sorted by length, so that equal ones share an attention call.
+A seeded shuffle of all rollouts is cut into one train batch for each optimizer step. Each train batch is cut into
+micro-batches by a token budget; siblings are placed next to each other, so that they share one copy of their prompt.
+Within a micro-batch segments are sorted by length, so that segments of equal length share an attention call.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def pack_step(
     """Pack one step, in host memory.
 
     Args:
-        rollouts: groups in order, siblings in order; [S].
+        rollouts: [S], groups in order, siblings in order.
         advantages: one for each rollout; those equal to 0 are measured but not trained on.
         config: sizes and seed.
         step: seeds the shuffle.
-        left_out: rollouts that were sampled in the step but are no part of it; packed apart, to be measured.
+        left_out: rollouts that were sampled in the step but are not trained on; packed separately, to be measured.
 
     Returns:
         `config.training.optimizer_steps` train batches. Their denominators count zero-advantage rollouts too, so
@@ -44,13 +44,13 @@ def pack_step(
     random.Random(f"pack-{config.seed}-{step}").shuffle(order)
     shares = _split_evenly(order, config.training.optimizer_steps)
     budget = config.training.tokens_per_micro_batch
-    make = _Packer([*rollouts, *left_out], [*advantages, *[0.0] * len(left_out)], budget)
+    packer = _Packer([*rollouts, *left_out], [*advantages, *[0.0] * len(left_out)], budget)
     packs: list[MicroBatch] = []
 
     def added(indices: Sequence[int]) -> tuple[int, ...]:
-        """Pack some rollouts, and return where in the step their packs are."""
+        """Pack some rollouts, and return the indices of their packs."""
         first = len(packs)
-        packs.extend(make.micro_batches(indices))
+        packs.extend(packer.micro_batches(indices))
         return tuple(range(first, len(packs)))
 
     train_batches = tuple(
@@ -61,23 +61,44 @@ def pack_step(
         )
         for share in shares
     )
-    apart = added(range(len(rollouts), len(rollouts) + len(left_out)))
-    return StepBatch(packs=tuple(packs), train_batches=train_batches, left_out=apart)
+    left_out_packs = added(range(len(rollouts), len(rollouts) + len(left_out)))
+    return StepBatch(packs=tuple(packs), train_batches=train_batches, left_out=left_out_packs)
 
 
 def pack_measured(rollouts: Sequence[Rollout], config: RunConfig) -> tuple[MicroBatch, ...]:
-    """Packs for scoring alone, laid out as those that train; filled from the shortest sequence on, siblings together.
+    """Pack rollouts that are only scored, in the layout that training uses.
+
+    Packs are filled from the shortest sequence to the longest, siblings together.
 
     Args:
-        rollouts: [S]; `rollout_index_S` of the packs counts in this order.
-        config: `training.tokens_per_micro_batch`.
+        rollouts: [S], in the order that `rollout_index_S` of the packs refers to.
+        config: gives `training.tokens_per_micro_batch`.
     """
-    make = _Packer(rollouts, [0.0] * len(rollouts), config.training.tokens_per_micro_batch)
-    return make.micro_batches(sorted(range(len(rollouts)), key=make.length))
+    packer = _Packer(rollouts, [0.0] * len(rollouts), config.training.tokens_per_micro_batch)
+    return packer.micro_batches(sorted(range(len(rollouts)), key=packer.length))
+
+
+def pack_sequence(token_ids: Sequence[int]) -> MicroBatch:
+    """Return a pack of one sequence, to be scored from its second token on.
+
+    Its behavior logprobs and advantages are 0: nothing was sampled.
+    """
+    tokens, positions = _ints(list(token_ids)), torch.arange(len(token_ids))
+    return MicroBatch(
+        token_ids_T=tokens,
+        position_ids_T=positions,
+        segments=(PackedSegment(length=len(token_ids)),),
+        loss_rows_C=positions[:-1],
+        target_ids_C=tokens[1:],
+        sequence_index_C=torch.zeros_like(positions[:-1]),
+        behavior_logprobs_C=torch.zeros(len(token_ids) - 1),
+        advantages_S=torch.zeros(1),
+        rollout_index_S=(0,),
+    )
 
 
 def _split_evenly(items: list[int], parts: int) -> list[list[int]]:
-    """Contiguous shares whose sizes differ by at most one."""
+    """Split into contiguous shares whose sizes differ by at most one."""
     edges = [round(k * len(items) / parts) for k in range(parts + 1)]
     return [items[a:b] for a, b in pairwise(edges)]
 
@@ -96,14 +117,14 @@ class _Packer:
         self.budget = budget
 
     def length(self, index: int) -> int:
-        """Tokens of prompt and completion."""
+        """Return the number of tokens of prompt and completion."""
         rollout = self.rollouts[index]
         return len(rollout.prompt.token_ids) + len(rollout.completion.token_ids)
 
     def micro_batches(self, indices: Sequence[int]) -> tuple[MicroBatch, ...]:
-        """Fill packs up to the budget in the given order, but siblings next to each other.
+        """Fill packs up to the budget, in the given order but with siblings next to each other.
 
-        A prompt counts once in a pack; a longer sequence gets a pack of its own.
+        A prompt counts once in each pack. A sequence longer than the budget gets its own pack.
         """
         packs: list[list[int]] = []
         room = 0
@@ -121,7 +142,7 @@ class _Packer:
         return tuple(self.micro_batch(sorted(pack, key=self.length)) for pack in packs)
 
     def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
-        """One pack of these sequences; S is in their order, T in that of the layout."""
+        """Build one pack; S follows the order of `indices`, T that of the layout."""
         chosen = [self.rollouts[i] for i in indices]
         layout = _Layout(chosen)
         return MicroBatch(
@@ -138,10 +159,10 @@ class _Packer:
 
 
 class _Layout:
-    """Where the tokens of a pack lie: lone sequences and shared prompts by length, then siblings' completions.
+    """Layout of a pack: sequences without siblings and shared prompts, by length, then the completions of siblings.
 
-    Siblings are sequences of equal prompt token ids. A completion's last token is left out: nothing is predicted after
-    it, so nobody reads what it computes.
+    Siblings are sequences with equal prompt token ids. A completion's last token is left out: nothing is predicted
+    after it, so its hidden state is never used.
     """
 
     def __init__(self, chosen: Sequence[Rollout]) -> None:
@@ -149,7 +170,7 @@ class _Layout:
         self.positions: list[int] = []
         self.segments: list[PackedSegment] = []
         self.loss_rows: list[list[int]] = [[] for _ in chosen]
-        """By sequence: the row before each of its completion tokens."""
+        """Row before each completion token, for each sequence."""
         self.inputs = [_inputs(rollout) for rollout in chosen]
         groups = sorted(_by_prompt(chosen, range(len(chosen))).items(), key=self._head_length)
         for prompt, siblings in groups:
@@ -170,7 +191,7 @@ class _Layout:
         return len(prompt) + (len(self.inputs[siblings[0]]) if len(siblings) == 1 else 0)
 
     def _add_head(self, prompt: TokenIds, siblings: list[int]) -> None:
-        """A whole sequence, or a prompt that several share."""
+        """Add a whole sequence, or a prompt that several sequences share."""
         last = len(self.token_ids) + len(prompt) - 1
         for k in siblings:
             self.loss_rows[k].append(last)
@@ -179,7 +200,7 @@ class _Layout:
         self._add((*prompt, *alone), 0, None)
 
     def _add_tail(self, k: int, prefix: int, prompt_length: int) -> None:
-        """The completion of one of several siblings."""
+        """Add the completion of one of several siblings."""
         start = len(self.token_ids)
         self.loss_rows[k].extend(range(start, start + len(self.inputs[k])))
         self._add(self.inputs[k], prompt_length, prefix)
@@ -199,12 +220,12 @@ def _floats(values: list[float]) -> torch.Tensor:
 
 
 def _inputs(rollout: Rollout) -> TokenIds:
-    """The completion tokens after which another is predicted."""
+    """Return the completion tokens after which another is predicted: all but the last."""
     return tuple(rollout.completion.token_ids[:-1])
 
 
 def _by_prompt(rollouts: Sequence[Rollout], indices: Iterable[int]) -> dict[TokenIds, list[int]]:
-    """Indices of equal prompts together, in order of first appearance."""
+    """Group the indices of rollouts with equal prompts, in order of first appearance."""
     groups: dict[TokenIds, list[int]] = {}
     for index in indices:
         groups.setdefault(tuple(rollouts[index].prompt.token_ids), []).append(index)
@@ -212,7 +233,7 @@ def _by_prompt(rollouts: Sequence[Rollout], indices: Iterable[int]) -> dict[Toke
 
 
 def by_rollout(pack: MicroBatch, values_C: torch.Tensor) -> dict[int, list[float]]:
-    """Values of each completion token by rollout index, in token order."""
+    """Split the values of completion tokens by rollout index; each list is in token order."""
     counts = torch.bincount(pack.sequence_index_C, minlength=pack.num_sequences).tolist()
     parts = torch.split(values_C, counts)
     return {index: part.tolist() for index, part in zip(pack.rollout_index_S, parts, strict=True)}

@@ -1,4 +1,4 @@
-"""The trainer in one process: scores tokens, accumulates gradients, takes optimizer steps."""
+"""The trainer of one process: scores tokens, accumulates gradients, takes optimizer steps."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class PolicyTrainer:
         collective: Collective = ONE_RANK,
         store: StoreFactory = ReplicatedWeights,
     ) -> None:
-        """Take over `model.module` (its parameters change dtype) and build optimizer and loss scaler.
+        """Take over `model.module`, whose parameters change dtype, and build optimizer and loss scaler.
 
         Raises:
-            InputError: the model has dropout, which would make pi random, lacks an FP32 island of the configuration, or
-                computes in half where no precision rule covers it; or its layers are to be compiled and there is no
-                compiler.
+            InputError: the model has dropout, which would make pi random; it lacks an FP32 island of the
+                configuration; it computes in half where no precision rule covers it; or its layers are to be compiled
+                and there is no compiler.
         """
         self.config = config
         self.precision = precision
@@ -97,7 +97,7 @@ class PolicyTrainer:
     # -- scoring
 
     def _hidden_rows(self, micro: MicroBatch) -> Tensor:
-        """Final hidden states of the rows that predict completion tokens: [C, H]."""
+        """Compute the final hidden states of the rows that predict completion tokens: [C, H]."""
         out = self.module.get_decoder()(
             input_ids=micro.token_ids_T.unsqueeze(0),
             position_ids=micro.position_ids_T.unsqueeze(0),
@@ -105,17 +105,17 @@ class PolicyTrainer:
             use_cache=False,
         )
         hidden_TH: Tensor = out.last_hidden_state[0]
-        # An embedding, because siblings repeat a row: on a GPU its gradient is added up in FP32, in a fixed order.
+        # An embedding lookup, because siblings repeat a row: its backward pass on a GPU sums in FP32, in a fixed order.
         return functional.embedding(micro.loss_rows_C, hidden_TH)
 
     def _make_head_parameter(self) -> Tensor:
-        """The head's weight, [V, H]: a leaf of its own also when it is tied to the embedding."""
+        """Return the head's weight, [V, H]; a separate leaf if it is tied to the embedding."""
         weight: torch.nn.Parameter = self.module.get_output_embeddings().weight
         tied = weight is self.module.get_input_embeddings().weight
         return self.weights.second_use(weight) if tied else weight
 
     def _head(self) -> Head:
-        """The head as its products use it: on a CPU logits take it widened to FP32, once for each update."""
+        """Return the head's weight for each product; on a CPU, logits use a copy widened to FP32 after each update."""
         weight = self._head_parameter.detach()
         wide = weight if weight.is_cuda or weight.dtype == torch.float32 else self._head_wide()
         native = weight.is_cuda or (
@@ -127,18 +127,22 @@ class PolicyTrainer:
     def measure(self, packs: Sequence[MicroBatch], temperature: float | None = None) -> list[TokenScores]:
         """See `Trainer.measure`."""
         temperature = self.config.sampling.temperature if temperature is None else temperature
-        measured = [self._measure(on_device(pack, self.precision.device), temperature) for pack in packs]
+        measured = [self._measure(micro, temperature) for micro in self._on_device(packs)]
         return [TokenScores(logprobs_C=logprobs.cpu(), entropies_C=entropies.cpu()) for logprobs, entropies in measured]
 
+    def _on_device(self, packs: Sequence[MicroBatch]) -> list[MicroBatch]:
+        # All before the first pass: a copy from host memory waits for the passes launched before it.
+        return [on_device(pack, self.precision.device) for pack in packs]
+
     def _measure(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        """Logprobs and entropies, float32 [C], on the device."""
-        # Compiled layers without gradients would be other code, which rounds elsewhere.
+        """Return logprobs and entropies, float32 [C], on the device."""
+        # Without gradients, compiled layers would be different code, with other rounding points.
         with torch.set_grad_enabled(self.config.training.compile_layers):
             hidden = self._hidden_rows(micro).detach()
         return measure_tokens(hidden, self._head(), micro.target_ids_C, temperature, self._workspace)
 
     def score(self, micro: MicroBatch) -> Tensor:
-        """Logprobs of each completion token with a graph, float32 [C], of a pack that is on the device.
+        """Return the logprobs of each completion token, float32 [C], with a graph, for a pack on the device.
 
         They equal those of `measure` bit for bit.
         """
@@ -153,8 +157,7 @@ class PolicyTrainer:
     ) -> LossStats:
         """See `Trainer.forward_backward`; each pack's half gradient is added to the FP32 sum at once."""
         stats = LossStats.empty()
-        for pack in packs:
-            micro = on_device(pack, self.precision.device)
+        for micro in self._on_device(packs):
             output = policy_loss(algorithm, LossInputs.of(micro, self.score(micro)), denominators)
             self.scaler.scale_loss(output.loss).backward()  # type: ignore[no-untyped-call]
             stats += output.stats
@@ -183,7 +186,7 @@ class PolicyTrainer:
             policy_version=self.policy_version,
         )
 
-    # -- the engine's side
+    # -- weights for the engine, and the report
 
     def wire_weights(self) -> WireWeights:
         """See `Trainer.wire_weights`."""
@@ -191,10 +194,10 @@ class PolicyTrainer:
         return WireWeights(policy_version=self.policy_version, tensors=tensors)
 
     def report(self) -> SideReport:
-        """What the trainer really runs, read from its live tensors and a forward pass over a few tokens.
+        """Report what the trainer really runs, read from its live tensors and a forward pass over a few tokens.
 
         Raises:
-            NumericsError: it computes NaN or infinity, which lie on no format's grid.
+            NumericsError: the forward pass gives NaN or infinity, which are on no format's grid.
         """
         hidden, logits = self._probe()
         layers = coverage.linear_layers(self.module, self.module.get_output_embeddings())
@@ -234,18 +237,18 @@ class PolicyTrainer:
 
     @torch.no_grad()
     def _probe(self) -> tuple[Tensor, Tensor]:
-        """Final hidden states and logits of the first few ids of the vocabulary."""
+        """Compute final hidden states and logits of the first few ids of the vocabulary."""
         hidden = self._few_hidden(8)
         if not bool(hidden.isfinite().all()):
             raise NumericsError(
                 f"the trainer's hidden states are not finite in {self.precision.roles.compute_dtype}; check the "
-                "model's files for NaN, or train in a wider range with precision=bf16 or precision=fp32, or make the "
+                "model's files for NaN, train in a wider format (precision=bf16 or precision=fp32), or make the "
                 "modules that overflow FP32 islands with precision.fp32_modules"
             )
         return hidden, head_logits(hidden, self._head().logits_weight)
 
     def _few_hidden(self, most: int) -> Tensor:
-        """Final hidden states of the first ids of the vocabulary, `most` or all of them: [T, H]."""
+        """Compute final hidden states of the first ids of the vocabulary, at most `most`: [T, H]."""
         count = min(most, self.module.get_input_embeddings().weight.shape[0])
         ids = torch.arange(count, device=self.precision.device).unsqueeze(0)
         whole = PackLayout((PackedSegment(length=count),))
@@ -271,6 +274,9 @@ class PolicyTrainer:
     def load(self, state: TrainerState) -> None:
         """See `Trainer.load`."""
         self.weights.load(state.model, state.source)
+        self.weights.zero_grad()
+        # A state from before the first step holds no optimizer states; those of later steps must not outlive it.
+        self.optimizer.state.clear()
         for name, master in self.weights.trainable():
             values = {
                 key.removesuffix(f"/{name}"): value.to(master.device, copy=True)
@@ -283,11 +289,11 @@ class PolicyTrainer:
         self.policy_version = state.policy_version
 
     def close(self) -> None:
-        """Do nothing: the memory goes with the trainer."""
+        """Do nothing: the memory is freed with the object."""
 
 
 def on_device(pack: MicroBatch, device: torch.device) -> MicroBatch:
-    """Return a pack with its tensors on `device`; itself if they are there already."""
+    """Return the pack with its tensors on `device`; the same object if they are there already."""
     if pack.token_ids_T.device == device:
         return pack
     values = {field.name: getattr(pack, field.name) for field in fields(pack)}
@@ -304,7 +310,7 @@ def require_no_dropout(hf_config: Any) -> None:
     """Refuse a model whose configuration has dropout.
 
     Raises:
-        InputError: names the key.
+        InputError: the model has dropout; the message names the key.
     """
     for key in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
         if getattr(hf_config, key, 0):

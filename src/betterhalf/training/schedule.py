@@ -1,4 +1,4 @@
-"""Learning rate as a function of the step: nothing to save, nothing to restore."""
+"""Learning rate as a function of the step, without state to save or restore."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from betterhalf.config.schema import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Learning rate of one step.
+    """Return the learning rate of one step.
 
-    Linear warm-up over `warmup_steps` (step 1 already learns), then the configured shape down to `min_ratio` of the
+    Linear warm-up over `warmup_steps` (above 0 in step 1), then the configured shape down to `min_ratio` of the
     peak at the last step.
 
     Args:

@@ -1,14 +1,15 @@
 """Logprobs and entropy of completion tokens from final hidden states, in FP32, a chunk of logits at a time.
 
-No more logits than a memory budget are alive. Forward, a chunk is some rows over the whole vocabulary, as softmax needs
-them. The backward pass takes the logits again (kept, if they were a single chunk), and there a chunk is all rows over
-some of the vocabulary: with each row's normaliser kept, the gradient of a logit needs no other logit, and each part of
-the head's gradient is made by one product and rounded once, without a sum over chunks (arXiv 2411.09009 blocks the
-vocabulary so on a GPU).
+A memory budget limits the logits held at the same time. In the forward pass a chunk is some rows over the whole
+vocabulary, as softmax requires. The backward pass computes the logits again (or reuses them, if they were a single
+chunk), and there a chunk is all rows over part of the vocabulary: the normaliser of each row is saved, so the gradient
+of a logit needs no other logit, and each part of the head's gradient is one product, rounded once, without a sum over
+chunks (arXiv 2411.09009 splits the vocabulary in this way on a GPU).
 
 Operands of the head are on the half grid; logits and softmax are FP32 (MiniMax-M1, arXiv 2506.13585, traced its gap
-between engines to the precision of the head). The logits' gradient is rounded to the format of the weight it meets: to
-half where half products are the device's own (a GPU; BF16 on a CPU that has the instructions), whose sums are FP32.
+between engines to the precision of the head). The logits' gradient is rounded to the format of the weight that it is
+multiplied by: to half where the hardware multiplies half numbers (a GPU; BF16 on a CPU that has the instructions), with
+FP32 sums.
 """
 
 from __future__ import annotations
@@ -24,45 +25,45 @@ from betterhalf.kernels import fused
 from betterhalf.precision.products import add_product, direct_sum, product, product_into
 
 _CACHED_LOGITS = 2**21
-"""Logits of a chunk in the backward pass on a CPU, 8 MiB: they are read three times, and should stay in its cache."""
+"""Logits of a chunk in the backward pass on a CPU: 8 MiB, which stay in its cache while they are read three times."""
 _FEWEST_COLUMNS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """The LM head's weight, [V, H], once for the optimizer and once for each kind of product; often the same tensor."""
+    """The LM head's weight, [V, H]: the leaf, and the operand of each kind of product; often the same tensor."""
 
     weight: Tensor
-    """In the compute dtype; receives the gradient, rounded once."""
+    """Leaf in the compute dtype; receives the gradient, rounded once."""
     logits_weight: Tensor
-    """For logits: FP32 on a CPU, the leaf's values in the compute dtype on a GPU."""
+    """Operand of the logits: FP32 on a CPU, the leaf's values in the compute dtype on a GPU."""
     grad_weight: Tensor
-    """For the gradient's products: FP32, or half where half products are the device's own."""
+    """Operand of the gradient's products: FP32, or half where the hardware multiplies half numbers."""
 
 
 class LogitsWorkspace:
-    """How much of the logits is alive at once, and on a CPU the memory they lie in.
+    """Limit on the logits held at the same time, and on a CPU the memory that holds them.
 
-    That memory is kept from pass to pass: Linux takes large pieces back when they are free, and to fault them in anew
+    That memory is kept between passes: Linux reclaims large blocks when they are freed, and faulting them in again
     costs as much as a third of the product that fills them. Each use overwrites the last.
     """
 
     def __init__(self, *, logits: int) -> None:
-        """At most so many FP32 numbers; nothing is allocated before the first use."""
+        """Hold at most `logits` FP32 numbers; nothing is allocated before the first use."""
         self.logits = logits
         self.uses = 0
-        """How often the memory was written."""
+        """Number of times the memory was written."""
         self._memory = torch.empty(0)
         self._gradient = torch.empty(0)
 
     def multiply(self, hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
-        """`head_logits` of a chunk; on a CPU valid until the next use."""
+        """Compute `head_logits` of a chunk; on a CPU the result is valid until the next use."""
         self.uses += 1
         if not hidden_CH.is_cpu:
             return head_logits(hidden_CH, weight_VH)
         shape = hidden_CH.shape[0], weight_VH.shape[0]
         if self._memory.numel() < shape[0] * shape[1]:
-            # An inference tensor could not be written by a later pass with gradients.
+            # A later pass with gradients could not write to an inference tensor.
             with torch.inference_mode(False):
                 self._memory = torch.empty(shape[0] * shape[1])
         logits_CV = self._memory[: shape[0] * shape[1]].view(shape)
@@ -70,8 +71,7 @@ class LogitsWorkspace:
         return logits_CV
 
     def multiply_back(self, left: Tensor, right: Tensor) -> Tensor:
-        """Left times right with FP32 sums, in half only for half operands on a CPU; there, in FP32, valid until the
-        next use."""
+        """Multiply as `_product` does; an FP32 result on a CPU is valid until the next use."""
         if not (right.is_cpu and right.dtype == torch.float32):
             return _product(left, right)
         size = left.shape[0] * right.shape[1]
@@ -82,18 +82,21 @@ class LogitsWorkspace:
         return out
 
     def rows(self, vocabulary: int) -> int:
-        """Rows of a chunk that spans the vocabulary; at least one."""
+        """Return the number of rows of a chunk that spans the vocabulary; at least one."""
         return max(1, self.logits // vocabulary)
 
     def columns(self, rows: int, *, on_cpu: bool) -> int:
-        """Part of the vocabulary of a chunk that has so many rows."""
+        """Return the number of vocabulary entries of a chunk with this number of rows."""
         logits = min(self.logits, _CACHED_LOGITS) if on_cpu else self.logits
         return max(_FEWEST_COLUMNS, logits // max(rows, 1))
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """[C, H] hidden, [V, H] head -> [C] logprobs. Logits of a single chunk are kept until their memory is used for
-    others; then, and where chunks are several, they are computed again."""
+    """[C, H] hidden, [V, H] head -> [C] logprobs.
+
+    The backward pass reuses the logits of a single chunk unless their memory was overwritten; otherwise it computes the
+    logits again.
+    """
 
     @staticmethod
     def forward(
@@ -142,14 +145,14 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def head_logits(hidden_CH: Tensor, wide_VH: Tensor) -> Tensor:
-    """FP32 logits. On a GPU half operands with FP32 sums and results; on a CPU the widened operands' FP32 product."""
+    """Compute FP32 logits: from half operands with FP32 sums on a GPU, from widened operands on a CPU."""
     if hidden_CH.dtype == wide_VH.dtype == torch.float32 or not hidden_CH.is_cuda:
         return product(hidden_CH.float(), wide_VH)
     return torch.mm(hidden_CH, wide_VH.t(), out_dtype=torch.float32)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Left times right with FP32 sums: FP32 but for half operands on a CPU, whose result is rounded to their format."""
+    """Multiply with FP32 sums; the result is FP32, except for half operands on a CPU, where it is rounded to half."""
     if right.is_cuda and right.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     return product(left, right.t())
@@ -163,12 +166,12 @@ def _grad_logits(
     temperature: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient of the chosen logprobs with respect to the logits: (onehot - softmax) * grad / temperature, rounded.
+    """Gradient of the targets' logprobs with respect to the logits: (onehot - softmax) * grad / temperature, rounded.
 
-    `targets_C` count from the first of these logits; a target may lie outside.
+    `targets_C` are relative to the first of these logits; a target may be outside them.
     """
     if fused(logits_CV):
-        # Imported here: only where there is a GPU does it need Triton.
+        # Imported only on a GPU, because it needs Triton.
         from betterhalf.kernels import vocabulary
 
         return vocabulary.grad_logits(logits_CV, targets_C, normaliser_C, grad_C, temperature, dtype)
@@ -183,14 +186,14 @@ def _grad_logits(
 def token_logprobs(
     hidden_CH: Tensor, head: Head, targets_C: Tensor, temperature: float, workspace: LogitsWorkspace
 ) -> Tensor:
-    """Differentiable logprobs of the targets.
+    """Compute differentiable logprobs of the targets.
 
     Args:
         hidden_CH: final hidden states of the loss rows, in the compute dtype.
         head: its leaf receives a gradient.
         targets_C: int64 token ids.
         temperature: logits are divided by this.
-        chunks: logits alive at once.
+        workspace: limits the logits held at the same time.
 
     Returns:
         float32 [C].
@@ -206,7 +209,7 @@ def token_logprobs(
 def measure_tokens(
     hidden_CH: Tensor, head: Head, targets_C: Tensor, temperature: float, workspace: LogitsWorkspace
 ) -> tuple[Tensor, Tensor]:
-    """Logprobs of the targets and entropy of their distributions, both float32 [C], without gradients.
+    """Compute the logprobs of the targets and the entropy of their distributions, both float32 [C], without gradients.
 
     The logprobs equal those of `token_logprobs` bit for bit: same chunks, same products.
     """

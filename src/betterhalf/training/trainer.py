@@ -1,7 +1,7 @@
-"""The trainer as the loop sees it: the Protocol behind which pi is computed, and the records that cross it.
+"""The Protocol of a trainer, which computes the policy pi, and the records that it exchanges with the loop.
 
-`PolicyTrainer` implements it in this process. Packs and everything that comes back live in host memory, except for
-`LossStats`, whose sums stay on the trainer's device until they are read.
+`PolicyTrainer` implements it in this process. Packs and results are in host memory, except for `LossStats`, whose sums
+stay on the trainer's device until they are read.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ class OptimReport:
     subnormal_fraction: float
     """Share, over all ranks, of non-zero scaled gradient entries below the compute format's smallest normal number."""
     zero_fraction: float
-    """Share, over all ranks, of gradient entries that are zero: turned to zero, or zero in exact arithmetic too."""
+    """Share, over all ranks, of gradient entries that are zero, by underflow or in exact arithmetic."""
     overflow_fraction: float
     """Share, over all ranks, of gradient entries that are not finite."""
     loss_scale: float
-    """Factor of the next loss, after the update by this step."""
+    """Loss scale of the next loss: the scaler has been updated after this step."""
     policy_version: int
-    """Number of applied updates, this one included."""
+    """Number of applied updates, this one included unless it was skipped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WireWeights:
-    """The weights on their way to an engine, with the version they belong to."""
+    """Weights for an engine, and their policy version."""
 
     policy_version: int
     """Number of applied updates in these weights."""
@@ -77,14 +77,14 @@ class TrainerState:
 
 
 class Trainer(Protocol):
-    """Holds the policy pi: scores tokens, accumulates gradients, takes optimizer steps."""
+    """Holder of the policy pi, which scores tokens, accumulates gradients and takes optimizer steps."""
 
     def measure(self, packs: Sequence[MicroBatch], temperature: float | None = None) -> list[TokenScores]:
         """Score the completion tokens of each pack at the current weights.
 
         Args:
             packs: any number; each is one forward pass.
-            temperature: the one that logits are divided by; that of the run's sampling if absent.
+            temperature: divides the logits; by default, the run's sampling temperature.
 
         Returns:
             One record for each pack. The logprobs equal those that `forward_backward` computes, bit for bit.
@@ -131,7 +131,7 @@ class Trainer(Protocol):
         ...
 
     def load(self, state: TrainerState) -> None:
-        """Continue from `state()` of a trainer of the same model.
+        """Continue from `state()` of a trainer of the same model; gradients accumulated so far are discarded.
 
         Raises:
             CheckpointError: the state is of another model, or of another kind of loss scaler.

@@ -1,4 +1,4 @@
-"""Advantages of a group of siblings, worked out by hand."""
+"""Advantages of a group of siblings, compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from betterhalf.algorithms.advantage import (
     overlong_penalty,
     zero_advantage_groups,
 )
-from betterhalf.config.presets import PRESETS, AdvantageKind
+from betterhalf.config.presets import PRESETS
 from betterhalf.errors import ConfigError, RewardError
+from betterhalf.types import AdvantageKind
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
 STD = math.sqrt(1 / 3)
@@ -73,7 +74,7 @@ def test_rewards_that_are_not_finite_are_refused_and_counted() -> None:
 
 
 def test_overlong_penalty_falls_over_the_buffer_only() -> None:
-    # Limit 10, buffer 4: free up to 6 tokens, then a quarter for each.
+    # Limit 10, buffer 4: no penalty up to 6 tokens, then a quarter for each token.
     lengths = torch.tensor([1, 6, 7, 8, 10])
     assert overlong_penalty(lengths, 10, 4, 1.0).tolist() == [0.0, 0.0, -0.25, -0.5, -1.0]
     assert overlong_penalty(lengths, 10, 4, 0.5).tolist() == [0.0, 0.0, -0.125, -0.25, -0.5]

@@ -1,4 +1,4 @@
-"""What is cut off is counted, and rejected tokens leave the denominator when told to."""
+"""Everything cut off is counted, and rejected tokens leave the denominator if configured."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def loss_of(
     advantages: tuple[float, float] = (1.0, -1.0),
     of: Denominators | None = None,
 ) -> tuple[LossOutput, Tensor]:
-    """Loss and gradient of tokens with these ratios current/proximal and proximal/behavior."""
+    """Return loss and gradient of tokens with these ratios current/proximal and proximal/behavior."""
     behavior = torch.full((8,), -3.0, dtype=torch.float64)
     proximal = behavior + torch.tensor(mismatch or [1.0] * 8, dtype=torch.float64).log()
     current = (proximal + torch.tensor(drift or [1.0] * 8, dtype=torch.float64).log()).requires_grad_()
@@ -49,7 +49,7 @@ def loss_of(
 
 
 def tokens_with(mismatch: list[float]) -> TokenTensors:
-    """Tokens with these ratios proximal/behavior."""
+    """Return tokens with these ratios proximal/behavior."""
     return TokenTensors(
         proximal_logprobs_C=torch.tensor(mismatch, dtype=torch.float64).log() - 3,
         behavior_logprobs_C=torch.full((8,), -3.0, dtype=torch.float64),
@@ -63,7 +63,7 @@ def kept(algorithm: Algorithm, mismatch: list[float]) -> Tensor:
 
 
 def test_clip_counts_tokens_without_gradient_only() -> None:
-    # Advantage 1: of 1.5, 0.5, 1.2 only 1.5 is clipped; advantage -1: of 0.7, 1.5, 1 only 0.7 is.
+    # With advantage 1, only 1.5 of 1.5, 0.5, 1.2 is clipped; with advantage -1, only 0.7 of 0.7, 1.5, 1.
     output, gradient = loss_of(PRESETS["grpo"], drift=[1.5, 0.5, 1.2, 1, 1, 0.7, 1.5, 1])
     metrics = policy_metrics(output.stats)
     assert metrics["policy/clip_fraction"] == 2 / 8 == (gradient == 0).double().mean().item()
@@ -79,7 +79,7 @@ def test_dual_clip_counts_as_clip() -> None:
 
 
 def test_masks_are_counted_by_length() -> None:
-    # icepop keeps 0.5 to 5: two of the five tokens of the long completion go, one of the three of the short one.
+    # icepop keeps 0.5 to 5: it drops two of the five tokens of the long completion, one of the three of the short one.
     output, _ = loss_of(PRESETS["icepop"], mismatch=[6, 0.4, 1, 1, 2, 7, 1, 1])
     metrics = policy_metrics(output.stats)
     assert metrics["policy/mask_fraction"] == 3 / 8
@@ -169,7 +169,7 @@ def test_a_ratio_exactly_at_a_mask_bound_is_kept_and_the_next_number_is_not() ->
 
 
 def test_a_ratio_exactly_at_the_clip_keeps_its_whole_gradient() -> None:
-    # clamp and maximum each meet a tie here; -A r / 8 / 2 must come out whole.
+    # clamp and maximum each have a tie here; the gradient must still be -A r / 8 / 2, not a part of it.
     ratio = torch.tensor(0.25, dtype=torch.float64).exp().item()
     clip = RatioConfig(level="token", treatment="clip", lower=0.5, upper=ratio)
     algorithm = resolve_algorithm(AlgorithmConfig(preset="grpo", surrogate=clip))
@@ -196,7 +196,7 @@ def test_a_ratio_exactly_at_the_clip_keeps_its_whole_gradient() -> None:
 def test_kept_mask_is_what_the_loss_drops_before_any_update() -> None:
     mismatch = [6, 0.4, 1, 1, 2, 7, 1, 1]
     assert kept(PRESETS["icepop"], mismatch).tolist() == [False, False, True, True, True, False, True, True]
-    # Product 4.8 of the long completion exceeds 3, 7 of the short one too.
+    # The products, 4.8 of the long completion and 7 of the short one, exceed 3.
     assert not kept(PRESETS["grpo_seq_mis"], mismatch).any()
     assert kept(PRESETS["grpo"], mismatch).all()
     assert kept(PRESETS["pg_seq_mis"], [1, 1, 1, 1, 2, 4, 1, 1]).tolist() == [True] * 5 + [False] * 3
@@ -205,14 +205,14 @@ def test_kept_mask_is_what_the_loss_drops_before_any_update() -> None:
 def test_kept_counts_drop_a_sequence_when_nothing_of_it_is_left() -> None:
     index, three = torch.tensor([0, 0, 1, 1]), torch.tensor([False, True, False, False])
     sequences, tokens = kept_counts(three, index, 3)
-    # Sequence 0 keeps one token, 1 keeps none, 2 has none to lose.
+    # Sequence 0 keeps one token, 1 keeps none, 2 has no tokens.
     assert (sequences.item(), tokens.item()) == (2, 1)
 
 
 def test_denominators_follow_the_choice_and_never_reach_zero() -> None:
     everything, without = PRESETS["icepop"], replace(PRESETS["icepop"], denominator="kept")
     of = Denominators(sequences=4.0, tokens=20.0, max_tokens=8)
-    # Of the two sequences of eight tokens, the second loses all three of its own; of the first, four tokens remain.
+    # The two sequences have eight tokens: the second loses all three of its tokens, the first keeps four.
     one, two = tokens_with([6, 1, 1, 1, 2, 7, 7, 0.1]), tokens_with([1.0] * 8)
     assert train_denominators(everything, [one, two], of) == of
     assert train_denominators(without, [one, two], of) == Denominators(sequences=3.0, tokens=12.0, max_tokens=8)

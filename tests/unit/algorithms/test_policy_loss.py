@@ -1,4 +1,4 @@
-"""Every preset's loss and gradient equal formulas written out by hand, token by token, in Python floats."""
+"""Loss and gradient of every preset equal formulas written out by hand, token by token, in Python floats."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ REFERENCE: dict[str, tuple[Callable[[list[Token], float], list[TokenLoss]], str]
 def reference(
     preset: str, sequences: list[list[Token]], advantages: list[float], of: Denominators
 ) -> tuple[float, list[float], float]:
-    """Loss, its gradient for each token in order, and the sum of absolute token losses (the scale of rounding)."""
+    """Return the loss, its gradient for each token, and the sum of absolute token losses (the scale of rounding)."""
     formula, aggregation = REFERENCE[preset]
     loss, gradient, scale = 0.0, [], 0.0
     for tokens, advantage in zip(sequences, advantages, strict=True):
@@ -161,13 +161,13 @@ def reference(
 
 
 def near(*bounds: float) -> list[float]:
-    """Log-ratios just inside and just beyond every bound, next to none, and far outside."""
+    """Return log-ratios just inside and just outside every bound, close to 0, and far outside."""
     edges = [math.log(bound) + side * 4e-6 for bound in bounds for side in (-1, 1)]
     return [0.0, *edges, -3.5, 3.5, -19.0, 19.0, -25.0, 25.0]
 
 
 def single_tokens() -> tuple[list[list[Token]], list[float]]:
-    """Sequences of one token: every drift beside every mismatch, with both signs of advantage, and 0."""
+    """Return sequences of one token: every pair of drift and mismatch, with advantages of both signs and 0."""
     drifts = near(0.8, 1.28, 1 - 3e-4, 1 + 4e-4, 5, 10, 3, 20)
     mismatches = near(0.5, 3, 5, 0.99, 1.01)
     cases = list(product(drifts, mismatches, (1.0, -0.7, 0.0)))
@@ -175,14 +175,14 @@ def single_tokens() -> tuple[list[list[Token]], list[float]]:
 
 
 def around_the_gap() -> tuple[list[list[Token]], list[float]]:
-    """pi - mu of 0.2 -+ 1e-4 in both directions; a ratio just under and over 20."""
+    """Return tokens with pi - mu of 0.2 -+ 1e-4 in both directions, and with a ratio just below and above 20."""
     pairs = [(0.5, 0.5 + g) for g in (-0.2001, -0.1999, 0.1999, 0.2001)] + [(0.004, 0.0799), (0.004, 0.0801)]
     cases = list(product(pairs, (1.0, -0.7)))
     return [[(math.log(pi), math.log(mu) + 0.01, math.log(mu))] for (mu, pi), _ in cases], [a for *_, a in cases]
 
 
 def several_tokens() -> tuple[list[list[Token]], list[float]]:
-    """Random sequences of 0 to 8 tokens, whose products and means fall on both sides of every bound."""
+    """Return random sequences of 0 to 8 tokens, whose products and means fall on both sides of every bound."""
     draw = torch.Generator().manual_seed(7)
     sequences, advantages = [], []
     for number in range(400):
@@ -201,7 +201,7 @@ CASES = {"one token": single_tokens, "probability gap": around_the_gap, "several
 
 
 def rounded(sequences: list[list[Token]], dtype: torch.dtype) -> list[list[Token]]:
-    """The logprobs as this dtype holds them, so that only the arithmetic differs."""
+    """Round the logprobs to a dtype, so that only the arithmetic differs."""
     return [[tuple(torch.tensor(token, dtype=dtype).tolist()) for token in tokens] for tokens in sequences]
 
 
@@ -267,7 +267,7 @@ def test_float32_loss_and_gradient_equal_the_reference_to_single_precision(prese
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_cases_lie_on_both_sides_of_every_bound(preset: str) -> None:
+def test_the_cases_are_on_both_sides_of_every_bound(preset: str) -> None:
     cuts = [policy_metrics(run(PRESETS[preset], *case(), whole(case()[0]))[0].stats) for case in CASES.values()]
     algorithm = PRESETS[preset]
     treatments = {algorithm.surrogate.treatment, algorithm.correction.treatment}

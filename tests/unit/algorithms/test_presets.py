@@ -1,4 +1,4 @@
-"""The table of presets is the one that is documented, and contradictory choices are refused."""
+"""The table of presets equals the documented one, and contradictory choices are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_preset_is_documented() -> None:
 
 
 def test_presets_that_read_the_anchor_say_so() -> None:
-    # The paper: PG needs no pass before the update; neither does what divides by the behavior policy or by nothing.
+    # As in the paper, PG needs no pass before the update; nor do ratios to the behavior policy, or none.
     without = {name for name, algorithm in PRESETS.items() if not algorithm.needs_proximal}
     assert without == {"pg_seq_is", "pg_seq_tis", "pg_seq_mis", "reinforce", "rloo", "dppo_tv"}
     assert resolve_algorithm(AlgorithmConfig(preset="pg_seq_mis", denominator="kept")).needs_proximal
@@ -56,9 +56,9 @@ def test_overlong_buffer_of_dapo_is_a_fifth_of_the_limit_unless_given() -> None:
 
 SURROGATES: list[tuple[dict[str, Any], str]] = [
     ({"ratio": "proximal/behavior"}, "does not depend on the weights"),
-    ({"treatment": "clip", "lower": 0.8, "upper": 1.2, "gradient": "score"}, "carries no gradient"),
+    ({"treatment": "clip", "lower": 0.8, "upper": 1.2, "gradient": "logprob"}, "carries no gradient"),
     ({"treatment": "mask", "upper": 3, "keep_weight": False}, "weight that carries the gradient"),
-    ({"gradient": "score", "probability_gap": 0.2}, "compares probabilities"),
+    ({"gradient": "logprob", "probability_gap": 0.2}, "compares probabilities"),
     ({"treatment": "truncate", "upper": -1}, "not positive"),
     ({"treatment": "mask", "lower": 3, "upper": 2}, "lower above upper"),
     ({"upper": 2}, "treatment raw does not use them"),
@@ -66,10 +66,10 @@ SURROGATES: list[tuple[dict[str, Any], str]] = [
     ({"treatment": "truncate", "lower": 0.5, "upper": 2}, "takes no lower bound"),
     ({"treatment": "mask"}, "without a bound"),
     ({"treatment": "clip", "upper": 1.2}, "clips without two bounds"),
-    ({"treatment": "clip", "lower": 0.2, "upper": 0.28}, "bounds that do not lie on both sides of 1"),
-    ({"keep_weight": False, "gradient": "score"}, "without masking"),
+    ({"treatment": "clip", "lower": 0.2, "upper": 0.28}, "bounds for clip that do not include 1"),
+    ({"keep_weight": False, "gradient": "logprob"}, "without masking"),
     ({"treatment": "clip", "lower": 0.8, "upper": 1.2, "dual_clip": 0.5}, "must exceed 1"),
-    ({"treatment": "truncate", "upper": 3, "dual_clip": 3}, "stand beside a clip"),
+    ({"treatment": "truncate", "upper": 3, "dual_clip": 3}, "needs treatment clip"),
     (
         {"ratio": "current/behavior", "treatment": "clip", "lower": 0.8, "upper": 1.2, "probability_gap": 0.2},
         "two trust regions",
@@ -78,7 +78,7 @@ SURROGATES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("choices", "message"), SURROGATES)
-def test_contradictory_surrogates_are_refused_with_a_cure(choices: dict[str, Any], message: str) -> None:
+def test_contradictory_surrogates_are_refused_with_a_fix(choices: dict[str, Any], message: str) -> None:
     surrogate = RatioConfig(level="token", **choices)
     with pytest.raises(ConfigError, match=f"^algorithm.surrogate .*{message}.*; .*\\.$"):
         resolve_algorithm(AlgorithmConfig(surrogate=surrogate))
@@ -87,12 +87,12 @@ def test_contradictory_surrogates_are_refused_with_a_cure(choices: dict[str, Any
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"treatment": "truncate", "upper": 3}, "not the ratio proximal/behavior"),
-        ({"ratio": "proximal/behavior", "treatment": "clip", "lower": 0.8, "upper": 1.2}, "clips"),
+        ({"treatment": "truncate", "upper": 3}, "another ratio than proximal/behavior"),
+        ({"ratio": "proximal/behavior", "treatment": "clip", "lower": 0.8, "upper": 1.2}, "has treatment clip"),
         ({"ratio": "proximal/behavior", "probability_gap": 0.2}, "needs the current policy"),
     ],
 )
-def test_contradictory_corrections_are_refused_with_a_cure(choices: dict[str, Any], message: str) -> None:
+def test_contradictory_corrections_are_refused_with_a_fix(choices: dict[str, Any], message: str) -> None:
     correction = RatioConfig(level="token", **choices)
     with pytest.raises(ConfigError, match=f"^algorithm.correction .*{message}.*; .*\\.$"):
         resolve_algorithm(AlgorithmConfig(correction=correction))

@@ -1,4 +1,4 @@
-"""Every combination of choices of a ratio is refused when the configuration is read, or computes a finite loss."""
+"""Every combination of choices of a ratio is refused when the configuration is read, or gives a finite loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHOICES = tuple(itertools.product(("none", "token", "sequence", "geometric_mean"
 
 
 def loss_and_gradient(algorithm: Algorithm) -> tuple[float, torch.Tensor]:
-    """Loss and gradient of two sequences, of three tokens and of one, with drift and mismatch."""
+    """Return loss and gradient of two sequences, of three tokens and of one, with drift and mismatch."""
     current = torch.tensor([-1.0, -0.5, -2.0, -0.1], requires_grad=True)
     proximal, behavior = torch.tensor([-1.1, -0.5, -1.0, -0.2]), torch.tensor([-3.0, -0.6, -1.1, -0.1])
     tokens = TokenTensors(
@@ -40,7 +40,7 @@ def loss_and_gradient(algorithm: Algorithm) -> tuple[float, torch.Tensor]:
 def test_every_product_of_choices_is_refused_or_computes(place: str, level: str, treatment: str) -> None:
     ratio = "current/proximal" if place == "surrogate" else "proximal/behavior"
     resolved = []
-    for lower, upper, keep, gradient in itertools.product(BOUNDS, BOUNDS, ("true", "false"), ("ratio", "score")):
+    for lower, upper, keep, gradient in itertools.product(BOUNDS, BOUNDS, ("true", "false"), ("ratio", "logprob")):
         given = {"level": level, "ratio": ratio, "treatment": treatment, "lower": lower, "upper": upper}
         given |= {"keep_weight": keep, "gradient": gradient}
         overrides = [f"algorithm.{place}.{key}={value}" for key, value in given.items()]

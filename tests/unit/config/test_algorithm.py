@@ -1,4 +1,4 @@
-"""One choice of a preset is changed alone, in files, through `extends` and on the command line; the rest is kept."""
+"""Changing one choice of a preset, in files, through `extends` and on the command line, keeps the rest."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from betterhalf.config.algorithm import own_choices
 from betterhalf.config.load import config_difference, load_config, resolved_json
 from betterhalf.config.overrides import expand
 from betterhalf.config.presets import PRESETS
-from betterhalf.config.ratio import RatioConfig
 from betterhalf.config.render import toml_text
-from betterhalf.config.schema import AlgorithmConfig, RunConfig
+from betterhalf.config.schema import AlgorithmConfig, RatioConfig, RunConfig
+from betterhalf.errors import ConfigError
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -62,13 +62,13 @@ def test_another_treatment_leaves_the_bounds_of_the_old_one_behind() -> None:
 
 def test_switching_a_ratio_off_or_on_keeps_nothing_of_the_preset() -> None:
     assert load_config(None, ["algorithm=icepop", "algorithm.correction=none"]).algorithm.correction == RatioConfig(
-        level="none", gradient="score"
+        level="none", gradient="logprob"
     )
     given = ["algorithm=reinforce", "algorithm.surrogate=token"]
     assert load_config(None, given).algorithm.surrogate == RatioConfig(level="token")
 
 
-def test_what_is_given_applies_to_the_preset_named_last_whichever_file_names_it(tmp_path: Path) -> None:
+def test_given_values_apply_to_the_preset_named_last_in_whichever_file(tmp_path: Path) -> None:
     base = "[algorithm]\npreset = 'icepop'\n[algorithm.correction]\nupper = 4\n[algorithm.surrogate]\nlower = 0.7\n"
     write(tmp_path, "base.toml", base)
     path = write(tmp_path, "child.toml", "extends = 'base.toml'\nalgorithm = 'grpo_seq_tis'\n")
@@ -97,11 +97,26 @@ def test_a_run_as_the_experiment_takes_another_preset_with_its_own_choices_kept(
     )
 
 
-def test_a_config_json_that_left_the_presets_choices_out_means_the_same(tmp_path: Path) -> None:
+def test_a_config_json_without_the_presets_choices_means_the_same(tmp_path: Path) -> None:
     resolved = resolved_json(load_config(None, ["algorithm=dapo"]))
     absent = {key: None for key in resolved["algorithm"] if key not in ("preset", "max_sampling_rounds")}
     write(tmp_path, "config.json", json.dumps({**resolved, "algorithm": {**resolved["algorithm"], **absent}}))
     assert config_difference(load_config(tmp_path), load_config(None, ["algorithm=dapo"])) == []
+
+
+@pytest.mark.parametrize("preset", ["grpo", "pg_seq_mis", "cispo"])
+def test_a_config_json_of_an_earlier_run_means_the_same(tmp_path: Path, preset: str) -> None:
+    """It may call the gradient through log pi "score"."""
+    config = load_config(None, [f"algorithm={preset}"])
+    text = json.dumps(resolved_json(config))
+    write(tmp_path, "config.json", text.replace('"gradient": "logprob"', '"gradient": "score"'))
+    assert '"score"' in (tmp_path / "config.json").read_text(encoding="utf-8")
+    assert load_config(tmp_path) == config
+
+
+def test_an_old_name_of_a_value_is_answered_with_the_current_one() -> None:
+    with pytest.raises(ConfigError, match=r'gradient = "score" is not one of ratio, logprob. Did you mean logprob\?'):
+        load_config(None, ["algorithm=cispo", "algorithm.surrogate.gradient=score"])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -127,7 +142,7 @@ sparse = st.fixed_dictionaries({}, optional=values)
 
 
 @given(preset=st.sampled_from(sorted(PRESETS)), surrogate=sparse, correction=sparse)
-def test_every_way_to_keep_a_configuration_gives_it_back(preset: str, surrogate: Any, correction: Any) -> None:
+def test_every_way_to_save_a_configuration_restores_it(preset: str, surrogate: Any, correction: Any) -> None:
     section = {"preset": preset, "surrogate": surrogate, "correction": correction}
     config = RunConfig.model_validate({"algorithm": section})
     resolved = resolved_json(config)

@@ -1,4 +1,4 @@
-"""Files, `extends`, overrides: what ends up in the configuration, and what is refused with which words."""
+"""Loading files, `extends` and overrides: the resulting configuration, and the message of each error."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def test_a_circle_of_extends_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_base_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, "a.toml", 'extends = "gone.toml"')
-    with pytest.raises(ConfigError, match="a.toml extends 'gone.toml', which is not there"):
+    with pytest.raises(ConfigError, match="a.toml extends 'gone.toml', which does not exist"):
         load_config(path)
 
 
-def test_a_toml_error_is_given_with_its_line(tmp_path: Path) -> None:
+def test_a_toml_error_names_its_line(tmp_path: Path) -> None:
     path = write(tmp_path, "a.toml", "seed = 1\nsteps = = 2\n")
     with pytest.raises(ConfigError, match=r"a.toml is not valid TOML: .*line 2"):
         load_config(path)
@@ -105,7 +105,7 @@ def test_a_run_folder_serves_as_an_experiment(tmp_path: Path) -> None:
     assert load_config(tmp_path / "config.json", ["seed=4"]).seed == 4
 
 
-def test_json_that_is_no_object_is_refused(tmp_path: Path) -> None:
+def test_json_that_is_not_an_object_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no settings"):
         load_config(write(tmp_path, "config.json", "[1, 2]"))
 
@@ -171,7 +171,7 @@ def test_a_file_replaces_the_whole_list_of_sections(tmp_path: Path) -> None:
     assert load_config(path).watchdog.levels == (WatchdogLevel(metric="budget/predicted_ess", below=0.2),)
 
 
-def test_an_error_in_a_list_of_sections_is_given_with_its_file(tmp_path: Path) -> None:
+def test_an_error_in_a_list_of_sections_names_its_file(tmp_path: Path) -> None:
     path = write(tmp_path, "a.toml", '[[watchdog.levels]]\nmetric = "budget/predicted_ess"\nbelow = "x"\n')
     with pytest.raises(ConfigError) as caught:
         load_config(path)
@@ -236,22 +236,23 @@ def test_the_task_inside_a_task_may_leave_its_type_out() -> None:
         ("arms=fp16,bf61", 'sanity.arms = "bf61" is not one of fp16, bf16, fp32. Did you mean bf16?'),
         ("algorithm=grop", "Did you mean grpo?"),
         ("task=mth", 'task.type = "mth" is not one of arithmetic, math, perfectible. Did you mean math?'),
-        ("task=math", "task.path is required"),
-        ("task.path=x", "task.path belongs to another task.type than the one chosen."),
+        ("task=math", "task.path is required (JSONL file with"),
+        ("task=perfectible", "task.path is required (A `perfectible.jsonl` that `betterhalf sanity` wrote). Set it."),
+        ("task.path=x", "task.path is not a key of the chosen task.type."),
         ("optimizer.betas=0.9", "optimizer.betas has too few values."),
         ("optimizer.betas=1,2,3", "optimizer.betas = [1, 2, 3] must be a list of 2 values."),
-        ("precision.pairs=mathced", "precision.pairs = 'mathced' is neither full nor matched nor a list"),
-        ("precision.pairs=fp32/bf61", "write precision.pairs=fp16/fp16,bf16/bf16"),
+        ("precision.pairs=mathced", "precision.pairs = 'mathced' is not full, matched or a list"),
+        ("precision.pairs=fp32/bf61", "Write a list such as precision.pairs=fp16/fp16,bf16/bf16."),
         ("precision.pairs=[]", "precision.pairs is empty, so there is nothing to measure"),
         ("engine=vlm", 'engine.type = "vlm" is not one of native, vllm. Did you mean vllm?'),
-        ("engine.kv_cache_gib=3", "engine.kv_cache_gib belongs to another engine.type than the one chosen."),
+        ("engine.kv_cache_gib=3", "engine.kv_cache_gib is not a key of the chosen engine.type."),
         ("watchdog.level=[]", "unknown key 'watchdog.level'. Did you mean 'watchdog.levels'?"),
         ("watchdog.levels=3", "watchdog.levels = 3 must be a list."),
         ("watchdog.levels=[3]", "watchdog.levels[0] = 3 does not fit"),
         ("watchdog.levels={above=1}", "watchdog.levels[0].metric is required"),
-        ('watchdog.levels={metric="a"}', "has no bound; set below or above"),
+        ('watchdog.levels={metric="a"}', "has no bound. Set below or above."),
         ('watchdog.levels={metric="a",abov=1,below=1}', "unknown key 'watchdog.levels[0].abov'. Did you mean 'above'?"),
-        ('watchdog.levels={metric="a",zzz=1,below=1}', "It takes metric, below, above, steps, action."),
+        ('watchdog.levels={metric="a",zzz=1,below=1}', "Its keys are metric, below, above, steps, action."),
         ('watchdog.levels={metric="a",below=1,steps=0}', "watchdog.levels[0].steps = 0 must be at least 1."),
         ('watchdog.levels={metric="a",below=1,action="stpo"}', "Did you mean stop?"),
         ("mismatch=4", "mismatch is a section. Set one of its keys, such as mismatch.sample_fraction."),
@@ -269,7 +270,7 @@ def test_wrong_settings_are_refused_in_plain_words(override: str, words: str) ->
     assert not any(jargon in text for jargon in ("pydantic", "Input should", "validation error", "type="))
 
 
-def test_every_error_is_reported_at_once_with_where_it_was_set(tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once_with_their_sources(tmp_path: Path) -> None:
     path = write(tmp_path, "a.toml", "stpes = 3\n[training]\nsteps = 0\n")
     with pytest.raises(ConfigError) as caught:
         load_config(path, ["seed=-1"])

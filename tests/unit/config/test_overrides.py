@@ -15,7 +15,7 @@ def test_run_dir_is_taken_out_and_the_last_one_counts() -> None:
 
 
 @pytest.mark.parametrize("argument", ["run_dir=", "seed", "=3", "--seed=1"])
-def test_what_is_no_setting_is_refused(argument: str) -> None:
+def test_an_argument_that_is_not_a_setting_is_refused(argument: str) -> None:
     with pytest.raises(ConfigError, match="Write"):
         split_overrides([argument])
 

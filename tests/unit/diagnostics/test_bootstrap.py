@@ -1,4 +1,4 @@
-"""The bootstrap against `mismatch_metrics` on data that are really resampled."""
+"""The bootstrap against `mismatch_metrics` on explicitly resampled data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sample(lengths: list[int], noise: float, seed: int = 0) -> tuple[Tensor, Ten
 
 
 def copied(trainer: Tensor, behavior: Tensor, index: Tensor, counts: list[int]) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The data in which completion i really stands `counts[i]` times."""
+    """The data with completion i repeated `counts[i]` times."""
     rows = [(index == i).nonzero().squeeze(1) for i, count in enumerate(counts) for _ in range(count)]
     chosen = torch.cat(rows)
     owner = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row) for row in rows]))
@@ -114,7 +114,7 @@ def test_completions_without_tokens_do_not_count() -> None:
     assert repr(confidence_intervals(trainer, behavior, gaps, 6, **settings)) == repr(expected)
 
 
-def test_a_thousand_resamples_of_a_default_probe_take_a_moment() -> None:
+def test_a_thousand_resamples_of_a_default_probe_are_fast() -> None:
     data = sample([128] * 64, 1e-3)
     start = time.process_time()
     confidence_intervals(*data, 64, resamples=1000, confidence=0.95, seed=0, cluster_index_S=torch.arange(64) // 4)

@@ -110,7 +110,7 @@ def test_without_spread_every_length_is_safe(value: float) -> None:
     assert json.dumps(plain_json(budget_metrics(budget)["budget/max_length"])) == "null"
 
 
-def test_one_token_says_nothing() -> None:
+def test_one_token_determines_nothing() -> None:
     assert fit(torch.tensor([[0.7]])) == Budget(
         sigma2=0.0, correlation=1.0, predicted_ess=1.0, observed_ess=1.0, max_length=math.inf
     )

@@ -1,4 +1,4 @@
-"""Rounding told from faults: bounds by hand, and results made to lie on either side of them."""
+"""Faults distinguished from rounding: bounds computed by hand, and results on either side of them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_one_rounding_against_two_is_rounding_and_a_scaled_result_is_not(dtype: 
     assert compare(("attention_norm", 0), once * 1.02, twice, yardstick(dtype)).exceeds
 
 
-def test_relative_error_by_hand_and_the_worst_token_speaks() -> None:
+def test_relative_error_by_hand_and_the_worst_token_decides() -> None:
     reference = torch.tensor([[3.0, 4.0], [0.0, 2.0], [6000.0, 8000.0]])
     result = torch.tensor([[3.0, 4.5], [0.0, 2.0], [6000.0, 8000.0]])
     found = compare(("down", 2), result, reference, yardstick("fp16"), first_token=10)

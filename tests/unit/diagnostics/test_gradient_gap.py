@@ -40,7 +40,7 @@ def test_the_loss_scale_is_divided_out_without_making_zeros() -> None:
 
 
 def test_a_difference_that_float32_cannot_hold_is_seen() -> None:
-    """Dividing by 3 in float32 would round, by 3e-8 of the norm; in float64 what is left is float64's own error."""
+    """Dividing by 3 in float32 would round, by 3e-8 of the norm; in float64 only float64's own error remains."""
     gap = gradient_gap([("w", torch.tensor([1.0, 1.0]))], {"w": torch.tensor([1.0, 1.0])}, scale=3.0)
     assert gap.relative_error == pytest.approx(2 / 3, rel=1e-15)
 
@@ -70,11 +70,11 @@ def test_what_cannot_be_compared_is_nan(own: list[float], reference: list[float]
 def test_other_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match="no gradient of c"):
         gradient_gap([("c", torch.ones(1))], REFERENCE)
-    with pytest.raises(ValueError, match="1 gradients against 2"):
+    with pytest.raises(ValueError, match="1 gradients, and 2 in the reference"):
         gradient_gap([("b", torch.ones(1))], REFERENCE)
 
 
-def test_equal_weights_are_worth_every_sequence() -> None:
+def test_equal_weights_keep_every_sequence() -> None:
     spread = weight_spread(torch.full((5,), math.log(2.0), dtype=torch.float64))
     assert spread.ess_fraction == pytest.approx(1.0) and spread.max_weight == pytest.approx(2.0)
 

@@ -1,4 +1,4 @@
-"""Coverage of the intervals, by simulation, and what has none."""
+"""Coverage of the intervals, by simulation, and the metrics without one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from betterhalf.diagnostics.intervals import EXTREMES, POSITIVE, SIGNED, confide
 from betterhalf.diagnostics.logprob_gap import mismatch_metrics
 
 REQUIRED = 0.9
-"""Coverage that nominal 95% has to have, within two standard errors of a simulation."""
+"""Coverage that nominal 95% must reach, within two standard errors of a simulation."""
 
 REPETITIONS = 80
 
@@ -22,7 +22,7 @@ Data = tuple[Tensor, Tensor, Tensor, int, Tensor]
 
 
 def noise(kind: str, count: int, generator: torch.Generator) -> Tensor:
-    """Token noise of deviation 1."""
+    """Token noise of standard deviation 1."""
     normal = torch.randn(count, generator=generator, dtype=torch.float64)
     if kind == "student_t":
         chi2 = torch.randn(5, count, generator=generator, dtype=torch.float64).square().sum(0)
@@ -34,8 +34,8 @@ def noise(kind: str, count: int, generator: torch.Generator) -> Tensor:
 
 
 def probe_like(kind: str, sigma: float, prompts: int, seed: int) -> Data:
-    """Four completions of 16 to 48 tokens for each prompt; prompts differ in noise, completions have a shift of their
-    own, likely tokens move less, and no probability exceeds 1."""
+    """Four completions of 16 to 48 tokens for each prompt; prompts differ in noise, each completion has its own
+    shift, likely tokens move less, and no probability exceeds 1."""
     generator = torch.Generator().manual_seed(seed)
     count = 4 * prompts
     lengths = torch.randint(16, 49, (count,), generator=generator)
@@ -83,7 +83,7 @@ def test_a_small_effective_sample_size_has_no_interval_and_says_why() -> None:
     settings = {"resamples": 50, "confidence": 0.95, "seed": 0}
     found = confidence_intervals(*data[:4], **settings, cluster_index_S=data[4])["mismatch/ess_fraction"]
     assert math.isnan(found.low) and found.reason is not None
-    assert "above 0.25 a sample can lack the large weights" in found.reason
+    assert "above 0.25 a sample may lack the large weights" in found.reason
 
 
 def test_percentiles_of_sequences_take_368_independent_completions() -> None:
@@ -91,7 +91,9 @@ def test_percentiles_of_sequences_take_368_independent_completions() -> None:
     names = ("mismatch/sequence_log_ratio/p1", "mismatch/sequence_log_ratio/p99")
     few = confidence_intervals(*probe_like("normal", 0.05, 16, 0)[:4], **settings)
     for name in names:
-        assert few[name].reason and "64 completions" in few[name].reason and "95% takes 368" in few[name].reason
+        assert (
+            few[name].reason and "64 completions" in few[name].reason and "95% confidence takes 368" in few[name].reason
+        )
     *data, _ = probe_like("normal", 0.05, 10_000, 1_000_000)
     truth = mismatch_metrics(*data)
     covered: Counter[str] = Counter()
@@ -108,7 +110,7 @@ def test_extremes_and_counts_have_no_interval() -> None:
     found = confidence_intervals(*probe_like("normal", 0.05, 16, 0)[:4], resamples=20, confidence=0.95, seed=0)
     for name in EXTREMES:
         assert found[f"mismatch/{name}"].reason == (
-            "an extreme grows with the number of tokens, so that there is no value to bracket"
+            "an extreme grows with the number of tokens, so there is no fixed value to bracket"
         )
     assert found["mismatch/tokens"].reason == "a count, not an estimate"
 
@@ -122,7 +124,7 @@ def test_what_one_completion_carries_has_no_interval() -> None:
     found = confidence_intervals(trainer, behavior, owner, 10, **settings)["mismatch/k3/mean"]
     assert found.reason == "one of 10 completions carries nearly all of it"
     alone = confidence_intervals(trainer[:4], behavior[:4], owner[:4], 1, **settings)["mismatch/k3/mean"]
-    assert alone.reason == "one completion says nothing about the spread among them"
+    assert alone.reason == "a single completion gives no estimate of the spread"
 
 
 def test_no_mismatch_at_all_is_an_interval_of_no_width() -> None:

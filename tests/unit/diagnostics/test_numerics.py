@@ -87,7 +87,7 @@ def test_an_island_is_measured_by_the_format_that_holds_it() -> None:
     assert module_range(SPOT, sizes, "fp32", finite=True).zero_fraction == 0.0
 
 
-def test_all_zeros_have_no_shares_and_endless_headroom() -> None:
+def test_all_zeros_have_no_shares_and_infinite_headroom() -> None:
     row = module_range(SPOT, magnitudes(torch.zeros(3)), "fp16", finite=True)
     assert (row.subnormal_fraction, row.zero_fraction, row.headroom_bits) == (0.0, 0.0, math.inf)
 
@@ -99,7 +99,7 @@ def test_the_predicted_scale_is_the_largest_power_of_two_that_fits(largest: floa
     assert scale * largest <= FP16.max < 2 * scale * largest
 
 
-def test_predicted_scales_have_an_end() -> None:
+def test_predicted_scales_are_bounded() -> None:
     assert predicted_loss_scale(0.0, FP16) == MAX_LOSS_SCALE
     assert predicted_loss_scale(1e-30, FP16) == MAX_LOSS_SCALE
     assert predicted_loss_scale(math.inf, FP16) == 0.0

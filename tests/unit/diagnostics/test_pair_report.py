@@ -113,7 +113,7 @@ def test_a_failed_pair_says_why_and_nothing_else() -> None:
     assert math.isnan(failed.k3)
 
 
-def test_logprobs_that_are_no_numbers_are_refused() -> None:
+def test_logprobs_that_are_not_numbers_are_refused() -> None:
     with pytest.raises(NumericsError, match="1 of 5 trainer logprobs"):
         report(ratio=[0.0, math.nan, 0.0, 0.0, 0.0])
     with pytest.raises(EngineError, match="1 of 5 behavior logprobs"):

@@ -77,7 +77,7 @@ def test_a_forward_overflow_is_unsafe_and_names_the_first_module() -> None:
     verdict = judge(census(*rows, first_forward=rows[0].spot), None)
     assert verdict.verdict == "unsafe"
     assert verdict.modules == (DOWN,)
-    assert "Forward" in verdict.reasons[0] and DOWN in verdict.reasons[0] and "1e+05" in verdict.reasons[0]
+    assert "forward pass" in verdict.reasons[0] and DOWN in verdict.reasons[0] and "1e+05" in verdict.reasons[0]
 
 
 def test_other_modules_that_overflow_by_themselves_follow_worst_first() -> None:
@@ -103,7 +103,7 @@ def test_a_backward_overflow_at_every_scale_is_unsafe_and_says_backward() -> Non
     verdict = judge(census(*rows, first_backward=rows[0].spot, largest_safe_loss_scale=0.5, zeroed_fraction=None), None)
     assert verdict.verdict == "unsafe"
     assert verdict.modules == (UP,)
-    assert verdict.reasons[0].startswith("Backward, the gradient with respect to the output of")
+    assert verdict.reasons[0].startswith("In the backward pass, the gradient with respect to the output of")
 
 
 @pytest.mark.parametrize(("lost", "expected"), [(0.0099, "ok"), (0.01, "unsafe"), (0.2, "unsafe")])
@@ -115,12 +115,12 @@ def test_one_gradient_in_a_hundred_may_not_be_lost(lost: float, expected: str) -
 
 @pytest.mark.parametrize(("largest", "expected"), [(16376.0, "ok"), (16400.0, "watch")])
 @pytest.mark.parametrize("kind", ["forward", "input", "weight", "backward", "gradient"])
-def test_two_bits_of_headroom_are_wanted(kind: Kind, largest: float, expected: str) -> None:
+def test_two_bits_of_headroom_are_required(kind: Kind, largest: float, expected: str) -> None:
     verdict = judge(census(row(DOWN, kind, largest), row(UP, "forward", 1.0)), None)
     assert verdict.verdict == expected
     if expected == "watch":
         assert verdict.modules == (DOWN,)
-        assert ("Backward" in verdict.reasons[0]) == (kind in ("backward", "gradient"))
+        assert ("backward pass" in verdict.reasons[0]) == (kind in ("backward", "gradient"))
 
 
 def test_little_headroom_of_the_residual_stream_is_blamed_on_the_branch_that_wrote_it() -> None:
@@ -141,7 +141,7 @@ def test_little_headroom_of_the_residual_stream_is_blamed_on_the_branch_that_wro
         ("k3__mean", 1e-9, math.nan),
     ],
 )
-def test_a_mismatch_outside_its_band_is_to_be_watched(name: str, healthy: float, sick: float) -> None:
+def test_a_mismatch_outside_its_band_gives_watch(name: str, healthy: float, sick: float) -> None:
     assert judge(census(), pair(**{name: healthy})).verdict == "ok"
     verdict = judge(census(), pair(**{name: sick}))
     assert verdict.verdict == "watch"
@@ -152,7 +152,7 @@ def test_the_effective_sample_size_is_predicted_at_the_configured_length() -> No
     assert judge(census(), pair(budget(1e-3), length=693)).verdict == "ok"
     verdict = judge(census(), pair(budget(1e-3), length=694))
     assert verdict.verdict == "watch"
-    assert "694 tokens" in verdict.reasons[0] and "lasts to 693 tokens" in verdict.reasons[0]
+    assert "694 tokens" in verdict.reasons[0] and "up to 693 tokens" in verdict.reasons[0]
 
 
 def test_a_pair_that_cannot_run_is_unsafe() -> None:

@@ -16,7 +16,7 @@ from betterhalf.reduction import MAX, MEAN, REDUCTIONS, SUM, declared_reductions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """Field names that say nothing of the reduction."""
+    """Record whose field names do not suggest a reduction."""
 
     tokens_max: float = field(metadata=SUM)
     loss_sum: float = field(metadata=MEAN)
@@ -25,13 +25,13 @@ class Record:
 
 
 class WithTwins:
-    """A rank whose two other ranks hold the same values plus 1 and plus 2."""
+    """A rank of three; the other two hold the same values plus 1 and plus 2."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
 
     def gather(self, values: Tensor) -> tuple[Tensor, ...]:
-        # The number of ranks, which travels last among the sums, is 1 on each of them.
+        # The number of ranks is the last of the sums, and is 1 on each rank.
         return (values, values + 1, values + 2)
 
     def sum_(self, values: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The census on the demo model: hooks that change nothing, magnitudes that are true, overflows that are named."""
+"""The census on the demo model: its hooks change nothing, its magnitudes are exact, and it names overflows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from betterhalf.examine.census import (
     reference,
     take_census,
 )
-from betterhalf.examine.module_hooks import watched
+from betterhalf.examine.module_hooks import observe_module
 from betterhalf.examine.subject import Subject, open_subject, trainer_in
 from betterhalf.models.attention import PackLayout
 from betterhalf.training.policy_trainer import PolicyTrainer
@@ -49,7 +49,7 @@ def truth(subject: Subject, batch: CensusBatch) -> Reference:
 
 
 def batch_of(subject: Subject, prompts: int = 4, group_size: int = 2, length: int = 20) -> CensusBatch:
-    """Prompts followed by seeded random tokens."""
+    """Return a batch of prompts followed by seeded random tokens."""
     generator = torch.Generator().manual_seed(0)
     groups = [
         [
@@ -68,7 +68,7 @@ def batch_of(subject: Subject, prompts: int = 4, group_size: int = 2, length: in
 
 @pytest.fixture
 def broken() -> Callable[[Callable[[Mlp], None]], tuple[Subject, CensusBatch, Reference]]:
-    """A demo model whose second block's MLP was changed, with its batch and FP32 truth."""
+    """Return the demo model with the MLP of its second block changed, its batch, and its FP32 reference."""
 
     def make(change: Callable[[Mlp], None]) -> tuple[Subject, CensusBatch, Reference]:
         with open_subject("demo", RunConfig.model_validate(CONFIG)) as opened, torch.no_grad():
@@ -90,20 +90,20 @@ def gradients_and_loss(trainer: PolicyTrainer, batch: CensusBatch) -> dict[str, 
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_watching_changes_no_bit(subject: Subject, batch: CensusBatch, dtype: str) -> None:
+def test_hooks_change_no_bit(subject: Subject, batch: CensusBatch, dtype: str) -> None:
     plain = gradients_and_loss(trainer_in(subject, dtype), batch)  # type: ignore[arg-type]
     trainer = trainer_in(subject, dtype)  # type: ignore[arg-type]
-    with watched(trainer.module, lambda name, kind, x: None):
+    with observe_module(trainer.module, lambda name, kind, x: None):
         seen = gradients_and_loss(trainer, batch)
     assert plain.keys() == seen.keys()
     assert all(torch.equal(plain[name], seen[name]) for name in plain)
 
 
-def test_hooks_are_gone_afterwards_and_nothing_is_kept_alive(subject: Subject, batch: CensusBatch) -> None:
+def test_hooks_are_removed_afterwards_and_keep_nothing_alive(subject: Subject, batch: CensusBatch) -> None:
     trainer = trainer_in(subject, "fp16")
     places: list[Spot] = []
     weight = weakref.ref(trainer.module.get_submodule(f"{LAYER}.mlp.down_proj").weight)
-    with watched(trainer.module, lambda name, kind, x: places.append(Spot(module=name, kind=kind))):
+    with observe_module(trainer.module, lambda name, kind, x: places.append(Spot(module=name, kind=kind))):
         gradients_and_loss(trainer, batch)
     count = len(places)
     gradients_and_loss(trainer, batch)
@@ -116,7 +116,7 @@ def test_hooks_are_gone_afterwards_and_nothing_is_kept_alive(subject: Subject, b
 def test_values_are_seen_in_the_order_of_computation(subject: Subject, batch: CensusBatch) -> None:
     trainer = trainer_in(subject, "fp32")
     places: list[tuple[str, Kind]] = []
-    with watched(trainer.module, lambda name, kind, x: places.append((name, kind))):
+    with observe_module(trainer.module, lambda name, kind, x: places.append((name, kind))):
         trainer.measure(batch.micro_batches)
         trainer.forward_backward(batch.micro_batches, PRESETS["pg_seq_is"], batch.denominators)
     first = places.index
@@ -128,7 +128,7 @@ def test_values_are_seen_in_the_order_of_computation(subject: Subject, batch: Ce
     assert first(("lm_head", "gradient")) < first(("model.layers.0", "backward"))
 
 
-def test_an_input_is_shown_only_where_it_is_no_modules_output(truth: Reference) -> None:
+def test_an_input_is_shown_only_if_it_is_not_the_output_of_a_module(truth: Reference) -> None:
     inputs = {spot.module for spot in truth.sizes if spot.kind == "input" and spot.module.startswith(LAYER)}
     assert inputs == {
         f"{LAYER}.self_attn.o_proj",
@@ -137,7 +137,7 @@ def test_an_input_is_shown_only_where_it_is_no_modules_output(truth: Reference) 
     }
 
 
-# -- the truth
+# -- the FP32 reference
 
 
 def test_magnitudes_are_those_of_the_model(subject: Subject, batch: CensusBatch, truth: Reference) -> None:
@@ -187,7 +187,7 @@ def test_the_batch_alternates_advantages_and_has_the_denominators_of_training(su
     (micro,) = batch.micro_batches
     by_rollout = dict(zip(micro.rollout_index_S, micro.advantages_S.tolist(), strict=True))
     assert [by_rollout[index] for index in range(6)] == [1.0, -1.0] * 3
-    # Defaults: 32 prompts of 8 siblings in four optimizer steps.
+    # By default 32 prompts with 8 siblings each make four optimizer steps.
     assert batch.denominators.sequences == 64
     assert batch.denominators.tokens == 64 * 20
     assert batch.denominators.max_tokens == subject.config.sampling.max_tokens
@@ -201,13 +201,13 @@ def test_the_batch_ends_at_its_tokens_but_has_two_completions(subject: Subject) 
 
 
 def sequence_tokens(micro: MicroBatch) -> int:
-    """Prompt and completion tokens of every sequence."""
+    """Return the number of tokens of all sequences, prompt and completion, without sharing prompts."""
     counts = torch.bincount(micro.sequence_index_C, minlength=micro.num_sequences).tolist()
     prompts = [int(micro.position_ids_T[rows[0]]) + 1 for rows in micro.loss_rows_C.split(counts)]
     return sum(prompts) + sum(counts)
 
 
-# -- real passes
+# -- passes in the precision under test
 
 
 def test_the_largest_safe_scale_is_finite_and_the_next_is_not(
@@ -221,7 +221,7 @@ def test_the_largest_safe_scale_is_finite_and_the_next_is_not(
         trainer = trainer_in(subject, "fp16")
         trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": scale})
         places = []
-        with watched(trainer.module, lambda name, kind, x, found=places: found.append(bool(x.isfinite().all()))):
+        with observe_module(trainer.module, lambda name, kind, x, found=places: found.append(bool(x.isfinite().all()))):
             gradients_and_loss(trainer, batch)
         assert all(places) == finite
 
@@ -255,7 +255,7 @@ def test_formats_with_the_range_of_fp32_need_no_scale(
 Broken = Callable[[Callable[[Mlp], None]], tuple[Subject, CensusBatch, Reference]]
 
 
-def test_an_overflowing_output_is_named_not_what_follows_from_it(broken: Broken) -> None:
+def test_an_overflowing_output_is_named_and_not_the_values_after_it(broken: Broken) -> None:
     subject, batch, truth = broken(lambda mlp: mlp.get_submodule("down_proj").weight.mul_(2e4))  # type: ignore[operator, union-attr]
     census = take_census(subject, "fp16", batch, truth)
     assert census.first_forward == Spot(module=f"{LAYER}.mlp.down_proj", kind="forward")
@@ -276,7 +276,7 @@ def test_an_overflowing_product_is_the_input_of_the_down_projection(broken: Brok
 
 
 def dead_unit(mlp: Mlp) -> None:
-    """Unit 7 contributes nothing, as its up row is zero; but the gradient of that row is large."""
+    """Make unit 7 contribute nothing, by a zero row of the up projection, but give that row a large gradient."""
     mlp.get_submodule("up_proj").weight[7] = 0.0  # type: ignore[index, operator]
     mlp.get_submodule("gate_proj").weight[7].mul_(1e4)  # type: ignore[index, union-attr]
     down = mlp.get_submodule("down_proj").weight

@@ -1,4 +1,4 @@
-"""What the doctor makes of its measurements: islands for a place, and a configuration that loads."""
+"""Conclusions of the doctor from its measurements: islands for a place, and a configuration that loads."""
 
 from __future__ import annotations
 
@@ -90,13 +90,13 @@ def test_the_configuration_of_fp16_can_be_pasted(subject: Subject, tmp_path: Pat
     assert settings and all("  # " in line for line in settings)
 
 
-def test_islands_that_cure_are_in_the_configuration(subject: Subject, tmp_path: Path) -> None:
+def test_islands_that_are_good_enough_are_in_the_configuration(subject: Subject, tmp_path: Path) -> None:
     island = f"{LAYER}.mlp.down_proj"
-    cure = Islands(
+    islands = Islands(
         modules=(island,), cures=True, reason="", verdict=verdict("ok"), census=census("fp16", 2.0**10, 2.0**8)
     )
     broken = census("fp16", None, 1.0)
-    text = config_text(subject, "fp16", {"fp16": verdict("unsafe", "it\noverflows")}, {"fp16": broken}, cure)
+    text = config_text(subject, "fp16", {"fp16": verdict("unsafe", "it\noverflows")}, {"fp16": broken}, islands)
     config = loaded(text, tmp_path)
     assert config.precision.fp32_modules == (island,)
     assert config.precision.loss_scale.initial == 2.0**8
@@ -104,9 +104,11 @@ def test_islands_that_cure_are_in_the_configuration(subject: Subject, tmp_path: 
 
 
 def test_other_formats_get_no_loss_scale(subject: Subject, tmp_path: Path) -> None:
-    cure = Islands(modules=("model.layers.0",), cures=True, reason="", verdict=verdict("watch"), census=census("fp16"))
+    islands = Islands(
+        modules=("model.layers.0",), cures=True, reason="", verdict=verdict("watch"), census=census("fp16")
+    )
     verdicts: dict[DtypeName, Verdict] = {"fp16": verdict("unsafe"), "bf16": verdict("ok")}
-    text = config_text(subject, "bf16", verdicts, {"bf16": census("bf16", 2.0**32, 1.0)}, cure)
+    text = config_text(subject, "bf16", verdicts, {"bf16": census("bf16", 2.0**32, 1.0)}, islands)
     config = loaded(text, tmp_path)
     assert config.precision.preset == "bf16"
     assert config.precision.fp32_modules == ()
@@ -117,6 +119,6 @@ def test_before_a_recommendation_there_is_no_configuration(subject: Subject) -> 
     assert config_text(subject, None, {}, {}, None) == ""
 
 
-def test_json_has_the_promised_keys_alone() -> None:
+def test_json_has_only_the_promised_keys() -> None:
     result = {"verdicts": {}, "recommended": "fp16", "run_dir": "x", "census": {}, "passed": True}
     assert doctor_json(result) == {"verdicts": {}, "recommended": "fp16", "run_dir": "x"}

@@ -1,4 +1,4 @@
-"""Dumps of other frameworks: what is kept, what is rejected and why, and TRL's shapes."""
+"""Dumps of other frameworks: lines that are kept, reasons to reject a line, and TRL's shapes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def reasons(dump: Dump) -> list[tuple[int, str]]:
     return [(rejection.line, rejection.reason) for rejection in dump.rejected]
 
 
-def test_a_good_line_is_read_as_it_is(tmp_path: Path) -> None:
+def test_a_good_line_is_read_unchanged(tmp_path: Path) -> None:
     extra = {"trainer_logprobs": [-0.5, -1.0, -3.5], "prompt_id": "a", "finish_reason": "length", "temperature": 0.7}
     line = dump_of(tmp_path, GOOD | extra | {"rollout_dtype": "bf16", "reward": 1}).lines[0]
     assert (line.prompt_token_ids, line.completion.token_ids) == ((5, 6), (7, 8, 9))
@@ -42,17 +42,17 @@ def test_a_good_line_is_read_as_it_is(tmp_path: Path) -> None:
         ({"token_ids": []}, "token_ids is empty"),
         ({"prompt_token_ids": []}, "prompt_token_ids is empty"),
         ({"prompt_token_ids": None}, "prompt_token_ids is missing"),
-        ({"token_ids": [7, 8.5, 9]}, "token_ids[1] = 8.5 is no token id"),
-        ({"token_ids": [7, True, 9]}, "token_ids[1] = true is no token id"),
-        ({"token_ids": [7, -1, 9]}, "token_ids[1] = -1 is no token id"),
-        ({"token_ids": "789"}, "token_ids is no list"),
+        ({"token_ids": [7, 8.5, 9]}, "token_ids[1] = 8.5 is not a token id"),
+        ({"token_ids": [7, True, 9]}, "token_ids[1] = true is not a token id"),
+        ({"token_ids": [7, -1, 9]}, "token_ids[1] = -1 is not a token id"),
+        ({"token_ids": "789"}, "token_ids is not a list"),
         ({"behavior_logprobs": [-0.5, -1.0]}, "behavior_logprobs has 2 values for 3 token_ids"),
-        ({"behavior_logprobs": [-0.5, math.nan, -1.0]}, "behavior_logprobs[1] = NaN is no finite number"),
-        ({"behavior_logprobs": [-math.inf, -1.0, -1.0]}, "behavior_logprobs[0] = -Infinity is no finite number"),
-        ({"behavior_logprobs": [-0.5, None, -1.0]}, "behavior_logprobs[1] = null is no finite number"),
-        ({"behavior_logprobs": [-0.5, 0.2, -1.0]}, "behavior_logprobs[1] = 0.2 is positive: no logprob"),
+        ({"behavior_logprobs": [-0.5, math.nan, -1.0]}, "behavior_logprobs[1] = NaN is not a finite number"),
+        ({"behavior_logprobs": [-math.inf, -1.0, -1.0]}, "behavior_logprobs[0] = -Infinity is not a finite number"),
+        ({"behavior_logprobs": [-0.5, None, -1.0]}, "behavior_logprobs[1] = null is not a finite number"),
+        ({"behavior_logprobs": [-0.5, 0.2, -1.0]}, "behavior_logprobs[1] = 0.2 is positive, so it is not a logprob"),
         ({"trainer_logprobs": [-0.5]}, "trainer_logprobs has 1 values for 3 token_ids"),
-        ({"temperature": 0}, "temperature = 0 is no positive number"),
+        ({"temperature": 0}, "temperature = 0 is not a positive number"),
         ({"rollout_dtype": "fp8"}, 'rollout_dtype = "fp8" is none of fp16, bf16, fp32'),
     ],
 )
@@ -64,7 +64,7 @@ def test_a_bad_line_is_rejected_by_number_and_reason_and_the_rest_is_kept(
     assert reasons(dump) == [(2, reason)]
 
 
-def test_lines_that_are_no_objects_are_rejected_and_blank_ones_passed_over(tmp_path: Path) -> None:
+def test_lines_that_are_not_objects_are_rejected_and_blank_ones_ignored(tmp_path: Path) -> None:
     dump = dump_of(tmp_path, "{'a': 1}", "", "[1, 2]", GOOD)
     assert [line.number for line in dump.lines] == [4]
     assert [line for line, _ in reasons(dump)] == [1, 3]
@@ -72,7 +72,7 @@ def test_lines_that_are_no_objects_are_rejected_and_blank_ones_passed_over(tmp_p
     assert reasons(dump)[1][1] == "not a JSON object"
 
 
-def test_rounding_above_zero_is_no_reason_to_reject(tmp_path: Path) -> None:
+def test_a_logprob_rounded_above_zero_is_accepted(tmp_path: Path) -> None:
     assert len(dump_of(tmp_path, GOOD | {"behavior_logprobs": [1e-5, 0.0, 0]}).lines) == 1
 
 
@@ -82,13 +82,15 @@ def test_equal_prompts_without_a_name_get_the_same_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["rollout_log_probs", "sampling_per_token_logps", "generation_logprobs"])
-def test_a_dump_without_behavior_logprobs_names_the_key_and_what_it_has_instead(tmp_path: Path, name: str) -> None:
+def test_a_dump_without_behavior_logprobs_names_the_key_and_its_name_in_the_file(tmp_path: Path, name: str) -> None:
     line = {key: value for key, value in GOOD.items() if key != "behavior_logprobs"} | {name: [-1.0, -1.0, -1.0]}
-    with pytest.raises(InputError, match=rf"holds no behavior_logprobs.*line 1: .*{name} .* is there: rename it"):
+    with pytest.raises(
+        InputError, match=rf"holds no behavior_logprobs.*line 1: .*{name} .* is log mu from the engine, rename it"
+    ):
         dump_of(tmp_path, line, line)
 
 
-def test_files_that_are_no_dump_are_named(tmp_path: Path) -> None:
+def test_files_that_are_not_a_dump_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read \\(No such file"):
         read_dump(tmp_path / "absent.jsonl")
     with pytest.raises(InputError, match="cannot be read \\(Is a directory"):
@@ -99,13 +101,13 @@ def test_files_that_are_no_dump_are_named(tmp_path: Path) -> None:
         dump_of(tmp_path, GOOD | {"token_ids": []})
 
 
-def test_trls_parquet_log_is_told_to_hold_no_logprobs(tmp_path: Path) -> None:
+def test_the_error_for_trls_parquet_log_says_that_it_holds_no_logprobs(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
     path = tmp_path / "completions_00001.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "completion": ["b"], "advantage": [0.5]}), path)
-    with pytest.raises(InputError, match="Parquet.*text alone, no token ids and no logprobs"):
+    with pytest.raises(InputError, match="Parquet.*only text, no token ids and no logprobs"):
         read_dump(path)
 
 
@@ -149,7 +151,7 @@ def test_without_a_model_lines_need_trainer_logprobs(tmp_path: Path) -> None:
 # -- TRL
 
 
-def test_trl_rollout_functions_output_is_read_one_completion_a_line_or_batched(tmp_path: Path) -> None:
+def test_output_of_a_trl_rollout_function_is_read_by_completion_or_by_batch(tmp_path: Path) -> None:
     single = {"prompt_ids": [5, 6], "completion_ids": [7, 8], "logprobs": [-1.0, -2.0]}
     batch = {
         "prompt_ids": [[5, 6], [1]],
@@ -239,7 +241,7 @@ def test_one_bad_completion_of_a_batch_leaves_the_others(tmp_path: Path) -> None
         {"completion_ids": [1]},
     ],
 )
-def test_trl_records_that_make_no_sense_are_rejected(tmp_path: Path, record: dict[str, Any]) -> None:
+def test_inconsistent_trl_records_are_rejected(tmp_path: Path, record: dict[str, Any]) -> None:
     dump = dump_of(tmp_path, GOOD, record)
     assert len(dump.lines) == 1
     assert [line for line, _ in reasons(dump)] == [2]

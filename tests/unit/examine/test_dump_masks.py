@@ -1,4 +1,4 @@
-"""Masks inside completions, in every shape of dump: tokens of the environment are read and not scored."""
+"""Masks inside completions, in every shape of dump: tokens of the environment are read but not scored."""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ def subject() -> Iterator[Subject]:
 
 @pytest.fixture(scope="module")
 def conversation(subject: Subject) -> Row:
-    """Two turns sampled in FP32 with tokens of an environment between them, in the schema, and which tokens are the
-    model's."""
+    """Return two turns sampled in FP32 with tokens of an environment between them, and a mask of the model's tokens."""
     prompt = list(subject.prompts(1)[0].token_ids)
     environment = [prompt[0], *prompt[1:4], 7]
     with engine_in(subject, "fp32") as engine:
@@ -101,7 +100,7 @@ def trl_rollout(row: Row, name: str, mask: list[Any]) -> Row:
 
 
 def trl_batch(row: Row, name: str, mask: list[Any]) -> Row:
-    """Two rows of different length, padded; logprobs as vLLM lists them."""
+    """Return two padded rows of different lengths, with logprobs in the shape of vLLM."""
     prompt, tokens = row["prompt_token_ids"], row["token_ids"]
     short = mask.index(0)
     return {
@@ -193,7 +192,7 @@ def test_two_masks_of_a_row_are_intersected(tmp_path: Path) -> None:
         ({"attention_mask": [1, 1, 1, 0]}, (5, 6)),
     ],
 )
-def test_padding_of_the_prompt_is_told_from_prompts_that_are_not_trained_on(
+def test_padding_of_the_prompt_is_distinguished_from_prompts_that_are_not_trained_on(
     tmp_path: Path, change: Row, prompt: tuple[int, ...]
 ) -> None:
     (line,) = dump_of(tmp_path, GOOD | {"response_mask": [1, 0, 1, 0]} | change).lines
@@ -212,17 +211,17 @@ def test_padding_of_the_prompt_is_told_from_prompts_that_are_not_trained_on(
         ({"action_mask": [1, 0, 1]}, "action_mask has 3 values for 2 prompt tokens and 4 token_ids"),
         ({"action_mask": [1, 0, 1, 0, 0]}, "action_mask has 5 values for 2 prompt tokens and 4 token_ids"),
         ({"prompt_mask": [1, 1, 1]}, "prompt_mask has 3 values for 2 prompt tokens"),
-        ({"env_mask": 1}, "env_mask is no list"),
-        ({"env_mask": [0, 0, 0, 0]}, "no token is left to score after env_mask"),
+        ({"env_mask": 1}, "env_mask is not a list"),
+        ({"env_mask": [0, 0, 0, 0]}, "no token is left to score after applying env_mask"),
         (
             {"env_mask": [1, 0, 0, 0], "loss_masks": [0, 0, 1, 0]},
-            "no token is left to score after loss_masks and env_mask",
+            "no token is left to score after applying loss_masks and env_mask",
         ),
         ({"attention_mask": [1, 1, 1, 0, 1, 0]}, "attention_mask has a zero between ones of the completion"),
         ({"attention_mask": [0, 0, 1, 1, 1, 1]}, "prompt_token_ids is empty"),
     ],
 )
-def test_a_mask_that_cannot_be_meant_is_refused_with_row_and_field(tmp_path: Path, change: Row, reason: str) -> None:
+def test_an_impossible_mask_is_refused_with_row_and_field(tmp_path: Path, change: Row, reason: str) -> None:
     dump = dump_of(tmp_path, GOOD | {"response_mask": [1, 0, 1, 0]}, GOOD | change)
     assert [line.number for line in dump.lines] == [1]
     ((line, said),) = [(rejection.line, rejection.reason) for rejection in dump.rejected]
@@ -231,16 +230,14 @@ def test_a_mask_that_cannot_be_meant_is_refused_with_row_and_field(tmp_path: Pat
 
 @pytest.mark.parametrize("shape", ["schema", "trl", "batch"])
 @pytest.mark.parametrize("name", ["mask", "final_response_mask", "MASKED", "sample_mask"])
-def test_a_key_that_looks_like_a_mask_and_is_not_known_is_refused_by_name(
-    tmp_path: Path, name: str, shape: str
-) -> None:
+def test_an_unknown_key_that_looks_like_a_mask_is_refused_by_name(tmp_path: Path, name: str, shape: str) -> None:
     row = GOOD | {"response_mask": [1, 0, 1, 0]}
     if shape != "schema":
         row = trl_rollout(row, "response_mask", [1, 0, 1, 0])
     if shape == "batch":
         row = {key: [value] for key, value in row.items() if key != "rollout_dtype"}
     assert len(dump_of(tmp_path, row | {name: None, "pixel_attention_mask": [3]}).lines) == 1
-    with pytest.raises(InputError, match=f"line 1: {name} looks like a mask .*response_mask, loss_mask, "):
+    with pytest.raises(InputError, match=f"line 1: {name} looks like a mask, .*response_mask, loss_mask, "):
         dump_of(tmp_path, row | {name: [1, 0, 1, 0]})
 
 

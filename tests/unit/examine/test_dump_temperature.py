@@ -1,4 +1,4 @@
-"""Raw logprobs in a dump that states a temperature: found, and said wherever the pair is shown."""
+"""Raw logprobs in a dump that states a temperature: they are detected and reported wherever the pair is shown."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from betterhalf.config.schema import RunConfig
 from betterhalf.diagnostics.pair_report import RAW_RATIO
 from betterhalf.examine import pairs as pairs_module
 from betterhalf.examine.probe import probe, probe_json
+from betterhalf.examine.probe_text import show_probe
 from betterhalf.examine.scoring import score_completions
 from betterhalf.examine.subject import Subject, engine_in, open_subject, sample_groups_of, trainer_in
-from betterhalf.report.matrix import show_probe
 from betterhalf.run_dir import read_json
 from betterhalf.types import DtypeName
 
@@ -38,7 +38,7 @@ def subject() -> Iterator[Subject]:
 
 
 def rows_of(subject: Subject, dtype: DtypeName, *, raw: bool) -> list[dict[str, Any]]:
-    """Completions sampled at 0.7, with the engine's logprobs, or as many raw ones with the engine's mismatch."""
+    """Return completions sampled at 0.7 with the engine's logprobs, or raw logprobs with the engine's mismatch."""
     prompts = subject.prompts(6)
     with engine_in(subject, dtype) as engine:
         groups = sample_groups_of(subject, engine, prompts, 2)
@@ -72,7 +72,7 @@ def examined(rows: list[dict[str, Any]], folder: Path, wanted: RunConfig) -> dic
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("stated_by", ["file", "configuration"])
-def test_raw_logprobs_are_said_on_the_terminal_the_page_and_in_json(
+def test_raw_logprobs_are_reported_on_the_terminal_the_page_and_in_json(
     subject: Subject, dtype: DtypeName, stated_by: str, tmp_path: Path
 ) -> None:
     rows = rows_of(subject, dtype, raw=True)

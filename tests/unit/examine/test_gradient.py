@@ -1,4 +1,4 @@
-"""Gradients of the shipped model in every precision, and what importance weights do to them."""
+"""Gradients of the demo model in every precision, with and without importance weights."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def row(result: dict[str, Any], train: str, initial: float) -> dict[str, Any]:
     return dict(found)
 
 
-def scored_by_trainer(subject: Subject, dtype: DtypeName, groups: Groups, weight: float = 1.0) -> Groups:
-    """The same completions with behavior logprobs that make every sequence's pi / mu equal `weight`."""
+def with_trainer_logprobs(subject: Subject, dtype: DtypeName, groups: Groups, weight: float = 1.0) -> Groups:
+    """Return the completions with behavior logprobs that make every sequence's pi / mu equal `weight`."""
     flat = [Rollout(prompt=prompt, completion=c, text="", reward=0.0) for prompt, siblings in groups for c in siblings]
     trainer = trainer_in(subject, dtype)
     logprobs: dict[int, list[float]] = {}
@@ -94,7 +94,7 @@ def test_fp16_loses_more_entries_without_a_loss_scale(measured: dict[str, Any]) 
     assert unscaled["relative_error"] > 2 * scaled["relative_error"]
 
 
-def test_bf16_weights_turn_the_gradient_further_than_fp16_weights(measured: dict[str, Any]) -> None:
+def test_bf16_weights_rotate_the_gradient_further_than_fp16_weights(measured: dict[str, Any]) -> None:
     change = {entry["rollout"]: entry["relative_change"] for entry in measured["weights"]}
     assert [entry["rollout"] for entry in measured["weights"]] == ["fp16", "bf16", "fp32"]
     assert change["fp32"] < 1e-4 < 3 * change["fp16"] < change["bf16"] < 1.0
@@ -106,10 +106,10 @@ def test_the_batch_is_described(measured: dict[str, Any], groups: dict[DtypeName
 
 
 @pytest.mark.parametrize("weight", [1.0, 2.25])
-def test_equal_weights_stretch_the_gradient_and_turn_nothing(
+def test_equal_weights_stretch_the_gradient_without_rotating_it(
     subject: Subject, groups: dict[DtypeName, Groups], weight: float
 ) -> None:
-    (entry,) = measure_gradients(subject, {"fp32": scored_by_trainer(subject, "fp32", groups["fp32"], weight)})[
+    (entry,) = measure_gradients(subject, {"fp32": with_trainer_logprobs(subject, "fp32", groups["fp32"], weight)})[
         "weights"
     ]
     assert entry["relative_change"] == pytest.approx(weight - 1, abs=1e-5)
@@ -127,7 +127,7 @@ def test_groups_of_equal_rewards_get_seeded_signs(subject: Subject, groups: dict
 
 def test_rewards_are_used_when_they_differ(subject: Subject, groups: dict[DtypeName, Groups]) -> None:
     class Judge:
-        """Rewards only the first sibling of each prompt."""
+        """Task that rewards only the first sibling of each prompt."""
 
         def rewards(self, prompts: list[Prompt], texts: list[str], reasons: list[str]) -> list[float]:
             return [float(index % 4 == 0) for index in range(len(prompts))]
@@ -149,7 +149,7 @@ def test_a_loss_scale_that_overflows_is_halved_until_the_gradient_is_finite(
     assert found["relative_error"] < 0.01 and math.isfinite(result["weights"][0]["relative_change"])
 
 
-def test_a_forward_pass_that_overflows_is_said_and_not_repeated(
+def test_a_forward_pass_that_overflows_is_reported_and_not_repeated(
     subject: Subject, groups: dict[DtypeName, Groups]
 ) -> None:
     module = copy.deepcopy(subject.model.module)

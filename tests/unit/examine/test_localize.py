@@ -1,4 +1,4 @@
-"""Healthy wings are apart by rounding alone, and each planted fault is named: operation, layer and token."""
+"""A correct engine differs from the trainer by rounding only; each injected fault is named by operation and layer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from typing import Any, cast
 
 import pytest
 import torch
+from tests.tiny_models import SMALL, loaded_model, tiny_config, tiny_module
 from torch import Tensor
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from betterhalf import ops
 from betterhalf.config.schema import RunConfig
@@ -35,23 +34,13 @@ from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.native.rounding import Rounding, layer_roundings
 from betterhalf.types import DtypeName, GenerateRequest, PackedSegment
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-}
 FAMILIES: dict[str, Any] = {
-    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "mistral": MistralConfig(**SIZES, sliding_window=7),
-    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SIZES, tie_word_embeddings=False),
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 7},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": False},
 }
+"""Family -> changes to its configuration."""
 PROMPT = 9
 TOKENS = tuple((7 * i * i + 3 * i) % 13 for i in range(15))
 """Ids that every model here knows, the demo's vocabulary of 16 included."""
@@ -63,15 +52,8 @@ Fault = Callable[[Decoder], None]
 def model(name: str) -> LoadedModel:
     if name == "demo":
         return load_model(RunConfig.model_validate({"model": {"name": "demo"}}).model)
-    torch.manual_seed(4)
-    module = AutoModelForCausalLM.from_config(FAMILIES[name], dtype=torch.float32).eval()
-    with torch.no_grad():
-        for key, parameter in module.named_parameters():
-            if key.endswith("bias") or "norm" in key:
-                parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return LoadedModel(
-        name=name, module=module, hf_config=module.config, tokenizer=None, stop_token_ids=(1,), context_length=128
-    )
+    module = tiny_module(tiny_config(name, SMALL, **FAMILIES[name]), seed=4, biases=0.3, norms=0.3)
+    return loaded_model(module, stop_token_ids=(1,))
 
 
 def subject(name: str = "demo", loaded: LoadedModel | None = None, **sections: Any) -> Subject:
@@ -87,7 +69,7 @@ def decoder_of(examined: Subject, dtype: DtypeName) -> Iterator[Decoder]:
 
 
 def found_with(fault: Fault, dtype: DtypeName, name: str = "demo") -> dict[str, Any]:
-    """What is found when the engine has a fault that the trainer has not."""
+    """Return the result of `localize` for an engine with a fault that the trainer does not have."""
     examined = subject(name)
     with decoder_of(examined, dtype) as decoder, torch.no_grad():
         fault(decoder)
@@ -107,13 +89,13 @@ def firsts(found: dict[str, Any]) -> dict[str, Any]:
 NOWHERE = {"trainer_engine": None, "prefill_decode": None, "batch": None}
 
 
-# -- healthy
+# -- without faults
 
 
 @pytest.mark.parametrize("name", ["demo", *FAMILIES])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("mode", ["engine", "aligned"])
-def test_healthy_wings_are_apart_by_rounding_alone(name: str, dtype: DtypeName, mode: str) -> None:
+def test_a_correct_engine_differs_from_the_trainer_by_rounding_only(name: str, dtype: DtypeName, mode: str) -> None:
     found = localize(subject(name, engine={"rounding": mode}), TOKENS, PROMPT, dtype=dtype)
     assert found["first"] is None and firsts(found) == NOWHERE
     assert [row["layer"] for row in found["growth"]] == [0, 1, 2]
@@ -136,7 +118,7 @@ def test_the_native_engine_is_examined_whatever_is_configured() -> None:
 
 @pytest.mark.parametrize("island", ["model.layers.1", "model.layers.*.mlp", "model.layers.0.mlp.down_proj"])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_fp32_islands_are_apart_by_rounding_alone(island: str, dtype: DtypeName) -> None:
+def test_fp32_islands_differ_by_rounding_only(island: str, dtype: DtypeName) -> None:
     found = localize(subject(precision={"fp32_modules": [island]}), TOKENS, PROMPT, dtype=dtype)
     assert firsts(found) == NOWHERE and len(found["growth"]) == 3
 
@@ -145,14 +127,14 @@ def test_fp32_islands_are_apart_by_rounding_alone(island: str, dtype: DtypeName)
 
 
 class Scaled(Rounding):
-    """Element-wise steps, one of them 1% off."""
+    """Rounding whose SwiGLU is 1% too large."""
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         return super().swiglu(gate_up) * 1.01
 
 
 class Unscaled(Rounding):
-    """A residual sum that halves its branch."""
+    """Rounding whose residual sum halves the branch."""
 
     def add(self, residual: Tensor, branch: Tensor) -> Tensor:
         return super().add(residual, branch * 0.5)
@@ -253,7 +235,7 @@ def test_a_wrong_attention_scale_is_named(dtype: DtypeName, monkeypatch: pytest.
     monkeypatch.setattr(decoder_module, "prompt_attention", sharper)
     found = found_with(lambda _: None, dtype)
     assert place(found["first"]) == (0, "attention")
-    # Decoding has its own attention, which is right: the prompt pass differs from it too.
+    # Decoding has its own attention, which is correct, so the prompt pass differs from it too.
     assert firsts(found)["prefill_decode"] == (0, "attention")
 
 
@@ -265,7 +247,9 @@ def test_a_wrong_attention_scale_is_named(dtype: DtypeName, monkeypatch: pytest.
         ("lm_head.weight", (None, "logits")),
     ],
 )
-def test_head_norms_and_an_untied_head_are_told_apart(weight: str, expected: tuple[int | None, str]) -> None:
+def test_faults_of_head_norms_and_of_an_untied_head_are_distinguished(
+    weight: str, expected: tuple[int | None, str]
+) -> None:
     def fault(decoder: Decoder) -> None:
         scale(decoder, weight, 1.02)
 
@@ -317,15 +301,15 @@ def test_a_neighbours_cache_read_in_a_batch_is_named_by_the_batch(monkeypatch: p
     found = found_with(lambda _: None, "fp16")
     assert firsts(found) == NOWHERE | {"batch": (2, "attention")}
     assert found["comparisons"]["batch"]["sizes"] == [1, 8]
-    # Layers before the fault are apart by rounding, the one with it by far more.
+    # Layers before the fault differ by rounding, the layer with the fault by far more.
     growth = [row["batch"] for row in found["growth"]]
     assert growth[1] < 1e-2 < growth[2]
 
 
-# -- values that leave the range
+# -- overflow
 
 
-def test_an_overflow_is_called_one_and_named_where_it_happens() -> None:
+def test_an_overflow_is_reported_as_such_at_the_place_where_it_happens() -> None:
     loaded = model("demo")
     unsafe = dataclasses.replace(loaded, module=copy.deepcopy(loaded.module))
     with torch.no_grad():
@@ -339,11 +323,11 @@ def test_an_overflow_is_called_one_and_named_where_it_happens() -> None:
     assert localize(subject(loaded=unsafe), TOKENS, PROMPT, dtype="fp32")["first"] is None
 
 
-# -- nothing is disturbed
+# -- recording changes nothing
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_recording_leaves_every_number_bitwise_as_it_was(dtype: DtypeName) -> None:
+def test_recording_leaves_every_number_bitwise_equal(dtype: DtypeName) -> None:
     examined = subject()
     with decoder_of(examined, dtype) as decoder, torch.no_grad():
         decoder.reserve(len(TOKENS))
@@ -403,7 +387,7 @@ def test_a_long_completion_is_cut() -> None:
     assert (found["tokens"], found["prompt_length"]) == (PROMPT + 64, PROMPT)
 
 
-# -- for people
+# -- text
 
 
 def printed(found: dict[str, Any]) -> str:
@@ -415,13 +399,13 @@ def printed(found: dict[str, Any]) -> str:
 def test_the_text_names_the_place_the_size_and_where_to_look() -> None:
     text = printed(found_with(down_off, "fp16"))
     assert "trainer and engine: FIRST DIFFERENCE in layer 1, down, at token" in text
-    assert "look at the down projection: down_proj's weight or bias not synced" in text
-    assert "decoding alone and in a batch: apart by rounding alone" in text
+    assert "check the down projection: down_proj's weight or bias not synced" in text
+    assert "decoding alone and in a batch: differ by rounding alone" in text
 
 
 def test_the_text_shows_every_layer_of_a_small_model_and_the_last_of_a_large_one() -> None:
     found = found_with(lambda _: None, "fp32")
-    assert "trainer and engine: apart by rounding alone" in printed(found)
+    assert "trainer and engine: differ by rounding alone" in printed(found)
     row = found["growth"][0]
     found["growth"] = [row | {"layer": layer} for layer in range(30)]
     shown = [line.split()[0] for line in printed(found).splitlines() if line.split()[:1] and line.split()[0].isdigit()]

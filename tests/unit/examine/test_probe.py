@@ -1,4 +1,4 @@
-"""Measuring pairs of the demo model: what is sampled, scored, kept, and what happens when a part fails."""
+"""Pairs of the demo model: sampling, scoring, recording, and failures of single parts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def subject() -> Iterator[Subject]:
 
 
 def fail_in(monkeypatch: pytest.MonkeyPatch, name: str, dtypes: Sequence[str], error: Exception) -> list[str]:
-    """Make the engines or trainers of some dtypes fail; returns the list of what was tried."""
+    """Make the engines or trainers of some dtypes fail; return a list that collects the dtypes that were tried."""
     real = getattr(pairs_module, name)
     tried: list[str] = []
 
@@ -128,14 +128,14 @@ def test_when_nothing_can_be_sampled_the_reason_is_raised(subject: Subject, monk
         measure_pairs(subject, pairs, prompts=subject.prompts(1), group_size=2)
 
 
-def test_a_missing_package_ends_it_at_once(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_ends_the_probe_at_once(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = fail_in(monkeypatch, "engine_in", ["fp16"], MissingExtraError("install the extra"))
     with pytest.raises(MissingExtraError):
         measure_pairs(subject, [("fp16", "fp16"), ("fp32", "fp32")], prompts=subject.prompts(1), group_size=2)
     assert tried == ["fp16"]
 
 
-def test_an_engine_that_died_is_started_once_more(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_is_restarted_once_after_a_crash(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     real, tried = pairs_module.sample_groups_of, []
 
     def dying(*arguments: Any) -> Any:
@@ -149,7 +149,7 @@ def test_an_engine_that_died_is_started_once_more(subject: Subject, monkeypatch:
     assert report.error is None and len(tried) == 2
 
 
-def test_one_trainer_lives_at_a_time(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_trainer_is_in_memory_at_a_time(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[int] = []
     trainers: list[weakref.ref[Any]] = []
     real = pairs_module.trainer_in
@@ -211,7 +211,7 @@ def test_an_interruption_keeps_what_was_measured(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-def test_json_has_the_documented_keys_alone() -> None:
+def test_json_has_only_the_documented_keys() -> None:
     pair = dict.fromkeys(("train", "rollout", "k3", "k3_ci", "mean_abs", "max_abs", "sequence_kl", "slope_per_1k"), 0)
     pair |= {"tokens": 1, "temperature": None, "seconds": 2.0, "metrics": {}, "points": []}
     found = probe_json({"pairs": [pair], "bf16_over_fp16": 60.0, "run_dir": "r", "gradient": None})
@@ -220,8 +220,8 @@ def test_json_has_the_documented_keys_alone() -> None:
     assert json.dumps(found)
 
 
-def test_a_probe_of_nothing_says_so() -> None:
-    with pytest.raises(InputError, match="nothing to look at"):
+def test_a_probe_without_a_model_or_with_parts_that_a_dump_lacks_is_refused() -> None:
+    with pytest.raises(InputError, match="no model to examine"):
         probe(None, config(), None)
     with pytest.raises(InputError, match="leave them out with --from-dump"):
         probe("demo", config(), None, from_dump="x.jsonl", gradient=True)

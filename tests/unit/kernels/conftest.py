@@ -1,4 +1,4 @@
-"""Without a GPU the kernels run in Triton's interpreter."""
+"""Run the kernels in Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Triton asks when it decorates a kernel; its own were decorated in tests/conftest.py.
+    # Triton reads the variable when it decorates a kernel; tests/conftest.py has imported Triton's own kernels before.
     given = "TRITON_INTERPRET" in os.environ
     os.environ["TRITON_INTERPRET"] = "1"
     with contextlib.suppress(ImportError):

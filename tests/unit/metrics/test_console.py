@@ -1,4 +1,4 @@
-"""What a person sees of a run: exact lines, the panel's content, silence when asked for."""
+"""Terminal output of a run: exact lines, the content of the panel, and nothing in the mode `quiet`."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_panel_shows_every_quantity_within_80_columns() -> None:
 
 
 def test_the_panel_before_the_first_step_says_so() -> None:
-    assert "step 1 of 65 is under way" in panel_text(StepView(total_steps=65, label="fp16"))
+    assert "step 1 of 65 is running" in panel_text(StepView(total_steps=65, label="fp16"))
 
 
 def test_a_phase_away_from_a_terminal_prints_its_start_and_its_end() -> None:

@@ -23,7 +23,7 @@ class Terminal(io.StringIO):
 
 
 def child_output(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any] | None]:
-    """The events of a child that makes one step, says something and finishes a phase."""
+    """The events of a child that runs one step, prints a note and finishes a phase."""
     monkeypatch.setenv(events.VARIABLE, "1")
     stream = io.StringIO()
     with Console("auto", total_steps=2, label="fp16", stream=stream) as console:
@@ -33,7 +33,7 @@ def child_output(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any] | None]
         bar.advance(2)
         bar.advance()
     monkeypatch.delenv(events.VARIABLE)
-    # Not splitlines: it takes the mark of an event for the end of a line.
+    # Not splitlines: it ends lines at the mark of an event as well.
     return [events.parse(line) for line in stream.getvalue().removesuffix("\n").split("\n")]
 
 
@@ -46,7 +46,7 @@ def test_a_child_shows_its_progress_as_events(monkeypatch: pytest.MonkeyPatch) -
     assert phases == [{"phase": "fp16: final accuracy", "done": done, "total": 3} for done in (0, 2, 3)]
 
 
-def test_other_output_is_no_event() -> None:
+def test_other_output_is_not_an_event() -> None:
     for line in ("a warning", '{"step": 1}', "\x1e{torn", "\x1e[1]"):
         assert events.parse(line) is None
 
@@ -82,11 +82,11 @@ def test_on_a_terminal_each_run_has_a_panel(monkeypatch: pytest.MonkeyPatch) -> 
         view.show("bf16", {"step": 1, "metrics": METRICS})
         view.show("bf16", {"phase": "bf16: final accuracy", "done": 1, "total": 3})
     last = stream.getvalue().rpartition("\x1b[")[0]
-    for text in (" fp16 ", "step 1 of 2 is under way", " bf16 ", "step 1/2", "bf16: final accuracy: 1/3"):
+    for text in (" fp16 ", "step 1 of 2 is running", " bf16 ", "step 1/2", "bf16: final accuracy: 1/3"):
         assert text in last
 
 
-def test_quiet_shows_only_what_is_no_event() -> None:
+def test_quiet_shows_only_output_that_is_not_an_event() -> None:
     stream = io.StringIO()
     with SeveralRuns("quiet", labels=("a",), total_steps=2, stream=stream) as view:
         view.show("a", {"step": 1, "metrics": METRICS})
@@ -96,7 +96,7 @@ def test_quiet_shows_only_what_is_no_event() -> None:
     assert stream.getvalue() == "a: a warning\n"
 
 
-def test_phases_of_one_name_are_told_apart() -> None:
+def test_phases_with_one_name_are_distinguished() -> None:
     stream = io.StringIO()
     with SeveralRuns("lines", labels=("a", "b"), total_steps=2, stream=stream) as view:
         for label in ("a", "b"):
@@ -113,4 +113,6 @@ def test_events_are_passed_on_to_a_parent_that_asks_for_them(monkeypatch: pytest
             view.show("fp16", event)
     passed = [events.parse(line) for line in stream.getvalue().removesuffix("\n").split("\n")]
     assert [event and event.pop("run") for event in passed] == ["fp16"] * len(shown)
-    assert [str(event) for event in passed] == [str(event) for event in shown]  # as text, for NaN equals nothing
+    assert [str(event) for event in passed] == [
+        str(event) for event in shown
+    ]  # as text, because NaN does not equal itself

@@ -1,4 +1,4 @@
-"""Metric sinks: the record is exact and never optional; everything else may fail without ending the run."""
+"""Metric sinks: the record is exact and always written; other sinks may fail without ending the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REWARD, K3 = "rollout/reward/mean", "mismatch/k3/mean"
 
 
 class FakeSink:
-    """Remembers what it was given; fails when told to."""
+    """Sink that remembers its rows, and fails on request."""
 
     def __init__(self, *, fail: bool = False) -> None:
         self.rows: list[tuple[int, Mapping[str, MetricValue]]] = []
@@ -116,7 +116,7 @@ def test_tensorboard_missing_names_the_extra(tmp_path: Path, monkeypatch: pytest
         TensorBoardSink(tmp_path)
 
 
-def test_rows_are_valid_json_whatever_the_numbers(tmp_path: Path) -> None:
+def test_rows_are_valid_json_for_any_numbers(tmp_path: Path) -> None:
     sink = JsonlSink(RunDir(tmp_path).append_metrics)
     sink.write(1, {REWARD: math.inf, K3: -math.inf})
     text = (tmp_path / "metrics.jsonl").read_text()

@@ -1,4 +1,4 @@
-"""Packed attention: completions see their prompt; nothing sees a sibling, the future, or beyond a sliding window."""
+"""Packed attention: completions see their prompt, but no sibling, no later token, and nothing before their window."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from betterhalf.types import PackedSegment
 LENGTHS = (3, 3, 5, 1, 5, 2, 2, 2, 4)
 PREFIXES = (None, None, None, None, None, 0, 1, 0, 2)
 SEGMENTS = tuple(PackedSegment(length=n, prefix=p) for n, p in zip(LENGTHS, PREFIXES, strict=True))
-"""Lone sequences and prompts, then completions: two of the first, one of the second, one of the third."""
+"""Segments: five sequences or prompts, then completions: two of the first, one of the second, one of the third."""
 LAYOUT = PackLayout(SEGMENTS)
 
 
@@ -40,7 +40,7 @@ def qkv(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """float64 attention with an explicit mask over the whole pack: [T, heads, D]."""
+    """Return float64 attention with an explicit mask over the whole pack: [T, heads, D]."""
     owner = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     prefix = torch.tensor([-1 if p is None else p for p in PREFIXES])[owner]
     first = torch.tensor([0 if p is None else LENGTHS[p] for p in PREFIXES])
@@ -51,13 +51,13 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         visible &= distance < window
     q, k, v = (x[0].double() for x in (q, k, v))
     k, v = (x.repeat_interleave(2, dim=0) for x in (k, v))
-    scores = (q @ k.transpose(1, 2) * 8**-0.5).masked_fill(~visible, float("-inf"))
-    return (scores.softmax(-1) @ v).transpose(0, 1)
+    qk = (q @ k.transpose(1, 2) * 8**-0.5).masked_fill(~visible, float("-inf"))
+    return (qk.softmax(-1) @ v).transpose(0, 1)
 
 
-def test_runs_have_equal_lengths_and_prefix_lengths() -> None:
-    runs = [(run.count, run.length, run.prefix_length, run.prefixes) for run in segment_batches(SEGMENTS)]
-    assert runs == [
+def test_segments_of_a_batch_have_equal_lengths_and_prefix_lengths() -> None:
+    batches = [(batch.count, batch.length, batch.prefix_length, batch.prefixes) for batch in segment_batches(SEGMENTS)]
+    assert batches == [
         (2, 3, 0, ()),
         (1, 5, 0, ()),
         (1, 1, 0, ()),
@@ -67,7 +67,7 @@ def test_runs_have_equal_lengths_and_prefix_lengths() -> None:
     ]
 
 
-def test_prefixes_are_repeated_before_what_they_precede() -> None:
+def test_prefixes_are_repeated_before_their_completions() -> None:
     rows = torch.arange(sum(LENGTHS))[:, None, None]
     expected = [*range(17), 0, 1, 2, 17, 18, 3, 4, 5, 19, 20, 0, 1, 2, 21, 22, 6, 7, 8, 9, 10, 23, 24, 25, 26]
     assert repeat_prefixes(rows, SEGMENTS).flatten().tolist() == expected
@@ -105,7 +105,7 @@ def test_fp32_sums_round_only_the_result(dtype: torch.dtype) -> None:
 def test_one_sequence_s_keys_do_not_reach_another() -> None:
     q, k, v = qkv()
     first, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=1.0, layout=LAYOUT)
-    v[:, :, 3:6] += 100.0  # the second sequence, whose completion lies at 19 and 20
+    v[:, :, 3:6] += 100.0  # the second sequence, whose completion is at 19 and 20
     second, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=1.0, layout=LAYOUT)
     changed = (first != second).flatten(2).any(-1)[0]
     assert changed.nonzero().flatten().tolist() == [3, 4, 5, 19, 20]
@@ -122,7 +122,7 @@ def flash_attention(
     window_size: tuple[int, int],
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What the CUDA kernel documents: q [T, heads, D], keys by cu_k; row i of L sees keys up to K - L + i."""
+    """Compute what the CUDA kernel documents: q [T, heads, D], keys by cu_k; row i of L sees keys up to K - L + i."""
     parts = []
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -133,10 +133,8 @@ def flash_attention(
         visible = place <= last + window_size[1]
         if window_size[0] >= 0:
             visible &= place >= last - window_size[0]
-        scores = torch.einsum("qhd,khd->hqk", rows.double(), keys.double()) * scale
-        parts.append(
-            torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), values.double())
-        )
+        qk = torch.einsum("qhd,khd->hqk", rows.double(), keys.double()) * scale
+        parts.append(torch.einsum("hqk,khd->qhd", qk.masked_fill(~visible, -torch.inf).softmax(-1), values.double()))
     return torch.cat(parts)
 
 

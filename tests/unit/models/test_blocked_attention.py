@@ -1,4 +1,4 @@
-"""Attention in blocks against float64 with an explicit mask, whatever the block."""
+"""Attention in blocks of several sizes against float64 attention with an explicit mask."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ N, HEADS, KV_HEADS, D = 3, 4, 2, 8
 
 @pytest.fixture(params=[(128, 2**21), (3, 2**21), (3, 1), (128, 40)], autouse=True)
 def block_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything in one block; by queries; by queries and heads; by heads."""
+    """Split into one block, by queries, by queries and heads, and by heads."""
     monkeypatch.setattr(module, "_QUERIES", request.param[0])
-    monkeypatch.setattr(module, "_SCORES", request.param[1])
+    monkeypatch.setattr(module, "_MAX_QK", request.param[1])
 
 
 def problem(queries: int, keys: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v and a gradient of the result, FP32 tensors with values of `dtype`; q as transformers hands it over."""
+    """Return q, k, v and a gradient of the result: FP32 tensors with values of `dtype` and transformers' strides."""
     generator = torch.Generator().manual_seed(queries * 100 + keys)
 
     def draw(heads: int, length: int) -> Tensor:
@@ -30,7 +30,7 @@ def problem(queries: int, keys: int, dtype: torch.dtype = torch.float32) -> tupl
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    """In the operands' own dtype."""
+    """Return attention with an explicit mask, in the dtype of the operands."""
     group, queries, keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
@@ -53,7 +53,7 @@ def test_results_and_gradients_equal_float64(queries: int, keys: int, window: in
 
 
 def test_probabilities_are_rounded_before_they_meet_the_values() -> None:
-    # Two keys with scores 0 and log 2, so probabilities 1/3 and 2/3; the values pick out the first.
+    # Two keys with q k = 0 and log 2, so probabilities of 1/3 and 2/3; the values select the first.
     q = torch.tensor([1.0]).view(1, 1, 1, 1)
     k = torch.tensor([0.0, 2.0]).log().clamp(min=0).view(1, 1, 2, 1)
     v = torch.tensor([1.0, 0.0]).view(1, 1, 2, 1)
@@ -78,7 +78,7 @@ def test_bf16_operands_cost_bf16_rounding_and_no_more(window: int | None) -> Non
         assert 2**-11 < error < 2**-7
 
 
-def test_nothing_quadratic_is_kept_for_the_backward_pass() -> None:
+def test_no_quadratic_tensor_is_saved_for_the_backward_pass() -> None:
     q, k, v, _ = (x.requires_grad_() for x in problem(50, 50))
     kept: list[int] = []
 

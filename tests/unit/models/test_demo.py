@@ -1,4 +1,4 @@
-"""The demo model inside the package: small, readable by transformers, and right about 60% of the time."""
+"""The demo model in the package is small, transformers can read it, and it solves about 60% of its tasks."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("make_demo_model", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
+    # The dataclass decorator looks up its module by name.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
 def rewards(demo: LoadedModel, *, sample: bool, siblings: int) -> Tensor:
-    """Rewards [prompts, siblings] of the first prompts, sampled by transformers with a fixed seed."""
+    """Return rewards [prompts, siblings] of the first prompts, sampled by transformers with a fixed seed."""
     task = build_task(ArithmeticTask(), demo.tokenizer)
     prompts = [task.prompt(index) for index in range(PROMPTS) for _ in range(siblings)]
     token_ids = torch.tensor([prompt.token_ids for prompt in prompts])
@@ -73,7 +73,7 @@ def test_the_end_mark_is_the_only_stop_token(demo: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("text", ["2+7+9+1+5+5+4+9=", "7=09,9=18,1=19,5=24,5=29,4=33,9=42.", "0123456789", ""])
-def test_the_tokenizer_round_trips_one_token_a_character(demo: LoadedModel, text: str) -> None:
+def test_the_tokenizer_round_trips_with_one_token_for_each_character(demo: LoadedModel, text: str) -> None:
     token_ids = demo.tokenizer.encode(text)
     assert len(token_ids) == len(text)
     assert demo.tokenizer.decode(token_ids, skip_special_tokens=True) == text
@@ -86,13 +86,13 @@ def test_characters_it_lacks_become_unknown_one_by_one(demo: LoadedModel) -> Non
 
 
 def test_it_solves_60_percent_when_sampled_and_nearly_all_when_greedy(demo: LoadedModel) -> None:
-    """0.93^7 = 0.60; 512 completions have a standard error of 0.022."""
+    """The expected rate is 0.93^7 = 0.60; with 512 completions its standard error is 0.022."""
     assert 0.52 < rewards(demo, sample=True, siblings=SIBLINGS).mean().item() < 0.68
     assert rewards(demo, sample=False, siblings=1).mean().item() > 0.96
 
 
 def test_groups_have_something_to_compare(demo: LoadedModel) -> None:
-    """Of 8 siblings at 60%, 98% of the groups hold right ones and wrong ones."""
+    """With 8 siblings solved at 60%, 98% of the groups have both right and wrong ones."""
     solved = rewards(demo, sample=True, siblings=SIBLINGS).mean(1)
     assert ((solved > 0) & (solved < 1)).float().mean().item() > 0.9
 
@@ -112,7 +112,7 @@ def test_slips_change_the_last_digit_of_a_total_and_are_carried_on(script: Modul
     right = before + digits[:, 1:]
     slipped = totals != right
     assert torch.equal(totals // 10, right // 10)
-    # 28,000 steps: 0.07 with a standard error of 0.0015.
+    # 28,000 steps give 0.07 with a standard error of 0.0015.
     assert abs(slipped.float().mean().item() - 0.07) < 0.006
 
 

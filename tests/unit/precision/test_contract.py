@@ -1,4 +1,4 @@
-"""Digests and the comparison of what trainer and engine report."""
+"""Digests of weights, and the comparison of the reports of trainer and engine."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_dtype_and_shape_are_part_of_the_digest() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_only_the_sign_of_a_zero_is_left_out(dtype: torch.dtype) -> None:
-    """A product with a packed weight cannot tell the two zeros apart, but it can tell any other sign."""
+    """A product with a packed weight does not show the sign of a zero, but it shows any other sign."""
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     values = torch.tensor([0.0, 1.0, 0.0, smallest, 2.0], dtype=dtype)
     digest = tensor_digest(values)
@@ -133,7 +133,7 @@ def test_weights_digests_keep_names_and_order() -> None:
 
 
 def sides(**changes: Any) -> tuple[SideReport, SideReport]:
-    """An FP16 pair; `engine_kv="bf16"` or `trainer_wire=...` changes one region."""
+    """Return the reports of an FP16 pair; `engine_kv="bf16"` or `trainer_wire=...` changes one region."""
     trainer = {"weights": "fp16", "compute": "fp16", "wire": "fp16", "lm_head": "fp32", "rope": "fp32", "norm": "fp32"}
     trainer |= {"master": "fp32", "gradients": "fp32", "optimizer": "fp32"}
     engine = {"weights": "fp16", "compute": "fp16", "wire": "fp16", "kv": "fp16"}
@@ -299,5 +299,5 @@ def test_a_faithful_sync_passes() -> None:
     ],
 )
 def test_an_unfaithful_sync_names_the_first_parameter(held: dict[str, str], name: str) -> None:
-    with pytest.raises(WeightSyncError, match=f"first {name} "):
+    with pytest.raises(WeightSyncError, match=f"the first is {name} "):
         verify_sync({"a": "1", "b": "2", "c": "3"}, held)

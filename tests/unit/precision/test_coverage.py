@@ -1,4 +1,4 @@
-"""Weights outside the precision rules are refused by name, and what is reported of sums is found by summing."""
+"""Refusal of weights outside the precision rules, and reports of FP32 sums that are found by summing."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_models import loaded_model, tiny_config, tiny_module
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, MixtralConfig, Qwen3Config
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import InputError
-from betterhalf.models.loading import LoadedModel
 from betterhalf.precision import cpu_linear
 from betterhalf.precision.coverage import sums_in_fp32
 from betterhalf.precision.roles import build_precision
@@ -24,24 +22,11 @@ from betterhalf.rollout.build import build_engine
 from betterhalf.rollout.native import decoder
 from betterhalf.training.policy_trainer import PolicyTrainer
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 31,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 HALVES = ({"preset": "fp16"}, {"preset": "bf16"}, {"preset": "bf16", "half_matmul": "fp32_sums"})
 
 
-def tiny(config: Any = LlamaConfig, **changes: Any) -> Any:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config(**SIZES, **changes), dtype=torch.float32).eval()
+def tiny(family: str = "llama", **changes: Any) -> Any:
+    return tiny_module(tiny_config(family, **changes), seed=0)
 
 
 def configured(precision: dict[str, Any]) -> RunConfig:
@@ -50,22 +35,19 @@ def configured(precision: dict[str, Any]) -> RunConfig:
 
 def trainer_of(module: Any, precision: dict[str, Any]) -> PolicyTrainer:
     config = configured(precision)
-    model = LoadedModel(
-        name="tiny", module=module, hf_config=module.config, tokenizer=None, stop_token_ids=(0,), context_length=64
-    )
     roles = build_precision(config.precision, torch.device("cpu"))
-    return PolicyTrainer(model, config=config, precision=roles)
+    return PolicyTrainer(loaded_model(module), config=config, precision=roles)
 
 
-# -- what is covered
+# -- coverage
 
 
 class OwnLinear(nn.Linear):
-    """Computes as `nn.Linear` does, but could do anything."""
+    """Subclass that computes what `nn.Linear` does, but could do anything."""
 
 
 class OnParameters(nn.Module):
-    """A projection by `F.linear` on a raw parameter."""
+    """Projection by `F.linear` on a raw parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +69,7 @@ class Experts(nn.Module):
 
 
 class Squared(nn.Module):
-    """A bilinear form of the input with itself."""
+    """Bilinear form of the input with itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,12 +111,12 @@ def test_every_place_is_counted_and_the_first_are_named() -> None:
 
 def test_experts_of_a_real_mixture_are_refused_in_half_and_train_in_fp32() -> None:
     with pytest.raises(InputError, match=r"experts \(MixtralExperts\)"):
-        trainer_of(tiny(MixtralConfig), {"preset": "bf16"})
-    trainer_of(tiny(MixtralConfig), {"preset": "fp32"})
+        trainer_of(tiny("mixtral"), {"preset": "bf16"})
+    trainer_of(tiny("mixtral"), {"preset": "fp32"})
 
 
 class WithoutCalling(nn.Module):
-    """A projection that multiplies by another module's weight, past that module's forward."""
+    """Projection that multiplies by another module's weight without calling that module."""
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
@@ -154,7 +136,7 @@ def test_a_covered_layer_whose_weight_is_multiplied_elsewhere_is_refused_where_s
 
 
 class Gram(nn.Module):
-    """A product of activations with themselves."""
+    """Product of activations with themselves."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (x @ x.transpose(-1, -2)) @ x
@@ -163,20 +145,20 @@ class Gram(nn.Module):
 def test_a_product_of_half_activations_is_refused_where_sums_must_be_fp32() -> None:
     module = tiny()
     module.model.layers[0].mlp.act_fn = Gram()
-    with pytest.raises(InputError, match="weights in operations of its own"):
+    with pytest.raises(InputError, match="weights in other operations"):
         trainer_of(module, {"preset": "bf16", "half_matmul": "fp32_sums"})
 
 
-@pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("precision", [*HALVES, {"preset": "fp16", "fp32_modules": ["model.layers.1.mlp"]}])
-def test_sound_decoders_are_covered(config: Any, tied: bool, precision: dict[str, Any]) -> None:
-    facts = trainer_of(tiny(config, tie_word_embeddings=tied), precision).report().facts
+def test_sound_decoders_are_covered(family: str, tied: bool, precision: dict[str, Any]) -> None:
+    facts = trainer_of(tiny(family, tie_word_embeddings=tied), precision).report().facts
     assert sum(int(number) for number in re.findall(r"\d+(?= )", facts["linear_layers"])) == 14
     assert facts["matmul_sums"] == "fp32"
 
 
-# -- what is reported
+# -- reports
 
 
 @pytest.mark.parametrize(
@@ -206,14 +188,14 @@ def test_the_report_leaves_weights_and_results_as_they_were() -> None:
 
 
 def in_half(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A product whose sums are rounded to half after every term."""
+    """Return a product whose sums are rounded to half after every term."""
     total = torch.zeros(left.shape[0], right.shape[0], dtype=torch.float16)
     for x, w in zip(left.t(), right.to_dense().t() if right.layout != torch.strided else right.t(), strict=True):
         total += torch.outer(x, w).half()
     return total.to(left.dtype)
 
 
-def test_sums_in_half_show_whatever_the_configuration_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_in_half_are_reported_whatever_the_configuration_says(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(tiny(), {"preset": "fp16"})
     engine = build_engine(configured({"preset": "fp16"}), trainer.module.config, (0,), trainer.precision)
     engine.load_weights(trainer.wire_weights().tensors, policy_version=0)
@@ -227,7 +209,7 @@ def test_sums_in_half_show_whatever_the_configuration_says(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("of", ["inputs", "weights"])
-def test_gradients_summed_in_half_show_as_well(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_summed_in_half_are_reported_as_well(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Tensor] = []
     exact = cpu_linear.product
 
@@ -241,7 +223,7 @@ def test_gradients_summed_in_half_show_as_well(of: str, monkeypatch: pytest.Monk
     assert trainer.report().facts["matmul_sums"] == "less than fp32"
 
 
-# -- the probe itself: a product as terms [out, in], added up in many orders
+# -- the test product: terms [out, in], added up in many orders
 
 
 def in_order(terms: Tensor, kind: torch.dtype) -> Tensor:
@@ -259,14 +241,14 @@ def pairwise(terms: Tensor, kind: torch.dtype) -> Tensor:
 
 
 def blocks(size: int) -> Callable[[Tensor, torch.dtype], Tensor]:
-    """Exact within a block, rounded between blocks."""
+    """Return a sum that is exact within a block and rounded between blocks."""
     return lambda terms, kind: in_order(
         torch.stack([part.double().sum(1).to(kind) for part in torch.split(terms, size, 1)], 1), kind
     )
 
 
 def lanes(count: int) -> Callable[[Tensor, torch.dtype], Tensor]:
-    """Every `count`-th term together, rounded each time; then the lanes, pairwise."""
+    """Return a sum of every `count`-th term, rounded each time, and then of these lanes, pairwise."""
     return lambda terms, kind: pairwise(
         torch.stack([in_order(terms[:, lane::count], kind) for lane in range(count)], 1), kind
     )
@@ -283,7 +265,7 @@ ORDERS = {
 @pytest.mark.parametrize("order", list(ORDERS))
 @pytest.mark.parametrize("operands", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("width", [96, 201])
-def test_the_probe_tells_fp32_sums_from_narrower_ones_in_every_order(
+def test_fp32_sums_are_distinguished_from_narrower_ones_in_every_order(
     order: str, operands: torch.dtype, width: int
 ) -> None:
     weight = torch.empty(40, width, dtype=operands)
@@ -296,7 +278,7 @@ def test_the_probe_tells_fp32_sums_from_narrower_ones_in_every_order(
 
 
 @pytest.mark.parametrize("bits", [7, 10])
-def test_fp32_operands_that_are_rounded_show(bits: int) -> None:
+def test_rounding_of_fp32_operands_is_detected(bits: int) -> None:
     """Round as TF32 does, to 10 stored bits, or as oneDNN's bf16 mode does, to 7."""
 
     def multiply(x: Tensor, w: Tensor) -> Tensor:

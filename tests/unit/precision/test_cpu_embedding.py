@@ -1,4 +1,4 @@
-"""The embedding's gradient is an FP32 sum, rounded once."""
+"""The gradient of a CPU embedding: an FP32 sum, rounded once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Half linear layers against float64 arithmetic."""
+"""CPU linear layers against float64 arithmetic."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SHAPES = [(1, 1, 1), (7, 24, 5), (64, 576, 40), (4, 1024, 300), (32, 48, 2048), 
 
 
 def neighbours(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Spacing of the half grid at float64 values: one unit in the last place."""
+    """Return the spacing of half numbers at float64 values: one unit in the last place."""
     info = torch.finfo(dtype)
     exponent = torch.frexp(values.abs().clamp(min=info.tiny)).exponent - 1
     return torch.ldexp(torch.full_like(values, info.eps), exponent)
 
 
 def assert_rounded(got: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> None:
-    """`got` is left @ right + bias within one unit in the last place plus what FP32 sums can lose."""
+    """Assert that `got` is left @ right + bias within one unit in the last place plus the error of FP32 sums."""
     exact, magnitude = left.double() @ right.double(), left.double().abs() @ right.double().abs()
     terms = left.shape[-1]
     if bias is not None:
@@ -98,7 +98,7 @@ def test_sums_do_not_stall_where_half_sums_would() -> None:
 
 
 def half_sum(values: Tensor) -> float:
-    """Adds one value after the other in FP16, which stops at 2048 where the spacing is 2."""
+    """Add the values sequentially in FP16, which stops at 2048, where the spacing is 2."""
     total = torch.zeros((), dtype=torch.float16)
     for value in values.flatten():
         total = total + value
@@ -183,7 +183,7 @@ def test_fp32_results_are_left_unrounded() -> None:
     assert (out - exact).abs().max() < 1e-5 and not torch.equal(out, out.half().float())
 
 
-def test_gradients_that_nobody_needs_are_not_computed() -> None:
+def test_gradients_that_are_not_needed_are_not_computed() -> None:
     module = half_module(8, 5, dtype=torch.float16)
     module.weight.requires_grad_(False)
     assert module.bias is not None
@@ -224,7 +224,7 @@ def test_the_bias_is_refreshed_as_well() -> None:
     assert torch.equal(module(zero)[0], module.bias)
 
 
-def test_replacing_the_data_or_the_parameter_is_noticed() -> None:
+def test_replacing_the_data_or_the_parameter_is_detected() -> None:
     module = half_module(4, 3, dtype=torch.float16)
     module.weight_wide()
     for _ in range(3):
@@ -234,7 +234,7 @@ def test_replacing_the_data_or_the_parameter_is_noticed() -> None:
     assert torch.equal(module.weight_wide(), module.weight.float())
 
 
-def test_an_update_in_inference_mode_is_noticed() -> None:
+def test_an_update_in_inference_mode_is_detected() -> None:
     weight = torch.ones(2, 2).half()
     wide = Widened(weight)
     wide()
@@ -304,7 +304,7 @@ def test_every_linear_layer_of_the_compute_dtype_is_replaced_once() -> None:
         (torch.float32, {"preset": "fp16"}, 0),
     ],
 )
-def test_layers_are_replaced_only_where_the_policy_says_so(
+def test_layers_are_replaced_only_where_the_precision_asks_for_fp32_sums(
     dtype: torch.dtype, settings: dict[str, str], count: int
 ) -> None:
     assert swap(half_stack(dtype), **settings) == count
@@ -315,12 +315,12 @@ def test_a_dtype_mismatch_is_refused() -> None:
         half_module(4, 3, dtype=torch.float16)(torch.randn(2, 4))
 
 
-@pytest.mark.parametrize("watched", [False, True])
-def test_fp32_gradients_add_up_over_passes_whether_watched_or_not(watched: bool) -> None:
+@pytest.mark.parametrize("hooked", [False, True])
+def test_fp32_gradients_add_up_over_passes_with_and_without_a_hook(hooked: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     layer = CpuLinear(nn.Linear(24, 5))
     layer.weight.grad, seen = torch.zeros_like(layer.weight), []
-    if watched:
+    if hooked:
         layer.weight.register_hook(lambda gradient: seen.append(gradient.clone()))
     expected = torch.zeros(5, 24, dtype=torch.float64)
     for _ in range(3):
@@ -328,4 +328,4 @@ def test_fp32_gradients_add_up_over_passes_whether_watched_or_not(watched: bool)
         (layer(x) * upstream).sum().backward()
         expected += upstream.double().t() @ x.double()
     torch.testing.assert_close(layer.weight.grad.double(), expected, rtol=1e-5, atol=1e-5)
-    assert len(seen) == (3 if watched else 0)
+    assert len(seen) == (3 if hooked else 0)

@@ -1,4 +1,4 @@
-"""Format facts and the rounding emulation, bit for bit."""
+"""Facts of the formats, and emulated rounding, bit for bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HALVES: list[DtypeName] = ["fp16", "bf16"]
 
 
 def assert_same_bits(got: Tensor, expected: Tensor) -> None:
-    """Equal bit patterns (the sign of zero included), NaN equal to NaN."""
+    """Assert that bit patterns are equal, including the sign of zero; any NaN equals any other."""
     assert got.dtype == expected.dtype
     kind = torch.int32 if got.dtype == torch.float32 else torch.int64
     different = (got.view(kind) != expected.view(kind)) & ~(got.isnan() & expected.isnan())
@@ -30,13 +30,13 @@ def assert_same_bits(got: Tensor, expected: Tensor) -> None:
 
 
 def every_finite_half(name: DtypeName) -> Tensor:
-    """Non-negative finite numbers of a 16-bit format, ascending, in float64."""
+    """Return the non-negative finite numbers of a 16-bit format, ascending, in float64."""
     values = torch.arange(2**15, dtype=torch.int16).view(torch_dtype(name)).double()
     return values[values.isfinite()]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_facts_equal_what_torch_says_of_the_dtype(name: DtypeName) -> None:
+def test_facts_equal_those_of_torch(name: DtypeName) -> None:
     facts, info = FORMATS[name], torch.finfo(torch_dtype(name))
     assert (facts.max, facts.eps, facts.min_normal) == (info.max, info.eps, info.tiny)
     assert facts.unit_roundoff == info.eps / 2
@@ -154,7 +154,7 @@ def test_the_error_never_exceeds_the_unit_roundoff(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [(0, 5), (25, 8), (11, 1), (11, 9)])
 def test_formats_wider_than_fp32_are_refused(bits: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="not a part of FP32"):
+    with pytest.raises(ValueError, match="FP32 does not contain a format"):
         FormatFacts(significand_bits=bits[0], exponent_bits=bits[1])
 
 
@@ -166,9 +166,9 @@ def test_half_input_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
 )
-def test_the_grid_of_live_values_is_recognised_in_any_container(name: str, dtype: torch.dtype) -> None:
+def test_the_format_of_values_is_recognised_in_tensors_of_any_dtype(name: str, dtype: torch.dtype) -> None:
     values = torch.randn(64, generator=torch.Generator().manual_seed(0)).to(dtype).float()
     values[::7] = 0
     values[3] = float("inf")
     assert narrowest_format(values) == name
-    assert narrowest_format(torch.zeros(64, dtype=dtype)) == name  # zeros tell nothing
+    assert narrowest_format(torch.zeros(64, dtype=dtype)) == name  # zeros are representable in every format

@@ -1,4 +1,4 @@
-"""Which modules become FP32 islands, what that makes of the residual stream, and what is refused."""
+"""FP32 islands: the modules that patterns select, the FP32 residual stream behind them, and refusals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FLAGS = ("stream_in", "attention", "output", "stream_mid", "mlp", "down", "strea
 
 
 def wide(patterns: list[str], num_layers: int = 3) -> list[set[str]]:
-    """For each layer the parts that are FP32."""
+    """Return the parts that are FP32, for each layer."""
     islands = resolve_islands(patterns, num_layers)
     return [{flag for flag in FLAGS if getattr(layer, flag)} for layer in islands.layers]
 
@@ -45,13 +45,13 @@ def test_the_stream_is_fp32_from_the_island_on_and_nothing_before_it(name: str, 
     assert islands.attention == ("attention" in parts)
 
 
-def test_patterns_take_every_layer_and_names_stay_in_the_model_s_order() -> None:
+def test_patterns_select_every_layer_and_names_stay_in_the_model_s_order() -> None:
     islands = resolve_islands(["model.layers.*.mlp.down_proj", "model.layers.10", "model.layers.2.self_attn"], 11)
     downs = [f"model.layers.{layer}.mlp.down_proj" for layer in range(10)]
     assert islands.names == (*downs[:2], "model.layers.2.self_attn", *downs[2:], "model.layers.10")
 
 
-def test_what_lies_within_another_island_is_named_once() -> None:
+def test_an_island_within_another_is_not_named() -> None:
     assert resolve_islands(["model.layers.1*"], 2).names == ("model.layers.1",)
     both = resolve_islands(["model.layers.0.mlp.down_proj", "model.layers.0.mlp"], 2)
     assert both.names == ("model.layers.0.mlp",)
@@ -76,7 +76,7 @@ def test_a_layer_s_name_does_not_hold_the_parameters_of_a_longer_number() -> Non
         ("", None),
     ],
 )
-def test_what_cannot_be_an_island_is_refused_with_the_nearest_name(pattern: str, meant: str | None) -> None:
+def test_a_module_that_cannot_be_an_island_is_refused_with_the_closest_name(pattern: str, meant: str | None) -> None:
     with pytest.raises(InputError) as caught:
         resolve_islands(["model.layers.0", pattern], 3)
     message = str(caught.value)

@@ -1,4 +1,4 @@
-"""Loss scalers: the scale's history, what unscaling finds, and when they give up."""
+"""Loss scalers: the history of the scale, the statistics of unscaling, and giving up."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def dynamic(**settings: Any) -> LossScaler:
 
 
 def grad_scaler_history(settings: dict[str, Any], overflows: list[bool]) -> list[float]:
-    """Scales of torch.amp.GradScaler, fed through a one-parameter optimizer."""
+    """Return the scales of torch.amp.GradScaler with an optimizer of one parameter."""
     reference = torch.amp.GradScaler("cpu", **settings)
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=0.0)
@@ -108,7 +108,7 @@ def test_gradients_are_divided_by_the_scale_in_place() -> None:
     assert not report.found_inf and report.first_offender is None
 
 
-def test_huge_finite_gradients_are_not_taken_for_infinite() -> None:
+def test_huge_finite_gradients_do_not_count_as_infinite() -> None:
     grad = torch.full((64,), torch.finfo(torch.float32).max)
     report = dynamic(initial=2.0).unscale([("weight", grad)])
     assert not report.found_inf and report.overflow_fraction == 0.0
@@ -151,7 +151,7 @@ def test_a_broken_gradient_has_no_norm_and_is_not_clipped() -> None:
     assert math.isnan(report.norm) and good.tolist() == [1.5, 2.0]
 
 
-def test_what_a_small_loss_scale_turns_to_zero_is_told_from_what_it_makes_subnormal() -> None:
+def test_entries_that_a_small_loss_scale_turns_to_zero_are_distinguished_from_subnormal_ones() -> None:
     """Gradient entries of 2^-30 to 2^-11: in FP16, 2^-25 and less becomes zero, and the rest below 2^-14 subnormal."""
     exact = 2.0 ** -torch.arange(11.0, 31.0)
     for scale, subnormal, zero in ((1.0, 10 / 14, 6 / 20), (2.0**6, 10 / 20, 0.0), (2.0**16, 0.0, 0.0)):
@@ -187,7 +187,7 @@ def test_half_gradients_are_refused() -> None:
 
 
 class Ranks:
-    """Threads that reduce over each other."""
+    """Threads that stand for ranks and reduce tensors among themselves."""
 
     def __init__(self, count: int) -> None:
         self.barrier, self.given = threading.Barrier(count, timeout=60), [torch.empty(0)] * count
@@ -224,7 +224,7 @@ Named = list[tuple[str, Tensor]]
 
 
 def on_ranks(shards: list[Named], kind: Any, **settings: Any) -> list[UnscaleReport]:
-    """Every rank unscales its shard, in place."""
+    """Unscale one shard on each rank, in place."""
     ranks = Ranks(len(shards))
 
     def unscale(rank: int) -> UnscaleReport:
@@ -236,7 +236,7 @@ def on_ranks(shards: list[Named], kind: Any, **settings: Any) -> list[UnscaleRep
 
 
 def shards(broken: bool = False) -> list[Named]:
-    """Two unequal shards of one gradient, and a rank that holds none of it."""
+    """Return two unequal shards, and an empty one."""
     generator = torch.Generator().manual_seed(3)
     big = [("a", 900 * torch.randn(30, 7, generator=generator)), ("b", torch.full((5,), FP16_TINY / 2))]
     small = [("c", torch.tensor([0.0, 1e-6, torch.inf if broken else 2.0]))]
@@ -265,7 +265,7 @@ def test_ranks_with_shards_clip_and_report_as_one_process_with_all_of_them(
 
 
 def test_replicas_do_not_add_up() -> None:
-    """Each holds the whole gradient, so their `sum_` does nothing."""
+    """Each replica holds the whole gradient, so its all-reduce of sums does nothing."""
     one, alone = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0])
     report = dynamic(initial=1.0).unscale([("w", one)], Replica(), max_norm=1.0)
     assert report.norm == dynamic(initial=1.0).unscale([("w", alone)], max_norm=1.0).norm == 5.0
@@ -290,7 +290,7 @@ def test_a_loss_that_is_not_an_fp32_scalar_is_refused(loss: Tensor, dtype: Any) 
 
 
 def history(scaler: LossScaler, overflows: str) -> list[float]:
-    """Scale after each step; 'x' overflows, '.' is clean."""
+    """Return the scale after each step; 'x' is an overflow, '.' a clean step."""
     scales = []
     for mark in overflows:
         scaler.update(mark == "x")
@@ -299,9 +299,12 @@ def history(scaler: LossScaler, overflows: str) -> list[float]:
 
 
 def by_deepspeeds_rules(overflows: str, hysteresis: int, growth_interval: int, consecutive: bool) -> list[float]:
-    """Scales as DeepSpeed's documentation has them: each overflow uses up one of `hysteresis` attempts; with the last
-    one left the scale is halved instead. Attempts are restored when the scale grows, after a number of steps without an
-    overflow, and with `consecutive_hysteresis` by every step without one."""
+    """Return the scales according to DeepSpeed's documentation.
+
+    Each overflow uses up one of `hysteresis` attempts; with one attempt left the scale is halved instead. Attempts are
+    restored when the scale grows, which it does after `growth_interval` steps without an overflow, and with
+    `consecutive_hysteresis` by every step without one.
+    """
     scale, attempts, last_overflow, scales = 2.0**16, hysteresis, -1, []
     for step, mark in enumerate(overflows):
         if mark == "x":
@@ -331,7 +334,7 @@ def test_all_1024_histories_of_ten_steps_are_deepspeeds(
 
 
 def test_by_default_overflows_need_not_be_in_a_row() -> None:
-    """DeepSpeed's default."""
+    """That is DeepSpeed's default too."""
     assert history(dynamic(initial=16.0, hysteresis=2), "x.xxx.x") == [16.0, 16.0, 8.0, 4.0, 2.0, 2.0, 1.0]
 
 
@@ -340,7 +343,7 @@ def test_consecutive_hysteresis_lowers_the_scale_from_the_second_overflow_in_a_r
     assert history(scaler, "x.xxx.x") == [16.0, 16.0, 16.0, 8.0, 4.0, 4.0, 4.0]
 
 
-def test_a_run_that_overflows_every_second_step_comes_down_by_default() -> None:
+def test_the_scale_of_a_run_that_overflows_every_second_step_falls_by_default() -> None:
     every_second = "x." * 10
     assert history(dynamic(hysteresis=2), every_second)[-1] == 2.0**7
     assert history(dynamic(hysteresis=2, consecutive_hysteresis=True), every_second)[-1] == 2.0**16
@@ -376,7 +379,7 @@ def test_without_a_floor_the_scale_never_reaches_zero() -> None:
     assert history(scaler, "xxxx") == [2.0**-125, 2.0**-126, 2.0**-126, 2.0**-126]
 
 
-def test_too_many_skips_in_a_row_at_the_floor_end_the_run_with_a_cure() -> None:
+def test_too_many_skips_in_a_row_at_the_floor_end_the_run_with_a_fix() -> None:
     scaler = dynamic(initial=2.0, floor=1.0, max_skips_at_floor=3)
     history(scaler, "xxx.xx")
     scaler.unscale([("layers.3.weight", torch.tensor([torch.inf]))])

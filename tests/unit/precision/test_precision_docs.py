@@ -1,4 +1,4 @@
-"""What docs/precision.md says is true."""
+"""Claims of docs/precision.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAGE = (Path(__file__).parents[3] / "docs" / "precision.md").read_text(encoding=
 
 
 def ablation(allow_difference: bool) -> Contract:
-    """The page's example: the trainer in FP16, the engine in BF16."""
+    """Return the page's example: the trainer in FP16, the engine in BF16."""
     trainer = SideReport(
         side="trainer",
         dtypes={

@@ -1,4 +1,4 @@
-"""Products against float64, by each library."""
+"""Products by each library against float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPES = [(1, 1, 1), (7, 24, 5), (64, 576, 40), (4, 1024, 300), (32, 48, 2048), 
 
 @pytest.fixture(params=["onednn", "mkl", "without"], autouse=True)
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """oneDNN for everything, for packed weights only, and for nothing, whatever this processor's maker."""
+    """Use oneDNN for everything, for packed weights only, or for nothing, whatever the CPU vendor."""
     if request.param == "without":
         monkeypatch.setattr(products, "_onednn", lambda: False)
     elif not products._onednn():
@@ -61,7 +61,7 @@ def operands(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[
 
 
 def assert_close(got: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> None:
-    """Within what FP32 sums can lose, and one rounding to the result's own dtype."""
+    """Assert that `got` is the product within the error of FP32 sums and one rounding to its dtype."""
     exact, magnitude = left.double() @ right.double().t(), left.double().abs() @ right.double().abs().t()
     if bias is not None:
         exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
@@ -79,7 +79,7 @@ def test_products_equal_float64_but_for_rounding(shape: tuple[int, int, int], dt
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_transposed_and_sliced_operands_are_taken_as_they_are(dtype: torch.dtype) -> None:
+def test_transposed_and_sliced_operands_are_multiplied(dtype: torch.dtype) -> None:
     left, right, _ = operands(33, 64, 40, dtype)
     assert_close(product(left, right.t().contiguous().t()), left, right)
     assert_close(product(left.t().contiguous().t(), right), left, right)
@@ -111,7 +111,7 @@ def test_a_packed_weight_serves_any_number_of_rows_and_unpacks_to_itself() -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_format_that_the_processor_lacks_goes_another_way(
+def test_a_half_format_that_the_processor_lacks_is_not_packed(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "_onednn_takes", lambda wanted: wanted == torch.float32)
@@ -126,7 +126,7 @@ def test_no_rows_give_no_rows() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so(bad: float) -> None:
+def test_non_finite_values_stay_non_finite(bad: float) -> None:
     left, right, _ = operands(4, 8, 5, torch.float32)
     left[2, 3] = bad
     finite = product(left, packed(right)).isfinite().all(1)
@@ -147,7 +147,7 @@ def test_without_the_library_a_weight_is_left_alone(library: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 64, 40), (128, 64, 300), (200, 17, 9)])
 def test_batched_products_equal_float64_but_for_rounding(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """FP32 operands keep all their bits, though the setting that leads to oneDNN would allow it to drop some."""
+    """FP32 operands keep all their bits, although the setting that selects oneDNN allows it to drop some."""
     sides = [operands(*shape, dtype)[:2] for _ in range(2)]
     left, right = (torch.stack(x) for x in zip(*sides, strict=True))
     got = batched_product(left, right.transpose(1, 2))
@@ -182,14 +182,14 @@ def test_batched_products_leave_torch_s_settings_alone() -> None:
 
 
 def test_where_the_processor_has_tiles_batches_stay_with_torch_s_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There oneDNN would multiply BF16 roundings of the operands."""
+    """With tiles oneDNN would round the operands to BF16."""
     monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert not products._exact_batches.__wrapped__()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_are_put_where_they_are_told(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_written_to_existing_memory(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_CACHED", 1)
     monkeypatch.setattr(products, "_FEWEST_COLUMNS", 7)
     left, right, _ = operands(*shape, torch.float32)
@@ -218,13 +218,13 @@ def test_products_are_added_to_a_part_of_a_sum(
     assert (total[:2] == 1).all() and (total[-1] == 1).all()
 
 
-def test_a_backward_pass_may_add_to_an_fp32_gradient_that_nobody_watches() -> None:
+def test_a_backward_pass_may_add_to_an_fp32_gradient_without_hooks() -> None:
     leaf = torch.nn.Parameter(torch.zeros(2, 2))
     assert direct_sum(leaf) is None
     leaf.grad = torch.zeros(2, 2)
     assert direct_sum(leaf) is leaf.grad
-    for watch in (leaf.register_hook, leaf.register_post_accumulate_grad_hook):
-        handle = watch(lambda _: None)
+    for register in (leaf.register_hook, leaf.register_post_accumulate_grad_hook):
+        handle = register(lambda _: None)
         assert direct_sum(leaf) is None
         handle.remove()
         assert direct_sum(leaf) is leaf.grad

@@ -1,4 +1,4 @@
-"""What a policy tells torch."""
+"""Torch settings that a precision changes."""
 
 from __future__ import annotations
 

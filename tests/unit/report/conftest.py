@@ -1,4 +1,4 @@
-"""Synthetic run folders with the shape and the size of numbers of real ones."""
+"""Synthetic run folders with files and numbers like those of real ones."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def rollout_row(step: int, precision: str, rng: random.Random) -> dict[str, Any]
 
 
 def config(precision: str, steps: int) -> dict[str, Any]:
-    """A resolved configuration, shortened."""
+    """Return a shortened resolved configuration."""
     return {
         "name": "demo",
         "seed": 0,
@@ -79,7 +79,7 @@ def config(precision: str, steps: int) -> dict[str, Any]:
 
 
 def contract(precision: str) -> dict[str, Any]:
-    """What both sides report when they agree, rope tables apart."""
+    """Contract of two sides that agree on everything but attention, which is only reported."""
     same = ("weights", "compute", "wire", "kv", "lm_head", "norm")
     rows = [{"region": region, "trainer": precision, "engine": precision, "status": "equal"} for region in same]
     return {"rows": [*rows, {"region": "attention", "trainer": "sdpa", "engine": "native", "status": "reported"}]}
@@ -146,13 +146,13 @@ def fill_sanity(path: Path, arms: tuple[str, ...] = ("fp16", "bf16"), *, steps: 
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """Makes a train run in a fresh folder."""
+    """Factory of train runs, each in a fresh folder."""
     return lambda name="run", precision="fp16", **sizes: fill_run(tmp_path / name, precision, **sizes)
 
 
 @pytest.fixture
 def make_sanity(tmp_path: Path) -> MakeRun:
-    """Makes a sanity run in a fresh folder."""
+    """Factory of sanity runs, each in a fresh folder."""
     return lambda name="sanity", **sizes: fill_sanity(tmp_path / name, **sizes)
 
 

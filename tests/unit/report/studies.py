@@ -16,7 +16,7 @@ DTYPES = ("fp16", "bf16", "fp32")
 
 
 def sigma_of(train: str, rollout: str) -> float:
-    """Errors of both sides add up in squares."""
+    """Return the standard deviation of a pair; the errors of both sides add up in squares."""
     return math.hypot(SIGMA[train], SIGMA[rollout]) / math.sqrt(2)
 
 

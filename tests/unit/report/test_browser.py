@@ -1,4 +1,4 @@
-"""The pages in a real Chromium, where there is one: nothing reported on the console, nothing wider than a phone."""
+"""The pages in a real Chromium, if installed: no messages on the console, and nothing wider than a phone."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _FLAGS = (
     *("--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=2000"),
 )
 
-# The page forbids scripts, so the frame around it measures: every element that reaches beyond the screen without a
-# box around it that scrolls, with all details unfolded.
+# The page forbids scripts, so the frame around it measures: every element that extends beyond the screen and is not in
+# a scrolling box, with all details unfolded.
 _MEASURE = """
 addEventListener("load", () => {
   const page = document.querySelector("iframe").contentDocument;

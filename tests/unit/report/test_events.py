@@ -1,4 +1,4 @@
-"""Events: repetitions are one, restarts are seen, and each is flagged on the figure it belongs to."""
+"""Events: repetitions are merged, restarts are included, and each event is flagged on its figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The matrix: every cell says its number or why there is none, and every shade is readable."""
+"""The matrix: every cell shows its number or why there is none, and text is readable on every shade."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_cells_hold_number_interval_error_or_absence() -> None:
     assert "no &lt;bf16&gt; here" in page
     assert "no number was recorded" in page
     assert page.count("not measured") == 1
-    assert "95% interval" in page
+    assert "95% confidence interval" in page
 
 
 def test_a_cell_without_interval_says_why() -> None:
@@ -64,7 +64,7 @@ def luminance(colour: str) -> float:
 
 
 def contrast(one: str, other: str) -> float:
-    """As WCAG 2 defines it."""
+    """Contrast ratio, as defined by WCAG 2."""
     high, low = sorted((luminance(one), luminance(other)), reverse=True)
     return (high + 0.05) / (low + 0.05)
 

@@ -1,4 +1,4 @@
-"""Bins and completions of a run: pooled by tokens, from the last quarter, or from the rollouts it kept."""
+"""Bins and completions of a run: token-weighted, over the last quarter of its steps, or from recorded rollouts."""
 
 from __future__ import annotations
 

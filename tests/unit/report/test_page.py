@@ -1,4 +1,4 @@
-"""The page: self-contained, complete, safe, and truthful about what is missing."""
+"""The page: self-contained, complete, safe, and explicit about missing data."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_sanity_page_has_verdict_figures_contract_differences_and_samples(make
         "setting fp16 bf16 precision.preset fp16 bf16",
         "model demo \u00b7 task arithmetic \u00b7 algorithm grpo",
         "Example CPU @ 2.5GHz \u00b7 2 cores",
-        "commit 0123456789 with changes",
+        "commit 0123456789 with uncommitted changes",
         "fp16, step 65, reward",
         "fp16 65 steps",
     ):

@@ -1,4 +1,4 @@
-"""Plots: points, lines and wedges land where the numbers say, and what cannot be drawn is left out."""
+"""Plots: points, lines and wedges are drawn at the right pixels, and values that cannot be drawn are left out."""
 
 from __future__ import annotations
 

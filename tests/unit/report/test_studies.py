@@ -1,4 +1,4 @@
-"""Pages of probe and doctor folders: complete, safe, and standing on whatever half of the data there is."""
+"""Pages of probe and doctor folders: complete, safe, and valid with incomplete data."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_a_probe_page_gives_the_reason_for_having_no_interval(tmp_path: Path) ->
 def test_a_probe_page_has_matrix_ratio_figures_and_tables(tmp_path: Path) -> None:
     page = page_of(tmp_path, "probe.json", probe_json())
     for expected in (
-        "smollm2 \u00b7 native engine \u00b7 64 completions \u00b7 128 tokens at most",
+        "smollm2 \u00b7 native engine \u00b7 64 completions \u00b7 up to 128 tokens each",
         "k3 of the BF16 pair is 64 times that of the FP16 pair",
         "4.50e-06 3.6e-06 to 5.6e-06",
         "Token probabilities, bf16",
         "Log-ratio against length",
         "fp16 65536 0.90% 0.999960 0.00% no",
         "bf16 47.00%",
-        "first differ beyond rounding at layer 3, mlp.down_proj (difference 0.0123, bound 0.0021)",
+        "first differ by more than rounding at layer 3, mlp.down_proj (difference 0.0123, bound 0.0021)",
         "prefill against decode: no difference beyond rounding",
         "generate, bf16 31.5",
         "usable length, tokens fp16 / fp16 9e-06 0.07 0.9991 0.9992 77,016",
@@ -65,10 +65,10 @@ def test_a_doctor_page_has_cards_config_census_and_islands(tmp_path: Path) -> No
         "bf16 ! watch",
         'name = "smollm2" [precision] preset = "fp16"',
         "\u2713 Engine and trainer agree.",
-        "Not finite, drawn below the limit: 1.",
+        "Entries that are not finite, drawn below the limit: 1.",
         "model.layers.3.mlp.down_proj forward - none",
         "Scales of 1 to 2\u00b9\u2078 keep every gradient finite; the run starts at 2\u00b9\u2076.",
-        "FP32 for model.layers.3.mlp.down_proj : \u2713 cures it",
+        "FP32 for model.layers.3.mlp.down_proj : \u2713 solves the problem",
     ):
         assert expected in page.text
 
@@ -112,18 +112,18 @@ def test_pairs_that_failed_leave_the_others(tmp_path: Path) -> None:
     result["bf16_over_fp16"] = None
     page = page_of(tmp_path, "probe.json", result)
     assert "bf16: the engine refuses <bf16>" in page.text
-    assert "was not formed" in page.text
+    assert "could not be computed" in page.text
     assert "Token probabilities, fp16" in page.text
     assert "Token probabilities, bf16" not in page.text
 
 
 def test_a_wrong_engine_is_called_wrong(tmp_path: Path) -> None:
     result = doctor_json() | {"engine_agrees": {"agrees": False, "reason": "k3 of the FP32 pair is 0.2"}}
-    assert "do not agree, which rounding does not explain: k3 of" in page_of(tmp_path, "doctor.json", result).text
+    assert "differ by more than rounding explains: k3 of" in page_of(tmp_path, "doctor.json", result).text
 
 
 def paths_of(tree: Any, path: Path_ = ()) -> Iterator[Path_]:
-    """Every place of a tree, of each list only the first."""
+    """Every path in a tree; of each list, only the first element."""
     yield path
     items = tree.items() if isinstance(tree, dict) else enumerate(tree[:1]) if isinstance(tree, list) else ()
     for key, child in items:
@@ -141,7 +141,7 @@ def put(tree: Tree, path: Path_, value: object) -> Tree:
 
 
 def small(tree: Any) -> Any:
-    """The tree with lists cut short, to be quick."""
+    """The tree with shortened lists, for speed."""
     if isinstance(tree, dict):
         return {key: small(child) for key, child in tree.items()}
     return [small(child) for child in tree[:2]] if isinstance(tree, list) else tree
@@ -153,7 +153,7 @@ _WRONG = ("<b>oops</b>", {}, [None], -1e308)
 @pytest.mark.parametrize("wrong", [(None,), _WRONG], ids=["null", "wrong"])
 @pytest.mark.parametrize("file", ["probe.json", "doctor.json"])
 def test_no_wrong_value_anywhere_breaks_the_page(tmp_path: Path, file: str, wrong: tuple[object, ...]) -> None:
-    """Each place of the file in turn holds one of the values, which take turns."""
+    """Replace each place of the file in turn by one of the values, which alternate."""
     whole = small(probe_json(("fp16",)) if file == "probe.json" else doctor_json(unsafe=True))
     run = fill_study(tmp_path / "study", file, whole)
     for path, value in zip(list(paths_of(whole))[1:], itertools.cycle(wrong), strict=False):

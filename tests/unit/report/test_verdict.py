@@ -22,11 +22,11 @@ def test_an_arm_that_did_not_finish_shows_dashes() -> None:
     assert rows == [("fp16", "-", "incomplete", *["-"] * 4), ("bf16", "-", "incomplete", *["-"] * 4)]
 
 
-def test_the_ratio_is_explained_and_learning_is_not_oversold(summary: dict[str, Any]) -> None:
+def test_the_ratio_is_explained_and_learning_is_described_by_the_verdicts(summary: dict[str, Any]) -> None:
     ratio, learning = verdict_sentences(summary)
     assert ratio.startswith("k3 ratio BF16 / FP16: 80.")
     assert "about 64" in ratio
-    assert learning == "Both arms learned: here the gap shows in the mismatch, not in the learning."
+    assert learning == "Both arms learned the perfectible set: here the precisions differ in mismatch, not in learning."
 
 
 def test_the_sentence_on_learning_follows_the_verdicts(summary: dict[str, Any]) -> None:
@@ -43,7 +43,7 @@ def test_the_sentence_on_learning_follows_the_verdicts(summary: dict[str, Any]) 
 
 
 def test_a_missing_ratio_is_said_and_a_single_arm_has_no_comparison(summary: dict[str, Any]) -> None:
-    assert verdict_sentences(summary | {"k3_ratio": None})[0] == "The k3 ratio could not be formed."
+    assert verdict_sentences(summary | {"k3_ratio": None})[0] == "The k3 ratio could not be computed."
     assert verdict_sentences({"arms": {"fp16": {"passed": True}}, "k3_ratio": None}) == []
 
 
@@ -55,4 +55,4 @@ def test_the_terminal_table_is_complete_within_80_columns(summary: dict[str, Any
     text = " ".join(stream.getvalue().split())
     assert "arm final accuracy verdict mean k3 max |pi-mu| skipped seconds" in text
     assert "fp16 0.973 passed 5.02e-08 1.19e-03 1 85" in text
-    assert "not in the learning." in text
+    assert "not in learning." in text

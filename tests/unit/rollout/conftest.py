@@ -7,44 +7,29 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from tests.tiny_models import tiny_config, tiny_module
 
 from betterhalf.config.schema import RunConfig
 from betterhalf.precision.roles import build_precision
 from betterhalf.rollout.build import build_engine
 from betterhalf.rollout.native.engine import NativeEngine
 
-TINY: dict[str, Any] = {
-    "vocab_size": 23,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "tie_word_embeddings": True,
-}
-
 
 @pytest.fixture(scope="session")
 def module() -> Any:
-    torch.manual_seed(7)
-    return AutoModelForCausalLM.from_config(LlamaConfig(**TINY), dtype=torch.float32).eval()
+    config = tiny_config(vocab_size=23, initializer_range=0.3, tie_word_embeddings=True)
+    return tiny_module(config, seed=7)
 
 
 @pytest.fixture
 def wire(module: Any) -> Callable[[torch.dtype], list[tuple[str, torch.Tensor]]]:
-    """The module's weights as a weight sync sends them."""
+    """Return the module's weights as a weight sync sends them."""
     return lambda dtype: [(name, parameter.detach().to(dtype)) for name, parameter in module.named_parameters()]
 
 
 @pytest.fixture
 def make_engine(module: Any, wire: Callable[..., Any]) -> Callable[..., NativeEngine]:
-    """make_engine(precision="fp32", stop_token_ids=(), load=True, **engine settings)."""
+    """Return make_engine(precision="fp32", stop_token_ids=(), load=True, **engine settings)."""
 
     def make(
         precision: str | dict[str, Any] = "fp32",

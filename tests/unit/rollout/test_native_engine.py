@@ -11,7 +11,8 @@ from betterhalf.config.schema import SamplingConfig
 from betterhalf.errors import EngineError, InputError
 from betterhalf.rollout.native import engine as engine_module
 from betterhalf.rollout.native.cuda_graphs import batch_bucket
-from betterhalf.rollout.native.engine import NativeEngine, require_kernels
+from betterhalf.rollout.native.engine import require_kernels
+from betterhalf.rollout.native.running_batch import RunningBatch
 from betterhalf.types import GenerateRequest
 
 
@@ -58,7 +59,7 @@ def test_siblings_differ_and_repetition_does_not(make_engine):
     assert tokens(engine.generate(requests(seed=1), sampling)) != tokens(first)
 
 
-def test_a_gpu_without_triton_is_refused_with_the_cure(monkeypatch):
+def test_a_gpu_without_triton_is_refused_with_the_fix(monkeypatch):
     require_kernels(torch.device("cpu"))
     monkeypatch.setattr(engine_module, "has_triton", lambda: False)
     require_kernels(torch.device("cpu"))
@@ -67,12 +68,12 @@ def test_a_gpu_without_triton_is_refused_with_the_cure(monkeypatch):
 
 
 def test_tokens_do_not_depend_on_when_the_host_looks(make_engine, monkeypatch):
-    """A GPU is a step ahead of the host: sequences that have ended stand still until it knows."""
+    """A GPU is a step ahead of the host: sequences that have ended stand still until the host knows."""
     asked, sampling = requests(), SamplingConfig(max_tokens=20)
     for stops in ((), (2, 7, 20)):
         expected = make_engine(stop_token_ids=stops).generate(asked, sampling)
         with monkeypatch.context() as patched:
-            patched.setattr(NativeEngine, "_lag", 1)
+            patched.setattr(RunningBatch, "lag", 1)
             for slots in (1, 2, 3, 256):
                 engine = make_engine(stop_token_ids=stops, max_concurrent=slots)
                 found = [engine.generate(asked, sampling) for _ in range(2)]
@@ -148,7 +149,7 @@ def test_logprobs_are_those_of_the_tempered_distribution(make_engine, module):
         assert completion.behavior_logprobs == pytest.approx(expected.tolist(), abs=5e-5)
 
 
-def test_truncated_sampling_draws_from_what_is_left_and_says_its_logprobs(make_engine, module):
+def test_truncated_sampling_draws_from_the_tokens_kept_and_reports_their_logprobs(make_engine, module):
     request = requests(count=1, group_size=16)[0]
     sampling = SamplingConfig(max_tokens=6, temperature=2.0, top_k=3)
     assert len({c.token_ids for c in make_engine().generate([request], sampling)[0]}) > 3
@@ -163,7 +164,7 @@ def test_truncated_sampling_draws_from_what_is_left_and_says_its_logprobs(make_e
         assert completion.behavior_logprobs == pytest.approx(expected.tolist(), abs=5e-5)
 
 
-def test_one_token_to_choose_from_makes_siblings_alike(make_engine):
+def test_one_token_to_choose_from_makes_siblings_equal(make_engine):
     (group,) = make_engine().generate(requests(count=1, group_size=4), SamplingConfig(max_tokens=6, top_k=1))
     assert len({completion.token_ids for completion in group}) == 1
     assert all(logprob == 0 for completion in group for logprob in completion.behavior_logprobs)
@@ -171,7 +172,7 @@ def test_one_token_to_choose_from_makes_siblings_alike(make_engine):
 
 def test_a_vocabulary_sampled_in_parts_gives_the_same_tokens(make_engine, monkeypatch):
     expected = make_engine().generate(requests(), SamplingConfig(max_tokens=5))
-    monkeypatch.setattr("betterhalf.rollout.native.engine._MAX_LOGITS", 23 * 4)
+    monkeypatch.setattr("betterhalf.rollout.native.running_batch._MAX_LOGITS", 23 * 4)
     assert tokens(make_engine().generate(requests(), SamplingConfig(max_tokens=5))) == tokens(expected)
 
 
@@ -237,7 +238,7 @@ def test_weights_that_are_not_finite_are_an_error_that_names_the_place(make_engi
 
 
 def overflowing_on(token, weights):
-    """Weights that overflow FP16 in the first MLP after this token and after no other."""
+    """Return weights that overflow FP16 in the first MLP after this token and no other."""
     named = dict(weights)
     named["model.embed_tokens.weight"][:, 0] = 0
     named["model.embed_tokens.weight"][token, 0] = 1
@@ -281,9 +282,9 @@ def test_the_report_says_what_runs(make_engine, precision):
 def test_a_value_off_the_rollout_grid_shows_in_the_report(make_engine):
     engine = make_engine("fp16")
     weights, name = engine._weights, "model.layers.0.mlp.down_proj.weight"
-    block = weights._layers[0]["down"]
-    block.begin()
-    block.write(name, torch.full(block.shape(name), 1 / 3))
+    parameter = weights._layers[0]["down"]
+    parameter.begin()
+    parameter.write(name, torch.full(parameter.shape(name), 1 / 3))
     assert engine.report().dtypes["weights"] == "fp32"
 
 
@@ -311,7 +312,7 @@ def test_a_coarser_cache_changes_the_logprobs(make_engine):
     assert [c.behavior_logprobs for g in coarse for c in g] != [c.behavior_logprobs for g in plain for c in g]
 
 
-def test_buckets_cover_what_is_asked_and_little_more():
+def test_buckets_cover_the_active_slots_and_few_more():
     assert [batch_bucket(n, 256) for n in (1, 2, 3, 32, 33, 64, 65, 250)] == [1, 2, 4, 32, 64, 64, 96, 256]
     assert batch_bucket(33, 40) == 40
 

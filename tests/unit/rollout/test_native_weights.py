@@ -1,4 +1,4 @@
-"""Weights arrive under their Hugging Face names, on the rollout grid, in blocks that products read."""
+"""Weights arrive under their Hugging Face names, on the rollout grid, in the tensors that products read."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_loading_replaces_every_value_and_moves_no_plain_buffer(make_engine, pre
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_completions_do_not_depend_on_how_weights_are_held_but_for_rounding(make_engine, precision, monkeypatch):
+def test_completions_depend_on_the_storage_of_weights_by_rounding_alone(make_engine, precision, monkeypatch):
     request = GenerateRequest(token_ids=(1, 2, 3), group_size=1, key=(0, 1, 0))
     scores = {}
     for packs in (False, True):

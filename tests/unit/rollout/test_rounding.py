@@ -1,4 +1,4 @@
-"""Every rounding point: `engine` rounds FP32 results once, `aligned` does what the transformers modules do in half."""
+"""Every rounding point: `engine` rounds FP32 results once, `aligned` rounds as the transformers modules do in half."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def angles(rows, dim):
 
 
 def assert_within_one_ulp(found, exact, dtype):
-    """`found` is `exact` (float64) rounded to `dtype`, but for ties that FP32 arithmetic may turn the other way."""
+    """Check that `found` is `exact` (float64) rounded to `dtype`, except for ties that FP32 may round the other way."""
     rounded = exact.to(dtype).double()
     found = found.double()
     assert torch.equal(found, found.to(dtype).double())
@@ -138,7 +138,7 @@ def test_nothing_rounds_in_fp32(mode):
 
 
 @pytest.mark.parametrize("container_is_wide", [True, False])
-def test_cached_values_lie_on_the_cache_grid(container_is_wide):
+def test_cached_values_are_on_the_cache_grid(container_is_wide):
     rounding = make("engine", torch.float16, widened=container_is_wide, kv_dtype=torch.bfloat16)
     x = half(20, 20, dtype=torch.float16).to(rounding.container)
     found = rounding.to_kv(x)

@@ -1,4 +1,4 @@
-"""Counter-based random numbers, and the draw made from them."""
+"""Counter-based random numbers, and the draws made from them."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_frequencies_follow_the_tempered_distribution(temperature):
     torch.testing.assert_close(drawn.logprobs.double(), probabilities.log()[drawn.token_ids], rtol=0, atol=1e-6)
 
 
-def test_a_row_is_drawn_alike_in_any_batch():
+def test_a_row_gets_the_same_draw_in_any_batch():
     logits = 3 * torch.randn(40, 100, generator=torch.Generator().manual_seed(1))
     uniform = uniforms(torch.arange(40), torch.zeros(40, dtype=torch.int64))
     together = draw(logits, uniform, 1.0)
@@ -140,7 +140,7 @@ def test_truncation_by_hand_and_the_frequencies_that_follow(choices, kept):
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.015)
 
 
-def test_a_truncation_that_keeps_everything_draws_what_none_draws():
+def test_a_truncation_that_keeps_everything_changes_no_draw():
     generator = torch.Generator().manual_seed(3)
     logits, keys = torch.randn(50, 700, generator=generator), torch.arange(50)
     positions = torch.full((50,), 4)

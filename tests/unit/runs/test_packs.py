@@ -1,4 +1,4 @@
-"""A step split over many packs is the step in one pack: metrics, budget, profile, denominators, loss, kept columns."""
+"""A step in many packs equals the step in one: metrics, budget, profile, denominators, loss, kept columns."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def draws(*key: object, count: int, scale: float) -> list[float]:
 
 
 def rollout(index: int) -> Rollout:
-    """Siblings 0 to 3 of prompts 0 to 2; logprobs as drawn for this rollout."""
+    """Return a rollout: siblings 0 to 3 of prompts 0 to 2, with the logprobs drawn for it."""
     logprobs = tuple(-1.0 - abs(x) for x in draws("mu", index, count=LENGTHS[index], scale=1.0))
     return Rollout(
         prompt=Prompt(prompt_id=str(index // 4), text="", token_ids=(50 + index // 4, 60), answer=""),
@@ -51,9 +51,9 @@ ROLLOUTS = [rollout(index) for index in range(len(LENGTHS))]
 
 
 def trainer_logprobs(index: int, what: str = "pi", scale: float = 0.5) -> list[float]:
-    """Those of the engine, and a gap drawn for this rollout that does not average out over a completion.
+    """Return the engine's logprobs plus a gap, drawn for each rollout, that does not average out over a completion.
 
-    Two rollouts, one trained and one not, have hardly any, so that every mask keeps something.
+    Two rollouts, one trained and one not, have almost no gap, so that every mask keeps something.
     """
     behavior = ROLLOUTS[index].completion.behavior_logprobs
     scale = scale if index % 5 < 4 else 1e-3
@@ -67,14 +67,14 @@ def of_pack(pack: MicroBatch, values: Any) -> torch.Tensor:
 
 
 def scored(batch: StepBatch) -> Measured:
-    """The packs of a batch, as measured."""
+    """Return the measured scores of the packs of a batch."""
     logprobs = [of_pack(pack, trainer_logprobs) for pack in batch.packs]
     scores = {index: TokenScores(logprobs_C=values, entropies_C=-values) for index, values in enumerate(logprobs)}
     return Measured(scores=scores, sample=tuple(scores))
 
 
 def step(budget: int) -> tuple[StepBatch, Measured]:
-    """The rollouts packed under a token budget, and as measured."""
+    """Return the rollouts packed under a token budget, and their measured scores."""
     batch = pack_step(ROLLOUTS, ADVANTAGES, config_of(budget), 1)
     return batch, scored(batch)
 
@@ -90,7 +90,7 @@ def config_of(budget: int) -> RunConfig:
 
 
 class MovedTrainer:
-    """Computes the loss of logprobs that some updates have moved."""
+    """Trainer that computes the loss of logprobs that some updates have changed."""
 
     def forward_backward(
         self, packs: Sequence[MicroBatch], algorithm: Algorithm, denominators: Denominators
@@ -106,7 +106,7 @@ class MovedTrainer:
 
 
 WHOLE, PARTS = 1000, 12
-"""Token budgets: two packs, trained and only measured; and seven."""
+"""Token budgets that give two packs (one trained, one only measured) and seven."""
 
 
 def test_the_budgets_make_few_packs_and_many() -> None:
@@ -114,7 +114,7 @@ def test_the_budgets_make_few_packs_and_many() -> None:
 
 
 def one_pack() -> tuple[StepBatch, Measured]:
-    """All rollouts in a single pack."""
+    """Return all rollouts in a single pack."""
     config = RunConfig.model_validate({"training": {"optimizer_steps": 1}, "sampling": {"max_tokens": 9}})
     batch = pack_step(ROLLOUTS, [1.0] * len(ROLLOUTS), config, 1)
     assert len(batch.packs) == 1

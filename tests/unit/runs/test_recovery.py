@@ -1,4 +1,4 @@
-"""A died engine is replaced, a bounded number of times."""
+"""A crashed engine is restarted, up to a limit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from betterhalf.runs.recovery import Restarts, restarts_of, retry_on_engine_deat
 
 
 class Engine:
-    """Dies in the next `deaths` calls of `work`, and in the next `bad_starts` of `revive`."""
+    """Engine that dies in the next `deaths` calls of `work`, and in the next `bad_starts` of `revive`."""
 
     def __init__(self, deaths: int, bad_starts: int = 0) -> None:
         self.deaths, self.bad_starts = deaths, bad_starts
@@ -47,7 +47,7 @@ def test_a_death_costs_a_restart_and_a_repetition() -> None:
     result, notes, count = run(engine, 3)
     assert (result, count) == ("done", 1)
     assert engine.calls == ["work", "revive", "work"]
-    assert notes == ["note: killed\nStarting the engine again (1 of 3); no step is lost."]
+    assert notes == ["note: killed\nRestarting the engine (1 of 3); no step is lost."]
 
 
 def test_a_death_while_it_is_revived_counts_as_well() -> None:
@@ -76,4 +76,4 @@ def test_only_an_engine_with_a_process_is_restarted() -> None:
 
 def test_notes_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     Restarts(1).note(EngineDiedError("killed"))
-    assert "Starting the engine again (1 of 1)" in capsys.readouterr().err
+    assert "Restarting the engine (1 of 1)" in capsys.readouterr().err

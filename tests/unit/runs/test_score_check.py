@@ -1,4 +1,4 @@
-"""Both sides score one prompt; weights that are held but not used are caught."""
+"""Both sides score one prompt, which detects weights that are held but not used."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parts(request: pytest.FixtureRequest) -> Iterator[Parts]:
 
 
 def test_rounding_stays_within_a_third_of_the_tolerance(parts: Parts) -> None:
-    difference, mean_logprob = score_difference(parts)
+    difference, mean_logprob = score_difference(parts.trainer, parts.engine, parts.model)
     assert 0 < difference < tolerance(parts.precision, mean_logprob) / 3
 
 
@@ -37,13 +37,13 @@ def test_an_engine_that_computes_with_other_weights_is_refused(parts: Parts) -> 
     ]
     parts.engine.load_weights(stale, policy_version=1)
     with pytest.raises(WeightSyncError, match="stale copies or a stale cache"):
-        check_scores(parts)
+        check_scores(parts.trainer, parts.engine, parts.model, parts.precision)
 
 
-def test_a_score_that_is_no_number_is_refused(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_logprob_that_is_not_finite_is_refused(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts.engine, "score", lambda sequences: [(float("nan"),) * (len(sequences[0]) - 1)])
     with pytest.raises(WeightSyncError):
-        check_scores(parts)
+        check_scores(parts.trainer, parts.engine, parts.model, parts.precision)
 
 
 def test_a_trainer_that_is_not_finite_is_left_to_the_step(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +52,7 @@ def test_a_trainer_that_is_not_finite_is_left_to_the_step(parts: Parts, monkeypa
         return [TokenScores(logprobs_C=nan_C, entropies_C=nan_C)]
 
     monkeypatch.setattr(parts.trainer, "measure", measure)
-    check_scores(parts)
+    check_scores(parts.trainer, parts.engine, parts.model, parts.precision)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The watchdog's rules: when they fire, what they change, what is refused."""
+"""Rules of the watchdog: when they fire, what they change, and which are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def level(**choices: Any) -> WatchdogLevel:
 
 
 def run(levels: list[WatchdogLevel], values: list[float], state: WatchState | None = None) -> list[Watch]:
-    """One check after another, each with the state that the one before left."""
+    """Run consecutive checks, each with the state of the one before."""
     state, found = state or WatchState(), []
     for step, value in enumerate(values, start=1):
         found.append(check(levels, state, step, {K3: value}))
@@ -52,7 +52,7 @@ def test_a_level_fires_outside_its_bounds_only(bounds: dict[str, Any], value: fl
     assert [alarm.bound for alarm in watch.alarms] == ([] if bound is None else [bound])
 
 
-def test_consecutive_steps_are_counted_and_a_good_one_starts_anew() -> None:
+def test_consecutive_steps_are_counted_and_a_good_one_resets_the_count() -> None:
     fired = run([level(steps=2)], [1, 1, 1, 1, 0, 1, 1])
     assert [len(watch.alarms) for watch in fired] == [0, 1, 0, 1, 0, 0, 1]
     alarms = [alarm for watch in fired for alarm in watch.alarms]
@@ -98,7 +98,7 @@ def test_stop_ends_the_step_with_every_alarm_and_the_measurements() -> None:
     assert caught.value.measured == {K3: 0.9}
 
 
-def test_levels_count_apart_and_a_changed_level_counts_anew() -> None:
+def test_levels_count_apart_and_a_changed_level_counts_from_zero() -> None:
     state = run([level(steps=3), level(above=0.5, steps=3)], [0.2, 0.9])[-1].state
     assert sorted(state.counts.values()) == [1, 2]
     (watch,) = run([level(above=0.15, steps=3), level(steps=3)], [0.9], state)
@@ -148,7 +148,7 @@ def test_what_is_watched_is_known_before_the_update() -> None:
 
 @pytest.mark.parametrize("preset", ["pg_seq_is", "pg_seq_mis", "dppo_tv", "icepop", "grpo_token_tis"])
 def test_a_mask_is_refused_where_there_is_no_place_for_one(preset: str) -> None:
-    with pytest.raises(ConfigError, match=r"levels\[0\].action = .mask. has no place .*algorithm=grpo"):
+    with pytest.raises(ConfigError, match=r"levels\[0\].action = .mask. cannot be used with .*algorithm=grpo"):
         require_sound_levels(config(level(action="mask"), preset=preset))
 
 

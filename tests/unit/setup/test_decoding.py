@@ -1,4 +1,4 @@
-"""The text that is graded is what the model wrote, special tokens included; only the frame around it is taken off."""
+"""The graded text is what the model wrote, special tokens included, without the frame around it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXT = "hm </think> \\boxed{4}"
 
 
 def tokenizer_with(*, think_is_special: bool) -> PreTrainedTokenizerFast:
-    """Words as tokens; the marks of DeepSeek-R1-Distill, where `</think>` is special, or of Qwen3, where it is not."""
+    """Return a tokenizer with words as tokens, and `</think>` special as in DeepSeek-R1-Distill, or not as in Qwen3."""
     vocabulary = {word: number for number, word in enumerate((*WORDS, "<unk>"))}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

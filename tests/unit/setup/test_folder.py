@@ -1,4 +1,4 @@
-"""A run's folder: what an interruption says about it."""
+"""The folder of a run, and the message about it after an interruption."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from betterhalf.setup.folder import run_folder
 
 def test_an_interruption_names_the_folder_that_holds_something(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "run"
-    words = f"^interrupted; what was done by then is in {path}$"
+    words = f"^interrupted; finished work is in {path}$"
     with pytest.raises(KeyboardInterrupt, match=words), run_folder(str(path), "probe", "demo") as run:
         (run.path / "probe.json").write_text("{}")
         raise KeyboardInterrupt

@@ -64,14 +64,14 @@ def test_question_and_solution_equal_the_ones_written_by_hand() -> None:
         (SOLUTION, True),
         (SOLUTION[:-1], False),  # no end mark
         (SOLUTION.replace("42", "43"), False),
-        ("7=09,9=18,1=19,5=24,5=29,4=32,9=42.", True),  # a slip that was made good: only the total counts
+        ("7=09,9=18,1=19,5=24,5=29,4=32,9=42.", True),  # a corrected slip: only the total counts
         ("7=09,9=18.", False),
         ("9=042.", True),
         ("42.", False),  # no step at all
         (SOLUTION + "9=43.", False),
         ("", False),
         (".", False),
-        ("=" + "9" * 5000 + ".", False),  # more digits than int() takes
+        ("=" + "9" * 5000 + ".", False),  # more digits than int() accepts
     ],
 )
 def test_a_running_sum_is_right_when_its_last_total_is(text: str, right: bool) -> None:
@@ -114,14 +114,14 @@ def test_running_sums_keep_special_tokens_and_chat_prompts_add_none() -> None:
     assert 0 not in prompt.token_ids
 
 
-def test_one_turn_of_the_stream_gives_every_prompt_once() -> None:
+def test_one_shuffle_of_the_stream_gives_every_prompt_once() -> None:
     task = task_of(num_prompts=30)
     names = [prompt.prompt_id for prompt in task.prompts(30, 30, seed=5)]
     assert sorted(names) == sorted(task.prompt(index).prompt_id for index in range(30))
     assert names != [prompt.prompt_id for prompt in task.prompts(30, 30, seed=6)]
 
 
-def test_a_word_problem_without_chat_template_names_the_cure() -> None:
+def test_a_word_problem_without_chat_template_names_the_fix() -> None:
     with pytest.raises(InputError, match="instruction-tuned"):
         build_task(ArithmeticTask(style="word_problem"), FakeTokenizer(chat_template=None))
 

@@ -30,7 +30,7 @@ def test_neighbouring_keys_give_unrelated_draws() -> None:
 
 @settings(max_examples=50)
 @given(size=st.integers(1, 40), seed=st.integers(0, 1000), turn=st.integers(0, 5))
-def test_each_turn_covers_the_data_set_exactly_once(size: int, seed: int, turn: int) -> None:
+def test_each_shuffle_covers_the_data_set_exactly_once(size: int, seed: int, turn: int) -> None:
     assert sorted(stream(size, turn * size, size, seed)) == list(range(size))
 
 

@@ -1,4 +1,4 @@
-"""From completion to answer, and when two answers are the same."""
+"""Answers extracted from completions and gold fields, and answers that look alike."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_other_templates_take_the_whole_text(template: str) -> None:
         (r"\leftarrow", "arrow", False),
     ],
 )
-def test_look_alike_forgives_spacing_only(gold: str, candidate: str, same: bool) -> None:
+def test_look_alike_ignores_spacing_only(gold: str, candidate: str, same: bool) -> None:
     assert look_alike(gold, candidate) is same
 
 
@@ -118,7 +118,7 @@ def test_a_gold_field_gives_its_answer(gold: str, answer: str) -> None:
         (r"\text{The number of solutions to the equation above equals five}", "is a sentence"),
     ],
 )
-def test_golds_that_no_box_can_meet_are_named(gold: str, reason: str) -> None:
+def test_golds_that_no_box_can_hold_are_named(gold: str, reason: str) -> None:
     assert reason in str(shape_fault(gold))
 
 
@@ -134,7 +134,7 @@ def test_golds_that_no_box_can_meet_are_named(gold: str, reason: str) -> None:
         "None",
     ],
 )
-def test_short_texts_and_sets_can_be_met(gold: str) -> None:
+def test_short_texts_and_sets_can_be_matched(gold: str) -> None:
     assert shape_fault(gold) is None
 
 
@@ -171,5 +171,5 @@ def test_numbers_are_written_plainly(number: str, digits: str | None) -> None:
         (r"\log 0", False),
     ],
 )
-def test_only_simple_forms_are_trusted_without_a_look(answer: str, simple: bool) -> None:
+def test_only_simple_forms_are_trusted_without_a_check(answer: str, simple: bool) -> None:
     assert is_surely_finite(answer) is simple

@@ -1,4 +1,4 @@
-"""Rows of problems: what is read, and what is refused with its row number."""
+"""Loading rows of problems; unreadable rows are refused with their row numbers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_rows_keep_their_order_and_numbers_become_text(tmp_path: Path) -> None:
     [
         ("{not json", "row 3: it is not JSON"),
         ('["problem", "answer"]', "row 3: it is a list"),
-        ('{"problem": "p"}', "row 3: the field `answer` is missing .it has 'problem'."),
+        ('{"problem": "p"}', "row 3: the field `answer` is missing .the row has 'problem'."),
         ('{"answer": "1"}', "row 3: the field `problem` is missing"),
         ('{"problem": "p", "answer": null}', "row 3: the field `answer` holds no text"),
         ('{"problem": " ", "answer": "1"}', "row 3: the field `problem` holds no text"),
@@ -71,7 +71,7 @@ def test_a_bad_row_is_named_by_its_line(tmp_path: Path, bad: str, message: str) 
     assert first.defect is None and re.search(message, defect_of(second))
 
 
-def test_bytes_that_are_not_utf_8_spoil_their_row_alone(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf_8_affect_their_row_alone(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"problem": "caf\xe9", "answer": "1"}\n{"problem": "p", "answer": "1"}\n')
     first, second = load_rows(str(file), "train")

@@ -1,4 +1,4 @@
-"""Two answers: equal or not, as a person would say."""
+"""Equality of two answers, as a person would judge it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from betterhalf.tasks.math_answer import gold_answer, last_boxed, look_alike
-from betterhalf.tasks.math_equal import UnparsedAnswerError, equivalent, why_unmeetable
+from betterhalf.tasks.math_equal import UnparsedAnswerError, equivalent, why_unmatchable
 
 PAGE = Path(__file__).parents[3] / "docs" / "grading.md"
 PAIRS = [
@@ -113,7 +113,7 @@ PAIRS = [
     (r"\sqrt{x^2}", "|x|", True),
     (r"\sqrt{ab}", r"\sqrt{a}\sqrt{b}", False),
     (r"\ln(x^2)", r"2\ln x", False),
-    # units, and letters that are none
+    # units, and letters that are not units
     ("2h", "2", False),
     ("a + b + c", "a + d + c", False),
     ("5 cm", r"5\text{ centimeters}", True),
@@ -215,7 +215,7 @@ PAIRS = [
     (r"2\sqrt{3}", "\u221a12", True),
     (r"4\sqrt{2}", r"4\sqrt(2)", True),
     (r"4\sqrt{2}", "4sqrt(2)", True),
-    # what no value has
+    # answers without a value
     (r"\infty", r"-\infty", False),
     (r"\frac{1}{0}", "5", False),
     ("x^2+y^2=-1", "x^2+y^2=-2", False),
@@ -279,10 +279,10 @@ def test_what_cannot_be_read_is_not_taken_for_a_part_of_it(boxed: str) -> None:
         "12:05 a.m.",
     ],
 )
-def test_sound_golds_equal_themselves(gold: str) -> None:
-    assert why_unmeetable(gold) is None
+def test_valid_golds_equal_themselves(gold: str) -> None:
+    assert why_unmatchable(gold) is None
     assert equivalent(gold, gold)
 
 
 def test_a_gold_that_has_no_value_is_named() -> None:
-    assert "divide by zero" in str(why_unmeetable(r"\frac{1}{0}"))
+    assert "divide by zero" in str(why_unmatchable(r"\frac{1}{0}"))

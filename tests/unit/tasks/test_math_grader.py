@@ -173,7 +173,7 @@ def test_workers_that_cannot_start_are_found_before_an_answer_needs_one(
 ) -> None:
     (tmp_path / "math_verify.py").write_text("raise ValueError('broken')", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RewardError, match=r"cannot start \(ValueError: broken\); see that `import math_verify` works"):
+    with pytest.raises(RewardError, match=r"\(ValueError: broken\); check that `import math_verify` works"):
         grader.check_golds(["5"])
 
 
@@ -208,7 +208,7 @@ def failing(statement: str) -> str:
 
 
 def cannot_import(cause: str) -> str:
-    return f"the grader's workers cannot import the main module again ({cause}); put what it does"
+    return f"the grader's workers cannot import the main module again ({cause}); move its code"
 
 
 def missing(cause: str) -> str:
@@ -218,7 +218,10 @@ def missing(cause: str) -> str:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ("main()", "the main module grades while it is imported, and each worker imports it again; put its calls"),
+        (
+            "main()",
+            "the main module grades completions while it is imported, and each worker imports it again; move its code",
+        ),
         (failing("raise KeyError('no such setting')"), cannot_import("KeyError: 'no such setting'")),
         (failing("import os; os._exit(7)"), cannot_import("it ends with status 7")),
         (failing("import sys; sys.exit(0)"), cannot_import("SystemExit: 0")),

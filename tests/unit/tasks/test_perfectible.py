@@ -1,4 +1,4 @@
-"""The perfectible set: what is kept, how the file is resumed, and which task it is good for."""
+"""The perfectible set: the filter, resuming its file, and the tasks that may use it."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ def test_every_prompt_is_kept_too_easy_or_too_hard(counts: list[int]) -> None:
     ("counts", "message"),
     [
         ([0, 0, 10], "none of 3 prompts is perfectible: 1 too easy .*, 2 too hard .*more sanity.candidates"),
-        ([10, 10], "2 too easy .*, 0 too hard .*; take a harder task"),
-        ([0], "0 too easy .*, 1 too hard .*; take an easier task"),
+        ([10, 10], "2 too easy .*, 0 too hard .*; choose a harder task"),
+        ([0], "0 too easy .*, 1 too hard .*; choose an easier task"),
     ],
 )
 def test_nothing_kept_says_how_many_were_too_easy_and_too_hard(counts: list[int], message: str) -> None:
@@ -107,16 +107,16 @@ def test_nothing_kept_says_how_many_were_too_easy_and_too_hard(counts: list[int]
         select(counts, 10, 0.2, 0.8)
 
 
-def test_an_interrupted_count_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_an_interrupted_count_continues_where_it_stopped(tmp_path: Path) -> None:
     path = write(tmp_path / "perfectible.jsonl", [5, 0])
     with path.open("a") as file:
-        file.write('{"index": 2, "prompt_')  # torn by a kill
+        file.write('{"index": 2, "prompt_')  # cut off by a kill
     assert open_perfectible(path, PROVENANCE) == [row(0, 5), row(1, 0)]
     append_solved(path, row(2, 9))
     assert read_perfectible(path) == (PROVENANCE, [row(0, 5), row(1, 0), row(2, 9)])
 
 
-def test_a_header_torn_by_a_kill_is_written_anew(tmp_path: Path) -> None:
+def test_a_header_torn_by_a_kill_is_written_again(tmp_path: Path) -> None:
     path = tmp_path / "perfectible.jsonl"
     path.write_text('{"provenance": {"mod')
     assert open_perfectible(path, PROVENANCE) == []

@@ -1,4 +1,4 @@
-"""Every row is looked at before a run: what cannot be used is named by its place, refused or left out, and counted."""
+"""Every row is checked before a run: unusable rows are named by their location, refused or left out, and counted."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _BUILT: list[DatasetTask] = []
 
 @pytest.fixture(autouse=True)
 def _closed() -> Iterator[None]:
-    """End the workers of every task that a test built."""
+    """Stop the workers of every task that a test built."""
     yield
     while _BUILT:
         _BUILT.pop().close()
@@ -52,7 +52,7 @@ def task_of(path: Path, tokenizer: Any, **settings: Any) -> DatasetTask:
 
 
 def test_a_bad_row_far_down_is_found_and_named_by_its_line(tmp_path: Path, tokenizer: Any) -> None:
-    """Row 2,090 of 2,100, and a blank line before it, which an editor counts."""
+    """Row 2,090 of 2,100, after a blank line, which counts as a line."""
     rows = [SUM] * 2089 + [LONG] + [SUM] * 10
     path = rows_file(tmp_path, "", *rows)
     with pytest.raises(InputError) as caught:
@@ -81,7 +81,7 @@ def test_rows_left_out_are_counted_and_the_others_keep_their_names(tmp_path: Pat
     screened.close()
 
 
-def test_a_sound_data_set_is_what_it_was(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_valid_data_set_is_unchanged(tmp_path: Path, tokenizer: Any) -> None:
     task = build_task(ArithmeticTask(num_prompts=3000), tokenizer)
     for screened in (screen(task, LIMITS, REFUSE), screen(task, LIMITS, SKIP)):
         assert screened.left_out == ()
@@ -104,7 +104,7 @@ def test_a_sound_data_set_is_what_it_was(tmp_path: Path, tokenizer: Any) -> None
             "Replace",
         ),
         ({"problem": "1+1=", "answer": "\udfff"}, "character 1 of its answer is half of a surrogate pair", "Replace"),
-        ({"problem": "1+1=", "answer": "\\frac{"}, "no completion can meet its answer '", "Correct the answer"),
+        ({"problem": "1+1=", "answer": "\\frac{"}, "no completion can match its answer '", "Correct the answer"),
     ],
 )
 def test_each_defect_is_named_with_what_to_do(
@@ -144,7 +144,7 @@ def test_skipping_every_row_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     assert "=skip" not in str(caught.value)
 
 
-def test_only_the_rows_that_will_be_used_are_looked_at(tmp_path: Path, tokenizer: Any) -> None:
+def test_only_the_rows_that_will_be_used_are_checked(tmp_path: Path, tokenizer: Any) -> None:
     task = task_of(rows_file(tmp_path, SUM, LONG, SUM, SUM, LONG), tokenizer)
     assert len(screen(task, LIMITS, REFUSE, count=1)) == 1
     screened = screen(task, LIMITS, SKIP, count=3)

@@ -1,4 +1,4 @@
-"""A checkpoint comes back bit for bit, or says what is wrong and how to go on."""
+"""A checkpoint is restored bit for bit, or an error names the damage and how to continue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packs hold every rollout once, whole, aligned with its own logprobs."""
+"""Packs hold every rollout exactly once, complete, and aligned with its logprobs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_one_pack_written_out_by_hand() -> None:
     rollouts = [rollout([7, 8, 9], [1, 2]), rollout([5], [3])]
     batch = pack_step(rollouts, [0.5, -1.0], config(), step=1)
     (pack,) = batch.packs
-    # sorted by length: the second rollout (2 tokens) comes first; nothing reads what follows a last token
+    # sorted by length: the second rollout (2 tokens) comes first; last tokens are left out
     assert pack.rollout_index_S == (1, 0)
     assert pack.token_ids_T.tolist() == [5, 7, 8, 9, 1]
     assert pack.position_ids_T.tolist() == [0, 0, 1, 2, 3]
@@ -53,7 +53,7 @@ def test_one_pack_written_out_by_hand() -> None:
 def test_siblings_share_their_prompt_written_out_by_hand() -> None:
     rollouts = [rollout([7, 8], [1, 2, 3]), rollout([5, 6, 9], [4]), rollout([7, 8], [10]), rollout([7, 8], [11, 12])]
     (pack,) = pack_step(rollouts, [1.0, 2.0, 3.0, 4.0], config(), step=1).packs
-    # sequences by length (3, 4, 4, 5; the shuffle decides between equal ones), segments: heads, then completions
+    # sequences are in order of length (3, 4, 4, 5; shuffled among equal ones), segments are heads, then completions
     assert pack.rollout_index_S in {(2, 1, 3, 0), (2, 3, 1, 0)}
     assert pack.token_ids_T.tolist() == [7, 8, 5, 6, 9, 11, 1, 2]
     assert pack.position_ids_T.tolist() == [0, 1, 0, 1, 2, 2, 2, 3]

@@ -1,4 +1,4 @@
-"""The trainer: packing changes nothing, FP32 sums over micro-batches, overflow skips on purpose, state comes back."""
+"""The trainer: packing changes nothing, micro-batches are summed in FP32, overflow skips, state is restored."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests import tiny_models
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers import LlamaForCausalLM
 
 from betterhalf.algorithms.presets import PRESETS
 from betterhalf.config.schema import RunConfig
@@ -24,28 +24,12 @@ from betterhalf.training.pack import by_rollout, pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, MicroBatch, Prompt, Rollout
 
-SIZES = {
-    "vocab_size": 31,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-}
 ALGORITHM = PRESETS["pg_seq_is"]
-FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def tiny_model(family: str = "llama", **changes: Any) -> LoadedModel:
-    torch.manual_seed(0)
-    hf_config = FAMILIES[family](**{**SIZES, **changes})
-    module = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
-    return LoadedModel(
-        name="tiny", module=module, hf_config=hf_config, tokenizer=None, stop_token_ids=(0,), context_length=64
-    )
+    return tiny_models.tiny_model(family, seed=0, **{"tie_word_embeddings": True, **changes})
 
 
 def settings(preset: str, /, **changes: Any) -> RunConfig:
@@ -100,13 +84,13 @@ def gradients(trainer: PolicyTrainer, config: RunConfig) -> dict[str, torch.Tens
 
 
 def alone(module: Any, rollout: Rollout) -> torch.Tensor:
-    """Float64 logprobs of a completion whose sequence is run by itself."""
+    """Return the float64 logprobs of a completion, from a pass over its sequence alone."""
     prompt, completion = rollout.prompt.token_ids, rollout.completion.token_ids
     logits = module(torch.tensor([(*prompt, *completion)])).logits[0, len(prompt) - 1 : -1]
     return logits.double().log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).squeeze(1)
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_packed_logprobs_equal_the_module_run_on_each_sequence_alone(family: str) -> None:
     config = settings("fp32")
     changes = {"sliding_window": 4} if family == "mistral" else {}
@@ -135,7 +119,7 @@ def test_gradients_do_not_depend_on_the_micro_batches() -> None:
 
 
 def siblings() -> list[Rollout]:
-    """The rollouts above, three times under one prompt of theirs and three times under another; one stays alone."""
+    """Return three siblings of one prompt, three of another, and one rollout without siblings."""
     prompts = [rollouts()[k].prompt for k in (1, 1, 2, 2, 1, 2)]
     shared = [replace(rollout, prompt=prompt) for rollout, prompt in zip(rollouts(), prompts, strict=True)]
     return [*shared, *rollouts(7)[6:]]
@@ -144,7 +128,7 @@ def siblings() -> list[Rollout]:
 def of_siblings(
     budget: int, family: str, precision: str = "fp32", islands: tuple[str, ...] = (), **changes: Any
 ) -> tuple[int, dict[int, list[float]], dict[str, torch.Tensor], float]:
-    """Tokens, logprobs by rollout, unscaled gradients and loss; a budget of 1 gives each sequence a pack of its own."""
+    """Return tokens, logprobs by rollout, unscaled gradients and loss; with a budget of 1 each sequence is one pack."""
     config = settings(precision, budget=budget, precision={"fp32_modules": islands})
     trainer = trainer_for(config, family, **changes)
     advantages = [0.5, -1.0, 0.25, 1.0, -0.5, 0.75, -0.25]
@@ -199,7 +183,7 @@ def test_half_gradients_are_close_to_fp32_ones_and_accumulate_in_fp32() -> None:
     for name, gradient in gradients(trainer_for(config), config).items():
         assert gradient.dtype == torch.float32
         error = (gradient - expected[name]).norm() / expected[name].norm()
-        assert 1e-6 < error < 2e-2, name  # half arithmetic shows, and is small
+        assert 1e-6 < error < 2e-2, name  # rounding to half is visible, and small
 
 
 def test_a_tied_head_and_embedding_are_summed_in_fp32() -> None:
@@ -223,7 +207,7 @@ def test_activation_checkpointing_changes_no_bit() -> None:
 
 @pytest.fixture
 def compiler() -> Iterator[None]:
-    """The test starts as a process does: nothing is compiled."""
+    """Start the test like a new process: with nothing compiled."""
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("needs a C++ compiler")
     torch.compiler.reset()
@@ -238,18 +222,18 @@ def compiling(config: RunConfig, **changes: Any) -> RunConfig:
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own parts
-def test_compiled_layers_keep_every_rounding_and_are_not_compiled_anew_for_every_pack() -> None:
+def test_compiled_layers_keep_every_rounding_and_are_not_recompiled_for_every_pack() -> None:
     config = settings("fp16", budget=12)
     trainer, plain = trainer_for(compiling(config)), trainer_for(config)
     compiled_graphs = []
     for pack in packs(config):
         scored, expected = trainer.score(pack), plain.score(pack)
-        # What is measured before an update is what training computes, or the first ratio would not be 1.
+        # Measuring before an update must give what training computes, or the first ratio would not be 1.
         assert torch.equal(trainer.measure([pack])[0].logprobs_C, scored.detach())
         torch.testing.assert_close(scored, expected, rtol=0, atol=1e-6)
         scored.sum().backward(), expected.sum().backward()
         compiled_graphs.append(counters["stats"]["unique_graphs"])
-    # The second pack may teach the compiler that sizes vary.
+    # The second pack may recompile, with dynamic sizes.
     assert len(compiled_graphs) > 3 and compiled_graphs[1] == compiled_graphs[-1] > 0
     for (name, found), (_, wanted) in zip(trainer.weights.gradients(), plain.weights.gradients(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()), msg=name)
@@ -293,7 +277,7 @@ def test_an_overflow_skips_the_step_halves_the_scale_keeps_the_version_and_names
 
 
 class WithAnotherShard(SingleProcess):
-    """The reductions of a rank beside another one, whose squares sum to `square` and whose entries are all zero."""
+    """Reductions beside another rank, whose squares sum to `square` and whose counts are all zero."""
 
     def __init__(self, square: float) -> None:
         self.square = square
@@ -364,6 +348,22 @@ def test_state_comes_back_bit_for_bit_and_goes_on_alike() -> None:
     assert second.policy_version == first.policy_version == 2
     for name, master in first.weights.masters.items():
         assert torch.equal(master, second.weights.masters[name]), name
+
+
+def test_a_trainer_goes_back_to_an_earlier_state_and_takes_the_same_steps_again() -> None:
+    """Neither optimizer states nor gradients of the steps taken meanwhile are left."""
+    config = settings("fp16")
+    trainer = trainer_for(config)
+    start, ends = copy.deepcopy(trainer.state()), []
+    for _ in range(2):
+        gradients(trainer, config)
+        trainer.optim_step(1e-2)
+        ends.append(copy.deepcopy(trainer.state().model))
+        gradients(trainer, config)
+        trainer.load(start)
+    assert trainer.policy_version == 0
+    for name, tensor in ends[0].items():
+        assert torch.equal(tensor, ends[1][name]), name
 
 
 def test_rope_frequencies_stay_fp32_when_parameters_are_cast() -> None:

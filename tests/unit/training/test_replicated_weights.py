@@ -18,7 +18,7 @@ from betterhalf.training.weights.replicated import ReplicatedWeights
 def test_half_gradients_of_many_micro_batches_are_summed_in_fp32() -> None:
     layer = nn.Linear(1, 1, bias=False)
     weights = ReplicatedWeights(layer, torch.float16)
-    # 1 + 4095 x 2^-11: every part is exact in FP16, but an FP16 sum stays at 1, since half an ulp of 1 is 2^-11
+    # 1 + 4095 x 2^-11: every term is exact in FP16, but an FP16 sum stays at 1, since half an ulp of 1 is 2^-11
     parts = [1.0] + [2.0**-11] * 4095
     for part in parts:
         layer(torch.tensor([[part]], dtype=torch.float16)).sum().backward()
@@ -29,7 +29,7 @@ def test_half_gradients_of_many_micro_batches_are_summed_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_gradient_of_the_past_is_neither_added_to_nor_reported(dtype: torch.dtype) -> None:
+def test_a_stale_gradient_is_neither_added_to_nor_reported(dtype: torch.dtype) -> None:
     pair = nn.ModuleDict({"used": nn.Linear(1, 1, bias=False), "idle": nn.Linear(1, 1, bias=False)})
     weights, x = ReplicatedWeights(pair, dtype), torch.ones(1, 1, dtype=dtype)
     for layer in pair.values():
@@ -70,7 +70,7 @@ def test_both_uses_of_an_fp32_parameter_add_to_its_one_gradient() -> None:
     assert [gradient.flatten().tolist() for _, gradient in weights.gradients()] == [[1.0, 1.0, 1.0]]
 
 
-def test_sparse_gradients_of_an_embedding_add_up_and_forget_the_past() -> None:
+def test_sparse_gradients_of_an_embedding_add_up_and_discard_stale_ones() -> None:
     module = nn.ModuleDict({"table": CpuEmbedding(nn.Embedding(4, 1))})
     weights = ReplicatedWeights(module, torch.float16)
     for tokens, expected in (([1, 1, 3], [0.0, 2.0, 0.0, 1.0]), ([0, 3], [1.0, 2.0, 0.0, 2.0])):
@@ -90,7 +90,7 @@ def test_each_part_is_rounded_to_half_before_it_is_added() -> None:
     for _ in range(3):
         (layer(fine).float() * (1 + 2.0**-12)).sum().backward()
     ((_, gradient),) = weights.gradients()
-    upstream = torch.tensor(1 + 2.0**-12).half()  # the FP32 upstream gradient meets the half output: rounded to 1
+    upstream = torch.tensor(1 + 2.0**-12).half()  # the FP32 upstream gradient is rounded to 1 at the half output
     assert gradient.item() == 3 * float(upstream * fine)
 
 
@@ -101,7 +101,7 @@ def test_masters_keep_what_half_cannot_hold_and_publish_rounds_once() -> None:
     weights = ReplicatedWeights(layer, torch.bfloat16)
     with torch.no_grad():
         for _ in range(100):
-            weights.masters["weight"].add_(1e-4)  # each far below BF16's step of 2^-7 at 1
+            weights.masters["weight"].add_(1e-4)  # each far below the spacing of BF16 at 1, which is 2^-7
     weights.publish()
     assert abs(weights.masters["weight"].item() - 1.01) < 1e-5
     assert layer.weight.item() == torch.tensor(1.01).bfloat16().item()
@@ -127,7 +127,7 @@ def test_buffers_are_never_cast() -> None:
 
 
 class Block(nn.Module):
-    """A model of one layer as far as names go: an island's parameter and one outside of it."""
+    """A module with the parameter names of a one-layer model: one in an island, and one outside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ def test_an_island_s_gradient_is_never_rounded_to_half() -> None:
     fine = torch.tensor([[1 + 2.0**-20]])
     for _ in range(2):
         (block.island(fine) * 2.0**20).sum().backward()
-    assert dict(weights.gradients())[ISLAND].item() == 2.0**21 * (1 + 2.0**-20)  # beyond half in range and in precision
+    assert dict(weights.gradients())[ISLAND].item() == 2.0**21 * (1 + 2.0**-20)  # too large and too fine for half
     assert block.island.weight.grad is None
 
 

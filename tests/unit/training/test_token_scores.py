@@ -10,11 +10,11 @@ from betterhalf.training import token_scores
 from betterhalf.training.token_scores import Head, LogitsWorkspace, measure_tokens, token_logprobs
 
 VOCABULARY = 600
-"""Three chunks of the fewest columns."""
+"""Vocabulary of three chunks with the minimum number of columns."""
 
 
 def workspace(rows: int) -> LogitsWorkspace:
-    """So many rows in a chunk of the forward pass, and 256 columns in one of the backward pass."""
+    """Return a workspace with `rows` rows in a forward chunk, and 256 columns in a backward chunk."""
     return LogitsWorkspace(logits=rows * VOCABULARY)
 
 
@@ -63,7 +63,7 @@ def test_half_gradients_are_rounded_once_after_the_sum_over_chunks() -> None:
     (logprobs * upstream).sum().backward()
     assert hidden.grad is not None and weight.grad is not None
     assert weight.grad.dtype == torch.float16
-    # one rounding: half a unit in the last place of FP16, relative 2^-11, plus FP32 noise
+    # one rounding: half an ulp of FP16, relative 2^-11, plus FP32 noise
     torch.testing.assert_close(weight.grad.double(), grad_weight64, rtol=2**-11 * 1.01, atol=1e-6)
     torch.testing.assert_close(hidden.grad.double(), grad_hidden64, rtol=2**-11 * 1.01, atol=1e-6)
 
@@ -77,7 +77,7 @@ def test_where_half_products_are_native_the_logits_gradient_is_rounded_to_half_b
     logprobs = token_logprobs(hidden, native, targets, 1.0, workspace(2))
     (logprobs * upstream).sum().backward()
     assert hidden.grad is not None and weight.grad is not None
-    torch.testing.assert_close(logprobs.double(), logprobs64, rtol=1e-5, atol=1e-6)  # logits are FP32 all the same
+    torch.testing.assert_close(logprobs.double(), logprobs64, rtol=1e-5, atol=1e-6)  # logits are still FP32
     for found, exact in ((hidden.grad, grad_hidden64), (weight.grad, grad_weight64)):
         assert found.dtype == torch.bfloat16
         assert 2**-11 < (found.double() - exact).norm() / exact.norm() < 2**-7
@@ -103,7 +103,7 @@ def test_chunks_fit_the_budget_and_the_cache() -> None:
     assert large.columns(512, on_cpu=False) == 2**17
 
 
-def test_targets_are_found_in_whichever_chunk_they_lie() -> None:
+def test_targets_are_found_in_every_chunk() -> None:
     hidden, weight, _, upstream = problem(torch.float32)
     targets = torch.tensor([0, 255, 256, 257, 511, 512, 513, 599, 300, 1, 598])
     _, grad_hidden64, grad_weight64 = reference(hidden, weight, targets, upstream, 1.0)
@@ -119,7 +119,7 @@ def test_targets_are_found_in_whichever_chunk_they_lie() -> None:
 def test_parts_of_the_vocabulary_are_put_together_from_kept_logits_too(
     rows: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_scores, "_CACHED_LOGITS", 1)  # 256 columns at a time, whether logits are kept or not
+    monkeypatch.setattr(token_scores, "_CACHED_LOGITS", 1)  # 256 columns at a time
     hidden, weight, targets, upstream = problem(torch.float32)
     _, grad_hidden64, grad_weight64 = reference(hidden, weight, targets, upstream, temperature)
     hidden.requires_grad_(), weight.requires_grad_()
@@ -131,7 +131,7 @@ def test_parts_of_the_vocabulary_are_put_together_from_kept_logits_too(
         torch.testing.assert_close(weight.grad.double(), grad_weight64, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
 
 
-def test_logits_lie_in_one_memory_from_pass_to_pass_whatever_the_mode() -> None:
+def test_logits_use_the_same_memory_in_every_pass_and_mode() -> None:
     hidden, weight, targets, _ = problem(torch.float32)
     chunk = workspace(11)
     with torch.inference_mode():
@@ -144,7 +144,7 @@ def test_logits_lie_in_one_memory_from_pass_to_pass_whatever_the_mode() -> None:
 
 
 def test_a_pass_between_forward_and_backward_leaves_the_gradient_alone() -> None:
-    """The second pass overwrites the logits that the first one kept."""
+    """Overwrite the logits kept by one pass with those of another."""
     hidden, weight, targets, upstream = problem(torch.float32)
     grads = []
     for disturbed in (False, True):

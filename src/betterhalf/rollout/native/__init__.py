@@ -1,1 +1,1 @@
-"""The native engine: a small decoder of its own, with fused projections, a slot KV cache and continuous batching."""
+"""The native rollout engine: a small decoder with fused projections, a slot KV cache and continuous batching."""

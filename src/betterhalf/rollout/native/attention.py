@@ -1,8 +1,8 @@
-"""Attention of the engine: causal over prompts, and one token against the slot cache. Grouped queries share their keys.
+"""Attention of the native engine: causal over prompts, and one token against the slot cache. Queries may be grouped.
 
-Scores, softmax and sums are FP32. On a CPU the products are batched matrix products on FP32 operands whose values lie
-on the half grid; on a GPU they are fused kernels in half, which also sum in FP32: torch's over prompts, our own over
-the cache, because torch's would read a whole slot for each sequence, and a mask.
+Scores, softmax and sums are FP32. On a CPU the products are batched matrix products on FP32 operands whose values are
+on the half grid. On a GPU they are fused kernels in half, which also sum in FP32: torch's over prompts, our own over
+the cache, because torch's would read each slot to its end, and a mask.
 """
 
 from __future__ import annotations
@@ -25,22 +25,29 @@ _MAX_SCORES = 2**25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodePlan:
-    """What all layers of one decode step share."""
+    """Tensors that all layers of one decode step share."""
 
     places: tuple[Tensor, Tensor]
-    """int64 [B * kv_heads] each: where the new keys and values go."""
+    """Indices of the new keys and values in the cache (head, position), int64 [B * kv_heads] each."""
     lengths: Tensor
-    """int64 [B]: tokens in each slot before this one."""
+    """int64 [B]: tokens in each slot before the new one."""
     held: tuple[tuple[Tensor, Tensor], ...]
-    """For each layer: keys and values, on a CPU as far as they are attended, [B * kv_heads, attended, D] each; on a GPU
-    the whole cache."""
+    """Keys and values of each layer: on a CPU the attended positions, [B * kv_heads, attended, D] each; on a GPU the
+    whole cache."""
     masks: dict[int | None, Tensor]
-    """On a CPU, for each sliding window (None: all), what each slot may see: FP32 [B * kv_heads, 1, attended], 0 or
-    -inf."""
+    """On a CPU: sliding window (None without one) -> additive mask, FP32 [B * kv_heads, 1, attended], 0 where a
+    position is visible and -inf elsewhere; empty on a GPU."""
 
 
 def decode_plan(config: DecoderConfig, cache: KVCache, lengths: Tensor, attended: int) -> DecodePlan:
-    """Prepare one token for each of B slots: `lengths` int64 [B] are the tokens already cached."""
+    """Prepare a decode step of one token for each of B slots.
+
+    Args:
+        config: sizes of the decoder.
+        cache: holds B slots or more.
+        lengths: tokens already cached in each slot, int64 [B].
+        attended: cached positions to read on a CPU; above every length.
+    """
     masks: dict[int | None, Tensor] = {}
     if lengths.is_cuda:
         whole = tuple(cache.rows(layer) for layer in range(config.num_layers))
@@ -61,7 +68,18 @@ def _as_mask(visible: Tensor, kv_heads: int) -> Tensor:
 
 
 def decode_attention(config: DecoderConfig, rounding: Rounding, layer: int, q: Tensor, plan: DecodePlan) -> Tensor:
-    """One token of B sequences, which the cache holds already: q [B, heads, D] -> [B, heads * D], rounded."""
+    """Attend from one token of each of B sequences, whose keys and values are already in the cache.
+
+    Args:
+        config: sizes of the decoder.
+        rounding: rounding of this layer's attention.
+        layer: index of the layer.
+        q: queries [B, heads, D].
+        plan: the decode step.
+
+    Returns:
+        Rounded results [B, heads * D].
+    """
     (keys, values), window = plan.held[layer], config.windows[layer]
     if q.is_cuda:
         return gpu_attention(config, q.contiguous(), (keys, values), plan.lengths, window)
@@ -73,15 +91,26 @@ def decode_attention(config: DecoderConfig, rounding: Rounding, layer: int, q: T
 def gpu_attention(
     config: DecoderConfig, q: Tensor, held: tuple[Tensor, Tensor], lengths: Tensor, window: int | None
 ) -> Tensor:
-    """The same by one kernel: q [B, heads, D], contiguous; a layer's keys and values; int64 [B] -> [B, heads * D]."""
-    # Imported here: only where there is a GPU does it need Triton.
+    """Compute `decode_attention` in one kernel on a GPU.
+
+    Args:
+        config: sizes of the decoder.
+        q: contiguous queries [B, heads, D].
+        held: the layer's keys and values, as in `DecodePlan.held`.
+        lengths: tokens in each slot before the new one, int64 [B].
+        window: sliding window; None without one.
+
+    Returns:
+        [B, heads * D].
+    """
+    # Imported here because it needs Triton, which only a GPU requires.
     from betterhalf.kernels.attention import attend
 
     return attend(q, held, lengths, kv_heads=config.num_kv_heads, scale=config.head_dim**-0.5, window=window)
 
 
 def _attend(rounding: Rounding, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """softmax(q keys^T * scale + mask) values in FP32: [N, M, D] x [N, L, D] -> [N, M, D]."""
+    """Compute softmax(q keys^T * scale + mask) values in FP32: [N, M, D] x [N, L, D] -> [N, M, D]."""
     scores = torch.bmm(q * scale, keys.transpose(1, 2)).add_(mask)
     return torch.bmm(rounding.probabilities(scores.softmax(-1)), values)
 
@@ -95,9 +124,19 @@ def prompt_attention(
     lengths: tuple[int, ...],
     window: int | None,
 ) -> Tensor:
-    """Causal attention within each prompt: q [T, heads, D], k and v [T, kv_heads, D] -> [T, heads * D], rounded.
+    """Attend causally within each prompt; neighbours of equal length share one call.
 
-    `lengths` sum to T; neighbours of equal length share one call.
+    Args:
+        config: sizes of the decoder.
+        rounding: rounding of this layer's attention.
+        q: queries [T, heads, D].
+        k: keys [T, kv_heads, D].
+        v: values [T, kv_heads, D].
+        lengths: tokens of each prompt; they sum to T.
+        window: sliding window; None without one.
+
+    Returns:
+        Rounded results [T, heads * D].
     """
     run = _fused_prompts if q.is_cuda else _blocked_prompts
     parts = []
@@ -109,7 +148,7 @@ def prompt_attention(
 
 
 def _equal_runs(lengths: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """(first token, token after the last, length) of each run of neighbours of equal length."""
+    """Yield (first token, token after the last, length) of each run of neighbours of equal length."""
     start = 0
     for length, group in groupby(lengths):
         stop = start + length * sum(1 for _ in group)
@@ -129,7 +168,7 @@ def _fused_prompts(
 
 
 def _causal(start: int, stop: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [stop - start, stop]: which keys the queries from `start` to `stop` may see."""
+    """Return bool [stop - start, stop], true where a query from `start` to `stop` may see a key."""
     query = torch.arange(start, stop, device=device)[:, None]
     key = torch.arange(stop, device=device)
     visible = key <= query
@@ -139,7 +178,7 @@ def _causal(start: int, stop: int, window: int | None, device: torch.device) -> 
 def _blocked_prompts(
     config: DecoderConfig, rounding: Rounding, q: Tensor, k: Tensor, v: Tensor, window: int | None
 ) -> Tensor:
-    """[N, heads, L, D] -> same, in FP32: blocks of queries small enough that their scores fit in `_MAX_SCORES`."""
+    """Attend in FP32, [N, heads, L, D] -> same, in blocks of queries whose scores fit in `_MAX_SCORES`."""
     count, heads, length, dim = q.shape
     keys, values = (x.float().reshape(-1, length, dim) for x in (k, v))
     block = max(1, min(length, _MAX_SCORES // (count * heads * length)))

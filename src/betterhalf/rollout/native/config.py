@@ -1,4 +1,4 @@
-"""What defines a decoder of the Llama / Mistral / Qwen2 / Qwen3 family, read from a transformers configuration."""
+"""Sizes and switches of a decoder of the Llama / Mistral / Qwen2 / Qwen3 family, read from transformers' own."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from betterhalf.errors import InputError
 
 SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-"""`model_type` values the native engine knows."""
+"""`model_type` values that the native engine computes."""
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rope scalings whose frequencies do not depend on the length of the sequence."""
+"""Supported rope scalings: those whose frequencies do not depend on the length of the sequence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,35 +25,39 @@ class DecoderConfig:
     architecture: str
     """transformers `model_type`."""
     vocab_size: int
+    """Tokens in the vocabulary."""
     hidden_size: int
+    """Width of the residual stream."""
     intermediate_size: int
     """Width of the MLP."""
     num_layers: int
+    """Number of layers."""
     num_heads: int
-    """Query heads."""
+    """Number of query heads."""
     num_kv_heads: int
-    """Key and value heads; divides `num_heads`."""
+    """Number of key heads, and of value heads; divides `num_heads`."""
     head_dim: int
+    """Width of one head."""
     rms_eps: float
     """Added to the mean square in every RMSNorm."""
     qkv_bias: bool
-    """Bias on the query, key and value projections."""
+    """True if the query, key and value projections have a bias."""
     output_bias: bool
-    """Bias on the attention's output projection."""
+    """True if the attention's output projection has a bias."""
     mlp_bias: bool
-    """Bias on the gate, up and down projections."""
+    """True if the gate, up and down projections have a bias."""
     qk_norm: bool
-    """RMSNorm over each head of queries and keys before rope (Qwen3)."""
+    """True if each head of queries and keys is normed by RMSNorm before rope (Qwen3)."""
     tied_head: bool
-    """The LM head is the embedding."""
+    """True if the LM head shares the embedding's weight."""
     windows: tuple[int | None, ...]
-    """For each layer: how many positions, its own included, a token attends to; None attends to all before it."""
+    """Sliding window of each layer: positions that a token attends to, its own included; None for all before it."""
     max_positions: int
     """Context length: prompt and completion together."""
     inv_freq: tuple[float, ...]
-    """Rope's inverse frequencies, `head_dim / 2` of them; FP32 values, exact as Python floats."""
+    """Inverse frequencies of rope, `head_dim / 2` FP32 values, exact as Python floats."""
     rope_scaling: float
-    """Factor on cosine and sine (1 but for yarn)."""
+    """Factor on cosine and sine (1 except for yarn)."""
 
     @property
     def query_size(self) -> int:
@@ -67,7 +71,7 @@ class DecoderConfig:
 
     @property
     def group(self) -> int:
-        """Query heads that share one key head."""
+        """Number of query heads that share one key head."""
         return self.num_heads // self.num_kv_heads
 
 
@@ -75,7 +79,7 @@ def decoder_config(hf_config: Any) -> DecoderConfig:
     """Read a transformers configuration.
 
     Raises:
-        InputError: an architecture, activation, or rope scaling that this engine does not compute.
+        InputError: the native engine does not compute the architecture, activation or rope scaling.
     """
     _require_known(hf_config)
     kind = hf_config.model_type
@@ -118,7 +122,7 @@ def _require_known(hf_config: Any) -> None:
 
 
 def _windows(hf_config: Any) -> tuple[int | None, ...]:
-    """Mistral slides in every layer, Qwen2 and Qwen3 where `layer_types` says so, Llama nowhere."""
+    """Return each layer's window: Mistral has one in every layer, Qwen2 and Qwen3 as `layer_types` says, Llama none."""
     layers: int = hf_config.num_hidden_layers
     window: int | None = getattr(hf_config, "sliding_window", None)
     if hf_config.model_type == "llama":
@@ -129,7 +133,7 @@ def _windows(hf_config: Any) -> tuple[int | None, ...]:
 
 
 def _rope(hf_config: Any, head_dim: int) -> tuple[Tensor, float]:
-    """Inverse frequencies (FP32, CPU) and the factor on cosine and sine, as transformers computes them."""
+    """Return inverse frequencies (FP32, CPU) and the factor on cosine and sine, as transformers computes them."""
     parameters = hf_config.rope_parameters
     kind = parameters.get("rope_type", "default")
     if kind not in SUPPORTED_ROPE_TYPES:

@@ -1,7 +1,7 @@
-"""Whole decode steps captured as CUDA graphs, from the newest token to the next one, one for each bucket of batch size.
+"""Whole decode steps, from the newest token to the next one, captured as CUDA graphs: one for each batch bucket.
 
-A decode step of a small model is hundreds of short kernels; launching them one by one takes longer than running them.
-How long sequences are does not matter: the kernels read lengths from the device.
+A decode step of a small model consists of hundreds of short kernels; launching them one by one takes longer than
+running them. One graph serves sequences of all lengths: the kernels read lengths from the device.
 """
 
 from __future__ import annotations
@@ -17,34 +17,43 @@ from betterhalf.rollout.native.slots import SlotTable
 from betterhalf.rollout.sampler import Distribution
 
 _WARM_UP = 2
-"""Runs before a capture, in which libraries allocate their workspaces."""
+"""Warm-up runs before a capture, in which libraries allocate their workspaces."""
 
 Step = Callable[[SlotTable, int, int, Distribution], Tensor]
-"""(table, slots, attended positions, distribution) -> what the step says of each slot, int8 [slots]."""
+"""(table, slots, attended positions, distribution) -> events of `SlotTable.record`, int8 [slots]."""
 
 
 def batch_bucket(active: int, slots: int) -> int:
-    """Slots that a captured step covers: a power of two up to 32, then a multiple of 32, never more than there are."""
+    """Return the slots that a captured step covers: a power of two up to 32, then a multiple of 32, at most `slots`."""
     bucket = 1 << (active - 1).bit_length() if active <= 32 else -(-active // 32) * 32
     return min(bucket, slots)
 
 
 class DecodeGraphs:
-    """Captures on first use and replays after. Valid while the table's, cache's and weights' tensors stay in place."""
+    """Captures a step on first use, then replays it.
+
+    Valid while the tensors of the table, the cache and the weights stay in place.
+    """
 
     def __init__(self, decoder: Decoder, table: SlotTable) -> None:
         self._decoder = decoder
         self._table = table
         self._graphs: dict[tuple[int, Distribution], tuple[torch.cuda.CUDAGraph, Tensor, Any]] = {}
-        """By slots and distribution: graph, its result, and the rope tables it reads: the decoder may make longer ones
-        meanwhile."""
+        """(slots, distribution) -> graph, its events, and the rope tables that it reads, kept alive here because the
+        decoder may replace its own by longer ones."""
         self._pool: Any = None
 
     def run(self, step: Step, wanted: Distribution) -> Tensor:
-        """One token for each active slot; what `SlotTable.record` says of them, overwritten by the next call.
+        """Sample one token for each active slot.
 
-        `step` is always the same; it is not kept, because it would lead back to who keeps the graphs.
-        Slots between `active` and the bucket run too: they write to the cache of their own free slot only.
+        Slots between `active` and the bucket run too: each writes only to the cache of its own free slot.
+
+        Args:
+            step: the same computation in every call; no reference is kept, because it would make a cycle.
+            wanted: distribution to sample from.
+
+        Returns:
+            Events of `SlotTable.record`, int8 [active]; the next call overwrites them.
         """
         table = self._table
         key = (batch_bucket(table.active, table.cache.slots), wanted)
@@ -63,7 +72,7 @@ class DecodeGraphs:
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
                 step(*arguments)
-                # What a warm-up sampled and cached is overwritten by the step itself.
+                # The step itself overwrites the tokens that the warm-up sampled and cached.
                 for x, before in zip(table.state(), kept, strict=True):
                     x.copy_(before)
         torch.cuda.current_stream().wait_stream(stream)

@@ -1,4 +1,7 @@
-"""The decoder itself: prompts in one packed pass, then one token for each active slot. T packed tokens, B slots."""
+"""Forward pass of the native engine: prompts in one packed pass, then one token for each active slot.
+
+T packed tokens, B slots.
+"""
 
 from __future__ import annotations
 
@@ -18,45 +21,47 @@ from betterhalf.rollout.native.rounding import LayerRounding, Rounding, layer_ro
 from betterhalf.rollout.native.weights import DecoderWeights, LayerWeights
 
 Tap = Callable[[str, int | None, Tensor], Tensor]
-"""(operation of `OPERATIONS`, layer or None outside of layers, its result [T, ...]) -> what the next one reads."""
+"""(name in `OPERATIONS`, layer or None outside layers, result [T, ...]) -> value that the next operation reads."""
 
 OPERATIONS = (
     *("embedding", "attention_norm", "queries", "keys", "values", "rotated_queries", "rotated_keys", "attention"),
     *("attention_output", "attention_residual", "mlp_norm", "gate_up", "swiglu", "down", "mlp_residual", "final_norm"),
 )
-"""Every operation that a tap sees, in the order of computation. Shapes: heads are [T, heads, D], `gate_up` is
-[T, 2 * intermediate], everything else [T, width]. Values are in the container, those of FP32 islands and of the
-residual stream behind them in FP32."""
+"""Operations that a tap sees, in the order of computation.
+
+Shapes: heads are [T, heads, D], `gate_up` is [T, 2 * intermediate], everything else [T, width]. Values are in the
+container; those of FP32 islands, and of the residual stream after the first of them, are in FP32.
+"""
 
 _Mix = Callable[[int, Tensor], Tensor]
-"""(layer, heads [T, heads + 2 kv_heads, D] as projected) -> [T, heads * D]: all that goes on between positions."""
+"""(layer, projected heads [T, heads + 2 kv_heads, D]) -> [T, heads * D]: everything that mixes positions."""
 
 _Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q [T, heads, D], k, v [T, kv_heads, D], normed and rotated) -> [T, heads * D]."""
+"""(layer, q [T, heads, D], k and v [T, kv_heads, D]; q and k normed and rotated) -> [T, heads * D]."""
 
 _RopeTable = tuple[Tensor, Tensor]
 """Cosine and sine."""
 
 
 class _Stream(NamedTuple):
-    """The residual stream, and what is still to be added to it: the next norm adds and norms at once."""
+    """The residual stream and the branch to be added to it: the next norm adds and norms in one operation."""
 
     hidden: Tensor
-    """[T, hidden]."""
+    """Residual stream [T, hidden]."""
     branch: Tensor | None
-    """[T, hidden], or None at the beginning; or FP32 sums of parts of it, [parts, T, hidden]."""
+    """Branch [T, hidden]; None at the beginning; or FP32 partial sums of it, [parts, T, hidden]."""
     rounding: Rounding
-    """Of the sum."""
+    """Rounding of the sum."""
     operation: tuple[str, int | None]
-    """What a tap calls it."""
+    """Name of the sum for a tap: (operation, layer)."""
 
     def only(self, hidden: Tensor) -> _Stream:
-        """Other values, with nothing to be added."""
+        """Return a stream of other values, without a branch."""
         return self._replace(hidden=hidden, branch=None)
 
 
 class Decoder:
-    """Forward pass over the weights it was given; it holds no state of any sequence."""
+    """Forward pass over given weights; holds no state of any sequence."""
 
     def __init__(
         self, config: DecoderConfig, weights: DecoderWeights, rounding: Rounding, islands: Islands | None = None
@@ -64,17 +69,17 @@ class Decoder:
         self.config = config
         self.weights = weights
         self.rounding = rounding
-        """Of everything outside FP32 islands."""
+        """Rounding of everything outside FP32 islands."""
         self.islands = islands or resolve_islands((), config.num_layers)
         self._layers = layer_roundings(rounding, self.islands)
         self.inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32, device=weights.norm.device)
         self.rope_tables: tuple[_RopeTable, _RopeTable] = ((torch.empty(0),) * 2,) * 2
-        """For attention in half, and in an FP32 island; each [positions, 1, D]."""
+        """Tables for attention in half and in an FP32 island: cosine and sine, [positions, 1, D] each."""
         self.tap: Tap | None = None
-        """Sees, and may replace, the result of every operation; None in normal use."""
+        """Receives, and may replace, the result of every operation; None in normal use."""
 
     def reserve(self, max_length: int) -> None:
-        """Make rope tables for positions below `max_length`; longer ones replace shorter ones."""
+        """Make rope tables for positions below `max_length`, unless the present ones are long enough."""
         if self.rope_tables[0][0].shape[0] >= max_length:
             return
         positions = torch.arange(max_length, device=self.inv_freq.device)
@@ -88,18 +93,18 @@ class Decoder:
 
     @property
     def rope_dtype(self) -> torch.dtype:
-        """dtype of the frequencies that rope's angles are computed from."""
+        """dtype of the frequencies from which rope's angles are computed."""
         return self.inv_freq.dtype
 
     def prefill(self, token_ids: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Run N packed prompts.
 
         Args:
-            token_ids: int64 [T], prompts end to end.
-            lengths: of each prompt; sum to T.
+            token_ids: prompts end to end, int64 [T].
+            lengths: tokens of each prompt; they sum to T.
 
         Returns:
-            Final hidden state of each prompt's last token [N, hidden], and its keys and values
+            Final hidden state of each prompt's last token [N, hidden], and keys and values of all tokens
             [layers, 2, T, kv_heads, D].
         """
         config, device = self.config, token_ids.device
@@ -116,7 +121,7 @@ class Decoder:
         return self._final_norm(stream.only(self._added(stream)[last])), saved
 
     def hidden_rows(self, token_ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """Final hidden states [T, hidden] of all rows of N packed sequences, computed as `prefill` does."""
+        """Return the final hidden states [T, hidden] of all tokens of N packed sequences, computed as in `prefill`."""
         config = self.config
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -129,10 +134,10 @@ class Decoder:
         """Run the next token of the first B slots and append it to the cache.
 
         Args:
-            token_ids: int64 [B].
-            lengths: int64 [B], tokens already in each slot; the new one takes this position.
+            token_ids: newest token of each slot, int64 [B].
+            lengths: tokens already in each slot, int64 [B]; the new one takes this position.
             cache: holds B slots or more.
-            attended: cached positions to read; above every length. A GPU reads what there is.
+            attended: cached positions to read on a CPU; above every length. A GPU reads as many as a slot holds.
 
         Returns:
             Final hidden states [B, hidden].
@@ -148,7 +153,7 @@ class Decoder:
         return self._final_norm(self._forward(token_ids, self._rotating(lengths, attend)))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """FP32 logits [B, V]: operands on the half grid, products and sums in FP32, never rounded to half."""
+        """Return FP32 logits [B, V]: operands on the half grid, products and sums in FP32, never rounded to half."""
         head = self.weights.head
         if head.is_cuda and not self.rounding.exact:
             return torch.mm(hidden, head.t(), out_dtype=torch.float32)
@@ -185,7 +190,7 @@ class Decoder:
         return _Stream(hidden, down, part.stream_out, ("mlp_residual", index))
 
     def _adds_parts(self, part: LayerRounding, activated: Tensor, layer: LayerWeights) -> bool:
-        """Whether the down projection may be left as sums of parts for the next norm: not at an island's edge."""
+        """Return whether the down projection may leave partial sums for the next norm; not at an island's edge."""
         plain = part.down is part.stream_out is self.rounding and not self.rounding.exact and layer.down_bias is None
         return plain and self.tap is None and _few_tiles(activated, layer.down)
 
@@ -194,9 +199,9 @@ class Decoder:
         return self._tapped("final_norm", None, normed)
 
     def _normed(self, stream: _Stream, rounding: Rounding, reader: Rounding, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream with its branch, and the norm of it.
+        """Return the residual stream with its branch added, and the norm of that sum.
 
-        A half norm is widened for a reader in an FP32 island, an FP32 one is rounded once for a reader in half.
+        A half norm is widened for a reader in an FP32 island; an FP32 norm is rounded once for a reader in half.
         """
         eps = self.config.rms_eps
         if fused(stream.hidden) and self.tap is None:
@@ -215,11 +220,11 @@ class Decoder:
 
     @property
     def _heads(self) -> int:
-        """Of queries, keys and values together."""
+        """Number of heads of queries, keys and values together."""
         return self.config.num_heads + 2 * self.config.num_kv_heads
 
     def _rotating(self, positions: Tensor, attend: _Attend) -> _Mix:
-        """Attention behind norms and rope of queries and keys, each operation on its own."""
+        """Return attention with the norms and rope of queries and keys before it, as separate operations."""
         config, rope = self.config, self._rope_at(positions)
 
         def mix(index: int, heads: Tensor) -> Tensor:
@@ -238,8 +243,8 @@ class Decoder:
         return mix
 
     def _rotating_in_cache(self, lengths: Tensor, cache: KVCache) -> _Mix:
-        """The same for one new token of each slot, on a GPU: keys are rotated on their way into the cache."""
-        # Imported here: only where there is a GPU does it need Triton.
+        """Return the same for one new token of each slot on a GPU: one kernel rotates keys and writes the cache."""
+        # Imported here because it needs Triton, which only a GPU requires.
         from betterhalf.kernels.decoding import rotate_and_append
 
         config = self.config
@@ -262,7 +267,7 @@ class Decoder:
         return mix
 
     def _rope_at(self, positions: Tensor) -> tuple[_RopeTable, _RopeTable]:
-        """`rope_tables`, each [T, 1, D]."""
+        """Select the rows of `rope_tables` at these positions, [T, 1, D] each."""
         (cos, sin), (cos_wide, sin_wide) = self.rope_tables
         half = cos[positions], sin[positions]
         return half, (cos_wide[positions], sin_wide[positions]) if self.islands.attention else half
@@ -271,7 +276,7 @@ class Decoder:
         return value if self.tap is None else self.tap(operation, layer, value)
 
     def _apart(self, qk: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys, which share rope's few calls, as views."""
+        """Split queries and keys, which are rotated together, into views."""
         q, k = qk.split_with_sizes([self.config.num_heads, self.config.num_kv_heads], dim=1)
         return q, k
 
@@ -283,20 +288,20 @@ class Decoder:
 
 
 def _positions(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64 [T]: place of each token in its sequence."""
+    """Return the position of each token in its sequence, int64 [T]."""
     return torch.cat([torch.arange(length, device=device) for length in lengths])
 
 
 _PARTS = 4
-"""Of a long sum, made side by side."""
+"""Number of parts of a long sum, computed in parallel."""
 _LONG_SUM = 4096
-"""Terms from which that pays."""
+"""Number of terms from which this is faster."""
 _TILE = 64
-"""Rows and columns of a product that one multiprocessor computes at least."""
+"""Rows, and columns, of the smallest part of a product that one multiprocessor computes."""
 
 
 def _few_tiles(x: Tensor, weight: Tensor) -> bool:
-    """On a GPU: a product with long sums, and too few results to keep all multiprocessors busy."""
+    """Return whether a product on a GPU has long sums and too few results to keep all multiprocessors busy."""
     if not fused(x) or x.shape[1] < _LONG_SUM or x.shape[1] % (16 * _PARTS):
         return False
     tiles = -(-x.shape[0] // _TILE) * -(-weight.shape[0] // _TILE)
@@ -304,12 +309,12 @@ def _few_tiles(x: Tensor, weight: Tensor) -> bool:
 
 
 def _in_parts(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight^T` as sums over parts of the width, float32 [parts, T, out], to be added up by who reads them."""
+    """Compute `x @ weight^T` as partial sums over the width, float32 [parts, T, out]; the reader adds them."""
     left, right = (y.view(y.shape[0], _PARTS, -1).transpose(0, 1) for y in (x, weight))
     return torch.bmm(left, right.transpose(1, 2), out_dtype=torch.float32)
 
 
 def linear(rounding: Rounding, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A projection whose result is rounded once: by the half kernel itself, or after sums in FP32; not in an island."""
+    """Project `x` and round the result once, in the half kernel or after FP32 sums; an FP32 island does not round."""
     out = product(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, bias)
     return rounding.round(out) if rounding.widened else out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,23 +16,22 @@ from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.formats import dtype_name
 from betterhalf.precision.roles import Precision
 from betterhalf.rollout import sampler
-from betterhalf.rollout.engine import stop_ids
 from betterhalf.rollout.native.config import decoder_config
 from betterhalf.rollout.native.cuda_graphs import DecodeGraphs, batch_bucket
 from betterhalf.rollout.native.decoder import Decoder
 from betterhalf.rollout.native.kv_cache import KVCache
-from betterhalf.rollout.native.pending_step import PendingStep
 from betterhalf.rollout.native.queue import PromptQueue
 from betterhalf.rollout.native.report import engine_report
 from betterhalf.rollout.native.rounding import Rounding
-from betterhalf.rollout.native.slots import ActiveSequence, Sampled, SlotTable
+from betterhalf.rollout.native.running_batch import RunningBatch, rows_at_once
+from betterhalf.rollout.native.scheduler import Capacity, Limits, Scheduler
+from betterhalf.rollout.native.slots import Sampled, SlotTable
 from betterhalf.rollout.native.weights import DecoderWeights, Storage
+from betterhalf.rollout.requests import check_requests, check_sequences, require_finite_scores, stop_ids
 from betterhalf.types import Completion, GenerateRequest
 
-_MAX_LOGITS = 2**26
-"""FP32 logits held at once (256 MiB); more rows are sampled in parts."""
 _LENGTH_MULTIPLE = 16
-"""Cache lengths are rounded up to this: fewer lengths mean fewer allocations."""
+"""Cache lengths are rounded up to a multiple of this: fewer lengths mean fewer allocations."""
 
 
 class NativeEngine:
@@ -47,11 +45,17 @@ class NativeEngine:
         config: NativeEngineConfig,
         stop_token_ids: Iterable[int],
     ) -> None:
-        """Allocate weights for the architecture of a transformers configuration; they arrive by `load_weights`.
+        """Allocate weights for the architecture of a transformers configuration; `load_weights` fills them.
+
+        Args:
+            hf_config: transformers configuration of the model.
+            precision: dtype roles and device.
+            config: configuration of the engine.
+            stop_token_ids: tokens that end a completion.
 
         Raises:
-            InputError: the architecture is not one the engine computes, or lacks an FP32 island of the configuration;
-                a stop token is not in its vocabulary; or there is no Triton for a GPU.
+            InputError: the engine does not compute the architecture, or the model lacks an FP32 island of the
+                configuration; a stop token is not in its vocabulary; or there is no Triton for a GPU.
         """
         require_kernels(precision.device)
         self._precision = precision
@@ -69,7 +73,7 @@ class NativeEngine:
 
     @property
     def decoder(self) -> Decoder:
-        """The decoder itself, whose `tap` sees every operation."""
+        """Forward pass of the engine; its `tap` sees the result of every operation."""
         return self._decoder
 
     @torch.no_grad()
@@ -81,47 +85,39 @@ class NativeEngine:
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
-        """log mu of each given token but the first; see `RolloutEngine.score`."""
-        if self._policy_version is None:
-            raise EngineError("the engine holds no weights; call load_weights before score")
-        return [self._score_one(index, tuple(token_ids)) for index, token_ids in enumerate(sequences)]
+        """Return log mu of each given token but the first; see `RolloutEngine.score`."""
+        self._require_weights("score")
+        check_sequences(sequences, self._shape.max_positions, self._shape.vocab_size)
+        scores = [self._score_one(tuple(token_ids)) for token_ids in sequences]
+        require_finite_scores(scores, dtype_name(self._rounding.dtype), self._weights.why_not_finite)
+        return scores
 
-    def _score_one(self, index: int, token_ids: tuple[int, ...]) -> tuple[float, ...]:
-        if not 1 < len(token_ids) <= self._shape.max_positions:
-            raise InputError(
-                f"sequence {index} has {len(token_ids)} tokens; the engine scores 2 to {self._shape.max_positions}, "
-                "the model's context; shorten or drop it"
-            )
+    def _score_one(self, token_ids: tuple[int, ...]) -> tuple[float, ...]:
         self._decoder.reserve(len(token_ids))
         tokens = torch.tensor(token_ids, device=self._precision.device)
         hidden = self._decoder.hidden_rows(tokens, (len(token_ids),))[:-1]
-        rows = max(1, _MAX_LOGITS // self._shape.vocab_size)
+        rows = rows_at_once(self._shape.vocab_size)
         parts = zip(torch.split(hidden, rows), torch.split(tokens[1:], rows), strict=True)
         logprobs = torch.cat([ops.token_logprobs(self._decoder.logits(part), taken) for part, taken in parts])
-        if not bool(logprobs.isfinite().all()):
-            raise EngineError(
-                f"sequence {index}: its logprobs are not finite in {dtype_name(self._rounding.dtype)}: "
-                f"{self._weights.why_not_finite()}"
-            )
         return tuple(logprobs.tolist())
 
     def digests(self) -> dict[str, str]:
-        """Digest of each weight as held; see `RolloutEngine.digests`."""
+        """Return the digest of each weight as held; see `RolloutEngine.digests`."""
         return weights_digests(self._weights.narrowed())
 
     def report(self) -> SideReport:
-        """What the engine really runs, read from its tensors."""
+        """Report what the engine really runs, read from its tensors."""
         return engine_report(self._decoder, self._precision, self._config)
 
     def sleep(self) -> None:
-        """Nothing: cache and graphs are small beside the trainer's activations, and making them anew costs more."""
+        """Do nothing: cache and graphs are small beside the trainer's activations, and slow to make again."""
 
     def wake(self) -> None:
-        """Nothing; see `sleep`."""
+        """Do nothing; see `sleep`."""
 
     def restart(self) -> None:
-        """Refused: this engine lives in the run's own process."""
-        raise EngineError("the native engine has no process of its own to start again; resume from a checkpoint")
+        """Refuse: this engine runs in the process of the run."""
+        raise EngineError("the native engine has no process of its own to restart; resume from a checkpoint")
 
     def close(self) -> None:
         """Release the cache and the graphs; weights stay, so the engine can still be used."""
@@ -131,74 +127,71 @@ class NativeEngine:
     @torch.inference_mode()
     def generate(self, requests: Sequence[GenerateRequest], sampling: SamplingConfig) -> list[tuple[Completion, ...]]:
         """Sample `group_size` completions for each request; see `RolloutEngine.generate`."""
-        if self._policy_version is None:
-            raise EngineError("the engine holds no weights; call load_weights before generate")
-        sequences = self._sequences(requests, sampling.max_tokens)
-        if not sequences:
+        version, limits = self._require_weights("generate"), self._limits(sampling)
+        check_requests(requests, limits.context, limits.vocabulary)
+        if not any(request.group_size for request in requests):
             return [() for _ in requests]
-        table = self._reserve(sequences)
-        queue = PromptQueue(self._decoder, requests, sequences, self._precision.device)
-        wanted = _distribution(sampling)
+        scheduler = self.scheduler(sampling, Capacity.of(requests, limits))
+        for request in requests:
+            scheduler.add(request)
         found: list[Sampled] = []
-        pending: deque[PendingStep] = deque()
-        try:
-            while queue or table.active:
-                while queue and table.free:
-                    found += self._retire(table, self._admit(queue, table, wanted))
-                if table.active:
-                    pending.append(self._step(table, wanted))
-                while len(pending) > (self._lag if table.active else 0):
-                    found += self._retire(table, pending.popleft())
-        except BaseException:
-            # Non-finite keys and values must not outlive the sequence that made them.
-            self.close()
-            raise
-        return self._completions(requests, found)
+        while scheduler.unfinished:
+            found += scheduler.step()
+        return self._completions(requests, found, version)
 
-    def _sequences(self, requests: Sequence[GenerateRequest], max_tokens: int) -> list[ActiveSequence]:
-        context, vocabulary = self._shape.max_positions, self._shape.vocab_size
-        sequences = []
-        for index, request in enumerate(requests):
-            length = len(request.token_ids)
-            if not 0 < length < context:
-                raise InputError(
-                    f"{request.label(index)} has {length} tokens, but the model's context of {context} must hold it "
-                    "and one token more; shorten or drop it"
-                )
-            if not 0 <= min(request.token_ids) <= max(request.token_ids) < vocabulary:
-                raise InputError(
-                    f"{request.label(index)} holds a token outside the model's vocabulary of {vocabulary}; "
-                    "use the model's own tokenizer"
-                )
-            sequences += [
-                ActiveSequence(
-                    request=index,
-                    label=request.label(index),
-                    sibling=sibling,
-                    prompt_length=length,
-                    max_tokens=min(max_tokens, context - length),
-                    key=sampler.sequence_key(request.key, sibling),
-                )
-                for sibling in range(request.group_size)
-            ]
-        return sequences
+    @torch.inference_mode()
+    def scheduler(self, sampling: SamplingConfig, capacity: Capacity) -> Scheduler:
+        """Return an empty scheduler that samples step by step, in place of any earlier one.
 
-    def _reserve(self, sequences: list[ActiveSequence]) -> SlotTable:
-        """A table and cache that are large enough; the last ones if they are, so that graphs survive."""
-        slots = self._slots(len(sequences))
-        length = max(s.prompt_length + s.max_tokens for s in sequences)
-        length = -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
-        tokens = max(s.max_tokens for s in sequences)
+        Args:
+            sampling: distribution and length limit of all its completions.
+            capacity: room to reserve; a request that needs more is refused when it is added.
+
+        Raises:
+            EngineError: the engine holds no weights.
+        """
+        self._require_weights("scheduler")
+        table = self._reserve(capacity)
+        batch = RunningBatch(self._decoder, table, self._graphs, _distribution(sampling))
+        queue = PromptQueue(self._decoder, self._precision.device)
+        return Scheduler(batch, queue, self._limits(sampling), abandon=self.close)
+
+    def _limits(self, sampling: SamplingConfig) -> Limits:
+        shape = self._shape
+        return Limits(context=shape.max_positions, vocabulary=shape.vocab_size, max_tokens=sampling.max_tokens)
+
+    def _require_weights(self, verb: str) -> int:
+        if self._policy_version is None:
+            raise EngineError(f"the engine holds no weights; call load_weights before {verb}")
+        return self._policy_version
+
+    def _reserve(self, capacity: Capacity) -> SlotTable:
+        """Return an empty table and cache that are large enough: the last ones if possible, so that graphs survive.
+
+        They are not used again while a table has active sequences: a scheduler that was given up in the middle may have
+        left non-finite keys and values.
+        """
+        slots, tokens = self._slots(capacity.sequences), capacity.tokens
+        length = -(-capacity.length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
         table = self._table
-        if table is None or table.cache.slots < slots or table.cache.max_length < length or table.max_tokens < tokens:
+        if (
+            table is None
+            or table.active
+            or table.cache.slots < slots
+            or table.cache.max_length < length
+            or table.max_tokens < tokens
+        ):
             self.close()
             table = self._allocate(slots, length, tokens)
         table.clear()
         return table
 
     def _slots(self, sequences: int) -> int:
-        """Of a cache for so many sequences. On a GPU a whole bucket, so that the buckets of later steps, which round
-        differently, do not depend on how large earlier calls were."""
+        """Return the slots of a cache for this number of sequences.
+
+        On a GPU they are a whole bucket, so that the buckets of later steps, which round differently, do not depend on
+        the size of earlier calls.
+        """
         most = self._config.max_concurrent
         return batch_bucket(sequences, most) if self._precision.device.type == "cuda" else min(most, sequences)
 
@@ -212,76 +205,15 @@ class NativeEngine:
             self._graphs = DecodeGraphs(self._decoder, self._table)
         return self._table
 
-    @property
-    def _lag(self) -> int:
-        """Steps that are launched before the host looks at an earlier one: a graph would else wait for it. Sequences
-        that have ended stand still meanwhile."""
-        return 0 if self._graphs is None else 1
-
-    def _admit(self, queue: PromptQueue, table: SlotTable, wanted: sampler.Distribution) -> PendingStep:
-        """Fill the free slots from the queue and sample the first token of each new sequence."""
-        admitted, hidden = queue.take(table.free, table.cache, table.active)
-        slots = table.admit(admitted)
-        return PendingStep(self._draw(table, slots, hidden, wanted), admitted)
-
-    def _step(self, table: SlotTable, wanted: sampler.Distribution) -> PendingStep:
-        """One token for every active sequence."""
-        if self._graphs is not None:
-            events = self._graphs.run(self._decode, wanted)
-        else:
-            attended = min(table.longest + 1, table.cache.max_length)
-            events = self._decode(table, table.active, attended, wanted)
-        table.advance()
-        return PendingStep(events, list(table.sequences))
-
-    def _decode(self, table: SlotTable, count: int, attended: int, wanted: sampler.Distribution) -> Tensor:
-        """One token for the first `count` slots, all of it on the device: what `SlotTable.record` says of each."""
-        slots = slice(0, count)
-        hidden = self._decoder.decode(table.tokens[slots], table.lengths[slots], table.cache, attended)
-        table.appended(slots)
-        return self._draw(table, slots, hidden, wanted)
-
-    def _draw(self, table: SlotTable, slots: slice, hidden: Tensor, wanted: sampler.Distribution) -> Tensor:
-        """Draw a token for each of these slots, a part of them at a time when their logits would take much memory."""
-        keys, positions = table.keys[slots], table.positions[slots]
-        rows, events = max(1, _MAX_LOGITS // self._shape.vocab_size), []
-        for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
-            draw = sampler.draw_at(self._decoder.logits(hidden[part]), keys[part], positions[part], wanted)
-            where = slice(slots.start + start, min(slots.start + start + rows, slots.stop))
-            events.append(table.record(where, draw))
-        return torch.cat(events) if len(events) > 1 else events[0]
-
-    def _retire(self, table: SlotTable, pending: PendingStep) -> list[Sampled]:
-        """Take out the sequences that ended in a step."""
-        ended, broken = pending.result()
-        if broken:
-            self._refuse(table, broken[0])
-        return [table.retire(ended)] if ended else []
-
-    def _refuse(self, table: SlotTable, sequence: ActiveSequence) -> None:
-        """Say of which token the logits were not finite."""
-        (slot,) = [slot for slot, other in enumerate(table.sequences) if other is sequence]
-        position = int(table.positions[slot]) - 1
-        raise EngineError(
-            f"{sequence.label}, sibling {sequence.sibling}: the logits of completion token {position} are "
-            f"not finite in {dtype_name(self._rounding.dtype)}: {self._weights.why_not_finite()}"
-        )
-
-    def _completions(self, requests: Sequence[GenerateRequest], found: list[Sampled]) -> list[tuple[Completion, ...]]:
-        version = self._policy_version
-        assert version is not None
-        stops = set(self._stop_lookup.nonzero().squeeze(1).tolist())
+    def _completions(
+        self, requests: Sequence[GenerateRequest], found: list[Sampled], version: int
+    ) -> list[tuple[Completion, ...]]:
+        """Return completions in request and sibling order."""
+        stops = frozenset(self._stop_lookup.nonzero().squeeze(1).tolist())
         by_place: dict[tuple[int, int], Completion] = {}
         for some in found:
-            rows = (some.sequences, some.counts.tolist(), some.token_ids.tolist(), some.logprobs.tolist())
-            for sequence, count, token_ids, logprobs in zip(*rows, strict=True):
-                by_place[sequence.request, sequence.sibling] = Completion(
-                    token_ids=tuple(token_ids[:count]),
-                    behavior_logprobs=tuple(logprobs[:count]),
-                    finish_reason="stop" if token_ids[count - 1] in stops else "length",
-                    policy_version=version,
-                )
+            for sequence, completion in zip(some.sequences, some.completions(stops, version), strict=True):
+                by_place[sequence.request, sequence.sibling] = completion
         return [
             tuple(by_place[index, sibling] for sibling in range(request.group_size))
             for index, request in enumerate(requests)
@@ -289,7 +221,11 @@ class NativeEngine:
 
 
 def require_kernels(device: torch.device) -> None:
-    """Refuse a GPU without Triton."""
+    """Refuse a GPU without Triton.
+
+    Raises:
+        InputError: the device is a GPU and Triton is not installed.
+    """
     if device.type == "cuda" and not has_triton():
         raise InputError(
             "the native engine computes on a GPU with Triton, which is not installed; pip install triton, or sample "
@@ -314,7 +250,10 @@ def _rounding(precision: Precision, config: NativeEngineConfig) -> Rounding:
 
 
 def _storage(precision: Precision) -> Storage:
-    """On a CPU the head is FP32, for its products are; projections are too where half products have FP32 sums."""
+    """Choose the dtypes of the weights' tensors.
+
+    On a CPU the head is FP32, because its products are; so are projections where half products are summed in FP32.
+    """
     widened = precision.fp32_sums(precision.roles.rollout_dtype)
     return Storage(
         grid=precision.rollout_dtype,

@@ -9,22 +9,31 @@ from betterhalf.rollout.native.slots import BROKEN, ActiveSequence
 
 
 class PendingStep:
-    """What a step says of its sequences, on its way to the host."""
+    """Events of a step on their way to the host."""
 
     def __init__(self, events: Tensor, sequences: list[ActiveSequence]) -> None:
-        """Ask for the events, int8 [N], of the sequences that held the step's slots, in order; nobody waits."""
+        """Start a non-blocking copy of the step's events to the host.
+
+        Args:
+            events: int8 [N], from `SlotTable.record`.
+            sequences: the N sequences that held the step's slots, in order.
+        """
         self._sequences = sequences
         self._ready: torch.cuda.Event | None = None
         self._events = events
         if events.is_cuda:
-            # A copy of its own: the next step overwrites what a graph gave.
+            # Copied, because the next replay of the graph overwrites its result.
             self._events = torch.empty(events.shape, dtype=events.dtype, pin_memory=True)
             self._events.copy_(events, non_blocking=True)
             self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._ready.record()
 
     def result(self) -> tuple[list[ActiveSequence], list[ActiveSequence]]:
-        """Wait for the step: the sequences that ended with it, and those of them whose logits were not finite."""
+        """Wait for the step.
+
+        Returns:
+            The sequences that ended with it, and those among them whose logits or logprob were not finite.
+        """
         if self._ready is not None:
             self._ready.synchronize()
         ended, broken = [], []

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import deque
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -13,10 +12,9 @@ from torch import Tensor
 from betterhalf.rollout.native.decoder import Decoder
 from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.native.slots import ActiveSequence
-from betterhalf.types import GenerateRequest
 
 _PREFILL_TOKENS = 4096
-"""Prompt tokens run in one pass; prompts are run ahead of need up to this many."""
+"""Most prompt tokens run in one pass; prompts are run ahead of need up to this number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,25 +28,30 @@ class Prefix:
 
 
 class PromptQueue:
-    """First in, first out, in request and sibling order."""
+    """Queue of sequences, first in, first out; siblings in order."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        requests: Sequence[GenerateRequest],
-        sequences: list[ActiveSequence],
-        device: torch.device,
-    ) -> None:
+    def __init__(self, decoder: Decoder, device: torch.device) -> None:
         self._decoder = decoder
-        self._requests = requests
         self._device = device
-        self._waiting = deque(sequences)
-        self._prompts = deque(dict.fromkeys(s.request for s in sequences))
-        self._siblings = Counter(s.request for s in sequences)
+        self._waiting: deque[ActiveSequence] = deque()
+        self._unrun: dict[int, tuple[int, ...]] = {}
+        """Request -> token ids of its prompt, which has not run; in the order of arrival."""
         self._prefixes: dict[int, Prefix] = {}
+        """Request -> its prompt, which has run; kept while siblings of it wait."""
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
+
+    def add(self, token_ids: tuple[int, ...], siblings: list[ActiveSequence]) -> None:
+        """Append the siblings of one request, at least one, and their prompt."""
+        self._waiting += siblings
+        self._unrun[siblings[0].request] = token_ids
+
+    def drop(self, request: int) -> None:
+        """Remove the siblings of a request that still wait, and its prompt."""
+        self._waiting = deque(s for s in self._waiting if s.request != request)
+        self._unrun.pop(request, None)
+        self._prefixes.pop(request, None)
 
     def take(self, count: int, cache: KVCache, first_slot: int) -> tuple[list[ActiveSequence], Tensor]:
         """Move up to `count` sequences, at least one, into the cache's slots from `first_slot` on.
@@ -64,7 +67,7 @@ class PromptQueue:
             cache.fill(slot, slot + number, prefix.saved)
             hidden.append(prefix.hidden.expand(number, -1))
             slot += number
-            self._release(request, number)
+        self._release({s.request for s in taken})
         return taken, torch.cat(hidden)
 
     def _prefix(self, request: int) -> Prefix:
@@ -72,25 +75,29 @@ class PromptQueue:
             self._run_ahead()
         return self._prefixes[request]
 
-    def _release(self, request: int, number: int) -> None:
-        """Drop a prompt when its last sibling has been served."""
-        self._siblings[request] -= number
-        if self._siblings[request] == 0:
+    def _release(self, requests: set[int]) -> None:
+        """Free the prompts of which no sibling waits any more; only the first in the queue can have one left."""
+        waiting = self._waiting[0].request if self._waiting else None
+        for request in requests - {waiting}:
             del self._prefixes[request]
 
     def _run_ahead(self) -> None:
-        """Run the next prompts, at least one, in one packed pass; sorted, so that equal lengths lie side by side."""
-        batch = [self._prompts.popleft()]
-        total = self._length(batch[0])
-        while self._prompts and total + self._length(self._prompts[0]) <= _PREFILL_TOKENS:
-            batch.append(self._prompts.popleft())
-            total += self._length(batch[-1])
-        batch.sort(key=self._length)
-        token_ids = [token for request in batch for token in self._requests[request].token_ids]
-        lengths = tuple(self._length(request) for request in batch)
-        hidden, saved = self._decoder.prefill(torch.tensor(token_ids, device=self._device), lengths)
-        for row, (request, part) in enumerate(zip(batch, torch.split(saved, list(lengths), dim=2), strict=True)):
+        """Run the next prompts, at least one, in one packed pass, sorted so that equal lengths are neighbours."""
+        prompts = sorted(self._next_prompts(), key=lambda prompt: len(prompt[1]))
+        lengths = tuple(len(token_ids) for _, token_ids in prompts)
+        tokens = torch.tensor([token for _, token_ids in prompts for token in token_ids], device=self._device)
+        hidden, saved = self._decoder.prefill(tokens, lengths)
+        parts = torch.split(saved, list(lengths), dim=2)
+        for row, ((request, _), part) in enumerate(zip(prompts, parts, strict=True)):
             self._prefixes[request] = Prefix(saved=part, hidden=hidden[row])
 
-    def _length(self, request: int) -> int:
-        return len(self._requests[request].token_ids)
+    def _next_prompts(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Remove and return (request, prompt) of the next prompts that fit in one pass, at least one."""
+        batch: list[int] = []
+        total = 0
+        for request, token_ids in self._unrun.items():
+            total += len(token_ids)
+            if batch and total > _PREFILL_TOKENS:
+                break
+            batch.append(request)
+        return [(request, self._unrun.pop(request)) for request in batch]

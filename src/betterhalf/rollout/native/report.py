@@ -1,4 +1,4 @@
-"""What the native engine reports for the precision contract, read from its tensors."""
+"""The native engine's report for the precision contract, read from its tensors."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from betterhalf.rollout.native.rounding import Rounding
 
 
 def engine_report(decoder: Decoder, precision: Precision, config: NativeEngineConfig) -> SideReport:
-    """Formats, facts and weight digests of a decoder.
+    """Return formats, facts and weight digests of a decoder.
 
     Raises:
-        EngineError: it computes NaN or infinity, which lie on no format's grid.
+        EngineError: it computes NaN or infinity, which are on no format's grid.
     """
     weights = decoder.weights
     held, (hidden, cached) = weights.grid(), _probe(decoder)
@@ -42,7 +42,7 @@ def engine_report(decoder: Decoder, precision: Precision, config: NativeEngineCo
 
 @torch.inference_mode()
 def _probe(decoder: Decoder) -> tuple[Tensor, Tensor]:
-    """Final hidden state and cached keys and values of a prompt of a few ids: what the engine really rounds to."""
+    """Run a short prompt and return its final hidden state, and its keys and values as cached."""
     count = min(8, decoder.weights.embedding.shape[0])
     decoder.reserve(count)
     hidden, cached = decoder.prefill(torch.arange(count, device=decoder.weights.norm.device), (count,))
@@ -67,7 +67,7 @@ def _facts(decoder: Decoder, precision: Precision, config: NativeEngineConfig) -
 
 
 def _linear_layers(decoder: Decoder) -> dict[str, str]:
-    """The decoder's projections, unfused, and how their products sum: one of each shape is run on other weights."""
+    """Report the decoder's projections, unfused, and the format of their sums, from products of test weights."""
     half, islands, shapes = decoder.rounding, decoder.islands, {}
     kinds: list[coverage.LayerKind] = []
     for names, held in decoder.weights.projections():

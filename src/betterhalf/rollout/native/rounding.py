@@ -1,16 +1,15 @@
-"""Where the engine rounds to half: every rounding point of the decoder, in both modes, is a method of this one object.
+"""Rounding points of the native engine: each one, in both modes, is a method of `Rounding`.
 
-Activations live in a `container`: the rollout dtype itself, or, on a CPU whose half products have FP32 sums, FP32
-tensors whose values lie on the half grid. Both hold the same numbers. docs/engines.md has the table of points.
+Activations are stored in a `container`: the rollout dtype itself, or, on a CPU whose half products have FP32 sums, FP32
+tensors whose values are on the half grid. Both hold the same numbers. docs/engines.md has the table of points.
 
-An FP32 island has a Rounding of its own that rounds nothing but keys and values; `LayerRounding` says which part of a
-layer uses which.
+An FP32 island has its own `Rounding`, which rounds keys and values only; `LayerRounding` assigns one to each part of a
+layer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,59 +17,66 @@ from torch.nn import functional as F
 
 from betterhalf.kernels import fused
 from betterhalf.precision.islands import Islands, LayerIslands
+from betterhalf.types import RoundingMode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounding:
-    """Element-wise steps of the decoder, each rounding where its mode says."""
+    """Element-wise operations of the decoder, which round where the mode says."""
 
-    mode: Literal["engine", "aligned"]
+    mode: RoundingMode
+    """`engine` rounds where production engines do, `aligned` where the trainer does."""
     dtype: torch.dtype
-    """The grid: rollout dtype."""
+    """Grid of activations: the rollout dtype."""
     container: torch.dtype
     """dtype of the tensors that hold activations."""
     kv_dtype: torch.dtype
-    """The grid of cached keys and values."""
+    """Grid of cached keys and values."""
 
     def in_fp32(self) -> Rounding:
-        """What an FP32 island uses: the cache keeps its grid, nothing else rounds."""
+        """Return the rounding of an FP32 island: the cache keeps its grid, nothing else rounds."""
         return replace(self, dtype=torch.float32, container=torch.float32)
 
     @property
     def exact(self) -> bool:
-        """FP32: nothing rounds."""
+        """True in FP32, where nothing rounds."""
         return self.dtype == torch.float32
 
     @property
     def widened(self) -> bool:
-        """Half values in FP32 tensors."""
+        """True if FP32 tensors hold half values."""
         return self.container != self.dtype
 
     @property
     def rounds_probabilities(self) -> bool:
-        """Softmax probabilities go to half before they meet V: in production kernels and in the trainer's half
-        kernels, but not in the trainer's attention with FP32 sums."""
+        """True if softmax probabilities are rounded to half before their product with V.
+
+        Production kernels and the trainer's half kernels do this; the trainer's attention with FP32 sums does not.
+        """
         return not self.exact and (self.mode == "engine" or not self.widened)
 
     @property
     def aligned(self) -> bool:
-        """Rounds where the trainer does."""
+        """True if half values are rounded where the trainer rounds them."""
         return self.mode == "aligned" and not self.exact
 
     def round(self, x: Tensor) -> Tensor:
-        """To the nearest value of the grid, in the container."""
+        """Round to the nearest value of the grid; the result is in the container."""
         if self.exact:
             return x if x.dtype == self.container else x.to(self.container)
         return x.to(self.dtype).to(self.container)
 
     def to_kv(self, x: Tensor) -> Tensor:
-        """Keys or values as the cache holds them; the container is kept."""
+        """Round keys or values to the grid of the cache; their dtype is kept."""
         if self.kv_dtype == self.dtype or self.kv_dtype == torch.float32:
             return x
         return x.to(self.kv_dtype).to(x.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """RMSNorm over the last axis; `weight` is FP32. engine: rounded once. aligned: before and after the weight."""
+        """Apply RMSNorm over the last axis; `weight` is FP32.
+
+        engine: rounded once. aligned: rounded before and after the weight.
+        """
         wide = x.float()
         if self.mode == "engine" and not self.exact:
             return self.round(F.rms_norm(wide, weight.shape, weight, eps))
@@ -78,8 +84,9 @@ class Rounding:
         return self.round(weight * self.round(normed))
 
     def rope_table(self, angles: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        """FP32 cosine and sine of FP32 angles, [..., D/2] -> two of [..., D]. engine: FP32. aligned: on the grid.
+        """Return FP32 cosine and sine of FP32 angles, [..., D/2] -> two of [..., D].
 
+        engine: not rounded. aligned: rounded to the grid.
         The first half of the sine is negated, so that a rotation is `x * cos + swapped(x) * sin`.
         """
         cos, sin = angles.cos() * scaling, angles.sin() * scaling
@@ -89,7 +96,10 @@ class Rounding:
         return cos, sin
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate heads: x [..., heads, D], cos and sin [..., 1, D]. engine: rounded once. aligned: products and sum."""
+        """Rotate heads: x [..., heads, D], cos and sin [..., 1, D].
+
+        engine: rounded once. aligned: both products and their sum are rounded.
+        """
         first, second = x.chunk(2, -1)
         swapped = torch.cat((second, first), -1)
         if self.mode == "aligned":
@@ -97,9 +107,12 @@ class Rounding:
         return self.round((x * cos).addcmul_(swapped, sin))
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up of [..., 2 * width]. engine: FP32, rounded once. aligned: silu and product."""
+        """Compute silu(gate) * up from [..., 2 * width].
+
+        engine: in FP32, rounded once. aligned: silu and product are both rounded.
+        """
         if fused(gate_up):
-            # Imported here, as below: only where there is a GPU does it need Triton.
+            # Imported here, as below, because it needs Triton, which only a GPU requires.
             from betterhalf.kernels import decoding
 
             return decoding.swiglu(gate_up, aligned=self.aligned)
@@ -109,18 +122,29 @@ class Rounding:
         return self.round(F.silu(gate.float()) * up)
 
     def probabilities(self, p: Tensor) -> Tensor:
-        """FP32 softmax probabilities as they meet V; the result is FP32."""
+        """Round FP32 softmax probabilities before their product with V, if the mode says so; the result is FP32."""
         return p.to(self.dtype).float() if self.rounds_probabilities else p
 
     def add(self, residual: Tensor, branch: Tensor) -> Tensor:
-        """The residual stream: one rounded sum in both modes."""
+        """Add a branch to the residual stream; the sum is rounded once in both modes."""
         return self.round(residual + branch)
 
     def norm_of_sum_on_gpu(
         self, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float, *, adder: Rounding, reader: Rounding
     ) -> tuple[Tensor, Tensor]:
-        """`add` as `adder` rounds it, if there is a branch, and `rms_norm` of the sum, rounded again for who reads it,
-        in one kernel: [T, H] each."""
+        """Compute `add` and `rms_norm` of the sum in one kernel.
+
+        Args:
+            residual: residual stream [T, H].
+            branch: result to be added, as in `Decoder`; None without one.
+            weight: FP32 weight of the norm.
+            eps: added to the mean square.
+            adder: rounds the sum.
+            reader: rounds the norm once more, for the operation that reads it.
+
+        Returns:
+            The sum and its norm, [T, H] each.
+        """
         from betterhalf.kernels import decoding
 
         formats = {"stream": adder.container, "grid": self.container, "reader": reader.container}
@@ -129,7 +153,7 @@ class Rounding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerRounding:
-    """How each part of one layer rounds, in the order of computation; `LayerIslands` says what the parts are."""
+    """Rounding of each part of one layer, in the order of computation; `LayerIslands` describes the parts."""
 
     stream_in: Rounding
     attention: Rounding
@@ -141,7 +165,7 @@ class LayerRounding:
 
 
 def layer_roundings(half: Rounding, islands: Islands) -> tuple[LayerRounding, ...]:
-    """For each layer: `half` but for its FP32 islands and the residual stream from the first of them on."""
+    """Return each layer's rounding: `half`, except in FP32 islands and in the residual stream from the first one on."""
     choice = (half, half.in_fp32())
     parts = [field.name for field in fields(LayerIslands)]
     return tuple(LayerRounding(**{part: choice[getattr(layer, part)] for part in parts}) for layer in islands.layers)

@@ -1,7 +1,8 @@
-"""The sequences in flight: their state as tensors over slots, active slots at the front, and what they have sampled."""
+"""State of the running sequences as tensors over slots, active slots first, and the tokens they have sampled."""
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.sampler import Draw
+from betterhalf.types import Completion
 
 ENDED, BROKEN = 1, 2
-"""What a step may say of a sequence."""
+"""Events of a step for a sequence; 0 if it goes on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,29 +21,59 @@ class ActiveSequence:
     """One sibling of one prompt."""
 
     request: int
-    """Index of its request."""
+    """Number of its request; see `Scheduler.add`."""
     sibling: int
+    """Index among the siblings of the request."""
     prompt_length: int
+    """Tokens of the prompt."""
     max_tokens: int
-    """Most tokens it may sample, the model's context respected."""
+    """Most tokens it may sample, within the model's context."""
     key: int
     """Start of its stream of random numbers; see `sampler.sequence_key`."""
     label: str = ""
-    """Names its prompt in messages."""
+    """Name of its prompt in messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """Sequences that have ended, and copies of what their slots held, which nobody waits for before all have ended."""
+    """N sequences that have ended, and copies of what their slots held, still on the device."""
 
     sequences: list[ActiveSequence]
-    """N of them."""
+    """The N sequences."""
     counts: Tensor
     """int64 [N]: tokens sampled."""
     token_ids: Tensor
-    """int64 [N, max_tokens + 1]; what lies beyond a count is of another sequence."""
+    """int64 [N, max_tokens + 1]; entries beyond a count belong to another sequence."""
     logprobs: Tensor
-    """float32 [N, max_tokens + 1], likewise."""
+    """float32 [N, max_tokens + 1]; entries beyond a count belong to another sequence."""
+
+    def completions(self, stops: Container[int], policy_version: int) -> list[Completion]:
+        """Return the completion of each sequence; waits for the device.
+
+        Args:
+            stops: tokens that end a completion.
+            policy_version: version of the weights that sampled.
+        """
+        rows = zip(self.counts.tolist(), self.token_ids.tolist(), self.logprobs.tolist(), strict=True)
+        return [
+            Completion(
+                token_ids=tuple(token_ids[:count]),
+                behavior_logprobs=tuple(logprobs[:count]),
+                finish_reason="stop" if token_ids[count - 1] in stops else "length",
+                policy_version=policy_version,
+            )
+            for count, token_ids, logprobs in rows
+        ]
+
+    def without(self, request: int) -> Sampled:
+        """Return the sequences of all other requests."""
+        kept = [row for row, sequence in enumerate(self.sequences) if sequence.request != request]
+        return Sampled(
+            sequences=[self.sequences[row] for row in kept],
+            counts=self.counts[kept],
+            token_ids=self.token_ids[kept],
+            logprobs=self.logprobs[kept],
+        )
 
 
 class SlotTable:
@@ -51,14 +83,14 @@ class SlotTable:
         slots, device = cache.slots, cache.values.device
         self.cache = cache
         self.active = 0
-        """Slots in use: 0 to `active`."""
+        """Number of slots in use, the first ones."""
         self.sequences: list[ActiveSequence] = []
         """Owner of each active slot."""
         self.tokens, self.lengths, self.positions, self.limits, self.keys, self.running = (
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(6)
         )
         # Newest token; tokens cached; tokens sampled; most tokens to sample; random stream; 1 while it runs, else 0.
-        # One column more: where a sequence that has ended stands still, a step may write what nobody reads.
+        # One extra column: a step may write there for a sequence that has ended, and it is never read.
         self._sampled = torch.zeros(slots, max_tokens + 1, dtype=torch.int64, device=device)
         self._logprobs = torch.zeros(slots, max_tokens + 1, dtype=torch.float32, device=device)
         self._stop_lookup = stop_lookup
@@ -68,28 +100,28 @@ class SlotTable:
 
     @property
     def max_tokens(self) -> int:
-        """Longest completion it can hold."""
+        """Tokens of the longest completion it can hold."""
         return int(self._sampled.shape[1]) - 1
 
     @property
     def free(self) -> int:
-        """Slots not in use."""
+        """Number of slots not in use."""
         return self.cache.slots - self.active
 
     @property
     def longest(self) -> int:
-        """Tokens cached of the longest active sequence: counted here, because asking the device would wait for it."""
+        """Cached tokens of the longest active sequence, counted on the host: reading the device would wait for it."""
         return self._lead + self._steps
 
     def clear(self) -> None:
-        """Forget all sequences."""
+        """Remove all sequences."""
         self.active, self.sequences, self._offsets, self._lead, self._steps = 0, [], [], 0, 0
         self.lengths.zero_()
         self.positions.zero_()
         self.running.zero_()
 
     def admit(self, sequences: list[ActiveSequence]) -> slice:
-        """Put sequences into the next free slots; their prompts must be in the cache already. Returns those slots."""
+        """Put sequences, whose prompts are already in the cache, into the next free slots, and return those slots."""
         added = slice(self.active, self.active + len(sequences))
         for target, values in (
             (self.lengths, [s.prompt_length for s in sequences]),
@@ -106,18 +138,21 @@ class SlotTable:
         return added
 
     def appended(self, slots: slice) -> None:
-        """Count, on the device, the token just appended to the cache of those of these slots that are active."""
+        """Count on the device the token just appended to the cache, in those of these slots that run."""
         self.lengths[slots] += self.running[slots]
 
     def advance(self) -> None:
-        """Count, on the host, the token just appended to every active slot's cache."""
+        """Count on the host the token just appended to the cache of every active slot."""
         self._steps += 1
 
     def record(self, slots: slice, draw: Draw) -> Tensor:
-        """Store one sampled token for each of these slots that runs; int8: `BROKEN` where a logit or logprob is not
-        finite, else `ENDED` where the sequence has now ended, else 0.
+        """Store one sampled token for each of these slots that runs.
 
-        A sequence that has ended, or is broken, stands still from then on, whether the host knows it yet or not.
+        A sequence that has ended or is broken stands still afterwards, whether the host knows it yet or not.
+
+        Returns:
+            Event of each slot, int8: `BROKEN` where a logit or the logprob is not finite, else `ENDED` where the
+            sequence has ended, else 0.
         """
         running = self.running[slots]
         index = self.positions[slots].unsqueeze(1)
@@ -131,11 +166,11 @@ class SlotTable:
         return events.to(torch.int8)
 
     def state(self) -> tuple[Tensor, ...]:
-        """What a step changes, but for the cache and what was sampled; to be restored after a graph's warm-up."""
+        """Return the tensors that a step changes, without cache and samples; a graph's warm-up restores them."""
         return self.tokens, self.lengths, self.positions, self.running
 
     def retire(self, sequences: list[ActiveSequence]) -> Sampled:
-        """Take out sequences, and close the gaps with the last active ones."""
+        """Remove sequences, and move the last active ones into their slots."""
         gone = {id(sequence) for sequence in sequences}
         ended = [slot for slot, sequence in enumerate(self.sequences) if id(sequence) in gone]
         index = self._on_device(ended)
@@ -149,7 +184,7 @@ class SlotTable:
         return sampled
 
     def _on_device(self, numbers: list[int]) -> Tensor:
-        """int64; a GPU gets them from pinned memory, without being waited for."""
+        """Return an int64 tensor; on a GPU it is copied from pinned memory without blocking."""
         tensor, device = torch.tensor(numbers, dtype=torch.int64), self.tokens.device
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 

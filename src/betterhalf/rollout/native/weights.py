@@ -1,4 +1,4 @@
-"""The decoder's weights: projections fused for speed, read and written under their unfused Hugging Face names."""
+"""The decoder's weights: projections are fused for speed, and addressed by their unfused Hugging Face names."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from betterhalf.precision.formats import dtype_name
 from betterhalf.precision.islands import Islands, LayerIslands, resolve_islands
 from betterhalf.rollout.native.config import DecoderConfig
 from betterhalf.rollout.native.fused_parameter import FusedParameter
+from betterhalf.rollout.weight_arrivals import WeightArrivals
 from betterhalf.types import DtypeName
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -22,58 +23,66 @@ _NORM = "model.norm.weight"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """One layer. Norm weights are FP32 tensors; projections have the dtype they are multiplied in, FP32 in islands, and
-    are packed on a CPU (`precision.products`)."""
+    """Weights of one layer.
+
+    Norm weights are FP32. Projections have the dtype of their products, FP32 in islands, and are packed on a CPU
+    (`precision.products`). Biases have the dtype of their projection.
+    """
 
     input_norm: Tensor
-    """[hidden]."""
+    """Norm before attention [hidden]."""
     qkv: Tensor
-    """[query_size + 2 * kv_size, hidden]: queries, keys, values."""
+    """Query, key and value projections [query_size + 2 * kv_size, hidden]."""
     qkv_bias: Tensor | None
+    """Bias of `qkv` [query_size + 2 * kv_size]; None without one."""
     q_norm: Tensor | None
-    """[head_dim]."""
+    """Norm of each query head [head_dim]; None without one."""
     k_norm: Tensor | None
-    """[head_dim]."""
+    """Norm of each key head [head_dim]; None without one."""
     output: Tensor
-    """[hidden, query_size]."""
+    """Output projection of attention [hidden, query_size]."""
     output_bias: Tensor | None
+    """Bias of `output` [hidden]; None without one."""
     mlp_norm: Tensor
-    """[hidden]."""
+    """Norm before the MLP [hidden]."""
     gate_up: Tensor
-    """[2 * intermediate, hidden]: gate, up."""
+    """Gate and up projections [2 * intermediate, hidden]."""
     gate_up_bias: Tensor | None
+    """Bias of `gate_up` [2 * intermediate]; None without one."""
     down: Tensor
-    """[hidden, intermediate]."""
+    """Down projection [hidden, intermediate]."""
     down_bias: Tensor | None
+    """Bias of `down` [hidden]; None without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Storage:
-    """How weights on the rollout grid are stored; a wider dtype holds the same values, ready for FP32 products."""
+    """Storage dtypes of weights on the rollout grid; a wider dtype holds the same values, ready for FP32 products."""
 
     grid: torch.dtype
-    """Rollout dtype: what every value is rounded to on arrival."""
+    """Rollout dtype, to which every value is rounded on arrival."""
     linear: torch.dtype
     """dtype of the projections' tensors."""
     head: torch.dtype
     """dtype of the LM head's tensor (and of the embedding when tied)."""
     device: torch.device
+    """Device of all tensors."""
 
     @property
     def packs(self) -> bool:
-        """Right sides of products are held packed, so a tied head is a tensor beside the embedding."""
+        """True if right sides of products are packed; a tied head is then a tensor separate from the embedding."""
         return self.device.type == "cpu"
 
     def plain(self, name: str, rows: int, width: int | None, dtype: torch.dtype) -> FusedParameter:
-        """One parameter with ordinary strides."""
+        """Allocate one parameter with ordinary strides."""
         return FusedParameter({name: rows}, width, dtype=dtype, device=self.device, packs=False)
 
     def matrix(self, parts: Mapping[str, int], width: int, dtype: torch.dtype) -> FusedParameter:
-        """Parameters end to end, as the right side of one product."""
+        """Allocate concatenated matrices that are the right side of one product."""
         return FusedParameter(parts, width, dtype=dtype, device=self.device, packs=self.packs)
 
     def bias(self, parts: Mapping[str, int], dtype: torch.dtype) -> FusedParameter:
-        """Biases end to end."""
+        """Allocate concatenated biases."""
         return FusedParameter(parts, None, dtype=dtype, device=self.device, packs=False)
 
 
@@ -92,78 +101,73 @@ class DecoderWeights:
         self._head = self._table if self._shares else storage.matrix(head, hidden, storage.head)
         self._norm = storage.plain(_NORM, hidden, None, torch.float32)
         self._layers = [
-            _layer_blocks(config, storage, f"model.layers.{index}.", layer)
+            _layer_parameters(config, storage, f"model.layers.{index}.", layer)
             for index, layer in enumerate(islands.layers)
         ]
-        between = [block for blocks in self._layers for block in blocks.values()]
-        self._blocks = [self._table, *between, self._norm, *([] if self._shares else [self._head])]
+        between = [parameter for layer in self._layers for parameter in layer.values()]
+        self._parameters = [self._table, *between, self._norm, *([] if self._shares else [self._head])]
         self._publish()
 
     def _publish(self) -> None:
-        """Hand the tensors as they are now to the decoder."""
+        """Publish the present tensors to the decoder."""
         self.embedding = self._table.tensor
         self.head = self._head.tensor
         self.norm = self._norm.tensor
-        self.layers = [_layer_weights(blocks) for blocks in self._layers]
+        self.layers = [_layer_weights(layer) for layer in self._layers]
 
     @property
     def _tied(self) -> bool:
         return self._head.names == (_EMBEDDING,)
 
     def _holders(self) -> dict[str, list[FusedParameter]]:
-        """Name -> the blocks that hold the parameter: two for a tied embedding whose head is packed."""
+        """Return name -> the fused parameters that hold it: two for a tied embedding whose head is packed."""
         holders: dict[str, list[FusedParameter]] = {}
-        for block in self._blocks:
-            for name in block.names:
-                holders.setdefault(name, []).append(block)
+        for parameter in self._parameters:
+            for name in parameter.names:
+                holders.setdefault(name, []).append(parameter)
         return holders
 
     @torch.no_grad()
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Put every weight into place, rounded to the rollout grid. A tied head travels under the embedding's name.
+        """Write every weight, rounded to the rollout grid. A tied head arrives under the embedding's name.
 
         Raises:
-            EngineError: an unknown, repeated or missing name, or another shape.
+            EngineError: a name is unknown, repeated or missing, or a tensor has the wrong shape.
         """
         holders = self._holders()
-        missing = set(holders)
-        for block in self._blocks:
-            block.begin()
+        arrivals = WeightArrivals({name: held[0].shape(name) for name, held in holders.items()})
+        for parameter in self._parameters:
+            parameter.begin()
         for name, tensor in weights:
             if name == _HEAD and self._tied:
                 continue
-            _check(name, tensor, holders, missing)
+            arrivals.check(name, tensor)
             on_grid = tensor.detach().to(self.storage.grid)
-            for block in holders[name]:
-                block.write(name, on_grid)
+            for parameter in holders[name]:
+                parameter.write(name, on_grid)
             self.wire_dtype = tensor.dtype
-            missing.discard(name)
-        if missing:
-            raise EngineError(
-                f"{len(missing)} weights did not arrive at the engine, {min(missing)!r} among them; "
-                "send every weight on each sync"
-            )
+        arrivals.finish()
         self._publish()
 
     def held(self) -> Iterator[tuple[str, Tensor]]:
-        """Each weight once, as the decoder computes with it.
+        """Yield (name, values) of each weight once, as the decoder computes with it.
 
         Raises:
             EngineError: a tied head and the embedding differ.
         """
         tied = self._tied and not self._shares
-        for block in self._blocks[:-1] if tied else self._blocks:
-            yield from block.read()
+        for parameter in self._parameters[:-1] if tied else self._parameters:
+            yield from parameter.read()
         if tied and not _same_bits(dict(self._head.read())[_EMBEDDING].to(self.storage.grid), self.embedding):
             raise EngineError("the engine's tied head and its embedding differ; send every weight on each sync")
 
     def projections(self) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-        """The layers' linear operations: names of the parameters that share a product, and its right side as held."""
-        blocks = (block for layer in self._layers for block in layer.values())
-        return ((block.names, block.tensor) for block in blocks if block.tensor.dim() > 1)
+        """Return (names of the parameters that share a product, its right side) of the layers' linear operations."""
+        held = (parameter for layer in self._layers for parameter in layer.values())
+        return ((parameter.names, parameter.tensor) for parameter in held if parameter.tensor.dim() > 1)
 
     def why_not_finite(self) -> str:
-        """For an error message: where NaN or infinity comes from, and the cure."""
+        """Explain in an error message where NaN or infinity comes from, and name the fix."""
         for name, tensor in self.held():
             if not bool(tensor.isfinite().all()):
                 return (
@@ -176,11 +180,11 @@ class DecoderWeights:
         )
 
     def narrowed(self) -> Iterator[tuple[str, Tensor]]:
-        """Each weight as held, in the rollout dtype; exact, because every value lies on that grid."""
+        """Return (name, values) of each weight in the rollout dtype; exact, because every value is on that grid."""
         return ((name, tensor.to(self.storage.grid)) for name, tensor in self.held())
 
     def grid(self) -> DtypeName:
-        """The format the live values really lie on: the rollout dtype, or the tensor's own if a value is off it."""
+        """Return the format of the live values: the rollout dtype, or a tensor's dtype if some are off the grid."""
         for _, tensor in self.held():
             if not torch.equal(tensor.to(self.storage.grid).to(tensor.dtype), tensor):
                 return dtype_name(tensor.dtype)
@@ -188,27 +192,15 @@ class DecoderWeights:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal, NaN included."""
+    """Return whether all bits are equal, NaN included."""
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-def _check(name: str, tensor: Tensor, holders: Mapping[str, list[FusedParameter]], missing: set[str]) -> None:
-    if name not in holders:
-        raise EngineError(f"the engine has no weight {name!r}; send the unfused Hugging Face names of this model")
-    if name not in missing:
-        raise EngineError(f"weight {name!r} arrived twice in one sync; send each name once")
-    wanted = holders[name][0].shape(name)
-    if tuple(tensor.shape) != wanted:
-        raise EngineError(
-            f"weight {name!r} has shape {tuple(tensor.shape)}, the engine's has {wanted}; "
-            "load the engine from the trainer's configuration"
-        )
-
-
-def _layer_blocks(
+def _layer_parameters(
     config: DecoderConfig, storage: Storage, prefix: str, islands: LayerIslands
 ) -> dict[str, FusedParameter]:
-    """Field of `LayerWeights` -> its block, in the module's order; those the architecture lacks are left out."""
+    """Return field of `LayerWeights` -> its fused parameter, in the module's order, without those that the
+    architecture lacks."""
     hidden, wide = config.hidden_size, torch.float32
     qkv_rows = dict(zip("qkv", (config.query_size, config.kv_size, config.kv_size), strict=True))
     qkv = {f"{prefix}self_attn.{x}_proj": rows for x, rows in qkv_rows.items()}
@@ -220,20 +212,20 @@ def _layer_blocks(
         ("gate_up", gate_up, hidden, islands.mlp, config.mlp_bias),
         ("down", down, config.intermediate_size, islands.down, config.mlp_bias),
     )
-    blocks: dict[str, FusedParameter] = {}
+    parameters: dict[str, FusedParameter] = {}
     for field, parts, width, island, has_bias in projections:
         dtype = wide if island else storage.linear
-        blocks[field] = storage.matrix({f"{name}.weight": rows for name, rows in parts.items()}, width, dtype)
+        parameters[field] = storage.matrix({f"{name}.weight": rows for name, rows in parts.items()}, width, dtype)
         if has_bias:
-            blocks[f"{field}_bias"] = storage.bias({f"{name}.bias": rows for name, rows in parts.items()}, dtype)
+            parameters[f"{field}_bias"] = storage.bias({f"{name}.bias": rows for name, rows in parts.items()}, dtype)
     norms = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     for field, name in norms.items():
-        blocks[field] = storage.plain(f"{prefix}{name}.weight", hidden, None, wide)
+        parameters[field] = storage.plain(f"{prefix}{name}.weight", hidden, None, wide)
     for field in ("q_norm", "k_norm") if config.qk_norm else ():
-        blocks[field] = storage.plain(f"{prefix}self_attn.{field}.weight", config.head_dim, None, wide)
-    return blocks
+        parameters[field] = storage.plain(f"{prefix}self_attn.{field}.weight", config.head_dim, None, wide)
+    return parameters
 
 
-def _layer_weights(blocks: Mapping[str, FusedParameter]) -> LayerWeights:
-    held = {name: block.tensor for name, block in blocks.items()}
+def _layer_weights(parameters: Mapping[str, FusedParameter]) -> LayerWeights:
+    held = {name: parameter.tensor for name, parameter in parameters.items()}
     return LayerWeights(**{field.name: held.get(field.name) for field in fields(LayerWeights)})  # type: ignore[arg-type]

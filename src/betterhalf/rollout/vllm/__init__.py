@@ -1,1 +1,1 @@
-"""The real vLLM in a process of its own: `engine` is the run's side and never imports it, `server` is the child's."""
+"""vLLM in its own process: `engine` is the run's side and never imports vLLM, `server` runs in the child process."""

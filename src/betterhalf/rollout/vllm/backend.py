@@ -1,4 +1,4 @@
-"""Inside the child: the vLLM engine, and what the run asks of it."""
+"""The vLLM engine inside the child, and the handlers of the run's requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from betterhalf.rollout.vllm.refusals import start_error
 
 Sampled = tuple[tuple[int, ...], tuple[float, ...], bool]
-"""Token ids, their logprobs, and whether a stop token ended them."""
+"""(token ids, their logprobs, True if a stop token ended them)."""
 
 
 class VllmBackend:
@@ -21,7 +21,7 @@ class VllmBackend:
         self._llm: Any = None
 
     def handlers(self) -> dict[str, Callable[..., Any]]:
-        """Verb -> method."""
+        """Return verb -> method."""
         return {
             "start": self.start,
             "generate": self.generate,
@@ -37,7 +37,7 @@ class VllmBackend:
         }
 
     def start(self, options: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Start vLLM with the keyword arguments of its `LLM`; returns Hugging Face names and shapes of its weights."""
+        """Start vLLM with the keyword arguments of its `LLM`; return Hugging Face names and shapes of its weights."""
         try:
             from vllm import LLM
 
@@ -55,10 +55,10 @@ class VllmBackend:
         distribution: dict[str, Any],
         stop_token_ids: Sequence[int],
     ) -> list[Sampled]:
-        """One completion for each (prompt, length limit, seed).
+        """Sample one completion for each (prompt, length limit, seed).
 
-        The prefix cache is emptied first: what an earlier call left in it would change the shapes of this one's
-        products, and so its roundings. Siblings share their prompt within the call.
+        The prefix cache is emptied first: entries of an earlier call would change the shapes of products, and so
+        rounding. Within the call, siblings share their prompt.
         """
         from vllm import SamplingParams
 
@@ -79,10 +79,10 @@ class VllmBackend:
         return [_sampled(output.outputs[0]) for output in outputs]
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
-        """Logprob of each token but the first, at temperature 1."""
+        """Return the logprob of each token but the first, at temperature 1."""
         from vllm import SamplingParams
 
-        # vLLM always samples a token besides; `options` leaves room for it behind a full context.
+        # vLLM always samples one token as well; `options` leaves room for it after a full context.
         params = SamplingParams(max_tokens=1, seed=0, ignore_eos=True, prompt_logprobs=0, detokenize=False)
         outputs = self._run([tuple(sequence) for sequence in sequences], [params] * len(sequences))
         return [_prompt_logprobs(output) for output in outputs]
@@ -93,31 +93,31 @@ class VllmBackend:
         return outputs
 
     def load_file(self, path: str) -> None:
-        """Load the weights in a safetensors file, in place."""
+        """Load the weights of a safetensors file in place."""
         self._llm.collective_rpc("betterhalf_load", args=(path,))
         self._llm.reset_prefix_cache()
 
     def begin_update(self) -> None:
-        """First of the three calls of a weight transfer."""
+        """Begin a weight transfer."""
         self._llm.start_weight_update()
 
     def update(self, info: dict[str, Any]) -> None:
-        """Some of the weights, as handles of memory on the GPU."""
+        """Load a part of the weights, given as handles of GPU memory."""
         self._llm.update_weights({"update_info": info})
 
     def finish_update(self) -> None:
-        """Every weight has been sent."""
+        """End a weight transfer; every weight has been sent."""
         self._llm.finish_weight_update()
         self._llm.collective_rpc("betterhalf_loaded")
         self._llm.reset_prefix_cache()
 
     def digests(self) -> dict[str, str]:
-        """What rank 0 holds, gathered over all ranks."""
+        """Return the digests of the weights, gathered over all ranks."""
         found: dict[str, str] = self._llm.collective_rpc("betterhalf_digests")[0]
         return found
 
     def report(self, token_ids: Sequence[int]) -> dict[str, Any]:
-        """What rank 0 finds while `token_ids` pass through the model."""
+        """Run `token_ids` through the model and return the report of rank 0."""
         self._llm.reset_prefix_cache()
         self._llm.collective_rpc("betterhalf_watch")
         try:
@@ -128,7 +128,7 @@ class VllmBackend:
         return report
 
     def sleep(self) -> None:
-        """Weights to the host, cache dropped."""
+        """Move the weights to the host and drop the cache."""
         self._llm.sleep(level=1)
 
     def wake(self) -> None:

@@ -1,7 +1,7 @@
-"""The run's side of vLLM: starts it in a process of its own, asks it, checks what it answers.
+"""The run's side of vLLM: starts it in a child process, sends it requests, checks its answers.
 
-vLLM is never imported here. A broken installation, a crash or a leak of vLLM stays in the child; when that ends, the
-run makes a new one, loads the weights and asks again.
+vLLM is never imported here. A broken installation, a crash or a leak of vLLM stays in the child. When the child ends,
+the run starts a new one, loads the weights and repeats its requests.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from betterhalf.config.schema import SamplingConfig, VllmEngineConfig
-from betterhalf.errors import EngineDiedError, EngineError, InputError
+from betterhalf.errors import EngineDiedError, EngineError
 from betterhalf.precision.contract import SideReport
 from betterhalf.precision.formats import dtype_name
 from betterhalf.precision.roles import Precision
-from betterhalf.rollout.engine import stop_ids
+from betterhalf.rollout.requests import check_requests, check_sequences, require_finite_scores, stop_ids
 from betterhalf.rollout.sampler import sequence_key
 from betterhalf.rollout.vllm import options, transfer
 from betterhalf.rollout.vllm.process import ServerProcess
@@ -30,9 +30,10 @@ _PROBE_TOKENS = 8
 
 
 class VllmEngine:
-    """Samples completions with the real vLLM; implements `rollout.engine.RolloutEngine`.
+    """Samples completions with vLLM; implements `rollout.engine.RolloutEngine`.
 
-    The process starts when it is first needed (some 10 seconds), so that bad input elsewhere wastes none.
+    The process starts when it is first needed, because a start takes some 10 seconds, which bad input elsewhere would
+    waste.
     """
 
     def __init__(
@@ -45,15 +46,15 @@ class VllmEngine:
         seed: int = 0,
         module: str = "betterhalf.rollout.vllm.server",
     ) -> None:
-        """Look at everything that can be judged without vLLM.
+        """Check everything that can be checked without starting vLLM.
 
         Args:
             hf_config: transformers configuration of the model.
-            policy: dtype roles and device.
-            config: of the engine.
+            precision: dtype roles and device.
+            config: configuration of the engine.
             stop_token_ids: tokens that end a completion.
-            seed: vLLM's own; draws depend on the requests' keys alone.
-            module: what the child runs.
+            seed: vLLM's own seed; draws depend on the keys of the requests alone.
+            module: module that the child process runs.
 
         Raises:
             InputError: vLLM cannot do what is asked.
@@ -75,13 +76,13 @@ class VllmEngine:
 
     @property
     def pid(self) -> int | None:
-        """Of vLLM's process, if it runs."""
+        """Process id of vLLM; None while it does not run."""
         return self._process.pid if self._process else None
 
     # -- the process
 
     def _start(self) -> ServerProcess:
-        """The process, started if it is not there yet."""
+        """Return the process, started if necessary."""
         if self._died is not None:
             raise EngineDiedError(self._died)
         if self._process is None:
@@ -94,7 +95,7 @@ class VllmEngine:
                 llm = options.llm_options(folder, self._hf_config, self._config, self._precision, self._seed)
                 self._shapes = self._ask_started("start", seconds=self._config.start_seconds, options=llm)
             except EngineDiedError as error:
-                # Not a death to be survived: what ends one start ends the next.
+                # A restart would not help: the cause that ends one start ends the next.
                 self.close()
                 self._died = None
                 raise EngineError(f"vLLM does not start: {error}") from error
@@ -117,13 +118,13 @@ class VllmEngine:
             raise
 
     def restart(self) -> None:
-        """End what is left of the old process and start a new one; see `RolloutEngine.restart`."""
+        """End the rest of the old process and start a new one; see `RolloutEngine.restart`."""
         self.close()
         self._died = None
         self._start()
 
     def close(self) -> None:
-        """End the process and drop its files."""
+        """End the process and delete its files."""
         self._policy_version, self._asleep = None, False
         if self._process is not None:
             self._process.close()
@@ -138,7 +139,7 @@ class VllmEngine:
         """Sample `group_size` completions for each request; see `RolloutEngine.generate`."""
         options.check_sampling(sampling)
         version = self._require_weights("generate")
-        self._check_prompts(requests)
+        check_requests(requests, self._context, self._hf_config.vocab_size)
         places = [(index, sibling) for index, request in enumerate(requests) for sibling in range(request.group_size)]
         if not places:
             return [() for _ in requests]
@@ -159,20 +160,9 @@ class VllmEngine:
         ]
 
     def _wanted(self, request: GenerateRequest, sibling: int, max_tokens: int) -> tuple[tuple[int, ...], int, int]:
-        """Prompt, length limit, and a seed: 63 bits, for vLLM reads -1 as none."""
+        """Return prompt, length limit, and a seed of 63 bits, because vLLM reads -1 as no seed."""
         room = self._context - len(request.token_ids)
         return request.token_ids, min(max_tokens, room), sequence_key(request.key, sibling) & (2**63 - 1)
-
-    def _check_prompts(self, requests: Sequence[GenerateRequest]) -> None:
-        vocabulary = self._hf_config.vocab_size
-        for index, request in enumerate(requests):
-            length = len(request.token_ids)
-            if not 0 < length < self._context:
-                raise InputError(
-                    f"{request.label(index)} has {length} tokens, but the model's context of {self._context} must "
-                    "hold it and one token more; shorten or drop it"
-                )
-            _require_in_vocabulary(request.label(index), request.token_ids, vocabulary)
 
     def _completion(
         self, label: str, sibling: int, sampled: tuple[tuple[int, ...], tuple[float, ...], bool], version: int
@@ -192,25 +182,14 @@ class VllmEngine:
         )
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
-        """log mu of each given token but the first; see `RolloutEngine.score`."""
+        """Return log mu of each given token but the first; see `RolloutEngine.score`."""
         self._require_weights("score")
-        for index, token_ids in enumerate(sequences):
-            if not 1 < len(token_ids) <= self._context:
-                raise InputError(
-                    f"sequence {index} has {len(token_ids)} tokens; the engine scores 2 to {self._context}, "
-                    "the model's context; shorten or drop it"
-                )
-            _require_in_vocabulary(f"sequence {index}", token_ids, self._hf_config.vocab_size)
+        check_sequences(sequences, self._context, self._hf_config.vocab_size)
         if not sequences:
             return []
         self.wake()
         scores: list[tuple[float, ...]] = self._ask("score", sequences=[tuple(ids) for ids in sequences])
-        for index, logprobs in enumerate(scores):
-            if not all(map(math.isfinite, logprobs)):
-                raise EngineError(
-                    f"sequence {index}: its logprobs are not finite in {self._precision.roles.rollout_dtype}; "
-                    f"{_NOT_FINITE}"
-                )
+        require_finite_scores(scores, self._precision.roles.rollout_dtype, lambda: _NOT_FINITE)
         return scores
 
     def _require_weights(self, verb: str) -> int:
@@ -224,7 +203,7 @@ class VllmEngine:
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
-        """Replace all weights, in place; see `RolloutEngine.load_weights`."""
+        """Replace all weights in place; see `RolloutEngine.load_weights`."""
         self._start()
         self.wake()
         self._policy_version = None
@@ -236,16 +215,16 @@ class VllmEngine:
         self._policy_version = policy_version
 
     def digests(self) -> dict[str, str]:
-        """Digest of each weight that vLLM multiplies by; see `RolloutEngine.digests`."""
+        """Return the digest of each weight that vLLM multiplies by; see `RolloutEngine.digests`."""
         self.wake()
         found: dict[str, str] = self._ask("digests")
         return found
 
     def report(self) -> SideReport:
-        """What vLLM really runs, read in its process from live tensors while a few tokens pass through.
+        """Report what vLLM really runs, read in its process from live tensors during a pass of a few tokens.
 
         Raises:
-            EngineError: it computes NaN or infinity, which lie on no format's grid.
+            EngineError: it computes NaN or infinity, which are on no format's grid.
         """
         self.wake()
         count = min(_PROBE_TOKENS, self._hf_config.vocab_size, self._context)
@@ -261,14 +240,14 @@ class VllmEngine:
     # -- sharing a GPU
 
     def sleep(self) -> None:
-        """Weights to the host and no cache, on a GPU that the trainer shares; nothing on a CPU."""
+        """Move weights to the host and drop the cache, on a GPU shared with the trainer; do nothing on a CPU."""
         shared = self._precision.device.type == "cuda" and self._config.sleep == "auto"
         if shared and self._process is not None and not self._asleep and self._died is None:
             self._ask("sleep")
             self._asleep = True
 
     def wake(self) -> None:
-        """Undo `sleep`; `generate`, `score`, `load_weights` and `report` do so themselves."""
+        """Undo `sleep`; `generate`, `score`, `load_weights`, `digests` and `report` also do it themselves."""
         if self._asleep:
             self._ask("wake")
             self._asleep = False
@@ -277,10 +256,3 @@ class VllmEngine:
 _NOT_FINITE = (
     "values leave the range of the format; set precision=bf16 or precision=fp32, or check the model's files for NaN"
 )
-
-
-def _require_in_vocabulary(what: str, token_ids: Sequence[int], vocabulary: int) -> None:
-    if not 0 <= min(token_ids) <= max(token_ids) < vocabulary:
-        raise InputError(
-            f"{what} holds a token outside the model's vocabulary of {vocabulary}; use the model's own tokenizer"
-        )

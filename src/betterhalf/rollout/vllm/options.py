@@ -1,4 +1,4 @@
-"""How vLLM is started for a run: keyword arguments of its `LLM`, environment, and the model's configuration file."""
+"""Options for starting vLLM: keyword arguments of its `LLM`, environment, and the model's configuration file."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from betterhalf.rollout.vllm.refusals import INSTALL
 
 _GIB = 2**30
 _BLOCK = 128
-"""Tokens in a block of vLLM's CPU cache, the largest of any platform."""
+"""Tokens in a block of vLLM's CPU cache, the largest block of any platform."""
 
 _MIN_TEMPERATURE = 0.01
-"""Below this vLLM samples at another temperature than it is told to."""
+"""Lowest temperature at which vLLM samples as told; below it, it uses another one."""
 
 
 def check_installed() -> None:
-    """Look whether vLLM is there, without importing it.
+    """Require vLLM, without importing it.
 
     Raises:
-        MissingExtraError: it is not; names the extra.
+        MissingExtraError: it is not installed; the message names the extra.
     """
     if importlib.util.find_spec("vllm") is None:
         raise MissingExtraError(f"engine.type=vllm needs vLLM, which is not installed. {INSTALL}, or set engine=native")
 
 
 def check_supported(precision: Precision) -> None:
-    """Refuse what vLLM cannot do, before anything is started.
+    """Refuse precision settings that vLLM does not support, before anything is started.
 
     Raises:
-        InputError: a KV dtype of its own, or FP32 islands.
+        InputError: the KV dtype differs from the rollout dtype, or there are FP32 islands.
     """
     check_cache_dtype(precision.roles)
     if precision.fp32_modules:
@@ -61,7 +61,7 @@ def check_cache_dtype(roles: PrecisionRoles) -> None:
 
 
 def check_sampling(sampling: SamplingConfig) -> None:
-    """Refuse a temperature that vLLM would replace without a word the trainer could hear.
+    """Refuse a temperature that vLLM would replace by another without reporting it to the trainer.
 
     Raises:
         ConfigError: it is below 0.01.
@@ -74,12 +74,12 @@ def check_sampling(sampling: SamplingConfig) -> None:
 
 
 def distribution(sampling: SamplingConfig) -> dict[str, float]:
-    """Keyword arguments of `vllm.SamplingParams` that say what is sampled from."""
+    """Return the keyword arguments of `vllm.SamplingParams` that define the distribution."""
     return sampling.model_dump(include={"temperature", "top_p", "top_k", "min_p"})
 
 
 def write_model(folder: Path, hf_config: Any) -> None:
-    """`config.json`, all that vLLM needs to build the model; weights and tokens come from the run."""
+    """Write `config.json`, all that vLLM needs to build the model; weights and tokens come from the run."""
     data = hf_config.to_dict()
     data.pop("quantization_config", None)
     data["architectures"] = architectures(hf_config)
@@ -87,7 +87,7 @@ def write_model(folder: Path, hf_config: Any) -> None:
 
 
 def architectures(hf_config: Any) -> list[str]:
-    """The class that computes the model, as vLLM looks it up.
+    """Return the class names by which vLLM looks up the model.
 
     Raises:
         InputError: the configuration names no causal language model.
@@ -106,7 +106,7 @@ def architectures(hf_config: Any) -> list[str]:
 def llm_options(
     folder: Path, hf_config: Any, config: VllmEngineConfig, precision: Precision, seed: int
 ) -> dict[str, Any]:
-    """Keyword arguments of `vllm.LLM`; plain values, so that they travel."""
+    """Return the keyword arguments of `vllm.LLM`, as plain values that can be sent to the child."""
     on_cpu = precision.device.type == "cpu"
     options: dict[str, Any] = {
         "model": str(folder),
@@ -114,7 +114,7 @@ def llm_options(
         "skip_tokenizer_init": True,
         "dtype": dtype_keyword(precision.roles.rollout_dtype),
         "kv_cache_dtype": "auto",
-        # One more than the context: vLLM samples a token behind each prompt it scores, but never computes with it.
+        # One more than the context: vLLM samples a token after each prompt it scores, but never computes with it.
         "max_model_len": context_length(hf_config) + 1,
         "max_num_seqs": config.max_concurrent,
         "enforce_eager": not uses_compile(config, precision),
@@ -141,23 +141,23 @@ def llm_options(
 
 
 def uses_compile(config: VllmEngineConfig, precision: Precision) -> bool:
-    """Whether vLLM compiles: as told, else on a GPU only."""
+    """Return whether vLLM compiles: as configured, or by default on a GPU only."""
     return precision.device.type != "cpu" if config.compile is None else config.compile
 
 
 def transfers_by_handle(config: VllmEngineConfig, precision: Precision) -> bool:
-    """Whether weights go through vLLM's weight-transfer API (CUDA IPC: both on the same GPU) rather than a file."""
+    """Return whether weights go through vLLM's weight-transfer API (CUDA IPC, on a shared GPU) instead of a file."""
     return precision.device.type == "cuda" and config.tensor_parallel_size == 1
 
 
 def context_length(hf_config: Any) -> int:
-    """Positions the model can attend over."""
+    """Return the number of positions that the model can attend over."""
     length: int = hf_config.max_position_embeddings
     return length
 
 
 def _cache_bytes(hf_config: Any, config: VllmEngineConfig, precision: Precision) -> int:
-    """Memory for keys and values on a CPU: as much as can be used at once, at most `engine.kv_cache_gib`."""
+    """Return bytes for keys and values on a CPU: as many as can be used at once, at most `engine.kv_cache_gib`."""
     allowed = int(config.kv_cache_gib * _GIB)
     heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
@@ -168,7 +168,7 @@ def _cache_bytes(hf_config: Any, config: VllmEngineConfig, precision: Precision)
 
 
 def environment(config: VllmEngineConfig, precision: Precision) -> dict[str, str]:
-    """Variables of the child: everything in one process, offline, silent about us."""
+    """Return environment variables of the child: one process, offline, without usage statistics."""
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
@@ -181,7 +181,7 @@ def environment(config: VllmEngineConfig, precision: Precision) -> dict[str, str
     if config.batch_invariant:
         variables["VLLM_BATCH_INVARIANT"] = "1"
     if precision.device.type == "cpu" and not uses_compile(config, precision):
-        # vLLM's sampler compiles its ranking of tokens at the first request, whatever `enforce_eager` says; on a CPU
-        # that calls a C++ compiler and takes longer than the start.
+        # vLLM's sampler compiles its ranking of tokens at the first request even with `enforce_eager`; on a CPU that
+        # calls a C++ compiler and takes longer than the start.
         variables["TORCHDYNAMO_DISABLE"] = "1"
     return variables

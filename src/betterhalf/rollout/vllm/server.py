@@ -1,6 +1,6 @@
-"""The child process: answers the run's questions with a vLLM engine that lives in it.
+"""The child process: answers the run's requests with a vLLM engine.
 
-`python -m betterhalf.rollout.vllm.server FD PARENT_PID`. It serves until the socket closes or the parent is gone.
+`python -m betterhalf.rollout.vllm.server FD PARENT_PID`. It serves until the socket closes or the parent ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Handler = Callable[..., Any]
 
 
 def serve(connection: Connection, handlers: Mapping[str, Handler]) -> None:
-    """Answer questions until the other end closes the connection."""
+    """Answer requests until the other end closes the connection."""
     while True:
         try:
             verb, values = connection.recv()
@@ -41,14 +41,14 @@ def _answer(handler: Handler, values: dict[str, Any]) -> tuple[str, Any]:
 
 
 def main(handlers: Mapping[str, Handler] | None = None) -> None:
-    """Serve on the file descriptor that the command line names."""
+    """Serve on the file descriptor given on the command line."""
     end_with_parent(int(sys.argv[2]))
     if handlers is None:
         from betterhalf.rollout.vllm.backend import VllmBackend
 
         handlers = VllmBackend().handlers()
     serve(Connection(int(sys.argv[1])), handlers)
-    # vLLM's helpers and atexit hooks have nothing left to save, and some wait for each other.
+    # Skip vLLM's helpers and atexit hooks: they have nothing left to save, and some wait for each other.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

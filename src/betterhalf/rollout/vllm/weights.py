@@ -1,7 +1,7 @@
-"""vLLM's weights under their unfused Hugging Face names: which there are, and what is really held.
+"""vLLM's weights under their unfused Hugging Face names: their shapes, and the values really held.
 
 vLLM fuses projections (its class attribute `packed_modules_mapping` says which), shards them over ranks, pads the
-vocabulary, and on a CPU replaces most by packed copies of its own, whose parameter is then empty.
+vocabulary, and on a CPU replaces most by its own packed copies, which leave the parameter empty.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _EMBEDDINGS = ("VocabParallelEmbedding", "ParallelLMHead")
 _COLUMNS = ("ColumnParallelLinear", "MergedColumnParallelLinear", "QKVParallelLinear")
 _ROWS = ("RowParallelLinear",)
 _WHOLE = ("ReplicatedLinear", "RMSNorm", "LayerNorm", "GemmaRMSNorm")
-"""vLLM's layers by how their tensors lie: rows over ranks, fused rows over ranks, columns over ranks, whole."""
+"""vLLM's layers by the sharding of their tensors: rows over ranks, fused rows over ranks, columns over ranks, whole."""
 
 
 class UnknownLayer(Exception):
@@ -33,7 +33,7 @@ class Part:
     layer: Any
     """vLLM's module."""
     kind: str
-    """Class name of the layer, of the lists above."""
+    """Class name of the layer, from the lists above."""
     parameter: str
     """`weight` or `bias`."""
     start: int
@@ -41,14 +41,14 @@ class Part:
     rows: int
     """Rows in this rank's tensor."""
     replicas: int
-    """Ranks that hold the same rows (key heads, when there are fewer than ranks)."""
+    """Number of ranks that hold the same rows (key heads, when there are fewer of them than ranks)."""
 
 
 def parts_of(model: Any) -> list[Part]:
-    """Every Hugging Face tensor of a vLLM model, but a head that is tied to the embedding.
+    """Return every Hugging Face tensor of a vLLM model, except a head tied to the embedding.
 
     Raises:
-        UnknownLayer: a layer of another class has parameters.
+        UnknownLayer: a layer of an unknown class has parameters.
     """
     tied = tied_head(model)
     found: list[Part] = []
@@ -91,7 +91,7 @@ def _kind(layer: Any) -> str | None:
 
 
 def _row_counts(layer: Any, kind: str, count: int) -> list[int]:
-    """Rows of each fused tensor on this rank."""
+    """Return the rows of each fused tensor on this rank."""
     if kind in _EMBEDDINGS:
         return [layer.num_embeddings_per_partition]
     if kind in (*_COLUMNS, *_ROWS, "ReplicatedLinear"):
@@ -101,7 +101,7 @@ def _row_counts(layer: Any, kind: str, count: int) -> list[int]:
 
 
 def expected_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name -> shape of the whole tensor, over all ranks."""
+    """Return Hugging Face name -> shape of the whole tensor, over all ranks."""
     return {part.name: _shape(part) for part in parts_of(model)}
 
 
@@ -121,9 +121,9 @@ def _shape(part: Part) -> tuple[int, ...]:
 
 @torch.no_grad()
 def held(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, whole tensor as the engine computes with it), every rank gathering at once.
+    """Yield (Hugging Face name, whole tensor as the engine computes with it); all ranks gather together.
 
-    A head that is tied to the embedding is not among them, unless vLLM's packed copy of it differs from it.
+    A head tied to the embedding is left out, unless vLLM's packed copy of it differs from the embedding.
     """
     last: tuple[Any, str, Tensor] | None = None
     for part in parts_of(model):
@@ -136,7 +136,7 @@ def held(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _read(layer: Any, parameter: str) -> Tensor:
-    """This rank's tensor: the parameter, or, where it is empty, the product of the packed copy with the identity."""
+    """Return this rank's tensor: the parameter, or, if that is empty, the packed copy multiplied by the identity."""
     tensor: Tensor = getattr(layer, parameter).detach()
     if parameter == "weight" and tensor.numel() == 0:
         return _multiplied(layer)
@@ -145,7 +145,7 @@ def _read(layer: Any, parameter: str) -> Tensor:
 
 
 def _multiplied(layer: Any) -> Tensor:
-    """A packed weight, [rows, columns]: each column is the product with one unit vector, a single exact term."""
+    """Return a packed weight, [rows, columns]: each column is the product with one unit vector, a single exact term."""
     weight = layer.weight
     columns = getattr(layer, "input_size_per_partition", None) or layer.embedding_dim
     identity = torch.eye(columns, dtype=weight.dtype, device=weight.device)
@@ -165,7 +165,7 @@ def _gathered(part: Part, mine: Tensor) -> Tensor:
 
 
 def _over_ranks(layer: Any, mine: Tensor) -> list[Tensor]:
-    """The same tensor of every tensor-parallel rank."""
+    """Return this tensor of every tensor-parallel rank."""
     if getattr(layer, "tp_size", 1) == 1:
         return [mine]
     from vllm.distributed import get_tp_group
@@ -178,7 +178,7 @@ def _over_ranks(layer: Any, mine: Tensor) -> list[Tensor]:
 
 
 def tied_head(model: Any) -> Any | None:
-    """vLLM's module of a head that shares the embedding's weight, if there is one."""
+    """Return vLLM's module of a head that shares the embedding's weight; None without one."""
     embedding: Any | None = None
     for layer in model.modules():
         kind = _kind(layer)
@@ -190,10 +190,10 @@ def tied_head(model: Any) -> Any | None:
 
 
 def repack_tied_head(model: Any) -> None:
-    """Make vLLM's packed copy of a tied head anew.
+    """Update vLLM's packed copy of a tied head.
 
-    A reload packs only layers that it has names for, and a tied head has none: on a CPU it would go on multiplying by
-    the weights that it started with, although the parameter that it shares is new.
+    A reload packs only layers whose names it receives, and a tied head has no name: on a CPU it would go on multiplying
+    by its first weights, although the parameter that it shares is new.
     """
     head = tied_head(model)
     if head is not None and hasattr(head, "cpu_linear"):
@@ -201,7 +201,7 @@ def repack_tied_head(model: Any) -> None:
 
 
 def _head_is_current(head: Any) -> bool:
-    """Whether the packed copy, if there is one, gives the shared weight, looked at in a few columns."""
+    """Return whether a packed copy equals the shared weight, compared in a few columns; True without a copy."""
     if not hasattr(head, "cpu_linear"):
         return True
     weight = head.weight
@@ -219,25 +219,25 @@ def _layers(model: Any, kinds: Collection[str]) -> Iterator[Any]:
 
 
 def projection_dtype(model: Any) -> torch.dtype:
-    """dtype of the first projection; an emptied parameter keeps it."""
+    """Return the dtype of the first projection; an emptied parameter keeps its dtype."""
     dtype: torch.dtype = next(_layers(model, (*_COLUMNS, *_ROWS))).weight.dtype
     return dtype
 
 
 def norm_weight(model: Any) -> Tensor:
-    """Weight of the first norm."""
+    """Return the weight of the first norm."""
     weight: Tensor = next(_layers(model, _WHOLE)).weight
     return weight
 
 
 def rope_table(model: Any) -> Tensor | None:
-    """Cosines and sines as held, if the model has them."""
+    """Return the table of cosines and sines; None without one."""
     tables = (getattr(layer, "cos_sin_cache", None) for layer in model.modules())
     return next((table for table in tables if isinstance(table, Tensor)), None)
 
 
 def product_names(model: Any) -> str:
-    """What multiplies the projections: on a CPU packed copies or torch, elsewhere vLLM's own choice."""
+    """Name the backend of the projections' products: on a CPU packed copies or torch, elsewhere vLLM's own choice."""
     layer = next(_layers(model, (*_COLUMNS, *_ROWS)))
     if not hasattr(layer, "cpu_linear"):
         return "vLLM"

@@ -1,6 +1,6 @@
-"""What betterhalf adds to vLLM's workers (`worker_extension_cls`): load weights, and read back what is really held.
+"""Extension of vLLM's workers (`worker_extension_cls`): load weights, and read back those really held.
 
-Runs inside vLLM, once for each rank. vLLM mixes this class into its worker, so the names must not meet vLLM's own.
+Runs inside vLLM, once on each rank. vLLM mixes this class into its worker, so its names must not clash with vLLM's.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ class BetterhalfWorker:
     model_runner: Any
 
     def betterhalf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Hugging Face name -> whole shape of every weight."""
+        """Return Hugging Face name -> shape of every weight, over all ranks."""
         return weights.expected_shapes(self._betterhalf_model())
 
     def betterhalf_load(self, path: str) -> None:
-        """Load every weight of a safetensors file, in place."""
+        """Load every weight of a safetensors file in place."""
         with safe_open(path, framework="pt") as file:
             pairs = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (not a dictionary)
             self.reload_weights(weights_iterator=pairs)  # type: ignore[attr-defined]
         self.betterhalf_loaded()
 
     def betterhalf_loaded(self) -> None:
-        """After new weights: bring copies up to date that vLLM made of them."""
+        """Update vLLM's own copies of weights after a load."""
         weights.repack_tied_head(self._betterhalf_model())
 
     def betterhalf_watch(self) -> None:
-        """Keep the hidden states and logits of the next forward passes, for `betterhalf_report`."""
+        """Record the hidden states and logits of the next forward passes, for `betterhalf_report`."""
         model = self._betterhalf_model()
         compute_logits = type(model).compute_logits
         seen: list[tuple[Tensor, Tensor]] = []
 
         def spy(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
             logits: Tensor | None = compute_logits(model, hidden, *args, **kwargs)
-            # Where logits are gathered on rank 0, the others have none; what they report of them is not read.
+            # Where logits are gathered on rank 0, other ranks have none; only the report of rank 0 is read.
             seen.append((hidden.detach().clone(), hidden if logits is None else logits))
             return logits
 
@@ -53,7 +53,7 @@ class BetterhalfWorker:
         self._betterhalf_seen = seen
 
     def betterhalf_report(self) -> dict[str, Any]:
-        """Formats read from live tensors, facts, digests; ends the watch."""
+        """Stop recording, and return formats read from live tensors, facts and digests."""
         model = self._betterhalf_model()
         del model.compute_logits
         hidden, logits = (torch.cat(parts) for parts in zip(*self._betterhalf_seen, strict=True))
@@ -75,7 +75,7 @@ class BetterhalfWorker:
         }
 
     def betterhalf_digests(self) -> dict[str, str]:
-        """Hugging Face name -> digest of the weight as held."""
+        """Return Hugging Face name -> digest of the weight as held."""
         return weights_digests(weights.held(self._betterhalf_model()))
 
     def _betterhalf_facts(self, attention: Any) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""Weight stores: where FP32 masters, gradients and the weights that compute are held, and how they leave."""
+"""Weight stores, which hold FP32 masters, gradients and computing parameters, and yield the weights for the engine."""

@@ -1,11 +1,12 @@
 """FP32 master weights beside the half weights that compute.
 
 The module computes on parameters in the compute dtype; the optimizer holds FP32 masters. A parameter's half gradient
-is rounded once, by the backward pass of one micro-batch, and at once added to the master's FP32 gradient; a half sum
-over micro-batches would lose the small ones. With an FP32 compute dtype the two are the same tensors.
+is rounded once, by the backward pass of one micro-batch, and immediately added to the master's FP32 gradient; a sum
+in half over micro-batches would lose the small ones. With an FP32 compute dtype, masters and parameters are the same
+tensors.
 
-Parameters of FP32 islands compute in FP32 tensors, so that their gradients are FP32, but their values are rounded to
-the compute dtype all the same: what travels to the engine, and every digest, is as without islands.
+Parameters of FP32 islands are FP32 tensors, so that their gradients are FP32. Their values are still rounded to the
+compute dtype: the weights sent to the engine, and every digest, are the same as without islands.
 
 Parameters are cast by name. Casting the module would round rope's inverse frequencies too, which alone raises the
 mismatch a hundredfold.
@@ -23,17 +24,17 @@ from betterhalf.precision.islands import Islands
 from betterhalf.training.weights.store import require_parameters
 
 _CACHED = 2**19
-"""Numbers of a gradient that are added at once on a CPU: 2 MiB in FP32."""
+"""Number of gradient entries added at a time on a CPU: 2 MiB in FP32."""
 
 
 class ReplicatedWeights:
     """All masters of one module in this process; implements `WeightStore`."""
 
     def __init__(self, module: nn.Module, compute_dtype: torch.dtype, islands: Islands | None = None) -> None:
-        """Keep the module's FP32 parameters as masters and turn the module's own into `compute_dtype`.
+        """Keep the module's FP32 parameters as masters, and convert those that compute to `compute_dtype`.
 
         Args:
-            module: FP32 parameters, on their final device.
+            module: its parameters are FP32, on their final device.
             compute_dtype: dtype of forward and backward.
             islands: modules whose parameters hold values of `compute_dtype` in FP32 tensors; none by default.
         """
@@ -42,7 +43,7 @@ class ReplicatedWeights:
         self.shared = compute_dtype == torch.float32
         self.masters: dict[str, nn.Parameter] = {}
         self._collected: set[str] = set()
-        """Names of half gradients that have come since `zero_grad`; what the others' tensors hold is of the past."""
+        """Names of masters that received a gradient since `zero_grad`; the gradient tensors of the others are stale."""
         for name, parameter in self._compute.items():
             assert parameter.dtype == torch.float32, f"{name} is not FP32 before casting"
             if self.shared:
@@ -55,7 +56,7 @@ class ReplicatedWeights:
         self.zero_grad()
 
     def _collector(self, name: str) -> Callable[[Tensor], None]:
-        # Not `self`: a hook that reaches its own parameter is a circle through C++, which nothing collects.
+        # Without `self`: a hook that refers to its own parameter is a cycle through C++, which is never collected.
         master, collected = self.masters[name], self._collected
 
         def collect(parameter: Tensor) -> None:
@@ -74,10 +75,11 @@ class ReplicatedWeights:
         yield from self.masters.items()
 
     def second_use(self, parameter: nn.Parameter) -> Tensor:
-        """A leaf on the same storage whose gradient is collected on its own.
+        """Return a leaf on the storage of `parameter` whose gradient is collected separately.
 
-        autograd would add the half gradients of a parameter used twice (an embedding tied to the head) in half, before
-        anyone can widen them; and the sparse one of an embedding to the dense one of the head in memory of its own.
+        For a parameter used twice (an embedding tied to the head), autograd would add the half gradients in half,
+        before they can be widened; and it would allocate memory to add the embedding's sparse gradient to the head's
+        dense one.
         """
         if self.shared:
             alias = nn.Parameter(parameter.detach())
@@ -89,7 +91,7 @@ class ReplicatedWeights:
         return alias
 
     def zero_grad(self) -> None:
-        """Forget every gradient. Tensors are allocated once; the first gradient to come overwrites what they held."""
+        """Discard every gradient. The tensors are allocated once; the next gradient overwrites their content."""
         for master in self.masters.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
@@ -98,11 +100,11 @@ class ReplicatedWeights:
         self._collected.clear()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, accumulated FP32 gradient), in the module's order."""
+        """Yield (name, accumulated FP32 gradient), in the module's order."""
         for name, master in self.masters.items():
             assert master.grad is not None
             if not self.shared and name not in self._collected:
-                # An optimizer step without rollouts: no gradient came since the last one.
+                # No gradient since the last optimizer step, because this one has no micro-batch.
                 master.grad.zero_()
                 self._collected.add(name)
             yield name, master.grad
@@ -117,12 +119,12 @@ class ReplicatedWeights:
 
     @torch.no_grad()
     def on_the_wire(self, wire_dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """(name, master rounded once to the wire dtype), one tensor at a time."""
+        """Yield (name, master rounded once to the wire dtype), one tensor at a time."""
         for name, master in self.masters.items():
             yield name, master.detach().to(wire_dtype)
 
     def computing(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, parameter as the module computes with it, in the compute dtype: exact for an island's, too)."""
+        """Yield (name, computing parameter, in the compute dtype); that cast is exact for FP32 islands too."""
         for name, parameter in self._compute.items():
             yield name, parameter.detach().to(self._compute_dtype)
 
@@ -140,9 +142,9 @@ class ReplicatedWeights:
 
 
 def _add(total: Tensor, half: Tensor, *, empty: bool) -> None:
-    """Add to an FP32 gradient; `empty` says that what it holds is of the past."""
+    """Add a gradient to the FP32 `total`; with `empty`, the content of `total` is stale and is overwritten."""
     if fused(half) and half.is_contiguous() and total.is_contiguous():
-        # Imported here: only where there is a GPU does it need Triton.
+        # Imported only on a GPU, because it needs Triton.
         from betterhalf.kernels import gradients
 
         gradients.accumulate(total, half, empty=empty)
@@ -150,14 +152,14 @@ def _add(total: Tensor, half: Tensor, *, empty: bool) -> None:
     if empty:
         total.copy_(half)
         return
-    # torch widens the whole operand first: in parts, that stays in a CPU's cache.
+    # torch widens the whole operand first; a part at a time, the result stays in the CPU's cache.
     rows = max(1, _CACHED * total.shape[0] // max(1, total.numel())) if total.is_cpu else total.shape[0]
     for part, share in zip(torch.split(total, rows), torch.split(half, rows), strict=True):
         part.add_(share)
 
 
 def _add_rows(total: Tensor, sparse: Tensor, *, empty: bool) -> None:
-    """Add some rows to an FP32 gradient; `empty` says that what it holds is of the past."""
+    """Add a sparse gradient to the FP32 `total`; with `empty`, the content of `total` is stale and is discarded."""
     if empty:
         total.zero_()
     rows = sparse.coalesce()

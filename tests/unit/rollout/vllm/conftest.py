@@ -1,4 +1,4 @@
-"""A server that needs no vLLM: it stands where the real one would, and dies or fails when told to."""
+"""A fake server without vLLM, which crashes or fails when told to."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ server.main({
 
 @pytest.fixture
 def fake_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Name of the fake server's module, importable by child processes."""
+    """Return the name of the fake server's module, importable by child processes."""
     folder = tmp_path / "modules"
     folder.mkdir()
     (folder / "fake_vllm_server.py").write_text(FAKE, encoding="utf-8")
@@ -79,7 +79,7 @@ def fake_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def start(fake_module: str, tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
-    """start(**environment) -> a running fake server, ended after the test."""
+    """Return start(**environment) -> a running fake server, ended after the test."""
     started: list[ServerProcess] = []
 
     def run(**environment: str) -> ServerProcess:

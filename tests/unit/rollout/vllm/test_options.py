@@ -1,4 +1,4 @@
-"""How vLLM is started."""
+"""Options for starting vLLM."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from tests.tiny_models import SMALL, tiny_config
 
 from betterhalf.config.schema import PrecisionConfig, SamplingConfig, VllmEngineConfig
 from betterhalf.errors import ConfigError
 from betterhalf.precision.roles import Precision, build_precision
 from betterhalf.rollout.vllm import options
 
-CONFIG = LlamaConfig(
-    vocab_size=23, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3,
-    max_position_embeddings=255,
-)  # fmt: skip
+CONFIG = tiny_config(sizes=SMALL, max_position_embeddings=255)
 
 
 def precision(dtype: str = "fp16", device: str = "cpu") -> Precision:
     return build_precision(PrecisionConfig.model_validate({"preset": dtype}), torch.device(device))
 
 
-def test_the_cache_is_as_large_as_it_can_be_used() -> None:
+def test_the_cache_is_no_larger_than_can_be_used() -> None:
     """Two blocks of 128 tokens hold 256 positions, one is spare; each token takes 2 x 3 x 2 x 16 values."""
     small = options.llm_options(Path("m"), CONFIG, VllmEngineConfig(max_concurrent=5), precision(), 0)
     assert small["kv_cache_memory_bytes"] == (5 * 3 + 1) * 128 * (2 * 3 * 2 * 16) * 2

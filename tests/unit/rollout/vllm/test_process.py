@@ -1,4 +1,4 @@
-"""Life and death of the child process."""
+"""Requests to the child process, its crashes, and its end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Start = Callable[..., ServerProcess]
 
 
 def runs(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
             return stat.read().rpartition(")")[2].split()[0] != "Z"
@@ -50,7 +50,7 @@ def test_it_answers_in_order_and_sees_its_environment(start: Start) -> None:
         ("missing", {}, MissingExtraError, "no vLLM here"),
     ],
 )
-def test_an_error_is_raised_here_and_the_next_question_is_answered(
+def test_an_error_is_raised_here_and_the_next_request_is_answered(
     start: Start, verb: str, values: dict[str, str], error: type[Exception], words: str
 ) -> None:
     process = start()
@@ -60,7 +60,7 @@ def test_an_error_is_raised_here_and_the_next_question_is_answered(
 
 
 @pytest.mark.parametrize(("how", "words"), [(-signal.SIGKILL, "signal SIGKILL"), (7, "exit status 7")])
-def test_a_death_tells_how_and_quotes_the_log(start: Start, how: int, words: str) -> None:
+def test_a_crash_is_explained_and_quotes_the_log(start: Start, how: int, words: str) -> None:
     process = start()
     with pytest.raises(EngineDiedError, match=f"{words}.*before it answered 'die'(.|\n)*last words") as death:
         process.ask("die", how=int(how))
@@ -85,7 +85,7 @@ def test_close_ends_it_and_may_be_repeated(start: Start) -> None:
     process.close()
 
 
-def test_an_interrupted_question_ends_the_process(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_request_ends_the_process(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     process = start()
     process.ask("echo")
 

@@ -1,4 +1,4 @@
-"""vLLM's reasons in one sentence, each with a cure."""
+"""Reasons of a failed start of vLLM in one sentence, each with a fix."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def test_a_failed_start_is_explained(error: Exception, kind: type[Exception], wo
 
 
 def raised(error: Exception, cause: Exception | None = None) -> Exception:
-    """The error with the traceback of its raise."""
+    """Return the error with the traceback of its raise."""
     try:
         raise error from cause
     except Exception as caught:
         return caught
 
 
-def test_an_assertion_without_words_is_told_by_its_source_and_place() -> None:
+def test_an_assertion_without_a_message_is_shown_by_its_source_and_place() -> None:
     def check(windows: set[int | None]) -> None:
         assert len(windows) == 1
 

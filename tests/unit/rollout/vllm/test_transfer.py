@@ -1,4 +1,4 @@
-"""Weights on their way into the child."""
+"""Transfer of weights to the child."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_handles_travel_in_parts_between_begin_and_finish(monkeypatch: pytest.Mo
 
 @pytest.mark.gpu
 def test_a_handle_opens_in_another_process() -> None:
-    """CUDA IPC with the very handles that vLLM's receiver rebuilds tensors from."""
+    """CUDA IPC with the same handles from which vLLM's receiver rebuilds tensors."""
     import multiprocessing
 
     tensor = torch.arange(8.0, device="cuda")

@@ -1,4 +1,4 @@
-"""The run's side of vLLM, against a server that needs none."""
+"""The run's side of vLLM, against a fake server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from tests.tiny_models import tiny_config
 
 from betterhalf.config.schema import PrecisionConfig, SamplingConfig, VllmEngineConfig
 from betterhalf.errors import ConfigError, EngineDiedError, EngineError, InputError, MissingExtraError
@@ -20,15 +20,13 @@ from betterhalf.types import GenerateRequest
 
 Make = Callable[..., VllmEngine]
 
-CONFIG = LlamaConfig(
-    vocab_size=23, hidden_size=4, num_attention_heads=1, num_hidden_layers=1, max_position_embeddings=16
-)
+CONFIG = tiny_config(vocab_size=23, max_position_embeddings=16)
 WEIGHTS = {"model.embed_tokens.weight": torch.zeros(23, 4), "model.norm.weight": torch.zeros(4)}
 
 
 @pytest.fixture
 def make(fake_module: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    """make(precision={...}, load=True, **engine settings) -> an engine on the fake server."""
+    """Return make(precision={...}, load=True, **engine settings) -> an engine on the fake server."""
     monkeypatch.setattr(engine_module.options, "check_installed", lambda: None)
     made: list[VllmEngine] = []
 
@@ -101,7 +99,7 @@ def test_scores_take_the_whole_context_and_nothing_beyond(make: Make) -> None:
             engine.score([wrong])
 
 
-def test_a_logprob_that_is_no_number_is_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_logprob_that_is_not_finite_is_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_LOGPROB", "nan")
     with pytest.raises(
         EngineError, match="prompt 1, sibling 0: the logprob of completion token 1 is not finite in fp16"
@@ -168,7 +166,7 @@ def test_on_a_cpu_nothing_sleeps(make: Make) -> None:
     engine.wake()
 
 
-def test_a_shared_gpu_is_left_and_taken_again(make: Make) -> None:
+def test_sleep_and_wake_free_a_shared_gpu_and_take_it_again(make: Make) -> None:
     """Two ranks, so that weights go through a file; each verb that needs vLLM wakes it, once."""
     engine = make(device="cuda", tensor_parallel_size=2)
     for _ in range(2):
@@ -185,7 +183,7 @@ def test_a_shared_gpu_is_left_and_taken_again(make: Make) -> None:
     assert never._ask("seen") == [names]
 
 
-def test_a_death_while_it_starts_is_no_death_to_be_survived(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_during_the_start_is_not_one_to_recover_from(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_DIES_IN", "start")
     engine = make(load=False)
     with pytest.raises(EngineError, match="vLLM does not start: .*exit status 9(.|\n)*fake vLLM starts") as caught:

@@ -1,4 +1,4 @@
-"""Hugging Face names and tensors out of layers shaped like vLLM's, over one rank and two."""
+"""Hugging Face names and tensors read from layers shaped like vLLM's, on one rank and two."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def qkv(**facts: Any) -> QKVParallelLinear:
     return QKVParallelLinear(numbers(8, 3), torch.arange(8.0), **(sizes | facts))
 
 
-def test_fused_projections_come_apart_under_their_names() -> None:
+def test_fused_projections_are_split_under_their_names() -> None:
     found = dict(weights.held(model(qkv_proj=qkv())))
     assert torch.equal(found["model.q_proj.weight"], numbers(4, 3))
     assert torch.equal(found["model.k_proj.weight"], numbers(2, 3, 12))
@@ -94,7 +94,7 @@ def test_an_emptied_parameter_is_read_through_its_packed_copy() -> None:
     assert not torch.equal(dict(weights.held(model(qkv_proj=layer)))["model.k_proj.weight"], numbers(2, 3, 12))
 
 
-def test_a_stale_copy_of_a_tied_head_shows_and_is_packed_anew() -> None:
+def test_a_stale_copy_of_a_tied_head_shows_and_is_packed_again() -> None:
     weight = numbers(8, 3)
     facts = {"num_embeddings_per_partition": 8, "org_vocab_size": 8, "embedding_dim": 3}
     embedding, head = VocabParallelEmbedding(weight, **facts), ParallelLMHead(weight, **facts)

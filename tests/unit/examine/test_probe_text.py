@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from betterhalf.examine.probe_text import WIDTH, show_probe
 from betterhalf.metrics.catalogue import CATALOGUE
-from betterhalf.report.matrix import WIDTH, show_probe
 
 NAMES = [name.removeprefix("mismatch/") for name in CATALOGUE if name.startswith("mismatch/")]
 
@@ -43,13 +43,13 @@ def test_every_number_is_printed_whole_in_110_columns(
 
 
 @pytest.mark.parametrize("value", [-8.35e-12, -0.0907, -99.1234])
-def test_pairs_of_one_rollout_stand_side_by_side(value: float) -> None:
+def test_pairs_of_one_rollout_are_side_by_side(value: float) -> None:
     stream = io.StringIO()
     show_probe({"pairs": [pair(train, "fp16", value) for train in ("fp16", "bf16", "fp32")]}, stream)
     assert stream.getvalue().count("slope_per_1k") == 1
 
 
-def test_the_reason_for_having_no_interval_stands_below_the_table_once() -> None:
+def test_the_reason_for_having_no_interval_is_below_the_table_once() -> None:
     none = {"value": 0.5, "low": None, "high": None, "reason": "64 completions are too few"}
     first, second = (pair(train, "fp16", 1e-4) for train in ("fp16", "bf16"))
     for row in (first, second):

@@ -1,4 +1,4 @@
-"""What a probe found, for the terminal: k3 of every pair, every other quantity with its interval, and the seconds."""
+"""Terminal view of a probe's results: k3 of every pair, every other quantity with its interval, and the seconds."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from betterhalf.metrics.catalogue import CATALOGUE
 from betterhalf.report.pairs import raw_logprobs_sentence
 
 WIDTH = 110
-"""Columns, unless the terminal is wider."""
+"""Width in columns, unless the terminal is wider."""
 
 _CELL = 26
-"""Columns of a value and its interval; three of them fit beside the longest name."""
+"""Width of a value with its interval; three of them fit beside the longest name."""
 
 _UNBOUNDED = 10_000
-"""Columns: no table is wider."""
+"""Width that no table reaches."""
 
 _EXPECTED_RATIO = 64
 """4^3: FP16 has three more mantissa bits, and k3 grows as the squared rounding error."""
@@ -44,7 +44,7 @@ def show_probe(result: Mapping[str, Any], stream: TextIO | None = None) -> None:
     """Print a probe's result, on standard output if `stream` is absent.
 
     Args:
-        result: the content of `probe.json`; anything may be missing.
+        result: content of `probe.json`; any key may be missing.
         stream: where to print.
     """
     width = max(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
@@ -63,7 +63,7 @@ def show_probe(result: Mapping[str, Any], stream: TextIO | None = None) -> None:
 
 
 def probe_sentences(result: Mapping[str, Any]) -> list[str]:
-    """The ratio of the mismatches, the seconds, raw logprobs, and what failed, in plain words."""
+    """Return sentences on the ratio of the mismatches, the seconds, raw logprobs and failed pairs."""
     sentences = [_ratio(result.get("bf16_over_fp16")), _cost(result.get("seconds") or {})]
     pairs = result.get("pairs", [])
     sentences += [raw_logprobs_sentence(pair) for pair in pairs]
@@ -82,7 +82,7 @@ def _head(result: Mapping[str, Any]) -> str:
 
 
 def _print_matrix(out: Console, pairs: Sequence[Mapping[str, Any]], level: str) -> None:
-    """k3 of each pair: a row for each trainer dtype, a column for each rollout dtype."""
+    """Print k3 of each pair: a row for each trainer dtype, a column for each rollout dtype."""
     found = {(pair["train"], pair["rollout"]): pair for pair in pairs}
     trains = list(dict.fromkeys(pair["train"] for pair in pairs))
     notes: list[str] = []
@@ -112,7 +112,7 @@ def _rows(pairs: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _blocks(pairs: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """What fits side by side: up to three pairs, or those of one rollout dtype."""
+    """Return groups of pairs that fit side by side: up to three pairs, or those of one rollout dtype."""
     if len(pairs) <= 3:
         return [list(pairs)] if pairs else []
     rollouts = dict.fromkeys(pair["rollout"] for pair in pairs)
@@ -120,7 +120,7 @@ def _blocks(pairs: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]
 
 
 def _print_quantities(out: Console, pairs: Sequence[Mapping[str, Any]], level: str) -> None:
-    """Every mismatch quantity with its interval."""
+    """Print every mismatch quantity with its interval."""
     known = (name.removeprefix("mismatch/") for name in CATALOGUE if name.startswith("mismatch/"))
     metrics = [pair.get("metrics") or {} for pair in pairs]
     names = [name for name in known if name != "tokens" and any(name in found for found in metrics)]
@@ -143,7 +143,7 @@ def _print_quantities(out: Console, pairs: Sequence[Mapping[str, Any]], level: s
 def _print_columns(
     out: Console, title: str, first: str, rows: Sequence[str], columns: Mapping[str, Sequence[Text]]
 ) -> None:
-    """A table; where it is too wide, its last columns go into another below: a number is never cut off."""
+    """Print a table; if it is too wide, print its last columns in another table below, so that no number is cut off."""
     shown = dict(columns)
     unbounded = out.options.update(width=_UNBOUNDED)
     while len(shown) > 1 and out.measure(_filled(title, first, rows, shown), options=unbounded).maximum > out.width:
@@ -162,15 +162,15 @@ def _filled(title: str, first: str, rows: Sequence[str], columns: Mapping[str, S
 
 
 def _print_gradient(out: Console, gradient: Mapping[str, Any]) -> None:
-    """The section `gradient`: each trainer against the FP32 trainer, and what sequence weights do to the gradient."""
+    """Print the section `gradient`: each trainer against the FP32 trainer, and the effect of sequence weights."""
     columns = ["loss scale", "relative error", "cosine", "zeroed"]
-    table = _table("policy gradient against that of the FP32 trainer", "trainer", columns)
+    table = _table("policy gradient, compared with that of the FP32 trainer", "trainer", columns)
     for row in gradient.get("rows", []):
         error = "overflow" if row.get("relative_error") is None else _number(row["relative_error"], ".2%")
         scale, cosine = _number(row.get("loss_scale"), "g"), _number(row.get("cosine"), ".6f")
         table.add_row(row["train"], scale, error, cosine, _number(row.get("zeroed_fraction"), ".2%"))
     out.print(table)
-    table = _table("with raw sequence weights", "rollout", ["relative change", "cosine", "ESS"])
+    table = _table("effect of raw sequence weights", "rollout", ["relative change", "cosine", "ESS"])
     for row in gradient.get("weights", []):
         spread = [_number(row.get(key), spec) for key, spec in (("cosine", ".6f"), ("ess_fraction", ".4f"))]
         table.add_row(row["rollout"], _number(row.get("relative_change"), ".2%"), *spread)
@@ -188,7 +188,7 @@ def _table(title: str, first: str, columns: Sequence[str]) -> Table:
 
 
 def _noted(notes: list[str], reason: str | None) -> str:
-    """Mark of a note, which is added to the others if it is new; none without a reason."""
+    """Return the mark of a note, and add the note if it is new; empty without a reason."""
     if not reason:
         return ""
     if reason not in notes:
@@ -204,9 +204,9 @@ def _print_notes(out: Console, notes: Sequence[str]) -> None:
 
 
 def _with_interval(value: float | None, low: float | None, high: float | None, mark: str) -> str:
-    """A value and its interval, or the mark of the note that says why there is none.
+    """Format a value with its interval, or with the mark of the note that says why there is none.
 
-    Bounds lose a digit where they would push the table apart.
+    Bounds lose a digit if the cell would be too wide.
     """
     if mark:
         return f"{_short(value)} {mark}"
@@ -215,7 +215,7 @@ def _with_interval(value: float | None, low: float | None, high: float | None, m
 
 
 def _short(value: float | None, digits: int = 2) -> str:
-    """So many digits: `1.2e-5`; plain where that is as short: `0.9712`."""
+    """Format with `digits` significant digits, as in `1.2e-5`; plainly, as in `0.9712`, where that is as short."""
     if value is None or not math.isfinite(value):
         return "-"
     if value == 0 or 0.01 <= abs(value) < 100:

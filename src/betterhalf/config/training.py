@@ -1,0 +1,33 @@
+"""The section `[training]`: sizes of a step, memory, checkpoints."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from betterhalf.config.section import Section
+
+
+class TrainingConfig(Section):
+    """Sizes of a step, memory, and checkpoints."""
+
+    steps: int = Field(100, ge=1)
+    """Number of steps; each trains on one rollout batch."""
+    prompts_per_step: int = Field(32, ge=1)
+    """Number of prompts in a step."""
+    group_size: int = Field(8, ge=1)
+    """Number of completions of each prompt."""
+    optimizer_steps: int = Field(4, ge=1)
+    """Number of optimizer steps on each rollout batch (the paper: 4)."""
+    tokens_per_micro_batch: int = Field(4096, ge=1)
+    """Token budget of one forward-backward pass; a longer sequence gets its own pass."""
+    logits_mib: int = Field(256, ge=1)
+    """Memory for FP32 logits, in MiB; logprobs are computed in chunks that fit into it."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    compile_layers: bool = False
+    """Compile the trainer's layers with torch.compile, which fuses norms, rope and SwiGLU and keeps every rounding to
+    half. The first steps take up to a minute longer. Needs a C++ compiler on a CPU."""
+    checkpoint_every: int = Field(10, ge=0)
+    """Number of steps between checkpoints; 0 saves only the last."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Number of checkpoints to keep; older ones are deleted."""

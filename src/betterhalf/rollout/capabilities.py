@@ -1,0 +1,64 @@
+"""Declaration of a rollout engine: its capabilities, its checks, and its builder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from betterhalf.config.schema import PrecisionRoles, RunConfig, SamplingConfig
+from betterhalf.precision.roles import Precision
+from betterhalf.rollout.engine import RolloutEngine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCapabilities:
+    """Abilities of an engine in one configuration, known before anything is loaded."""
+
+    max_restarts: int
+    """Times in one step that the engine may be restarted after a crash; 0 without a process of its own."""
+    fp32_islands: bool
+    """True if it computes the modules of `precision.fp32_modules` in FP32."""
+    scores: bool
+    """True if `RolloutEngine.score` is implemented."""
+    traces: bool
+    """True if the built engine is a `rollout.tracing.TracedEngine`."""
+    shares_cores: bool
+    """True if it keeps to the thread count of its process, so that several runs can share the cores of a CPU."""
+
+
+class EngineBuilder(Protocol):
+    """Builds an engine without weights; see `rollout.build.build_engine`."""
+
+    def __call__(
+        self, config: RunConfig, hf_config: Any, stop_token_ids: tuple[int, ...], precision: Precision
+    ) -> RolloutEngine:
+        """Build it.
+
+        Raises:
+            InputError: the engine cannot do what the configuration asks.
+            MissingExtraError: its package is not installed.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineKind:
+    """One entry of `rollout.build.ENGINES`, supplied by the engine's own package."""
+
+    families: tuple[str, ...] | None
+    """transformers `model_type` values that the engine computes; None if only loading the model tells."""
+    capabilities: Callable[[RunConfig], EngineCapabilities]
+    """Declares what the engine can do as configured."""
+    check_sampling: Callable[[SamplingConfig], None]
+    """Raises ConfigError for sampling settings that the engine cannot apply."""
+    check_roles: Callable[[PrecisionRoles], None]
+    """Raises ConfigError for dtype roles that the engine cannot apply."""
+    check_architecture: Callable[[Any], None]
+    """Raises InputError for the transformers configuration of a model of these families that it cannot compute."""
+    require_installed: Callable[[torch.device], None]
+    """Raises InputError or MissingExtraError when a package that the engine needs on this device is missing."""
+    build: EngineBuilder
+    """Builds the engine without weights."""

@@ -1,0 +1,97 @@
+"""The sequences in the slots, advanced together by one token at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from betterhalf.errors import EngineError
+from betterhalf.precision.formats import dtype_name
+from betterhalf.rollout import sampler
+from betterhalf.rollout.native.cuda_graphs import DecodeGraphs
+from betterhalf.rollout.native.decoder import Decoder
+from betterhalf.rollout.native.pending_step import PendingStep
+from betterhalf.rollout.native.queue import PromptQueue
+from betterhalf.rollout.native.slots import ActiveSequence, SlotTable
+
+_MAX_LOGITS = 2**26
+"""FP32 logits held at once (256 MiB); more rows are computed in parts."""
+
+
+def rows_at_once(vocabulary: int) -> int:
+    """Return the number of rows whose logits may be held at once."""
+    return max(1, _MAX_LOGITS // vocabulary)
+
+
+class RunningBatch:
+    """Runs the decoder over a slot table and samples from one distribution."""
+
+    def __init__(
+        self, decoder: Decoder, table: SlotTable, graphs: DecodeGraphs | None, wanted: sampler.Distribution
+    ) -> None:
+        self._decoder = decoder
+        self._graphs = graphs
+        self._wanted = wanted
+        self.table = table
+        """State of the slots."""
+
+    @property
+    def lag(self) -> int:
+        """Steps launched before the host reads the result of an earlier one: it would otherwise wait for each graph.
+        Sequences that have ended stand still meanwhile."""
+        return 0 if self._graphs is None else 1
+
+    def admit(self, queue: PromptQueue) -> PendingStep:
+        """Fill the free slots from the queue and sample the first token of each new sequence."""
+        admitted, hidden = queue.take(self.table.free, self.table.cache, self.table.active)
+        slots = self.table.admit(admitted)
+        return PendingStep(self._draw(self.table, slots, hidden, self._wanted), admitted)
+
+    def step(self) -> PendingStep:
+        """Sample one token for every active sequence."""
+        table = self.table
+        if self._graphs is not None:
+            events = self._graphs.run(self._decode, self._wanted)
+        else:
+            attended = min(table.longest + 1, table.cache.max_length)
+            events = self._decode(table, table.active, attended, self._wanted)
+        table.advance()
+        return PendingStep(events, list(table.sequences))
+
+    def ended(self, pending: PendingStep) -> list[ActiveSequence]:
+        """Wait for a step and return the sequences that ended with it.
+
+        Raises:
+            EngineError: logits or a logprob of a sequence are not finite.
+        """
+        ended, broken = pending.result()
+        if broken:
+            self._refuse(broken[0])
+        return ended
+
+    def _decode(self, table: SlotTable, count: int, attended: int, wanted: sampler.Distribution) -> Tensor:
+        """Sample one token for the first `count` slots, entirely on the device; return `SlotTable.record`'s events."""
+        slots = slice(0, count)
+        hidden = self._decoder.decode(table.tokens[slots], table.lengths[slots], table.cache, attended)
+        table.appended(slots)
+        return self._draw(table, slots, hidden, wanted)
+
+    def _draw(self, table: SlotTable, slots: slice, hidden: Tensor, wanted: sampler.Distribution) -> Tensor:
+        """Draw a token for each of these slots, in parts when their logits would take much memory."""
+        keys, positions = table.keys[slots], table.positions[slots]
+        rows, events = rows_at_once(self._decoder.config.vocab_size), []
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            draw = sampler.draw_at(self._decoder.logits(hidden[part]), keys[part], positions[part], wanted)
+            where = slice(slots.start + start, min(slots.start + start + rows, slots.stop))
+            events.append(table.record(where, draw))
+        return torch.cat(events) if len(events) > 1 else events[0]
+
+    def _refuse(self, sequence: ActiveSequence) -> None:
+        """Name the token whose logits are not finite."""
+        (slot,) = [slot for slot, other in enumerate(self.table.sequences) if other is sequence]
+        position = int(self.table.positions[slot]) - 1
+        raise EngineError(
+            f"{sequence.label}, sibling {sequence.sibling}: the logits of completion token {position} are not finite "
+            f"in {dtype_name(self._decoder.rounding.dtype)}: {self._decoder.weights.why_not_finite()}"
+        )
