@@ -10,7 +10,6 @@ configured size. Advantages are +1 and -1, since the rewards of one batch say li
 from __future__ import annotations
 
 import dataclasses
-import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from betterhalf.diagnostics.numerics import (
 from betterhalf.examine.module_hooks import See, observe_module
 from betterhalf.examine.subject import Subject, trainer_in
 from betterhalf.precision.formats import FORMATS, dtype_name
+from betterhalf.process import collect_garbage
 from betterhalf.training.pack import pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, Denominators, DtypeName, MicroBatch, Prompt, Rollout
@@ -147,7 +147,7 @@ def reference(subject: Subject, batch: CensusBatch) -> Reference:
 
 def _trainer(subject: Subject, dtype: DtypeName) -> PolicyTrainer:
     # Parameters and their hooks refer to each other, so only the collector frees the last trainer's memory.
-    gc.collect()
+    collect_garbage()
     return trainer_in(subject, dtype, hooked=True)
 
 
