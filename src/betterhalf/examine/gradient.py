@@ -83,7 +83,7 @@ def measure_gradients(
     comparison = _Comparison(subject=subject, batches=batches, base=base, advance=advance)
     for dtype in TRAINER_DTYPES:
         comparison.add(dtype)
-        gc.collect()  # parameters and their hooks refer to each other; the next trainer needs this one's memory
+        gc.collect()  # Parameters and their hooks refer to each other; the next trainer needs this one's memory
     return {
         "rows": comparison.rows,
         "weights": [comparison.weights[dtype] for dtype in rollouts],
