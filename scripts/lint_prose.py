@@ -44,8 +44,8 @@ FIRST_VERBS = (
     *("Builds", "Captures", "Checks", "Collects", "Declares", "Does", "Gives", "Holds", "Keeps", "Makes", "Matches"),
     *("Raises", "Receives", "Records", "Represents", "Returns", "Runs", "Samples", "Says", "Starts", "Tells"),
 )
-"""Verbs in the third person that a summary line does not open with. Before `of` and `that` they are nouns, which pass:
-"Records of a run." """
+"""Verbs in the third person that a summary line does not open with. Those followed by `of` or `that` pass, because they
+are nouns, as in "Records of a run"."""
 
 OLD_WORDS = {
     "anew": "again",
