@@ -120,7 +120,9 @@ def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, di
         raise ConfigError(f"extends = {toml_value(base)} in {path} is not text. Name one file, relative to this one.")
     file = path.parent / base
     if not file.is_file():
-        raise ConfigError(f"{path} extends {base!r}, which does not exist. Give its path relative to {path.name}.")
+        raise ConfigError(
+            f"{path} extends {base!r}, which does not exist. Give its path relative to the folder of {path.name}."
+        )
     return [*_file_layers(file, (*above, resolved)), (str(path), layer)]
 
 

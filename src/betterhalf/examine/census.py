@@ -1,4 +1,4 @@
-"""The range census: magnitudes of a model's values on real tokens, forward and backward, and their fate in a precision.
+"""The range census: magnitudes of a model's values and gradients on real tokens, and what a precision does to them.
 
 One pass of an FP32 trainer gives the reference magnitudes of every module. Real passes in the precision under test then
 show where the first value overflows, which loss scales keep the gradients finite, and which gradients become zero.
@@ -113,7 +113,7 @@ class Reference:
 
 @dataclass(slots=True)
 class _Sizes:
-    """Collects magnitudes by place."""
+    """Collector of magnitudes by place."""
 
     rows: dict[Spot, Magnitudes] = field(default_factory=dict)
 
@@ -161,7 +161,7 @@ def _in_model_order(module: nn.Module, rows: dict[Spot, Magnitudes]) -> dict[Spo
 
 @dataclass(slots=True)
 class _Finiteness:
-    """Records which places are not finite, the first of them, and which are FP32 in a half model."""
+    """Collector of the places that are not finite, the first of them, and those that are FP32 in a half model."""
 
     first_forward: Spot | None = None
     first_backward: Spot | None = None

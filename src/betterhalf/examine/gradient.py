@@ -83,7 +83,8 @@ def measure_gradients(
     comparison = _Comparison(subject=subject, batches=batches, base=base, advance=advance)
     for dtype in TRAINER_DTYPES:
         comparison.add(dtype)
-        collect_garbage()  # parameters and their hooks refer to each other; the next trainer needs this one's memory
+        # Parameters and their hooks refer to each other; the next trainer needs this one's memory.
+        collect_garbage()
     return {
         "rows": comparison.rows,
         "weights": [comparison.weights[dtype] for dtype in rollouts],

@@ -198,7 +198,8 @@ def score_pairs(
         with _timed(recorder, "score", train):
             for report in _score_in(subject, train, [(rollout, samples[rollout]) for rollout in rollouts], recorder):
                 reports[report.train, report.rollout] = report
-        collect_garbage()  # parameters and their hooks refer to each other; the next trainer needs this one's memory
+        # Parameters and their hooks refer to each other; the next trainer needs this one's memory.
+        collect_garbage()
     return [reports[pair] for pair in pairs]
 
 
