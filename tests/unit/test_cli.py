@@ -258,3 +258,43 @@ def test_config_refuses_an_algorithm_that_contradicts_itself(capsys: pytest.Capt
     words = ("algorithm.correction.level=token", "algorithm.correction.ratio=proximal/behavior")
     assert cli.main(["config", SMOKE, *words, "algorithm.correction.treatment=truncate"]) == 2
     assert "truncates without an upper bound" in capsys.readouterr().err
+
+
+def test_config_without_an_experiment_prints_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "--json"]) == 0
+    assert last_line(capsys) == json.loads(json.dumps(load_config(None).model_dump(mode="json")))
+
+
+@pytest.mark.parametrize("words", [("export", "run", "folder"), ("config", SMOKE)])
+def test_a_verb_without_a_run_folder_refuses_one(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*words, "run_dir=x"]) == 2
+    assert "writes no run folder" in capsys.readouterr().err
+
+
+def test_a_run_folder_that_is_trained_with_resume_is_the_run_that_continues(
+    replace: Callable[..., Calls], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(load_config(SMOKE).model_dump_json())
+    summary = {"verb": "train", "run_dir": str(run)}
+    calls = replace("betterhalf.runs.train", "train", summary)
+    assert cli.main(["train", str(run), "--resume"]) == cli.main(["train", SMOKE, f"run_dir={run}", "--resume"]) == 0
+    assert [(run_dir, resume) for _, run_dir, resume in calls] == [(str(run), True)] * 2
+
+
+def test_a_word_too_many_is_told_how_a_setting_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", SMOKE, "training.steps", "3"]) == 2
+    assert "Write a setting as key=value" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run_is_not_called_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", str(tmp_path)]) == 2
+    assert "is a folder without config.json" in capsys.readouterr().err
+    assert cli.main(["config", str(tmp_path / "config.json")]) == 2
+    assert "has lost its config.json" in capsys.readouterr().err
+
+
+def test_swapped_letters_come_first_among_the_suggestions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", SMOKE, "algorithm=gpro"]) == 2
+    assert "Did you mean grpo?" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -129,3 +130,28 @@ def test_existing_objects_are_frozen_and_unfrozen_once() -> None:
             assert gc.get_freeze_count() == frozen
         assert gc.get_freeze_count() == frozen
     assert gc.get_freeze_count() == before == 0
+
+
+class InterruptsWhenCollected:
+    """Garbage, in a circle, whose finaliser receives a Ctrl-C."""
+
+    def __init__(self) -> None:
+        self.circle = self
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        # Handlers run between two instructions of Python, so within the finaliser.
+        sum(1 for _ in range(1000))
+
+
+def test_an_interrupt_in_a_finaliser_is_not_lost() -> None:
+    InterruptsWhenCollected()
+    with pytest.raises(KeyboardInterrupt):
+        process.collect_garbage()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_collection_without_an_interrupt_leaves_the_handler_alone() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    process.collect_garbage()
+    assert signal.getsignal(signal.SIGINT) is before

@@ -47,8 +47,22 @@ def test_docstrings_of_modules_classes_and_fields_are_read() -> None:
     assert [line for line, _ in in_python(code)] == [1, 3, 5]
 
 
+@pytest.mark.parametrize("verb", PROSE.FIRST_VERBS)
+def test_a_docstring_does_not_open_with_a_verb_in_the_third_person(verb: str) -> None:
+    summary = f'"""{verb} the values."""'
+    code = f"class A:\n    {summary}\n    x: int\n    {summary}\ndef f() -> None:\n    {summary}\ny = 1\n{summary}\n"
+    found = in_python(code)
+    assert [line for line, _ in found] == [2, 4, 6, 8]
+    assert all(repr(verb) in problem for _, problem in found)
+
+
 @pytest.mark.parametrize(
-    "summary", ["Return what is left.", "Whatever the caller passed.", "Assemble.", "Offset.", "`What` as a name."]
+    "summary",
+    [
+        *("Return what is left.", "Whatever the caller passed.", "Assemble.", "Offset.", "`What` as a name."),
+        *("Sample completions.", "Sampler of completions.", "Records of a run.", "Checks that a model fits."),
+        *("Keepsake.", "Sequences of a pack.", "Rows that `samples` returns."),
+    ],
 )
 def test_imperatives_and_noun_phrases_pass(summary: str) -> None:
     assert not in_python(f'"""{summary}\n\nWhat follows is not the summary.\n"""\n')

@@ -49,11 +49,19 @@ def pick_verb(arguments: list[str]) -> tuple[str, list[str]]:
     raise InputError(f"unknown verb {first!r}. {fix}")
 
 
+_WORDS = """\
+EXPERIMENT  a TOML file, such as experiments/sanity/demo.toml (README.md there lists all), or the folder of a run
+MODEL       a Hugging Face name, a folder, a GGUF file, or one of the built-in names demo and smollm2
+RUN         the folder of a run
+key=value   changes one setting, such as training.steps=40; `betterhalf config` lists all settings"""
+"""Explanation of the words in the list of verbs."""
+
+
 def _verb_list() -> str:
     rows = [(f"{name} {verb.words}", verb.help) for name, verb in VERBS.items()]
     width = max(len(left) for left, _ in rows)
     listed = "\n".join(f"  {left:<{width}}  {right}" for left, right in rows)
-    return f"verbs:\n{listed}\n\n`betterhalf VERB --help` explains a verb; experiments/README.md lists the experiments."
+    return f"verbs:\n{listed}\n\n{_WORDS}"
 
 
 def parse(name: str, verb: Verb, rest: list[str]) -> argparse.Namespace:
@@ -63,10 +71,11 @@ def parse(name: str, verb: Verb, rest: list[str]) -> argparse.Namespace:
         InputError: the verb has no such option; the message names the nearest it has.
     """
     settings = " [key=value ...]" if verb.settings else ""
+    folder = " [run_dir=PATH]" if verb.run_dir else ""
     options = "".join(f" [{_written(option)}]" for option in verb.options)
     parser = _Parser(
         prog=f"betterhalf {name}",
-        usage=f"betterhalf {name} {verb.words}{settings} [run_dir=PATH]{options} [--json]",
+        usage=f"betterhalf {name} {verb.words}{settings}{folder}{options} [--json]",
         description=verb.help,
         allow_abbrev=False,
     )
@@ -108,9 +117,13 @@ def to_request(name: str, verb: Verb, found: argparse.Namespace) -> Request:
     fewest, most = verb.num_words
     if not fewest <= len(words) <= most:
         given = " ".join(words) or "nothing"
-        raise InputError(f"{name} takes {verb.words}, but got {given}. See `betterhalf {name} --help`.")
+        fix = "Write a setting as key=value" if len(words) > most and verb.settings else "See"
+        more = f"; see `betterhalf {name} --help`." if fix != "See" else f" `betterhalf {name} --help`."
+        raise InputError(f"{name} takes {verb.words}, but got {given}. {fix}{more}")
     if overrides and not verb.settings:
         raise InputError(f"{name} takes no settings, but got {overrides[0]}. Leave it out.")
+    if run_dir and not verb.run_dir:
+        raise InputError(f"{name} writes no run folder, but got run_dir={run_dir}. Leave it out.")
     names = [option.name.replace("-", "_") for option in verb.options]
     options = {name: getattr(found, name) for name in names}
     return Request(words=words, overrides=tuple(overrides), run_dir=run_dir, options=options)

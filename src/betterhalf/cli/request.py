@@ -69,6 +69,8 @@ class Verb:
     """One line for `--help`."""
     settings: bool = True
     """True if it takes `key=value` settings of the configuration."""
+    run_dir: bool = True
+    """True if it takes `run_dir=PATH`."""
     computes: bool = True
     """True if it runs a model; threads are then chosen before torch is imported."""
     options: tuple[Option, ...] = ()

@@ -30,8 +30,10 @@ def _train(request: Request) -> Answer:
     config = request.config(request.words[0])
     from betterhalf.runs.train import train
 
-    result = train(config, request.run_dir, request.options["resume"])
-    return Answer(result=result, show=lambda: _show(result))
+    resume = request.options["resume"]
+    run_dir = request.run_dir or (_run_to_resume(request.words[0]) if resume else None)
+    result = train(config, run_dir, resume)
+    return Answer(result=result, show=lambda: _show_train(result))
 
 
 def _evaluate(request: Request) -> Answer:
@@ -82,7 +84,7 @@ def _config(request: Request) -> Answer:
     from betterhalf.config.load import config_difference, resolved_json
     from betterhalf.config.render import toml_text
 
-    left, *others = [request.config(word) for word in request.words]
+    left, *others = [request.config(word) for word in request.words] or [request.config(None)]
     for config in (left, *others):
         resolve_algorithm(config.algorithm)  # raises if its choices contradict each other
     if not others:
@@ -100,6 +102,13 @@ def _export(request: Request) -> Answer:
 
     result = export(run, directory)
     return Answer(result=result, show=lambda: _show(result))
+
+
+def _run_to_resume(experiment: str) -> str | None:
+    """Return EXPERIMENT if it is a run folder, which `--resume` then continues; None for a file."""
+    from betterhalf.run_dir import RunDir
+
+    return experiment if RunDir(Path(experiment)).config.exists() else None
 
 
 def _run_config(target: str) -> Path | None:
@@ -125,6 +134,13 @@ def _show_sanity(result: dict[str, Any]) -> None:
     for name, reason in result.get("reasons", {}).items():
         print(f"{name}: {reason}")
     _show_folder(result)
+
+
+def _show_train(result: dict[str, Any]) -> None:
+    """Print the summary of a run, and the path of the report."""
+    from betterhalf.run_dir import RunDir
+
+    _show(result | {"report": str(RunDir(Path(result["run_dir"])).report)})
 
 
 def _show_probe(result: dict[str, Any]) -> None:
@@ -153,8 +169,9 @@ def _show_folder(result: dict[str, Any]) -> None:
 
 
 def _show(result: dict[str, Any]) -> None:
-    """Print name and value of each entry that is not a list or an object, one per line."""
-    rows = {key: _brief(value) for key, value in result.items() if not isinstance(value, (dict, list))}
+    """Print name and value of each entry that is a number or a text, one per line, without the verb."""
+    shown = {key: value for key, value in result.items() if key != "verb" and value is not None}
+    rows = {key: _brief(value) for key, value in shown.items() if not isinstance(value, (dict, list))}
     width = max(map(len, rows), default=0)
     for key, value in rows.items():
         print(f"{key:<{width}}  {value}")
@@ -169,14 +186,14 @@ VERBS = {
         run=_sanity,
         words="[EXPERIMENT]",
         num_words=(0, 1),
-        help="run the paper's sanity test: perfectible set, one arm per precision, verdict, report",
+        help="run the sanity test of arXiv 2510.26788: perfectible set, one arm per precision, verdict, report",
         options=(RESUME,),
     ),
     "train": Verb(
         run=_train,
         words="EXPERIMENT",
         num_words=(1, 1),
-        help="fine-tune a model with RL; run_dir=RUN --resume continues a run",
+        help="fine-tune a model with RL; train RUN --resume continues a run",
         options=(RESUME,),
     ),
     "doctor": Verb(
@@ -213,9 +230,10 @@ VERBS = {
     ),
     "config": Verb(
         run=_config,
-        words="EXPERIMENT [OTHER]",
-        num_words=(1, 2),
-        help="print the resolved configuration, or the difference of two",
+        words="[EXPERIMENT [OTHER]]",
+        num_words=(0, 2),
+        help="print the resolved configuration (the defaults without EXPERIMENT), or the difference of two",
+        run_dir=False,
         computes=False,
     ),
     "export": Verb(
@@ -224,5 +242,6 @@ VERBS = {
         num_words=(2, 2),
         help="write a Hugging Face folder that transformers and vLLM load",
         settings=False,
+        run_dir=False,
     ),
 }

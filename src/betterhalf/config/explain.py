@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -111,7 +111,8 @@ def _first_leaf(key: str, value: object) -> str:
 
 def _missing(details: ErrorDetails, path: _Location) -> str:
     if isinstance(path[-1], int):
-        return f"{_key(path)} has too few values. Give all of them, separated by commas."
+        wanted = len(get_args(_annotation(path[:-1])))
+        return f"{_key(path)} has too few values. Give all {wanted}, separated by commas."
     sections = keys.sections(_annotation(path[:-1])) if len(path) > 1 else ()
     chosen = [section for section in sections if _type_of(section) in details["loc"]]
     info = keys.field(chosen, str(path[-1])) or keys.find(_names(path))

@@ -173,8 +173,10 @@ def _section_names() -> list[str]:
 
 
 def _nearest(wrong: str, allowed: Sequence[str], cutoff: float = 0.6) -> str | None:
-    found = difflib.get_close_matches(wrong, allowed, n=1, cutoff=cutoff)
-    return found[0] if found else None
+    found = difflib.get_close_matches(wrong, allowed, n=3, cutoff=cutoff)
+    # Swapped letters are the most common slip, and difflib counts them like two wrong ones.
+    swapped = [name for name in found if sorted(name) == sorted(wrong)]
+    return next(iter([*swapped, *found]), None)
 
 
 def _nearest_leaf(leaf: str, keys: Sequence[str]) -> str | None:

@@ -79,6 +79,10 @@ def resolve_experiment(path: str | Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
+    if path.is_dir():
+        raise ConfigError(f"{str(path)!r} is a folder without config.json. Name a TOML file, or the folder of a run.")
+    if path.name == "config.json" and path.parent.is_dir():
+        raise ConfigError(f"run {str(path.parent)!r} has lost its config.json. Restore the file.")
     hint = _nearest_file(path)
     fix = f"Did you mean {str(hint)!r}?" if hint else "Name a TOML file, or the folder of a run."
     raise ConfigError(f"there is no experiment file {str(path)!r}. {fix}")
@@ -116,7 +120,9 @@ def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, di
         raise ConfigError(f"extends = {toml_value(base)} in {path} is not text. Name one file, relative to this one.")
     file = path.parent / base
     if not file.is_file():
-        raise ConfigError(f"{path} extends {base!r}, which does not exist. Give its path relative to {path.name}.")
+        raise ConfigError(
+            f"{path} extends {base!r}, which does not exist. Give its path relative to the folder of {path.name}."
+        )
     return [*_file_layers(file, (*above, resolved)), (str(path), layer)]
 
 

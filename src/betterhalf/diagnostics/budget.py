@@ -28,7 +28,7 @@ ESS_FLOOR = 0.5
 others compute theirs from token weights or from truncated weights, which gives other values (docs/mismatch.md)."""
 
 CORRELATION_FLOOR = 0.1
-"""Lower bound of the fitted correlation: a few sums that agree by chance must not promise an unlimited length."""
+"""Lower bound of the fitted correlation, so that a few sums that agree by chance do not predict an unlimited length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -186,7 +186,8 @@ def compare(
     if bool(broken.any()):
         local, rms, token = None, None, int(broken.nonzero()[0, 0])
     else:
-        # At least one subnormal FP32 number: a row of zeros equals a row of zeros, and is far beyond others' bounds.
+        # Use at least one subnormal FP32 number: then two rows of zeros are equal, and a row of zeros against any other
+        # exceeds its bound.
         norms = torch.linalg.vector_norm(theirs, dim=1).clamp_min(FORMATS["fp32"].min_subnormal)
         errors = torch.linalg.vector_norm(ours - theirs, dim=1) / norms
         bounds = bound + yardstick.underflow(operation, ours.shape[1]) / norms

@@ -234,8 +234,9 @@ def _percentile_interval(values: Tensor, clusters: Tensor, confidence: float, un
     tail, needed = (1 - confidence) / 2, math.ceil(math.log((1 - confidence) / 2) / math.log(_PERCENTILE))
     independent = _independent_count(values, clusters, confidence)
     if independent < needed:
+        number, noun = independent or "fewer than 1", "one" if independent < 2 else "ones"
         return _none(
-            f"{len(values)} {unit}, equivalent to {independent} independent ones, are too few to reach beyond this "
+            f"{len(values)} {unit}, equivalent to {number} independent {noun}, are too few to reach beyond this "
             f"percentile; {100 * confidence:g}% confidence takes {needed}"
         )
     descending = values.sort(descending=True).values

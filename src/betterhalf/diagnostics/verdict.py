@@ -37,7 +37,8 @@ MAX_AGREEING_K3 = 1e-6
 """Mean k3 of the FP32 pair, in nats, above which engine and trainer do not compute the same model."""
 
 MAX_AGREEING_LOG_RATIO = 1e-2
-"""Largest abs(log_ratio) of one token in the FP32 pair, in nats, above which they do not either."""
+"""Largest abs(log_ratio) of one token in the FP32 pair, in nats; above it, engine and trainer do not compute the same
+model."""
 
 MAX_MODULES = 10
 """Maximum number of modules that a verdict names."""
@@ -82,10 +83,10 @@ class PairFinding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """Agreement of engine and trainer in FP32, where rounding hardly matters: do they compute the same model?"""
+    """Agreement of engine and trainer in FP32, where rounding hardly matters."""
 
     agrees: bool
-    """True if they do, or if it could not be measured."""
+    """True if both compute the same model, or if this could not be measured."""
     reason: str
     """Sentences with the numbers."""
 

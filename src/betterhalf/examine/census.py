@@ -1,4 +1,4 @@
-"""The range census: magnitudes of a model's values on real tokens, forward and backward, and their fate in a precision.
+"""The range census: magnitudes of a model's values and gradients on real tokens, and what a precision does to them.
 
 One pass of an FP32 trainer gives the reference magnitudes of every module. Real passes in the precision under test then
 show where the first value overflows, which loss scales keep the gradients finite, and which gradients become zero.
@@ -10,7 +10,6 @@ configured size. Advantages are +1 and -1, since the rewards of one batch say li
 from __future__ import annotations
 
 import dataclasses
-import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from betterhalf.diagnostics.numerics import (
 from betterhalf.examine.module_hooks import See, observe_module
 from betterhalf.examine.subject import Subject, trainer_in
 from betterhalf.precision.formats import FORMATS, dtype_name
+from betterhalf.process import collect_garbage
 from betterhalf.training.pack import pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, Denominators, DtypeName, MicroBatch, Prompt, Rollout
@@ -113,7 +113,7 @@ class Reference:
 
 @dataclass(slots=True)
 class _Sizes:
-    """Collects magnitudes by place."""
+    """Collector of magnitudes by place."""
 
     rows: dict[Spot, Magnitudes] = field(default_factory=dict)
 
@@ -147,7 +147,7 @@ def reference(subject: Subject, batch: CensusBatch) -> Reference:
 
 def _trainer(subject: Subject, dtype: DtypeName) -> PolicyTrainer:
     # Parameters and their hooks refer to each other, so only the collector frees the last trainer's memory.
-    gc.collect()
+    collect_garbage()
     return trainer_in(subject, dtype, hooked=True)
 
 
@@ -161,7 +161,7 @@ def _in_model_order(module: nn.Module, rows: dict[Spot, Magnitudes]) -> dict[Spo
 
 @dataclass(slots=True)
 class _Finiteness:
-    """Records which places are not finite, the first of them, and which are FP32 in a half model."""
+    """Collector of the places that are not finite, the first of them, and those that are FP32 in a half model."""
 
     first_forward: Spot | None = None
     first_backward: Spot | None = None

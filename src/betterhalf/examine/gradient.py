@@ -8,7 +8,6 @@ the sequence importance weights between a matched trainer and engine rotate a gr
 from __future__ import annotations
 
 import dataclasses
-import gc
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from betterhalf.diagnostics.gradient_gap import gradient_gap, weight_spread
 from betterhalf.errors import InputError
 from betterhalf.examine.subject import Subject, trainer_in
 from betterhalf.precision.loss_scaler import build_loss_scaler
+from betterhalf.process import collect_garbage
 from betterhalf.setup.decoding import completion_texts
 from betterhalf.tasks.rewards import check_rewards
 from betterhalf.training.pack import pack_step
@@ -83,7 +83,8 @@ def measure_gradients(
     comparison = _Comparison(subject=subject, batches=batches, base=base, advance=advance)
     for dtype in TRAINER_DTYPES:
         comparison.add(dtype)
-        gc.collect()  # parameters and their hooks refer to each other; the next trainer needs this one's memory
+        # Parameters and their hooks refer to each other; the next trainer needs this one's memory.
+        collect_garbage()
     return {
         "rows": comparison.rows,
         "weights": [comparison.weights[dtype] for dtype in rollouts],

@@ -69,7 +69,11 @@ def islands_for(spot: Spot) -> Iterator[str]:
 
 
 def find_islands(
-    subject: Subject, batch: CensusBatch, truth: Reference, census: Census, judge: Callable[[Subject, Census], Verdict]
+    subject: Subject,
+    batch: CensusBatch,
+    reference: Reference,
+    census: Census,
+    judge: Callable[[Subject, Census], Verdict],
 ) -> Islands:
     """Add islands until nothing overflows or comes close to it, in at most `MAX_ROUNDS` rounds and half of the layers.
 
@@ -78,24 +82,24 @@ def find_islands(
     Args:
         subject: model and settings; islands that it has already are kept.
         batch: tokens of the census.
-        truth: FP32 magnitudes of the batch.
+        reference: FP32 magnitudes of the batch.
         census: census of the precision that overflows, without further islands.
         judge: returns the verdict on a subject with islands and its census; may measure the pair.
     """
     modules = tuple(subject.config.precision.fp32_modules)
     most = max(1, subject.model.hf_config.num_hidden_layers // 2)
-    sufficient = ("ok", "watch") if overflowing(census) else ("ok",)
+    accepted = ("ok", "watch") if overflowing(census) else ("ok",)
     for _ in range(MAX_ROUNDS):
         grown = _grown(modules, overflowing(census) or cramped(census))
         if grown == modules or _layers(grown) > most:
             break
         modules = grown
-        census = take_census(with_islands(subject, modules), census.dtype, batch, truth)
+        census = take_census(with_islands(subject, modules), census.dtype, batch, reference)
     verdict = judge(with_islands(subject, modules), census)
-    cures = verdict.verdict in sufficient
+    sufficient = verdict.verdict in accepted
     name = census.dtype.upper()
-    reason = _why_sufficient(name, modules, verdict) if cures else _why_insufficient(name, modules, verdict, most)
-    return Islands(modules=modules, cures=cures, reason=reason, verdict=verdict, census=census)
+    reason = _why_sufficient(name, modules, verdict) if sufficient else _why_insufficient(name, modules, verdict, most)
+    return Islands(modules=modules, cures=sufficient, reason=reason, verdict=verdict, census=census)
 
 
 def _grown(modules: tuple[str, ...], spots: tuple[Spot, ...]) -> tuple[str, ...]:

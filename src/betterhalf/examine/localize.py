@@ -42,11 +42,11 @@ BATCH = 8
 """Sequences of the batch in the comparison of decoding alone with decoding in a batch."""
 
 _MAX_DECODED = 64
-"""Most completion tokens that are replayed; more would find nothing new and cost four decode steps each."""
+"""Maximum number of completion tokens replayed; more would find nothing new and cost four decode steps each."""
 _MAX_TRACED = 2**28
-"""Most values in one trace (1 GiB in FP32); a longer sequence is cut."""
+"""Maximum number of values in one trace (1 GiB in FP32); a longer sequence is cut."""
 _MAX_LOGITS = 2**23
-"""Most logits compared (64 MiB in FP64 on each side)."""
+"""Maximum number of logits compared (64 MiB in FP64 on each side)."""
 
 _OVERFLOW = "a value left the range of the format: `betterhalf doctor` names the modules and the fix"
 
@@ -128,7 +128,7 @@ def _with_traced_engine(subject: Subject) -> Subject:
 
 
 def _engine_unchecked(subject: Subject, dtype: DtypeName) -> TracedEngine:
-    """Return an engine with the subject's weights on which nothing has run: an overflow is what we look for."""
+    """Return an engine with the subject's weights on which nothing has run: overflow is what the caller looks for."""
     model, precision = subject.model, precision_in(subject, dtype)
     engine = build_traced_engine(config_in(subject, dtype), model.hf_config, model.stop_token_ids, precision)
     engine.load_weights(rounded_weights(model, precision.wire_dtype), policy_version=0)

@@ -5,7 +5,6 @@ A failure is recorded with its reason, and the other pairs are still measured. A
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from betterhalf.errors import BetterhalfError, EngineDiedError, MissingExtraErro
 from betterhalf.examine.dump import write_dump
 from betterhalf.examine.scoring import Item, score_completions
 from betterhalf.examine.subject import Subject, engine_in, sample_groups_of, trainer_in
+from betterhalf.process import collect_garbage
 from betterhalf.run_dir import RunDir
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, DtypeName, Prompt
@@ -198,7 +198,8 @@ def score_pairs(
         with _timed(recorder, "score", train):
             for report in _score_in(subject, train, [(rollout, samples[rollout]) for rollout in rollouts], recorder):
                 reports[report.train, report.rollout] = report
-        gc.collect()  # parameters and their hooks refer to each other; the next trainer needs this one's memory
+        # Parameters and their hooks refer to each other; the next trainer needs this one's memory.
+        collect_garbage()
     return [reports[pair] for pair in pairs]
 
 

@@ -42,7 +42,7 @@ _STYLES = {"ok": "green", "high": "bold red", "low": "bold red", "": "dim"}
 
 
 class TerminalView:
-    """A live view on a terminal, or lines elsewhere. A context manager, so that the terminal is always restored."""
+    """Context manager that shows a live view on a terminal, or lines elsewhere; it always restores the terminal."""
 
     def __init__(self, mode: OutputMode, stream: TextIO | None) -> None:
         """Show on `stream`; on standard error by default."""

@@ -15,6 +15,13 @@ MetricValue = float | str | None
 """A number; a name, such as that of a parameter; or None for what this step could not measure."""
 
 
+TENSORBOARD_MISSING = (
+    "logging.tensorboard=true needs the package tensorboard, which is not installed. "
+    "Install it with `pip install 'betterhalf[tensorboard]'`."
+)
+"""Message of the error without the package `tensorboard`."""
+
+
 class MetricSink(Protocol):
     """Receiver of the metrics of one step at a time."""
 
@@ -64,10 +71,7 @@ class TensorBoardSink:
             from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
             from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
         except ImportError as error:
-            raise MissingExtraError(
-                "logging.tensorboard=true needs the package tensorboard, which is not installed. "
-                "Install it with `pip install 'betterhalf[tensorboard]'`."
-            ) from error
+            raise MissingExtraError(TENSORBOARD_MISSING) from error
         self._event, self._summary = Event, Summary
         self._writer: Any = EventFileWriter(str(folder))
 

@@ -62,7 +62,7 @@ def describe_model(config: ModelConfig) -> ModelDescription:
     Raises:
         InputError: there is no such model, its files cannot be read, it is not a decoder whose sequences can be packed,
             or the tokenizer does not belong to it.
-        MissingExtraError: a package is missing for `smollm2` or for a GGUF file (extra `[smollm2]`).
+        MissingExtraError: a package is missing for `smollm2` (extra `[smollm2]`) or for a GGUF file (extra `[gguf]`).
     """
     source = find_model(config)
     flags = {} if source.gguf is None else tokenizer_flags(source.gguf)

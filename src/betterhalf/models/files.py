@@ -54,7 +54,7 @@ def find_model(config: ModelConfig) -> ModelSource:
 
     Raises:
         InputError: there is no such model, or its folder has no configuration or no tokenizer.
-        MissingExtraError: a package is missing for `smollm2` or for a GGUF file (extra `[smollm2]`).
+        MissingExtraError: a package is missing for `smollm2` (extra `[smollm2]`) or for a GGUF file (extra `[gguf]`).
     """
     if config.name == "demo":
         return ModelSource(location=str(Path(__file__).parent / "demo"), arguments={})
@@ -133,7 +133,12 @@ def explained(name: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message without its full stop; the exception's type if it is empty."""
+    """Return the first line of an exception's message without its full stop; the exception's type if it is empty.
+
+    The message of a KeyError is the bare key, so its type is put before it.
+    """
+    if isinstance(error, KeyError):
+        return f"KeyError: {error}"
     return (next(iter(str(error).strip().splitlines()), "") or type(error).__name__).rstrip(".")
 
 

@@ -37,7 +37,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
     Raises:
         InputError: there is no such model, its files cannot be read, it is not a decoder whose sequences can be packed,
             or its tokenizer is missing or belongs to another model.
-        MissingExtraError: a package is missing for `smollm2` or for a GGUF file (extra `[smollm2]`).
+        MissingExtraError: a package is missing for `smollm2` (extra `[smollm2]`) or for a GGUF file (extra `[gguf]`).
     """
     return load_weights(describe_model(config))
 

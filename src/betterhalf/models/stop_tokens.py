@@ -16,6 +16,9 @@ from betterhalf.models.gguf import declares_end_token
 _QUESTION, _ANSWER = "betterhalf question", "betterhalf answer"
 """Contents of the conversation that is rendered to see how a template ends a turn."""
 
+_SETTING = "model.stop_tokens"
+"""Source of the tokens that the configuration names."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopToken:
@@ -60,7 +63,7 @@ def chosen_stop_tokens(tokens: Sequence[str | int], tokenizer: Any) -> tuple[Sto
     Raises:
         ConfigError: a text is not a single token of the tokenizer.
     """
-    chosen = (StopToken(token_id=_token_id(token, tokenizer), source="model.stop_tokens") for token in tokens)
+    chosen = (StopToken(token_id=_token_id(token, tokenizer), source=_SETTING) for token in tokens)
     return tuple(sorted({token.token_id: token for token in chosen}.values(), key=lambda token: token.token_id))
 
 
@@ -90,9 +93,10 @@ def require_in_vocabulary(name: str, stops: Sequence[StopToken], vocabulary: int
     """
     for stop in stops:
         if not 0 <= stop.token_id < vocabulary:
+            fix = "set" if stop.source == _SETTING else "fix that file, or set"
             raise InputError(
                 f"model {name!r} cannot sample its stop token {stop.token_id} ({stop.source}): its vocabulary has "
-                f"{vocabulary} tokens; fix that file, or set model.stop_tokens to the right tokens"
+                f"{vocabulary} tokens; {fix} model.stop_tokens to the right tokens"
             )
 
 

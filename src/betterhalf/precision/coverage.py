@@ -147,7 +147,7 @@ def layers_sum(layers: Sequence[nn.Linear | CpuLinear]) -> str:
 
 
 def sums_in_words(exact: Sequence[bool]) -> str:
-    """Return `fp32` if every product had FP32 sums, `less than fp32` if one had not, `none` without products."""
+    """Return `fp32` if all products have FP32 sums, `less than fp32` if one does not, `none` without products."""
     return "none" if not exact else "fp32" if all(exact) else "less than fp32"
 
 

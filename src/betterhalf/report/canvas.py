@@ -162,4 +162,4 @@ def _band_words(band: Band) -> str:
     if low is not None and high is not None:
         return f"healthy: {low:g} to {high:g}"
     bound = high if high is not None else low
-    return "" if bound is None else f"healthy: {'below' if low is None else 'above'} {bound:g}"
+    return "" if bound is None else f"healthy: {'at most' if low is None else 'at least'} {bound:g}"

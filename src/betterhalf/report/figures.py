@@ -90,12 +90,12 @@ FIGURES = (
         show_band=True,
         second_dotted=True,
         caption="Thick lines: predicted for the current lengths from the variance and correlation of the token "
-        "log-ratio; thin dotted lines: observed in the step. Healthy: above the floor, and close to each other.",
+        "log-ratio; thin dotted lines: observed in the step. Healthy: at least 0.5, and close to each other.",
     ),
     FigureSpec(
         key="usable",
         title="Usable length",
-        unit="tokens at which the predicted effective sample size reaches the floor",
+        unit="tokens at which the predicted effective sample size falls to 0.5",
         metrics=("budget/max_length", "rollout/length/mean"),
         scale="log10",
         second_dotted=True,

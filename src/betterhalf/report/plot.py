@@ -200,7 +200,7 @@ def _series(series: Series, across: Axis, axis: Axis, lone: bool) -> str:
 
 
 def _fit_line(series: Series, points: Sequence[Point], across: Axis, axis: Axis) -> str:
-    """Draw the fit from the first to the last x, or from 0 if there is only one; an outline sets it off the cloud."""
+    """Draw the fit from the first to the last x, or from 0 with only one; an outline separates it from the cloud."""
     if series.fit is None or not all(map(math.isfinite, series.fit)):
         return ""
     slope, intercept = series.fit

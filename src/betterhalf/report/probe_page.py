@@ -91,7 +91,7 @@ def budget_table(pairs: Sequence[Pair]) -> str:
         return ""
     explained = note(
         "Effective sample size (ESS) as a share of the completions: predicted from the variance of the token log-ratio "
-        "and its correlation, and observed. The usable length is the one at which the prediction falls to the floor."
+        "and its correlation, and observed. The usable length is the one at which the prediction falls to 0.5."
     )
     return explained + table(["trainer / rollout", *(title for title, _, _ in columns), "usable length, tokens"], rows)
 

@@ -30,7 +30,7 @@ class EngineCapabilities:
 
 
 class EngineBuilder(Protocol):
-    """Builds an engine without weights; see `rollout.build.build_engine`."""
+    """Builder of an engine without weights; see `rollout.build.build_engine`."""
 
     def __call__(
         self, config: RunConfig, hf_config: Any, stop_token_ids: tuple[int, ...], precision: Precision
@@ -51,14 +51,14 @@ class EngineKind:
     families: tuple[str, ...] | None
     """transformers `model_type` values that the engine computes; None if only loading the model tells."""
     capabilities: Callable[[RunConfig], EngineCapabilities]
-    """Declares what the engine can do as configured."""
+    """Declaration of what the engine can do as configured."""
     check_sampling: Callable[[SamplingConfig], None]
-    """Raises ConfigError for sampling settings that the engine cannot apply."""
+    """Check that raises ConfigError for sampling settings that the engine cannot apply."""
     check_roles: Callable[[PrecisionRoles], None]
-    """Raises ConfigError for dtype roles that the engine cannot apply."""
+    """Check that raises ConfigError for dtype roles that the engine cannot apply."""
     check_architecture: Callable[[Any], None]
-    """Raises InputError for the transformers configuration of a model of these families that it cannot compute."""
+    """Check that raises InputError for a transformers configuration of these families that it cannot compute."""
     require_installed: Callable[[torch.device], None]
-    """Raises InputError or MissingExtraError when a package that the engine needs on this device is missing."""
+    """Check that raises InputError or MissingExtraError if a package that it needs on this device is missing."""
     build: EngineBuilder
-    """Builds the engine without weights."""
+    """Builder of the engine without weights."""

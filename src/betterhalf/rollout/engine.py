@@ -14,7 +14,7 @@ from betterhalf.types import Completion, GenerateRequest
 
 
 class RolloutEngine(Protocol):
-    """Samples completions from the behavior policy mu.
+    """Sampler of completions from the behavior policy mu.
 
     Sampling is seeded: the same requests and weights give the same tokens.
 

@@ -13,7 +13,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class WeightArrivals:
-    """Checks the weights of one sync: each name once, in the engine's shape."""
+    """Check of the weights of one sync: each name once, in the engine's shape."""
 
     def __init__(self, shapes: Shapes) -> None:
         """Expect the weights of `shapes`."""

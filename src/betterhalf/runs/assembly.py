@@ -12,6 +12,7 @@ from betterhalf.algorithms.presets import Algorithm, resolve_algorithm
 from betterhalf.config.sampling import require_whole_distribution
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import MissingExtraError
+from betterhalf.metrics.sinks import TENSORBOARD_MISSING
 from betterhalf.models.description import ModelDescription, ModelFacts, describe_model
 from betterhalf.models.loading import LoadedModel, load_weights
 from betterhalf.precision.roles import Precision, build_precision
@@ -144,10 +145,7 @@ def require_logging(config: RunConfig) -> None:
         MissingExtraError: `tensorboard` is not installed.
     """
     if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise MissingExtraError(
-            "logging.tensorboard=true needs the package tensorboard; install it with "
-            "`pip install 'betterhalf[tensorboard]'`"
-        )
+        raise MissingExtraError(TENSORBOARD_MISSING)
 
 
 def with_precision(config: RunConfig, precision: str) -> RunConfig:

@@ -180,7 +180,7 @@ def _require_evaluation(run: RunDir, config: RunConfig) -> None:
     """Refuse to continue a run that is not an evaluation, or was started with other settings."""
     if not run.evaluated.exists():
         raise InputError(f"{run.path} holds no evaluation to continue; leave out --resume, or name another run_dir")
-    require_same_config(run, config)
+    require_same_config(run, config, how="Resume with the target and the settings that it was started with")
 
 
 def _require_same_subject(run: RunDir, parts: Parts) -> None:

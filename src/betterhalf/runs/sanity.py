@@ -1,4 +1,4 @@
-"""The paper's sanity test (arXiv 2510.26788, section 4): each prompt can be learned, so a sound system learns all.
+"""The paper's sanity test (arXiv 2510.26788, section 4): each prompt can be learned, so a correct system learns all.
 
 base policy -> perfectible set -> one arm for each precision, otherwise identical -> verdict
 """

@@ -112,12 +112,21 @@ def recorded_threads(run: RunDir) -> int | None:
     return (read_json(run.environment).get("threads") or {}).get("count")
 
 
-def require_same_config(run: RunDir, config: RunConfig) -> None:
-    """Refuse to continue a run with another configuration; only three kinds of settings may change.
+def require_same_config(run: RunDir, config: RunConfig, *, how: str = "") -> None:
+    """Refuse to continue a run with another configuration; only some settings may change.
 
     The watchdog's levels may change, because a stopped run must be able to continue; their effects so far are in the
     checkpoint. The settings for bad or changed rows may change, because the need for them shows during a run; the data
-    itself is compared row by row. `sanity.arms_at_once` may change, because a resumed arm keeps its threads.
+    itself is compared row by row. `sanity.arms_at_once` may change, because a resumed arm keeps its threads, and
+    `logging` may, because it changes no number.
+
+    Args:
+        run: folder of the run.
+        config: configuration to continue with.
+        how: advice on what to repeat; by default the experiment and its overrides.
+
+    Raises:
+        InputError: a setting differs; the message lists all differences.
     """
     found = config_difference(load_config(run.config), config)
     changes = [change for change in found if not _may_change(change.key)]
@@ -125,16 +134,18 @@ def require_same_config(run: RunDir, config: RunConfig) -> None:
         lines = "\n".join(f"  {change}" for change in changes)
         raise InputError(
             f"{run.path} was started with another configuration:\n{lines}\n"
-            f"Resume with the same experiment and overrides (naming {run.path} as the experiment uses its own), or "
-            "start a new run in another run_dir"
+            f"{how or _REPEAT_EXPERIMENT.format(run.path)}, or start again in another run_dir"
         )
+
+
+_REPEAT_EXPERIMENT = "Resume with the same experiment and overrides (naming {} as the experiment uses its own)"
 
 
 def _may_change(key: str) -> bool:
     section, _, rest = key.partition(".")
     if section == "task":
         return rest.removeprefix("base.") in RESUMABLE_KEYS
-    return section == "watchdog" or key == "sanity.arms_at_once"
+    return section in ("watchdog", "logging") or key == "sanity.arms_at_once"
 
 
 def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:

@@ -183,11 +183,11 @@ def masked(algorithm: Algorithm) -> Algorithm:
 
 
 def require_sound_levels(config: RunConfig) -> None:
-    """Refuse levels that could not act, before anything is loaded.
+    """Refuse levels that cannot take effect, before anything is loaded.
 
     Raises:
-        ConfigError: a metric is unknown, or not known before the update; or a mask is asked of an algorithm that cannot
-            take one, or has one already.
+        ConfigError: a metric is unknown, or not known before the update; or `mask` is set for an algorithm that does
+            not support it, or has a correction already.
     """
     for number, level in enumerate(config.watchdog.levels):
         key = f"watchdog.levels[{number}]"

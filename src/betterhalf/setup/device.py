@@ -12,7 +12,7 @@ def choose_device(config: RunConfig) -> torch.device:
     """Return the device that `config.device` names; `auto` is a GPU if there is one.
 
     Raises:
-        ConfigError: a GPU is asked for and there is none.
+        ConfigError: a GPU is requested, and there is none.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch sees no GPU; set device=cpu or device=auto")

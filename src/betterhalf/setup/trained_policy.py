@@ -66,7 +66,5 @@ def require_checkpoint(run_path: str) -> Path:
     """
     path = checkpoint.latest(RunDir.open(run_path).checkpoints)
     if path is None:
-        raise CheckpointError(
-            f"run {run_path} has no checkpoint yet; let it reach one (training.checkpoint_every), or name a model"
-        )
+        raise CheckpointError(f"run {run_path} has no checkpoint yet; let it reach one (training.checkpoint_every)")
     return path

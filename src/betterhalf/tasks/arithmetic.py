@@ -111,7 +111,7 @@ STORIES = (
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas")
 ITEMS = ("apples", "oranges", "cookies", "nuts", "plums", "candies", "pears", "cherries")
 INSTRUCTION = "Answer in one short sentence."
-"""Keeps the completions of a small model short: most of SmolLM2-135M's then end within 40 tokens."""
+"""Instruction that keeps a small model's completions short: most of SmolLM2-135M's then end within 40 tokens."""
 
 
 def word_problem(seed: int, index: int) -> tuple[str, int]:
@@ -126,7 +126,7 @@ def word_problem(seed: int, index: int) -> tuple[str, int]:
 
 
 _NUMBER = re.compile(r"(?<![\d.])(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
-"""Matches 1,234 and 12.50 and -3; the minus in `5-3` is not a sign."""
+"""Pattern of numbers such as 1,234 and 12.50 and -3; the minus in `5-3` is not a sign."""
 
 
 def last_number(text: str) -> float | None:

@@ -75,9 +75,9 @@ def build_math(config: MathTask, tokenizer: Tokenizer) -> DatasetTask:
         InputError: the data cannot be read or is empty, or the tokenizer lacks the chat template that the task needs.
         MissingExtraError: the data set is on the hub and `datasets` is not installed.
     """
+    rows = load_rows(config.path, config.split)
     if config.template == "chat":
         require_chat_template(tokenizer)
-    rows = load_rows(config.path, config.split)
     return DatasetTask(
         problems=MathProblems(source=config.path, rows=rows, template=config.template, tokenizer=tokenizer),
         grader=MathGrader(config.template, seconds=config.reward_seconds, workers=config.reward_workers),

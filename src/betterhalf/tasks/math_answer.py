@@ -11,7 +11,7 @@ _THINK_END = "</think>"
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _THOUSANDS = (re.compile(r"(?<=\d)(?:\\[,;: ]|\{,\}|~)(?=\d{3}(?!\d))"), "")
-"""Matches the separators in 10\\,000 and 10{,}000, but not the space in 3\\,1/2, which has a meaning."""
+"""Pattern of the separators in 10\\,000 and 10{,}000, but not the space in 3\\,1/2, which has a meaning."""
 _SAME_LOOK = (
     (re.compile(r"\\!"), ""),
     _THOUSANDS,
@@ -58,7 +58,7 @@ _FINITE = re.compile(
     r"|\\(?:sqrt(?!\s*\[)|pi|text|mbox|mathrm|left|right|le|leq|ge|geq|lt|gt|in|cup|cap|pm|cdot|times|infty|begin|end|quad)"
     r"(?![A-Za-z]))*"
 )
-"""Matches digits, variables, sums, products, roots, small powers, divisions by a number: never infinite or huge."""
+"""Pattern of digits, variables, sums, products, roots, small powers, divisions by a number: never infinite or huge."""
 MAX_WORDS = 6
 """Maximum number of words of a gold answer; anything longer is a sentence."""
 MAX_DIGITS = 4000

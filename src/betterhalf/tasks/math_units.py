@@ -13,7 +13,7 @@ _BARE_UNIT = re.compile(
 _RATE = re.compile(
     r"(.*[\d})%$])(?:\\[ ,;:]|[\s~])+([A-Za-z]+(?:\^?\{?\d\}?)?\s*/\s*[A-Za-z]+(?:\^?\{?\d\}?)?)", re.DOTALL
 )
-"""Matches 5 km/h, but not 5m/s: without a space, it is a quotient of variables."""
+"""Pattern of a rate such as 5 km/h, but not 5m/s: without a space, it is a quotient of variables."""
 _SHORT = frozenset({"mm", "cm", "dm", "km", "ft", "in", "yd", "mi", "kg", "mg", "lb", "lbs", "oz", "ml", "mph", "sq"})
 _SHORT_WORDS = frozenset(
     {"day", "men", "sec", "min", "hrs", "hr", "yr", "yrs", "kph", "feet", "inch", "cup", "tsp", "ton", "gal"}

@@ -58,8 +58,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         os.replace(partial, final)
     except Exception as error:  # safetensors raises its own class for errors of the disk
         shutil.rmtree(partial, ignore_errors=True)
-        fix = "free disk space, then continue" if disk_full(error) else "fix the cause, then continue"
-        raise RunError(f"checkpoint {final} cannot be written ({error}); {fix} with --resume") from error
+        fix = "free disk space" if disk_full(error) else "check permissions, quota and file size limit of its folder"
+        raise RunError(f"checkpoint {final} cannot be written ({error}); {fix}, then continue with --resume") from error
     for old in _complete(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final

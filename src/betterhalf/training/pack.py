@@ -109,7 +109,7 @@ def _denominators(rollouts: Sequence[Rollout], max_tokens: int) -> Denominators:
 
 
 class _Packer:
-    """Builds micro-batches from rollout indices."""
+    """Builder of micro-batches from rollout indices."""
 
     def __init__(self, rollouts: Sequence[Rollout], advantages: Sequence[float], budget: int) -> None:
         self.rollouts = rollouts

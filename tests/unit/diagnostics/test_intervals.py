@@ -106,6 +106,16 @@ def test_percentiles_of_sequences_take_368_independent_completions() -> None:
     assert min(covered.values()) >= 22
 
 
+def test_few_completions_are_never_called_equivalent_to_none() -> None:
+    trainer_C, behavior_C, owner_C, *_ = probe_like("normal", 0.05, 1, 0)
+    few_C = owner_C < 3
+    found = confidence_intervals(
+        *(trainer_C[few_C], behavior_C[few_C], owner_C[few_C], 3), resamples=20, confidence=0.95, seed=0
+    )
+    reason = found["mismatch/sequence_log_ratio/p99"].reason
+    assert reason and "3 completions, equivalent to fewer than 1 independent one, are too few" in reason
+
+
 def test_extremes_and_counts_have_no_interval() -> None:
     found = confidence_intervals(*probe_like("normal", 0.05, 16, 0)[:4], resamples=20, confidence=0.95, seed=0)
     for name in EXTREMES:

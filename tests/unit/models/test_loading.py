@@ -89,6 +89,14 @@ def test_transformers_says_nothing_while_a_gguf_file_is_read(capsys: pytest.Capt
     assert files.modeling_gguf_pytorch_utils.tqdm is bar
 
 
+def test_a_damaged_file_that_lacks_a_key_is_explained_by_more_than_the_key(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"cannot be loaded \(KeyError: 'added_tokens'\); restore its files"):
+        load_model(ModelConfig(name=str(tmp_path)))
+
+
 def test_an_encoder_is_refused(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, tmp_path)

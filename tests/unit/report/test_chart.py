@@ -70,7 +70,7 @@ def test_the_band_covers_exactly_its_share_of_the_axis() -> None:
     assert float(band.get("y", "")) + float(band.get("height", "")) == pytest.approx(BOTTOM)
     edges = [element.get("y1") for element in root.iter("line") if element.get("class") == "edge"]
     assert edges == [f"{middle:.1f}"]
-    assert "healthy: below 0.001" in "".join(root.itertext())
+    assert "healthy: at most 0.001" in "".join(root.itertext())
 
 
 def test_a_band_wider_than_the_data_fills_the_plot_without_an_edge() -> None:

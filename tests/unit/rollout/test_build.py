@@ -25,7 +25,7 @@ from betterhalf.runs.arms import plan_arms
 
 SRC = Path(betterhalf.__file__).parent
 ASKS = re.compile(r"engine\.type\s*(?:[!=]=|in\b)|isinstance\([^)]*Engine(?:Config)?\)")
-"""Matches code that asks which engine it is."""
+"""Pattern of code that asks which engine it is."""
 
 
 def config(engine: dict[str, Any], **changes: Any) -> RunConfig:

@@ -30,7 +30,7 @@ def batch_bucket(active: int, slots: int) -> int:
 
 
 class DecodeGraphs:
-    """Captures a step on first use, then replays it.
+    """CUDA graphs of decode steps; each is captured on first use, then replayed.
 
     Valid while the tensors of the table, the cache and the weights stay in place.
     """

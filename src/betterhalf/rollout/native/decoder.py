@@ -76,7 +76,7 @@ class Decoder:
         self.rope_tables: tuple[_RopeTable, _RopeTable] = ((torch.empty(0),) * 2,) * 2
         """Tables for attention in half and in an FP32 island: cosine and sine, [positions, 1, D] each."""
         self.tap: Tap | None = None
-        """Receives, and may replace, the result of every operation; None in normal use."""
+        """Function that receives, and may replace, the result of every operation; None in normal use."""
 
     def reserve(self, max_length: int) -> None:
         """Make rope tables for positions below `max_length`, unless the present ones are long enough."""

@@ -35,7 +35,7 @@ _LENGTH_MULTIPLE = 16
 
 
 class NativeEngine:
-    """Samples completions from its own copy of the policy; implements `rollout.engine.RolloutEngine`."""
+    """Engine with its own copy of the policy, in this process; implements `rollout.engine.RolloutEngine`."""
 
     def __init__(
         self,

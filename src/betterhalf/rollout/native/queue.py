@@ -14,7 +14,7 @@ from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.native.slots import ActiveSequence
 
 _PREFILL_TOKENS = 4096
-"""Most prompt tokens run in one pass; prompts are run ahead of need up to this number."""
+"""Maximum number of prompt tokens run in one pass; prompts are run ahead of need up to this number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ def rows_at_once(vocabulary: int) -> int:
 
 
 class RunningBatch:
-    """Runs the decoder over a slot table and samples from one distribution."""
+    """Batch of running sequences: a decoder over a slot table, sampled from one distribution."""
 
     def __init__(
         self, decoder: Decoder, table: SlotTable, graphs: DecodeGraphs | None, wanted: sampler.Distribution
@@ -38,7 +38,7 @@ class RunningBatch:
     @property
     def lag(self) -> int:
         """Steps launched before the host reads the result of an earlier one: it would otherwise wait for each graph.
-        Sequences that have ended stand still meanwhile."""
+        Sequences that have ended are not advanced meanwhile."""
         return 0 if self._graphs is None else 1
 
     def admit(self, queue: PromptQueue) -> PendingStep:

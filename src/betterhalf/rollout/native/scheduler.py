@@ -27,10 +27,10 @@ class Limits:
     vocabulary: int
     """Tokens the model knows."""
     max_tokens: int
-    """Most tokens of a completion, where the context has room for them."""
+    """Maximum number of tokens of a completion, where the context has room for them."""
 
     def tokens(self, request: GenerateRequest) -> int:
-        """Return the most tokens that each completion of a request may have."""
+        """Return the maximum number of tokens of each completion of a request."""
         return min(self.max_tokens, self.context - len(request.token_ids))
 
 
@@ -41,9 +41,9 @@ class Capacity:
     sequences: int
     """Sequences that run at once, if the engine has that many slots."""
     length: int
-    """Most tokens of a prompt and its completion together."""
+    """Maximum number of tokens of a prompt and its completion together."""
     tokens: int
-    """Most tokens of a completion."""
+    """Maximum number of tokens of a completion."""
 
     @classmethod
     def of(cls, requests: Iterable[GenerateRequest], limits: Limits) -> Capacity:
@@ -57,7 +57,7 @@ class Capacity:
 
 
 class Scheduler:
-    """Samples completions step by step, for requests that may be added and cancelled between steps.
+    """Step-by-step sampler of completions, for requests that may be added and cancelled between steps.
 
     Draws depend on the key of a request alone, so a request added late gets the tokens it would have got in the first
     batch, up to rounding that differs between batch shapes. One scheduler of an engine is used at a time, and its

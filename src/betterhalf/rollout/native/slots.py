@@ -27,7 +27,7 @@ class ActiveSequence:
     prompt_length: int
     """Tokens of the prompt."""
     max_tokens: int
-    """Most tokens it may sample, within the model's context."""
+    """Maximum number of tokens it may sample, within the model's context."""
     key: int
     """Start of its stream of random numbers; see `sampler.sequence_key`."""
     label: str = ""
@@ -148,7 +148,7 @@ class SlotTable:
     def record(self, slots: slice, draw: Draw) -> Tensor:
         """Store one sampled token for each of these slots that runs.
 
-        A sequence that has ended or is broken stands still afterwards, whether the host knows it yet or not.
+        A sequence that has ended or is broken is not advanced afterwards, whether the host knows it yet or not.
 
         Returns:
             Event of each slot, int8: `BROKEN` where a logit or the logprob is not finite, else `ENDED` where the

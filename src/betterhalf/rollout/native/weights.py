@@ -171,8 +171,9 @@ class DecoderWeights:
         for name, tensor in self.held():
             if not bool(tensor.isfinite().all()):
                 return (
-                    f"the weight {name} holds NaN or infinity; restore the model's files, or, if it is only too "
-                    "large for fp16, set precision=bf16 or precision=fp32"
+                    f"the weight {name} holds NaN or infinity; restore the model's files, or lower "
+                    "optimizer.learning_rate if training caused it, or, if it is only too large for fp16, set "
+                    "precision=bf16 or precision=fp32"
                 )
         return (
             "the weights are finite, so values overflow on the way; set precision=bf16 or precision=fp32, or make the "

@@ -30,7 +30,7 @@ _PROBE_TOKENS = 8
 
 
 class VllmEngine:
-    """Samples completions with vLLM; implements `rollout.engine.RolloutEngine`.
+    """Engine that samples with vLLM in its own process; implements `rollout.engine.RolloutEngine`.
 
     The process starts when it is first needed, because a start takes some 10 seconds, which bad input elsewhere would
     waste.

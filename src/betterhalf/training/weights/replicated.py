@@ -111,7 +111,7 @@ class ReplicatedWeights:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Copy the masters to the computing parameters, rounded once to the compute dtype."""
+        """Copy the masters to the parameters that compute, rounded once to the compute dtype."""
         if not self.shared:
             for name, parameter in self._compute.items():
                 master = self.masters[name]

@@ -39,7 +39,7 @@ class WeightStore(Protocol):
         ...
 
     def publish(self) -> None:
-        """Copy the masters to the computing parameters, rounded once to the compute dtype."""
+        """Copy the masters to the parameters that compute, rounded once to the compute dtype."""
         ...
 
     def on_the_wire(self, wire_dtype: torch.dtype) -> NamedTensors:

@@ -148,7 +148,7 @@ def test_what_vllm_cannot_do_is_refused_before_a_start(make: Make, precision: di
 
 
 def test_a_temperature_that_vllm_would_replace_is_refused(make: Make) -> None:
-    with pytest.raises(ConfigError, match="vLLM samples at temperature 0.01 when told 0.001"):
+    with pytest.raises(ConfigError, match="vLLM raises temperatures below 0.01 to 0.01, so 0.001 cannot"):
         make().generate([request(1)], SamplingConfig(temperature=0.001))
 
 
