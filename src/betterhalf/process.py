@@ -262,8 +262,11 @@ def collect_garbage() -> None:
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[None]:
-    """Handle a SIGINT that arrives in the block after it. Only the main thread handles signals."""
-    if threading.current_thread() is not threading.main_thread():
+    """Handle a SIGINT that arrives in the block after it.
+
+    Only the main thread handles signals, and a handler that is not Python's cannot be put back.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
     arrived: list[tuple[int, FrameType | None]] = []
