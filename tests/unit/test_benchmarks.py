@@ -101,3 +101,12 @@ def test_the_work_on_a_gpu_is_that_of_the_weights_and_of_causal_attention(
     assert gpu.train_flops(hf, sequences=2, length=3) == 6 * matrices * 6 + 3 * attention
     # Two sequences of 5 tokens: keys and values of one head of 32, in 2 layers, 2 bytes each.
     assert gpu.decode_bytes(hf, sequences=2, length=5) == 2 * (matrices + 2 * 5 * 2 * 32 * 2)
+
+
+def test_two_trees_compare_every_metric_but_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = benchmark("two_trees", monkeypatch).differing
+    old = [{"metrics": {"time/step_seconds": 1.0, "policy/loss": 0.1, "optim/grad_norm": None}}] * 2
+    assert compared(old, old) == (4, [])
+    slower = {"time/step_seconds": 2.0, "system/peak_memory_gib": 3.0, "optim/grad_norm": None}
+    new = [old[0], {"metrics": {**slower, "policy/loss": 0.1 + 2**-56}}]
+    assert compared(old, new) == (4, ["step 2, policy/loss: 0.1 -> 0.10000000000000002"])
