@@ -24,7 +24,8 @@ from betterhalf.precision import coverage
 from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.cpu_embedding import use_cpu_embedding
 from betterhalf.precision.cpu_linear import Widened, use_cpu_linear
-from betterhalf.precision.formats import dtype_name, narrowest_format
+from betterhalf.precision.emulation import emulation_facts, rounding_results
+from betterhalf.precision.formats import held_format, narrowest_format
 from betterhalf.precision.island_hooks import use_islands
 from betterhalf.precision.loss_scaler import LossScaler, build_loss_scaler
 from betterhalf.precision.products import has_native_matmul
@@ -62,9 +63,10 @@ class PolicyTrainer:
         self.policy_version = policy_version
         self.module = model.module.to(precision.device)
         require_no_dropout(self.module.config)
+        self._results = rounding_results(precision.roles.compute_dtype)
         self.islands = precision.islands(self.module.config.num_hidden_layers, precision.roles.compute_dtype)
         use_islands(self.module, self.islands, precision.compute_dtype)
-        self.weights = store(self.module, precision.compute_dtype, self.islands)
+        self.weights = store(self.module, precision.roles.compute_dtype, self.islands)
         use_cpu_linear(self.module, precision)
         use_cpu_embedding(self.module, precision)
         coverage.require_covered(self.module, precision)
@@ -127,7 +129,8 @@ class PolicyTrainer:
     def measure(self, packs: Sequence[MicroBatch], temperature: float | None = None) -> list[TokenScores]:
         """See `Trainer.measure`."""
         temperature = self.config.sampling.temperature if temperature is None else temperature
-        measured = [self._measure(micro, temperature) for micro in self._on_device(packs)]
+        with self._results:
+            measured = [self._measure(micro, temperature) for micro in self._on_device(packs)]
         return [TokenScores(logprobs_C=logprobs.cpu(), entropies_C=entropies.cpu()) for logprobs, entropies in measured]
 
     def _on_device(self, packs: Sequence[MicroBatch]) -> list[MicroBatch]:
@@ -146,6 +149,10 @@ class PolicyTrainer:
 
         They equal those of `measure` bit for bit.
         """
+        with self._results:
+            return self._score(micro)
+
+    def _score(self, micro: MicroBatch) -> Tensor:
         hidden = self._hidden_rows(micro)
         temperature = self.config.sampling.temperature
         return token_logprobs(hidden, self._head(), micro.target_ids_C, temperature, self._workspace)
@@ -157,10 +164,11 @@ class PolicyTrainer:
     ) -> LossStats:
         """See `Trainer.forward_backward`; each pack's half gradient is added to the FP32 sum at once."""
         stats = LossStats.empty()
-        for micro in self._on_device(packs):
-            output = policy_loss(algorithm, LossInputs.of(micro, self.score(micro)), denominators)
-            self.scaler.scale_loss(output.loss).backward()  # type: ignore[no-untyped-call]
-            stats += output.stats
+        with self._results:
+            for micro in self._on_device(packs):
+                output = policy_loss(algorithm, LossInputs.of(micro, self._score(micro)), denominators)
+                self.scaler.scale_loss(output.loss).backward()  # type: ignore[no-untyped-call]
+                stats += output.stats
         return stats
 
     def optim_step(self, learning_rate: float) -> OptimReport:
@@ -190,7 +198,7 @@ class PolicyTrainer:
 
     def wire_weights(self) -> WireWeights:
         """See `Trainer.wire_weights`."""
-        tensors = self.weights.on_the_wire(self.precision.wire_dtype)
+        tensors = self.weights.on_the_wire(self.precision.roles.wire_dtype)
         return WireWeights(policy_version=self.policy_version, tensors=tensors)
 
     def report(self) -> SideReport:
@@ -207,10 +215,10 @@ class PolicyTrainer:
         _, master = next(self.weights.trainable())
         norms = [value for name, value in computing.items() if "norm" in name]
         buffers = [value for name, value in self.module.named_buffers() if "inv_freq" in name]
+        compute, wire = self.precision.roles.compute_dtype, self.precision.roles.wire_dtype
         kinds: dict[str, Tensor] = {
             "weights": next(iter(computing.values())),
             "compute": hidden,
-            "wire": wired,
             "lm_head": logits,
             "rope": buffers[0] if buffers else hidden,
             "norm": norms[0] if norms else hidden,
@@ -220,13 +228,14 @@ class PolicyTrainer:
         }
         return SideReport(
             side="trainer",
-            dtypes={region: dtype_name(tensor.dtype) for region, tensor in kinds.items()}
-            | {"compute": narrowest_format(hidden)},
+            dtypes={region: held_format(tensor, compute) for region, tensor in kinds.items()}
+            | {"compute": narrowest_format(hidden), "wire": held_format(wired, wire)},
             facts={
                 "attention": self.attention,
                 "linear_layers": coverage.described(layers),
                 "matmul_sums": coverage.layers_sum(layers),
                 "rounding": "transformers, compiled" if self.config.training.compile_layers else "transformers",
+                **emulation_facts(compute),
                 "fp32_modules": self.islands.described(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
@@ -252,7 +261,8 @@ class PolicyTrainer:
         count = min(most, self.module.get_input_embeddings().weight.shape[0])
         ids = torch.arange(count, device=self.precision.device).unsqueeze(0)
         whole = PackLayout((PackedSegment(length=count),))
-        out = self.module.get_decoder()(input_ids=ids, position_ids=ids, layout=whole, use_cache=False)
+        with self._results:
+            out = self.module.get_decoder()(input_ids=ids, position_ids=ids, layout=whole, use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 

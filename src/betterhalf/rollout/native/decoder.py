@@ -315,6 +315,6 @@ def _in_parts(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear(rounding: Rounding, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Project `x` and round the result once, in the half kernel or after FP32 sums; an FP32 island does not round."""
+    """Project `x` and round the result, in the half kernel or after FP32 sums; an FP32 island does not round."""
     out = product(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, bias)
-    return rounding.round(out) if rounding.widened else out
+    return rounding.round(out) if rounding.rounds_products else out
