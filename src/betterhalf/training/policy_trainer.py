@@ -146,9 +146,12 @@ class PolicyTrainer:
 
         They equal those of `measure` bit for bit.
         """
-        hidden = self._hidden_rows(micro)
+        return self._score(self._hidden_rows(micro), micro)
+
+    def _score(self, hidden_CH: Tensor, micro: MicroBatch) -> Tensor:
+        """Return the logprobs of the completion tokens from their final hidden states, float32 [C], with a graph."""
         temperature = self.config.sampling.temperature
-        return token_logprobs(hidden, self._head(), micro.target_ids_C, temperature, self._workspace)
+        return token_logprobs(hidden_CH, self._head(), micro.target_ids_C, temperature, self._workspace)
 
     # -- learning
 
@@ -158,9 +161,13 @@ class PolicyTrainer:
         """See `Trainer.forward_backward`; each pack's half gradient is added to the FP32 sum at once."""
         stats = LossStats.empty()
         for micro in self._on_device(packs):
-            output = policy_loss(algorithm, LossInputs.of(micro, self.score(micro)), denominators)
+            hidden_CH = self._hidden_rows(micro)
+            # Keeps the gradient, as large as the hidden states themselves, until the end of the backward pass.
+            hidden_CH.retain_grad()
+            output = policy_loss(algorithm, LossInputs.of(micro, self._score(hidden_CH, micro)), denominators)
             self.scaler.scale_loss(output.loss).backward()  # type: ignore[no-untyped-call]
-            stats += output.stats
+            assert hidden_CH.grad is not None
+            stats += output.stats.with_gradient(hidden_CH.grad)
         return stats
 
     def optim_step(self, learning_rate: float) -> OptimReport:
