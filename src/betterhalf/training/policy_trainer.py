@@ -150,12 +150,12 @@ class PolicyTrainer:
         They equal those of `measure` bit for bit.
         """
         with self._results:
-            return self._score(micro)
+            return self._score(self._hidden_rows(micro), micro)
 
-    def _score(self, micro: MicroBatch) -> Tensor:
-        hidden = self._hidden_rows(micro)
+    def _score(self, hidden_CH: Tensor, micro: MicroBatch) -> Tensor:
+        """Return the logprobs of the completion tokens from their final hidden states, float32 [C], with a graph."""
         temperature = self.config.sampling.temperature
-        return token_logprobs(hidden, self._head(), micro.target_ids_C, temperature, self._workspace)
+        return token_logprobs(hidden_CH, self._head(), micro.target_ids_C, temperature, self._workspace)
 
     # -- learning
 
@@ -166,9 +166,13 @@ class PolicyTrainer:
         stats = LossStats.empty()
         with self._results:
             for micro in self._on_device(packs):
-                output = policy_loss(algorithm, LossInputs.of(micro, self._score(micro)), denominators)
+                hidden_CH = self._hidden_rows(micro)
+                # Keeps the gradient, as large as the hidden states themselves, until the end of the backward pass.
+                hidden_CH.retain_grad()
+                output = policy_loss(algorithm, LossInputs.of(micro, self._score(hidden_CH, micro)), denominators)
                 self.scaler.scale_loss(output.loss).backward()  # type: ignore[no-untyped-call]
-                stats += output.stats
+                assert hidden_CH.grad is not None
+                stats += output.stats.with_gradient(hidden_CH.grad)
         return stats
 
     def optim_step(self, learning_rate: float) -> OptimReport:
