@@ -26,6 +26,8 @@ KEYS = 64
 """Positions of a tile."""
 _FEW, _MANY = 8, 64
 """Queries of a block: of a decode step, and of anything longer."""
+_NARROWEST = 16
+"""Smallest head dimension of a product: narrower heads are padded, because torch computes tiny products otherwise."""
 _MAX_SCORES = 2**20
 """Maximum number of scores of a block, all heads together; 4 MiB."""
 
@@ -85,8 +87,10 @@ def by_tile(hidden: Tensor) -> Tensor:
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
     """Attend to whole tiles: q [B, R, D], keys and values [B, J * KEYS, D], hidden [J, 1 or B, 1 or R, KEYS]."""
-    rows = q.shape[1]
-    missing = _block_size(rows, q.shape[2]) - rows
+    _, rows, dim = q.shape
+    missing = _block_size(rows, dim) - rows
+    if dim < _NARROWEST:
+        q, keys, values = (F.pad(x, (0, _NARROWEST - dim)) for x in (q, keys, values))
     if missing:
         q = F.pad(q, (0, 0, 0, missing))
         hidden = hidden if hidden.shape[2] == 1 else F.pad(hidden, (0, 0, 0, missing))
@@ -97,7 +101,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
     for weight, tile in zip(weights, values.split(KEYS, 1), strict=True):
         total += weight.sum(-1)
         mixed += batched_product(weight, tile)
-    return mixed.div_(total.unsqueeze(-1))[:, :rows]
+    return mixed.div_(total.unsqueeze(-1))[:, :rows, :dim]
 
 
 def _whole_tiles(x: Tensor) -> Tensor:
@@ -129,7 +133,7 @@ def _head_blocks(heads: int, scores: int) -> Iterator[slice]:
 
 def _block_size(rows: int, dim: int) -> int:
     """Return the size of the blocks that compute this number of queries."""
-    sizes = block_sizes(dim, torch.get_num_threads())
+    sizes = block_sizes(max(dim, _NARROWEST), torch.get_num_threads())
     return sizes[0] if rows <= _FEW else sizes[-1]
 
 
@@ -138,7 +142,7 @@ def block_sizes(dim: int, threads: int) -> tuple[int, ...]:
     """Return the block sizes that give the same bits for heads of this dimension, in ascending order.
 
     Args:
-        dim: head dimension, D.
+        dim: head dimension, D, at least `_NARROWEST`.
         threads: number of threads that compute; it may change the order of sums.
 
     Raises:
