@@ -65,8 +65,9 @@ RatioTreatment = Literal["raw", "truncate", "mask", "clip"]
 RatioGradient = Literal["ratio", "logprob"]
 """Factor of the surrogate that is differentiated: the ratio, or log pi with the ratio held constant."""
 
-RoundingMode = Literal["engine", "aligned"]
-"""Rounding points of the native engine: those of production engines, or those of the trainer."""
+RoundingMode = Literal["engine", "aligned", "exact"]
+"""Rounding points of the native engine: those of production engines, or those of the trainer; `exact` also makes every
+product and sum independent of the batch, on both sides."""
 
 HeadDtype = Literal["fp32", "model"]
 """Precision of the LM head's product in vLLM; `model` is the rollout dtype."""

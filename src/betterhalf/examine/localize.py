@@ -149,7 +149,8 @@ def _replayed(decoder: Decoder, token_ids: Sequence[int], prompt_length: int) ->
 
 
 def _yardstick(decoder: Decoder, dtype: DtypeName, tokens: int, *, trainer: bool) -> Yardstick:
-    config, mode = decoder.config, decoder.rounding.mode
+    config = decoder.config
+    mode: Side = "engine" if decoder.rounding.mode == "engine" else "aligned"
     sizes = Sizes(
         hidden=config.hidden_size,
         heads=config.query_size,

@@ -106,7 +106,8 @@ def config_in(subject: Subject, dtype: DtypeName) -> RunConfig:
 
 def precision_in(subject: Subject, dtype: DtypeName) -> Precision:
     """Return the precision with every role in one format, on the configured device."""
-    return build_precision(config_in(subject, dtype).precision, choose_device(subject.config))
+    config = config_in(subject, dtype)
+    return build_precision(config.precision, choose_device(config), exact=config.exact)
 
 
 def trainer_in(subject: Subject, dtype: DtypeName, *, hooked: bool = False) -> PolicyTrainer:

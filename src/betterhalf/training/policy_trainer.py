@@ -24,13 +24,14 @@ from betterhalf.precision import coverage
 from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.cpu_embedding import use_cpu_embedding
 from betterhalf.precision.cpu_linear import Widened, use_cpu_linear
+from betterhalf.precision.cpu_silu import use_cpu_silu
 from betterhalf.precision.emulation import emulation_facts, rounding_results
 from betterhalf.precision.formats import held_format, narrowest_format
 from betterhalf.precision.island_hooks import use_islands
 from betterhalf.precision.loss_scaler import LossScaler, build_loss_scaler
-from betterhalf.precision.products import has_native_matmul
+from betterhalf.precision.products import has_native_matmul, packed
 from betterhalf.precision.roles import Precision
-from betterhalf.training.token_scores import Head, LogitsWorkspace, head_logits, measure_tokens, token_logprobs
+from betterhalf.training.token_scores import Head, LogitsWorkspace, measure_tokens, token_logprobs
 from betterhalf.training.trainer import OptimReport, TokenScores, TrainerState, WireWeights
 from betterhalf.training.weights.replicated import ReplicatedWeights
 from betterhalf.training.weights.store import StoreFactory
@@ -69,9 +70,12 @@ class PolicyTrainer:
         self.weights = store(self.module, precision.roles.compute_dtype, self.islands)
         use_cpu_linear(self.module, precision)
         use_cpu_embedding(self.module, precision)
+        if precision.exact:
+            use_cpu_silu(self.module.get_decoder())
         coverage.require_covered(self.module, precision)
         sums = precision.fp32_sums(precision.roles.compute_dtype)
-        self.attention = attention_name(precision.device, _head_dim(self.module.config), fp32_sums=sums)
+        head_dim = _head_dim(self.module.config)
+        self.attention = attention_name(precision.device, head_dim, fp32_sums=sums, exact=precision.exact)
         use_packed_attention(self.module, self.attention, compiled=config.training.compile_layers)
         if config.training.activation_checkpointing:
             self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -116,14 +120,20 @@ class PolicyTrainer:
         tied = weight is self.module.get_input_embeddings().weight
         return self.weights.second_use(weight) if tied else weight
 
-    def _head(self) -> Head:
+    def head(self) -> Head:
         """Return the head's weight for each product; on a CPU, logits use a copy widened to FP32 after each update."""
         weight = self._head_parameter.detach()
         wide = weight if weight.is_cuda or weight.dtype == torch.float32 else self._head_wide()
         native = weight.is_cuda or (
             has_native_matmul(weight.dtype) and not self.precision.fp32_sums(self.precision.roles.compute_dtype)
         )
-        return Head(weight=self._head_parameter, logits_weight=wide, grad_weight=weight if native else wide)
+        tiled = packed(wide) if self.precision.exact else None
+        return Head(
+            weight=self._head_parameter,
+            logits_weight=wide,
+            grad_weight=weight if native else wide,
+            tiled_weight=tiled,
+        )
 
     @torch.no_grad()
     def measure(self, packs: Sequence[MicroBatch], temperature: float | None = None) -> list[TokenScores]:
@@ -142,7 +152,7 @@ class PolicyTrainer:
         # Without gradients, compiled layers would be different code, with other rounding points.
         with torch.set_grad_enabled(self.config.training.compile_layers):
             hidden = self._hidden_rows(micro).detach()
-        return measure_tokens(hidden, self._head(), micro.target_ids_C, temperature, self._workspace)
+        return measure_tokens(hidden, self.head(), micro.target_ids_C, temperature, self._workspace)
 
     def score(self, micro: MicroBatch) -> Tensor:
         """Return the logprobs of each completion token, float32 [C], with a graph, for a pack on the device.
@@ -155,7 +165,7 @@ class PolicyTrainer:
     def _score(self, hidden_CH: Tensor, micro: MicroBatch) -> Tensor:
         """Return the logprobs of the completion tokens from their final hidden states, float32 [C], with a graph."""
         temperature = self.config.sampling.temperature
-        return token_logprobs(hidden_CH, self._head(), micro.target_ids_C, temperature, self._workspace)
+        return token_logprobs(hidden_CH, self.head(), micro.target_ids_C, temperature, self._workspace)
 
     # -- learning
 
@@ -238,7 +248,7 @@ class PolicyTrainer:
                 "attention": self.attention,
                 "linear_layers": coverage.described(layers),
                 "matmul_sums": coverage.layers_sum(layers),
-                "rounding": "transformers, compiled" if self.config.training.compile_layers else "transformers",
+                "rounding": self._rounding(),
                 **emulation_facts(compute),
                 "fp32_modules": self.islands.described(),
                 "torch": torch.__version__,
@@ -247,6 +257,11 @@ class PolicyTrainer:
             },
             digests=weights_digests(self.weights.computing()),
         )
+
+    def _rounding(self) -> str:
+        if self.precision.exact:
+            return "exact"
+        return "transformers, compiled" if self.config.training.compile_layers else "transformers"
 
     @torch.no_grad()
     def _probe(self) -> tuple[Tensor, Tensor]:
@@ -258,7 +273,7 @@ class PolicyTrainer:
                 "model's files for NaN, train in a wider format (precision=bf16 or precision=fp32), or make the "
                 "modules that overflow FP32 islands with precision.fp32_modules"
             )
-        return hidden, head_logits(hidden, self._head().logits_weight)
+        return hidden, self.head().logits(hidden)
 
     def _few_hidden(self, most: int) -> Tensor:
         """Compute final hidden states of the first ids of the vocabulary, at most `most`: [T, H]."""

@@ -197,7 +197,8 @@ class NativeEngine:
     def _allocate(self, slots: int, length: int, tokens: int) -> SlotTable:
         device = self._precision.device
         dtype = torch.float32 if device.type == "cpu" else self._precision.kv_dtype
-        cache = KVCache(self._shape, slots=slots, max_length=length, dtype=dtype, device=device)
+        tiled = self._rounding.tiled
+        cache = KVCache(self._shape, slots=slots, max_length=length, dtype=dtype, device=device, tiled=tiled)
         self._decoder.reserve(length)
         self._table = SlotTable(cache, tokens, self._stop_lookup)
         if self._config.cuda_graphs and device.type == "cuda":
@@ -260,4 +261,5 @@ def _storage(precision: Precision) -> Storage:
         linear=torch.float32 if widened else precision.rollout_dtype,
         head=torch.float32 if precision.device.type == "cpu" else precision.rollout_dtype,
         device=precision.device,
+        apart=precision.exact,
     )

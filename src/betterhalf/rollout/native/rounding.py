@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from betterhalf.kernels import fused
+from betterhalf.precision.cpu_silu import silu
 from betterhalf.precision.emulation import to_format
 from betterhalf.precision.formats import is_emulated, torch_dtype
 from betterhalf.precision.islands import Islands, LayerIslands
@@ -28,7 +29,7 @@ class Rounding:
     """Element-wise operations of the decoder, which round where the mode says."""
 
     mode: RoundingMode
-    """`engine` rounds where production engines do, `aligned` where the trainer does."""
+    """`engine` rounds where production engines do, `aligned` where the trainer does; `exact` rounds as `aligned`."""
     format: DtypeName
     """Grid of activations: the rollout dtype."""
     container: torch.dtype
@@ -71,7 +72,12 @@ class Rounding:
     @property
     def aligned(self) -> bool:
         """True if half values are rounded where the trainer rounds them."""
-        return self.mode == "aligned" and not self.exact
+        return self.mode != "engine" and not self.exact
+
+    @property
+    def tiled(self) -> bool:
+        """True if products and attention are computed by the trainer's functions, independently of the batch."""
+        return self.mode == "exact"
 
     def round(self, x: Tensor) -> Tensor:
         """Round to the nearest value of the grid; the result is in the container."""
@@ -118,7 +124,7 @@ class Rounding:
         """
         first, second = x.chunk(2, -1)
         swapped = torch.cat((second, first), -1)
-        if self.mode == "aligned":
+        if self.mode != "engine":
             return self.round(self.round(x * cos) + self.round(swapped * sin))
         return self.round((x * cos).addcmul_(swapped, sin))
 
@@ -133,8 +139,9 @@ class Rounding:
 
             return decoding.swiglu(gate_up, aligned=self.aligned)
         gate, up = gate_up.chunk(2, -1)
-        if self.mode == "aligned":
-            return self.round(self.round(F.silu(gate.float())) * up.float())
+        if self.mode != "engine":
+            activated = silu(gate) if self.tiled else F.silu(gate.float())
+            return self.round(self.round(activated) * up.float())
         return self.round(F.silu(gate.float()) * up)
 
     def probabilities(self, p: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from betterhalf.precision.emulation import to_format
 from betterhalf.precision.formats import dtype_name, held_format, is_on_grid, torch_dtype
 from betterhalf.precision.islands import Islands, LayerIslands, resolve_islands
 from betterhalf.rollout.native.config import DecoderConfig
-from betterhalf.rollout.native.fused_parameter import FusedParameter
+from betterhalf.rollout.native.fused_parameter import FusedParameter, Operand
 from betterhalf.rollout.weight_arrivals import WeightArrivals
 from betterhalf.types import DtypeName
 
@@ -32,7 +32,7 @@ class LayerWeights:
 
     input_norm: Tensor
     """Norm before attention [hidden]."""
-    qkv: Tensor
+    qkv: Operand
     """Query, key and value projections [query_size + 2 * kv_size, hidden]."""
     qkv_bias: Tensor | None
     """Bias of `qkv` [query_size + 2 * kv_size]; None without one."""
@@ -46,7 +46,7 @@ class LayerWeights:
     """Bias of `output` [hidden]; None without one."""
     mlp_norm: Tensor
     """Norm before the MLP [hidden]."""
-    gate_up: Tensor
+    gate_up: Operand
     """Gate and up projections [2 * intermediate, hidden]."""
     gate_up_bias: Tensor | None
     """Bias of `gate_up` [2 * intermediate]; None without one."""
@@ -70,6 +70,8 @@ class Storage:
     """dtype of the LM head's tensor (and of the embedding when tied)."""
     device: torch.device
     """Device of all tensors."""
+    apart: bool = False
+    """True if the parameters of a fused projection are multiplied one by one."""
 
     @property
     def grid(self) -> torch.dtype:
@@ -87,7 +89,7 @@ class Storage:
 
     def matrix(self, parts: Mapping[str, int], width: int, dtype: torch.dtype) -> FusedParameter:
         """Allocate concatenated matrices that are the right side of one product."""
-        return FusedParameter(parts, width, dtype=dtype, device=self.device, packs=self.packs)
+        return FusedParameter(parts, width, dtype=dtype, device=self.device, packs=self.packs, apart=self.apart)
 
     def bias(self, parts: Mapping[str, int], dtype: torch.dtype) -> FusedParameter:
         """Allocate concatenated biases."""
@@ -173,8 +175,8 @@ class DecoderWeights:
 
     def projections(self) -> Iterator[tuple[tuple[str, ...], Tensor]]:
         """Return (names of the parameters that share a product, its right side) of the layers' linear operations."""
-        held = (parameter for layer in self._layers for parameter in layer.values())
-        return ((parameter.names, parameter.tensor) for parameter in held if parameter.tensor.dim() > 1)
+        held = (operand for layer in self._layers for parameter in layer.values() for operand in parameter.operands)
+        return ((names, operand) for names, operand in held if operand.dim() > 1)
 
     def why_not_finite(self) -> str:
         """Explain in an error message where NaN or infinity comes from, and name the fix."""
@@ -238,5 +240,5 @@ def _layer_parameters(
 
 
 def _layer_weights(parameters: Mapping[str, FusedParameter]) -> LayerWeights:
-    held = {name: parameter.tensor for name, parameter in parameters.items()}
+    held = {name: parameter.operand for name, parameter in parameters.items()}
     return LayerWeights(**{field.name: held.get(field.name) for field in fields(LayerWeights)})  # type: ignore[arg-type]
