@@ -6,15 +6,15 @@ Every sentence follows from the summary of the run; a collapse that does not app
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
+
+from betterhalf.types import EmulatedDtype
 
 Arm = Mapping[str, Any]
 
 _ORDER = ("learned", "damaged", "collapsed")
-_EMULATED = re.compile(r"e8m(\d)")
-"""Pattern of the emulated formats and their stored mantissa bits."""
+_EMULATED: tuple[str, ...] = get_args(EmulatedDtype)
 
 _PREVENTED = {
     "engine.rounding": "The same coarse arithmetic with less mismatch does not collapse, so the mismatch between "
@@ -91,15 +91,15 @@ def _verb(arm: Arm) -> str:
 def _emulation(arms: Mapping[str, Arm]) -> list[str]:
     """Return a sentence on the emulated formats that the arms use."""
     values = {str(value) for arm in arms.values() for value in (arm.get("changes") or {}).values()}
-    names = sorted(value for value in values if _EMULATED.fullmatch(value))
+    names = sorted(value for value in values if value in _EMULATED)
     if not names:
         return []
     bits = " or ".join(name.rpartition("m")[2] for name in names)
     subject = f"{names[0]} is emulated" if len(names) == 1 else f"{', '.join(names)} are emulated"
     return [
-        f"{subject}: BF16 with every rounded result rounded once more, to {bits} stored mantissa bits. Because k3 grows "
-        "as 4^-bits, this brings the mismatch that long completions have in BF16 to short ones. FP16, BF16 and FP32 are "
-        "real."
+        f"{subject}: BF16 with every rounded result rounded once more, to {bits} stored mantissa bits. k3 grows as "
+        "4^-bits, so this brings the mismatch that long completions have in BF16 to short ones. FP16, BF16 and FP32 "
+        "are real."
     ]
 
 
@@ -114,4 +114,4 @@ def _k3(arm: Arm) -> str:
 
 def _plain(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    return f"{text} (emulated)" if _EMULATED.fullmatch(text) else text
+    return f"{text} (emulated)" if text in _EMULATED else text

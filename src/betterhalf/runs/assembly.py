@@ -87,7 +87,7 @@ def assemble(
         require_engine(config, device)
         model = load_weights(described)
         show_notes(model, config.logging.console)
-        precision = build_precision(config.precision, device)
+        precision = build_precision(config.precision, device, exact=config.exact)
         engine = build_engine(config, model.hf_config, model.stop_token_ids, precision)
         parameters = sum(parameter.numel() for parameter in model.module.parameters())
         trainer = _trainer(model, config, precision, trained)

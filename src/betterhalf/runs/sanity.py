@@ -27,14 +27,15 @@ from betterhalf.errors import (
 )
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.metrics.console import show_note
+from betterhalf.metrics.several import SeveralRuns
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
-from betterhalf.runs.arms import plan_arms, train_side_by_side
 from betterhalf.runs.assembly import Parts, check_before_weights
 from betterhalf.runs.data_check import without_permission
 from betterhalf.runs.evaluate import average_reward, evaluate_prompts
 from betterhalf.runs.perfect import build_perfectible
 from betterhalf.runs.progress import Progress
+from betterhalf.runs.side_by_side import Job, plan_runs, run_jobs
 from betterhalf.runs.train import recorded_threads, require_same_config, run_training, summarise
 from betterhalf.runs.watchdog import require_sound_levels
 from betterhalf.setup.folder import run_folder
@@ -94,18 +95,50 @@ def _sanity_in(run: RunDir, config: RunConfig) -> dict[str, Any]:
 
 def _run_arms(run: RunDir, config: RunConfig, kept: Path, parameters: int) -> dict[str, dict[str, Any]]:
     """Train the unfinished arms, side by side where that is faster, and return the summary of every arm, in order."""
-    names = config.sanity.arms
-    open_arms = [name for name in names if not _finished(run.arm(name))]
+    configs = {name: arm_config(config, name, kept) for name in config.sanity.arms}
+    open_arms = [name for name in configs if not _finished(run.arm(name))]
     # Planned for all arms, not for those left on a resume: an arm keeps its number of threads, and so its bits.
-    plan = plan_arms(config, len(names), parameters)
+    wanted = config.sanity.arms_at_once
+    plan = plan_runs(config, len(configs), parameters, wanted=wanted, key="sanity.arms_at_once")
     if open_arms:
         show_note(plan.described(open_arms), mode=config.logging.console)
     threads: dict[str, int] = {name: recorded_threads(run.arm(name)) or plan.threads for name in open_arms}
     if plan.at_once == 1 and set(threads.values()) <= {plan.threads}:
-        return {name: run_arm(config, name, kept, run.arm(name)) for name in names}
+        return {name: run_arm(configs[name], name, run.arm(name)) for name in configs}
     if open_arms:
-        train_side_by_side(run, config, threads, kept, plan.at_once)
-    return {name: read_json(run.arm(name).summary) for name in names}
+        train_side_by_side(run, {name: configs[name] for name in open_arms}, threads, plan.at_once)
+    return {name: read_json(run.arm(name).summary) for name in configs}
+
+
+def train_side_by_side(run: RunDir, configs: Mapping[str, RunConfig], threads: Mapping[str, int], at_once: int) -> None:
+    """Train arms in their own processes and show their progress; each leaves a run folder with a summary.
+
+    Args:
+        run: folder of the sanity run.
+        configs: the arms to train by name, each with its own configuration.
+        threads: number of threads of each.
+        at_once: number of processes at a time.
+
+    Raises:
+        BetterhalfError: the error of an arm; the other arms are ended, and --resume continues all of them.
+        RunError: an arm's process failed without reporting an error.
+    """
+
+    def stop(job: Job, error: Exception) -> None:
+        raise error
+
+    first = next(iter(configs.values()))
+    jobs = [
+        Job(kind="arm", name=name, config=config, folder=run.arm(name).path, threads=threads[name])
+        for name, config in configs.items()
+    ]
+    with SeveralRuns(first.logging.console, labels=tuple(configs), total_steps=first.training.steps) as view:
+        run_jobs(
+            *(jobs, lambda job, event: view.show(job.name, event)),
+            at_once=at_once,
+            limit_key="sanity.arms_at_once",
+            failed=stop,
+        )
 
 
 def _finished(arm: RunDir) -> bool:
@@ -177,15 +210,16 @@ def arm_config(config: RunConfig, name: str, perfectible: Path) -> RunConfig:
     return RunConfig.model_validate(data)
 
 
-def run_arm(config: RunConfig, name: str, perfectible: Path, arm: RunDir) -> dict[str, Any]:
+def run_arm(config: RunConfig, name: str, arm: RunDir) -> dict[str, Any]:
     """Train and evaluate one arm; a finished arm is read from its folder, an unfinished or stopped one continues.
+
+    `config` is the arm's own, with the perfectible set as its task: see `arm_config`.
 
     An arm that ends because of its precision (the loss scale at its floor, logprobs that are not finite, a mismatch at
     which the watchdog stops) has failed the test: a result, recorded with its reason, and the other arms still run.
     """
     if _finished(arm):
         return read_json(arm.summary)
-    settings = arm_config(config, name, perfectible)
 
     def final_accuracy(parts: Parts, progress: Progress) -> dict[str, Any]:
         accuracy = evaluate_arm(parts, name, progress.policy_version)
@@ -195,11 +229,11 @@ def run_arm(config: RunConfig, name: str, perfectible: Path, arm: RunDir) -> dic
     try:
         resume = arm.holds_run
         return run_training(
-            settings, RunDir.create(arm.path, resume=resume), resume=resume, label=name, after=final_accuracy
+            config, RunDir.create(arm.path, resume=resume), resume=resume, label=name, after=final_accuracy
         )
     except (LossScaleError, EngineError, NumericsError, WatchdogError) as error:
         failed = {"passed": False, "final_accuracy": None, "reason": str(error)}
-        measured = summarise(arm, settings) if arm.metrics.exists() else {}
+        measured = summarise(arm, config) if arm.metrics.exists() else {}
         if isinstance(error, WatchdogError):
             measured = read_json(arm.summary)
         write_json_atomic(arm.summary, measured | failed | {"seconds": time.perf_counter() - started})
