@@ -14,9 +14,10 @@ total. So it knows the arithmetic, and imitates slips that do not depend on the 
 0.93^7 = 60% of the time, and reinforcement learning has something to remove from all of them.
 
 `demo-small` (84,288 parameters) adds five digits and slips with probability 0.12: 0.88^4 = 60%. A completion has 20
-tokens. With `--length N`, N - 20 free digits follow the totals, evenly spread: `7=09431,9=18502,...,5=24.`. They are
-random, so that every one of these tokens has an entropy of ln 10 nats, and the reward does not read them. So the same
-problem has completions of any length.
+tokens. With `--length N`, a block of N - 21 random digits and a comma precedes the sum: `94310385,7=09,...,5=24.`. Each
+of these digits has an entropy of ln 10 nats, and the reward does not read them. So the same problem has completions of
+any length. (Digits between the totals would do so as well, but from about 60 tokens on, a model of this size does not
+learn to find the last total among them.)
 
 The same machine gives the same file: seed, number of steps and algorithms are fixed, and one thread runs all sums in
 one order. Another processor or another version of torch may sum in another order; after 1,500 steps the weights then
@@ -28,7 +29,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,8 +54,8 @@ class Recipe:
 
     terms: int = 8
     """Number of digits in a problem."""
-    free_digits: int = 0
-    """Number of random digits that follow the totals of a solution, evenly spread; none follow the last total."""
+    block_length: int = 0
+    """Number of tokens before the sum of a solution: random digits and a comma; 0 for none."""
     slip_probability: float = 0.07
     """Probability that a running total is wrong."""
     hidden_size: int = 128
@@ -81,13 +81,7 @@ class Recipe:
     @property
     def completion_length(self) -> int:
         """Number of tokens of a solution."""
-        return 5 * (self.terms - 1) + self.free_digits
-
-    @property
-    def free_digits_after(self) -> list[int]:
-        """Number of free digits after each total; the first totals have one more if they do not divide evenly."""
-        places = self.terms - 2
-        return [(self.free_digits + places - 1 - place) // places for place in range(places)] + [0]
+        return self.block_length + 5 * (self.terms - 1)
 
 
 RECIPES = {
@@ -105,8 +99,8 @@ RECIPES = {
 }
 """Recipes by the name of the model."""
 
-COUNTED_FREE_DIGITS = 0.1
-"""Share of the free digits that count in the loss: nothing predicts them, so most of their gradient is noise."""
+COUNTED_SHARE = 0.1
+"""Share of the block's digits that count in the loss: nothing predicts them, so most of their gradient is noise."""
 
 
 def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -158,42 +152,32 @@ def sample_totals(digits_BN: Tensor, slip_probability: float, generator: torch.G
     return torch.stack(totals, 1)
 
 
-def encode(digits_BN: Tensor, totals_BM: Tensor, free: Sequence[Tensor] = ()) -> Tensor:
-    """Return prompt and completion as token ids: [B, N], [B, N - 1] -> [B, 2 N + 5 (N - 1) + number of free digits].
-
-    `free` holds the free digits after each total, if there are any: [B, number] each.
-    """
+def encode(digits_BN: Tensor, totals_BM: Tensor) -> Tensor:
+    """Return prompt and completion as token ids: [B, N], [B, N - 1] -> [B, 2 N + 5 (N - 1)]."""
     zero = ID["0"]
     plus = torch.full_like(digits_BN, ID["+"])
     prompt = torch.stack([digits_BN + zero, plus], 2).flatten(1)
     prompt[:, -1] = ID["="]
-    parts = [prompt]
-    for place, total_B in enumerate(totals_BM.unbind(1)):
-        equals, comma = torch.full_like(total_B, ID["="]), torch.full_like(total_B, ID[","])
-        parts.append(
-            torch.stack([digits_BN[:, place + 1] + zero, equals, total_B // 10 + zero, total_B % 10 + zero], 1)
-        )
-        parts += [free[place] + zero] if free else []
-        parts.append(comma.unsqueeze(1))
-    token_ids_BT = torch.cat(parts, 1)
-    token_ids_BT[:, -1] = ID[END_MARK]
-    return token_ids_BT
+    equals, comma = torch.full_like(totals_BM, ID["="]), torch.full_like(totals_BM, ID[","])
+    steps = [digits_BN[:, 1:] + zero, equals, totals_BM // 10 + zero, totals_BM % 10 + zero, comma]
+    completion = torch.stack(steps, 2).flatten(1)
+    completion[:, -1] = ID[END_MARK]
+    return torch.cat([prompt, completion], 1)
 
 
 def sample_batch(recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return token ids [B, T] of solutions with slips, and the targets of their completions [B, C]: -100 for none."""
-    size = recipe.batch_size
-    digits_BN = torch.randint(1, 10, (size, recipe.terms), generator=generator)
-    totals_BM = sample_totals(digits_BN, recipe.slip_probability, generator)
-    free = [torch.randint(0, 10, (size, count), generator=generator) for count in recipe.free_digits_after]
-    token_ids_BT = encode(digits_BN, totals_BM, free)
-    ignored = [torch.rand(block.shape, generator=generator) >= COUNTED_FREE_DIGITS for block in free]
-    ignored_BC = torch.cat([part for block in ignored for part in (_counted(size, 4), block, _counted(size, 1))], 1)
-    return token_ids_BT, token_ids_BT[:, recipe.prompt_length :].masked_fill(ignored_BC, IGNORED)
-
-
-def _counted(size: int, count: int) -> Tensor:
-    return torch.zeros(size, count, dtype=torch.bool)
+    """Return token ids [B, T] of solutions with slips, and the targets of their completions [B, C]."""
+    digits_BN = torch.randint(1, 10, (recipe.batch_size, recipe.terms), generator=generator)
+    token_ids_BT = encode(digits_BN, sample_totals(digits_BN, recipe.slip_probability, generator))
+    prompt_BP, solution_BC = token_ids_BT[:, : recipe.prompt_length], token_ids_BT[:, recipe.prompt_length :]
+    if not recipe.block_length:
+        return token_ids_BT, solution_BC
+    size = (recipe.batch_size, recipe.block_length)
+    block_BK = torch.randint(ID["0"], ID["9"] + 1, size, generator=generator)
+    ignored_BK = torch.rand(size, generator=generator) >= COUNTED_SHARE
+    block_BK[:, -1], ignored_BK[:, -1] = ID[","], False
+    targets_BC = torch.cat([block_BK.masked_fill(ignored_BK, IGNORED), solution_BC], 1)
+    return torch.cat([prompt_BP, block_BK, solution_BC], 1), targets_BC
 
 
 def completion_loss(model: LlamaForCausalLM, token_ids_BT: Tensor, targets_BC: Tensor) -> Tensor:
@@ -253,7 +237,7 @@ def longer(recipe: Recipe, length: int) -> Recipe:
     """Return the recipe with completions of `length` tokens."""
     if length < recipe.completion_length:
         raise SystemExit(f"a solution has {recipe.completion_length} tokens; --length={length} is shorter")
-    return replace(recipe, free_digits=length - recipe.completion_length)
+    return replace(recipe, block_length=length - recipe.completion_length)
 
 
 def main() -> None:
@@ -261,13 +245,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make a model of the package, or one with longer completions.")
     parser.add_argument("folder", nargs="?", type=Path, help="folder to write; by default the model's own")
     parser.add_argument("--model", choices=RECIPES, default="demo", help="recipe; default: demo")
-    parser.add_argument("--length", type=int, help="tokens of a completion; free digits fill it up")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="training steps")
+    parser.add_argument("--length", type=int, help="tokens of a completion; random digits before the sum fill it up")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the training data; default: 0")
     arguments = parser.parse_args()
     recipe = replace(RECIPES[arguments.model], seed=arguments.seed)
-    if arguments.steps:
-        recipe = replace(recipe, steps=arguments.steps)
     if arguments.length:
         recipe = longer(recipe, arguments.length)
     folder = arguments.folder or MODELS_FOLDER / arguments.model.replace("-", "_")
