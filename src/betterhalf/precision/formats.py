@@ -128,7 +128,7 @@ def formats_table(names: Iterable[DtypeName] = HARDWARE) -> str:
 
 
 def narrowest_format(x: Tensor) -> DtypeName:
-    """Return the coarsest half format that represents every value of `x` exactly, BF16 before FP16; `fp32` if none does.
+    """Return the coarsest half format that represents all values of `x` exactly, BF16 before FP16; `fp32` if none does.
 
     A few dozen values computed in one format are not representable in another by chance, so this shows which format a
     computation was rounded to, even when its half values are held in FP32 tensors. Zeros and non-finite values are

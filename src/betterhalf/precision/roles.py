@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from betterhalf.config.schema import PrecisionConfig, PrecisionRoles
-from betterhalf.precision.formats import torch_dtype
+from betterhalf.errors import ConfigError
+from betterhalf.precision.formats import is_emulated, torch_dtype
 from betterhalf.precision.islands import Islands, resolve_islands
 from betterhalf.precision.products import has_native_matmul
 from betterhalf.types import DtypeName
@@ -65,12 +66,22 @@ class Precision:
 
 
 def build_precision(config: PrecisionConfig, device: torch.device) -> Precision:
-    """Resolve the configured roles for one device; for a GPU, also tell torch to keep sums in FP32."""
+    """Resolve the configured roles for one device; for a GPU, also tell torch to keep sums in FP32.
+
+    Raises:
+        ConfigError: a role has an emulated format, and the device is a GPU.
+    """
+    roles = config.roles()
     if device.type == "cuda":
+        _refuse_emulation(roles)
         _keep_fp32_sums()
-    return Precision(
-        roles=config.roles(), device=device, half_matmul=config.half_matmul, fp32_modules=config.fp32_modules
-    )
+    return Precision(roles=roles, device=device, half_matmul=config.half_matmul, fp32_modules=config.fp32_modules)
+
+
+def _refuse_emulation(roles: PrecisionRoles) -> None:
+    emulated = next(filter(is_emulated, roles.model_dump().values()), None)
+    if emulated is not None:
+        raise ConfigError(f"{emulated} is an emulated format, and it is emulated on a CPU only; set device=cpu")
 
 
 def _keep_fp32_sums() -> None:
