@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from betterhalf.config.schema import ModelConfig, RunConfig
-from betterhalf.errors import ContractError, InputError
+from betterhalf.errors import ConfigError, ContractError, InputError
 from betterhalf.metrics.console import OutputMode, show_note
 from betterhalf.models.description import ModelDescription, ModelFacts
 from betterhalf.models.stop_tokens import require_in_vocabulary
@@ -21,12 +21,18 @@ def check_roles(config: RunConfig, where: str = "") -> None:
 
     Raises:
         ContractError: the roles differ without `precision.allow_difference`.
-        ConfigError: the engine cannot apply a role: vLLM keeps keys and values in the dtype it computes in.
+        ConfigError: the engine cannot apply a role: vLLM keeps keys and values in the dtype it computes in, and
+            `engine.rounding=exact` needs one format for all.
     """
     roles = config.precision.roles()
     used = {key: getattr(roles, key) for key in ("compute_dtype", "rollout_dtype", "wire_dtype", "kv_dtype")}
+    listed = ", ".join(f"{key} {dtype}" for key, dtype in used.items())
+    if config.exact and len(set(used.values())) > 1:
+        raise ConfigError(
+            f"engine.rounding=exact needs one format on both sides{where} ({listed}); leave out the precision.*_dtype "
+            "settings, or set engine.rounding=aligned"
+        )
     if len(set(used.values())) > 1 and not config.precision.allow_difference:
-        listed = ", ".join(f"{key} {dtype}" for key, dtype in used.items())
         raise ContractError(
             f"trainer and rollout engine would differ in precision{where} ({listed}); leave out the "
             "precision.*_dtype settings, or set precision.allow_difference=true if this ablation is intended"

@@ -30,7 +30,7 @@ from betterhalf.precision.island_hooks import use_islands
 from betterhalf.precision.loss_scaler import LossScaler, build_loss_scaler
 from betterhalf.precision.products import has_native_matmul, packed
 from betterhalf.precision.roles import Precision
-from betterhalf.training.token_scores import Head, LogitsWorkspace, head_logits, measure_tokens, token_logprobs
+from betterhalf.training.token_scores import Head, LogitsWorkspace, measure_tokens, token_logprobs
 from betterhalf.training.trainer import OptimReport, TokenScores, TrainerState, WireWeights
 from betterhalf.training.weights.replicated import ReplicatedWeights
 from betterhalf.training.weights.store import StoreFactory
@@ -69,7 +69,7 @@ class PolicyTrainer:
         use_cpu_linear(self.module, precision)
         use_cpu_embedding(self.module, precision)
         if precision.exact:
-            use_cpu_silu(self.module.get_decoder())
+            use_cpu_silu(self.module)
         coverage.require_covered(self.module, precision)
         sums = precision.fp32_sums(precision.roles.compute_dtype)
         head_dim = _head_dim(self.module.config)

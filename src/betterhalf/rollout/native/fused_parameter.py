@@ -14,7 +14,6 @@ from torch import Tensor
 
 from betterhalf.precision.products import packed, unpacked
 
-
 Operand = Tensor | tuple[Tensor, ...]
 """Right side of a product: one tensor, or one for each parameter, whose results are concatenated."""
 

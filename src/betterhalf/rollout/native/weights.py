@@ -81,9 +81,7 @@ class Storage:
 
     def matrix(self, parts: Mapping[str, int], width: int, dtype: torch.dtype) -> FusedParameter:
         """Allocate concatenated matrices that are the right side of one product."""
-        return FusedParameter(
-            parts, width, dtype=dtype, device=self.device, packs=self.packs, apart=self.apart
-        )
+        return FusedParameter(parts, width, dtype=dtype, device=self.device, packs=self.packs, apart=self.apart)
 
     def bias(self, parts: Mapping[str, int], dtype: torch.dtype) -> FusedParameter:
         """Allocate concatenated biases."""
