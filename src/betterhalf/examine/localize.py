@@ -132,7 +132,7 @@ def _engine_unchecked(subject: Subject, dtype: DtypeName) -> TracedEngine:
     """Return an engine with the subject's weights on which nothing has run: overflow is what the caller looks for."""
     model, precision = subject.model, precision_in(subject, dtype)
     engine = build_traced_engine(config_in(subject, dtype), model.hf_config, model.stop_token_ids, precision)
-    engine.load_weights(rounded_weights(model, precision.wire_dtype), policy_version=0)
+    engine.load_weights(rounded_weights(model, precision.roles.wire_dtype), policy_version=0)
     return engine
 
 

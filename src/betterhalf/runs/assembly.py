@@ -107,6 +107,17 @@ def assemble(
     )
 
 
+def check_before_weights(config: RunConfig) -> None:
+    """Make every check of `assemble` that needs neither data nor weights.
+
+    Raises:
+        InputError: the settings contradict each other, or the model or the machine cannot run them.
+    """
+    _checked_algorithm(config, evaluating=False)
+    _checked_model(config)
+    require_engine(config, choose_device(config))
+
+
 def _checked_algorithm(config: RunConfig, *, evaluating: bool) -> Algorithm:
     """Return the resolved algorithm, after every check that needs the configuration alone."""
     if not evaluating:
@@ -146,13 +157,6 @@ def require_logging(config: RunConfig) -> None:
     """
     if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise MissingExtraError(TENSORBOARD_MISSING)
-
-
-def with_precision(config: RunConfig, precision: str) -> RunConfig:
-    """Return the configuration in another precision; nothing else differs."""
-    data = config.model_dump()
-    data["precision"]["preset"] = precision
-    return RunConfig.model_validate(data)
 
 
 def algorithm_record(algorithm: Algorithm) -> dict[str, Any]:

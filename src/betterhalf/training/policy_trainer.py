@@ -25,7 +25,8 @@ from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.cpu_embedding import use_cpu_embedding
 from betterhalf.precision.cpu_linear import Widened, use_cpu_linear
 from betterhalf.precision.cpu_silu import use_cpu_silu
-from betterhalf.precision.formats import dtype_name, narrowest_format
+from betterhalf.precision.emulation import emulation_facts, rounding_results
+from betterhalf.precision.formats import held_format, narrowest_format
 from betterhalf.precision.island_hooks import use_islands
 from betterhalf.precision.loss_scaler import LossScaler, build_loss_scaler
 from betterhalf.precision.products import has_native_matmul, packed
@@ -63,9 +64,10 @@ class PolicyTrainer:
         self.policy_version = policy_version
         self.module = model.module.to(precision.device)
         require_no_dropout(self.module.config)
+        self._results = rounding_results(precision.roles.compute_dtype)
         self.islands = precision.islands(self.module.config.num_hidden_layers, precision.roles.compute_dtype)
         use_islands(self.module, self.islands, precision.compute_dtype)
-        self.weights = store(self.module, precision.compute_dtype, self.islands)
+        self.weights = store(self.module, precision.roles.compute_dtype, self.islands)
         use_cpu_linear(self.module, precision)
         use_cpu_embedding(self.module, precision)
         if precision.exact:
@@ -137,7 +139,8 @@ class PolicyTrainer:
     def measure(self, packs: Sequence[MicroBatch], temperature: float | None = None) -> list[TokenScores]:
         """See `Trainer.measure`."""
         temperature = self.config.sampling.temperature if temperature is None else temperature
-        measured = [self._measure(micro, temperature) for micro in self._on_device(packs)]
+        with self._results:
+            measured = [self._measure(micro, temperature) for micro in self._on_device(packs)]
         return [TokenScores(logprobs_C=logprobs.cpu(), entropies_C=entropies.cpu()) for logprobs, entropies in measured]
 
     def _on_device(self, packs: Sequence[MicroBatch]) -> list[MicroBatch]:
@@ -156,9 +159,13 @@ class PolicyTrainer:
 
         They equal those of `measure` bit for bit.
         """
-        hidden = self._hidden_rows(micro)
+        with self._results:
+            return self._score(self._hidden_rows(micro), micro)
+
+    def _score(self, hidden_CH: Tensor, micro: MicroBatch) -> Tensor:
+        """Return the logprobs of the completion tokens from their final hidden states, float32 [C], with a graph."""
         temperature = self.config.sampling.temperature
-        return token_logprobs(hidden, self.head(), micro.target_ids_C, temperature, self._workspace)
+        return token_logprobs(hidden_CH, self.head(), micro.target_ids_C, temperature, self._workspace)
 
     # -- learning
 
@@ -167,10 +174,15 @@ class PolicyTrainer:
     ) -> LossStats:
         """See `Trainer.forward_backward`; each pack's half gradient is added to the FP32 sum at once."""
         stats = LossStats.empty()
-        for micro in self._on_device(packs):
-            output = policy_loss(algorithm, LossInputs.of(micro, self.score(micro)), denominators)
-            self.scaler.scale_loss(output.loss).backward()  # type: ignore[no-untyped-call]
-            stats += output.stats
+        with self._results:
+            for micro in self._on_device(packs):
+                hidden_CH = self._hidden_rows(micro)
+                # Keeps the gradient, as large as the hidden states themselves, until the end of the backward pass.
+                hidden_CH.retain_grad()
+                output = policy_loss(algorithm, LossInputs.of(micro, self._score(hidden_CH, micro)), denominators)
+                self.scaler.scale_loss(output.loss).backward()  # type: ignore[no-untyped-call]
+                assert hidden_CH.grad is not None
+                stats += output.stats.with_gradient(hidden_CH.grad)
         return stats
 
     def optim_step(self, learning_rate: float) -> OptimReport:
@@ -200,7 +212,7 @@ class PolicyTrainer:
 
     def wire_weights(self) -> WireWeights:
         """See `Trainer.wire_weights`."""
-        tensors = self.weights.on_the_wire(self.precision.wire_dtype)
+        tensors = self.weights.on_the_wire(self.precision.roles.wire_dtype)
         return WireWeights(policy_version=self.policy_version, tensors=tensors)
 
     def report(self) -> SideReport:
@@ -217,10 +229,10 @@ class PolicyTrainer:
         _, master = next(self.weights.trainable())
         norms = [value for name, value in computing.items() if "norm" in name]
         buffers = [value for name, value in self.module.named_buffers() if "inv_freq" in name]
+        compute, wire = self.precision.roles.compute_dtype, self.precision.roles.wire_dtype
         kinds: dict[str, Tensor] = {
             "weights": next(iter(computing.values())),
             "compute": hidden,
-            "wire": wired,
             "lm_head": logits,
             "rope": buffers[0] if buffers else hidden,
             "norm": norms[0] if norms else hidden,
@@ -230,13 +242,14 @@ class PolicyTrainer:
         }
         return SideReport(
             side="trainer",
-            dtypes={region: dtype_name(tensor.dtype) for region, tensor in kinds.items()}
-            | {"compute": narrowest_format(hidden)},
+            dtypes={region: held_format(tensor, compute) for region, tensor in kinds.items()}
+            | {"compute": narrowest_format(hidden), "wire": held_format(wired, wire)},
             facts={
                 "attention": self.attention,
                 "linear_layers": coverage.described(layers),
                 "matmul_sums": coverage.layers_sum(layers),
                 "rounding": self._rounding(),
+                **emulation_facts(compute),
                 "fp32_modules": self.islands.described(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
@@ -267,7 +280,8 @@ class PolicyTrainer:
         count = min(most, self.module.get_input_embeddings().weight.shape[0])
         ids = torch.arange(count, device=self.precision.device).unsqueeze(0)
         whole = PackLayout((PackedSegment(length=count),))
-        out = self.module.get_decoder()(input_ids=ids, position_ids=ids, layout=whole, use_cache=False)
+        with self._results:
+            out = self.module.get_decoder()(input_ids=ids, position_ids=ids, layout=whole, use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 

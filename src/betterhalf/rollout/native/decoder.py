@@ -319,11 +319,11 @@ def _in_parts(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear(rounding: Rounding, x: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:
-    """Project `x` and round the result once, in the half kernel or after FP32 sums; an FP32 island does not round."""
+    """Project `x` and round the result, in the half kernel or after FP32 sums; an FP32 island does not round."""
     if rounding.tiled:
         parts = weight if isinstance(weight, tuple) else (weight,)
         out = torch.cat([tiled_product(x.float(), part) for part in parts], 1)
         return rounding.round(out if bias is None else out + bias)
     assert isinstance(weight, Tensor)
     out = product(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, bias)
-    return rounding.round(out) if rounding.widened else out
+    return rounding.round(out) if rounding.rounds_products else out

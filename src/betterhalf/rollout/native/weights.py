@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from betterhalf.errors import EngineError
-from betterhalf.precision.formats import dtype_name
+from betterhalf.precision.emulation import to_format
+from betterhalf.precision.formats import dtype_name, held_format, is_on_grid, torch_dtype
 from betterhalf.precision.islands import Islands, LayerIslands, resolve_islands
 from betterhalf.rollout.native.config import DecoderConfig
 from betterhalf.rollout.native.fused_parameter import FusedParameter, Operand
@@ -59,8 +60,10 @@ class LayerWeights:
 class Storage:
     """Storage dtypes of weights on the rollout grid; a wider dtype holds the same values, ready for FP32 products."""
 
-    grid: torch.dtype
+    format: DtypeName
     """Rollout dtype, to which every value is rounded on arrival."""
+    wire: DtypeName
+    """Format in which weights are sent."""
     linear: torch.dtype
     """dtype of the projections' tensors."""
     head: torch.dtype
@@ -69,6 +72,11 @@ class Storage:
     """Device of all tensors."""
     apart: bool = False
     """True if the parameters of a fused projection are multiplied one by one."""
+
+    @property
+    def grid(self) -> torch.dtype:
+        """torch dtype of `format`."""
+        return torch_dtype(self.format)
 
     @property
     def packs(self) -> bool:
@@ -94,8 +102,8 @@ class DecoderWeights:
     def __init__(self, config: DecoderConfig, storage: Storage, islands: Islands | None = None) -> None:
         islands = islands or resolve_islands((), config.num_layers)
         self.storage = storage
-        self.wire_dtype: torch.dtype | None = None
-        """dtype of the tensors of the last `load`; None before the first."""
+        self.wire_format = storage.wire
+        """Format of the values in the last `load`; before the first, the one that is expected."""
         vocabulary, hidden = config.vocab_size, config.hidden_size
         self._shares = config.tied_head and not storage.packs
         self._table = storage.plain(_EMBEDDING, vocabulary, hidden, storage.head if self._shares else storage.grid)
@@ -140,15 +148,17 @@ class DecoderWeights:
         arrivals = WeightArrivals({name: held[0].shape(name) for name, held in holders.items()})
         for parameter in self._parameters:
             parameter.begin()
+        arrived: set[DtypeName] = set()
         for name, tensor in weights:
             if name == _HEAD and self._tied:
                 continue
             arrivals.check(name, tensor)
-            on_grid = tensor.detach().to(self.storage.grid)
+            on_grid = to_format(tensor.detach(), self.storage.format)
             for parameter in holders[name]:
                 parameter.write(name, on_grid)
-            self.wire_dtype = tensor.dtype
+            arrived.add(held_format(tensor, self.storage.wire))
         arrivals.finish()
+        self.wire_format = next((name for name in arrived if name != self.storage.wire), self.storage.wire)
         self._publish()
 
     def held(self) -> Iterator[tuple[str, Tensor]]:
@@ -189,9 +199,9 @@ class DecoderWeights:
     def grid(self) -> DtypeName:
         """Return the format of the live values: the rollout dtype, or a tensor's dtype if some are off the grid."""
         for _, tensor in self.held():
-            if not torch.equal(tensor.to(self.storage.grid).to(tensor.dtype), tensor):
+            if not is_on_grid(tensor, self.storage.format):
                 return dtype_name(tensor.dtype)
-        return dtype_name(self.storage.grid)
+        return self.storage.format
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
