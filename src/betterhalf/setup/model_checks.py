@@ -26,13 +26,18 @@ def check_roles(config: RunConfig, where: str = "") -> None:
 
     Raises:
         ContractError: the roles differ without `precision.allow_difference`.
-        ConfigError: the engine cannot apply a role: vLLM keeps keys and values in the dtype it computes in; or a format
-            is emulated where that is impossible.
+        ConfigError: the engine cannot apply a role (vLLM keeps keys and values in the dtype it computes in, and
+            `engine.rounding=exact` needs one format for all); or a format is emulated where that is impossible.
     """
     roles = config.precision.roles()
     used = {key: getattr(roles, key) for key in ("compute_dtype", "rollout_dtype", "wire_dtype", "kv_dtype")}
+    listed = ", ".join(f"{key} {dtype}" for key, dtype in used.items())
+    if config.exact and len(set(used.values())) > 1:
+        raise ConfigError(
+            f"engine.rounding=exact needs one format on both sides{where} ({listed}); leave out the precision.*_dtype "
+            "settings, or set engine.rounding=aligned"
+        )
     if len(set(used.values())) > 1 and not config.precision.allow_difference:
-        listed = ", ".join(f"{key} {dtype}" for key, dtype in used.items())
         raise ContractError(
             f"trainer and rollout engine would differ in precision{where} ({listed}); leave out the "
             "precision.*_dtype settings, or set precision.allow_difference=true if this ablation is intended"
