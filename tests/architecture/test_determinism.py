@@ -29,7 +29,7 @@ HARMLESS = {
     ("rollout/sampler.py", "cumsum"): "of integers",
     ("rollout/sampler.py", "gather"): "without a gradient",
     ("rollout/sampler.py", "scatter"): "a permutation: each place once",
-    ("runs/arms.py", "put"): "of a queue",
+    ("runs/side_by_side.py", "put"): "of a queue",
     ("examine/pairs.py", "repeat_interleave"): "without a gradient",
     (
         "training/weights/replicated.py",

@@ -1,15 +1,17 @@
-"""Arms of a sanity run in their own processes: the same numbers as sequentially, and no process left behind."""
+"""Arms of a sanity run in worker processes: the same numbers as sequentially, and no process left behind."""
 
 from __future__ import annotations
 
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +20,18 @@ import pytest
 from betterhalf.config.load import resolved_json
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import EngineError, InputError, RunError
-from betterhalf.metrics import events
 from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
-from betterhalf.runs import arm_process
-from betterhalf.runs import arms as arms_module
+from betterhalf.runs import job_process, side_by_side
 from betterhalf.runs import sanity as sanity_module
-from betterhalf.runs.arm_process import public_name
-from betterhalf.runs.arms import ArmPlan, plan_arms, train_side_by_side
-from betterhalf.runs.sanity import sanity
+from betterhalf.runs.job_process import public_name
+from betterhalf.runs.sanity import arm_config, sanity, train_side_by_side
+from betterhalf.runs.side_by_side import Job, Plan, plan_runs, run_jobs
 from betterhalf.runs.train import require_same_config
 from betterhalf.tasks.row import RowError
 
 Configured = Callable[..., RunConfig]
 SANITY = {"candidates": 16, "samples": 8, "evaluation_samples": 4, "pass_accuracy": 0.2}
-TWO = ArmPlan(at_once=2, threads=1, reason="a test")
+TWO = Plan(at_once=2, threads=1, reason="a test")
 ROOT = Path(__file__).parents[2]
 
 
@@ -83,17 +83,16 @@ def test_changed_data_that_is_allowed_is_allowed_in_the_arms_too(small_config: C
     assert all((run / "arms" / name / "summary.json").exists() for name in ("fp16", "bf16"))
 
 
-def prepared(config: RunConfig, path: Path) -> RunDir:
-    run = RunDir.create(path, resume=False)
-    write_json_atomic(run.config, resolved_json(config))
-    return run
+def arm_job(config: RunConfig, path: Path, name: str = "fp16") -> Job:
+    return Job(kind="arm", name=name, config=config, folder=path / name, threads=1)
 
 
 def test_an_error_of_an_arm_is_raised_as_what_it_was(small_config: Configured, tmp_path: Path) -> None:
     config = small_config()
-    run = prepared(config, tmp_path / "run")
+    run = RunDir.create(tmp_path / "run", resume=False)
+    configs = {name: arm_config(config, name, tmp_path / "missing.jsonl") for name in ("fp16", "bf16")}
     with pytest.raises(InputError, match=r"missing\.jsonl"):
-        train_side_by_side(run, config, {"fp16": 1, "bf16": 1}, tmp_path / "missing.jsonl", at_once=2)
+        train_side_by_side(run, configs, dict.fromkeys(configs, 1), at_once=2)
 
 
 @pytest.mark.parametrize(
@@ -105,22 +104,21 @@ def test_an_error_of_an_arm_is_raised_as_what_it_was(small_config: Configured, t
     ],
 )
 def test_errors_travel_by_name(event: dict[str, Any], kind: type[Exception]) -> None:
-    raised = arms_module._raised(event)
+    raised = side_by_side._raised(event)
     assert type(raised) is kind and "words" in str(raised)
 
 
 def test_an_arm_that_is_killed_is_named_with_its_last_words(small_config: Configured, tmp_path: Path) -> None:
-    run = prepared(small_config(), tmp_path / "run")
-    lines: queue.SimpleQueue[tuple[str, str | None]] = queue.SimpleQueue()
-    arm = arms_module._Arm(run, "fp16", tmp_path / "missing.jsonl", 1, lines)
-    assert arm.take("a warning\n") == {"output": "a warning"}
-    os.kill(arm.pid, signal.SIGKILL)
+    lines: side_by_side._Lines = queue.SimpleQueue()
+    worker = side_by_side._Worker(arm_job(small_config(), tmp_path), lines, "sanity.arms_at_once")
+    assert worker.take("a warning\n") == {"output": "a warning"}
+    os.kill(worker.pid, signal.SIGKILL)
     while lines.get(timeout=60)[1] is not None:
         pass
-    with pytest.raises(RunError, match=r"arm fp16 ended with signal SIGKILL.*arms_at_once=1") as caught:
-        arm.finish()
-    assert "  a warning" in str(caught.value)
-    arm.end()
+    event = worker.take(None)
+    assert event is not None and event["error"] == "RunError"
+    assert re.search(r"arm fp16 ended with signal SIGKILL.*arms_at_once=1.*\n  a warning", event["message"])
+    worker.end()
 
 
 LEAVES_A_CHILD = """
@@ -131,19 +129,57 @@ os._exit(5)
 """
 
 
-def test_an_arm_that_leaves_a_process_behind_still_ends(
+def test_a_worker_that_leaves_a_process_behind_still_ends(
     small_config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "leaves_a_child.py").write_text(LEAVES_A_CHILD)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(arms_module, "_MODULE", "leaves_a_child")
-    lines: queue.SimpleQueue[tuple[str, str | None]] = queue.SimpleQueue()
-    arm = arms_module._Arm(prepared(small_config(), tmp_path / "run"), "fp16", tmp_path / "set.jsonl", 1, lines)
-    _, child = lines.get(timeout=60)
-    assert child is not None and lines.get(timeout=60) == ("fp16", None)
-    with pytest.raises(RunError, match="exit status 5"):
-        arm.finish()
-    wait_for(lambda: not alive(int(child)))
+    monkeypatch.setattr(side_by_side, "_MODULE", "leaves_a_child")
+    shown, failed = list[dict[str, Any]](), list[Exception]()
+    run_jobs(
+        *([arm_job(small_config(), tmp_path)], lambda job, event: shown.append(event)),
+        at_once=1,
+        limit_key="",
+        failed=lambda job, error: failed.append(error),
+    )
+    child = int(shown[0]["output"])
+    assert type(failed[0]) is RunError and "exit status 5" in str(failed[0])
+    wait_for(lambda: not alive(child))
+
+
+TAKES_JOBS = """
+import json, os, sys
+for line in sys.stdin:
+    job = json.loads(line)
+    if job["name"] == "killed":
+        os.kill(os.getpid(), 9)
+    print(os.getpid(), os.environ["OMP_NUM_THREADS"], flush=True)
+    last = {"error": "EngineError", "message": "words"} if job["name"] == "fails" else {"finished": True}
+    print("\\x1e" + json.dumps(last), flush=True)
+"""
+
+
+def test_a_worker_takes_one_job_after_another_and_the_others_go_on_after_a_crash(
+    small_config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "takes_jobs.py").write_text(TAKES_JOBS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(side_by_side, "_MODULE", "takes_jobs")
+    done, ended = dict[str, list[str]](), dict[str, str]()
+    jobs = [arm_job(small_config(), tmp_path, name) for name in ("a", "fails", "b", "killed", "c")]
+    run_jobs(
+        *([*jobs, replace(jobs[0], name="d", threads=2)],),
+        lambda job, event: done.__setitem__(job.name, event["output"].split()),
+        at_once=1,
+        limit_key="sweep.runs_at_once",
+        failed=lambda job, error: ended.__setitem__(job.name, f"{type(error).__name__}: {error}"),
+        finished=lambda job: ended.__setitem__(job.name, "finished"),
+    )
+    assert list(ended) == ["a", "fails", "b", "killed", "c", "d"]
+    assert ended["fails"] == "EngineError: words" and "SIGKILL" in ended["killed"]
+    assert [ended[name] for name in "abcd"] == ["finished"] * 4
+    assert done["a"] == done["fails"] == done["b"] != done["c"]  # one process until the crash
+    assert [done[name][1] for name in ("a", "c", "d")] == ["1", "1", "2"]
 
 
 def test_an_error_of_a_private_class_travels_as_its_nearest_public_one() -> None:
@@ -192,12 +228,14 @@ def test_the_plan_follows_the_machine_and_the_settings(
     small_config: Configured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def plan(count: int = 2, parameters: int = 10**6, **changes: Any) -> tuple[int, int]:
-        found = plan_arms(small_config(device="cpu", **changes), count, parameters)
+        config = small_config(device="cpu", **changes)
+        wanted = config.sanity.arms_at_once
+        found = plan_runs(config, count, parameters, wanted=wanted, key="sanity.arms_at_once")
         assert found.reason
         return found.at_once, found.threads
 
-    monkeypatch.setattr(arms_module, "chosen_threads", lambda: None)
-    monkeypatch.setattr(arms_module, "usable_cores", lambda: 8)
+    monkeypatch.setattr(side_by_side, "chosen_threads", lambda: None)
+    monkeypatch.setattr(side_by_side, "usable_cores", lambda: 8)
     assert plan() == (2, 4)
     assert plan(count=3) == (3, 2)
     assert plan(count=0) == (1, 8)
@@ -205,25 +243,25 @@ def test_the_plan_follows_the_machine_and_the_settings(
     assert plan(sanity={"arms_at_once": 1}) == (1, 8)
     assert plan(sanity={"arms_at_once": 5}) == (2, 4)
     assert plan(engine={"type": "vllm"}) == (1, 8)
-    monkeypatch.setattr(arms_module, "usable_cores", lambda: 1)
+    monkeypatch.setattr(side_by_side, "usable_cores", lambda: 1)
     assert plan() == (1, 1)
     assert plan(sanity={"arms_at_once": 2}) == (2, 1)
-    monkeypatch.setattr(arms_module, "choose_device", lambda config: type("Device", (), {"type": "cuda"}))
+    monkeypatch.setattr(side_by_side, "choose_device", lambda config: type("Device", (), {"type": "cuda"}))
     assert plan() == (1, 1)
 
 
 def test_a_container_s_memory_limits_the_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(arms_module, "_MEMORY_LIMIT", limit)
-    unlimited = arms_module._fit_in_memory(10**6)
-    for text, fit in (("max\n", unlimited), (f"{3 * arms_module.BYTES_BESIDE}\n", 2)):
+    monkeypatch.setattr(side_by_side, "_MEMORY_LIMIT", limit)
+    unlimited = side_by_side._fit_in_memory(10**6)
+    for text, fit in (("max\n", unlimited), (f"{3 * side_by_side.BYTES_BESIDE}\n", 2)):
         limit.write_text(text)
-        assert arms_module._fit_in_memory(10**6) == fit
+        assert side_by_side._fit_in_memory(10**6) == fit
 
 
 def test_a_plan_says_what_was_chosen() -> None:
     assert TWO.described(("fp16", "bf16")) == "fp16 and bf16: 2 side by side, 1 thread each (a test)"
-    one = ArmPlan(at_once=1, threads=2, reason="why")
+    one = Plan(at_once=1, threads=2, reason="why")
     assert one.described(("a", "b", "c")) == "3 arms: sequentially, 2 threads each (why)"
     assert TWO.described(("bf16",)) == "bf16: alone, 1 thread (a test)"
 
@@ -231,11 +269,12 @@ def test_a_plan_says_what_was_chosen() -> None:
 def test_an_arm_that_is_left_when_a_run_is_resumed_keeps_its_threads(
     small_config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arms_module, "chosen_threads", lambda: None)
-    monkeypatch.setattr(arms_module, "usable_cores", lambda: 2)
+    monkeypatch.setattr(side_by_side, "chosen_threads", lambda: None)
+    monkeypatch.setattr(side_by_side, "usable_cores", lambda: 2)
     trained: list[tuple[dict[str, int], int]] = []
 
-    def train(run: RunDir, config: RunConfig, threads: dict[str, int], perfectible: Path, at_once: int) -> None:
+    def train(run: RunDir, configs: dict[str, RunConfig], threads: dict[str, int], at_once: int) -> None:
+        assert [configs[name].precision.preset for name in threads] == list(threads)
         trained.append((threads, at_once))
         for name in threads:
             finish(name)
@@ -260,30 +299,21 @@ def test_an_arm_that_is_left_when_a_run_is_resumed_keeps_its_threads(
     assert trained[1:] == [({"bf16": 1}, 1)]
 
 
-def test_an_arm_that_is_interrupted_or_fails_says_so_in_one_sentence(
-    small_config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_arm_that_fails_in_an_unexpected_way_says_so_in_one_sentence(
+    small_config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def raising(error: BaseException) -> Callable[..., None]:
-        def run_arm(*_: object) -> None:
-            raise error
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError("why")
 
-        return run_arm
-
-    run = prepared(small_config(), tmp_path / "run")
-    monkeypatch.setattr(sys, "argv", ["", str(run.path), "fp16", "set.jsonl", str(os.getppid())])
-    monkeypatch.setattr(arm_process, "end_with_parent", lambda parent: None)
-    for error, status, words in (
-        (KeyboardInterrupt(), 130, "the arm fp16 was interrupted; --resume continues it"),
-        (ZeroDivisionError("why"), 3, "the arm fp16 failed: ZeroDivisionError: why. Please report this"),
-    ):
-        monkeypatch.setattr(sanity_module, "run_arm", raising(error))
-        assert arm_process.main() == status
-        event = events.parse(capsys.readouterr().err.rstrip("\n").rpartition("\n")[2])
-        assert event is not None and event["error"] == "RunError" and words in event["message"]
+    monkeypatch.setattr(sanity_module, "run_arm", fails)
+    event = job_process.outcome(json.loads(arm_job(small_config(), tmp_path).line()))
+    words = "the arm fp16 failed: ZeroDivisionError: why. Please report this"
+    assert event["error"] == "RunError" and event["message"].startswith(words)
 
 
 def test_the_number_of_arms_at_once_may_change_when_a_run_is_resumed(small_config: Configured, tmp_path: Path) -> None:
-    run = prepared(small_config(), tmp_path / "run")
+    run = RunDir.create(tmp_path / "run", resume=False)
+    write_json_atomic(run.config, resolved_json(small_config()))
     require_same_config(run, small_config(sanity={"arms_at_once": 1}))
     with pytest.raises(InputError, match=r"sanity\.samples"):
         require_same_config(run, small_config(sanity={"samples": 9}))

@@ -1,6 +1,8 @@
 """The paper's sanity test (arXiv 2510.26788, section 4): each prompt can be learned, so a correct system learns all.
 
 base policy -> perfectible set -> one arm for each precision, otherwise identical -> verdict
+
+An arm may change other settings as well, such as the engine's rounding; the configuration describes it in a table.
 """
 
 from __future__ import annotations
@@ -11,33 +13,43 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from betterhalf.config.load import resolved_json
-from betterhalf.config.schema import PerfectibleTask, RunConfig
+from betterhalf.config.load import arm_settings, config_difference, resolved_json
+from betterhalf.config.schema import PerfectibleTask, RunConfig, SanityConfig
+from betterhalf.diagnostics.learning import final_reward, learning_verdict
 from betterhalf.environment import environment
-from betterhalf.errors import EngineError, LossScaleError, NumericsError, WatchdogError
+from betterhalf.errors import (
+    BetterhalfError,
+    EngineError,
+    InputError,
+    LossScaleError,
+    NumericsError,
+    WatchdogError,
+)
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.metrics.console import show_note
+from betterhalf.metrics.several import SeveralRuns
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
-from betterhalf.runs.arms import plan_arms, train_side_by_side
-from betterhalf.runs.assembly import Parts, with_precision
+from betterhalf.runs.assembly import Parts, check_before_weights
 from betterhalf.runs.data_check import without_permission
 from betterhalf.runs.evaluate import average_reward, evaluate_prompts
 from betterhalf.runs.perfect import build_perfectible
 from betterhalf.runs.progress import Progress
+from betterhalf.runs.side_by_side import Job, plan_runs, run_jobs
 from betterhalf.runs.train import recorded_threads, require_same_config, run_training, summarise
 from betterhalf.runs.watchdog import require_sound_levels
 from betterhalf.setup.folder import run_folder
 from betterhalf.setup.model_checks import check_roles
 
 ARM_KEYS = ("passed", "final_accuracy", "mismatch_k3", "mismatch_max_abs", "skipped_steps", "seconds")
+"""Keys of an arm's summary that the run's summary repeats."""
 
 
 def sanity(config: RunConfig, run_dir: str | None, resume: bool = False) -> dict[str, Any]:
     """Build the perfectible set, train every arm on it, and compare.
 
     Args:
-        config: task, model, sizes; `sanity.arms` names the precisions.
+        config: task, model, sizes; `sanity.arms` names the arms.
         run_dir: the run folder; `runs/sanity-<name>-<time>` by default.
         resume: keep what the folder already holds: counted prompts, finished arms, an arm's checkpoints.
 
@@ -48,7 +60,7 @@ def sanity(config: RunConfig, run_dir: str | None, resume: bool = False) -> dict
         InputError: bad input, or nothing in the data set is perfectible.
         RunError: the disk is full, or a reward cannot be computed.
     """
-    require_one_precision(config)
+    require_sound_arms(config)
     require_sound_levels(config)
     with run_folder(run_dir, "sanity", config.name, resume=resume) as run:
         return _sanity_in(run, config)
@@ -67,7 +79,10 @@ def _sanity_in(run: RunDir, config: RunConfig) -> dict[str, Any]:
         "verb": "sanity",
         "passed": arms[config.sanity.arms[0]]["passed"],
         "k3_ratio": k3_ratio(arms),
-        "arms": {name: {key: arm.get(key) for key in ARM_KEYS} for name, arm in arms.items()},
+        "arms": {
+            name: {key: arm.get(key) for key in ARM_KEYS} | learning(run.arm(name)) | {"changes": changes(config, name)}
+            for name, arm in arms.items()
+        },
         "rows_left_out": len(read_jsonl(run.bad_rows)),
         "reasons": {name: arm["reason"] for name, arm in arms.items() if "reason" in arm},
         "seconds": time.perf_counter() - started,
@@ -80,18 +95,50 @@ def _sanity_in(run: RunDir, config: RunConfig) -> dict[str, Any]:
 
 def _run_arms(run: RunDir, config: RunConfig, kept: Path, parameters: int) -> dict[str, dict[str, Any]]:
     """Train the unfinished arms, side by side where that is faster, and return the summary of every arm, in order."""
-    names = config.sanity.arms
-    open_arms = [name for name in names if not _finished(run.arm(name))]
+    configs = {name: arm_config(config, name, kept) for name in config.sanity.arms}
+    open_arms = [name for name in configs if not _finished(run.arm(name))]
     # Planned for all arms, not for those left on a resume: an arm keeps its number of threads, and so its bits.
-    plan = plan_arms(config, len(names), parameters)
+    wanted = config.sanity.arms_at_once
+    plan = plan_runs(config, len(configs), parameters, wanted=wanted, key="sanity.arms_at_once")
     if open_arms:
         show_note(plan.described(open_arms), mode=config.logging.console)
     threads: dict[str, int] = {name: recorded_threads(run.arm(name)) or plan.threads for name in open_arms}
     if plan.at_once == 1 and set(threads.values()) <= {plan.threads}:
-        return {name: run_arm(config, name, kept, run.arm(name)) for name in names}
+        return {name: run_arm(configs[name], name, run.arm(name)) for name in configs}
     if open_arms:
-        train_side_by_side(run, config, threads, kept, plan.at_once)
-    return {name: read_json(run.arm(name).summary) for name in names}
+        train_side_by_side(run, {name: configs[name] for name in open_arms}, threads, plan.at_once)
+    return {name: read_json(run.arm(name).summary) for name in configs}
+
+
+def train_side_by_side(run: RunDir, configs: Mapping[str, RunConfig], threads: Mapping[str, int], at_once: int) -> None:
+    """Train arms in their own processes and show their progress; each leaves a run folder with a summary.
+
+    Args:
+        run: folder of the sanity run.
+        configs: the arms to train by name, each with its own configuration.
+        threads: number of threads of each.
+        at_once: number of processes at a time.
+
+    Raises:
+        BetterhalfError: the error of an arm; the other arms are ended, and --resume continues all of them.
+        RunError: an arm's process failed without reporting an error.
+    """
+
+    def stop(job: Job, error: Exception) -> None:
+        raise error
+
+    first = next(iter(configs.values()))
+    jobs = [
+        Job(kind="arm", name=name, config=config, folder=run.arm(name).path, threads=threads[name])
+        for name, config in configs.items()
+    ]
+    with SeveralRuns(first.logging.console, labels=tuple(configs), total_steps=first.training.steps) as view:
+        run_jobs(
+            *(jobs, lambda job, event: view.show(job.name, event)),
+            at_once=at_once,
+            limit_key="sanity.arms_at_once",
+            failed=stop,
+        )
 
 
 def _finished(arm: RunDir) -> bool:
@@ -99,14 +146,49 @@ def _finished(arm: RunDir) -> bool:
     return arm.summary.exists() and "stopped" not in read_json(arm.summary)
 
 
-def require_one_precision(config: RunConfig) -> None:
-    """Refuse arms that the contract would refuse, before hours of counting.
+def require_sound_arms(config: RunConfig) -> None:
+    """Refuse arms that could not run, or that are the same run twice, before hours of counting.
 
     Raises:
-        ContractError: a role set by hand differs from an arm's precision without `precision.allow_difference`.
+        ContractError: trainer and engine of an arm differ in precision without `precision.allow_difference`.
+        InputError: the algorithm, the model or the engine of an arm cannot work as configured, or two arms are equal.
     """
-    for name in config.sanity.arms:
-        check_roles(with_precision(config, name), f" in the arm {name}")
+    settings = {name: arm_settings(config, name) for name in config.sanity.arms}
+    for name, arm in settings.items():
+        check_roles(arm, f" in the arm {name}")
+        twin = next(other for other in settings if settings[other] == arm)
+        if twin != name:
+            raise InputError(f"the arms {twin} and {name} have the same settings; change one of them, or leave it out")
+        if name in config.sanity.arm:
+            _require_sound(name, arm)
+
+
+def _require_sound(name: str, arm: RunConfig) -> None:
+    """Make the checks of a run that need no weights on an arm with a table of its own; name the arm in the error."""
+    try:
+        require_sound_levels(arm)
+        check_before_weights(arm)
+    except BetterhalfError as error:
+        raise type(error)(f"in the arm {name}: {error}") from error
+
+
+def changes(config: RunConfig, name: str) -> dict[str, Any]:
+    """Return the precision of an arm and the settings that it changes, by dotted key."""
+    arm = arm_settings(config, name)
+    changed = {change.key: change.right for change in config_difference(config, arm)}
+    return {"precision.preset": arm.precision.preset} | changed
+
+
+def learning(arm: RunDir) -> dict[str, Any]:
+    """Return first and final reward of an arm, and the verdict on its learning; empty if it recorded no step."""
+    rewards = [row["rollout/reward/mean"] for row in (read_jsonl(arm.metrics) if arm.metrics.exists() else [])]
+    if not rewards:
+        return {"first_reward": None, "final_reward": None, "verdict": None}
+    return {
+        "first_reward": rewards[0],
+        "final_reward": final_reward(rewards),
+        "verdict": learning_verdict(rewards),
+    }
 
 
 def k3_ratio(arms: Mapping[str, dict[str, Any]]) -> float | None:
@@ -115,23 +197,29 @@ def k3_ratio(arms: Mapping[str, dict[str, Any]]) -> float | None:
     return pair[0] / pair[1] if pair[0] and pair[1] else None
 
 
-def arm_config(config: RunConfig, precision: str, perfectible: Path) -> RunConfig:
-    """Return the configuration of one arm: the perfectible set as task, and the precision; nothing else differs."""
-    data = with_precision(config, precision).model_dump()
+def arm_config(config: RunConfig, name: str, perfectible: Path) -> RunConfig:
+    """Return the configuration of one arm: the perfectible set as task, and its precision or the settings in its table.
+
+    The tables of the other arms are left out: they describe changes of the whole run's settings, not of this arm's.
+    """
+    data = arm_settings(config, name).model_dump()
+    if config.sanity.arm:
+        data["sanity"] |= {"arms": SanityConfig().arms, "arm": {}}
     base = config.task.base if isinstance(config.task, PerfectibleTask) else config.task
     data["task"] = {"type": "perfectible", "path": str(perfectible), "base": base.model_dump()}
     return RunConfig.model_validate(data)
 
 
-def run_arm(config: RunConfig, name: str, perfectible: Path, arm: RunDir) -> dict[str, Any]:
+def run_arm(config: RunConfig, name: str, arm: RunDir) -> dict[str, Any]:
     """Train and evaluate one arm; a finished arm is read from its folder, an unfinished or stopped one continues.
+
+    `config` is the arm's own, with the perfectible set as its task: see `arm_config`.
 
     An arm that ends because of its precision (the loss scale at its floor, logprobs that are not finite, a mismatch at
     which the watchdog stops) has failed the test: a result, recorded with its reason, and the other arms still run.
     """
     if _finished(arm):
         return read_json(arm.summary)
-    settings = arm_config(config, name, perfectible)
 
     def final_accuracy(parts: Parts, progress: Progress) -> dict[str, Any]:
         accuracy = evaluate_arm(parts, name, progress.policy_version)
@@ -141,11 +229,11 @@ def run_arm(config: RunConfig, name: str, perfectible: Path, arm: RunDir) -> dic
     try:
         resume = arm.holds_run
         return run_training(
-            settings, RunDir.create(arm.path, resume=resume), resume=resume, label=name, after=final_accuracy
+            config, RunDir.create(arm.path, resume=resume), resume=resume, label=name, after=final_accuracy
         )
     except (LossScaleError, EngineError, NumericsError, WatchdogError) as error:
         failed = {"passed": False, "final_accuracy": None, "reason": str(error)}
-        measured = summarise(arm, settings) if arm.metrics.exists() else {}
+        measured = summarise(arm, config) if arm.metrics.exists() else {}
         if isinstance(error, WatchdogError):
             measured = read_json(arm.summary)
         write_json_atomic(arm.summary, measured | failed | {"seconds": time.perf_counter() - started})

@@ -21,7 +21,7 @@ from betterhalf.rollout.build import (
     check_engine,
     check_engine_roles,
 )
-from betterhalf.runs.arms import plan_arms
+from betterhalf.runs.side_by_side import plan_runs
 
 SRC = Path(betterhalf.__file__).parent
 ASKS = re.compile(r"engine\.type\s*(?:[!=]=|in\b)|isinstance\([^)]*Engine(?:Config)?\)")
@@ -82,7 +82,7 @@ def test_only_an_engine_that_traces_is_built_to_be_traced(module: Any) -> None:
 
 
 def test_arms_run_at_once_where_engines_share_the_cores() -> None:
-    shared = plan_arms(config({"type": "native"}, device="cpu"), 2, 1000)
+    shared = plan_runs(config({"type": "native"}, device="cpu"), 2, 1000, wanted=0, key="")
     assert "takes all cores" not in shared.reason
-    alone = plan_arms(config({"type": "vllm"}, device="cpu"), 2, 1000)
+    alone = plan_runs(config({"type": "vllm"}, device="cpu"), 2, 1000, wanted=0, key="")
     assert (alone.at_once, alone.reason) == (1, "engine.type=vllm takes all cores")
