@@ -133,13 +133,13 @@ def narrowest_format(x: Tensor) -> DtypeName:
     A few dozen values computed in one format are not representable in another by chance, so this shows which format a
     computation was rounded to, even when its half values are held in FP32 tensors. Zeros and non-finite values are
     ignored. With fewer than 16 other values the result is the tensor's dtype; an emulated format, which BF16 values are
-    more likely to fit, takes 64.
+    more likely to fit, takes 32 (2^-32 for e8m6).
     """
     telling = x[x.isfinite() & (x != 0)]
     if telling.numel() < 16:
         return dtype_name(x.dtype)
     halves: tuple[DtypeName, ...] = ("bf16", "fp16")
-    candidates = (*EMULATED, *halves) if telling.numel() >= 64 else halves
+    candidates = (*EMULATED, *halves) if telling.numel() >= 32 else halves
     return next((name for name in candidates if is_on_grid(telling, name)), "fp32")
 
 
