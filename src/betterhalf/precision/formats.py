@@ -128,12 +128,12 @@ def formats_table(names: Iterable[DtypeName] = HARDWARE) -> str:
 
 
 def narrowest_format(x: Tensor) -> DtypeName:
-    """Return the coarsest half format that represents every value of `x` exactly, BF16 before FP16; `fp32` if none does.
+    """Return the coarsest half format that represents all of `x` exactly, BF16 before FP16; `fp32` if none does.
 
     A few dozen values computed in one format are not representable in another by chance, so this shows which format a
     computation was rounded to, even when its half values are held in FP32 tensors. Zeros and non-finite values are
     ignored. With fewer than 16 other values the result is the tensor's dtype; an emulated format, which BF16 values are
-    more likely to fit, takes 32 (2^-32 for e8m6).
+    more likely to fit, takes 32.
     """
     telling = x[x.isfinite() & (x != 0)]
     if telling.numel() < 16:
