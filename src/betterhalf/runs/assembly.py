@@ -78,7 +78,7 @@ def assemble(
         CheckpointError: the trained weights are of another model.
         InputError: the model, the data set or the combination of settings cannot work.
     """
-    algorithm = _checked_algorithm(config, evaluating=evaluating)
+    algorithm = checked_algorithm(config, evaluating=evaluating)
     described = _checked_model(config)
     task = load_task(described, config, rows=rows)
     try:
@@ -107,7 +107,7 @@ def assemble(
     )
 
 
-def _checked_algorithm(config: RunConfig, *, evaluating: bool) -> Algorithm:
+def checked_algorithm(config: RunConfig, *, evaluating: bool) -> Algorithm:
     """Return the resolved algorithm, after every check that needs the configuration alone."""
     if not evaluating:
         require_whole_distribution(config.sampling)
