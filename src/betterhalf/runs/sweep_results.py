@@ -14,6 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from betterhalf.config.grid import SEED, Axis, Cell, Grid
+from betterhalf.config.load import flat, resolved_json
 from betterhalf.diagnostics.learning import mean_over_seeds, reward_course
 from betterhalf.environment import environment
 from betterhalf.precision.formats import FORMATS
@@ -31,6 +32,13 @@ _DIGITS = 4
 Row = dict[str, Any]
 
 
+_SETTINGS = (
+    *("model.name", "task.type", "precision.preset", "algorithm.preset", "training.steps", "training.prompts_per_step"),
+    *("training.group_size", "training.optimizer_steps", "optimizer.learning_rate", "sampling.max_tokens"),
+)
+"""Settings to name beside the results, if all cells share them."""
+
+
 def head_row(grid: Grid) -> Row:
     """Return the row that describes the sweep: its axes, and the settings that all cells share."""
     config = grid.config
@@ -43,19 +51,14 @@ def head_row(grid: Grid) -> Row:
         "seeds": list(config.sweep.seeds or (config.seed,)),
         "window": config.sweep.window,
         "evaluate": config.sweep.evaluate,
-        "settings": {
-            "model": config.model.name,
-            "task": config.task.type,
-            "algorithm": config.algorithm.preset,
-            "steps": config.training.steps,
-            "prompts_per_step": config.training.prompts_per_step,
-            "group_size": config.training.group_size,
-            "optimizer_steps": config.training.optimizer_steps,
-            "learning_rate": config.optimizer.learning_rate,
-            "max_tokens": config.sampling.max_tokens,
-        },
+        "settings": _shared_settings(grid.cells),
         "machine": {key: machine.get(key) for key in ("cpu", "gpus", "packages", "git")},
     }
+
+
+def _shared_settings(cells: Sequence[Cell]) -> Row:
+    settings = [flat(resolved_json(cell.config)) for cell in cells]
+    return {key: settings[0][key] for key in _SETTINGS if len({found[key] for found in settings}) == 1}
 
 
 def _axis_record(axis: Axis) -> Row:
@@ -111,7 +114,7 @@ def _measures(steps: Sequence[Row], window: int) -> Row:
     """Return the numbers of the steps that are recorded; empty without steps."""
     if not steps:
         return {}
-    course = reward_course([number(row["rollout/reward/mean"]) for row in steps], window)
+    course = reward_course(_column(steps, "rollout/reward/mean"), window)
     k3, exponent = _column(steps, "mismatch/k3/mean"), [_exponent(row) for row in steps]
     last = max(1, min(window, len(steps) // 4))
     return {
