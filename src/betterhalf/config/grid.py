@@ -228,7 +228,10 @@ def _cell(layers: Sequence[Layer], axes: Sequence[Axis], point: Mapping[str, str
             f"with a table of labels (at most {_LONGEST_LABEL} characters)."
         )
     own = [(f"axis {axis.key}, {point[axis.name]}", dict(axis.changes[point[axis.name]])) for axis in axes]
-    config = resolve_layers([*layers, *own])
+    try:
+        config = resolve_layers([*layers, *own])
+    except ConfigError as error:
+        raise ConfigError(f"the cell {label} cannot run: {error}") from error
     kept = {key: getattr(config.sweep, key) for key in _OF_A_CELL}
     return Cell(
         label=label,

@@ -119,12 +119,13 @@ class Mean:
     """Upper bound."""
 
 
-def mean_over_seeds(values: Sequence[float], *, positive: bool = False) -> Mean:
+def mean_over_seeds(values: Sequence[float], *, positive: bool = False, share: bool = False) -> Mean:
     """Return the mean with Student's t interval; values that are not finite are left out, and the count says so.
 
     Args:
         values: one value for each seed.
         positive: true for a quantity such as k3, of which logarithms are averaged: the mean is geometric.
+        share: true for a quantity between 0 and 1; the interval then ends there, unless a value is outside.
     """
     to: Callable[[float], float] = math.log if positive else float
     back: Callable[[float], float] = _exp if positive else float
@@ -133,7 +134,10 @@ def mean_over_seeds(values: Sequence[float], *, positive: bool = False) -> Mean:
         return Mean(count=len(kept), mean=back(kept[0]) if kept else math.nan, low=math.nan, high=math.nan)
     centre, error = statistics.fmean(kept), statistics.stdev(kept) / math.sqrt(len(kept))
     reach = student_t((1 + _CONFIDENCE) / 2, len(kept) - 1) * error
-    return Mean(count=len(kept), mean=back(centre), low=back(centre - reach), high=back(centre + reach))
+    low, high = back(centre - reach), back(centre + reach)
+    if share and all(0 <= value <= 1 for value in kept):
+        low, high = max(0.0, low), min(1.0, high)
+    return Mean(count=len(kept), mean=back(centre), low=low, high=high)
 
 
 def _exp(value: float) -> float:

@@ -30,16 +30,18 @@ class Measure:
     """Format of the number."""
     positive: bool = False
     """True if means over seeds are geometric, and the interval is on the logarithmic scale."""
+    share: bool = False
+    """True for a number between 0 and 1, whose interval ends there."""
     brief: bool = False
     """Show it on the terminal as well."""
 
 
 MEASURES = (
-    Measure(key="reward_final", heading="final reward", spec=".3f", brief=True),
-    Measure(key="accuracy", heading="accuracy", spec=".3f", brief=True),
-    Measure(key="reward_first", heading="first", spec=".3f"),
-    Measure(key="reward_best", heading="best", spec=".3f"),
-    Measure(key="reward_lowest", heading="lowest", spec=".3f", brief=True),
+    Measure(key="reward_final", heading="final reward", spec=".3f", share=True, brief=True),
+    Measure(key="accuracy", heading="accuracy", spec=".3f", share=True, brief=True),
+    Measure(key="reward_first", heading="first", spec=".3f", share=True),
+    Measure(key="reward_best", heading="best", spec=".3f", share=True),
+    Measure(key="reward_lowest", heading="lowest", spec=".3f", share=True, brief=True),
     Measure(key="k3_first", heading="k3 first", spec=".1e", positive=True, brief=True),
     Measure(key="k3_max", heading="k3 max", spec=".1e", positive=True, brief=True),
     Measure(key="k3_final", heading="k3 final", spec=".1e", positive=True),

@@ -101,7 +101,7 @@ class _Results:
         settings, run = self._grid.config.sweep, self._run.cell(cell.label)
         if row := cell_row(cell, run, settings.window, failure):
             self.rows[cell.label] = row
-            self._curves[cell.label] = curve_row(cell, run, settings.curves)
+            self._curves[cell.label] = None if failure else curve_row(cell, run, settings.curves)
 
     def _write(self) -> None:
         rows = self.in_order()

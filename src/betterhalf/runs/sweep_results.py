@@ -100,6 +100,8 @@ def cell_row(cell: Cell, run: RunDir, window: int, failure: str | None) -> Row |
         "outcome": "failed" if failure else "stopped",
         **({"reason": reason} if reason else {}),
     }
+    if failure:
+        return row  # its steps may be damaged, and are run again
     measured = _measures(read_jsonl(run.metrics), window) | {
         "accuracy": summary.get("final_accuracy"),
         "seconds": summary.get("seconds"),
@@ -172,7 +174,7 @@ def _combination(rows: Sequence[Row]) -> Row:
     for measure in MEASURES:
         values = [number(row[measure.key]) for row in kept if measure.key in row]
         if values:
-            mean = mean_over_seeds(values, positive=measure.positive)
+            mean = mean_over_seeds(values, positive=measure.positive, share=measure.share)
             shown = {"n": mean.count, "mean": mean.mean, "low": mean.low, "high": mean.high}
             means[measure.key] = {key: _rounded(value, 6) for key, value in shown.items()}
     return {

@@ -67,3 +67,9 @@ def test_a_single_seed_has_no_interval_and_missing_values_do_not_count() -> None
     none = mean_over_seeds([])
     assert none.count == 0 and math.isnan(none.mean)
     assert mean_over_seeds([0.0, 2.0], positive=True).count == 1
+
+
+def test_the_interval_of_a_share_ends_at_0_and_1() -> None:
+    found = mean_over_seeds([0.9, 1.0], share=True)
+    assert found.low == pytest.approx(0.95 - 12.706205 * 0.05, abs=1e-6) and found.high == 1.0
+    assert mean_over_seeds([0.9, 1.1], share=True).high > 1.0
