@@ -107,7 +107,7 @@ def test_the_terminal_shows_whole_lines_and_names_what_is_emulated() -> None:
 def test_the_page_has_the_table_a_panel_for_each_combination_and_figures_along_the_axes(folder: Path) -> None:
     page = write_report([folder], folder / "report.html").read_text(encoding="utf-8")
     assert "Results by combination" in page and "0.750 [0.625, 0.875]" in page
-    assert page.count('id="sweep-0-reward-') == 2 * 4  # the figure and its drawing's title, for each combination
+    assert page.count('<figure id="sweep-0-reward-') == 4
     assert page.count("e8m2 (emulated)") > 2 and "No hardware computes in it" in page
     for place in (0, 1):
         assert f'id="sweep-0-axis-{place}-reward_final"' in page and f'id="sweep-0-axis-{place}-k3_first"' in page
