@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from betterhalf.report.emulated import emulated_sentence
+
 COLUMNS = ("arm", "final accuracy", "verdict", "mean k3", "max |pi-mu|", "skipped", "seconds")
 """Columns of the verdict table."""
 
@@ -27,9 +29,9 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def verdict_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """Return sentences on the ratio of the mismatches, and on whether the arms learned."""
+    """Return sentences on emulated arms, on the ratio of the mismatches, and on whether the arms learned."""
     arms = {name: arm or {} for name, arm in (summary.get("arms") or {}).items()}
-    sentences = []
+    sentences = [emulated_sentence(arms)]
     if "fp16" in arms and "bf16" in arms:
         sentences.append(_ratio_sentence(summary.get("k3_ratio")))
         sentences.append(_learning_sentence(arms))

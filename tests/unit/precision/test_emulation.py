@@ -192,7 +192,7 @@ def test_products_and_sums_of_activations(way: str) -> None:
 
 
 def near(found: Tensor, exact: Tensor) -> None:
-    """Assert that `found` is `exact` rounded twice, but for the few values that FP32 puts on the other side of a tie."""
+    """Assert that `found` is `exact` rounded twice, but for few values that FP32 puts on the other side of a tie."""
     assert is_on_grid(found, "e8m3")
     different = found.double() != twice(exact, "e8m3")
     assert different.double().mean() < 1e-3
