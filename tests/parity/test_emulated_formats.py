@@ -5,25 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.parity.test_islands import fixed_packs, gaps, half, k3, logprobs, random_model, wings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from betterhalf.algorithms.presets import PRESETS
 from betterhalf.config.schema import RunConfig
+from betterhalf.errors import ConfigError
+from betterhalf.examine.doctor import doctor
+from betterhalf.examine.probe import probe
+from betterhalf.examine.probe_text import probe_sentences
 from betterhalf.models.loading import load_model
 from betterhalf.precision import formats
 from betterhalf.precision.contract import compare
 from betterhalf.precision.formats import FormatFacts, is_on_grid
+from betterhalf.precision.roles import build_precision
+from betterhalf.report.page import write_report
 from betterhalf.rollout.build import build_engine
+from betterhalf.run_dir import RunDir
 from betterhalf.runs.assembly import Parts, assemble
+from betterhalf.runs.export import export
 from betterhalf.runs.loop import train_step
 from betterhalf.runs.progress import Progress
+from betterhalf.runs.train import run_training
 from betterhalf.runs.weight_sync import sync_weights
+from betterhalf.setup import model_checks
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Denominators
 
@@ -220,3 +232,80 @@ def test_the_engine_reports_a_wire_that_is_finer_than_its_name() -> None:
     finer = ((name, tensor.detach().bfloat16()) for name, tensor in trainer.weights.trainable())
     engine.load_weights(finer, policy_version=1)
     assert engine.report().dtypes["wire"] == "bf16" and engine.report().dtypes["weights"] == "e8m3"
+
+
+def test_a_trainer_continues_from_the_state_of_another_bit_for_bit() -> None:
+    trainer, _, _ = wings(random_model(), e8m3())
+    trainer.forward_backward(fixed_packs(trainer.config), PRESETS["reinforce"], DENOMINATORS)
+    trainer.optim_step(1e-2)
+    other, _, _ = wings(random_model(), e8m3())
+    assert not torch.equal(logprobs(other), logprobs(trainer))
+    other.load(trainer.state())
+    assert torch.equal(logprobs(other), logprobs(trainer))
+    assert other.report().digests == trainer.report().digests
+    assert trainer.scaler.scale == 1
+
+
+# -- whole commands
+
+
+def run_config(**sections: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"name": "demo"},
+            "precision": {"preset": "e8m3"},
+            "task": {"type": "arithmetic", "num_prompts": 16},
+            "sampling": {"max_tokens": 24},
+            "training": {"steps": 1, "prompts_per_step": 4, "group_size": 4, "checkpoint_every": 1},
+            "probe": {"prompts": 4, "group_size": 2, "bootstrap": 20, "gradient_completions": 4},
+            "logging": {"console": "quiet"},
+            **sections,
+        }
+    )
+
+
+def test_a_run_says_emulated_on_its_page_and_exports_numbers_of_the_grid(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", resume=False)
+    run_training(run_config(), run, resume=False, label="e8m3")
+    assert "e8m3 is emulated: BF16 arithmetic" in write_report([run.path], run.report).read_text()
+    assert export(str(run.path), str(tmp_path / "exported"))["dtype"] == "e8m3"
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    assert all(x.dtype == torch.bfloat16 and is_on_grid(x, "e8m3") for x in exported.values())
+
+
+def test_a_probe_measures_emulated_pairs_with_gradient_and_localisation(tmp_path: Path) -> None:
+    config = run_config(precision={"pairs": ["e8m3/e8m3", "e8m2/fp32"]})
+    result = probe("demo", config, str(tmp_path / "probe"), gradient=True, localize=True)
+    assert [(pair["train"], pair["rollout"]) for pair in result["pairs"]] == [("e8m3", "e8m3"), ("e8m2", "fp32")]
+    assert all(pair["k3"] > 1e-6 for pair in result["pairs"])
+    errors = {row["train"]: row["relative_error"] for row in result["gradient"]["rows"]}
+    assert errors["e8m3"] > 4 * errors["bf16"] > 0
+    assert any(sentence.startswith("e8m2 and e8m3 are emulated") for sentence in probe_sentences(result))
+    assert "e8m2 and e8m3 are emulated" in (tmp_path / "probe" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"engine": {"type": "vllm"}}, "engine=vllm cannot emulate it; set engine=native"),
+        ({"training": {"compile_layers": True}}, "compiled layers cannot round to it"),
+        ({}, "it is emulated on a CPU only; set device=cpu"),
+    ],
+)
+def test_nothing_is_loaded_where_a_format_cannot_be_emulated(
+    sections: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not sections:
+        monkeypatch.setattr(model_checks, "choose_device", lambda _config: torch.device("cuda"))
+    with pytest.raises(ConfigError, match=f"e8m3 is an emulated format, and {words}"):
+        assemble(run_config(**sections))
+    pairs = run_config(precision={"pairs": ["bf16/e8m3"]}, **sections)
+    with pytest.raises(ConfigError, match=words):
+        probe("no such model", pairs, str(tmp_path / "probe"))
+    with pytest.raises(ConfigError, match="CPU only"):
+        build_precision(run_config().precision, torch.device("cuda"))
+
+
+def test_the_doctor_examines_hardware_formats_only(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"not the emulated format e8m3.*precision\.pairs=e8m3/e8m3"):
+        doctor("no such model", run_config(), str(tmp_path / "doctor"))

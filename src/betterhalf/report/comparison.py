@@ -9,11 +9,10 @@ import json
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from betterhalf.types import EmulatedDtype
+from betterhalf.types import EmulatedDtype, LearningOutcome
 
 Arm = Mapping[str, Any]
 
-_ORDER = ("learned", "damaged", "collapsed")
 _EMULATED: tuple[str, ...] = get_args(EmulatedDtype)
 
 _PREVENTED = {
@@ -36,7 +35,7 @@ def comparison_sentences(arms: Mapping[str, Arm]) -> list[str]:
     judged = {name: arm for name, arm in arms.items() if arm.get("verdict")}
     if not any(own_table(name, arm) for name, arm in judged.items()):
         return []
-    return [_outcome(judged), *_separations(judged), *_sides(judged), *_emulation(judged)]
+    return [_outcome(judged), *_separations(judged), *_sides(judged)]
 
 
 def own_table(name: str, arm: Arm) -> bool:
@@ -46,7 +45,7 @@ def own_table(name: str, arm: Arm) -> bool:
 
 def _outcome(arms: Mapping[str, Arm]) -> str:
     """Return the arms by verdict, with their rewards."""
-    groups = {verdict: [name for name, arm in arms.items() if arm["verdict"] == verdict] for verdict in _ORDER}
+    groups = {verdict: [name for name, arm in arms.items() if arm["verdict"] == verdict] for verdict in get_args(LearningOutcome)}
     listed = [
         f"{verdict}: {', '.join(f'{name} ({_reward(arms[name])})' for name in names)}"
         for verdict, names in groups.items()
@@ -112,22 +111,8 @@ def _one_side(arms: Mapping[str, Arm], key: str) -> tuple[str, Arm] | None:
 
 
 def _verb(arm: Arm) -> str:
-    return {"learned": "learned", "damaged": "did not collapse", "collapsed": "collapsed"}[str(arm["verdict"])]
-
-
-def _emulation(arms: Mapping[str, Arm]) -> list[str]:
-    """Return a sentence on the emulated formats that the arms use."""
-    values = {str(value) for arm in arms.values() for value in (arm.get("changes") or {}).values()}
-    names = sorted(value for value in values if value in _EMULATED)
-    if not names:
-        return []
-    bits = " or ".join(name.rpartition("m")[2] for name in names)
-    subject = f"{names[0]} is emulated" if len(names) == 1 else f"{', '.join(names)} are emulated"
-    return [
-        f"{subject}: BF16 with every rounded result rounded once more, to {bits} stored mantissa bits. k3 grows as "
-        "4^-bits, so this brings the mismatch that long completions have in BF16 to short ones. FP16, BF16 and FP32 "
-        "are real."
-    ]
+    verdict = str(arm["verdict"])
+    return verdict if verdict in ("learned", "collapsed") else "did not collapse"
 
 
 def _reward(arm: Arm) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from betterhalf.errors import InputError
 from betterhalf.report.data import Arm, ReportData, Study, load
 from betterhalf.report.doctor_page import doctor_section
+from betterhalf.report.emulated import emulated_sentence
 from betterhalf.report.events import events_table
 from betterhalf.report.fields import mapping
 from betterhalf.report.figures import step_figures
@@ -57,7 +58,7 @@ def render(data: ReportData) -> str:
     body = "".join(
         [
             f"<header><p class=lead>betterhalf report</p><h1>{escape(title)}</h1>"
-            f"<p class=lead>{_subject(folders)}</p></header><main>",
+            f"<p class=lead>{_subject(folders)}</p>{_emulated(folders)}</header><main>",
             *(doctor_section(study, several) for study in data.doctors),
             *(probe_section(study, several) for study in data.probes),
             *(sweep_section(sweep, several) for sweep in data.sweeps),
@@ -95,6 +96,15 @@ def _subject(folders: Sequence[Arm | Study]) -> str:
         if len(values) == 1:
             parts.append(f"{group} {escape(values.pop())}")
     return " \u00b7 ".join(parts)
+
+
+def _emulated(folders: Sequence[Arm | Study]) -> str:
+    """Return a note on the emulated formats that the folders' configurations name; empty without any."""
+    settings = [mapping(folder.config, "precision") for folder in folders]
+    pairs = [pair for each in settings if isinstance(listed := each.get("pairs"), list) for pair in listed]
+    values = [value for each in settings for value in each.values() if isinstance(value, str)]
+    sentence = emulated_sentence([*values, *(name for pair in pairs for name in str(pair).split("/"))])
+    return note(sentence) if sentence else ""
 
 
 def _no_verdict(arms: Sequence[Arm]) -> str:
