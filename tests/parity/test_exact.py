@@ -89,3 +89,100 @@ def test_both_sides_give_the_same_bits(name: str, precision: str) -> None:
     trainer, engine = sides(model_of(name), config)
     rollouts = sampled(engine, config, 4)
     assert measured(trainer, rollouts, config) == behavior(rollouts)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_neither_the_batch_nor_the_packs_nor_the_threads_matter(precision: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        config = config_of(precision)
+        trainer, engine = sides(model_of("qwen3 with head norms"), config)
+        rollouts = sampled(engine, config, 17)
+        wanted = behavior(rollouts)
+        for most in (1, 3):
+            config_few = config_of(precision, engine={"rounding": "exact", "max_concurrent": most})
+            _, few = sides(model_of("qwen3 with head norms"), config_few)
+            assert behavior(sampled(few, config_few, 17)) == wanted
+        for layout in (1, 90, 100_000):
+            packed = config_of(precision, training={"tokens_per_micro_batch": layout, "optimizer_steps": 1})
+            assert measured(trainer, rollouts, packed) == wanted
+        for rollout, values in zip(rollouts[::9], wanted[::9], strict=True):
+            assert measured(trainer, [rollout], config) == [values]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_scores_of_the_engine_are_the_trainers(precision: str) -> None:
+    config = config_of(precision, sampling={"max_tokens": 30})
+    trainer, engine = sides(model_of("llama"), config)
+    for token_ids in PROMPTS[1:]:
+        (scores,) = trainer.measure([pack_sequence(token_ids)])
+        assert engine.score([token_ids]) == [tuple(scores.logprobs_C.tolist())]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_both_sides_stay_equal_through_training(precision: str) -> None:
+    config = config_of(precision, optimizer={"learning_rate": 0.01})
+    trainer, engine = sides(model_of("qwen2 with biases"), config)
+    seen = []
+    for step in range(3):
+        rollouts = sampled(engine, config, 3)
+        assert measured(trainer, rollouts, config) == behavior(rollouts)
+        seen.append(behavior(rollouts))
+        advantages = [1.0 if index % 3 else -1.0 for index in range(len(rollouts))]
+        batch = pack_step(rollouts, advantages, config, step=step)
+        trainer.forward_backward(batch.packs, ALGORITHM, batch.train_batches[0].denominators)
+        assert not trainer.optim_step(0.01).skipped
+        engine.load_weights(trainer.wire_weights().tensors, policy_version=step + 1)
+    assert seen[0] != seen[1] != seen[2]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_gradients_are_those_of_the_usual_layers(precision: str) -> None:
+    found = []
+    for rounding in ("exact", "aligned"):
+        config = config_of(precision, engine={"rounding": rounding})
+        if rounding == "aligned" and precision == "bf16":
+            config = config.model_copy(
+                update={"precision": config.precision.model_copy(update={"half_matmul": "fp32_sums"})}
+            )
+        trainer, engine = sides(model_of("mistral with a window"), config)
+        if not found:
+            rollouts = sampled(engine, config, 3)
+        batch = pack_step(rollouts, [1.0] * len(rollouts), config, step=0)
+        trainer.forward_backward(batch.packs, REINFORCE, batch.train_batches[0].denominators)
+        found.append(
+            torch.cat([grad.flatten().double() / trainer.scaler.scale for _, grad in trainer.weights.gradients()])
+        )
+    ours, theirs = found
+    bound = {"fp32": 1e-6, "fp16": 2e-3, "bf16": 2e-2}[precision]
+    assert 0 < (ours - theirs).norm() < bound * theirs.norm()
+
+
+@pytest.mark.parametrize("island", ["model.layers.1.mlp.down_proj", "model.layers.0.self_attn", "model.layers.2"])
+def test_fp32_islands_are_equal_too(island: str) -> None:
+    config = config_of("fp16", precision={"preset": "fp16", "fp32_modules": [island]})
+    trainer, engine = sides(model_of("qwen3 with head norms"), config)
+    rollouts = sampled(engine, config, 4)
+    assert measured(trainer, rollouts, config) == behavior(rollouts)
+
+
+def test_both_sides_report_exact_rounding() -> None:
+    trainer, engine = sides(model_of("llama"), config_of("bf16"))
+    contract = compare(trainer.report(), engine.report(), allow_difference=False)
+    rows = {row.region: (row.trainer, row.engine) for row in contract.rows}
+    assert contract.ok
+    assert rows["rounding"] == ("exact", "exact")
+    assert rows["matmul_sums"] == ("fp32", "fp32")
+    assert rows["linear_layers"] == ("21 widened to fp32",) * 2
+    assert rows["attention"] == ("betterhalf_packed_exact", "tiles in FP32, as the trainer's")
+
+
+def test_aligned_rounding_is_not_exact() -> None:
+    config = config_of("fp16", engine={"rounding": "aligned"})
+    trainer, engine = sides(model_of("llama"), config)
+    rollouts = sampled(engine, config, 4)
+    assert measured(trainer, rollouts, config) != behavior(rollouts)

@@ -41,7 +41,7 @@ def show_localize(result: Mapping[str, Any], stream: TextIO | None = None, *, wi
 def _comparison_sentences(label: str, summary: Mapping[str, Any]) -> list[str]:
     first = summary["first"]
     if first is None:
-        return [f"{label}: differ by rounding alone; {_nearest(summary['nearest'])}"]
+        return [f"{label}: {_by_rounding(summary['nearest'])}"]
     where = f"{label}: FIRST DIFFERENCE in {_place(first)}, at token {first['token']}"
     if first["not_finite"]:
         return [f"{where}: NaN or infinity in {' and '.join(first['not_finite'])}", f"  {first['hint']}"]
@@ -51,11 +51,14 @@ def _comparison_sentences(label: str, summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _nearest(nearest: Mapping[str, Any] | None) -> str:
+def _by_rounding(nearest: Mapping[str, Any] | None) -> str:
     if nearest is None or not nearest["difference"]:
-        return "every operation is bitwise equal"
+        return "no difference; every operation is bitwise equal"
     share = nearest["difference"] / nearest["bound"]
-    return f"{_place(nearest)} comes closest to its bound ({nearest['difference']:.1e}, {share:.0%} of it)"
+    return (
+        f"differ by rounding alone; {_place(nearest)} comes closest to its bound ({nearest['difference']:.1e}, "
+        f"{share:.0%} of it)"
+    )
 
 
 def _place(one: Mapping[str, Any]) -> str:

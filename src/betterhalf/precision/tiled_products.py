@@ -18,7 +18,7 @@ from betterhalf.precision.products import packed, product
 
 _TILE = 32
 """Rows of a tile. A smaller tile is slower in training, a larger one for few sequences (`benchmarks/exact.py`)."""
-_BLOCKS = (2048, 256)
+_BLOCKS = (2048, 512, 128)
 """Rows of the larger blocks, tried in this order."""
 _MAX_RESULTS = 2**21
 """Results of the largest product that is worth a block: beyond it, a tile is as fast."""

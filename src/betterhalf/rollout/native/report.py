@@ -57,7 +57,7 @@ def _facts(decoder: Decoder, precision: Precision, config: NativeEngineConfig) -
     on_cpu = precision.device.type == "cpu"
     return {
         "engine": f"native ({decoder.config.architecture})",
-        "attention": "batched products in FP32" if on_cpu else "torch over prompts, Triton over the cache",
+        "attention": _attention(decoder.rounding, on_cpu=on_cpu),
         **_linear_layers(decoder),
         "rounding": config.rounding,
         **emulation_facts(decoder.rounding.format, decoder.rounding.kv_format),
@@ -66,6 +66,12 @@ def _facts(decoder: Decoder, precision: Precision, config: NativeEngineConfig) -
         "torch": torch.__version__,
         "device": str(precision.device),
     }
+
+
+def _attention(rounding: Rounding, *, on_cpu: bool) -> str:
+    if rounding.tiled:
+        return "tiles in FP32, as the trainer's"
+    return "batched products in FP32" if on_cpu else "torch over prompts, Triton over the cache"
 
 
 def _linear_layers(decoder: Decoder) -> dict[str, str]:
