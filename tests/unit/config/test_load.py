@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +16,9 @@ from betterhalf.config.overrides import expand
 from betterhalf.config.render import toml_text
 from betterhalf.config.schema import MathTask, PerfectibleTask, RunConfig, WatchdogLevel
 from betterhalf.errors import ConfigError
+from betterhalf.types import DtypeName
+
+DTYPES = ", ".join(get_args(DtypeName))
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -231,9 +234,9 @@ def test_the_task_inside_a_task_may_leave_its_type_out() -> None:
         ("precision.loss_scale.backoff_factor=1", "must be below 1."),
         ("sanity.upper=1.5", "sanity.upper = 1.5 must be at most 1."),
         ("logging.tensorboard=maybe", 'logging.tensorboard = "maybe" must be true or false.'),
-        ("precision=fp61", 'precision.preset = "fp61" is not one of fp16, bf16, fp32. Did you mean fp16?'),
+        ("precision=fp61", f'precision.preset = "fp61" is not one of {DTYPES}. Did you mean fp16?'),
         ("arms=[]", "sanity.arms = [] must be a list of at least 1."),
-        ("arms=fp16,bf61", 'sanity.arms = "bf61" is not one of fp16, bf16, fp32. Did you mean bf16?'),
+        ("arms=fp16,bf61", f'sanity.arms = "bf61" is not one of {DTYPES}. Did you mean bf16?'),
         ("algorithm=grop", "Did you mean grpo?"),
         ("task=mth", 'task.type = "mth" is not one of arithmetic, math, perfectible. Did you mean math?'),
         ("task=math", "task.path is required (JSONL file with"),
