@@ -93,7 +93,7 @@ def test_an_arm_with_a_table_changes_what_it_says_and_nothing_else(small_config:
     [
         ({"precision": {"rollout_dtype": "fp32"}}, ContractError, "differ in precision in the arm other"),
         ({"precision": {"fp32_modules": ["model.layers.9"]}}, InputError, "in the arm other: .*model.layers.9"),
-        ({"precision": {"preset": "e8m2"}, "engine": {"type": "vllm"}}, InputError, "in the arm other: "),
+        ({"algorithm": {"preset": "rloo"}, "training": {"group_size": 1}}, InputError, "in the arm other: .*group_size"),
         ({"sampling": {"top_p": 0.9}}, InputError, "in the arm other: "),
         ({"precision": {"preset": "fp16"}}, InputError, "the arms fp16 and other have the same settings"),
     ],
