@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -26,6 +26,7 @@ from betterhalf.config.overrides import expand, merge, parse_overrides
 from betterhalf.config.render import toml_value
 from betterhalf.config.schema import RunConfig, Section
 from betterhalf.errors import ConfigError
+from betterhalf.types import DtypeName
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SHIPPED = (_PACKAGE / "experiments", _PACKAGE.parents[1] / "experiments")
@@ -208,15 +209,24 @@ def _merge_layers(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, st
     return _with_types(merged, RunConfig), origins
 
 
-def _without_unlisted_arms(merged: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop the tables of arms that a layer above no longer lists, so that `arms=fp16,coarse` chooses among them."""
-    section = layer.get("sanity")
-    listed = section.get("arms") if isinstance(section, Mapping) else None
-    if not isinstance(listed, (list, tuple)) or not isinstance(merged.get("sanity"), Mapping):
-        return dict(merged)
-    tables = merged["sanity"].get("arm")
-    kept = {name: table for name, table in tables.items() if name in listed} if isinstance(tables, Mapping) else tables
+def _without_unlisted_arms(merged: Mapping[str, Any], layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Drop the tables of arms that a layer above no longer lists, so that `arms=fp16,coarse` chooses among them.
+
+    All are kept if it lists an arm that nothing describes: the message then names the most similar one.
+    """
+    listed, own, tables = _in_sanity(layer, "arms"), _in_sanity(layer, "arm"), _in_sanity(merged, "arm")
+    if not isinstance(listed, (list, tuple)) or not isinstance(tables, Mapping):
+        return merged
+    described = {*get_args(DtypeName), *tables, *(own if isinstance(own, Mapping) else ())}
+    if not described.issuperset(map(str, listed)):
+        return merged
+    kept = {name: table for name, table in tables.items() if name in listed}
     return {**merged, "sanity": {**merged["sanity"], "arm": kept}}
+
+
+def _in_sanity(layer: Mapping[str, Any], key: str) -> Any:
+    section = layer.get("sanity")
+    return section.get(key) if isinstance(section, Mapping) else None
 
 
 def _joined(layers: Sequence[Layer]) -> list[Layer]:

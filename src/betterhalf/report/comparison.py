@@ -45,7 +45,10 @@ def own_table(name: str, arm: Arm) -> bool:
 
 def _outcome(arms: Mapping[str, Arm]) -> str:
     """Return the arms by verdict, with their rewards."""
-    groups = {verdict: [name for name, arm in arms.items() if arm["verdict"] == verdict] for verdict in get_args(LearningOutcome)}
+    groups = {
+        verdict: [name for name, arm in arms.items() if arm["verdict"] == verdict]
+        for verdict in get_args(LearningOutcome)
+    }
     listed = [
         f"{verdict}: {', '.join(f'{name} ({_reward(arms[name])})' for name in names)}"
         for verdict, names in groups.items()
