@@ -120,7 +120,7 @@ def sampled(subject: Subject, cell: Cell, prompts: int, group_size: int) -> list
     chosen = subject.prompts(prompts) if subject.target == "demo" else questions(subject, prompts)
     with engine_in(subject, cell.rollout) as engine:
         if cell.noise:
-            weights = rounded_weights(subject.model, precision_in(subject, cell.rollout).wire_dtype)
+            weights = rounded_weights(subject.model, precision_in(subject, cell.rollout).roles.wire_dtype)
             engine.load_weights(noisy(weights, cell.noise), policy_version=0)
         groups = sample_groups_of(subject, engine, chosen, group_size)
     return [

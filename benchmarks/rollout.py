@@ -83,7 +83,7 @@ def engine_side(work: Work, engine: dict[str, Any], stack: ExitStack) -> Sampler
     precision = build_precision(config.precision, torch.device("cpu"))
     made = build_engine(config, work.model.hf_config, (), precision)
     stack.callback(made.close)
-    made.load_weights(rounded_weights(work.model, precision.wire_dtype), policy_version=0)
+    made.load_weights(rounded_weights(work.model, precision.roles.wire_dtype), policy_version=0)
     sampling = SamplingConfig(max_tokens=work.tokens)
 
     def sample(prompts: list[Prompt]) -> int:

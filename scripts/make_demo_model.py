@@ -1,15 +1,23 @@
 #!/usr/bin/env python
-"""Make the demo model: half a million parameters that add up eight digits and slip at random.
+"""Make the models inside the package: they add up digits step by step, and slip at random.
 
-    .venv/bin/python scripts/make_demo_model.py [FOLDER]
+    .venv/bin/python scripts/make_demo_model.py [FOLDER]                                demo
+    .venv/bin/python scripts/make_demo_model.py --model demo-small [FOLDER]             demo-small
+    .venv/bin/python scripts/make_demo_model.py --model demo-small --length 100 FOLDER  longer completions
 
 It writes config.json, generation_config.json, tokenizer.json, tokenizer_config.json and model.safetensors (FP32) to
-FOLDER, by default the one inside the package. It takes about two minutes.
+FOLDER, by default the one inside the package. `demo` takes about two minutes, `demo-small` 40 seconds.
 
-The model learns `2+7+9+1+5+5+4+9=` -> `7=09,9=18,1=19,5=24,5=29,4=33,9=42.` from solutions in which every running
-total is wrong with probability 0.07, by a random last digit, and the sum continues from the wrong total. So it knows
-the arithmetic, and imitates slips that do not depend on the problem: it solves almost every prompt 0.93^7 = 60% of the
-time, and reinforcement learning has something to remove from all of them.
+`demo` (half a million parameters) learns `2+7+9+1+5+5+4+9=` -> `7=09,9=18,1=19,5=24,5=29,4=33,9=42.` from solutions in
+which every running total is wrong with probability 0.07, by a random last digit, and the sum continues from the wrong
+total. So it knows the arithmetic, and imitates slips that do not depend on the problem: it solves almost every prompt
+0.93^7 = 60% of the time, and reinforcement learning has something to remove from all of them.
+
+`demo-small` (84,288 parameters) adds five digits and slips with probability 0.12: 0.88^4 = 60%. A completion has 20
+tokens. With `--length N`, a block of N - 21 random digits and a comma precedes the sum: `94310385,7=09,...,5=24.`. Each
+of these digits has an entropy of ln 10 nats, and the reward does not read them. So the same problem has completions of
+any length. (Digits between the totals would do so as well, but from about 60 tokens on, a model of this size does not
+learn to find the last total among them.)
 
 The same machine gives the same file: seed, number of steps and algorithms are fixed, and one thread runs all sums in
 one order. Another processor or another version of torch may sum in another order; after 1,500 steps the weights then
@@ -21,7 +29,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,19 +40,31 @@ from transformers.utils.logging import disable_progress_bar
 
 from betterhalf.tasks.arithmetic import END_MARK
 
-PACKAGE_FOLDER = Path(__file__).parents[1] / "src/betterhalf/models/demo"
+MODELS_FOLDER = Path(__file__).parents[1] / "src/betterhalf/models"
 PAD, UNKNOWN = "<pad>", "<unk>"
 VOCABULARY = (PAD, UNKNOWN, *"0123456789", "+", "=", ",", END_MARK)
+IGNORED = -100
+"""Target of a token that does not count in the loss."""
 ID = {token: index for index, token in enumerate(VOCABULARY)}
-CONTEXT_LENGTH = 128
-TERMS = 8
-PROMPT_LENGTH = 2 * TERMS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Settings of the training."""
+    """Shape of a model, its task, and the settings of its training; by default those of `demo`."""
 
+    terms: int = 8
+    """Number of digits in a problem."""
+    block_length: int = 0
+    """Number of tokens before the sum of a solution: random digits and a comma; 0 for none."""
+    slip_probability: float = 0.07
+    """Probability that a running total is wrong."""
+    hidden_size: int = 128
+    layers: int = 3
+    heads: int = 4
+    context_length: int = 128
+    initializer_range: float = 0.08
+    """About 1 / sqrt(hidden_size). The usual 0.02 is meant for wider models: at this width the sums take twice as long
+    to learn, and the small weights that result make reinforcement learning at 3e-4 erratic."""
     seed: int = 0
     threads: int = 1
     """Number of threads: one is nearly as fast as two at this size, and its sums have one order."""
@@ -52,11 +72,38 @@ class Recipe:
     batch_size: int = 32
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
-    slip_probability: float = 0.07
-    """Probability that a running total is wrong."""
+
+    @property
+    def prompt_length(self) -> int:
+        """Number of tokens of a problem."""
+        return 2 * self.terms
+
+    @property
+    def completion_length(self) -> int:
+        """Number of tokens of a solution."""
+        return self.block_length + 5 * (self.terms - 1)
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+RECIPES = {
+    "demo": Recipe(),
+    "demo-small": Recipe(
+        terms=5,
+        slip_probability=0.12,
+        hidden_size=64,
+        layers=2,
+        heads=2,
+        context_length=256,
+        initializer_range=0.125,
+        learning_rate=3e-3,
+    ),
+}
+"""Recipes by the name of the model."""
+
+COUNTED_SHARE = 0.1
+"""Share of the block's digits that count in the loss: nothing predicts them, so most of their gradient is noise."""
+
+
+def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token for each character; characters outside the vocabulary are <unk>."""
     tokenizer = Tokenizer(models.WordLevel(ID, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
@@ -65,26 +112,24 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         pad_token=PAD,
         unk_token=UNKNOWN,
-        model_max_length=CONTEXT_LENGTH,
+        model_max_length=recipe.context_length,
         clean_up_tokenization_spaces=False,
     )
 
 
-def make_config() -> LlamaConfig:
-    """Return the configuration of a Llama with four heads of 32 and three layers."""
+def make_config(recipe: Recipe) -> LlamaConfig:
+    """Return the configuration of a small Llama; every head has a width of 32."""
     return LlamaConfig(
         vocab_size=len(VOCABULARY),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=CONTEXT_LENGTH,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=2 * recipe.hidden_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=recipe.context_length,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=False,
-        # About 1 / sqrt(hidden_size). The usual 0.02 is meant for wider models: at this width the sums take twice as
-        # long to learn, and the small weights that result make reinforcement learning at 3e-4 erratic.
-        initializer_range=0.08,
+        initializer_range=recipe.initializer_range,
         bos_token_id=None,
         eos_token_id=ID[END_MARK],
         pad_token_id=ID[PAD],
@@ -120,17 +165,35 @@ def encode(digits_BN: Tensor, totals_BM: Tensor) -> Tensor:
     return torch.cat([prompt, completion], 1)
 
 
-def sample_batch(recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """Return token ids [B, T] of solutions with slips."""
-    digits_BN = torch.randint(1, 10, (recipe.batch_size, TERMS), generator=generator)
-    return encode(digits_BN, sample_totals(digits_BN, recipe.slip_probability, generator))
+def sample_batch(recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return token ids [B, T] of solutions with slips, and the targets of their completions [B, C]."""
+    digits_BN = torch.randint(1, 10, (recipe.batch_size, recipe.terms), generator=generator)
+    token_ids_BT = encode(digits_BN, sample_totals(digits_BN, recipe.slip_probability, generator))
+    prompt_BP, solution_BC = token_ids_BT[:, : recipe.prompt_length], token_ids_BT[:, recipe.prompt_length :]
+    if not recipe.block_length:
+        return token_ids_BT, solution_BC
+    size = (recipe.batch_size, recipe.block_length)
+    block_BK = torch.randint(ID["0"], ID["9"] + 1, size, generator=generator)
+    ignored_BK = torch.rand(size, generator=generator) >= COUNTED_SHARE
+    block_BK[:, -1], ignored_BK[:, -1] = ID[","], False
+    targets_BC = torch.cat([block_BK.masked_fill(ignored_BK, IGNORED), solution_BC], 1)
+    return torch.cat([prompt_BP, block_BK, solution_BC], 1), targets_BC
 
 
-def completion_loss(model: LlamaForCausalLM, token_ids_BT: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the completion, in nats."""
-    logits = model(input_ids=token_ids_BT[:, :-1], use_cache=False).logits[:, PROMPT_LENGTH - 1 :]
-    targets = token_ids_BT[:, PROMPT_LENGTH:]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+def completion_loss(model: LlamaForCausalLM, token_ids_BT: Tensor, targets_BC: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the completion's targets, in nats."""
+    logits = model(input_ids=token_ids_BT[:, :-1], use_cache=False).logits[:, -targets_BC.shape[1] :]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets_BC.flatten(), ignore_index=IGNORED)
+
+
+def at_step(recipe: Recipe, step: int, generator: torch.Generator) -> Recipe:
+    """Return the recipe of one training step: in the first half, any number of free digits up to the full one.
+
+    Totals at many distances teach the model to find the last one by its content, which it learns slowly from one.
+    """
+    if not recipe.free_digits or step > recipe.steps / 2:
+        return recipe
+    return replace(recipe, free_digits=int(torch.randint(recipe.free_digits + 1, (), generator=generator)))
 
 
 def train(recipe: Recipe) -> LlamaForCausalLM:
@@ -138,7 +201,7 @@ def train(recipe: Recipe) -> LlamaForCausalLM:
     torch.set_num_threads(recipe.threads)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(recipe.seed)
-    model = LlamaForCausalLM(make_config())
+    model = LlamaForCausalLM(make_config(recipe))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
     )
@@ -148,7 +211,7 @@ def train(recipe: Recipe) -> LlamaForCausalLM:
     generator = torch.Generator().manual_seed(recipe.seed)
     started = time.perf_counter()
     for step in range(1, recipe.steps + 1):
-        loss = completion_loss(model, sample_batch(recipe, generator))
+        loss = completion_loss(model, *sample_batch(at_step(recipe, step, generator), generator))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -159,10 +222,10 @@ def train(recipe: Recipe) -> LlamaForCausalLM:
     return model.eval()
 
 
-def save(model: LlamaForCausalLM, folder: Path) -> str:
+def save(model: LlamaForCausalLM, recipe: Recipe, folder: Path) -> str:
     """Write the folder; return the SHA-256 of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    make_tokenizer().save_pretrained(folder)
+    make_tokenizer(recipe).save_pretrained(folder)
     model.generation_config = GenerationConfig(eos_token_id=ID[END_MARK], pad_token_id=ID[PAD], do_sample=True)
     disable_progress_bar()
     model.save_pretrained(folder)
@@ -170,12 +233,26 @@ def save(model: LlamaForCausalLM, folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
+def longer(recipe: Recipe, length: int) -> Recipe:
+    """Return the recipe with completions of `length` tokens."""
+    if length < recipe.completion_length:
+        raise SystemExit(f"a solution has {recipe.completion_length} tokens; --length={length} is shorter")
+    return replace(recipe, block_length=length - recipe.completion_length)
+
+
 def main() -> None:
     """Train, save, and print the digest of the weights."""
-    parser = argparse.ArgumentParser(description="Make the demo model.")
-    parser.add_argument("folder", nargs="?", type=Path, default=PACKAGE_FOLDER)
-    folder = parser.parse_args().folder
-    print(f"{save(train(Recipe()), folder)}  {folder / 'model.safetensors'}")
+    parser = argparse.ArgumentParser(description="Make a model of the package, or one with longer completions.")
+    parser.add_argument("folder", nargs="?", type=Path, help="folder to write; by default the model's own")
+    parser.add_argument("--model", choices=RECIPES, default="demo", help="recipe; default: demo")
+    parser.add_argument("--length", type=int, help="tokens of a completion; random digits before the sum fill it up")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the training data; default: 0")
+    arguments = parser.parse_args()
+    recipe = replace(RECIPES[arguments.model], seed=arguments.seed)
+    if arguments.length:
+        recipe = longer(recipe, arguments.length)
+    folder = arguments.folder or MODELS_FOLDER / arguments.model.replace("-", "_")
+    print(f"{save(train(recipe), recipe, folder)}  {folder / 'model.safetensors'}")
 
 
 if __name__ == "__main__":

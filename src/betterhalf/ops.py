@@ -29,7 +29,15 @@ def shifted_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def log_normaliser(exponentials: Tensor, largest: Tensor) -> Tensor:
     """Return the log-sum-exp of the logits, float32 [...], from the results of `shifted_exp`."""
-    return exponentials.sum(-1).log_().add_(largest.squeeze(-1))
+    return row_sums(exponentials).log_().add_(largest.squeeze(-1))
+
+
+def row_sums(x: Tensor) -> Tensor:
+    """Return the sums of the last axis, [..., V] -> [...]; on a CPU each depends on its own row alone."""
+    if x.is_cpu and x.numel() == x.shape[-1]:
+        # torch cuts a single long row into one part for each thread, and so adds in another order.
+        return x.reshape(1, -1).repeat(2, 1).sum(-1)[0].view(x.shape[:-1])
+    return x.sum(-1)
 
 
 def normalised(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -55,7 +63,7 @@ def logprobs_and_entropy(logits: Tensor, token_ids: Tensor, temperature: float =
     def some(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
         exponentials, largest = shifted_exp(scaled)
-        total = exponentials.sum(-1)
+        total = row_sums(exponentials)
         weighted = exponentials.mul_(scaled.sub(largest)).sum(-1)
         logprobs = chosen(scaled, token_ids) - total.log().add_(largest.squeeze(-1))
         return logprobs, total.log() - weighted / total

@@ -15,8 +15,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-DtypeName = Literal["fp16", "bf16", "fp32"]
-"""Names of the three formats, as used in configuration files, contracts and reports."""
+HardwareDtype = Literal["fp16", "bf16", "fp32"]
+"""Formats that processors compute in."""
+
+EmulatedDtype = Literal["e8m2", "e8m3", "e8m4", "e8m5", "e8m6"]
+"""Emulated formats: eight exponent bits as in BF16, and fewer stored mantissa bits."""
+
+DtypeName = Literal[HardwareDtype, EmulatedDtype]
+"""Names of the formats, as used in configuration files, contracts and reports."""
 
 PresetName = Literal[
     "grpo",
@@ -59,8 +65,9 @@ RatioTreatment = Literal["raw", "truncate", "mask", "clip"]
 RatioGradient = Literal["ratio", "logprob"]
 """Factor of the surrogate that is differentiated: the ratio, or log pi with the ratio held constant."""
 
-RoundingMode = Literal["engine", "aligned"]
-"""Rounding points of the native engine: those of production engines, or those of the trainer."""
+RoundingMode = Literal["engine", "aligned", "exact"]
+"""Rounding points of the native engine: those of production engines, or those of the trainer; `exact` also makes every
+product and sum independent of the batch, on both sides."""
 
 HeadDtype = Literal["fp32", "model"]
 """Precision of the LM head's product in vLLM; `model` is the rollout dtype."""
@@ -90,7 +97,7 @@ WatchdogAction = Literal["warn", "mask", "halve_learning_rate", "stop"]
 """Actions of a watchdog rule that fires."""
 
 LearningOutcome = Literal["learned", "dips", "flat", "damaged", "collapsed", "short"]
-"""Words for the course of a run's reward; see `diagnostics.learning`."""
+"""Words for the course of a run's reward; see `diagnostics.course`."""
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 """Devices of a run; `auto` takes a GPU if there is one."""

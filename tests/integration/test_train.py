@@ -35,6 +35,12 @@ ALWAYS = {
     *(f"mismatch/log_ratio/{s}" for s in ("mean", "std", "p99_abs", "max_abs")),
     *(f"mismatch/sequence_log_ratio/{s}" for s in ("mean", "std", "p1", "p99")),
     *(f"mismatch/{n}" for n in ("slope_per_1k", "ess_fraction", "chi2_token", "pearson", "tokens")),
+    *(
+        "mismatch/accident_fraction",
+        "mismatch/reverse_accident_fraction",
+        "optim/token_share/max",
+        "policy/ratio/max_negative",
+    ),
     *(f"optim/{n}" for n in ("loss_scale", "skipped", "grad_norm", "learning_rate")),
     *(f"optim/{n}" for n in ("subnormal_fraction", "zero_fraction", "overflow_fraction", "first_offender")),
     *(

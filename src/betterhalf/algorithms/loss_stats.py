@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class LossStats:
     """Sum of the surrogate's ratio."""
     ratio_max: Tensor = field(metadata=MAX)
     """Largest of the surrogate's ratios."""
+    ratio_max_negative: Tensor = field(metadata=MAX)
+    """Largest ratio current/proximal of a single token, among the tokens with a negative advantage; 0 without one."""
     weight_before: Tensor = field(metadata=SUM)
     """Sum of the whole importance weight of each token, before any treatment."""
     weight_before_squared: Tensor = field(metadata=SUM)
@@ -44,6 +47,10 @@ class LossStats:
     """Sum of the weight that multiplies the gradient: after truncation, masks and clip."""
     weight_after_squared: Tensor = field(metadata=SUM)
     """Sum of the squares of that weight."""
+    gradient_squared: Tensor = field(metadata=SUM)
+    """Sum over tokens of the squared norm of the scaled loss's gradient with respect to their final hidden state."""
+    gradient_squared_max: Tensor = field(metadata=MAX)
+    """Largest of these squared norms."""
 
     @classmethod
     def empty(cls) -> LossStats:
@@ -56,6 +63,7 @@ class LossStats:
         *,
         loss: Tensor,
         ratio_C: Tensor,
+        negative_ratio_C: Tensor,
         before_C: Tensor,
         after_C: Tensor,
         clipped_C: Tensor,
@@ -64,7 +72,11 @@ class LossStats:
         bounded_C: Tensor,
         long_C: Tensor,
     ) -> LossStats:
-        """Sum over the C tokens of one micro-batch; ratios and weights are floating point, the others bool."""
+        """Sum over the C tokens of one micro-batch, before its backward pass.
+
+        Ratios and weights are floating point, the others bool. `negative_ratio_C` has the current/proximal ratio of
+        the tokens with a negative advantage, and 0 for the others.
+        """
         before_C, after_C, ratio_C = before_C.detach().double(), after_C.detach().double(), ratio_C.detach().double()
         return cls(
             loss=loss.detach().double(),
@@ -76,12 +88,25 @@ class LossStats:
             truncated=_sum(truncated_C),
             bounded=_sum(bounded_C),
             ratio=ratio_C.sum(),
-            ratio_max=torch.cat((ratio_C, ratio_C.new_zeros(1))).amax(),
+            ratio_max=_largest(ratio_C),
+            ratio_max_negative=_largest(negative_ratio_C.detach().double()),
             weight_before=before_C.sum(),
             weight_before_squared=before_C.square().sum(),
             weight_after=after_C.sum(),
             weight_after_squared=after_C.square().sum(),
+            gradient_squared=before_C.new_zeros(()),
+            gradient_squared_max=before_C.new_zeros(()),
         )
+
+    def with_gradient(self, grad_CH: Tensor) -> LossStats:
+        """Return the statistics of a micro-batch with the gradients of its tokens, after its backward pass.
+
+        Args:
+            grad_CH: gradient with respect to the final hidden state of each token, in any scale that the micro-batches
+                of an optimizer step share.
+        """
+        squared_C = torch.linalg.vector_norm(grad_CH, dim=-1, dtype=torch.float32).double().square()
+        return replace(self, gradient_squared=squared_C.sum(), gradient_squared_max=_largest(squared_C))
 
     def __add__(self, other: LossStats) -> LossStats:
         """Return the statistics of both together; each field is reduced as it declares."""
@@ -121,7 +146,24 @@ def policy_metrics(stats: LossStats, train_batches: int = 1) -> dict[str, float]
         "policy/ess_after": _ess(value["weight_after"], value["weight_after_squared"], tokens),
         "policy/ratio/mean": value["ratio"] / tokens if tokens else 1.0,
         "policy/ratio/max": value["ratio_max"] if tokens else 1.0,
+        "policy/ratio/max_negative": value["ratio_max_negative"] or 1.0,
     }
+
+
+def largest_token_share(stats: LossStats) -> float:
+    """Return the share of the largest token in the gradient of one optimizer step.
+
+    It is the largest norm of the gradient with respect to a final hidden state, divided by the root of the sum of the
+    squares of all of them: 1 if a single token has all the gradient, 1 / sqrt(tokens) if all have the same, 0 without
+    any.
+    """
+    largest, total = torch.stack((stats.gradient_squared_max, stats.gradient_squared)).tolist()
+    return math.sqrt(_share(largest, total))
+
+
+def _largest(values_C: Tensor) -> Tensor:
+    """Return the largest of values that are not negative; 0 if there are none."""
+    return torch.cat((values_C, values_C.new_zeros(1))).amax()
 
 
 def _sum(mask_C: Tensor) -> Tensor:

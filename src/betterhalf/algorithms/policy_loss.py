@@ -198,11 +198,17 @@ _SHARES: dict[AggregationKind, Callable[[Tensor, _Tokens, Denominators], Tensor]
 """Factor of each token's loss in the loss of the batch: float64 [C]."""
 
 
+def _drift(tokens: _Tokens) -> Tensor:
+    """Return each token's ratio current/proximal, [C] without a graph, whatever ratio the surrogate has."""
+    return ops.bounded_exp(ops.log_ratio(tokens.current_C.detach(), tokens.proximal_C))[0]
+
+
 def _stats(loss: Tensor, surrogate: _Surrogate, correction: Weights, tokens: _Tokens, max_tokens: int) -> LossStats:
     lengths_S = ops.segment_sum(torch.ones_like(tokens.index_C), tokens.index_C, tokens.num_sequences)
     return LossStats.count(
         loss=loss,
         ratio_C=surrogate.weights.raw_C,
+        negative_ratio_C=_drift(tokens) * (tokens.advantages_C < 0),
         before_C=surrogate.weights.raw_C * correction.raw_C,
         after_C=surrogate.weights.weight_C * ~surrogate.clipped_C * correction.weight_C,
         clipped_C=surrogate.clipped_C,

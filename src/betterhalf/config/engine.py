@@ -16,7 +16,8 @@ class NativeEngineConfig(Section):
     type: Literal["native"] = "native"
     rounding: RoundingMode = "engine"
     """`engine` rounds where production engines do. `aligned` rounds where the trainer does, which makes the mismatch
-    several times smaller."""
+    several times smaller. `exact` also computes every product and sum of trainer and engine independently of the batch:
+    both give the same bits, and the mismatch is 0 (CPU only; slower)."""
     max_concurrent: int = Field(256, ge=1)
     """Maximum number of sequences decoded at once: slots of the KV cache."""
     cuda_graphs: bool = True

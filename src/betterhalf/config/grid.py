@@ -12,7 +12,7 @@ from typing import Any
 
 from betterhalf.config import keys
 from betterhalf.config.load import COMMAND_LINE, Layer, flat, read_layers, resolve_layers, resolved_json
-from betterhalf.config.overrides import expand
+from betterhalf.config.overrides import expand, expand_table
 from betterhalf.config.schema import RunConfig, SweepConfig
 from betterhalf.errors import ConfigError
 
@@ -49,7 +49,7 @@ class Axis:
 
     def settings(self) -> set[str]:
         """Return the dotted keys that the axis sets."""
-        return {key for changes in self.changes.values() for key in flat(expand(changes))}
+        return {key for changes in self.changes.values() for key in flat(changes)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,7 @@ def _axes(sweep: SweepConfig) -> tuple[Axis, ...]:
 
 def _axis(name: str, key: str, values: Any) -> Axis:
     if isinstance(values, Mapping):
-        labels = {_text(label): _nested(changes) for label, changes in values.items()}
+        labels = {_text(label): expand_table(changes) for label, changes in values.items()}
         return Axis(name=name, key=key, changes=labels, numbers=None)
     texts = [_text(value) for value in values]
     if len(set(texts)) < len(texts):
@@ -126,7 +126,7 @@ def _axis(name: str, key: str, values: Any) -> Axis:
     return Axis(
         name=name,
         key=key,
-        changes={text: _nested({key: value}) for text, value in zip(texts, values, strict=True)},
+        changes={text: expand_table({key: value}) for text, value in zip(texts, values, strict=True)},
         numbers=tuple(map(float, values)) if numeric else None,
     )
 
@@ -134,18 +134,6 @@ def _axis(name: str, key: str, values: Any) -> Axis:
 def _short(key: str) -> str:
     parts = key.split(".")
     return parts[-2] if len(parts) > 1 and parts[-1] in _GENERIC else parts[-1]
-
-
-def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with dotted keys as nested sections."""
-    nested: dict[str, Any] = {}
-    for key, value in settings.items():
-        *sections, leaf = key.split(".")
-        place = nested
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[leaf] = _nested(value) if isinstance(value, Mapping) else value
-    return nested
 
 
 def _text(value: object) -> str:

@@ -112,8 +112,11 @@ def field(holders: Sequence[type[Section]], key: str) -> FieldInfo | None:
 def find(path: Sequence[str]) -> FieldInfo | None:
     """Return the field at a path from the root, searched in every type of section; None without one.
 
-    The path has no positions in lists: `watchdog.levels.metric`.
+    The path has no positions in lists: `watchdog.levels.metric`. The settings of an arm, `sanity.arm.NAME.KEY`, are
+    those of a run: KEY.
     """
+    if tuple(path[:2]) == ("sanity", "arm"):
+        path = path[3:] or path[:2]
     holders: tuple[type[Section], ...] = (RunConfig,)
     found = None
     for key in path:

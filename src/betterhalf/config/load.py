@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from betterhalf.config import keys
 from betterhalf.config.algorithm import own_choices
 from betterhalf.config.explain import explain
-from betterhalf.config.overrides import expand, parse_overrides
+from betterhalf.config.overrides import expand, merge, parse_overrides
 from betterhalf.config.render import toml_value
 from betterhalf.config.schema import RunConfig, Section
 from betterhalf.errors import ConfigError
@@ -30,6 +30,9 @@ from betterhalf.errors import ConfigError
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SHIPPED = (_PACKAGE / "experiments", _PACKAGE.parents[1] / "experiments")
 """Folders of the experiment files: in an installed package, and in a checkout."""
+
+_SHARED = ("model", "task", "sanity")
+"""Sections that an arm cannot change: the perfectible set belongs to them."""
 
 
 Layer = tuple[str, dict[str, Any]]
@@ -66,7 +69,10 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         ConfigError: a file is missing or malformed, `extends` forms a circle, a key is unknown, or a value is wrong.
             The message lists every error.
     """
-    return resolve_layers(read_layers(path, overrides))
+    config = resolve_layers(read_layers(path, overrides))
+    for name in config.sanity.arm:
+        arm_settings(config, name)
+    return config
 
 
 def read_layers(path: str | Path | None, overrides: Sequence[str] = ()) -> list[Layer]:
@@ -89,6 +95,22 @@ def resolve_layers(layers: Sequence[Layer]) -> RunConfig:
         ConfigError: a key is unknown, or a value is wrong. The message lists every error.
     """
     return _validate(*_merge_layers(layers))
+
+
+def arm_settings(config: RunConfig, name: str) -> RunConfig:
+    """Return the configuration of one arm of a sanity run: another precision, or the settings in its table.
+
+    Raises:
+        ConfigError: the table has an unknown key, a wrong value, or a setting that all arms share.
+    """
+    table = config.sanity.arm.get(name)
+    source = f"sanity.arm.{name}"
+    for section in () if table is None else _SHARED:
+        if section in table:
+            raise ConfigError(f"[{source}] sets {section!r}, which all arms share. Set it for the whole run.")
+    layer = expand({"precision": name}) if table is None else table
+    merged = _with_types(merge(_sparse(resolved_json(config)), layer), RunConfig)
+    return _validate(merged, dict.fromkeys(flat(layer), source))
 
 
 def resolve_experiment(path: str | Path) -> Path:
@@ -181,9 +203,20 @@ def _merge_layers(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, st
     """Merge all layers over the defaults; return the result and the layer that set each dotted key."""
     merged, origins = _sparse(resolved_json(RunConfig())), {}
     for source, layer in _joined(layers):
-        merged = _merge(merged, layer)
+        merged = merge(_without_unlisted_arms(merged, layer), layer)
         origins.update(dict.fromkeys(flat(layer), source))
     return _with_types(merged, RunConfig), origins
+
+
+def _without_unlisted_arms(merged: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the tables of arms that a layer above no longer lists, so that `arms=fp16,coarse` chooses among them."""
+    section = layer.get("sanity")
+    listed = section.get("arms") if isinstance(section, Mapping) else None
+    if not isinstance(listed, (list, tuple)) or not isinstance(merged.get("sanity"), Mapping):
+        return dict(merged)
+    tables = merged["sanity"].get("arm")
+    kept = {name: table for name, table in tables.items() if name in listed} if isinstance(tables, Mapping) else tables
+    return {**merged, "sanity": {**merged["sanity"], "arm": kept}}
 
 
 def _joined(layers: Sequence[Layer]) -> list[Layer]:
@@ -194,21 +227,10 @@ def _joined(layers: Sequence[Layer]) -> list[Layer]:
     joined: list[Layer] = []
     for source, layer in layers:
         if joined and joined[-1][0] == source:
-            joined[-1] = (source, _merge(joined[-1][1], expand(layer)))
+            joined[-1] = (source, merge(joined[-1][1], expand(layer)))
         else:
             joined.append((source, expand(layer)))
     return joined
-
-
-def _merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge `layer` over `base`. A section whose `type` changes drops the keys of the other type."""
-    changes_type = "type" in base and layer.get("type", base["type"]) != base["type"]
-    merged = {} if changes_type else dict(base)
-    for key, value in layer.items():
-        old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
-    return merged
 
 
 def _with_types(data: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:

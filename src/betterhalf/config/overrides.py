@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from betterhalf.config import keys
+from betterhalf.config.sanity import ArmTables
 from betterhalf.config.schema import RunConfig, Section
 from betterhalf.errors import ConfigError
 
@@ -57,7 +58,33 @@ def expand(layer: Mapping[str, Any], holders: Sequence[type[Section]] = (RunConf
     return expanded
 
 
+def merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge `layer` over `base`. A section whose `type` changes drops the keys of the other type."""
+    changes_type = "type" in base and layer.get("type", base["type"]) != base["type"]
+    merged = {} if changes_type else dict(base)
+    for key, value in layer.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def expand_table(table: Any) -> Any:
+    """Expand a table of settings whose keys may be dotted, as an arm and a sweep have them.
+
+    `"engine.rounding" = "aligned"` becomes `{"engine": {"rounding": "aligned"}}`.
+    """
+    if not isinstance(table, Mapping):
+        return table
+    expanded: dict[str, Any] = {}
+    for key, value in table.items():
+        expanded = merge(expanded, expand(_at(key.split("."), value)))
+    return expanded
+
+
 def _expand_value(value: Any, annotation: Any) -> Any:
+    if annotation == ArmTables and isinstance(value, Mapping):
+        return {name: expand_table(table) for name, table in value.items()}
     inner = keys.sections(annotation)
     if isinstance(value, Mapping):
         return expand(value, inner) if inner else dict(value)
@@ -82,11 +109,14 @@ def _nested(key: str, text: str) -> dict[str, Any]:
     while info is not None and (short := keys.shorthand(info.annotation)) is not None:
         path.append(short)
         info = keys.find(path)
-    value: Any = _literal(text) if info is None else _value(text, info.annotation)
-    for part in reversed(path):
+    return _at(path, _literal(text) if info is None else _value(text, info.annotation))
+
+
+def _at(path: Sequence[str], value: Any) -> dict[str, Any]:
+    """Return nested dictionaries that hold `value` at `path`."""
+    for part in reversed(path[1:]):
         value = {part: value}
-    result: dict[str, Any] = value
-    return result
+    return {path[0]: value}
 
 
 def _value(text: str, annotation: Any) -> Any:

@@ -48,7 +48,7 @@ def toml_key(key: str) -> str:
 def _lines(section: Mapping[str, Any], name: str) -> Iterator[str]:
     """Yield a section's header and plain values, then its inner sections; the root has no header."""
     inner = {key: value for key, value in section.items() if (isinstance(value, Mapping) and value) or _is_array(value)}
-    absent = _ABSENT if name in _OVER_A_PRESET else None
+    absent = _ABSENT if name in _OVER_A_PRESET or name.startswith("sanity.arm.") else None
     values = {key: absent if value is None else value for key, value in section.items() if key not in inner}
     plain = {key: value for key, value in values.items() if value is not None}
     if name and plain:

@@ -86,6 +86,25 @@ class RunConfig(Section):
     watchdog: WatchdogConfig = WatchdogConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    @property
+    def exact(self) -> bool:
+        """True if trainer and engine must give the same bits."""
+        return isinstance(self.engine, NativeEngineConfig) and self.engine.rounding == "exact"
+
+    @model_validator(mode="after")
+    def _exact_fits(self) -> Self:
+        if self.exact and self.training.compile_layers:
+            raise ValueError(
+                "engine.rounding=exact needs the same operations in trainer and engine, and training.compile_layers "
+                "fuses the trainer's. Set training.compile_layers=false, or engine.rounding=aligned."
+            )
+        if self.exact and self.precision.half_matmul == "native":
+            raise ValueError(
+                "engine.rounding=exact needs half products with FP32 sums, and precision.half_matmul=native asks for "
+                "the processor's. Leave out precision.half_matmul, or set engine.rounding=aligned."
+            )
+        return self
+
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
         rollouts = self.training.prompts_per_step * self.training.group_size

@@ -14,7 +14,8 @@ class WatchdogLevel(Section):
     """One rule: a metric, its bounds, and the action when it leaves them."""
 
     metric: str
-    """Metric to watch, one that is known before the update of a step: `mismatch/...`, `budget/...`, `rollout/...`."""
+    """Metric to watch: `mismatch/...`, `budget/...` and `rollout/...` before the step's update, `policy/...` and
+    `optim/...` after it."""
     below: float | None = None
     """Lower bound: the rule fires below this value."""
     above: float | None = None
@@ -24,7 +25,8 @@ class WatchdogLevel(Section):
     action: WatchdogAction = "warn"
     """`warn`: show a note. `mask`: from this step on, drop completion tokens whose proximal/behavior ratio is outside
     0.5 to 5 (IcePop, arXiv 2510.18855). `halve_learning_rate`: each time the rule fires. `stop`: before this step's
-    update; the run saves a checkpoint and ends with exit status 3."""
+    update; the run saves a checkpoint and ends with exit status 3. It cannot be used with a metric that is known only
+    after the update."""
 
     @model_validator(mode="after")
     def _has_a_bound(self) -> Self:
@@ -34,11 +36,13 @@ class WatchdogLevel(Section):
 
 
 class WatchdogConfig(Section):
-    """Rules that each step checks after it has measured the mismatch and before any update."""
+    """Rules that each step checks: those on the mismatch and the rollouts before any update, the others after it."""
 
     levels: tuple[WatchdogLevel, ...] = (
         WatchdogLevel(metric="budget/predicted_ess", below=0.5, action="warn"),
         WatchdogLevel(metric="mismatch/k3/mean", above=1e-2, action="warn"),
         WatchdogLevel(metric="mismatch/k3/mean", above=0.1, action="stop"),
+        WatchdogLevel(metric="mismatch/accident_fraction", above=1e-3, action="warn"),
+        WatchdogLevel(metric="policy/ratio/max_negative", above=50, action="warn"),
     )
     """Rules, in order; the action of every rule that fires is taken."""

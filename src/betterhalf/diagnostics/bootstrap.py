@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from betterhalf import ops
-from betterhalf.diagnostics.logprob_gap import k3
+from betterhalf.diagnostics.logprob_gap import ACCIDENT, k3
 
 FEWEST_CLUSTERS = 8
 """Fewest prompts for which prompts, instead of completions, are resampled."""
@@ -36,7 +36,7 @@ _CHUNK = 1 << 20
 _TAIL = 0.03
 """Share of the largest values that is searched first for a 99th percentile."""
 
-_SUMS = ("length", "d", "d2", "k3", "gap", "chi2", "x", "y", "x2", "y2", "xy")
+_SUMS = ("length", "d", "d2", "k3", "gap", "chi2", "low", "high", "x", "y", "x2", "y2", "xy")
 """Per-completion sums, the columns of `_Statistics.sums_SQ`."""
 
 
@@ -187,7 +187,8 @@ def _statistics(trainer_C: Tensor, behavior_C: Tensor, index_C: Tensor, num_sequ
     d0, x0, y0 = (float(values.mean()) for values in (d_C, x_C, y_C))
     d, x, y = d_C - d0, x_C - x0, y_C - y0
     moments = (torch.ones_like(d), d, d * d, k3(d_C), gap_C.abs(), torch.expm1(d_C).square())
-    columns = (*moments, x, y, x * x, y * y, x * y)
+    accidents = ((d_C < -ACCIDENT).double(), (d_C > ACCIDENT).double())
+    columns = (*moments, *accidents, x, y, x * x, y * y, x * y)
     d_S = ops.segment_sum(d_C, index_C, num_sequences)
     return _Statistics(
         sums_SQ=torch.stack([ops.segment_sum(column, index_C, num_sequences) for column in columns], 1),
@@ -239,6 +240,8 @@ def _metrics(statistics: _Statistics, counts_BS: Tensor) -> dict[str, Tensor]:
         "log_ratio/std": variance_B.clamp(min=0).sqrt(),
         "log_ratio/p99_abs": _quantile(by_d, counts_BS, tokens_B, 0.99),
         "log_ratio/max_abs": highest_BE[:, 2],
+        "accident_fraction": mean["low"],
+        "reverse_accident_fraction": mean["high"],
         "chi2_token": mean["chi2"],
         "pearson": _pearson(mean, highest_BE, counts_BS, statistics.equal_S),
         **_sequence_metrics(statistics, counts_BS),

@@ -61,8 +61,10 @@ _PERCENTILE = 0.99
 SIGNED = ("k1/mean", "log_ratio/mean", "sequence_log_ratio/mean", "slope_per_1k")
 POSITIVE = (*("k2/mean", "k3/mean", "prob_gap/mean_abs", "log_ratio/std", "chi2_token", "sequence_log_ratio/std"),)
 EXTREMES = ("prob_gap/max", "prob_gap/min", "log_ratio/max_abs")
+ACCIDENTS = ("accident_fraction", "reverse_accident_fraction")
 
 _EXTREME = "an extreme grows with the number of tokens, so there is no fixed value to bracket"
+_RARE = "accidents are too rare: in most samples a few tokens, or none, decide"
 _COUNT = "a count, not an estimate"
 
 
@@ -111,7 +113,8 @@ def confidence_intervals(
     found = {name: _mean_interval(name, drawn, confidence) for name in (*SIGNED, *POSITIVE, "pearson")}
     found |= _percentiles(trainer_C, behavior_C, drawn, confidence)
     found["ess_fraction"] = _ess_interval(drawn, confidence)
-    found |= dict.fromkeys(EXTREMES, _none(_EXTREME)) | {"tokens": _none(_COUNT)}
+    found |= dict.fromkeys(EXTREMES, _none(_EXTREME)) | dict.fromkeys(ACCIDENTS, _none(_RARE))
+    found["tokens"] = _none(_COUNT)
     return {f"mismatch/{name}": interval for name, interval in found.items()}
 
 

@@ -27,6 +27,9 @@ _SERIES_BELOW = 0.02
 _SERIES = tuple(1 / math.factorial(power) for power in range(9, 1, -1))
 """Coefficients of d^9 to d^2; further terms are below 1e-17 of the sum."""
 
+ACCIDENT = 3.0
+"""Magnitude of the log-ratio, in nats, from which a token counts as an accident: a factor of 20 in its probability."""
+
 PROBABILITY_EDGES = (0.0, 1e-3, 1e-2, 0.1, 0.5, 0.9, 0.99, 1.0)
 """Edges of the bins of mu. Rounding changes rare tokens most, and most tokens of a trained policy are above 0.9."""
 
@@ -210,6 +213,8 @@ def _token_metrics(d_C: Tensor, trainer_C: Tensor, behavior_C: Tensor) -> dict[s
         "log_ratio/std": float(d_C.std(correction=0)),
         "log_ratio/p99_abs": _quantile(d_C.abs(), 0.99),
         "log_ratio/max_abs": float(d_C.abs().max()),
+        "accident_fraction": _fraction(d_C < -ACCIDENT),
+        "reverse_accident_fraction": _fraction(d_C > ACCIDENT),
         "chi2_token": float(torch.expm1(d_C).square().mean()),
         "pearson": _pearson(trainer_C.exp(), behavior_C.exp()),
     }
@@ -224,6 +229,10 @@ def _sequence_metrics(d_S: Tensor, lengths_S: Tensor) -> dict[str, float]:
         "slope_per_1k": 1000 * _slope(lengths_S, d_S),
         "ess_fraction": ess_fraction(d_S),
     }
+
+
+def _fraction(chosen_C: Tensor) -> float:
+    return float(chosen_C.double().mean())
 
 
 def _quantile(values: Tensor, share: float) -> float:

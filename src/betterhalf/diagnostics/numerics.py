@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from betterhalf.precision.formats import FORMATS, FormatFacts
+from betterhalf.precision.formats import FORMATS, HARDWARE, FormatFacts
 from betterhalf.types import DtypeName
 
 Kind = Literal["input", "forward", "backward", "weight", "gradient"]
@@ -40,7 +40,7 @@ _WORDS: dict[Kind, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Magnitudes:
-    """Magnitudes of a set of FP32 values. Tuples have one entry for each of `FORMATS`, in its order."""
+    """Magnitudes of a set of FP32 values. Tuples have one entry for each of `HARDWARE`, in its order."""
 
     max_abs: float
     """Largest magnitude; infinity when a value is not finite."""
@@ -139,8 +139,8 @@ def magnitudes(x: Tensor) -> Magnitudes:
     sizes = x.detach().abs()
     largest, zeros = float(sizes.max()), int((sizes == 0).sum())
     # NaN compares false with everything, so that it counts as neither.
-    zeroed = [int((sizes <= facts.min_subnormal / 2).sum()) - zeros for facts in FORMATS.values()]
-    tiny = [int((sizes < facts.min_normal).sum()) - zeros for facts in FORMATS.values()]
+    zeroed = [int((sizes <= facts.min_subnormal / 2).sum()) - zeros for facts in (FORMATS[name] for name in HARDWARE)]
+    tiny = [int((sizes < facts.min_normal).sum()) - zeros for facts in (FORMATS[name] for name in HARDWARE)]
     return Magnitudes(
         max_abs=largest if math.isfinite(largest) else math.inf,
         nonzero=sizes.numel() - zeros,
@@ -168,7 +168,7 @@ def headroom_bits(max_abs: float, facts: FormatFacts) -> float:
 
 def module_range(spot: Spot, sizes: Magnitudes, held: DtypeName, *, finite: bool) -> ModuleRange:
     """Return the census row of values with these magnitudes, held in the format `held`."""
-    place, share = list(FORMATS).index(held), 1 / max(1, sizes.nonzero)
+    place, share = HARDWARE.index(held), 1 / max(1, sizes.nonzero)
     return ModuleRange(
         spot=spot,
         max_abs=sizes.max_abs,

@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from betterhalf.diagnostics.budget import ESS_FLOOR, Budget, predict_ess
 from betterhalf.diagnostics.numerics import BACKWARD_KINDS, Census, ModuleRange, Spot
-from betterhalf.metrics.catalogue import CATALOGUE, Band
+from betterhalf.metrics.catalogue import CATALOGUE
+from betterhalf.metrics.metric import Band
 from betterhalf.types import DtypeName
 
 MIN_HEADROOM_BITS = 2.0

@@ -102,7 +102,8 @@ def _cache(decoder: Decoder, slots: int, length: int) -> KVCache:
     device = decoder.inv_freq.device
     dtype = torch.float32 if device.type == "cpu" else decoder.rounding.kv_dtype
     length = -(-length // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
-    return KVCache(decoder.config, slots=slots, max_length=length, dtype=dtype, device=device)
+    tiled = decoder.rounding.tiled
+    return KVCache(decoder.config, slots=slots, max_length=length, dtype=dtype, device=device, tiled=tiled)
 
 
 @contextmanager

@@ -131,7 +131,7 @@ def _engine_unchecked(subject: Subject, dtype: DtypeName) -> TracedEngine:
     """Return an engine with the subject's weights on which nothing has run: overflow is what the caller looks for."""
     model, precision = subject.model, precision_in(subject, dtype)
     engine = build_traced_engine(config_in(subject, dtype), model.hf_config, model.stop_token_ids, precision)
-    engine.load_weights(rounded_weights(model, precision.wire_dtype), policy_version=0)
+    engine.load_weights(rounded_weights(model, precision.roles.wire_dtype), policy_version=0)
     return engine
 
 
@@ -149,7 +149,8 @@ def _replayed(decoder: Decoder, token_ids: Sequence[int], prompt_length: int) ->
 
 
 def _yardstick(decoder: Decoder, dtype: DtypeName, tokens: int, *, trainer: bool) -> Yardstick:
-    config, mode = decoder.config, decoder.rounding.mode
+    config = decoder.config
+    mode: Side = "engine" if decoder.rounding.mode == "engine" else "aligned"
     sizes = Sizes(
         hidden=config.hidden_size,
         heads=config.query_size,

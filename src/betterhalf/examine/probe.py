@@ -20,12 +20,12 @@ from betterhalf.metrics.console import progress
 from betterhalf.rollout.build import check_engine
 from betterhalf.run_dir import RunDir
 from betterhalf.setup.folder import run_folder
-from betterhalf.types import DtypeName, Prompt
+from betterhalf.types import DtypeName, HardwareDtype, Prompt
 
 __all__ = ["measure_pairs", "probe", "probe_json", "wanted_pairs"]
 
-DTYPES: tuple[DtypeName, ...] = get_args(DtypeName)
-"""Order of rows and columns."""
+DTYPES: tuple[DtypeName, ...] = get_args(HardwareDtype)
+"""Formats of `full` and `matched`, in the order of rows and columns."""
 
 Key = TypeVar("Key")
 

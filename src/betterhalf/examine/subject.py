@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from betterhalf.config.sampling import require_whole_distribution
@@ -20,6 +19,7 @@ from betterhalf.config.schema import RunConfig
 from betterhalf.models.description import describe_model
 from betterhalf.models.loading import LoadedModel, load_weights
 from betterhalf.precision.contract import verify_sync, weights_digests
+from betterhalf.precision.emulation import to_format
 from betterhalf.precision.roles import Precision, build_precision
 from betterhalf.rollout.build import build_engine, require_engine
 from betterhalf.rollout.engine import RolloutEngine, require_version
@@ -106,7 +106,8 @@ def config_in(subject: Subject, dtype: DtypeName) -> RunConfig:
 
 def precision_in(subject: Subject, dtype: DtypeName) -> Precision:
     """Return the precision with every role in one format, on the configured device."""
-    return build_precision(config_in(subject, dtype).precision, choose_device(subject.config))
+    config = config_in(subject, dtype)
+    return build_precision(config.precision, choose_device(config), exact=config.exact)
 
 
 def trainer_in(subject: Subject, dtype: DtypeName, *, hooked: bool = False) -> PolicyTrainer:
@@ -133,8 +134,8 @@ def engine_in(subject: Subject, dtype: DtypeName) -> Iterator[RolloutEngine]:
     model = subject.model
     engine = build_engine(config_in(subject, dtype), model.hf_config, model.stop_token_ids, precision)
     try:
-        engine.load_weights(rounded_weights(model, precision.wire_dtype), policy_version=POLICY_VERSION)
-        sent = rounded_weights(model, precision.rollout_dtype)
+        engine.load_weights(rounded_weights(model, precision.roles.wire_dtype), policy_version=POLICY_VERSION)
+        sent = rounded_weights(model, precision.roles.rollout_dtype)
         verify_sync(weights_digests(sent), engine.digests())
         yield engine
     finally:
@@ -159,7 +160,7 @@ def sample_groups_of(
     return siblings
 
 
-def rounded_weights(model: LoadedModel, dtype: torch.dtype) -> Iterable[tuple[str, Tensor]]:
-    """Yield (unfused Hugging Face name, FP32 weight rounded once to `dtype`), one at a time."""
-    for name, parameter in model.module.named_parameters():
-        yield name, parameter.detach().to(dtype)
+def rounded_weights(model: LoadedModel, name: DtypeName) -> Iterable[tuple[str, Tensor]]:
+    """Yield (unfused Hugging Face name, FP32 weight rounded to a format), one at a time."""
+    for parameter_name, parameter in model.module.named_parameters():
+        yield parameter_name, to_format(parameter.detach(), name)

@@ -18,7 +18,6 @@ from betterhalf.diagnostics.divergence import Place, Trace
 from betterhalf.rollout.native.decoder import OPERATIONS
 from betterhalf.training.pack import pack_sequence
 from betterhalf.training.policy_trainer import PolicyTrainer
-from betterhalf.training.token_scores import head_logits
 
 _Keep = Callable[[str, int | None, Tensor], None]
 """Called with (operation, layer, result [1, T, ...])."""
@@ -58,8 +57,7 @@ def trainer_trace(trainer: PolicyTrainer, token_ids: tuple[int, ...]) -> Trace:
 @torch.no_grad()
 def trainer_logits(trainer: PolicyTrainer, hidden: Tensor) -> Tensor:
     """Return FP32 logits [N, V] of final hidden states [N, H], computed as in the trainer's scoring."""
-    weight = trainer.module.get_output_embeddings().weight.detach()
-    return head_logits(hidden, weight if weight.is_cuda else weight.float())
+    return trainer.head().logits(hidden)
 
 
 def _hook_ends(decoder: Any, keep: _Keep, hooks: ExitStack) -> None:

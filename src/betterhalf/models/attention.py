@@ -1,11 +1,12 @@
 """Causal attention over packed sequences, registered with transformers: no padding, no [tokens, tokens] mask.
 
-`attention_name` chooses one of three implementations:
+`attention_name` chooses one of four implementations:
 
     betterhalf_packed            in the tensors' own dtype: softmax(Q K^T) in FP32, probabilities rounded before the
                                  product with V, as in fused kernels; in blocks on a CPU, elsewhere by torch's
                                  scaled_dot_product_attention
     betterhalf_packed_fp32_sums  half tensors widened to FP32, softmax(Q K^T) V in FP32, the result rounded once (CPU)
+    betterhalf_packed_exact      the same in tiles of fixed shape: a query's bits depend on its own sequence alone (CPU)
     betterhalf_packed_varlen     one fused kernel over all segments: torch.nn.attention.varlen (CUDA only)
 
 A pack's segments are whole sequences, prompts that siblings share, and completions, which attend to their prompt and to
@@ -28,6 +29,7 @@ from transformers import AttentionInterface
 
 from betterhalf.errors import InputError
 from betterhalf.models.blocked_attention import blocked_attention
+from betterhalf.models.tiled_attention import tiled_attention
 from betterhalf.precision.island_hooks import round_through
 from betterhalf.precision.products import has_native_matmul
 from betterhalf.types import PackedSegment
@@ -51,7 +53,7 @@ _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 """Layer types whose only exchange between positions goes through the registered attention function."""
 
 
-def attention_name(device: torch.device, head_dim: int, *, fp32_sums: bool) -> str:
+def attention_name(device: torch.device, head_dim: int, *, fp32_sums: bool, exact: bool) -> str:
     """Return the name of the implementation for the trainer's attention on this device.
 
     Flash attention needs an Ampere GPU or newer and a head dimension that is a multiple of 8 up to 256.
@@ -59,6 +61,8 @@ def attention_name(device: torch.device, head_dim: int, *, fp32_sums: bool) -> s
     if device.type == "cuda":
         flash = torch.cuda.get_device_capability(device) >= (8, 0) and head_dim % 8 == 0 and head_dim <= 256
         return "betterhalf_packed_varlen" if flash else "betterhalf_packed"
+    if exact:
+        return "betterhalf_packed_exact"
     return "betterhalf_packed_fp32_sums" if fp32_sums else "betterhalf_packed"
 
 
@@ -199,6 +203,15 @@ def _widened(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, 
     return _blocked(q, k, v, segments, scale, window, torch.float32)
 
 
+def _exact(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
+    """Attention on operands widened to FP32, independent of the pack; the result is rounded once."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        return tiled_attention(q, k, v, scale=scale, window=window)
+
+    return _by_batch(attend, q.float(), k.float(), v.float(), segments, scale, window).to(q.dtype)
+
+
 def _blocked(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None, operands: torch.dtype
 ) -> Tensor:
@@ -302,11 +315,13 @@ def _for_transformers(kernel: Callable[..., Tensor]) -> AttentionFunction:
 
 packed_attention = _for_transformers(_own_dtype)
 packed_attention_fp32_sums = _for_transformers(_widened)
+packed_attention_exact = _for_transformers(_exact)
 packed_attention_varlen = _for_transformers(_varlen)
 
 _IMPLEMENTATIONS: dict[str, AttentionFunction] = {
     "betterhalf_packed": packed_attention,
     "betterhalf_packed_fp32_sums": packed_attention_fp32_sums,
+    "betterhalf_packed_exact": packed_attention_exact,
     "betterhalf_packed_varlen": packed_attention_varlen,
 }
 

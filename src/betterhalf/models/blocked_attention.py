@@ -78,27 +78,29 @@ def _probabilities(q: Tensor, k: Tensor, count: int, window: int | None) -> Tens
     return qk.softmax(-1)
 
 
-class _BlockedAttention(torch.autograd.Function):
+class BlockedAttention(torch.autograd.Function):
+    """q, k, v, scale, window and operands, as in `blocked_attention`; saves no quadratic tensor."""
+
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, operands: torch.dtype
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.scale, ctx.window, ctx.operands = scale, window, operands
-        queries, keys, values = _by_key_head(q, k.shape[1], scale), _flat(k), _flat(v).to(operands)
+        queries, keys, values = by_key_head(q, k.shape[1], scale), flat(k), flat(v).to(operands)
         out = torch.empty_like(queries)
         for block in _blocks(queries.shape, q.shape[1] // k.shape[1], keys.shape[1], window):
             heads, rows, seen = block.heads, block.rows, block.keys
             p = _probabilities(queries[heads, rows], keys[heads, seen], block.count, window)
             out[heads, rows] = batched_product(p.to(operands), values[heads, seen])
-        return _by_head(out, q.shape)
+        return by_head(out, q.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v = ctx.saved_tensors
-        queries, keys, values = _by_key_head(q, k.shape[1], ctx.scale), _flat(k), _flat(v)
-        unscaled, grads = (_by_key_head(x, k.shape[1], 1.0) for x in (q, grad_outputs[0]))
+        queries, keys, values = by_key_head(q, k.shape[1], ctx.scale), flat(k), flat(v)
+        unscaled, grads = (by_key_head(x, k.shape[1], 1.0) for x in (q, grad_outputs[0]))
         q_operand, k_operand, grad_operand = (x.to(ctx.operands) for x in (unscaled, keys, grads))
         grad_q, grad_k, grad_v = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
         for block in _blocks(queries.shape, q.shape[1] // k.shape[1], keys.shape[1], ctx.window):
@@ -110,10 +112,10 @@ class _BlockedAttention(torch.autograd.Function):
             add_batched_product(grad_k[heads, seen], grad_qk.transpose(1, 2), q_operand[heads, rows])
             grad_q[heads, rows] = batched_product(grad_qk, k_operand[heads, seen])
         grad_q.mul_(ctx.scale), grad_k.mul_(ctx.scale)
-        return _by_head(grad_q, q.shape), grad_k.view(k.shape), grad_v.view(v.shape), None, None, None
+        return by_head(grad_q, q.shape), grad_k.view(k.shape), grad_v.view(v.shape), None, None, None
 
 
-def _by_key_head(x: Tensor, kv_heads: int, scale: float) -> Tensor:
+def by_key_head(x: Tensor, kv_heads: int, scale: float) -> Tensor:
     """Scale queries [N, heads, L, D] and group them by key head: contiguous [B, R, D]."""
     count, heads, length, dim = x.shape
     group = heads // kv_heads
@@ -122,14 +124,14 @@ def _by_key_head(x: Tensor, kv_heads: int, scale: float) -> Tensor:
     return torch.mul(grouped, scale, out=out).view(-1, length * group, dim)
 
 
-def _by_head(x: Tensor, shape: torch.Size) -> Tensor:
+def by_head(x: Tensor, shape: torch.Size) -> Tensor:
     """Undo the grouping by key head: [B, R, D] -> [N, heads, L, D], a view of contiguous [N, L, heads, D]."""
     count, heads, length, dim = shape
     grouped = x.view(count, -1, length, heads * count // x.shape[0], dim)
     return grouped.transpose(1, 2).reshape(count, length, heads, dim).transpose(1, 2)
 
 
-def _flat(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
     """Merge segments and key heads: [N, kv_heads, K, D] -> [B, K, D]."""
     return x.reshape(-1, *x.shape[2:])
 
@@ -152,6 +154,6 @@ def blocked_attention(
     Returns:
         float32 [N, heads, L, D], rounded to `operands` once, as is each block's part of a gradient.
     """
-    out = _BlockedAttention.apply(q, k, v, scale, window, operands)  # type: ignore[no-untyped-call]
+    out = BlockedAttention.apply(q, k, v, scale, window, operands)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
     return out

@@ -19,7 +19,10 @@ from betterhalf.config.schema import ModelConfig
 from betterhalf.errors import BetterhalfError, InputError, MissingExtraError
 from betterhalf.run_dir import RunDir
 
-BUILT_IN = ("demo", "smollm2")
+_IN_PACKAGE = {"demo": "demo", "demo-small": "demo_small"}
+"""Folders of the models inside the package, by name."""
+
+BUILT_IN = (*_IN_PACKAGE, "smollm2")
 """Names of models that need neither hub nor path."""
 
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -56,8 +59,8 @@ def find_model(config: ModelConfig) -> ModelSource:
         InputError: there is no such model, or its folder has no configuration or no tokenizer.
         MissingExtraError: a package is missing for `smollm2` (extra `[smollm2]`) or for a GGUF file (extra `[gguf]`).
     """
-    if config.name == "demo":
-        return ModelSource(location=str(Path(__file__).parent / "demo"), arguments={})
+    if config.name in _IN_PACKAGE:
+        return ModelSource(location=str(Path(__file__).parent / _IN_PACKAGE[config.name]), arguments={})
     if config.name == "smollm2":
         return _smollm2()
     path = Path(config.name).expanduser()

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from betterhalf.precision.formats import dtype_name
-from betterhalf.precision.products import add_product, direct_sum, product
+from betterhalf.precision.products import add_product, direct_sum, packed, product
 from betterhalf.precision.roles import Precision
+from betterhalf.precision.tiled_products import block_sizes, tiled_product
 
 
-def widened_linear(x: Tensor, weight_wide: Tensor, bias_wide: Tensor | None, dtype: torch.dtype) -> Tensor:
+def widened_linear(
+    x: Tensor, weight_wide: Tensor, bias_wide: Tensor | None, dtype: torch.dtype, *, tiled: bool = False
+) -> Tensor:
     """Return `x @ weight^T + bias` with FP32 products and sums, rounded once to `dtype`; not differentiable.
 
     Args:
@@ -29,11 +32,16 @@ def widened_linear(x: Tensor, weight_wide: Tensor, bias_wide: Tensor | None, dty
         weight_wide: float32 [out, in], plain or `packed`; a half weight widened.
         bias_wide: float32 [out], a half bias widened, or None.
         dtype: format of the result; FP32 leaves it unrounded.
+        tiled: compute each row independently of the others; see `tiled_product`.
 
     Returns:
         [..., out] in `dtype`, contiguous.
     """
     rows = x.reshape(-1, x.shape[-1]).float()
+    if tiled:
+        out = tiled_product(rows, packed(weight_wide))
+        out = out if bias_wide is None else out + bias_wide
+        return out.to(dtype).view(*x.shape[:-1], weight_wide.shape[0])
     return product(rows, weight_wide, bias_wide).to(dtype).view(*x.shape[:-1], weight_wide.shape[0])
 
 
@@ -78,14 +86,22 @@ class _CpuLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, weight_wide: Tensor, bias_wide: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_wide: Tensor,
+        bias_wide: Tensor | None,
+        tiled: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight_wide)
         ctx.weight = weight
-        return widened_linear(x, weight_wide, bias_wide, weight.dtype)
+        return widened_linear(x, weight_wide, bias_wide, weight.dtype, tiled=tiled)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         x, weight_wide = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad = grad_outputs[0].reshape(-1, weight_wide.shape[0]).float()
@@ -97,10 +113,18 @@ class _CpuLinearFunction(torch.autograd.Function):
             need_weight = False
         grad_weight = product(grad.t(), rows.t()).to(x.dtype) if need_weight else None
         grad_bias = grad.sum(0).to(x.dtype) if need_bias else None
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
-def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, weight_wide: Tensor, bias_wide: Tensor | None) -> Tensor:
+def cpu_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_wide: Tensor,
+    bias_wide: Tensor | None,
+    *,
+    tiled: bool = False,
+) -> Tensor:
     """Return `x @ weight^T + bias`, differentiable; result and each gradient are FP32 sums rounded once.
 
     Args:
@@ -109,12 +133,13 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, weight_wide: Tens
         bias: [out] in the same dtype, or None.
         weight_wide: `weight` in FP32.
         bias_wide: `bias` in FP32, or None.
+        tiled: compute each row of the result independently of the others; the gradients are the same.
 
     Returns:
         [..., out] in the same dtype.
     """
     assert x.dtype == weight.dtype, f"input is {x.dtype}, weight is {weight.dtype}"
-    out = _CpuLinearFunction.apply(x, weight, bias, weight_wide, bias_wide)  # type: ignore[no-untyped-call]
+    out = _CpuLinearFunction.apply(x, weight, bias, weight_wide, bias_wide, tiled)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
     return out
 
@@ -122,9 +147,16 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, weight_wide: Tens
 class CpuLinear(nn.Module):
     """Replacement for an `nn.Linear` on a CPU, half or FP32: same parameters, same names, FP32 sums."""
 
-    def __init__(self, linear: nn.Linear) -> None:
-        """Take over the parameters of `linear`, without a copy; its bias may be None."""
+    def __init__(self, linear: nn.Linear, *, tiled: bool = False) -> None:
+        """Take over the parameters of `linear`, without a copy; its bias may be None.
+
+        Raises:
+            InputError: `tiled` is set, and this processor cannot compute rows independently.
+        """
         super().__init__()
+        self.tiled = tiled
+        if tiled:
+            block_sizes(linear.out_features, linear.in_features, torch.get_num_threads())
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = linear.weight
         self.bias: nn.Parameter | None
@@ -151,7 +183,7 @@ class CpuLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out], both in the weight's dtype."""
-        return cpu_linear(x, self.weight, self.bias, self.weight_wide(), self.bias_wide())
+        return cpu_linear(x, self.weight, self.bias, self.weight_wide(), self.bias_wide(), tiled=self.tiled)
 
     def extra_repr(self) -> str:
         """Return shape and format in the style of `nn.Linear`."""
@@ -164,6 +196,9 @@ def use_cpu_linear(module: nn.Module, precision: Precision) -> int:
 
     A linear layer that occurs twice stays one layer. State dict and parameters are unchanged.
 
+    Raises:
+        InputError: rows must be independent (`Precision.exact`), and this processor's are not.
+
     Returns:
         Number of layers replaced; 0 on a GPU, and on a CPU that computes half products natively.
     """
@@ -174,5 +209,5 @@ def use_cpu_linear(module: nn.Module, precision: Precision) -> int:
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear and child.weight.dtype == precision.compute_dtype:
-                setattr(parent, name, replaced.setdefault(child, CpuLinear(child)))
+                setattr(parent, name, replaced.setdefault(child, CpuLinear(child, tiled=precision.exact)))
     return len(replaced)

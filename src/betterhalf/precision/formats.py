@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from betterhalf.types import DtypeName
+from betterhalf.types import DtypeName, EmulatedDtype, HardwareDtype
+
+HARDWARE: tuple[HardwareDtype, ...] = get_args(HardwareDtype)
+"""Formats that processors compute in, in the order of tables."""
+EMULATED: tuple[EmulatedDtype, ...] = get_args(EmulatedDtype)
+"""Emulated formats, the coarsest first; `precision.emulation` rounds to them."""
+
+CARRIER = torch.bfloat16
+"""dtype of the tensors that hold numbers of an emulated format."""
 
 _TORCH_DTYPES: dict[DtypeName, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _NAMES: dict[torch.dtype, DtypeName] = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
 
 
+def is_emulated(name: DtypeName) -> bool:
+    """Return True for a format that no processor computes in."""
+    return name not in HARDWARE
+
+
 def torch_dtype(name: DtypeName) -> torch.dtype:
-    """Return the torch dtype of a format name."""
-    return _TORCH_DTYPES[name]
+    """Return the torch dtype of tensors that hold numbers of a format: BF16 for an emulated one."""
+    return CARRIER if is_emulated(name) else _TORCH_DTYPES[name]
 
 
 def dtype_name(dtype: torch.dtype) -> DtypeName:
-    """Return the format name of a torch dtype.
+    """Return the name of the format that a torch dtype stands for; never an emulated one.
 
     Raises:
         KeyError: the dtype is none of FP16, BF16 and FP32.
@@ -30,7 +45,7 @@ def dtype_name(dtype: torch.dtype) -> DtypeName:
 
 def dtype_keyword(name: DtypeName) -> str:
     """Return torch's name of the format without the prefix, such as `bfloat16`, for libraries that take it as text."""
-    return str(_TORCH_DTYPES[name]).removeprefix("torch.")
+    return str(torch_dtype(name)).removeprefix("torch.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,41 +105,60 @@ FORMATS: dict[DtypeName, FormatFacts] = {
     "fp16": FormatFacts(significand_bits=11, exponent_bits=5),
     "bf16": FormatFacts(significand_bits=8, exponent_bits=8),
     "fp32": FormatFacts(significand_bits=24, exponent_bits=8),
+    **{name: FormatFacts(significand_bits=1 + int(name.removeprefix("e8m")), exponent_bits=8) for name in EMULATED},
 }
-"""The formats that betterhalf computes in."""
+"""The formats that betterhalf computes in, the emulated ones last."""
 
 
-def formats_table() -> str:
-    """Return the formats as the Markdown table of docs/precision.md; spacings are exact powers of two."""
+def formats_table(names: Iterable[DtypeName] = HARDWARE) -> str:
+    """Return formats as a Markdown table of docs/precision.md; spacings are exact powers of two."""
+    formats = {name: FORMATS[name] for name in names}
     rows = {
-        "significand bits (stored + 1)": [str(facts.significand_bits) for facts in FORMATS.values()],
-        "exponent bits": [str(facts.exponent_bits) for facts in FORMATS.values()],
-        "eps: from 1 to the next number": [_power(facts.eps) for facts in FORMATS.values()],
-        "unit roundoff": [_power(facts.unit_roundoff) for facts in FORMATS.values()],
-        "largest finite": [f"{facts.max:.8g}" for facts in FORMATS.values()],
-        "smallest normal": [_power(facts.min_normal) for facts in FORMATS.values()],
-        "smallest subnormal": [_power(facts.min_subnormal) for facts in FORMATS.values()],
+        "significand bits (stored + 1)": [str(facts.significand_bits) for facts in formats.values()],
+        "exponent bits": [str(facts.exponent_bits) for facts in formats.values()],
+        "eps: from 1 to the next number": [_power(facts.eps) for facts in formats.values()],
+        "unit roundoff": [_power(facts.unit_roundoff) for facts in formats.values()],
+        "largest finite": [f"{facts.max:.8g}" for facts in formats.values()],
+        "smallest normal": [_power(facts.min_normal) for facts in formats.values()],
+        "smallest subnormal": [_power(facts.min_subnormal) for facts in formats.values()],
     }
-    lines = ["| | " + " | ".join(FORMATS) + " |", "|---" * (len(FORMATS) + 1) + "|"]
+    lines = ["| | " + " | ".join(formats) + " |", "|---" * (len(formats) + 1) + "|"]
     lines += [f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows.items()]
     return "\n".join(lines)
 
 
 def narrowest_format(x: Tensor) -> DtypeName:
-    """Return a half format that represents every value of `x` exactly, BF16 before FP16; `fp32` if none does.
+    """Return the coarsest half format that represents all of `x` exactly, BF16 before FP16; `fp32` if none does.
 
     A few dozen values computed in one format are not representable in another by chance, so this shows which format a
     computation was rounded to, even when its half values are held in FP32 tensors. Zeros and non-finite values are
-    ignored; with fewer than 16 other values the result is the tensor's dtype.
+    ignored. With fewer than 16 other values the result is the tensor's dtype; an emulated format, which BF16 values are
+    more likely to fit, takes 32.
     """
     telling = x[x.isfinite() & (x != 0)]
     if telling.numel() < 16:
         return dtype_name(x.dtype)
     halves: tuple[DtypeName, ...] = ("bf16", "fp16")
-    for name in halves:
-        if torch.equal(telling.to(torch_dtype(name)).to(x.dtype), telling):
-            return name
-    return "fp32"
+    candidates = (*EMULATED, *halves) if telling.numel() >= 32 else halves
+    return next((name for name in candidates if is_on_grid(telling, name)), "fp32")
+
+
+def is_on_grid(x: Tensor, name: DtypeName) -> bool:
+    """Return whether a format represents every value of `x` exactly; NaN is on no grid."""
+    held = x.to(torch_dtype(name))
+    exact = torch.equal(held.to(x.dtype), x)
+    return exact and not (is_emulated(name) and bool((held.view(torch.int16) & _unused_bits(name)).any()))
+
+
+def _unused_bits(name: DtypeName) -> int:
+    """Return a mask of the mantissa bits of BF16 that an emulated format does not store."""
+    return (1 << (FORMATS["bf16"].significand_bits - FORMATS[name].significand_bits)) - 1
+
+
+def held_format(x: Tensor, name: DtypeName) -> DtypeName:
+    """Return `name` if `x` holds numbers of that format in its torch dtype; otherwise the format of the dtype."""
+    emulated = is_emulated(name) and x.dtype == torch_dtype(name)
+    return name if emulated and is_on_grid(x, name) else dtype_name(x.dtype)
 
 
 def _power(value: float) -> str:

@@ -25,6 +25,8 @@ class Precision:
     """`auto`, `native` or `fp32_sums`; see `PrecisionConfig.half_matmul`."""
     fp32_modules: tuple[str, ...] = ()
     """Patterns of FP32 islands; see `PrecisionConfig.fp32_modules`."""
+    exact: bool = False
+    """True if every row's bits must not depend on the other rows; see `RoundingMode`. CPU only."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -59,17 +61,24 @@ class Precision:
         """Return whether matrix products of this half format are computed in FP32 on widened operands (CPU only)."""
         if self.device.type != "cpu" or name == "fp32":
             return False
-        if self.half_matmul == "auto":
+        if self.half_matmul == "auto" and not self.exact:
             return not has_native_matmul(torch_dtype(name))
-        return self.half_matmul == "fp32_sums"
+        return self.exact or self.half_matmul == "fp32_sums"
 
 
-def build_precision(config: PrecisionConfig, device: torch.device) -> Precision:
-    """Resolve the configured roles for one device; for a GPU, also tell torch to keep sums in FP32."""
+def build_precision(config: PrecisionConfig, device: torch.device, *, exact: bool = False) -> Precision:
+    """Resolve the configured roles for one device; for a GPU, also tell torch to keep sums in FP32.
+
+    Set `exact` for `RunConfig.exact`.
+    """
     if device.type == "cuda":
         _keep_fp32_sums()
     return Precision(
-        roles=config.roles(), device=device, half_matmul=config.half_matmul, fp32_modules=config.fp32_modules
+        roles=config.roles(),
+        device=device,
+        half_matmul=config.half_matmul,
+        fp32_modules=config.fp32_modules,
+        exact=exact,
     )
 
 

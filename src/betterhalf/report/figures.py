@@ -114,6 +114,40 @@ FIGURES = (
         "completions are few, short or of equal length. Healthy: around zero.",
     ),
     FigureSpec(
+        key="accidents",
+        title="Accidents of rounding",
+        unit="share of tokens",
+        metrics=("mismatch/accident_fraction", "mismatch/reverse_accident_fraction"),
+        include=(0.0,),
+        smooth=True,
+        show_band=True,
+        second_dotted=True,
+        caption="Tokens that the trainer finds at least 20 times less likely (thick lines) or more likely (thin dotted "
+        "lines) than the engine did, before any update. Healthy: zero. One of them with a negative advantage can take "
+        "over the gradient of the later optimizer steps.",
+    ),
+    FigureSpec(
+        key="ratio",
+        title="Largest ratio at negative advantage",
+        unit="pi / pi' of a token, current to before the step",
+        metrics=("policy/ratio/max_negative",),
+        scale="log10",
+        include=(1.0,),
+        show_band=True,
+        caption="The probability that an update gave back to a token it was meant to make less likely. PPO's clip does "
+        "not bound the gradient there; algorithm.surrogate.dual_clip does. Healthy: close to 1, at most 50.",
+    ),
+    FigureSpec(
+        key="token-share",
+        title="Share of the largest token in the gradient",
+        unit="share of the norm, worst optimizer step",
+        metrics=("optim/token_share/max",),
+        include=(0.0, 1.0),
+        smooth=True,
+        caption="1: a single token is the whole gradient. Normal once the policy is sure of nearly all tokens; with a "
+        "large ratio and a spike of the gradient norm, one accident decides the update.",
+    ),
+    FigureSpec(
         key="scale",
         title="Loss scale",
         unit="powers of two; a cross is a skipped step",

@@ -10,7 +10,7 @@ from typing import Any
 from betterhalf.report.data import Arm, ReportData, Study, flatten
 from betterhalf.report.markup import header_row, note, scroll
 from betterhalf.report.markup import legend as series_legend
-from betterhalf.report.verdict import COLUMNS, verdict_rows, verdict_sentences
+from betterhalf.report.verdict import COLUMNS, changes_rows, verdict_rows, verdict_sentences
 
 _KEY_SETTINGS = (
     "model.name",
@@ -33,7 +33,16 @@ _STATUSES = (
     "the others are reported for comparison only."
 )
 
-_SYMBOLS = {"passed": "\u2713", "failed": "\u2717", "incomplete": "\u2026"}
+_SYMBOLS = {
+    "passed": "\u2713",
+    "failed": "\u2717",
+    "learned": "\u2713",
+    "damaged": "\u25b3",
+    "collapsed": "\u2717",
+    "incomplete": "\u2026",
+}
+_STATES = {"learned": "passed", "damaged": "incomplete", "collapsed": "failed"}
+"""Style classes of verdicts that share the colour of another."""
 
 
 def verdicts(data: ReportData) -> str:
@@ -113,15 +122,20 @@ def _verdict(title: str, summary: Mapping[str, Any], several: bool) -> str:
     rows = "".join(_verdict_row(row) for row in verdict_rows(summary))
     head = header_row(COLUMNS)
     sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict_sentences(summary))
-    return heading + scroll(f"<table class=verdict>{head}{rows}</table>", "verdict") + sentences
+    changed = [(name, [text]) for name, text in changes_rows(summary)]
+    changes = _table(["arm", "changes"], changed) if changed else ""
+    return heading + scroll(f"<table class=verdict>{head}{rows}</table>", "verdict") + sentences + changes
 
 
 def _verdict_row(row: tuple[str, ...]) -> str:
-    cells = "".join(
-        f'<td class="{cell}">{_SYMBOLS[cell]} {cell}</td>' if cell in _SYMBOLS else f"<td>{escape(cell)}</td>"
-        for cell in row[1:]
-    )
+    cells = "".join(map(_verdict_cell, row[1:]))
     return f'<tr><th scope="row">{escape(row[0])}</th>{cells}</tr>'
+
+
+def _verdict_cell(cell: str) -> str:
+    if cell not in _SYMBOLS:
+        return f"<td>{escape(cell)}</td>"
+    return f'<td class="{_STATES.get(cell, cell)}">{_SYMBOLS[cell]} {cell}</td>'
 
 
 def _summary(summary: Mapping[str, Any]) -> str:

@@ -12,10 +12,32 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-COLUMNS = ("arm", "final accuracy", "verdict", "mean k3", "max |pi-mu|", "skipped", "seconds")
+from betterhalf.report.comparison import changes_text, comparison_sentences, own_table
+
+COLUMNS = (
+    "arm",
+    "final accuracy",
+    "test",
+    "final reward",
+    "verdict",
+    "mean k3",
+    "max |pi-mu|",
+    "skipped",
+    "seconds",
+)
 """Columns of the verdict table."""
 
-_STYLES = {"passed": "bold green", "failed": "bold red", "incomplete": "bold yellow"}
+_PAGE_ONLY = "max |pi-mu|"
+"""Column that the terminal has no room for."""
+
+_STYLES = {
+    "passed": "bold green",
+    "failed": "bold red",
+    "learned": "bold green",
+    "damaged": "bold yellow",
+    "collapsed": "bold red",
+    "incomplete": "bold yellow",
+}
 
 _BITS = {"fp16": 10, "bf16": 7, "fp32": 23}
 """Stored mantissa bits."""
@@ -27,12 +49,13 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def verdict_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """Return sentences on the ratio of the mismatches, and on whether the arms learned."""
+    """Return sentences on the ratio of the mismatches, on whether the arms learned, and on what separates them."""
     arms = {name: arm or {} for name, arm in (summary.get("arms") or {}).items()}
     sentences = []
     if "fp16" in arms and "bf16" in arms:
         sentences.append(_ratio_sentence(summary.get("k3_ratio")))
         sentences.append(_learning_sentence(arms))
+    sentences += comparison_sentences(arms)
     return [sentence for sentence in sentences if sentence]
 
 
@@ -40,13 +63,25 @@ def print_verdict(summary: Mapping[str, Any], stream: TextIO | None = None, *, w
     """Print the verdict table and its sentences, on standard output if `stream` is absent."""
     out = Console(file=stream or sys.stdout, width=width, highlight=False)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("arm", "verdict") else "right", no_wrap=True)
+    shown = [place for place, column in enumerate(COLUMNS) if column != _PAGE_ONLY]
+    for column in (COLUMNS[place] for place in shown):
+        left = column in ("arm", "test", "verdict")
+        table.add_column(column.replace("final ", "final\n"), justify="left" if left else "right", no_wrap=True)
     for row in verdict_rows(summary):
-        table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+        table.add_row(*(Text(row[place], style=_STYLES.get(row[place], "")) for place in shown))
     out.print(table)
+    for name, text in changes_rows(summary):
+        out.print(Text(f"{name}: {text}"))
     for sentence in verdict_sentences(summary):
         out.print(Text(sentence))
+
+
+def changes_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return each arm with the settings that it changes; none if every arm changes its precision only."""
+    arms = {name: arm or {} for name, arm in (summary.get("arms") or {}).items()}
+    if not any(own_table(name, arm) for name, arm in arms.items()):
+        return []
+    return [(name, changes_text(arm.get("changes") or {})) for name, arm in arms.items()]
 
 
 def _row(name: str, arm: Mapping[str, Any]) -> tuple[str, ...]:
@@ -54,6 +89,8 @@ def _row(name: str, arm: Mapping[str, Any]) -> tuple[str, ...]:
         name,
         _cell(arm.get("final_accuracy"), ".3f"),
         _verdict(arm.get("passed")),
+        _cell(arm.get("final_reward"), ".3f"),
+        str(arm.get("verdict") or "incomplete"),
         _cell(arm.get("mismatch_k3"), ".2e"),
         _cell(arm.get("mismatch_max_abs"), ".2e"),
         _cell(arm.get("skipped_steps"), "d"),
@@ -96,7 +133,7 @@ def _learning_sentence(arms: Mapping[str, Mapping[str, Any]]) -> str:
     if fp16 is None or bf16 is None:
         return "An arm is incomplete, so learning cannot be compared."
     if fp16 and bf16:
-        return "Both arms learned the perfectible set: here the precisions differ in mismatch, not in learning."
+        return "Both precisions passed the test: here they differ in mismatch, not in learning."
     if fp16:
-        return "FP16 learned the perfectible set and BF16 did not."
-    return "BF16 learned the perfectible set and FP16 did not." if bf16 else "Neither arm learned the perfectible set."
+        return "FP16 passed the test and BF16 did not."
+    return "BF16 passed the test and FP16 did not." if bf16 else "Neither FP16 nor BF16 passed the test."

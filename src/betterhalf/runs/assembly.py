@@ -87,7 +87,7 @@ def assemble(
         require_engine(config, device)
         model = load_weights(described)
         show_notes(model, config.logging.console)
-        precision = build_precision(config.precision, device)
+        precision = build_precision(config.precision, device, exact=config.exact)
         engine = build_engine(config, model.hf_config, model.stop_token_ids, precision)
         parameters = sum(parameter.numel() for parameter in model.module.parameters())
         trainer = _trainer(model, config, precision, trained)
@@ -105,6 +105,17 @@ def assemble(
         trainer=trainer,
         engine=engine,
     )
+
+
+def check_before_weights(config: RunConfig) -> None:
+    """Make every check of `assemble` that needs neither data nor weights.
+
+    Raises:
+        InputError: the settings contradict each other, or the model or the machine cannot run them.
+    """
+    checked_algorithm(config, evaluating=False)
+    _checked_model(config)
+    require_engine(config, choose_device(config))
 
 
 def checked_algorithm(config: RunConfig, *, evaluating: bool) -> Algorithm:
@@ -146,13 +157,6 @@ def require_logging(config: RunConfig) -> None:
     """
     if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise MissingExtraError(TENSORBOARD_MISSING)
-
-
-def with_precision(config: RunConfig, precision: str) -> RunConfig:
-    """Return the configuration in another precision; nothing else differs."""
-    data = config.model_dump()
-    data["precision"]["preset"] = precision
-    return RunConfig.model_validate(data)
 
 
 def algorithm_record(algorithm: Algorithm) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from betterhalf.config.load import load_config
 from betterhalf.errors import InputError, RunError
 from betterhalf.models.files import first_line, quiet
 from betterhalf.models.loading import LoadedModel, load_model
+from betterhalf.precision.emulation import to_format
 from betterhalf.precision.formats import torch_dtype
 from betterhalf.run_dir import RunDir, disk_full
 from betterhalf.setup.model_checks import show_notes
@@ -36,7 +37,7 @@ def export(run: str, directory: str) -> dict[str, Any]:
     policy.copy_into(model.module)
     name = config.precision.roles().rollout_dtype
     for parameter in model.module.parameters():
-        parameter.data = parameter.data.to(torch_dtype(name))
+        parameter.data = to_format(parameter.data, name)
     model.module.config.dtype = torch_dtype(name)
     _save(model, target)
     return {

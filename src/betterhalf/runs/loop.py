@@ -43,7 +43,7 @@ class StepResult:
     profile: GapProfile
     """The mismatch by probability, position and completion."""
     alarms: tuple[Alarm, ...]
-    """Alarms of the watchdog, from before the update."""
+    """Alarms of the watchdog, from before the update and after it."""
     truncation: str | None
     """Note that every completion of the first step was cut off, so that rewards mean little; None otherwise."""
     kept: tuple[KeptRollout, ...]
@@ -86,6 +86,8 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
     with clock("train"):
         learned = [learn(trainer, algorithm, batch, train_batch, rate) for train_batch in batch.train_batches]
 
+    metrics: Metrics = {**before, **learning_metrics(learned, rate)}
+    after = watchdog.check(config.watchdog.levels, watch.state, step, metrics, watchdog.AFTER)
     policy_version = learned[-1].report.policy_version
     if policy_version > progress.policy_version:
         with clock("sync"):
@@ -94,16 +96,15 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
     rollouts = collected.rollouts + collected.left_out_rollouts
     return StepResult(
         progress=replace(
-            progress, step=step, position=collected.position, policy_version=policy_version, watch=watch.state
+            progress, step=step, position=collected.position, policy_version=policy_version, watch=after.state
         ),
         metrics={
-            **before,
-            **learning_metrics(learned, rate),
+            **metrics,
             **clock.metrics(_PHASES),
             **system_metrics(collected, clock.total(), parts.precision.device),
         },
         profile=gap.profile,
-        alarms=watch.alarms,
+        alarms=watch.alarms + after.alarms,
         truncation=truncation_note(rollouts, max_tokens, parts.model.turn_end) if step == 1 else None,
         kept=keep_rollouts(collected.rollouts, advantages, batch, measured, config, step),
     )

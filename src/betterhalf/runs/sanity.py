@@ -1,6 +1,8 @@
 """The paper's sanity test (arXiv 2510.26788, section 4): each prompt can be learned, so a correct system learns all.
 
 base policy -> perfectible set -> one arm for each precision, otherwise identical -> verdict
+
+An arm may change other settings as well, such as the engine's rounding; the configuration describes it in a table.
 """
 
 from __future__ import annotations
@@ -11,16 +13,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from betterhalf.config.load import resolved_json
-from betterhalf.config.schema import PerfectibleTask, RunConfig
+from betterhalf.config.load import arm_settings, config_difference, resolved_json
+from betterhalf.config.schema import PerfectibleTask, RunConfig, SanityConfig
+from betterhalf.diagnostics.learning import final_reward, learning_verdict
 from betterhalf.environment import environment
-from betterhalf.errors import EngineError, LossScaleError, NumericsError, WatchdogError
+from betterhalf.errors import (
+    BetterhalfError,
+    EngineError,
+    InputError,
+    LossScaleError,
+    NumericsError,
+    WatchdogError,
+)
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.metrics.console import show_note
 from betterhalf.metrics.several import SeveralRuns
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
-from betterhalf.runs.assembly import Parts, with_precision
+from betterhalf.runs.assembly import Parts, check_before_weights
 from betterhalf.runs.data_check import without_permission
 from betterhalf.runs.evaluate import average_reward, evaluate_prompts
 from betterhalf.runs.perfect import build_perfectible
@@ -32,13 +42,14 @@ from betterhalf.setup.folder import run_folder
 from betterhalf.setup.model_checks import check_roles
 
 ARM_KEYS = ("passed", "final_accuracy", "mismatch_k3", "mismatch_max_abs", "skipped_steps", "seconds")
+"""Keys of an arm's summary that the run's summary repeats."""
 
 
 def sanity(config: RunConfig, run_dir: str | None, resume: bool = False) -> dict[str, Any]:
     """Build the perfectible set, train every arm on it, and compare.
 
     Args:
-        config: task, model, sizes; `sanity.arms` names the precisions.
+        config: task, model, sizes; `sanity.arms` names the arms.
         run_dir: the run folder; `runs/sanity-<name>-<time>` by default.
         resume: keep what the folder already holds: counted prompts, finished arms, an arm's checkpoints.
 
@@ -49,7 +60,7 @@ def sanity(config: RunConfig, run_dir: str | None, resume: bool = False) -> dict
         InputError: bad input, or nothing in the data set is perfectible.
         RunError: the disk is full, or a reward cannot be computed.
     """
-    require_one_precision(config)
+    require_sound_arms(config)
     require_sound_levels(config)
     with run_folder(run_dir, "sanity", config.name, resume=resume) as run:
         return _sanity_in(run, config)
@@ -68,7 +79,10 @@ def _sanity_in(run: RunDir, config: RunConfig) -> dict[str, Any]:
         "verb": "sanity",
         "passed": arms[config.sanity.arms[0]]["passed"],
         "k3_ratio": k3_ratio(arms),
-        "arms": {name: {key: arm.get(key) for key in ARM_KEYS} for name, arm in arms.items()},
+        "arms": {
+            name: {key: arm.get(key) for key in ARM_KEYS} | learning(run.arm(name)) | {"changes": changes(config, name)}
+            for name, arm in arms.items()
+        },
         "rows_left_out": len(read_jsonl(run.bad_rows)),
         "reasons": {name: arm["reason"] for name, arm in arms.items() if "reason" in arm},
         "seconds": time.perf_counter() - started,
@@ -132,14 +146,49 @@ def _finished(arm: RunDir) -> bool:
     return arm.summary.exists() and "stopped" not in read_json(arm.summary)
 
 
-def require_one_precision(config: RunConfig) -> None:
-    """Refuse arms that the contract would refuse, before hours of counting.
+def require_sound_arms(config: RunConfig) -> None:
+    """Refuse arms that could not run, or that are the same run twice, before hours of counting.
 
     Raises:
-        ContractError: a role set by hand differs from an arm's precision without `precision.allow_difference`.
+        ContractError: trainer and engine of an arm differ in precision without `precision.allow_difference`.
+        InputError: the algorithm, the model or the engine of an arm cannot work as configured, or two arms are equal.
     """
-    for name in config.sanity.arms:
-        check_roles(with_precision(config, name), f" in the arm {name}")
+    settings = {name: arm_settings(config, name) for name in config.sanity.arms}
+    for name, arm in settings.items():
+        check_roles(arm, f" in the arm {name}")
+        twin = next(other for other in settings if settings[other] == arm)
+        if twin != name:
+            raise InputError(f"the arms {twin} and {name} have the same settings; change one of them, or leave it out")
+        if name in config.sanity.arm:
+            _require_sound(name, arm)
+
+
+def _require_sound(name: str, arm: RunConfig) -> None:
+    """Make the checks of a run that need no weights on an arm with a table of its own; name the arm in the error."""
+    try:
+        require_sound_levels(arm)
+        check_before_weights(arm)
+    except BetterhalfError as error:
+        raise type(error)(f"in the arm {name}: {error}") from error
+
+
+def changes(config: RunConfig, name: str) -> dict[str, Any]:
+    """Return the precision of an arm and the settings that it changes, by dotted key."""
+    arm = arm_settings(config, name)
+    changed = {change.key: change.right for change in config_difference(config, arm)}
+    return {"precision.preset": arm.precision.preset} | changed
+
+
+def learning(arm: RunDir) -> dict[str, Any]:
+    """Return first and final reward of an arm, and the verdict on its learning; empty if it recorded no step."""
+    rewards = [row["rollout/reward/mean"] for row in (read_jsonl(arm.metrics) if arm.metrics.exists() else [])]
+    if not rewards:
+        return {"first_reward": None, "final_reward": None, "verdict": None}
+    return {
+        "first_reward": rewards[0],
+        "final_reward": final_reward(rewards),
+        "verdict": learning_verdict(rewards),
+    }
 
 
 def k3_ratio(arms: Mapping[str, dict[str, Any]]) -> float | None:
@@ -148,9 +197,14 @@ def k3_ratio(arms: Mapping[str, dict[str, Any]]) -> float | None:
     return pair[0] / pair[1] if pair[0] and pair[1] else None
 
 
-def arm_config(config: RunConfig, precision: str, perfectible: Path) -> RunConfig:
-    """Return the configuration of one arm: the perfectible set as task, and the precision; nothing else differs."""
-    data = with_precision(config, precision).model_dump()
+def arm_config(config: RunConfig, name: str, perfectible: Path) -> RunConfig:
+    """Return the configuration of one arm: the perfectible set as task, and its precision or the settings in its table.
+
+    The tables of the other arms are left out: they describe changes of the whole run's settings, not of this arm's.
+    """
+    data = arm_settings(config, name).model_dump()
+    if config.sanity.arm:
+        data["sanity"] |= {"arms": SanityConfig().arms, "arm": {}}
     base = config.task.base if isinstance(config.task, PerfectibleTask) else config.task
     data["task"] = {"type": "perfectible", "path": str(perfectible), "base": base.model_dump()}
     return RunConfig.model_validate(data)

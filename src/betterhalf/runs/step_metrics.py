@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from betterhalf.algorithms.advantage import zero_advantage_groups
-from betterhalf.algorithms.loss_stats import LossStats, policy_metrics
+from betterhalf.algorithms.loss_stats import LossStats, largest_token_share, policy_metrics
 from betterhalf.metrics.catalogue import CATALOGUE
 from betterhalf.reduction import REDUCTIONS
 from betterhalf.runs.collect import Collected
@@ -69,6 +69,7 @@ def learning_metrics(learned: Sequence[Learned], rate: float) -> dict[str, float
         "optim/skipped": [float(report.skipped) for report in reports],
         "optim/updates_applied": [float(not report.skipped) for report in reports],
         "optim/grad_norm": [report.grad_norm for report in applied],
+        "optim/token_share/max": [largest_token_share(one.stats) for one in learned if not one.report.skipped],
         "optim/learning_rate": [rate],
         "optim/subnormal_fraction": [report.subnormal_fraction for report in reports],
         "optim/zero_fraction": [report.zero_fraction for report in reports],

@@ -15,7 +15,7 @@ from typing import Any
 
 from betterhalf.config.grid import SEED, Axis, Cell, Grid
 from betterhalf.config.load import flat, resolved_json
-from betterhalf.diagnostics.learning import mean_over_seeds, reward_course
+from betterhalf.diagnostics.course import mean_over_seeds, reward_course
 from betterhalf.environment import environment
 from betterhalf.precision.formats import FORMATS
 from betterhalf.report.fields import number

@@ -1,9 +1,12 @@
-"""The watchdog: rules on the metrics known before a step's update, and an action for each rule that is broken.
+"""The watchdog: rules on the metrics of a step, and an action for each rule that is broken.
 
     warn                    a note, and a row in `watchdog.jsonl`
     mask                    from this step on, tokens with a proximal/behavior ratio outside 0.5 to 5 are dropped
     halve_learning_rate     from this step on, each time the rule fires
     stop                    the step is not trained on; the run saves a checkpoint and ends
+
+Rules on the mismatch, the budget and the rollouts are checked before the step's update, the others after it, when it is
+too late to stop: their mask or learning rate acts from the next step on.
 
 `check` is a pure function of the rules, the state, and the step's measurements. The state is kept in the loop's
 `Progress` and in the checkpoint, so that a resumed run acts like an uninterrupted one.
@@ -12,7 +15,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Self
@@ -29,8 +32,11 @@ MASK = PRESETS["icepop"].correction
 Source: arXiv 2510.18855.
 """
 
-WATCHED = tuple(name for name in CATALOGUE if name.startswith(("mismatch/", "budget/", "rollout/")))
-"""Metrics known before a step's update."""
+BEFORE = frozenset(name for name in CATALOGUE if name.startswith(("mismatch/", "budget/", "rollout/")))
+"""Metrics that are checked before a step's update."""
+
+AFTER = frozenset(name for name in CATALOGUE if name.startswith(("policy/", "optim/"))) - {"optim/first_offender"}
+"""Metrics that are checked after a step's update; the first offender is a name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +107,14 @@ class Stopped(WatchdogError):
         """Metrics measured in the step, which is not trained on."""
 
 
-def check(levels: Sequence[WatchdogLevel], state: WatchState, step: int, measured: Mapping[str, Any]) -> Watch:
-    """Compare the step's measurements with every level, before any update.
+def check(
+    levels: Sequence[WatchdogLevel],
+    state: WatchState,
+    step: int,
+    measured: Mapping[str, Any],
+    watched: Collection[str] = BEFORE,
+) -> Watch:
+    """Compare the step's measurements with every level on one of the `watched` metrics; the others keep their counts.
 
     Raises:
         Stopped: a level with the action `stop` fired.
@@ -110,6 +122,9 @@ def check(levels: Sequence[WatchdogLevel], state: WatchState, step: int, measure
     counts: dict[str, int] = {}
     alarms: list[Alarm] = []
     for level in levels:
+        if level.metric not in watched:
+            counts[level_name(level)] = state.counts.get(level_name(level), 0)
+            continue
         # A metric that was not measured in this step is not checked.
         value = measured.get(level.metric)
         bound = None if value is None else broken_bound(level, value)
@@ -186,22 +201,27 @@ def require_sound_levels(config: RunConfig) -> None:
     """Refuse levels that cannot take effect, before anything is loaded.
 
     Raises:
-        ConfigError: a metric is unknown, or not known before the update; or `mask` is set for an algorithm that does
-            not support it, or has a correction already.
+        ConfigError: a metric is unknown, or cannot be watched; `stop` is set for one that is known only after the
+            update; or `mask` for an algorithm that does not support it, or has a correction already.
     """
     for number, level in enumerate(config.watchdog.levels):
         key = f"watchdog.levels[{number}]"
-        if level.metric not in WATCHED:
+        if level.metric not in BEFORE | AFTER:
             raise ConfigError(f"{key}.metric = {level.metric!r} {_why_not_watched(level.metric)}")
+        if level.action == "stop" and level.metric in AFTER:
+            raise ConfigError(
+                f'{key}.action = "stop" cannot be used with {level.metric}, which is known only after the update that '
+                "it would prevent. Use warn, mask or halve_learning_rate, or watch one of mismatch/*."
+            )
         if level.action == "mask":
             _require_room_for_mask(key, resolve_algorithm(config.algorithm))
 
 
 def _why_not_watched(metric: str) -> str:
     if metric in CATALOGUE:
-        return "is not watched before the update. Choose one of mismatch/*, budget/* and rollout/*."
-    near = get_close_matches(metric, WATCHED, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]!r}?" if near else "docs/metrics.md lists mismatch/*, budget/* and rollout/*."
+        return "is not watched. Choose one of mismatch/*, budget/*, rollout/*, policy/* and optim/*."
+    near = get_close_matches(metric, sorted(BEFORE | AFTER), n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]!r}?" if near else "docs/metrics.md lists mismatch/*, budget/*, policy/* and others."
     return f"is not a metric that can be watched. {hint}"
 
 

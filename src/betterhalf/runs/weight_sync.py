@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from betterhalf.metrics.console import show_note
 from betterhalf.precision.contract import Contract, compare, enforce, tensor_digest, verify_sync
+from betterhalf.precision.emulation import to_format
 from betterhalf.rollout.build import capabilities
 from betterhalf.runs.assembly import Parts
 from betterhalf.runs.recovery import restarts_of, retry_on_engine_death
 from betterhalf.runs.score_check import check_scores
+from betterhalf.types import DtypeName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,16 +95,16 @@ def _send(parts: Parts) -> int:
     engine.wake()
     sent: dict[str, str] = {}
     wire = trainer.wire_weights()
-    tensors = _noting(wire.tensors, parts.precision.rollout_dtype, sent)
+    tensors = _noting(wire.tensors, parts.precision.roles.rollout_dtype, sent)
     engine.load_weights(tensors, policy_version=wire.policy_version)
     verify_sync(sent, engine.digests())
     return wire.policy_version
 
 
 def _noting(
-    weights: Iterable[tuple[str, Tensor]], rollout_dtype: torch.dtype, digests: dict[str, str]
+    weights: Iterable[tuple[str, Tensor]], rollout_dtype: DtypeName, digests: dict[str, str]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights, and put the digest of each in the rollout dtype into `digests`."""
     for name, tensor in weights:
-        digests[name] = tensor_digest(tensor.to(rollout_dtype))
+        digests[name] = tensor_digest(to_format(tensor, rollout_dtype))
         yield name, tensor

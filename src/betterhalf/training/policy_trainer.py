@@ -24,12 +24,14 @@ from betterhalf.precision import coverage
 from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.cpu_embedding import use_cpu_embedding
 from betterhalf.precision.cpu_linear import Widened, use_cpu_linear
-from betterhalf.precision.formats import dtype_name, narrowest_format
+from betterhalf.precision.cpu_silu import use_cpu_silu
+from betterhalf.precision.emulation import emulation_facts, rounding_results
+from betterhalf.precision.formats import held_format, narrowest_format
 from betterhalf.precision.island_hooks import use_islands
 from betterhalf.precision.loss_scaler import LossScaler, build_loss_scaler
-from betterhalf.precision.products import has_native_matmul
+from betterhalf.precision.products import has_native_matmul, packed
 from betterhalf.precision.roles import Precision
-from betterhalf.training.token_scores import Head, LogitsWorkspace, head_logits, measure_tokens, token_logprobs
+from betterhalf.training.token_scores import Head, LogitsWorkspace, measure_tokens, token_logprobs
 from betterhalf.training.trainer import OptimReport, TokenScores, TrainerState, WireWeights
 from betterhalf.training.weights.replicated import ReplicatedWeights
 from betterhalf.training.weights.store import StoreFactory
@@ -62,14 +64,18 @@ class PolicyTrainer:
         self.policy_version = policy_version
         self.module = model.module.to(precision.device)
         require_no_dropout(self.module.config)
+        self._results = rounding_results(precision.roles.compute_dtype)
         self.islands = precision.islands(self.module.config.num_hidden_layers, precision.roles.compute_dtype)
         use_islands(self.module, self.islands, precision.compute_dtype)
-        self.weights = store(self.module, precision.compute_dtype, self.islands)
+        self.weights = store(self.module, precision.roles.compute_dtype, self.islands)
         use_cpu_linear(self.module, precision)
         use_cpu_embedding(self.module, precision)
+        if precision.exact:
+            use_cpu_silu(self.module.get_decoder())
         coverage.require_covered(self.module, precision)
         sums = precision.fp32_sums(precision.roles.compute_dtype)
-        self.attention = attention_name(precision.device, _head_dim(self.module.config), fp32_sums=sums)
+        head_dim = _head_dim(self.module.config)
+        self.attention = attention_name(precision.device, head_dim, fp32_sums=sums, exact=precision.exact)
         use_packed_attention(self.module, self.attention, compiled=config.training.compile_layers)
         if config.training.activation_checkpointing:
             self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -114,20 +120,27 @@ class PolicyTrainer:
         tied = weight is self.module.get_input_embeddings().weight
         return self.weights.second_use(weight) if tied else weight
 
-    def _head(self) -> Head:
+    def head(self) -> Head:
         """Return the head's weight for each product; on a CPU, logits use a copy widened to FP32 after each update."""
         weight = self._head_parameter.detach()
         wide = weight if weight.is_cuda or weight.dtype == torch.float32 else self._head_wide()
         native = weight.is_cuda or (
             has_native_matmul(weight.dtype) and not self.precision.fp32_sums(self.precision.roles.compute_dtype)
         )
-        return Head(weight=self._head_parameter, logits_weight=wide, grad_weight=weight if native else wide)
+        tiled = packed(wide) if self.precision.exact else None
+        return Head(
+            weight=self._head_parameter,
+            logits_weight=wide,
+            grad_weight=weight if native else wide,
+            tiled_weight=tiled,
+        )
 
     @torch.no_grad()
     def measure(self, packs: Sequence[MicroBatch], temperature: float | None = None) -> list[TokenScores]:
         """See `Trainer.measure`."""
         temperature = self.config.sampling.temperature if temperature is None else temperature
-        measured = [self._measure(micro, temperature) for micro in self._on_device(packs)]
+        with self._results:
+            measured = [self._measure(micro, temperature) for micro in self._on_device(packs)]
         return [TokenScores(logprobs_C=logprobs.cpu(), entropies_C=entropies.cpu()) for logprobs, entropies in measured]
 
     def _on_device(self, packs: Sequence[MicroBatch]) -> list[MicroBatch]:
@@ -139,16 +152,20 @@ class PolicyTrainer:
         # Without gradients, compiled layers would be different code, with other rounding points.
         with torch.set_grad_enabled(self.config.training.compile_layers):
             hidden = self._hidden_rows(micro).detach()
-        return measure_tokens(hidden, self._head(), micro.target_ids_C, temperature, self._workspace)
+        return measure_tokens(hidden, self.head(), micro.target_ids_C, temperature, self._workspace)
 
     def score(self, micro: MicroBatch) -> Tensor:
         """Return the logprobs of each completion token, float32 [C], with a graph, for a pack on the device.
 
         They equal those of `measure` bit for bit.
         """
-        hidden = self._hidden_rows(micro)
+        with self._results:
+            return self._score(self._hidden_rows(micro), micro)
+
+    def _score(self, hidden_CH: Tensor, micro: MicroBatch) -> Tensor:
+        """Return the logprobs of the completion tokens from their final hidden states, float32 [C], with a graph."""
         temperature = self.config.sampling.temperature
-        return token_logprobs(hidden, self._head(), micro.target_ids_C, temperature, self._workspace)
+        return token_logprobs(hidden_CH, self.head(), micro.target_ids_C, temperature, self._workspace)
 
     # -- learning
 
@@ -157,10 +174,15 @@ class PolicyTrainer:
     ) -> LossStats:
         """See `Trainer.forward_backward`; each pack's half gradient is added to the FP32 sum at once."""
         stats = LossStats.empty()
-        for micro in self._on_device(packs):
-            output = policy_loss(algorithm, LossInputs.of(micro, self.score(micro)), denominators)
-            self.scaler.scale_loss(output.loss).backward()  # type: ignore[no-untyped-call]
-            stats += output.stats
+        with self._results:
+            for micro in self._on_device(packs):
+                hidden_CH = self._hidden_rows(micro)
+                # Keeps the gradient, as large as the hidden states themselves, until the end of the backward pass.
+                hidden_CH.retain_grad()
+                output = policy_loss(algorithm, LossInputs.of(micro, self._score(hidden_CH, micro)), denominators)
+                self.scaler.scale_loss(output.loss).backward()  # type: ignore[no-untyped-call]
+                assert hidden_CH.grad is not None
+                stats += output.stats.with_gradient(hidden_CH.grad)
         return stats
 
     def optim_step(self, learning_rate: float) -> OptimReport:
@@ -190,7 +212,7 @@ class PolicyTrainer:
 
     def wire_weights(self) -> WireWeights:
         """See `Trainer.wire_weights`."""
-        tensors = self.weights.on_the_wire(self.precision.wire_dtype)
+        tensors = self.weights.on_the_wire(self.precision.roles.wire_dtype)
         return WireWeights(policy_version=self.policy_version, tensors=tensors)
 
     def report(self) -> SideReport:
@@ -207,10 +229,10 @@ class PolicyTrainer:
         _, master = next(self.weights.trainable())
         norms = [value for name, value in computing.items() if "norm" in name]
         buffers = [value for name, value in self.module.named_buffers() if "inv_freq" in name]
+        compute, wire = self.precision.roles.compute_dtype, self.precision.roles.wire_dtype
         kinds: dict[str, Tensor] = {
             "weights": next(iter(computing.values())),
             "compute": hidden,
-            "wire": wired,
             "lm_head": logits,
             "rope": buffers[0] if buffers else hidden,
             "norm": norms[0] if norms else hidden,
@@ -220,13 +242,14 @@ class PolicyTrainer:
         }
         return SideReport(
             side="trainer",
-            dtypes={region: dtype_name(tensor.dtype) for region, tensor in kinds.items()}
-            | {"compute": narrowest_format(hidden)},
+            dtypes={region: held_format(tensor, compute) for region, tensor in kinds.items()}
+            | {"compute": narrowest_format(hidden), "wire": held_format(wired, wire)},
             facts={
                 "attention": self.attention,
                 "linear_layers": coverage.described(layers),
                 "matmul_sums": coverage.layers_sum(layers),
-                "rounding": "transformers, compiled" if self.config.training.compile_layers else "transformers",
+                "rounding": self._rounding(),
+                **emulation_facts(compute),
                 "fp32_modules": self.islands.described(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
@@ -234,6 +257,11 @@ class PolicyTrainer:
             },
             digests=weights_digests(self.weights.computing()),
         )
+
+    def _rounding(self) -> str:
+        if self.precision.exact:
+            return "exact"
+        return "transformers, compiled" if self.config.training.compile_layers else "transformers"
 
     @torch.no_grad()
     def _probe(self) -> tuple[Tensor, Tensor]:
@@ -245,14 +273,15 @@ class PolicyTrainer:
                 "model's files for NaN, train in a wider format (precision=bf16 or precision=fp32), or make the "
                 "modules that overflow FP32 islands with precision.fp32_modules"
             )
-        return hidden, head_logits(hidden, self._head().logits_weight)
+        return hidden, self.head().logits(hidden)
 
     def _few_hidden(self, most: int) -> Tensor:
         """Compute final hidden states of the first ids of the vocabulary, at most `most`: [T, H]."""
         count = min(most, self.module.get_input_embeddings().weight.shape[0])
         ids = torch.arange(count, device=self.precision.device).unsqueeze(0)
         whole = PackLayout((PackedSegment(length=count),))
-        out = self.module.get_decoder()(input_ids=ids, position_ids=ids, layout=whole, use_cache=False)
+        with self._results:
+            out = self.module.get_decoder()(input_ids=ids, position_ids=ids, layout=whole, use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from betterhalf import ops
 from betterhalf.kernels import fused
 from betterhalf.precision.products import add_product, direct_sum, product, product_into
+from betterhalf.precision.tiled_products import tiled_product
 
 _CACHED_LOGITS = 2**21
 """Logits of a chunk in the backward pass on a CPU: 8 MiB, which stay in its cache while they are read three times."""
@@ -39,6 +40,14 @@ class Head:
     """Operand of the logits: FP32 on a CPU, the leaf's values in the compute dtype on a GPU."""
     grad_weight: Tensor
     """Operand of the gradient's products: FP32, or half where the hardware multiplies half numbers."""
+    tiled_weight: Tensor | None
+    """`logits_weight` as `packed`, if the logits of a row must not depend on the other rows; else None."""
+
+    def logits(self, hidden_CH: Tensor) -> Tensor:
+        """Compute the FP32 logits of some rows, as `token_logprobs` does."""
+        if self.tiled_weight is not None:
+            return tiled_product(hidden_CH.float(), self.tiled_weight)
+        return head_logits(hidden_CH, self.logits_weight)
 
 
 class LogitsWorkspace:
@@ -56,9 +65,11 @@ class LogitsWorkspace:
         self._memory = torch.empty(0)
         self._gradient = torch.empty(0)
 
-    def multiply(self, hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
-        """Compute `head_logits` of a chunk; on a CPU the result is valid until the next use."""
+    def multiply(self, hidden_CH: Tensor, weight_VH: Tensor, tiled_VH: Tensor | None) -> Tensor:
+        """Compute `Head.logits` of a chunk; on a CPU the result is valid until the next use."""
         self.uses += 1
+        if tiled_VH is not None:
+            return tiled_product(hidden_CH.float(), tiled_VH)
         if not hidden_CH.is_cpu:
             return head_logits(hidden_CH, weight_VH)
         shape = hidden_CH.shape[0], weight_VH.shape[0]
@@ -105,13 +116,14 @@ class _TokenLogprobs(torch.autograd.Function):
         weight_VH: Tensor,
         logits_weight_VH: Tensor,
         grad_weight_VH: Tensor,
+        tiled_weight_VH: Tensor | None,
         targets_C: Tensor,
         temperature: float,
         workspace: LogitsWorkspace,
     ) -> Tensor:
         rows, parts = workspace.rows(logits_weight_VH.shape[0]), []
         for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True):
-            logits = workspace.multiply(hidden, logits_weight_VH)
+            logits = workspace.multiply(hidden, logits_weight_VH, tiled_weight_VH)
             parts.append(ops.normalised(logits, targets, temperature))
         logprobs_C, normaliser_C = (torch.cat(columns) for columns in zip(*parts, strict=True))
         ctx.save_for_backward(hidden_CH, logits_weight_VH, grad_weight_VH, targets_C, normaliser_C)
@@ -121,7 +133,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs_C
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         hidden_CH, logits_weight_VH, grad_weight_VH, targets_C, normaliser_C = ctx.saved_tensors
         grad_hidden = torch.zeros(hidden_CH.shape, dtype=torch.float32, device=hidden_CH.device)
         total = direct_sum(ctx.weight_VH) if ctx.needs_input_grad[1] else None
@@ -141,7 +153,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 add_product(total[part], grad_logits.t(), operand.t())
             elif grad_VH is not None:
                 grad_VH[part] = ctx.workspace.multiply_back(grad_logits.t(), operand)
-        return grad_hidden.to(hidden_CH.dtype), grad_VH, None, None, None, None, None
+        return grad_hidden.to(hidden_CH.dtype), grad_VH, None, None, None, None, None, None
 
 
 def head_logits(hidden_CH: Tensor, wide_VH: Tensor) -> Tensor:
@@ -199,7 +211,14 @@ def token_logprobs(
         float32 [C].
     """
     out = _TokenLogprobs.apply(
-        hidden_CH, head.weight, head.logits_weight, head.grad_weight, targets_C, temperature, workspace
+        hidden_CH,
+        head.weight,
+        head.logits_weight,
+        head.grad_weight,
+        head.tiled_weight,
+        targets_C,
+        temperature,
+        workspace,
     )  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
     return out
@@ -215,7 +234,7 @@ def measure_tokens(
     """
     rows, logprobs, entropies = workspace.rows(head.logits_weight.shape[0]), [], []
     for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True):
-        logits = workspace.multiply(hidden, head.logits_weight)
+        logits = workspace.multiply(hidden, head.logits_weight, head.tiled_weight)
         found = ops.logprobs_and_entropy(logits, targets, temperature)
         logprobs.append(found[0])
         entropies.append(found[1])

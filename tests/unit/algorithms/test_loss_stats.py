@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from betterhalf.algorithms.denominators import kept_counts, train_denominators
-from betterhalf.algorithms.loss_stats import LossStats, policy_metrics
+from betterhalf.algorithms.loss_stats import LossStats, largest_token_share, policy_metrics
 from betterhalf.algorithms.policy_loss import LossOutput, kept_mask, policy_loss
 from betterhalf.algorithms.presets import PRESETS, Algorithm, resolve_algorithm
 from betterhalf.config.schema import AlgorithmConfig, RatioConfig
+from betterhalf.distributed.world import SingleProcess, reduce_over_ranks
 from betterhalf.metrics.catalogue import check_known
 from betterhalf.types import Denominators, LossInputs, TokenTensors
 
@@ -134,9 +135,102 @@ def test_loss_metric_is_the_mean_over_train_batches() -> None:
 def test_nothing_adds_nothing_and_reports_neutral_values() -> None:
     output, _ = loss_of(PRESETS["icepop"], mismatch=[9.0] + [1.0] * 7)
     assert policy_metrics(LossStats.empty() + output.stats) == policy_metrics(output.stats)
-    neutral = {"policy/ess_before": 1.0, "policy/ess_after": 1.0, "policy/ratio/mean": 1.0, "policy/ratio/max": 1.0}
+    ones = ("policy/ess_before", "policy/ess_after", "policy/ratio/mean", "policy/ratio/max")
+    neutral = dict.fromkeys((*ones, "policy/ratio/max_negative"), 1.0)
     nothing = policy_metrics(LossStats.empty())
     assert nothing == {name: neutral.get(name, 0.0) for name in nothing}
+
+
+DRIFT = [1.5, 0.5, 9, 1, 1, 0.7, 4, 1]
+"""Ratios current/proximal; 4 is the largest of the second completion, whose advantage is negative."""
+
+
+@pytest.mark.parametrize("preset", ["grpo", "dapo", "gspo", "pg_seq_is", "icepop", "dppo_tv", "reinforce"])
+def test_the_largest_ratio_of_negative_advantage_is_that_of_single_tokens_for_every_algorithm(preset: str) -> None:
+    # With a ratio to the engine, of whole sequences, without a ratio, clipped or masked: current/proximal of a token.
+    output, _ = loss_of(PRESETS[preset], drift=DRIFT, mismatch=[3.0] * 8)
+    assert policy_metrics(output.stats)["policy/ratio/max_negative"] == pytest.approx(4)
+    swapped, _ = loss_of(PRESETS[preset], drift=DRIFT, advantages=(-1.0, 1.0))
+    assert policy_metrics(swapped.stats)["policy/ratio/max_negative"] == pytest.approx(9)
+    for advantages in ((1.0, 1.0), (1.0, 0.0)):
+        none, _ = loss_of(PRESETS[preset], drift=DRIFT, advantages=advantages)
+        assert policy_metrics(none.stats)["policy/ratio/max_negative"] == 1
+
+
+def test_a_ratio_below_one_stays_below_one_and_a_huge_one_is_bounded() -> None:
+    for drift, expected in (([0.5] * 8, 0.5), ([1.0] * 7 + [1e30], math.exp(20))):
+        output, _ = loss_of(PRESETS["pg_seq_is"], drift=drift)
+        assert policy_metrics(output.stats)["policy/ratio/max_negative"] == pytest.approx(expected)
+
+
+def test_without_measured_logprobs_no_ratio_is_counted() -> None:
+    # A pack outside the measured sample, for an algorithm that does not read the anchor.
+    current = torch.full((8,), -3.0)
+    inputs = LossInputs(
+        current_logprobs_C=current,
+        behavior_logprobs_C=current - 2,
+        advantages_S=torch.tensor([1.0, -1.0]),
+        sequence_index_C=INDEX,
+    )
+    stats = policy_loss(PRESETS["pg_seq_is"], inputs, Denominators(sequences=2.0, tokens=8.0, max_tokens=8)).stats
+    metrics = policy_metrics(stats)
+    assert metrics["policy/ratio/max_negative"] == 1 and metrics["policy/ratio/max"] == pytest.approx(math.exp(10))
+
+
+def test_the_largest_ratio_of_packs_and_optimizer_steps_is_their_maximum() -> None:
+    packs = [loss_of(PRESETS["grpo"], drift=[1.0] * 7 + [ratio])[0].stats for ratio in (2.0, 64.0, 0.5)]
+    assert policy_metrics(sum(packs, LossStats.empty()), 3)["policy/ratio/max_negative"] == pytest.approx(64)
+
+
+def with_gradient(*rows: list[float]) -> LossStats:
+    """Return statistics of one micro-batch with these gradients of tokens."""
+    return LossStats.empty().with_gradient(torch.tensor(rows, dtype=torch.float16))
+
+
+def test_the_share_of_the_largest_token_by_hand() -> None:
+    # Norms 5, 12 and 0: 12 / sqrt(25 + 144).
+    one = with_gradient([3, 4], [0, 12], [0, 0])
+    assert largest_token_share(one) == pytest.approx(12 / 13)
+    # A second pack with norms 84: 84 / sqrt(25 + 144 + 84^2) = 84 / 85.
+    assert largest_token_share(one + with_gradient([84, 0])) == pytest.approx(84 / 85)
+    assert largest_token_share(with_gradient([1, 0], [0, 1], [-1, 0], [0, -1])) == pytest.approx(1 / 2)
+    assert largest_token_share(with_gradient([7e-8, 0])) == 1
+    # Norms beyond FP16, whose squares would be infinite in it.
+    assert largest_token_share(with_gradient([4e4, 3e4], [0, 0])) == 1
+
+
+def test_without_a_gradient_no_token_has_a_share() -> None:
+    assert largest_token_share(LossStats.empty()) == largest_token_share(with_gradient([0, 0])) == 0
+    nothing = LossStats.empty().with_gradient(torch.zeros(0, 2))
+    assert largest_token_share(nothing) == 0
+
+
+class TwoRanks(SingleProcess):
+    """One of two ranks; the other has a larger gradient and a larger ratio."""
+
+    def __init__(self, own: LossStats, other: LossStats) -> None:
+        self.added, self.larger = ([getattr(other, name) for name in names] for names in (SUMMED, LARGEST))
+
+    def sum_(self, values: Tensor) -> None:
+        values += torch.tensor([*self.added, 1.0], dtype=torch.float64)
+
+    def max_(self, values: Tensor) -> None:
+        torch.maximum(values, torch.tensor(self.larger, dtype=torch.float64), out=values)
+
+
+LARGEST = ("ratio_max", "ratio_max_negative", "gradient_squared_max")
+SUMMED = tuple(field.name for field in fields(LossStats) if field.name not in LARGEST)
+
+
+def test_ratio_and_share_are_those_of_all_ranks() -> None:
+    ranks = [
+        loss_of(PRESETS["grpo"], drift=[1.0] * 7 + [ratio])[0].stats.with_gradient(torch.tensor([row]))
+        for ratio, row in ((2.0, [3.0, 4.0]), (8.0, [0.0, 12.0]))
+    ]
+    reduced = reduce_over_ranks(ranks[0], TwoRanks(*ranks))
+    assert reduced.ratio_max_negative == pytest.approx(8)
+    assert (reduced.gradient_squared, reduced.gradient_squared_max) == pytest.approx((169, 144))
+    assert reduced.tokens == 16
 
 
 def test_every_policy_metric_is_in_the_catalogue() -> None:

@@ -295,7 +295,9 @@ def test_differences_name_each_changed_key_once() -> None:
 def test_a_difference_in_a_list_of_sections_shows_both() -> None:
     (change,) = config_difference(load_config(None), load_config(None, ["watchdog.levels=[]"]))
     assert change.key == "watchdog.levels"
-    assert str(change).endswith('{ metric = "mismatch/k3/mean", above = 0.1, steps = 1, action = "stop" }] -> []')
+    assert str(change).endswith(
+        '{ metric = "policy/ratio/max_negative", above = 50.0, steps = 1, action = "warn" }] -> []'
+    )
 
 
 def test_same_except_means_whole_keys() -> None:

@@ -75,6 +75,13 @@ def test_estimators_equal_exact_arithmetic() -> None:
     assert found["tokens"] == 4
 
 
+def test_accidents_are_counted_on_each_side_of_a_factor_of_twenty() -> None:
+    # exp(3) = 20.1: of eight tokens one is beyond it above, three below; exactly 3 is not beyond.
+    ds = [-3.001, -20.0, -3.25, -3.0, 0.0, 3.0, 2.999, 3.001]
+    found = metrics([-30.0 + d for d in ds], [-30.0] * 8, [0, 0, 0, 1, 1, 1, 1, 1], 2)
+    assert (found["accident_fraction"], found["reverse_accident_fraction"]) == (3 / 8, 1 / 8)
+
+
 def test_identical_logprobs_have_no_mismatch_at_all() -> None:
     found = metrics([-0.5, -2.0, -1.0], [-0.5, -2.0, -1.0], [0, 0, 1], 2)
     perfect = {"ess_fraction": 1.0, "pearson": 1.0, "tokens": 3.0}

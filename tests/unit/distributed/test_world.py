@@ -63,7 +63,11 @@ def test_what_is_not_declared_stays_this_ranks_own() -> None:
 
 def test_every_count_of_the_loss_declares_its_reduction() -> None:
     assert declared_reductions(LossStats).keys() == {one.name for one in fields(LossStats)}
-    assert [name for name, kind in declared_reductions(LossStats).items() if kind != "sum"] == ["ratio_max"]
+    assert [name for name, kind in declared_reductions(LossStats).items() if kind != "sum"] == [
+        "ratio_max",
+        "ratio_max_negative",
+        "gradient_squared_max",
+    ]
     one, two = ({f.name: torch.tensor(value) for f in fields(LossStats)} for value in (2.0, 5.0))
     total = LossStats(**one) + LossStats(**two)
     assert total.loss == total.tokens == 7.0 and total.ratio_max == 5.0
@@ -82,6 +86,8 @@ def test_metrics_of_optimizer_steps_are_reduced_as_the_catalogue_declares() -> N
         "optim/updates_applied": "sum",
         "optim/learning_rate": "last",
         "optim/overflow_fraction": "max",
+        "optim/token_share/max": "max",
         "policy/version": "last",
         "policy/ratio/max": "max",
+        "policy/ratio/max_negative": "max",
     }

@@ -143,7 +143,7 @@ class Unscaled(Rounding):
 def with_rounding(kind: type[Rounding]) -> Fault:
     def fault(decoder: Decoder) -> None:
         old = decoder.rounding
-        decoder.rounding = kind(mode=old.mode, dtype=old.dtype, container=old.container, kv_dtype=old.kv_dtype)
+        decoder.rounding = kind(mode=old.mode, format=old.format, container=old.container, kv_format=old.kv_format)
         decoder._layers = layer_roundings(decoder.rounding, decoder.islands)
 
     return fault

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from betterhalf.precision.formats import dtype_name
 from betterhalf.rollout import sampler
 from betterhalf.rollout.native.rounding import Rounding
 
@@ -43,7 +44,8 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def rounding(dtype: torch.dtype, mode: str) -> Rounding:
-    return Rounding(mode=mode, dtype=dtype, container=dtype, kv_dtype=dtype)  # type: ignore[arg-type]
+    name = dtype_name(dtype)
+    return Rounding(mode=mode, format=name, container=dtype, kv_format=name)  # type: ignore[arg-type]
 
 
 def assert_as_rounded(found: Tensor, expected: Tensor) -> None:

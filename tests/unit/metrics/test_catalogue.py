@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from betterhalf.errors import InputError
-from betterhalf.metrics.catalogue import CATALOGUE, Metric, check_known, render
+from betterhalf.metrics.catalogue import CATALOGUE, check_known, render
+from betterhalf.metrics.metric import Metric
 
 ROOT = Path(__file__).parents[3]
 

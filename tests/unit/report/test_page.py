@@ -101,7 +101,7 @@ def test_the_page_loads_nothing_runs_nothing_and_has_unique_ids(make_sanity: Mak
 def test_every_figure_names_a_title_and_a_description_that_exist(make_sanity: MakeRun) -> None:
     page = report(make_sanity())
     named = [value.split() for name, value in page.attributes if name == "aria-labelledby"]
-    assert len(named) == page.tags.count("figure") == 19
+    assert len(named) == page.tags.count("figure") == 22
     assert all(identifier in page.ids for pair in named for identifier in pair)
 
 
@@ -133,7 +133,7 @@ def test_a_run_that_stopped_early_shows_what_it_has(make_run: MakeRun) -> None:
     run.metrics.write_bytes(b"".join(lines[:30]) + lines[30][:40])
     page = report(run)
     assert "stopped after 30 of 65 steps" in page.text
-    assert page.tags.count("figure") == 19
+    assert page.tags.count("figure") == 22
 
 
 def test_metrics_that_were_not_recorded_are_listed(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from betterhalf.precision.formats import dtype_name
 from betterhalf.rollout.native.rounding import Rounding
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -15,7 +16,8 @@ EPS = 1e-5
 
 def make(mode, dtype, *, widened=True, kv_dtype=None):
     container = torch.float32 if widened else dtype
-    return Rounding(mode=mode, dtype=dtype, container=container, kv_dtype=kv_dtype or dtype)
+    kv_format = dtype_name(kv_dtype or dtype)
+    return Rounding(mode=mode, format=dtype_name(dtype), container=container, kv_format=kv_format)
 
 
 def half(*shape, dtype, seed=0, scale=1.0):

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 
+from betterhalf.algorithms.loss_stats import policy_metrics
+from betterhalf.algorithms.policy_loss import policy_loss
 from betterhalf.algorithms.presets import PRESETS, resolve_algorithm
 from betterhalf.config.schema import AlgorithmConfig, RunConfig, WatchdogConfig, WatchdogLevel
+from betterhalf.diagnostics.logprob_gap import mismatch_metrics
 from betterhalf.errors import ConfigError
-from betterhalf.runs.watchdog import WATCHED, Stopped, Watch, WatchState, check, masked, require_sound_levels
+from betterhalf.runs.watchdog import AFTER, BEFORE, Stopped, Watch, WatchState, check, masked, require_sound_levels
+from betterhalf.types import Denominators, LossInputs
 
 K3 = "mismatch/k3/mean"
 
@@ -122,7 +128,7 @@ def test_without_levels_nothing_is_watched() -> None:
 
 
 def test_the_default_levels_are_sound_for_every_preset() -> None:
-    assert {level.metric for level in RunConfig().watchdog.levels} <= set(WATCHED)
+    assert {level.metric for level in RunConfig().watchdog.levels} <= BEFORE | AFTER
     for preset in PRESETS:
         require_sound_levels(RunConfig(algorithm=AlgorithmConfig(preset=preset)))
 
@@ -132,7 +138,9 @@ def test_the_default_levels_are_sound_for_every_preset() -> None:
     [
         ("mismatch/k3/meen", "Did you mean 'mismatch/k3/mean'?"),
         ("budget/predicted_es", "Did you mean 'budget/predicted_ess'?"),
-        ("policy/entropy/mean", "is not watched before the update"),
+        ("policy/ratio/max_negativ", "Did you mean 'policy/ratio/max_negative'?"),
+        ("time/step_seconds", "is not watched. Choose one of mismatch/*"),
+        ("optim/first_offender", "is not watched. Choose one of mismatch/*"),
         ("zzz", "docs/metrics.md lists"),
     ],
 )
@@ -142,8 +150,72 @@ def test_metrics_that_cannot_be_watched_are_refused_with_their_place(metric: str
     assert "watchdog.levels[1].metric" in str(caught.value) and words in str(caught.value)
 
 
-def test_what_is_watched_is_known_before_the_update() -> None:
-    assert {name.partition("/")[0] for name in WATCHED} == {"mismatch", "budget", "rollout"}
+def test_what_is_watched_before_the_update_and_after_it() -> None:
+    assert {name.partition("/")[0] for name in BEFORE} == {"mismatch", "budget", "rollout"}
+    assert {name.partition("/")[0] for name in AFTER} == {"policy", "optim"}
+
+
+RATIO = "policy/ratio/max_negative"
+
+
+def whole_step(levels: Sequence[WatchdogLevel], state: WatchState, step: int, measured: dict[str, float]) -> Watch:
+    """Check a step before its update and after it, as the loop does."""
+    before = check(levels, state, step, {name: value for name, value in measured.items() if name in BEFORE})
+    after = check(levels, before.state, step, measured, AFTER)
+    return Watch(state=after.state, alarms=before.alarms + after.alarms)
+
+
+def test_each_check_of_a_step_leaves_the_counts_of_the_other_alone() -> None:
+    levels = [level(steps=2), level(metric=RATIO, above=50, steps=3)]
+    state, fired = WatchState(), []
+    for step, (k3, ratio) in enumerate([(1, 90), (1, 90), (0, 90), (1, 1), (1, 90)], start=1):
+        watch = whole_step(levels, state, step, {K3: k3, RATIO: ratio})
+        state = watch.state
+        fired.append([alarm.metric for alarm in watch.alarms])
+    assert fired == [[], [K3], [RATIO], [], [K3]]
+    assert list(state.counts.values()) == [2, 1]
+
+
+def test_mask_and_learning_rate_of_the_late_check_act_from_the_next_step_on() -> None:
+    levels = [level(metric=RATIO, above=50, action=action) for action in ("mask", "halve_learning_rate")]
+    require_sound_levels(config(*levels))
+    state = whole_step(levels, WatchState(), 1, {K3: 0.0, RATIO: 60.0}).state
+    assert state.masked and state.learning_rate_factor == 0.5
+
+
+def test_a_stop_after_the_update_is_refused() -> None:
+    with pytest.raises(ConfigError, match=rf"levels\[0\].action = .stop. cannot be used with {RATIO}.*Use warn"):
+        require_sound_levels(config(level(metric=RATIO, action="stop")))
+
+
+def defaults(changes: dict[str, float]) -> list[str]:
+    """Return the metrics on which the default levels fire in a step that is healthy but for these values."""
+    healthy = {"budget/predicted_ess": 0.99, K3: 1e-3, "mismatch/accident_fraction": 2e-6, RATIO: 33.0}
+    share = {"optim/token_share/max": 1.0, "optim/grad_norm": 0.3}
+    values = healthy | share | changes
+    return [alarm.metric for alarm in whole_step(RunConfig().watchdog.levels, WatchState(), 1, values).alarms]
+
+
+def test_the_default_levels_warn_of_a_collapse_and_not_of_a_healthy_step() -> None:
+    # Constructed from log-ratios: of 1,000 tokens, two that the trainer finds e^8 times less likely; one comes back.
+    trainer = torch.full((1000,), -0.5)
+    trainer[[3, 900]] -= 8
+    index = torch.arange(1000) // 20
+    gap = mismatch_metrics(trainer, torch.full((1000,), -0.5), index, 50)
+    moved = trainer.clone()
+    moved[3] += 8
+    inputs = LossInputs(
+        current_logprobs_C=moved,
+        proximal_logprobs_C=trainer,
+        behavior_logprobs_C=torch.full((1000,), -0.5),
+        advantages_S=torch.tensor([-1.0, 1.0] * 25),
+        sequence_index_C=index,
+    )
+    stats = policy_loss(PRESETS["grpo"], inputs, Denominators(sequences=50.0, tokens=1000.0, max_tokens=20)).stats
+    ratio = policy_metrics(stats)[RATIO]
+    assert gap["mismatch/accident_fraction"] == 2e-3 and ratio == pytest.approx(math.exp(8))
+    collapsing = {"mismatch/accident_fraction": gap["mismatch/accident_fraction"], RATIO: ratio}
+    assert defaults({}) == [] and defaults(collapsing) == list(collapsing)
 
 
 @pytest.mark.parametrize("preset", ["pg_seq_is", "pg_seq_mis", "dppo_tv", "icepop", "grpo_token_tis"])

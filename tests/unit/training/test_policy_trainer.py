@@ -14,6 +14,7 @@ from tests import tiny_models
 from torch._dynamo.utils import counters
 from transformers import LlamaForCausalLM
 
+from betterhalf.algorithms.loss_stats import largest_token_share
 from betterhalf.algorithms.presets import PRESETS
 from betterhalf.config.schema import RunConfig
 from betterhalf.distributed.world import SingleProcess
@@ -116,6 +117,36 @@ def test_gradients_do_not_depend_on_the_micro_batches() -> None:
     expected = gradients(trainer_for(whole), whole)
     for name, gradient in gradients(trainer_for(cut), cut).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
+
+
+def share_by_hand() -> float:
+    """Return the largest token's share under REINFORCE: one sequence, one token at a time, in float64."""
+    module: Any = tiny_model().module.double()
+    weight_VH = module.get_output_embeddings().weight.detach()
+    norms = []
+    for index, rollout in enumerate(rollouts()):
+        prompt, completion = rollout.prompt.token_ids, rollout.completion.token_ids
+        hidden_TH = module.model(torch.tensor([(*prompt, *completion)])).last_hidden_state[0].detach()
+        for position, token in enumerate(completion, len(prompt) - 1):
+            pi_V = (weight_VH @ hidden_TH[position]).softmax(0)
+            norms.append(abs(SHARES[index]) * float((weight_VH[token] - pi_V @ weight_VH).norm()))
+    return max(norms) / sum(norm**2 for norm in norms) ** 0.5
+
+
+SHARES = [0.5, -1.0, 0.25, 3.0, -0.5, 0.75]
+"""Advantages of different sizes, so that one token stands out."""
+
+
+@pytest.mark.parametrize("budget", [4096, 12])
+@pytest.mark.parametrize(("precision", "rel"), [("fp32", 1e-5), ("fp16", 5e-3), ("bf16", 3e-2)])
+def test_the_share_of_the_largest_token_is_that_of_float64_in_one_pack_and_in_many(
+    precision: str, rel: float, budget: int
+) -> None:
+    config = settings(precision, budget=budget)
+    step = pack_step(rollouts(), SHARES, config, step=1)
+    stats = trainer_for(config).forward_backward(step.packs, PRESETS["reinforce"], step.train_batches[0].denominators)
+    share = largest_token_share(stats)
+    assert 0.1 < share < 0.9 and share == pytest.approx(share_by_hand(), rel=rel)
 
 
 def siblings() -> list[Rollout]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from betterhalf.precision.contract import weights_digests
 from betterhalf.precision.cpu_embedding import CpuEmbedding
+from betterhalf.precision.formats import dtype_name
 from betterhalf.precision.islands import resolve_islands
 from betterhalf.training.weights import replicated
 from betterhalf.training.weights.replicated import ReplicatedWeights
@@ -17,7 +18,7 @@ from betterhalf.training.weights.replicated import ReplicatedWeights
 
 def test_half_gradients_of_many_micro_batches_are_summed_in_fp32() -> None:
     layer = nn.Linear(1, 1, bias=False)
-    weights = ReplicatedWeights(layer, torch.float16)
+    weights = ReplicatedWeights(layer, "fp16")
     # 1 + 4095 x 2^-11: every term is exact in FP16, but an FP16 sum stays at 1, since half an ulp of 1 is 2^-11
     parts = [1.0] + [2.0**-11] * 4095
     for part in parts:
@@ -31,7 +32,7 @@ def test_half_gradients_of_many_micro_batches_are_summed_in_fp32() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_stale_gradient_is_neither_added_to_nor_reported(dtype: torch.dtype) -> None:
     pair = nn.ModuleDict({"used": nn.Linear(1, 1, bias=False), "idle": nn.Linear(1, 1, bias=False)})
-    weights, x = ReplicatedWeights(pair, dtype), torch.ones(1, 1, dtype=dtype)
+    weights, x = ReplicatedWeights(pair, dtype_name(dtype)), torch.ones(1, 1, dtype=dtype)
     for layer in pair.values():
         (3 * layer(x)).sum().backward()
     assert [gradient.item() for _, gradient in weights.gradients()] == [3.0, 3.0]
@@ -48,7 +49,7 @@ def test_gradients_are_added_in_parts_of_any_size(shape: tuple[int, ...], monkey
     monkeypatch.setattr(replicated, "_CACHED", 8)
     module = nn.ParameterDict({"w": nn.Parameter(torch.zeros(shape))})
     weights, factors = (
-        ReplicatedWeights(module, torch.float16),
+        ReplicatedWeights(module, "fp16"),
         torch.arange(7 * 3 * 40.0)[: math.prod(shape)].view(shape),
     )
     for _ in range(3):
@@ -59,7 +60,7 @@ def test_gradients_are_added_in_parts_of_any_size(shape: tuple[int, ...], monkey
 
 def test_both_uses_of_an_fp32_parameter_add_to_its_one_gradient() -> None:
     module = nn.ModuleDict({"table": CpuEmbedding(nn.Embedding(3, 1))})
-    weights = ReplicatedWeights(module, torch.float32)
+    weights = ReplicatedWeights(module, "fp32")
     head = weights.second_use(module["table"].weight)
     for expected in ([1.0, 12.0, 1.0], [2.0, 24.0, 2.0]):
         (head.sum() + 11 * module["table"](torch.tensor([1])).sum()).backward()
@@ -72,7 +73,7 @@ def test_both_uses_of_an_fp32_parameter_add_to_its_one_gradient() -> None:
 
 def test_sparse_gradients_of_an_embedding_add_up_and_discard_stale_ones() -> None:
     module = nn.ModuleDict({"table": CpuEmbedding(nn.Embedding(4, 1))})
-    weights = ReplicatedWeights(module, torch.float16)
+    weights = ReplicatedWeights(module, "fp16")
     for tokens, expected in (([1, 1, 3], [0.0, 2.0, 0.0, 1.0]), ([0, 3], [1.0, 2.0, 0.0, 2.0])):
         module["table"](torch.tensor(tokens)).sum().backward()
         ((_, gradient),) = weights.gradients()
@@ -85,7 +86,7 @@ def test_sparse_gradients_of_an_embedding_add_up_and_discard_stale_ones() -> Non
 
 def test_each_part_is_rounded_to_half_before_it_is_added() -> None:
     layer = nn.Linear(1, 1, bias=False)
-    weights = ReplicatedWeights(layer, torch.float16)
+    weights = ReplicatedWeights(layer, "fp16")
     fine = torch.tensor([[1 + 2.0**-10]], dtype=torch.float16)
     for _ in range(3):
         (layer(fine).float() * (1 + 2.0**-12)).sum().backward()
@@ -98,20 +99,20 @@ def test_masters_keep_what_half_cannot_hold_and_publish_rounds_once() -> None:
     layer = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         layer.weight.fill_(1.0)
-    weights = ReplicatedWeights(layer, torch.bfloat16)
+    weights = ReplicatedWeights(layer, "bf16")
     with torch.no_grad():
         for _ in range(100):
             weights.masters["weight"].add_(1e-4)  # each far below the spacing of BF16 at 1, which is 2^-7
     weights.publish()
     assert abs(weights.masters["weight"].item() - 1.01) < 1e-5
     assert layer.weight.item() == torch.tensor(1.01).bfloat16().item()
-    ((_, wired),) = weights.on_the_wire(torch.float16)
+    ((_, wired),) = weights.on_the_wire("fp16")
     assert wired.item() == torch.tensor(weights.masters["weight"].item()).half().item()
 
 
 def test_fp32_masters_are_the_module_s_own_parameters() -> None:
     layer = nn.Linear(2, 2)
-    weights = ReplicatedWeights(layer, torch.float32)
+    weights = ReplicatedWeights(layer, "fp32")
     assert weights.masters["weight"] is layer.weight
     layer(torch.ones(1, 2)).sum().backward()
     layer(torch.ones(1, 2)).sum().backward()
@@ -121,7 +122,7 @@ def test_fp32_masters_are_the_module_s_own_parameters() -> None:
 def test_buffers_are_never_cast() -> None:
     layer = nn.Linear(2, 2)
     layer.register_buffer("inv_freq", torch.tensor([0.1, 0.01]))
-    ReplicatedWeights(layer, torch.float16)
+    ReplicatedWeights(layer, "fp16")
     assert layer.inv_freq.dtype == torch.float32
     assert layer.weight.dtype == torch.float16
 
@@ -152,7 +153,7 @@ def block_of_fine_weights() -> Block:
 
 def island_weights(dtype: torch.dtype = torch.float16) -> tuple[Block, ReplicatedWeights]:
     block = block_of_fine_weights()
-    return block, ReplicatedWeights(block, dtype, resolve_islands(["model.layers.0.mlp"], 1))
+    return block, ReplicatedWeights(block, dtype_name(dtype), resolve_islands(["model.layers.0.mlp"], 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -178,9 +179,9 @@ def test_an_island_s_gradient_is_never_rounded_to_half() -> None:
 
 def test_digests_and_wire_do_not_know_of_islands() -> None:
     _, with_island = island_weights()
-    without = ReplicatedWeights(block_of_fine_weights(), torch.float16)
+    without = ReplicatedWeights(block_of_fine_weights(), "fp16")
     assert weights_digests(with_island.computing()) == weights_digests(without.computing())
-    sent, expected = dict(with_island.on_the_wire(torch.float16)), dict(without.on_the_wire(torch.float16))
+    sent, expected = dict(with_island.on_the_wire("fp16")), dict(without.on_the_wire("fp16"))
     assert sent.keys() == expected.keys() and all(torch.equal(sent[name], expected[name]) for name in sent)
     assert with_island.masters[ISLAND].item() == 1 + 2.0**-14
 

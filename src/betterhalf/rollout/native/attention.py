@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from betterhalf.models.tiled_attention import KEYS, by_tile, decode_tiles, tiled_attention
 from betterhalf.rollout.native.config import DecoderConfig
 from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.native.rounding import Rounding
@@ -36,14 +37,17 @@ class DecodePlan:
     whole cache."""
     masks: dict[int | None, Tensor]
     """On a CPU: sliding window (None without one) -> additive mask, FP32 [B * kv_heads, 1, attended], 0 where a
-    position is visible and -inf elsewhere; empty on a GPU."""
+    position is visible and -inf elsewhere, or for tiles the mask that `decode_tiles` takes; empty on a GPU."""
 
 
-def decode_plan(config: DecoderConfig, cache: KVCache, lengths: Tensor, attended: int) -> DecodePlan:
+def decode_plan(
+    config: DecoderConfig, rounding: Rounding, cache: KVCache, lengths: Tensor, attended: int
+) -> DecodePlan:
     """Prepare a decode step of one token for each of B slots.
 
     Args:
         config: sizes of the decoder.
+        rounding: rounding outside FP32 islands.
         cache: holds B slots or more.
         lengths: tokens already cached in each slot, int64 [B].
         attended: cached positions to read on a CPU; above every length.
@@ -52,17 +56,21 @@ def decode_plan(config: DecoderConfig, cache: KVCache, lengths: Tensor, attended
     if lengths.is_cuda:
         whole = tuple(cache.rows(layer) for layer in range(config.num_layers))
         return DecodePlan(places=cache.places(lengths), lengths=lengths, held=whole, masks=masks)
+    if rounding.tiled:
+        attended = -(-attended // KEYS) * KEYS
     index = torch.arange(attended)
     for window in set(config.windows):
         visible = index <= lengths[:, None]
         if window is not None:
             visible &= index > lengths[:, None] - window
-        masks[window] = _as_mask(visible, config.num_kv_heads)
+        masks[window] = _as_mask(visible, config.num_kv_heads, tiled=rounding.tiled)
     held = cache.read(lengths.shape[0], attended)
     return DecodePlan(places=cache.places(lengths), lengths=lengths, held=held, masks=masks)
 
 
-def _as_mask(visible: Tensor, kv_heads: int) -> Tensor:
+def _as_mask(visible: Tensor, kv_heads: int, *, tiled: bool) -> Tensor:
+    if tiled:
+        return by_tile(~visible.repeat_interleave(kv_heads, 0))
     additive = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))
     return additive.repeat_interleave(kv_heads, 0).unsqueeze(1)
 
@@ -83,9 +91,12 @@ def decode_attention(config: DecoderConfig, rounding: Rounding, layer: int, q: T
     (keys, values), window = plan.held[layer], config.windows[layer]
     if q.is_cuda:
         return gpu_attention(config, q.contiguous(), (keys, values), plan.lengths, window)
-    folded = q.float().reshape(-1, config.group, config.head_dim)
-    mixed = _attend(rounding, folded, keys, values, plan.masks[window], config.head_dim**-0.5)
-    return rounding.round(mixed.view(q.shape[0], -1))
+    folded, scale = q.float().reshape(-1, config.group, config.head_dim), config.head_dim**-0.5
+    if rounding.tiled:
+        mixed = decode_tiles(folded * scale, keys, values, plan.masks[window])
+    else:
+        mixed = _attend(rounding, folded, keys, values, plan.masks[window], scale)
+    return rounding.round(mixed.reshape(q.shape[0], -1))
 
 
 def gpu_attention(
@@ -138,7 +149,7 @@ def prompt_attention(
     Returns:
         Rounded results [T, heads * D].
     """
-    run = _fused_prompts if q.is_cuda else _blocked_prompts
+    run = _fused_prompts if q.is_cuda else _tiled_prompts if rounding.tiled else _blocked_prompts
     parts = []
     for start, stop, length in _equal_runs(lengths):
         # [T, heads, D] -> [N, heads, length, D]
@@ -165,6 +176,12 @@ def _fused_prompts(
     if window is None or window >= length:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=_causal(0, length, window, q.device), scale=scale)
+
+
+def _tiled_prompts(
+    config: DecoderConfig, rounding: Rounding, q: Tensor, k: Tensor, v: Tensor, window: int | None
+) -> Tensor:
+    return tiled_attention(q.float(), k.float(), v.float(), scale=config.head_dim**-0.5, window=window)
 
 
 def _causal(start: int, stop: int, window: int | None, device: torch.device) -> Tensor:

@@ -14,8 +14,10 @@ from torch import Tensor
 from betterhalf.kernels import fused
 from betterhalf.precision.islands import Islands, resolve_islands
 from betterhalf.precision.products import product
+from betterhalf.precision.tiled_products import tiled_product
 from betterhalf.rollout.native.attention import decode_attention, decode_plan, gpu_attention, prompt_attention
 from betterhalf.rollout.native.config import DecoderConfig
+from betterhalf.rollout.native.fused_parameter import Operand
 from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.native.rounding import LayerRounding, Rounding, layer_roundings
 from betterhalf.rollout.native.weights import DecoderWeights, LayerWeights
@@ -144,7 +146,7 @@ class Decoder:
         """
         if fused(token_ids) and self.tap is None:
             return self._final_norm(self._forward(token_ids, self._rotating_in_cache(lengths, cache)))
-        plan = decode_plan(self.config, cache, lengths, attended)
+        plan = decode_plan(self.config, self.rounding, cache, lengths, attended)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cache.append(layer, plan.places, k, v)
@@ -157,6 +159,8 @@ class Decoder:
         head = self.weights.head
         if head.is_cuda and not self.rounding.exact:
             return torch.mm(hidden, head.t(), out_dtype=torch.float32)
+        if self.rounding.tiled:
+            return tiled_product(hidden.float(), head)
         return product(hidden.float(), head)
 
     def _forward(self, token_ids: Tensor, mix: _Mix) -> _Stream:
@@ -314,7 +318,12 @@ def _in_parts(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(left, right.transpose(1, 2), out_dtype=torch.float32)
 
 
-def linear(rounding: Rounding, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Project `x` and round the result once, in the half kernel or after FP32 sums; an FP32 island does not round."""
+def linear(rounding: Rounding, x: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:
+    """Project `x` and round the result, in the half kernel or after FP32 sums; an FP32 island does not round."""
+    if rounding.tiled:
+        parts = weight if isinstance(weight, tuple) else (weight,)
+        out = torch.cat([tiled_product(x.float(), part) for part in parts], 1)
+        return rounding.round(out if bias is None else out + bias)
+    assert isinstance(weight, Tensor)
     out = product(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, bias)
-    return rounding.round(out) if rounding.widened else out
+    return rounding.round(out) if rounding.rounds_products else out

@@ -13,7 +13,6 @@ from betterhalf.config.schema import NativeEngineConfig, SamplingConfig
 from betterhalf.errors import EngineError, InputError
 from betterhalf.kernels import has_triton
 from betterhalf.precision.contract import SideReport, weights_digests
-from betterhalf.precision.formats import dtype_name
 from betterhalf.precision.roles import Precision
 from betterhalf.rollout import sampler
 from betterhalf.rollout.native.config import decoder_config
@@ -89,7 +88,7 @@ class NativeEngine:
         self._require_weights("score")
         check_sequences(sequences, self._shape.max_positions, self._shape.vocab_size)
         scores = [self._score_one(tuple(token_ids)) for token_ids in sequences]
-        require_finite_scores(scores, dtype_name(self._rounding.dtype), self._weights.why_not_finite)
+        require_finite_scores(scores, self._rounding.format, self._weights.why_not_finite)
         return scores
 
     def _score_one(self, token_ids: tuple[int, ...]) -> tuple[float, ...]:
@@ -198,7 +197,8 @@ class NativeEngine:
     def _allocate(self, slots: int, length: int, tokens: int) -> SlotTable:
         device = self._precision.device
         dtype = torch.float32 if device.type == "cpu" else self._precision.kv_dtype
-        cache = KVCache(self._shape, slots=slots, max_length=length, dtype=dtype, device=device)
+        tiled = self._rounding.tiled
+        cache = KVCache(self._shape, slots=slots, max_length=length, dtype=dtype, device=device, tiled=tiled)
         self._decoder.reserve(length)
         self._table = SlotTable(cache, tokens, self._stop_lookup)
         if self._config.cuda_graphs and device.type == "cuda":
@@ -243,9 +243,9 @@ def _rounding(precision: Precision, config: NativeEngineConfig) -> Rounding:
     widened = precision.fp32_sums(precision.roles.rollout_dtype)
     return Rounding(
         mode=config.rounding,
-        dtype=precision.rollout_dtype,
+        format=precision.roles.rollout_dtype,
         container=torch.float32 if widened else precision.rollout_dtype,
-        kv_dtype=precision.kv_dtype,
+        kv_format=precision.roles.kv_dtype,
     )
 
 
@@ -256,8 +256,10 @@ def _storage(precision: Precision) -> Storage:
     """
     widened = precision.fp32_sums(precision.roles.rollout_dtype)
     return Storage(
-        grid=precision.rollout_dtype,
+        format=precision.roles.rollout_dtype,
+        wire=precision.roles.wire_dtype,
         linear=torch.float32 if widened else precision.rollout_dtype,
         head=torch.float32 if precision.device.type == "cpu" else precision.rollout_dtype,
         device=precision.device,
+        apart=precision.exact,
     )

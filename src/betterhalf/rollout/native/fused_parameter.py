@@ -14,12 +14,22 @@ from torch import Tensor
 
 from betterhalf.precision.products import packed, unpacked
 
+Operand = Tensor | tuple[Tensor, ...]
+"""Right side of a product: one tensor, or one for each parameter, whose results are concatenated."""
+
 
 class FusedParameter:
     """One tensor [rows, ...] made of one or more parameters; zero until they are written."""
 
     def __init__(
-        self, parts: Mapping[str, int], width: int | None, *, dtype: torch.dtype, device: torch.device, packs: bool
+        self,
+        parts: Mapping[str, int],
+        width: int | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        packs: bool,
+        apart: bool = False,
     ) -> None:
         """Allocate.
 
@@ -29,14 +39,37 @@ class FusedParameter:
             dtype: dtype of the tensor.
             device: device of the tensor.
             packs: pack the tensor, which is then usable only as the right side of products on a CPU.
+            apart: pack each parameter alone, so that its product has the same shape as the trainer's.
         """
         stops = list(accumulate(parts.values()))
         self._rows = {name: slice(stop - rows, stop) for (name, rows), stop in zip(parts.items(), stops, strict=True)}
         self._packs = packs
+        self._apart = apart and len(parts) > 1
         self._arriving: Tensor | None = None
         self._awaited: set[str] = set()
-        self.tensor = torch.zeros((stops[-1],) if width is None else (stops[-1], width), dtype=dtype, device=device)
-        """The tensor as products read it."""
+        self._shape = (stops[-1],) if width is None else (stops[-1], width)
+        self._dtype, self._device = dtype, device
+        self._pieces = self._cut(torch.zeros(self._shape, dtype=dtype, device=device))
+
+    def _cut(self, whole: Tensor) -> tuple[Tensor, ...]:
+        return tuple(whole[rows] for rows in self._rows.values()) if self._apart else (whole,)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor as products read it, unless its parameters are apart."""
+        (whole,) = self._pieces
+        return whole
+
+    @property
+    def operand(self) -> Operand:
+        """The right side of products."""
+        return self._pieces if self._apart else self.tensor
+
+    @property
+    def operands(self) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """Names of the parameters that share a product, and its right side, for each product."""
+        groups = [(name,) for name in self._rows] if self._apart else [self.names]
+        return zip(groups, self._pieces, strict=True)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -46,7 +79,7 @@ class FusedParameter:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of one parameter."""
         rows = self._rows[name]
-        return (rows.stop - rows.start, *self.tensor.shape[1:])
+        return (rows.stop - rows.start, *self._shape[1:])
 
     def begin(self) -> None:
         """Start writing all parameters, and discard those written in an attempt that did not complete."""
@@ -58,13 +91,16 @@ class FusedParameter:
             self.tensor[self._rows[name]].copy_(values)
             return
         if self._arriving is None:
-            self._arriving = torch.empty(self.tensor.shape, dtype=self.tensor.dtype, device=self.tensor.device)
+            self._arriving = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         self._arriving[self._rows[name]].copy_(values)
         self._awaited.discard(name)
         if not self._awaited:
-            self.tensor, self._arriving = packed(self._arriving), None
+            self._pieces = tuple(packed(piece) for piece in self._cut(self._arriving))
+            self._arriving = None
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
         """Return (name, values) of each parameter: views, or copies if the tensor is packed."""
+        if self._apart:
+            return ((name, unpacked(piece)) for name, piece in zip(self._rows, self._pieces, strict=True))
         plain = unpacked(self.tensor)
         return ((name, plain[rows]) for name, rows in self._rows.items())

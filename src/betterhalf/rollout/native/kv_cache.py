@@ -3,7 +3,7 @@
 Values are on the grid of `kv_dtype`. On a CPU they are stored in FP32, because attention multiplies them in FP32 and
 widening the whole cache at every token would cost more than reading twice the bytes; on a GPU in `kv_dtype` itself.
 On a CPU the elements of one key are `max_length` apart in memory: products with a few queries then read whole rows,
-which takes little more than half the time.
+which takes little more than half the time. For tiles they are stored like values, in whole tiles.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from betterhalf.models.tiled_attention import KEYS
 from betterhalf.rollout.native.config import DecoderConfig
 
 
@@ -18,13 +19,23 @@ class KVCache:
     """Keys and values of all layers, both with the shape [layers, slots, kv_heads, max_length, head_dim]."""
 
     def __init__(
-        self, config: DecoderConfig, *, slots: int, max_length: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: DecoderConfig,
+        *,
+        slots: int,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        tiled: bool = False,
     ) -> None:
+        """Allocate; with `tiled`, for `models.tiled_attention.decode_tiles`."""
+        if tiled:
+            max_length = -(-max_length // KEYS) * KEYS
         shape = [config.num_layers, slots, config.num_kv_heads, max_length, config.head_dim]
         # Zeros, because positions beyond a sequence's length are multiplied by probability 0 and must be finite.
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.keys = torch.zeros_like(self.values)
-        if device.type == "cpu":
+        if device.type == "cpu" and not tiled:
             self.keys = self.keys.view(*shape[:3], config.head_dim, max_length).transpose(3, 4)
         # One view per layer, [slots * kv_heads, max_length, D], made once: each costs as much as a kernel.
         self._rows = tuple(zip(self.keys.flatten(1, 2).unbind(), self.values.flatten(1, 2).unbind(), strict=True))

@@ -9,6 +9,7 @@ from betterhalf.config.schema import NativeEngineConfig
 from betterhalf.errors import EngineError
 from betterhalf.precision import coverage
 from betterhalf.precision.contract import SideReport, weights_digests
+from betterhalf.precision.emulation import emulation_facts
 from betterhalf.precision.formats import dtype_name, narrowest_format
 from betterhalf.precision.products import packed
 from betterhalf.precision.roles import Precision
@@ -29,7 +30,7 @@ def engine_report(decoder: Decoder, precision: Precision, config: NativeEngineCo
         dtypes={
             "weights": held,
             "compute": narrowest_format(hidden),
-            "wire": dtype_name(weights.wire_dtype or precision.wire_dtype),
+            "wire": weights.wire_format,
             "kv": narrowest_format(cached),
             "lm_head": dtype_name(decoder.logits(hidden).dtype),
             "rope": dtype_name(decoder.rope_dtype),
@@ -47,7 +48,7 @@ def _probe(decoder: Decoder) -> tuple[Tensor, Tensor]:
     decoder.reserve(count)
     hidden, cached = decoder.prefill(torch.arange(count, device=decoder.weights.norm.device), (count,))
     if not bool(hidden.isfinite().all()):
-        name = dtype_name(decoder.rounding.dtype)
+        name = decoder.rounding.format
         raise EngineError(f"the engine's hidden states are not finite in {name}: {decoder.weights.why_not_finite()}")
     return hidden, cached
 
@@ -59,6 +60,7 @@ def _facts(decoder: Decoder, precision: Precision, config: NativeEngineConfig) -
         "attention": "batched products in FP32" if on_cpu else "torch over prompts, Triton over the cache",
         **_linear_layers(decoder),
         "rounding": config.rounding,
+        **emulation_facts(decoder.rounding.format, decoder.rounding.kv_format),
         "fp32_modules": decoder.islands.described(),
         "kv_storage": "FP32 holding values of kv_dtype" if on_cpu else "kv_dtype",
         "torch": torch.__version__,

@@ -1,7 +1,8 @@
 """Rounding points of the native engine: each one, in both modes, is a method of `Rounding`.
 
 Activations are stored in a `container`: the rollout dtype itself, or, on a CPU whose half products have FP32 sums, FP32
-tensors whose values are on the half grid. Both hold the same numbers. docs/engines.md has the table of points.
+tensors whose values are on the half grid. Both hold the same numbers. docs/engines.md has the table of points. An
+emulated format has the same points and containers as BF16.
 
 An FP32 island has its own `Rounding`, which rounds keys and values only; `LayerRounding` assigns one to each part of a
 layer.
@@ -16,8 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from betterhalf.kernels import fused
+from betterhalf.precision.cpu_silu import silu
+from betterhalf.precision.emulation import to_format
+from betterhalf.precision.formats import is_emulated, torch_dtype
 from betterhalf.precision.islands import Islands, LayerIslands
-from betterhalf.types import RoundingMode
+from betterhalf.types import DtypeName, RoundingMode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,17 +29,27 @@ class Rounding:
     """Element-wise operations of the decoder, which round where the mode says."""
 
     mode: RoundingMode
-    """`engine` rounds where production engines do, `aligned` where the trainer does."""
-    dtype: torch.dtype
+    """`engine` rounds where production engines do, `aligned` where the trainer does; `exact` rounds as `aligned`."""
+    format: DtypeName
     """Grid of activations: the rollout dtype."""
     container: torch.dtype
     """dtype of the tensors that hold activations."""
-    kv_dtype: torch.dtype
+    kv_format: DtypeName
     """Grid of cached keys and values."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """torch dtype of `format`."""
+        return torch_dtype(self.format)
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """torch dtype of `kv_format`."""
+        return torch_dtype(self.kv_format)
 
     def in_fp32(self) -> Rounding:
         """Return the rounding of an FP32 island: the cache keeps its grid, nothing else rounds."""
-        return replace(self, dtype=torch.float32, container=torch.float32)
+        return replace(self, format="fp32", container=torch.float32)
 
     @property
     def exact(self) -> bool:
@@ -58,19 +72,27 @@ class Rounding:
     @property
     def aligned(self) -> bool:
         """True if half values are rounded where the trainer rounds them."""
-        return self.mode == "aligned" and not self.exact
+        return self.mode != "engine" and not self.exact
+
+    @property
+    def tiled(self) -> bool:
+        """True if products and attention are computed by the trainer's functions, independently of the batch."""
+        return self.mode == "exact"
 
     def round(self, x: Tensor) -> Tensor:
         """Round to the nearest value of the grid; the result is in the container."""
-        if self.exact:
-            return x if x.dtype == self.container else x.to(self.container)
-        return x.to(self.dtype).to(self.container)
+        return to_format(x, self.format, self.container)
+
+    @property
+    def rounds_products(self) -> bool:
+        """True if a product's result is not on the grid yet: it has FP32 sums, or the format is emulated."""
+        return self.widened or is_emulated(self.format)
 
     def to_kv(self, x: Tensor) -> Tensor:
         """Round keys or values to the grid of the cache; their dtype is kept."""
-        if self.kv_dtype == self.dtype or self.kv_dtype == torch.float32:
+        if self.kv_format in (self.format, "fp32"):
             return x
-        return x.to(self.kv_dtype).to(x.dtype)
+        return to_format(x, self.kv_format).to(x.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Apply RMSNorm over the last axis; `weight` is FP32.
@@ -92,7 +114,7 @@ class Rounding:
         cos, sin = angles.cos() * scaling, angles.sin() * scaling
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         if self.aligned:
-            return cos.to(self.dtype).float(), sin.to(self.dtype).float()
+            return to_format(cos, self.format, cos.dtype), to_format(sin, self.format, sin.dtype)
         return cos, sin
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -102,7 +124,7 @@ class Rounding:
         """
         first, second = x.chunk(2, -1)
         swapped = torch.cat((second, first), -1)
-        if self.mode == "aligned":
+        if self.mode != "engine":
             return self.round(self.round(x * cos) + self.round(swapped * sin))
         return self.round((x * cos).addcmul_(swapped, sin))
 
@@ -117,13 +139,14 @@ class Rounding:
 
             return decoding.swiglu(gate_up, aligned=self.aligned)
         gate, up = gate_up.chunk(2, -1)
-        if self.mode == "aligned":
-            return self.round(self.round(F.silu(gate.float())) * up.float())
+        if self.mode != "engine":
+            activated = silu(gate) if self.tiled else F.silu(gate.float())
+            return self.round(self.round(activated) * up.float())
         return self.round(F.silu(gate.float()) * up)
 
     def probabilities(self, p: Tensor) -> Tensor:
         """Round FP32 softmax probabilities before their product with V, if the mode says so; the result is FP32."""
-        return p.to(self.dtype).float() if self.rounds_probabilities else p
+        return to_format(p, self.format, p.dtype) if self.rounds_probabilities else p
 
     def add(self, residual: Tensor, branch: Tensor) -> Tensor:
         """Add a branch to the residual stream; the sum is rounded once in both modes."""

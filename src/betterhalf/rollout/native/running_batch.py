@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from betterhalf.errors import EngineError
-from betterhalf.precision.formats import dtype_name
 from betterhalf.rollout import sampler
 from betterhalf.rollout.native.cuda_graphs import DecodeGraphs
 from betterhalf.rollout.native.decoder import Decoder
@@ -93,5 +92,5 @@ class RunningBatch:
         position = int(self.table.positions[slot]) - 1
         raise EngineError(
             f"{sequence.label}, sibling {sequence.sibling}: the logits of completion token {position} are not finite "
-            f"in {dtype_name(self._decoder.rounding.dtype)}: {self._decoder.weights.why_not_finite()}"
+            f"in {self._decoder.rounding.format}: {self._decoder.weights.why_not_finite()}"
         )

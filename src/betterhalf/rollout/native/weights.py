@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from betterhalf.errors import EngineError
-from betterhalf.precision.formats import dtype_name
+from betterhalf.precision.emulation import to_format
+from betterhalf.precision.formats import dtype_name, held_format, is_on_grid, torch_dtype
 from betterhalf.precision.islands import Islands, LayerIslands, resolve_islands
 from betterhalf.rollout.native.config import DecoderConfig
-from betterhalf.rollout.native.fused_parameter import FusedParameter
+from betterhalf.rollout.native.fused_parameter import FusedParameter, Operand
 from betterhalf.rollout.weight_arrivals import WeightArrivals
 from betterhalf.types import DtypeName
 
@@ -31,7 +32,7 @@ class LayerWeights:
 
     input_norm: Tensor
     """Norm before attention [hidden]."""
-    qkv: Tensor
+    qkv: Operand
     """Query, key and value projections [query_size + 2 * kv_size, hidden]."""
     qkv_bias: Tensor | None
     """Bias of `qkv` [query_size + 2 * kv_size]; None without one."""
@@ -45,7 +46,7 @@ class LayerWeights:
     """Bias of `output` [hidden]; None without one."""
     mlp_norm: Tensor
     """Norm before the MLP [hidden]."""
-    gate_up: Tensor
+    gate_up: Operand
     """Gate and up projections [2 * intermediate, hidden]."""
     gate_up_bias: Tensor | None
     """Bias of `gate_up` [2 * intermediate]; None without one."""
@@ -59,14 +60,23 @@ class LayerWeights:
 class Storage:
     """Storage dtypes of weights on the rollout grid; a wider dtype holds the same values, ready for FP32 products."""
 
-    grid: torch.dtype
+    format: DtypeName
     """Rollout dtype, to which every value is rounded on arrival."""
+    wire: DtypeName
+    """Format in which weights are sent."""
     linear: torch.dtype
     """dtype of the projections' tensors."""
     head: torch.dtype
     """dtype of the LM head's tensor (and of the embedding when tied)."""
     device: torch.device
     """Device of all tensors."""
+    apart: bool = False
+    """True if the parameters of a fused projection are multiplied one by one."""
+
+    @property
+    def grid(self) -> torch.dtype:
+        """torch dtype of `format`."""
+        return torch_dtype(self.format)
 
     @property
     def packs(self) -> bool:
@@ -79,7 +89,7 @@ class Storage:
 
     def matrix(self, parts: Mapping[str, int], width: int, dtype: torch.dtype) -> FusedParameter:
         """Allocate concatenated matrices that are the right side of one product."""
-        return FusedParameter(parts, width, dtype=dtype, device=self.device, packs=self.packs)
+        return FusedParameter(parts, width, dtype=dtype, device=self.device, packs=self.packs, apart=self.apart)
 
     def bias(self, parts: Mapping[str, int], dtype: torch.dtype) -> FusedParameter:
         """Allocate concatenated biases."""
@@ -92,8 +102,8 @@ class DecoderWeights:
     def __init__(self, config: DecoderConfig, storage: Storage, islands: Islands | None = None) -> None:
         islands = islands or resolve_islands((), config.num_layers)
         self.storage = storage
-        self.wire_dtype: torch.dtype | None = None
-        """dtype of the tensors of the last `load`; None before the first."""
+        self.wire_format = storage.wire
+        """Format of the values in the last `load`; before the first, the one that is expected."""
         vocabulary, hidden = config.vocab_size, config.hidden_size
         self._shares = config.tied_head and not storage.packs
         self._table = storage.plain(_EMBEDDING, vocabulary, hidden, storage.head if self._shares else storage.grid)
@@ -138,15 +148,17 @@ class DecoderWeights:
         arrivals = WeightArrivals({name: held[0].shape(name) for name, held in holders.items()})
         for parameter in self._parameters:
             parameter.begin()
+        arrived: set[DtypeName] = set()
         for name, tensor in weights:
             if name == _HEAD and self._tied:
                 continue
             arrivals.check(name, tensor)
-            on_grid = tensor.detach().to(self.storage.grid)
+            on_grid = to_format(tensor.detach(), self.storage.format)
             for parameter in holders[name]:
                 parameter.write(name, on_grid)
-            self.wire_dtype = tensor.dtype
+            arrived.add(held_format(tensor, self.storage.wire))
         arrivals.finish()
+        self.wire_format = next((name for name in arrived if name != self.storage.wire), self.storage.wire)
         self._publish()
 
     def held(self) -> Iterator[tuple[str, Tensor]]:
@@ -163,8 +175,8 @@ class DecoderWeights:
 
     def projections(self) -> Iterator[tuple[tuple[str, ...], Tensor]]:
         """Return (names of the parameters that share a product, its right side) of the layers' linear operations."""
-        held = (parameter for layer in self._layers for parameter in layer.values())
-        return ((parameter.names, parameter.tensor) for parameter in held if parameter.tensor.dim() > 1)
+        held = (operand for layer in self._layers for parameter in layer.values() for operand in parameter.operands)
+        return ((names, operand) for names, operand in held if operand.dim() > 1)
 
     def why_not_finite(self) -> str:
         """Explain in an error message where NaN or infinity comes from, and name the fix."""
@@ -187,9 +199,9 @@ class DecoderWeights:
     def grid(self) -> DtypeName:
         """Return the format of the live values: the rollout dtype, or a tensor's dtype if some are off the grid."""
         for _, tensor in self.held():
-            if not torch.equal(tensor.to(self.storage.grid).to(tensor.dtype), tensor):
+            if not is_on_grid(tensor, self.storage.format):
                 return dtype_name(tensor.dtype)
-        return dtype_name(self.storage.grid)
+        return self.storage.format
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -228,5 +240,5 @@ def _layer_parameters(
 
 
 def _layer_weights(parameters: Mapping[str, FusedParameter]) -> LayerWeights:
-    held = {name: parameter.tensor for name, parameter in parameters.items()}
+    held = {name: parameter.operand for name, parameter in parameters.items()}
     return LayerWeights(**{field.name: held.get(field.name) for field in fields(LayerWeights)})  # type: ignore[arg-type]

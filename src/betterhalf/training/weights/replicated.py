@@ -20,8 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from betterhalf.kernels import fused
+from betterhalf.precision.emulation import to_format
+from betterhalf.precision.formats import is_emulated
 from betterhalf.precision.islands import Islands
 from betterhalf.training.weights.store import require_parameters
+from betterhalf.types import DtypeName
 
 _CACHED = 2**19
 """Number of gradient entries added at a time on a CPU: 2 MiB in FP32."""
@@ -30,17 +33,19 @@ _CACHED = 2**19
 class ReplicatedWeights:
     """All masters of one module in this process; implements `WeightStore`."""
 
-    def __init__(self, module: nn.Module, compute_dtype: torch.dtype, islands: Islands | None = None) -> None:
+    def __init__(self, module: nn.Module, compute_dtype: DtypeName, islands: Islands | None = None) -> None:
         """Keep the module's FP32 parameters as masters, and convert those that compute to `compute_dtype`.
 
         Args:
             module: its parameters are FP32, on their final device.
-            compute_dtype: dtype of forward and backward.
+            compute_dtype: format of forward and backward.
             islands: modules whose parameters hold values of `compute_dtype` in FP32 tensors; none by default.
         """
         self._compute = dict(module.named_parameters())
         self._compute_dtype = compute_dtype
-        self.shared = compute_dtype == torch.float32
+        self._casts = not is_emulated(compute_dtype)
+        """True if `copy_` alone rounds to the compute dtype."""
+        self.shared = compute_dtype == "fp32"
         self.masters: dict[str, nn.Parameter] = {}
         self._collected: set[str] = set()
         """Names of masters that received a gradient since `zero_grad`; the gradient tensors of the others are stale."""
@@ -50,7 +55,7 @@ class ReplicatedWeights:
                 self.masters[name] = parameter
             else:
                 self.masters[name] = nn.Parameter(parameter.detach().clone())
-                rounded = parameter.data.to(compute_dtype)
+                rounded = to_format(parameter.data, compute_dtype)
                 parameter.data = rounded.float() if islands and islands.hold(name) else rounded
                 parameter.register_post_accumulate_grad_hook(self._collector(name))  # type: ignore[no-untyped-call]
         self.zero_grad()
@@ -115,18 +120,20 @@ class ReplicatedWeights:
         if not self.shared:
             for name, parameter in self._compute.items():
                 master = self.masters[name]
-                parameter.copy_(master if parameter.dtype == self._compute_dtype else master.to(self._compute_dtype))
+                casts = self._casts and parameter.dtype != master.dtype
+                # `copy_` counts as a change of the parameter, which a kernel's writes would not.
+                parameter.copy_(master if casts else to_format(master, self._compute_dtype))
 
     @torch.no_grad()
-    def on_the_wire(self, wire_dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    def on_the_wire(self, wire_dtype: DtypeName) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, master rounded once to the wire dtype), one tensor at a time."""
         for name, master in self.masters.items():
-            yield name, master.detach().to(wire_dtype)
+            yield name, to_format(master.detach(), wire_dtype)
 
     def computing(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, computing parameter, in the compute dtype); that cast is exact for FP32 islands too."""
         for name, parameter in self._compute.items():
-            yield name, parameter.detach().to(self._compute_dtype)
+            yield name, to_format(parameter.detach(), self._compute_dtype)
 
     def state(self) -> dict[str, Tensor]:
         """Return the masters by name, detached; they share memory with the store."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from betterhalf.errors import CheckpointError
 from betterhalf.precision.islands import Islands
+from betterhalf.types import DtypeName
 
 NamedTensors = Iterator[tuple[str, Tensor]]
 """(unfused Hugging Face name, tensor), in the module's order."""
@@ -42,7 +42,7 @@ class WeightStore(Protocol):
         """Copy the masters to the parameters that compute, rounded once to the compute dtype."""
         ...
 
-    def on_the_wire(self, wire_dtype: torch.dtype) -> NamedTensors:
+    def on_the_wire(self, wire_dtype: DtypeName) -> NamedTensors:
         """Yield (name, master rounded once to `wire_dtype`), one tensor at a time."""
         ...
 
@@ -67,7 +67,7 @@ class WeightStore(Protocol):
         ...
 
 
-StoreFactory = Callable[[nn.Module, torch.dtype, Islands], WeightStore]
+StoreFactory = Callable[[nn.Module, DtypeName, Islands], WeightStore]
 """(module with FP32 parameters on their final device, compute dtype, FP32 islands) -> its store."""
 
 

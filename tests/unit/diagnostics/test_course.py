@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from betterhalf.diagnostics.learning import mean_over_seeds, reward_course, window_means
+from betterhalf.diagnostics.course import mean_over_seeds, reward_course, window_means
 
 
 def rising(steps: int = 80, top: float = 0.95) -> list[float]:

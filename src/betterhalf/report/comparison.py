@@ -1,0 +1,117 @@
+"""Sentences that compare the arms of a sanity run: what each changes, which collapse, and what separates them.
+
+Every sentence follows from the summary of the run; a collapse that does not appear is not described.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from betterhalf.types import EmulatedDtype
+
+Arm = Mapping[str, Any]
+
+_ORDER = ("learned", "damaged", "collapsed")
+_EMULATED: tuple[str, ...] = get_args(EmulatedDtype)
+
+_PREVENTED = {
+    "engine.rounding": "The same coarse arithmetic with less mismatch does not collapse, so the mismatch between "
+    "trainer and engine is what breaks the run.",
+    "algorithm.surrogate.dual_clip": "It bounds the ratio current/proximal of tokens with a negative advantage, which "
+    "the clip of PPO does not: so such tokens carry the collapse.",
+}
+"""Conclusion from a changed setting that prevents the collapse, by its key."""
+
+
+def changes_text(changes: Mapping[str, Any]) -> str:
+    """Return the settings that an arm changes, as on the command line; emulated formats are called so."""
+    shown = [f"{key}={_plain(value)}" for key, value in changes.items() if key != "precision.allow_difference"]
+    return ", ".join(shown) or "nothing"
+
+
+def comparison_sentences(arms: Mapping[str, Arm]) -> list[str]:
+    """Return sentences on arms that have a verdict and on what each changes; none without an arm of its own table."""
+    judged = {name: arm for name, arm in arms.items() if arm.get("verdict")}
+    if not any(own_table(name, arm) for name, arm in judged.items()):
+        return []
+    return [_outcome(judged), *_separations(judged), *_emulation(judged)]
+
+
+def own_table(name: str, arm: Arm) -> bool:
+    """Return whether an arm is described in a table: an arm without one changes its precision only."""
+    return any(key != "precision.preset" or value != name for key, value in (arm.get("changes") or {}).items())
+
+
+def _outcome(arms: Mapping[str, Arm]) -> str:
+    """Return the arms by verdict, with their rewards."""
+    groups = {verdict: [name for name, arm in arms.items() if arm["verdict"] == verdict] for verdict in _ORDER}
+    listed = [
+        f"{verdict}: {', '.join(f'{name} ({_reward(arms[name])})' for name in names)}"
+        for verdict, names in groups.items()
+        if names
+    ]
+    first = [arm["first_reward"] for arm in arms.values()]
+    start = f"{min(first):.2f}" if max(first) - min(first) < 0.005 else f"{min(first):.2f} to {max(first):.2f}"
+    end = "" if groups["collapsed"] else " No arm collapsed."
+    return f"Reward from {start} in the first step to that of the last ones: {'; '.join(listed)}.{end}"
+
+
+def _separations(arms: Mapping[str, Arm]) -> list[str]:
+    """Return a sentence on each pair of a collapsed arm and another that differ in one setting."""
+    collapsed = {name: arm for name, arm in arms.items() if arm["verdict"] == "collapsed"}
+    return [
+        _separation(name, arm, other, arms[other], key)
+        for name, arm in collapsed.items()
+        for other in arms
+        if (key := _only_difference(arm, arms[other])) in _PREVENTED
+    ]
+
+
+def _only_difference(one: Arm, other: Arm) -> str | None:
+    """Return the only key in which two arms differ; None if there are several or none."""
+    a, b = one.get("changes") or {}, other.get("changes") or {}
+    keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    return keys[0] if len(keys) == 1 else None
+
+
+def _separation(name: str, arm: Arm, other: str, its: Arm, key: str) -> str:
+    value = (its.get("changes") or {}).get(key)
+    setting = f"{key}={_plain(value)}" if value is not None else f"the default of {key}"
+    numbers = f"{_verb(its)} ({_reward(its)} against {_reward(arm)}; k3 {_k3(its)} against {_k3(arm)})"
+    ended = f"{_PREVENTED[key]}" if its["verdict"] != "collapsed" else f"So {key} is not what breaks it here."
+    return f"{other} differs from {name} in {setting} alone and {numbers}. {ended}"
+
+
+def _verb(arm: Arm) -> str:
+    return {"learned": "learned", "damaged": "did not collapse", "collapsed": "collapsed too"}[str(arm["verdict"])]
+
+
+def _emulation(arms: Mapping[str, Arm]) -> list[str]:
+    """Return a sentence on the emulated formats that the arms use."""
+    values = {str(value) for arm in arms.values() for value in (arm.get("changes") or {}).values()}
+    names = sorted(value for value in values if value in _EMULATED)
+    if not names:
+        return []
+    bits = " or ".join(name.rpartition("m")[2] for name in names)
+    subject = f"{names[0]} is emulated" if len(names) == 1 else f"{', '.join(names)} are emulated"
+    return [
+        f"{subject}: BF16 with every rounded result rounded once more, to {bits} stored mantissa bits. k3 grows as "
+        "4^-bits, so this brings the mismatch that long completions have in BF16 to short ones. FP16, BF16 and FP32 "
+        "are real."
+    ]
+
+
+def _reward(arm: Arm) -> str:
+    return f"{arm['final_reward']:.2f}"
+
+
+def _k3(arm: Arm) -> str:
+    value = arm.get("mismatch_k3")
+    return "-" if value is None else f"{value:.1e}"
+
+
+def _plain(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"{text} (emulated)" if text in _EMULATED else text
