@@ -186,16 +186,6 @@ def completion_loss(model: LlamaForCausalLM, token_ids_BT: Tensor, targets_BC: T
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets_BC.flatten(), ignore_index=IGNORED)
 
 
-def at_step(recipe: Recipe, step: int, generator: torch.Generator) -> Recipe:
-    """Return the recipe of one training step: in the first half, any number of free digits up to the full one.
-
-    Totals at many distances teach the model to find the last one by its content, which it learns slowly from one.
-    """
-    if not recipe.free_digits or step > recipe.steps / 2:
-        return recipe
-    return replace(recipe, free_digits=int(torch.randint(recipe.free_digits + 1, (), generator=generator)))
-
-
 def train(recipe: Recipe) -> LlamaForCausalLM:
     """Pre-train from scratch; deterministic in the recipe on one machine."""
     torch.set_num_threads(recipe.threads)
@@ -211,7 +201,7 @@ def train(recipe: Recipe) -> LlamaForCausalLM:
     generator = torch.Generator().manual_seed(recipe.seed)
     started = time.perf_counter()
     for step in range(1, recipe.steps + 1):
-        loss = completion_loss(model, *sample_batch(at_step(recipe, step, generator), generator))
+        loss = completion_loss(model, *sample_batch(recipe, generator))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

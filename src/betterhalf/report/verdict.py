@@ -62,7 +62,7 @@ def verdict_sentences(summary: Mapping[str, Any]) -> list[str]:
 def print_verdict(summary: Mapping[str, Any], stream: TextIO | None = None, *, width: int = 80) -> None:
     """Print the verdict table and its sentences, on standard output if `stream` is absent."""
     out = Console(file=stream or sys.stdout, width=width, highlight=False)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     shown = [place for place, column in enumerate(COLUMNS) if column != _PAGE_ONLY]
     for column in (COLUMNS[place] for place in shown):
         left = column in ("arm", "test", "verdict")
