@@ -105,8 +105,8 @@ def arm_settings(config: RunConfig, name: str) -> RunConfig:
     """
     table = config.sanity.arm.get(name)
     source = f"sanity.arm.{name}"
-    for section in () if table is None else _SHARED:
-        if section in table:
+    for section in _SHARED:
+        if table is not None and section in table:
             raise ConfigError(f"[{source}] sets {section!r}, which all arms share. Set it for the whole run.")
     layer = expand({"precision": name}) if table is None else table
     merged = _with_types(merge(_sparse(resolved_json(config)), layer), RunConfig)
