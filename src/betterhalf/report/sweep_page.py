@@ -35,6 +35,8 @@ MAX_PANELS = 36
 _MAX_SERIES = 2 * STYLES
 """Maximum number of lines in a figure along an axis."""
 
+_STAR = " A star marks an emulated format."
+
 _ALONG_AXES: tuple[tuple[str, Scale, tuple[float, ...]], ...] = (
     ("reward_final", "linear", (0.0, 1.0)),
     ("accuracy", "linear", (0.0, 1.0)),
@@ -169,7 +171,7 @@ def _along(
         title=f"{heading} along {name}",
         unit="mean over seeds (line) and single runs (points)",
         image=image,
-        caption=f"One line for each combination of the other axes.{left_out}",
+        caption=f"One line for each combination of the other axes.{left_out}{_STAR if '*<' in image else ''}",
         numbers=_numbers(shown, name, measure),
         legend=legend((style, escape(group)) for style, (group, _) in enumerate(shown)) if len(shown) > 1 else "",
     )

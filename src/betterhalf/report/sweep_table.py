@@ -60,7 +60,7 @@ WITH_INTERVAL = ("reward_final", "accuracy")
 
 EXPLANATION = (
     "Means over seeds; in brackets the 95% interval by Student's t, which a single seed does not have. k3, x, norms, "
-    "ratios and shares are averaged on the logarithmic scale."
+    "ratios and accidents are averaged on the logarithmic scale, unless one of the values is 0."
 )
 
 

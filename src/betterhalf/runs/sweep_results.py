@@ -200,8 +200,12 @@ def _rounded(value: Any, digits: int) -> Any:
     return float(f"{value:.{digits}g}") if isinstance(value, float) and math.isfinite(value) else value
 
 
-def write_rows(run: RunDir, rows: Iterable[Mapping[str, Any]], curves: Iterable[Mapping[str, Any]]) -> None:
-    """Write `results.jsonl` and `curves.jsonl`, compactly; each is replaced as a whole."""
-    for path, lines in ((run.results, rows), (run.curves, curves)):
-        text = "".join(json.dumps(plain_json(line), separators=(",", ":")) + "\n" for line in lines)
-        write_text_atomic(path, text)
+def line_of(row: Mapping[str, Any]) -> str:
+    """Return a row as a compact line of JSON."""
+    return json.dumps(plain_json(row), separators=(",", ":")) + "\n"
+
+
+def write_rows(run: RunDir, rows: Iterable[Mapping[str, Any]], curves: Iterable[str]) -> None:
+    """Write `results.jsonl` from rows and `curves.jsonl` from their lines; each is replaced as a whole."""
+    write_text_atomic(run.results, "".join(map(line_of, rows)))
+    write_text_atomic(run.curves, "".join(curves))
