@@ -99,7 +99,6 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     points = list(_kept(config.sweep, [*axes, by_seed]))
     if not points:
         raise ConfigError("sweep.only and sweep.exclude leave no combination. Remove one of their tables.")
-    # The defaults are read once; a cell's own layers come last, so that nothing overrides an axis.
     cells = [_cell(layers, [*axes, by_seed], point, shown=bool(config.sweep.seeds)) for point in points]
     _require_distinct(cells)
     return Grid(config=config, axes=axes, cells=tuple(cells))
@@ -115,10 +114,8 @@ def _axes(sweep: SweepConfig) -> tuple[Axis, ...]:
 
 
 def _axis(name: str, key: str, values: Any) -> Axis:
-    if isinstance(values, Mapping):
-        labels = {_text(label): expand_table(changes) for label, changes in values.items()}
-        return Axis(name=name, key=key, changes=labels, numbers=None)
-    texts = [_text(value) for value in values]
+    tables = list(values.values()) if isinstance(values, Mapping) else [{key: value} for value in values]
+    texts = [_text(value) for value in values]  # of a mapping, its labels
     if len(set(texts)) < len(texts):
         twice = next(text for text in texts if texts.count(text) > 1)
         raise ConfigError(f"the axis {key} has the value {twice} twice. Name each value once.")
@@ -126,7 +123,7 @@ def _axis(name: str, key: str, values: Any) -> Axis:
     return Axis(
         name=name,
         key=key,
-        changes={text: expand_table({key: value}) for text, value in zip(texts, values, strict=True)},
+        changes={text: expand_table(table) for text, table in zip(texts, tables, strict=True)},
         numbers=tuple(map(float, values)) if numeric else None,
     )
 
@@ -164,11 +161,9 @@ def _require_separate_keys(axes: Sequence[Axis], layers: Sequence[Layer]) -> Non
         if SEED in settings:
             raise ConfigError(f"the axis {axis.key} sets the seed. Leave it out and list the seeds in sweep.seeds.")
         if shared := sorted(settings & owners.keys()):
-            other = owners[shared[0]]
-            fix = "sweep.only chooses among the values of an axis" if other in ("the command line",) else ""
             raise ConfigError(
-                f"{shared[0]} is set by {other} and by the axis {axis.key}. Leave one of them out"
-                f"{f'; {fix}' if fix else ''}."
+                f"{shared[0]} is set by {owners[shared[0]]} and by the axis {axis.key}. Leave one of them out; "
+                "sweep.only chooses among the values of an axis."
             )
         owners |= dict.fromkeys(settings, f"the axis {axis.key}")
 
@@ -215,6 +210,7 @@ def _cell(layers: Sequence[Layer], axes: Sequence[Axis], point: Mapping[str, str
             f"the label {label[:60]}... has {len(label)} characters, too many for the name of a folder. Shorten it "
             f"with a table of labels (at most {_LONGEST_LABEL} characters)."
         )
+    # Last, so that nothing overrides an axis.
     own = [(f"axis {axis.key}, {point[axis.name]}", dict(axis.changes[point[axis.name]])) for axis in axes]
     try:
         config = resolve_layers([*layers, *own])
