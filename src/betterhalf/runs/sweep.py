@@ -20,7 +20,7 @@ from betterhalf.run_dir import RunDir, write_json_atomic
 from betterhalf.runs.side_by_side import Job, plan_runs, run_jobs
 from betterhalf.runs.sweep_cell import finished
 from betterhalf.runs.sweep_checks import check_cells, check_curves, check_folders
-from betterhalf.runs.sweep_results import cell_row, combination_rows, curve_row, head_row, write_rows
+from betterhalf.runs.sweep_results import cell_row, combination_rows, curve_row, head_row, line_of, write_rows
 from betterhalf.runs.train import recorded_threads
 from betterhalf.setup.folder import run_folder
 
@@ -77,7 +77,7 @@ class _Results:
     def __init__(self, run: RunDir, grid: Grid) -> None:
         self._run, self._grid = run, grid
         self._head = head_row(grid)
-        self._curves: dict[str, dict[str, Any] | None] = {}
+        self._curves: dict[str, str] = {}  # lines, because a curve is long and written again after every cell
         self.rows: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
         for cell in grid.cells:
@@ -101,11 +101,12 @@ class _Results:
         settings, run = self._grid.config.sweep, self._run.cell(cell.label)
         if row := cell_row(cell, run, settings.window, failure):
             self.rows[cell.label] = row
-            self._curves[cell.label] = None if failure else curve_row(cell, run, settings.curves)
+            curve = None if failure else curve_row(cell, run, settings.curves)
+            self._curves[cell.label] = line_of(curve) if curve else ""
 
     def _write(self) -> None:
         rows = self.in_order()
-        curves = [curve for row in rows if (curve := self._curves[row["label"]])]
+        curves = [self._curves[row["label"]] for row in rows]
         write_rows(self._run, [self._head, *rows, *combination_rows(rows)], curves)
 
 

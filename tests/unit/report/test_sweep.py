@@ -11,7 +11,7 @@ import pytest
 
 from betterhalf.report.page import write_report
 from betterhalf.report.sweep_page import MAX_PANELS
-from betterhalf.report.sweep_table import emulated_sentence, outcome_text, print_sweep, table_text
+from betterhalf.report.sweep_table import emulated_names, outcome_text, print_sweep, table_text
 
 
 def mean(value: float, n: int = 2) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def test_the_terminal_shows_whole_lines_and_names_what_is_emulated() -> None:
         for line in lines
     )
     assert "e8m2 is emulated" in out.getvalue()
-    assert emulated_sentence([row for row in results() if "e8m2" not in str(row.get("emulated"))]) == ""
+    assert emulated_names([row for row in results() if "e8m2" not in str(row.get("emulated"))]) == set()
 
 
 def test_the_page_has_the_table_a_panel_for_each_combination_and_figures_along_the_axes(folder: Path) -> None:
