@@ -57,7 +57,7 @@ def _outcome(arms: Mapping[str, Arm]) -> str:
     first = [arm["first_reward"] for arm in arms.values()]
     start = f"{min(first):.2f}" if max(first) - min(first) < 0.005 else f"{min(first):.2f} to {max(first):.2f}"
     end = "" if groups["collapsed"] else " No arm collapsed."
-    return f"Reward from {start} in the first step to that of the last ones: {'; '.join(listed)}.{end}"
+    return f"Reward from {start} in the first steps to that of the last ones: {'; '.join(listed)}.{end}"
 
 
 def _separations(arms: Mapping[str, Arm]) -> list[str]:
