@@ -16,8 +16,8 @@ total. So it knows the arithmetic, and imitates slips that do not depend on the 
 `demo-small` (84,288 parameters) adds five digits and slips with probability 0.12: 0.88^4 = 60%. A completion has 20
 tokens. With `--length N`, a block of N - 21 random digits and a comma precedes the sum: `94310385,7=09,...,5=24.`. Each
 of these digits has an entropy of ln 10 nats, and the reward does not read them. So the same problem has completions of
-any length. (Digits between the totals would do so as well, but from about 60 tokens on, a model of this size does not
-learn to find the last total among them.)
+any length, made in at most two minutes (200 tokens). (Digits between the totals would do so as well, but from about 60
+tokens on, a model of this size does not learn to find the last total among them.)
 
 The same machine gives the same file: seed, number of steps and algorithms are fixed, and one thread runs all sums in
 one order. Another processor or another version of torch may sum in another order; after 1,500 steps the weights then
@@ -186,14 +186,9 @@ def completion_loss(model: LlamaForCausalLM, token_ids_BT: Tensor, targets_BC: T
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets_BC.flatten(), ignore_index=IGNORED)
 
 
-def at_step(recipe: Recipe, step: int, generator: torch.Generator) -> Recipe:
-    """Return the recipe of one training step: in the first half, any number of free digits up to the full one.
-
-    Totals at many distances teach the model to find the last one by its content, which it learns slowly from one.
-    """
-    if not recipe.free_digits or step > recipe.steps / 2:
-        return recipe
-    return replace(recipe, free_digits=int(torch.randint(recipe.free_digits + 1, (), generator=generator)))
+def at_step(recipe: Recipe, step: int) -> Recipe:
+    """Return the recipe of one training step: the first half is without a block, because a model learns sums sooner."""
+    return recipe if step > recipe.steps / 2 else replace(recipe, block_length=0)
 
 
 def train(recipe: Recipe) -> LlamaForCausalLM:
@@ -211,7 +206,7 @@ def train(recipe: Recipe) -> LlamaForCausalLM:
     generator = torch.Generator().manual_seed(recipe.seed)
     started = time.perf_counter()
     for step in range(1, recipe.steps + 1):
-        loss = completion_loss(model, *sample_batch(at_step(recipe, step, generator), generator))
+        loss = completion_loss(model, *sample_batch(at_step(recipe, step), generator))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -234,10 +229,12 @@ def save(model: LlamaForCausalLM, recipe: Recipe, folder: Path) -> str:
 
 
 def longer(recipe: Recipe, length: int) -> Recipe:
-    """Return the recipe with completions of `length` tokens."""
+    """Return the recipe with completions of `length` tokens; a block takes more steps to learn."""
     if length < recipe.completion_length:
         raise SystemExit(f"a solution has {recipe.completion_length} tokens; --length={length} is shorter")
-    return replace(recipe, block_length=length - recipe.completion_length)
+    if length == recipe.completion_length:
+        return recipe
+    return replace(recipe, block_length=length - recipe.completion_length, steps=2000)
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def test_the_detectors_detect() -> None:
     tree = ast.parse('a: Literal["x"]\nb: typing.Literal["x", "y"]\nc = ("x", "y")\nd = ["x", z]')
     assert list(literals(tree)) == [(2, {"x", "y"})]
     assert [found for found in displays(tree) if found[1]] == [(3, {"x", "y"})]
-    assert LISTS["DtypeName"] == {"fp16", "bf16", "fp32"}
+    assert LISTS["HardwareDtype"] == {"fp16", "bf16", "fp32"} < LISTS["DtypeName"]
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.parent.name == "config"], ids=relative)
@@ -74,11 +74,11 @@ def test_no_literal_repeats_names_of_a_list(file: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=relative)
 def test_no_list_of_names_is_typed_out_again(file: Path) -> None:
-    """Allow lists of the three formats, whose order has a different meaning in each place."""
+    """Allow lists of the three formats of processors, whose order has a different meaning in each place."""
     repeated = {
         f"line {line}: use get_args(types.{name})"
         for line, names in displays(tree_of(file))
         for name, listed in LISTS.items()
-        if names == listed and name != "DtypeName"
+        if names == listed and name != "HardwareDtype"
     }
     assert not repeated

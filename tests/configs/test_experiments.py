@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from betterhalf.config.load import config_difference, load_config, same_except
-from betterhalf.config.schema import AlgorithmConfig
+from betterhalf.config.grid import load_grid
+from betterhalf.config.load import arm_settings, config_difference, load_config, same_except
+from betterhalf.config.schema import AlgorithmConfig, ArithmeticTask, SweepConfig
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 FILES = sorted(EXPERIMENTS.rglob("*.toml"))
+SWEEPS = [file for file in FILES if file.name.endswith(".sweep.toml")]
 FP16_TWINS = [file for file in FILES if file.stem.endswith("_fp16")]
 MIXED = [file for file in FILES if file.stem.startswith("train-")]
 
@@ -26,7 +28,18 @@ def twin(file: Path) -> Path:
 
 @pytest.mark.parametrize("file", FILES, ids=relative)
 def test_every_experiment_loads(file: Path) -> None:
-    assert load_config(file).name == file.stem
+    assert load_config(file).name == file.stem.removesuffix(".sweep")
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=relative)
+def test_every_sweep_expands(file: Path) -> None:
+    grid = load_grid(file)
+    assert len(grid.cells) > 1 and {cell.config.sweep.axes == {} for cell in grid.cells} == {True}
+
+
+def test_axes_are_in_sweep_files_only() -> None:
+    with_axes = [file for file in FILES if load_config(file).sweep != SweepConfig()]
+    assert with_axes == SWEEPS != []
 
 
 def test_there_are_twins_and_none_is_alone() -> None:
@@ -77,3 +90,29 @@ def test_the_demo_is_the_default_of_the_model_and_task() -> None:
     """`betterhalf evaluate demo` uses the schema's defaults, so they must be the task of the demo model."""
     assert load_config(None).task == load_config(EXPERIMENTS / "base/demo.toml").task
     assert load_config(None).model == load_config(EXPERIMENTS / "base/demo.toml").model
+
+
+def test_the_arms_of_the_collapse_change_what_their_names_say() -> None:
+    config = load_config(EXPERIMENTS / "sanity/collapse.toml")
+    arms = {name: arm_settings(config, name) for name in config.sanity.arms}
+    roles = {name: arm.precision.roles() for name, arm in arms.items()}
+    assert [(name, role.compute_dtype, role.rollout_dtype) for name, role in roles.items()] == [
+        ("fp16", "fp16", "fp16"),
+        ("bf16", "bf16", "bf16"),
+        ("e8m2", "e8m2", "e8m2"),
+        ("e8m2_aligned", "e8m2", "e8m2"),
+        ("e8m2_dual_clip", "e8m2", "e8m2"),
+        ("coarse_trainer", "e8m2", "fp32"),
+        ("coarse_engine", "fp32", "e8m2"),
+    ]
+    assert same_except(arms["e8m2"], arms["e8m2_aligned"], "engine.rounding")
+    assert same_except(arms["e8m2"], arms["e8m2_dual_clip"], "algorithm.surrogate.dual_clip")
+    assert all(same_except(arms["e8m2"], arms[name], "precision") for name in ("fp16", "bf16", "coarse_trainer"))
+    assert all(arm.algorithm.surrogate.dual_clip is None for name, arm in arms.items() if name != "e8m2_dual_clip")
+
+
+def test_the_base_of_the_collapse_is_the_task_of_its_model() -> None:
+    config = load_config(EXPERIMENTS / "base/collapse.toml")
+    assert (config.model.name, config.task.type) == ("demo-small", "arithmetic")
+    assert config.task == ArithmeticTask(terms=5)
+    assert config.sampling.max_tokens > 20

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from betterhalf.config.load import config_difference
+from betterhalf.config.load import config_difference, load_config
 from betterhalf.config.schema import RunConfig
-from betterhalf.errors import InputError
+from betterhalf.errors import ContractError, InputError
 from betterhalf.run_dir import RunDir, read_json, read_jsonl
 from betterhalf.runs import loop
 from betterhalf.runs import sanity as sanity_module
@@ -51,6 +51,10 @@ def test_the_answer_has_the_promised_shape(sanity_run: Path) -> None:
     for arm in summary["arms"].values():
         assert set(arm) == {
             "passed",
+            "first_reward",
+            "final_reward",
+            "verdict",
+            "changes",
             "final_accuracy",
             "mismatch_k3",
             "mismatch_max_abs",
@@ -69,6 +73,42 @@ def test_the_arms_differ_in_precision_only(sanity_run: Path) -> None:
         RunConfig.model_validate(read_json(sanity_run / "arms" / name / "config.json")) for name in ("fp16", "bf16")
     )
     assert [change.key for change in config_difference(fp16, bf16)] == ["precision.preset"]
+
+
+def test_an_arm_with_a_table_changes_what_it_says_and_nothing_else(small_config: Configured, tmp_path: Path) -> None:
+    tables = {"aligned": {"precision": {"preset": "bf16"}, "engine": {"rounding": "aligned"}}}
+    settings = {**SMALL_SANITY, "arms": ["bf16", "aligned"], "arm": tables, "arms_at_once": 2}
+    summary = sanity(small_config(sanity=settings), str(tmp_path / "run"))
+    assert summary["arms"]["aligned"]["changes"] == {"precision.preset": "bf16", "engine.rounding": "aligned"}
+    assert summary["arms"]["bf16"]["mismatch_k3"] > 10 * summary["arms"]["aligned"]["mismatch_k3"]
+    bf16, aligned = (load_config(tmp_path / "run" / "arms" / name) for name in ("bf16", "aligned"))
+    assert [change.key for change in config_difference(bf16, aligned)] == ["engine.rounding"]
+    rows = read_jsonl(tmp_path / "run" / "arms" / "bf16" / "metrics.jsonl")
+    assert summary["arms"]["bf16"]["first_reward"] == rows[0]["rollout/reward/mean"]
+    assert summary["arms"]["bf16"]["final_reward"] == rows[-1]["rollout/reward/mean"]
+
+
+@pytest.mark.parametrize(
+    ("table", "error", "words"),
+    [
+        ({"precision": {"rollout_dtype": "fp32"}}, ContractError, "differ in precision in the arm other"),
+        ({"precision": {"fp32_modules": ["model.layers.9"]}}, InputError, "in the arm other: .*model.layers.9"),
+        (
+            {"algorithm": {"preset": "rloo"}, "training": {"group_size": 1}},
+            InputError,
+            "in the arm other: .*group_size",
+        ),
+        ({"sampling": {"top_p": 0.9}}, InputError, "in the arm other: "),
+        ({"precision": {"preset": "fp16"}}, InputError, "the arms fp16 and other have the same settings"),
+    ],
+)
+def test_an_arm_that_cannot_run_is_refused_before_anything_does(
+    small_config: Configured, tmp_path: Path, table: dict[str, object], error: type[Exception], words: str
+) -> None:
+    config = small_config(sanity={**SMALL_SANITY, "arms": ["fp16", "other"], "arm": {"other": table}})
+    with pytest.raises(error, match=words):
+        sanity(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_arms_start_from_the_same_weights_and_draw_the_same_prompts(sanity_run: Path) -> None:

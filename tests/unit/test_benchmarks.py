@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,3 +111,19 @@ def test_two_trees_compare_every_metric_but_those_of_the_machine(monkeypatch: py
     slower = {"time/step_seconds": 2.0, "system/peak_memory_gib": 3.0, "optim/grad_norm": None}
     new = [old[0], {"metrics": {**slower, "policy/loss": 0.1 + 2**-56}}]
     assert compared(old, new) == (4, ["step 2, policy/loss: 0.1 -> 0.10000000000000002"])
+
+
+def test_the_figure_of_the_collapse_names_the_arms_that_the_run_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arm, rewards in (("fp16", (0.6, 1.0)), ("e8m2", (0.4, 0.0))):
+        folder = tmp_path / "arms" / arm
+        folder.mkdir(parents=True)
+        rows = [json.dumps({"step": step, "rollout/reward/mean": reward}) for step, reward in enumerate(rewards, 1)]
+        (folder / "metrics.jsonl").write_text("\n".join(rows))
+    drawn = benchmark("collapse_figure", monkeypatch).figure(tmp_path)
+    assert drawn.count("<polyline") == 4  # each arm has a faint and a bold line
+    assert ">FP16</text>" in drawn and ">2 bits</text>" in drawn and "aligned" not in drawn
+    assert "emulated" in drawn
+    # The faint lines begin and end at the rewards: 0 is at 278 px, 1 at 62 px.
+    assert 'points="64.0,148.4 700.0,62.0"' in drawn and 'points="64.0,191.6 700.0,278.0"' in drawn

@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -26,6 +26,7 @@ from betterhalf.config.overrides import expand, merge, parse_overrides
 from betterhalf.config.render import toml_value
 from betterhalf.config.schema import RunConfig, Section
 from betterhalf.errors import ConfigError
+from betterhalf.types import DtypeName
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SHIPPED = (_PACKAGE / "experiments", _PACKAGE.parents[1] / "experiments")
@@ -33,6 +34,13 @@ _SHIPPED = (_PACKAGE / "experiments", _PACKAGE.parents[1] / "experiments")
 
 _SHARED = ("model", "task", "sanity")
 """Sections that an arm cannot change: the perfectible set belongs to them."""
+
+
+Layer = tuple[str, dict[str, Any]]
+"""(source, sparse settings): a file, the command line, or a value of a sweep's axis."""
+
+COMMAND_LINE = "command line"
+"""Source of the layers of overrides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,13 +70,29 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         ConfigError: a file is missing or malformed, `extends` forms a circle, a key is unknown, or a value is wrong.
             The message lists every error.
     """
+    return resolve_layers(read_layers(path, overrides))
+
+
+def read_layers(path: str | Path | None, overrides: Sequence[str] = ()) -> list[Layer]:
+    """Return the layers of an experiment, the defaults excluded, each with the name of its source; see `load_config`.
+
+    The first of an experiment file is its name, without `.toml` or `.sweep.toml`.
+    """
     file = resolve_experiment(path) if path is not None else None
-    layers = _file_layers(file) if file else []
-    layers += [("command line", override) for override in parse_overrides(overrides)]
-    merged, origins = _merge_layers(layers)
-    if "name" not in origins and file and file.suffix == ".toml":
-        merged["name"] = file.stem
-    config = _validate(merged, origins)
+    layers: list[Layer] = []
+    if file and file.suffix == ".toml":
+        layers.append((str(file), {"name": file.stem.removesuffix(".sweep")}))
+    layers += _file_layers(file) if file else []
+    return layers + [(COMMAND_LINE, override) for override in parse_overrides(overrides)]
+
+
+def resolve_layers(layers: Sequence[Layer]) -> RunConfig:
+    """Return the configuration of layers over the defaults; later layers win.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is wrong. The message lists every error.
+    """
+    config = _validate(*_merge_layers(layers))
     for name in config.sanity.arm:
         arm_settings(config, name)
     return config
@@ -82,12 +106,12 @@ def arm_settings(config: RunConfig, name: str) -> RunConfig:
     """
     table = config.sanity.arm.get(name)
     source = f"sanity.arm.{name}"
-    for section in () if table is None else _SHARED:
-        if section in table:
+    for section in _SHARED:
+        if table is not None and section in table:
             raise ConfigError(f"[{source}] sets {section!r}, which all arms share. Set it for the whole run.")
     layer = expand({"precision": name}) if table is None else table
     merged = _with_types(merge(_sparse(resolved_json(config)), layer), RunConfig)
-    return _validate(merged, dict.fromkeys(_flat(layer), source))
+    return _validate(merged, dict.fromkeys(flat(layer), source))
 
 
 def resolve_experiment(path: str | Path) -> Path:
@@ -117,7 +141,7 @@ def resolved_json(config: RunConfig) -> dict[str, Any]:
 
 def config_difference(left: RunConfig, right: RunConfig) -> list[Difference]:
     """Return the keys whose values differ, sorted."""
-    a, b = _flat(resolved_json(left)), _flat(resolved_json(right))
+    a, b = flat(resolved_json(left)), flat(resolved_json(right))
     changed = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
     return [Difference(key=key, left=a.get(key), right=b.get(key)) for key in changed]
 
@@ -128,7 +152,7 @@ def same_except(left: RunConfig, right: RunConfig, *prefixes: str) -> bool:
     return all(any(f"{key}.".startswith(f"{prefix}.") for prefix in prefixes) for key in changed)
 
 
-def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
     """Read a file and the files it extends, base first, each with its name."""
     resolved = path.resolve()
     if resolved in above:
@@ -176,32 +200,41 @@ def _sparse(resolved: Mapping[str, Any]) -> dict[str, Any]:
     return {**resolved, "algorithm": own_choices(section)} if isinstance(section, Mapping) else dict(resolved)
 
 
-def _merge_layers(layers: Sequence[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
+def _merge_layers(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
     """Merge all layers over the defaults; return the result and the layer that set each dotted key."""
     merged, origins = _sparse(resolved_json(RunConfig())), {}
     for source, layer in _joined(layers):
         merged = merge(_without_unlisted_arms(merged, layer), layer)
-        origins.update(dict.fromkeys(_flat(layer), source))
+        origins.update(dict.fromkeys(flat(layer), source))
     return _with_types(merged, RunConfig), origins
 
 
-def _without_unlisted_arms(merged: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop the tables of arms that a layer above no longer lists, so that `arms=fp16,coarse` chooses among them."""
-    section = layer.get("sanity")
-    listed = section.get("arms") if isinstance(section, Mapping) else None
-    if not isinstance(listed, (list, tuple)) or not isinstance(merged.get("sanity"), Mapping):
-        return dict(merged)
-    tables = merged["sanity"].get("arm")
-    kept = {name: table for name, table in tables.items() if name in listed} if isinstance(tables, Mapping) else tables
+def _without_unlisted_arms(merged: Mapping[str, Any], layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Drop the tables of arms that a layer above no longer lists, so that `arms=fp16,coarse` chooses among them.
+
+    All are kept if it lists an arm that nothing describes: the message then names the most similar one.
+    """
+    listed, own, tables = _in_sanity(layer, "arms"), _in_sanity(layer, "arm"), _in_sanity(merged, "arm")
+    if not isinstance(listed, (list, tuple)) or not isinstance(tables, Mapping):
+        return merged
+    described = {*get_args(DtypeName), *tables, *(own if isinstance(own, Mapping) else ())}
+    if not described.issuperset(map(str, listed)):
+        return merged
+    kept = {name: table for name, table in tables.items() if name in listed}
     return {**merged, "sanity": {**merged["sanity"], "arm": kept}}
 
 
-def _joined(layers: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+def _in_sanity(layer: Mapping[str, Any], key: str) -> Any:
+    section = layer.get("sanity")
+    return section.get(key) if isinstance(section, Mapping) else None
+
+
+def _joined(layers: Sequence[Layer]) -> list[Layer]:
     """Expand shorthands, and join neighbours of one source (the overrides) to one layer.
 
     If each override were its own layer, `task.path=a task.type=math` would lose the path when the type changes.
     """
-    joined: list[tuple[str, dict[str, Any]]] = []
+    joined: list[Layer] = []
     for source, layer in layers:
         if joined and joined[-1][0] == source:
             joined[-1] = (source, merge(joined[-1][1], expand(layer)))
@@ -231,11 +264,11 @@ def _validate(data: Mapping[str, Any], origins: Mapping[str, str]) -> RunConfig:
         raise ConfigError(explain(error, origins)) from error
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the leaves by their dotted keys; a list is a leaf."""
     leaves: dict[str, Any] = {}
     for key, value in data.items():
-        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return leaves
 
 

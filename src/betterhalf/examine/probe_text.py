@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from betterhalf.metrics.catalogue import CATALOGUE
+from betterhalf.report.emulated import emulated_sentence
 from betterhalf.report.pairs import raw_logprobs_sentence
 
 WIDTH = 110
@@ -63,9 +64,10 @@ def show_probe(result: Mapping[str, Any], stream: TextIO | None = None) -> None:
 
 
 def probe_sentences(result: Mapping[str, Any]) -> list[str]:
-    """Return sentences on the ratio of the mismatches, the seconds, raw logprobs and failed pairs."""
-    sentences = [_ratio(result.get("bf16_over_fp16")), _cost(result.get("seconds") or {})]
+    """Return sentences on emulated formats, the ratio of the mismatches, the seconds, raw logprobs and failed pairs."""
     pairs = result.get("pairs", [])
+    emulated = emulated_sentence(pair[side] for pair in pairs for side in ("train", "rollout"))
+    sentences = [emulated, _ratio(result.get("bf16_over_fp16")), _cost(result.get("seconds") or {})]
     sentences += [raw_logprobs_sentence(pair) for pair in pairs]
     failed = [pair for pair in pairs if "error" in pair]
     sentences += [f"{pair['train']}/{pair['rollout']} could not be measured: {pair['error']}" for pair in failed]

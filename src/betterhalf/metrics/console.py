@@ -131,6 +131,16 @@ class StepView:
             if value is not None and math.isfinite(value):
                 history.append(value)
 
+    @property
+    def started(self) -> bool:
+        """True after the first step."""
+        return self._step > 0
+
+    @property
+    def finished(self) -> bool:
+        """True after the last step."""
+        return self._step == self._total
+
     def line(self) -> str:
         """Return one aligned line, without markup."""
         width = len(str(self._total))

@@ -15,6 +15,9 @@ from rich.text import Text
 from betterhalf.metrics.console import OutputMode, StepView, TerminalView, duration
 from betterhalf.metrics.events import emit
 
+_PANELS = 2
+"""Number of runs up to which each has a panel all the time; of more, those that have finished become a line."""
+
 
 class SeveralRuns(TerminalView):
     """View of several runs at once: a panel for each on a terminal, labelled lines elsewhere."""
@@ -70,5 +73,10 @@ class SeveralRuns(TerminalView):
         self._refresh()
 
     def _view_now(self) -> RenderableType:
-        panels = [view.panel(self._out.width) for view in self._views.values()]
+        views = list(self._views.values())
+        if len(views) > _PANELS:
+            running = [view for view in views if view.started and not view.finished]
+            lines = [Text(view.line(), style="dim", no_wrap=True) for view in views if view.finished]
+            return Group(*lines, *(view.panel(self._out.width) for view in running))
+        panels = [view.panel(self._out.width) for view in views]
         return Group(*panels, *(Text(line, style="dim") for line in self._phases.values()))

@@ -16,7 +16,10 @@ WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 54, 392, 12, 216
 """Edges of the plot area in pixels of the view box."""
 
-STYLES = 6
+WIDE, WIDE_RIGHT = 880, 736
+"""Width and right edge of a figure across the page, with room for whole names at the ends of its lines."""
+
+STYLES = 8
 """Distinct colours; series beyond that reuse them."""
 
 _MAX_POINTS = 800
@@ -26,10 +29,10 @@ Point = tuple[float, float]
 Band = tuple[float | None, float | None]
 
 
-def svg(key: str, title: str, description: str, body: str, height: int = HEIGHT) -> str:
+def svg(key: str, title: str, description: str, body: str, height: int = HEIGHT, width: int = WIDTH) -> str:
     """Return an accessible `<svg>` around `body`."""
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="{key}-t {key}-d">'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-labelledby="{key}-t {key}-d">'
         f'<title id="{key}-t">{escape(title)}</title><desc id="{key}-d">{escape(description)}</desc>{body}</svg>'
     )
 
@@ -95,24 +98,24 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
     return placed
 
 
-def grid(axis: Axis) -> str:
+def grid(axis: Axis, right: float = RIGHT) -> str:
     """Return horizontal grid lines with their labels."""
     parts = []
     for tick in axis.ticks():
         y = axis.pixel(tick)
         zero = " zero" if tick == 0 else ""
-        parts.append(f'<line class="grid{zero}" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<line class="grid{zero}" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{axis.label(tick)}</text>')
     return "".join(parts)
 
 
-def across_labels(ticks: Sequence[tuple[float, str]], name: str) -> str:
+def across_labels(ticks: Sequence[tuple[float, str]], name: str, right: float = RIGHT) -> str:
     """Return the horizontal axis, with its ticks, as (pixel, text), and the name of its quantity."""
-    parts = [f'<line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>']
+    parts = [f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{BOTTOM}" y2="{BOTTOM}"/>']
     for x, text in ticks:
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{BOTTOM}" y2="{BOTTOM + 4}"/>')
         parts.append(f'<text class="tick" x="{x:.1f}" y="{BOTTOM + 17}" text-anchor="middle">{escape(text)}</text>')
-    parts.append(f'<text class="tick" x="{RIGHT}" y="{BOTTOM + 31}" text-anchor="end">{escape(name)}</text>')
+    parts.append(f'<text class="tick" x="{right}" y="{BOTTOM + 31}" text-anchor="end">{escape(name)}</text>')
     return "".join(parts)
 
 

@@ -16,6 +16,9 @@ from betterhalf.report.canvas import (
     LEFT,
     RIGHT,
     TOP,
+    WIDE,
+    WIDE_RIGHT,
+    WIDTH,
     Band,
     Point,
     across_labels,
@@ -84,6 +87,13 @@ class Chart:
     """Bounds and their names, drawn where the axis reaches them."""
     smooth: bool = False
     """Draw a moving average over the faint raw line."""
+    wide: bool = False
+    """Draw across the page; a wide chart has no band and no rules."""
+
+    @property
+    def right(self) -> int:
+        """Right edge of the plot, in pixels."""
+        return WIDE_RIGHT if self.wide else RIGHT
 
 
 def draw(chart: Chart) -> str | None:
@@ -92,13 +102,14 @@ def draw(chart: Chart) -> str | None:
     axis = fit(values, scale=chart.scale, start=BOTTOM, end=TOP, include=chart.include)
     if axis is None:
         return None
-    across = steps_axis([step for line in chart.lines for step in line.steps], start=LEFT, end=RIGHT)
-    parts = [band_area(chart.band, axis), grid(axis), _step_labels(across)]
+    across = steps_axis([step for line in chart.lines for step in line.steps], start=LEFT, end=chart.right)
+    parts = [band_area(chart.band, axis), grid(axis, chart.right), _step_labels(across)]
     parts.append(rules(axis, chart.rules))
     occupied = [axis.pixel(value) for value in values if can_draw(chart.scale, value)]
     parts += [_series(chart, line, across, axis) for line in chart.lines]
     parts += [_end_labels(chart, across, axis), band_label(chart.band, axis, occupied)]
-    return svg(chart.key, chart.title, _description(chart), "".join(parts))
+    width = WIDE if chart.wide else WIDTH
+    return svg(chart.key, chart.title, _description(chart), "".join(parts), width=width)
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
@@ -139,7 +150,7 @@ def segments(line: Line, scale: Scale, across: Axis, axis: Axis, values: Sequenc
 
 
 def _step_labels(across: Axis) -> str:
-    return across_labels([(across.pixel(step), str(step)) for step in step_ticks(across)], "step")
+    return across_labels([(across.pixel(step), str(step)) for step in step_ticks(across)], "step", across.end)
 
 
 def _series(chart: Chart, line: Line, across: Axis, axis: Axis) -> str:
@@ -173,7 +184,7 @@ def _cross(mark: Mark, across: Axis, axis: Axis) -> str:
 def _flag(mark: Mark, across: Axis) -> str:
     """Return a vertical line at the step, with a small flag at its top."""
     x = across.pixel(mark.step)
-    side = -9 if x > RIGHT - 12 else 9
+    side = -9 if x > across.end - 12 else 9
     shape = f"M{x:.1f} {BOTTOM}V{TOP - 6}l{side} 4l{-side} 4"
     return f'<g class="flag"><title>{escape(mark.text)}</title><path d="{shape}"/></g>'
 

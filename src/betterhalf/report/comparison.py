@@ -9,11 +9,10 @@ import json
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from betterhalf.types import EmulatedDtype
+from betterhalf.types import EmulatedDtype, LearningOutcome
 
 Arm = Mapping[str, Any]
 
-_ORDER = ("learned", "damaged", "collapsed")
 _EMULATED: tuple[str, ...] = get_args(EmulatedDtype)
 
 _PREVENTED = {
@@ -36,7 +35,7 @@ def comparison_sentences(arms: Mapping[str, Arm]) -> list[str]:
     judged = {name: arm for name, arm in arms.items() if arm.get("verdict")}
     if not any(own_table(name, arm) for name, arm in judged.items()):
         return []
-    return [_outcome(judged), *_separations(judged), *_emulation(judged)]
+    return [_outcome(judged), *_separations(judged), *_sides(judged)]
 
 
 def own_table(name: str, arm: Arm) -> bool:
@@ -46,7 +45,10 @@ def own_table(name: str, arm: Arm) -> bool:
 
 def _outcome(arms: Mapping[str, Arm]) -> str:
     """Return the arms by verdict, with their rewards."""
-    groups = {verdict: [name for name, arm in arms.items() if arm["verdict"] == verdict] for verdict in _ORDER}
+    groups = {
+        verdict: [name for name, arm in arms.items() if arm["verdict"] == verdict]
+        for verdict in get_args(LearningOutcome)
+    }
     listed = [
         f"{verdict}: {', '.join(f'{name} ({_reward(arms[name])})' for name in names)}"
         for verdict, names in groups.items()
@@ -79,28 +81,41 @@ def _only_difference(one: Arm, other: Arm) -> str | None:
 def _separation(name: str, arm: Arm, other: str, its: Arm, key: str) -> str:
     value = (its.get("changes") or {}).get(key)
     setting = f"{key}={_plain(value)}" if value is not None else f"the default of {key}"
-    numbers = f"{_verb(its)} ({_reward(its)} against {_reward(arm)}; k3 {_k3(its)} against {_k3(arm)})"
+    too = " too" if its["verdict"] == "collapsed" else ""
+    numbers = f"{_verb(its)}{too} ({_reward(its)} against {_reward(arm)}; k3 {_k3(its)} against {_k3(arm)})"
     ended = f"{_PREVENTED[key]}" if its["verdict"] != "collapsed" else f"So {key} is not what breaks it here."
     return f"{other} differs from {name} in {setting} alone and {numbers}. {ended}"
 
 
-def _verb(arm: Arm) -> str:
-    return {"learned": "learned", "damaged": "did not collapse", "collapsed": "collapsed too"}[str(arm["verdict"])]
-
-
-def _emulation(arms: Mapping[str, Arm]) -> list[str]:
-    """Return a sentence on the emulated formats that the arms use."""
-    values = {str(value) for arm in arms.values() for value in (arm.get("changes") or {}).values()}
-    names = sorted(value for value in values if value in _EMULATED)
-    if not names:
+def _sides(arms: Mapping[str, Arm]) -> list[str]:
+    """Return a sentence on the arms in which one side alone computes in another format."""
+    trainer, engine = (_one_side(arms, key) for key in ("precision.compute_dtype", "precision.rollout_dtype"))
+    if trainer is None or engine is None:
         return []
-    bits = " or ".join(name.rpartition("m")[2] for name in names)
-    subject = f"{names[0]} is emulated" if len(names) == 1 else f"{', '.join(names)} are emulated"
+    ends = {
+        (True, False): "So it is the trainer's rounding that breaks the run, not the engine's.",
+        (False, True): "So it is the engine's rounding that breaks the run, not the trainer's.",
+        (True, True): "So either side is enough to break the run.",
+        (False, False): "So neither side alone breaks the run.",
+    }
+    (name, arm), (other, its) = trainer, engine
     return [
-        f"{subject}: BF16 with every rounded result rounded once more, to {bits} stored mantissa bits. k3 grows as "
-        "4^-bits, so this brings the mismatch that long completions have in BF16 to short ones. FP16, BF16 and FP32 "
-        "are real."
+        f"In {name}, the trainer alone is coarse: it {_verb(arm)} ({_reward(arm)}, k3 {_k3(arm)}). In {other}, the "
+        f"engine alone is: it {_verb(its)} ({_reward(its)}, k3 {_k3(its)}). "
+        f"{ends[arm['verdict'] == 'collapsed', its['verdict'] == 'collapsed']}"
     ]
+
+
+def _one_side(arms: Mapping[str, Arm], key: str) -> tuple[str, Arm] | None:
+    """Return the first arm that changes this dtype role and no other setting but its preset; None without one."""
+    others = {"precision.preset", "precision.allow_difference"}
+    found = [(name, arm) for name, arm in arms.items() if (arm.get("changes") or {}).keys() - others == {key}]
+    return found[0] if found else None
+
+
+def _verb(arm: Arm) -> str:
+    verdict = str(arm["verdict"])
+    return verdict if verdict in ("learned", "collapsed") else "did not collapse"
 
 
 def _reward(arm: Arm) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from betterhalf.metrics.catalogue import CATALOGUE
@@ -36,6 +36,8 @@ class FigureSpec:
     """Shade the healthy band that the catalogue gives the metrics, and draw the watchdog's bounds."""
     second_dotted: bool = False
     """Draw all metrics but the first thin and dotted."""
+    wide: bool = False
+    """With three or more arms, draw across the page, with their names at the ends of the lines."""
     events_of: tuple[str, ...] = ()
     """Further metrics whose events are flagged here."""
 
@@ -48,6 +50,7 @@ FIGURES = (
         metrics=("rollout/reward/mean",),
         include=(0.0, 1.0),
         smooth=True,
+        wide=True,
         events_of=(RESTARTS,),
         caption="Healthy: rises, then stays up. A fall without recovery is a collapse.",
     ),
@@ -60,7 +63,41 @@ FIGURES = (
         smooth=True,
         show_band=True,
         caption="KL(mu || pi) of engine (mu) and trainer (pi) over sampled tokens, at the same weights, before any "
-        "update. Healthy: level, in the shaded band. Growth over many steps precedes a collapse.",
+        "update. Healthy: level, in the shaded band. In arXiv 2510.26788 it grows before a run collapses.",
+    ),
+    FigureSpec(
+        key="accidents",
+        title="Accidents of rounding",
+        unit="share of tokens",
+        metrics=("mismatch/accident_fraction", "mismatch/accident_fraction_above"),
+        include=(0.0,),
+        smooth=True,
+        show_band=True,
+        second_dotted=True,
+        caption="Tokens that the trainer finds at least 20 times less likely (thick lines) or more likely (thin dotted "
+        "lines) than the engine did, before any update. Healthy: zero. One of them with a negative advantage can take "
+        "over the gradient of the later optimizer steps.",
+    ),
+    FigureSpec(
+        key="ratio",
+        title="Largest ratio at negative advantage",
+        unit="pi / pi' of a token, current to before the step",
+        metrics=("policy/ratio/max_negative",),
+        scale="log10",
+        include=(1.0,),
+        show_band=True,
+        caption="The probability that an update gave back to a token it was meant to make less likely. PPO's clip does "
+        "not bound the gradient there; algorithm.surrogate.dual_clip does. Healthy: close to 1, at most 50.",
+    ),
+    FigureSpec(
+        key="token-share",
+        title="Share of the largest token in the gradient",
+        unit="share of the norm, worst optimizer step",
+        metrics=("optim/token_share/max",),
+        include=(0.0, 1.0),
+        smooth=True,
+        caption="1: a single token is the whole gradient. Normal once the policy is sure of nearly all tokens; with a "
+        "large ratio and a spike of the gradient norm, one accident decides the update.",
     ),
     FigureSpec(
         key="gap",
@@ -114,40 +151,6 @@ FIGURES = (
         "completions are few, short or of equal length. Healthy: around zero.",
     ),
     FigureSpec(
-        key="accidents",
-        title="Accidents of rounding",
-        unit="share of tokens",
-        metrics=("mismatch/accident_fraction", "mismatch/reverse_accident_fraction"),
-        include=(0.0,),
-        smooth=True,
-        show_band=True,
-        second_dotted=True,
-        caption="Tokens that the trainer finds at least 20 times less likely (thick lines) or more likely (thin dotted "
-        "lines) than the engine did, before any update. Healthy: zero. One of them with a negative advantage can take "
-        "over the gradient of the later optimizer steps.",
-    ),
-    FigureSpec(
-        key="ratio",
-        title="Largest ratio at negative advantage",
-        unit="pi / pi' of a token, current to before the step",
-        metrics=("policy/ratio/max_negative",),
-        scale="log10",
-        include=(1.0,),
-        show_band=True,
-        caption="The probability that an update gave back to a token it was meant to make less likely. PPO's clip does "
-        "not bound the gradient there; algorithm.surrogate.dual_clip does. Healthy: close to 1, at most 50.",
-    ),
-    FigureSpec(
-        key="token-share",
-        title="Share of the largest token in the gradient",
-        unit="share of the norm, worst optimizer step",
-        metrics=("optim/token_share/max",),
-        include=(0.0, 1.0),
-        smooth=True,
-        caption="1: a single token is the whole gradient. Normal once the policy is sure of nearly all tokens; with a "
-        "large ratio and a spike of the gradient norm, one accident decides the update.",
-    ),
-    FigureSpec(
         key="scale",
         title="Loss scale",
         unit="powers of two; a cross is a skipped step",
@@ -197,16 +200,22 @@ def step_figures(arms: Sequence[Arm]) -> tuple[list[Figure], list[str]]:
     return drawn, missing
 
 
+def _is_wide(spec: FigureSpec, arms: Sequence[Arm]) -> bool:
+    return spec.wide and len(arms) > 2
+
+
 def _chart(spec: FigureSpec, arms: Sequence[Arm]) -> Chart:
+    named = [replace(arm, tag=arm.name) for arm in arms] if _is_wide(spec, arms) else arms
     return Chart(
         key=spec.key,
         title=f"{spec.title} ({spec.unit})",
         scale=spec.scale,
-        lines=tuple(_line(spec, arm, index) for arm in arms for index in range(len(spec.metrics))),
+        lines=tuple(_line(spec, arm, index) for arm in named for index in range(len(spec.metrics))),
         band=_band(spec.metrics) if spec.show_band else None,
         rules=_rules(spec, arms),
         include=spec.include,
         smooth=spec.smooth,
+        wide=_is_wide(spec, arms),
     )
 
 
@@ -266,6 +275,7 @@ def _with_text(spec: FigureSpec, arms: Sequence[Arm], image: str) -> Figure:
         image=image,
         caption=spec.caption + smoothed + flagged,
         numbers=_numbers(spec, arms),
+        wide=_is_wide(spec, arms),
     )
 
 

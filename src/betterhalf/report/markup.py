@@ -26,6 +26,8 @@ class Figure:
     """The data of the figure as an HTML table."""
     legend: str = ""
     """`legend` of its series, if the legend of the page does not apply."""
+    wide: bool = False
+    """Draw across the page."""
 
 
 def section(title: str, content: str) -> str:
@@ -94,8 +96,10 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _figure(figure: Figure) -> str:
+    wide = " class=wide" if figure.wide else ""
+    image = scroll(figure.image, figure.title) if figure.wide else figure.image
     return (
-        f'<figure id="{figure.key}"><h3>{escape(figure.title)}</h3><p class=unit>{escape(figure.unit)}</p>'
-        f"{figure.image}{figure.legend}<figcaption>{escape(figure.caption)}</figcaption>"
+        f'<figure id="{figure.key}"{wide}><h3>{escape(figure.title)}</h3><p class=unit>{escape(figure.unit)}</p>'
+        f"{image}{figure.legend}<figcaption>{escape(figure.caption)}</figcaption>"
         f"<details><summary>Numbers</summary>{figure.numbers}</details></figure>"
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from betterhalf.errors import InputError
 from betterhalf.report.data import Arm, ReportData, Study, load
 from betterhalf.report.doctor_page import doctor_section
+from betterhalf.report.emulated import emulated_sentence
 from betterhalf.report.events import events_table
 from betterhalf.report.fields import mapping
 from betterhalf.report.figures import step_figures
@@ -16,10 +17,13 @@ from betterhalf.report.markup import figures, note, notice, section
 from betterhalf.report.mismatch import mismatch_figures
 from betterhalf.report.probe_page import probe_section
 from betterhalf.report.style import STYLE
+from betterhalf.report.sweep_page import sweep_section
 from betterhalf.report.tables import config_differences, contracts, environment_line, legend, verdicts
 from betterhalf.report.timing import timing_figure
 from betterhalf.report.tokens import samples, token_figures
 from betterhalf.run_dir import RunDir, write_text_atomic
+
+_SETTINGS = ("Settings", "Settings that differ")
 
 # The page shows text that a model wrote, and may be opened anywhere: it must not run or load anything.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -54,12 +58,13 @@ def render(data: ReportData) -> str:
     body = "".join(
         [
             f"<header><p class=lead>betterhalf report</p><h1>{escape(title)}</h1>"
-            f"<p class=lead>{_subject(folders)}</p></header><main>",
+            f"<p class=lead>{_subject(folders)}</p>{_emulated(folders)}</header><main>",
             *(doctor_section(study, several) for study in data.doctors),
             *(probe_section(study, several) for study in data.probes),
+            *(sweep_section(sweep, several) for sweep in data.sweeps),
             _runs(data) if data.arms else "",
             section("Precision contract", contracts(folders) or ("<p>No contract recorded.</p>" if data.arms else "")),
-            section("Settings that differ" if len(folders) > 1 else "Settings", config_differences(folders)),
+            section(_SETTINGS[len(folders) > 1], config_differences(folders)) if folders else "",
             section("Completions", _samples(data.arms)) if data.arms else "",
             section("Environment", f"<p class=note>{environment_line(data.environment)}</p>"),
             "</main>",
@@ -91,6 +96,15 @@ def _subject(folders: Sequence[Arm | Study]) -> str:
         if len(values) == 1:
             parts.append(f"{group} {escape(values.pop())}")
     return " \u00b7 ".join(parts)
+
+
+def _emulated(folders: Sequence[Arm | Study]) -> str:
+    """Return a note on the emulated formats that the folders' configurations name; empty without any."""
+    settings = [mapping(folder.config, "precision") for folder in folders]
+    pairs = [pair for each in settings if isinstance(listed := each.get("pairs"), list) for pair in listed]
+    values = [value for each in settings for value in each.values() if isinstance(value, str)]
+    sentence = emulated_sentence([*values, *(name for pair in pairs for name in str(pair).split("/"))])
+    return note(sentence) if sentence else ""
 
 
 def _no_verdict(arms: Sequence[Arm]) -> str:

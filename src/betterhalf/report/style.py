@@ -3,11 +3,13 @@
 STYLE = """
 :root{color-scheme:light dark;--bg:#ffffff;--card:#f7f8fa;--ink:#1b1f24;--soft:#59636e;--rule:#d9dee4;--band:#2da44e1f;
 --edge:#1a7f37;--ok:#1a7f37;--bad:#c11f2d;--wait:#8a6100;--s0:#0064c8;--s1:#c2410c;--s2:#0b7d5d;--s3:#8b3fb8;--s4:#8a6100;
---s5:#4b5563;--p0:#0064c8;--p1:#8b3fb8;--p2:#c2410c;--p3:#0b7d5d;--p4:#9a6b00;--p5:#a3adb8;--q5:#1b1f24;--q:#ffffff;
+--s5:#4b5563;--s6:#c2185b;--s7:#00727f;
+--p0:#0064c8;--p1:#8b3fb8;--p2:#c2410c;--p3:#0b7d5d;--p4:#9a6b00;--p5:#a3adb8;--q5:#1b1f24;--q:#ffffff;
 --heat:194,65,12;--h0:#e3f1e6;--h1:#eef3d8;--h2:#fdf0c8;--h3:#fbd3a6;--h4:#f5a48c}
 @media(prefers-color-scheme:dark){:root{--bg:#0f1318;--card:#171c23;--ink:#e6eaef;--soft:#9aa5b1;--rule:#2c343e;
 --band:#3fb95026;--edge:#56d364;--ok:#56d364;--bad:#ff7b72;--wait:#e3b341;--s0:#58a6ff;--s1:#ff9a52;--s2:#3fcf9f;
---s3:#d2a8ff;--s4:#e3b341;--s5:#b1bac4;--p0:#58a6ff;--p1:#d2a8ff;--p2:#ff9a52;--p3:#3fcf9f;--p4:#e3b341;--p5:#6e7a87;
+--s3:#d2a8ff;--s4:#e3b341;--s5:#b1bac4;--s6:#ff7ab2;--s7:#4dd0e1;
+--p0:#58a6ff;--p1:#d2a8ff;--p2:#ff9a52;--p3:#3fcf9f;--p4:#e3b341;--p5:#6e7a87;
 --q5:#0f1318;--q:#0f1318;--heat:255,154,82;--h0:#123524;
 --h1:#2c3a14;--h2:#4a3b0a;--h3:#64330f;--h4:#7d2320}}
 *{box-sizing:border-box}
@@ -49,7 +51,8 @@ border-radius:10px;overflow-wrap:anywhere}.card ul{margin:.4em 0;padding-left:1.
 .copy{padding:12px 14px;background:var(--card);border:1px solid var(--rule);border-radius:8px;white-space:pre;
 overflow-x:auto;user-select:all}
 .verdict{font-size:1rem}.verdict td:not(.passed,.failed,.incomplete),.verdict th:not(:first-child){text-align:right}
-.verdict th:nth-child(3),.verdict .passed,.verdict .failed,.verdict .incomplete{text-align:left!important}
+.verdict th:nth-child(3),.verdict th:nth-child(5),
+.verdict .passed,.verdict .failed,.verdict .incomplete{text-align:left!important}
 .verdict th,.verdict td{padding-right:1.4em;white-space:nowrap}
 .passed,.status-equal{color:var(--ok);font-weight:600}.failed,.status-differs{color:var(--bad);font-weight:600}
 .incomplete{color:var(--wait);font-weight:600}
@@ -59,7 +62,9 @@ overflow-x:auto;user-select:all}
 figure{margin:0;padding:14px 14px 10px;background:var(--card);border:1px solid var(--rule);border-radius:10px;
 display:flex;flex-direction:column;min-width:0}
 figure .legend{font-size:.85rem;margin:.4em 0 0}
-figure>svg{width:100%;height:auto;display:block}.unit{font-size:.85rem;margin:0 0 .5em}
+figure>svg{width:100%;height:auto;display:block}
+figure.wide{grid-column:1/-1}.wide svg{min-width:620px;max-width:1100px;width:100%;height:auto;display:block}
+.unit{font-size:.85rem;margin:0 0 .5em}
 figcaption{font-size:.85rem;line-height:1.4;margin-top:.4em}
 details{margin-top:auto;padding-top:.5em;font-size:.82rem;overflow-x:auto}summary{cursor:pointer;color:var(--soft)}
 details table{font-size:.78rem;margin-top:.4em}details td,details th{padding:.2em .7em .2em 0}
@@ -80,9 +85,11 @@ svg .bandname{fill:var(--edge);font-size:12px}
 .mark path{fill:none;stroke:var(--bad);stroke-width:2}
 .cloud{fill:none;stroke:var(--c);opacity:.6;stroke-width:1}.dots{stroke-width:3;stroke-linecap:round}
 .s0{--c:var(--s0)}.s1{--c:var(--s1)}.s2{--c:var(--s2)}.s3{--c:var(--s3)}.s4{--c:var(--s4)}.s5{--c:var(--s5)}
+.s6{--c:var(--s6)}.s7{--c:var(--s7)}
 .line.second{stroke-width:1.3;stroke-dasharray:1.5 3.5!important}
 .s1 .line{stroke-dasharray:7 3.5}.s2 .line{stroke-dasharray:2 4}.s3 .line{stroke-dasharray:9 3 2 3}
 .s4 .line{stroke-dasharray:14 4}.s5 .line{stroke-dasharray:5 3 1 3 1 3}
+.s6 .line{stroke-dasharray:12 3 3 3 3 3}.s7 .line{stroke-dasharray:4 4}
 .p0{fill:var(--p0)}.p1{fill:var(--p1)}.p2{fill:var(--p2)}.p3{fill:var(--p3)}.p4{fill:var(--p4)}.p5{fill:var(--p5)}
 svg .q0,svg .q1,svg .q2,svg .q3,svg .q4{fill:var(--q);font-weight:600}svg .q5{fill:var(--q5)}
 svg .barname{font-weight:600}

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from betterhalf.report.comparison import changes_text, comparison_sentences, own_table
+from betterhalf.report.emulated import emulated_sentence
 
 COLUMNS = (
     "arm",
@@ -34,6 +35,8 @@ _STYLES = {
     "passed": "bold green",
     "failed": "bold red",
     "learned": "bold green",
+    "dips": "bold yellow",
+    "flat": "bold yellow",
     "damaged": "bold yellow",
     "collapsed": "bold red",
     "incomplete": "bold yellow",
@@ -49,20 +52,25 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def verdict_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """Return sentences on the ratio of the mismatches, on whether the arms learned, and on what separates them."""
+    """Return sentences on the mismatches, on learning, on what separates the arms, and on emulated formats."""
     arms = {name: arm or {} for name, arm in (summary.get("arms") or {}).items()}
     sentences = []
     if "fp16" in arms and "bf16" in arms:
         sentences.append(_ratio_sentence(summary.get("k3_ratio")))
         sentences.append(_learning_sentence(arms))
-    sentences += comparison_sentences(arms)
+    sentences += [*comparison_sentences(arms), emulated_sentence(_formats(arms))]
     return [sentence for sentence in sentences if sentence]
+
+
+def _formats(arms: Mapping[str, Mapping[str, Any]]) -> list[object]:
+    """Return every name among the arms and their settings that may be a format."""
+    return [*arms, *(value for arm in arms.values() for value in (arm.get("changes") or {}).values())]
 
 
 def print_verdict(summary: Mapping[str, Any], stream: TextIO | None = None, *, width: int = 80) -> None:
     """Print the verdict table and its sentences, on standard output if `stream` is absent."""
     out = Console(file=stream or sys.stdout, width=width, highlight=False)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     shown = [place for place, column in enumerate(COLUMNS) if column != _PAGE_ONLY]
     for column in (COLUMNS[place] for place in shown):
         left = column in ("arm", "test", "verdict")

@@ -16,6 +16,7 @@ from betterhalf.metrics.console import Console
 from betterhalf.metrics.sinks import JsonlSink, MetricSink, Sinks, TensorBoardSink
 from betterhalf.precision.contract import Contract
 from betterhalf.process import chosen_threads
+from betterhalf.report.emulated import emulated_sentence
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, append_jsonl, read_json, read_jsonl, write_json_atomic
 from betterhalf.runs.assembly import Parts, algorithm_record, assemble
@@ -81,6 +82,8 @@ def run_training(
         with Console(config.logging.console, total_steps=config.training.steps, label=label) as console:
             if threads:
                 console.note(threads)
+            if emulated := emulated_sentence(parts.precision.roles.model_dump().values()):
+                console.note(emulated)
             console.note(contract.table())
             progress = _train_and_record(parts, run, progress, console)
         extra = after(parts, progress) if after else {}
@@ -145,7 +148,7 @@ def _may_change(key: str) -> bool:
     section, _, rest = key.partition(".")
     if section == "task":
         return rest.removeprefix("base.") in RESUMABLE_KEYS
-    return section in ("watchdog", "logging") or key == "sanity.arms_at_once"
+    return section in ("watchdog", "logging") or key in ("sanity.arms_at_once", "sweep.keep_checkpoints")
 
 
 def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:

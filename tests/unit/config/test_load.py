@@ -17,6 +17,9 @@ from betterhalf.config.render import toml_text
 from betterhalf.config.schema import MathTask, PerfectibleTask, RunConfig, WatchdogLevel
 from betterhalf.errors import ConfigError
 
+FORMATS = "fp16, bf16, fp32, e8m2, e8m3, e8m4, e8m5, e8m6"
+EMULATED = "Emulated formats have 8 exponent bits and 2 to 6 mantissa bits, e8m2 to e8m6."
+
 
 def write(folder: Path, name: str, text: str) -> Path:
     path = folder / name
@@ -231,9 +234,28 @@ def test_the_task_inside_a_task_may_leave_its_type_out() -> None:
         ("precision.loss_scale.backoff_factor=1", "must be below 1."),
         ("sanity.upper=1.5", "sanity.upper = 1.5 must be at most 1."),
         ("logging.tensorboard=maybe", 'logging.tensorboard = "maybe" must be true or false.'),
-        ("precision=fp61", 'precision.preset = "fp61" is not one of fp16, bf16, fp32. Did you mean fp16?'),
+        (
+            "precision=fp61",
+            'precision.preset = "fp61" is not one of ' + FORMATS + ". Did you mean fp16?",
+        ),
         ("arms=[]", "sanity.arms = [] must be a list of at least 1."),
-        ("arms=fp16,bf61", 'sanity.arms = "bf61" is not one of fp16, bf16, fp32. Did you mean bf16?'),
+        (
+            "arms=fp16,bf61",
+            'sanity.arms = "bf61" is not one of ' + FORMATS + ". Did you mean bf16?",
+        ),
+        (
+            "precision=e8m7",
+            f"{EMULATED} e8m7 is bf16 itself.",
+        ),
+        (
+            "precision.kv_dtype=e8m9",
+            f"e8m6. {EMULATED}",
+        ),
+        ("arms=fp16,e5m2", f"e8m6. {EMULATED}"),
+        (
+            "precision.pairs=bf16/e8m1",
+            f"TRAINER/ROLLOUT. {EMULATED} Write",
+        ),
         ("algorithm=grop", "Did you mean grpo?"),
         ("task=mth", 'task.type = "mth" is not one of arithmetic, math, perfectible. Did you mean math?'),
         ("task=math", "task.path is required (JSONL file with"),

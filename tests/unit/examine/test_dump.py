@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from betterhalf.errors import InputError
 from betterhalf.examine.dump import Dump, fits_model, lacks_trainer_logprobs, read_dump, write_dump
-from betterhalf.types import Completion
+from betterhalf.types import Completion, DtypeName
 
 GOOD: dict[str, Any] = {"prompt_token_ids": [5, 6], "token_ids": [7, 8, 9], "behavior_logprobs": [-0.5, -1.25, -3.0]}
 
@@ -53,7 +53,7 @@ def test_a_good_line_is_read_unchanged(tmp_path: Path) -> None:
         ({"behavior_logprobs": [-0.5, 0.2, -1.0]}, "behavior_logprobs[1] = 0.2 is positive, so it is not a logprob"),
         ({"trainer_logprobs": [-0.5]}, "trainer_logprobs has 1 values for 3 token_ids"),
         ({"temperature": 0}, "temperature = 0 is not a positive number"),
-        ({"rollout_dtype": "fp8"}, 'rollout_dtype = "fp8" is none of fp16, bf16, fp32'),
+        ({"rollout_dtype": "fp8"}, f'rollout_dtype = "fp8" is none of {", ".join(get_args(DtypeName))}'),
     ],
 )
 def test_a_bad_line_is_rejected_by_number_and_reason_and_the_rest_is_kept(

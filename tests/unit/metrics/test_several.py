@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import pytest
+from rich.console import Console as RichConsole
 
 from betterhalf.metrics import events
 from betterhalf.metrics.console import Console, progress
@@ -116,3 +117,15 @@ def test_events_are_passed_on_to_a_parent_that_asks_for_them(monkeypatch: pytest
     assert [str(event) for event in passed] == [
         str(event) for event in shown
     ]  # as text, because NaN does not equal itself
+
+
+def test_of_many_runs_only_those_that_are_running_have_a_panel() -> None:
+    view = SeveralRuns("live", labels=("done", "running", "waiting"), total_steps=2, stream=io.StringIO())
+    for label, step in (("done", 1), ("done", 2), ("running", 1)):
+        view.show(label, {"step": step, "metrics": METRICS})
+    console = RichConsole(file=io.StringIO(), width=80)
+    console.print(view._view_now())
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[0].startswith("done  step 2/2")
+    assert "running" in lines[1] and lines[1][0] not in "r "
+    assert "waiting" not in console.file.getvalue()  # type: ignore[attr-defined]

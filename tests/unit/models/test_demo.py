@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -151,7 +152,7 @@ def test_the_script_makes_the_tokenizer_and_the_shape_in_the_package(
 
 
 @pytest.mark.parametrize("length", [20, 35, 50, 100, 200])
-def test_free_digits_make_a_solution_longer_without_changing_what_the_reward_reads(
+def test_a_block_makes_a_solution_longer_without_changing_what_the_reward_reads(
     script: ModuleType, small: LoadedModel, length: int
 ) -> None:
     recipe = replace(script.longer(script.RECIPES["demo-small"], length), slip_probability=0.0)
@@ -161,14 +162,19 @@ def test_free_digits_make_a_solution_longer_without_changing_what_the_reward_rea
     questions = small.tokenizer.batch_decode(token_ids[:, : recipe.prompt_length].tolist())
     for question, completion in zip(questions, completions, strict=True):
         digits = tuple(map(int, question.rstrip("=").split("+")))
-        blocks = completion.split(",")
-        assert solves_running_sum(completion, str(sum(digits)))
-        assert ",".join(block[:4] for block in blocks[:-1]) + f",{blocks[-1]}" == running_sum_solution(digits)
-        sizes = [len(block) - 4 for block in blocks[:-1]]
-        assert sum(sizes) == length - 20 and max(sizes) - min(sizes) <= 1
-    # The four characters of each step and its mark always count, free digits one in ten.
+        solution = running_sum_solution(digits)
+        assert completion.endswith(solution) and solves_running_sum(completion, str(sum(digits)))
+        assert re.fullmatch(r"([0-9]+,)?", completion.removesuffix(solution))
+    # The solution and the comma always count, digits of the block one in ten: between 5% and 20% of 32 blocks.
     counted = (targets != script.IGNORED).float().mean().item() * length
-    assert 20 <= counted < 20 + 0.2 * (length - 20) + 0.1
+    free = max(0, length - 21)
+    assert (length > 20) + 20 + 0.05 * free <= counted <= (length > 20) + 20 + 0.2 * free
+
+
+def test_the_first_half_of_the_training_is_without_a_block(script: ModuleType) -> None:
+    recipe = script.longer(script.RECIPES["demo-small"], 50)
+    assert (recipe.block_length, recipe.steps) == (30, 2000)
+    assert [script.at_step(recipe, step).completion_length for step in (1, 1000, 1001, 2000)] == [20, 20, 50, 50]
 
 
 def test_a_length_that_holds_no_solution_is_refused(script: ModuleType) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from betterhalf.config.schema import LossScaleConfig
 from betterhalf.precision.contract import Contract, SideReport, compare
-from betterhalf.precision.formats import FORMATS, formats_table
+from betterhalf.precision.formats import EMULATED, FORMATS, formats_table, round_to_format
 
 PAGE = (Path(__file__).parents[3] / "docs" / "precision.md").read_text(encoding="ascii")
 
@@ -47,7 +47,14 @@ def ablation(allow_difference: bool) -> Contract:
 
 
 def test_the_table_of_formats_is_generated() -> None:
-    assert formats_table() in PAGE
+    assert formats_table() in PAGE and formats_table(EMULATED) in PAGE
+
+
+def test_rounding_twice_differs_from_once_for_the_share_of_numbers_that_the_page_says() -> None:
+    x = torch.rand(400_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    twice = round_to_format(round_to_format(x, "bf16"), "e8m3")
+    share = float((twice != round_to_format(x, "e8m3")).double().mean())
+    assert abs(share / 2.0 ** (3 - 8) - 1) < 0.05
 
 
 def test_the_example_table_is_what_the_code_prints() -> None:

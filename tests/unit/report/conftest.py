@@ -32,7 +32,7 @@ def metrics_row(step: int, precision: str, rng: random.Random) -> dict[str, Any]
         "mismatch/ess_fraction": 1 - K3[precision] * 100,
         "mismatch/slope_per_1k": rng.gauss(0, 300 * math.sqrt(K3[precision])),
         "mismatch/accident_fraction": 2e-4 * rng.randrange(2) if precision == "bf16" else 0.0,
-        "mismatch/reverse_accident_fraction": 0.0,
+        "mismatch/accident_fraction_above": 0.0,
         "budget/predicted_ess": math.exp(-K3[precision] * 70 * step * 30),
         "budget/observed_ess": math.exp(-K3[precision] * 70 * step * 24 * (1 + rng.random() / 3)),
         "budget/max_length": 0.35 / K3[precision],
@@ -120,6 +120,10 @@ SUMMARY = {
         "fp16": {
             "passed": True,
             "final_accuracy": 0.9731,
+            "first_reward": 0.6,
+            "final_reward": 0.9712,
+            "verdict": "learned",
+            "changes": {"precision.preset": "fp16"},
             "mismatch_k3": 5.02e-8,
             "mismatch_max_abs": 1.19e-3,
             "skipped_steps": 1,
@@ -128,6 +132,10 @@ SUMMARY = {
         "bf16": {
             "passed": True,
             "final_accuracy": 0.9689,
+            "first_reward": 0.6,
+            "final_reward": 0.9655,
+            "verdict": "learned",
+            "changes": {"precision.preset": "bf16"},
             "mismatch_k3": 4.0e-6,
             "mismatch_max_abs": 1.33e-2,
             "skipped_steps": 0,
@@ -135,6 +143,35 @@ SUMMARY = {
         },
     },
 }
+
+
+COLLAPSE = {
+    "fp16": (0.97, "learned", 4e-7, {"precision.preset": "fp16"}),
+    "bf16": (0.96, "learned", 2e-5, {"precision.preset": "bf16"}),
+    "e8m2": (0.0, "collapsed", 0.25, {"precision.preset": "e8m2"}),
+    "e8m2_aligned": (0.86, "learned", 2e-8, {"precision.preset": "e8m2", "engine.rounding": "aligned"}),
+    "dual_clip": (0.7, "damaged", 0.07, {"precision.preset": "e8m2", "algorithm.surrogate.dual_clip": 3.0}),
+    "coarse_trainer": (0.01, "collapsed", 0.3, {"precision.preset": "fp32", "precision.compute_dtype": "e8m2"}),
+    "coarse_engine": (0.87, "learned", 0.03, {"precision.preset": "fp32", "precision.rollout_dtype": "e8m2"}),
+}
+"""Final reward, verdict, k3 and changes of seven arms."""
+
+
+def collapse_summary() -> dict[str, Any]:
+    """Return the summary of a run of seven arms, of which two collapse."""
+    arms = {
+        name: {
+            "passed": reward > 0.9,
+            "final_accuracy": reward,
+            "first_reward": 0.6,
+            "final_reward": reward,
+            "verdict": verdict,
+            "mismatch_k3": k3,
+            "changes": changes,
+        }
+        for name, (reward, verdict, k3, changes) in COLLAPSE.items()
+    }
+    return {"passed": True, "k3_ratio": 50.0, "arms": arms}
 
 
 def fill_sanity(path: Path, arms: tuple[str, ...] = ("fp16", "bf16"), *, steps: int = 65) -> RunDir:

@@ -73,6 +73,6 @@ def test_pages_fit_a_phone_without_a_word_on_the_console(
     seen = json.loads(found.group(1).replace("&gt;", ">").replace("&lt;", "<").replace("&amp;", "&"))
     assert seen["wide"] == []
     assert seen["width"] <= 375
-    assert seen["figures"] == 40
+    assert seen["figures"] == 43
     assert seen["small"] == 0
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []

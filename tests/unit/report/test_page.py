@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.unit.report.conftest import COLLAPSE, collapse_summary, fill_run
 
 from betterhalf.errors import InputError, RunError
 from betterhalf.report.data import load
@@ -68,8 +69,8 @@ def report(*runs: RunDir) -> Outline:
 def test_a_sanity_page_has_verdict_figures_contract_differences_and_samples(make_sanity: MakeRun) -> None:
     page = report(make_sanity())
     for expected in (
-        "fp16 0.973 \u2713 passed 5.02e-08 1.19e-03 1 85",
-        "bf16 0.969 \u2713 passed 4.00e-06 1.33e-02 0 87",
+        "fp16 0.973 \u2713 passed 0.971 \u2713 learned 5.02e-08 1.19e-03 1 85",
+        "bf16 0.969 \u2713 passed 0.966 \u2713 learned 4.00e-06 1.33e-02 0 87",
         "k3 ratio BF16 / FP16: 80.",
         "kv bf16 bf16 equal",
         "attention sdpa native reported",
@@ -117,6 +118,24 @@ def test_arms_of_several_sanity_runs_keep_their_run_in_the_name(make_sanity: Mak
     assert "D two / bf16" in page.text
 
 
+def test_a_page_of_seven_arms_begins_with_the_reward_of_each_by_name(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "collapse", resume=False)
+    for index, name in enumerate(COLLAPSE):
+        fill_run(run.arm(name).path, "bf16", steps=40, seed=index)
+    write_json_atomic(run.summary, collapse_summary())
+    text = render(load([run]))
+    page = outline(text)
+    first = text[text.index("<figure") : text.index("</figure>")]
+    assert first.startswith('<figure id="reward" class=wide>')
+    for index, name in enumerate(COLLAPSE):
+        assert re.search(rf'<text class="end s{index}" [^>]*>{name}</text>', first)
+    assert "e8m2_aligned precision.preset=e8m2 (emulated), engine.rounding=aligned" in page.text
+    assert "e8m2 0.000 \u2717 failed 0.000 \u2717 collapsed 2.50e-01" in page.text
+    assert "e8m2 is emulated: BF16 with every rounded result rounded once more" in page.text
+    keys = re.findall(r'<figure id="([^"]+)"', text)
+    assert keys[:5] == ["reward", "k3", "accidents", "ratio", "token-share"]
+
+
 def test_a_run_that_stopped_before_its_first_step_says_so(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path / "run", resume=False)
     write_json_atomic(run.environment, {})
@@ -142,7 +161,7 @@ def test_metrics_that_were_not_recorded_are_listed(tmp_path: Path) -> None:
         append_jsonl(run.metrics, {"step": step, "rollout/reward/mean": 0.5, "mismatch/k3/mean": math.nan})
     page = report(run)
     assert page.tags.count("figure") == 1
-    assert "Not recorded: Mismatch k3, Largest pi \u2212 mu" in page.text
+    assert "Not recorded: Mismatch k3, Accidents of rounding" in page.text
 
 
 def test_text_of_models_and_names_cannot_become_markup(tmp_path: Path) -> None:

@@ -7,33 +7,35 @@ import io
 import math
 from typing import Any
 
+from tests.unit.report.conftest import collapse_summary
+
 from betterhalf.report.verdict import print_verdict, verdict_rows, verdict_sentences
 
 
 def test_rows_hold_the_summary_in_order(summary: dict[str, Any]) -> None:
     assert verdict_rows(summary) == [
-        ("fp16", "0.973", "passed", "5.02e-08", "1.19e-03", "1", "85"),
-        ("bf16", "0.969", "passed", "4.00e-06", "1.33e-02", "0", "87"),
+        ("fp16", "0.973", "passed", "0.971", "learned", "5.02e-08", "1.19e-03", "1", "85"),
+        ("bf16", "0.969", "passed", "0.966", "learned", "4.00e-06", "1.33e-02", "0", "87"),
     ]
 
 
 def test_an_arm_that_did_not_finish_shows_dashes() -> None:
     rows = verdict_rows({"arms": {"fp16": {"passed": None, "mismatch_k3": math.nan}, "bf16": None}})
-    assert rows == [("fp16", "-", "incomplete", *["-"] * 4), ("bf16", "-", "incomplete", *["-"] * 4)]
+    assert rows == [(name, "-", "incomplete", "-", "incomplete", *["-"] * 4) for name in ("fp16", "bf16")]
 
 
 def test_the_ratio_is_explained_and_learning_is_described_by_the_verdicts(summary: dict[str, Any]) -> None:
     ratio, learning = verdict_sentences(summary)
     assert ratio.startswith("k3 ratio BF16 / FP16: 80.")
     assert "about 64" in ratio
-    assert learning == "Both arms learned the perfectible set: here the precisions differ in mismatch, not in learning."
+    assert learning == "Both precisions passed the test: here they differ in mismatch, not in learning."
 
 
 def test_the_sentence_on_learning_follows_the_verdicts(summary: dict[str, Any]) -> None:
     cases = {
-        (True, False): "FP16 learned the perfectible set and BF16 did not.",
-        (False, True): "BF16 learned the perfectible set and FP16 did not.",
-        (False, False): "Neither arm learned the perfectible set.",
+        (True, False): "FP16 passed the test and BF16 did not.",
+        (False, True): "BF16 passed the test and FP16 did not.",
+        (False, False): "Neither FP16 nor BF16 passed the test.",
         (True, None): "An arm is incomplete, so learning cannot be compared.",
     }
     for (fp16, bf16), expected in cases.items():
@@ -53,6 +55,15 @@ def test_the_terminal_table_is_complete_within_80_columns(summary: dict[str, Any
     lines = stream.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     text = " ".join(stream.getvalue().split())
-    assert "arm final accuracy verdict mean k3 max |pi-mu| skipped seconds" in text
-    assert "fp16 0.973 passed 5.02e-08 1.19e-03 1 85" in text
+    assert "final final arm accuracy test reward verdict mean k3 skipped seconds" in text
+    assert "fp16 0.973 passed 0.971 learned 5.02e-08 1 85" in text
     assert "not in learning." in text
+
+
+def test_seven_arms_with_long_names_fit_80_columns_and_say_what_they_change() -> None:
+    stream = io.StringIO()
+    print_verdict(collapse_summary(), stream)
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "\u2026" not in stream.getvalue()  # nothing is cut off
+    assert "dual_clip: precision.preset=e8m2 (emulated), algorithm.surrogate.dual_clip=3.0" in " ".join(lines)

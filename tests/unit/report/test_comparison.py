@@ -1,0 +1,65 @@
+"""Sentences that compare arms: what collapsed, what separates it from what did not, and what is emulated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.unit.report.conftest import SUMMARY, collapse_summary
+
+from betterhalf.report.comparison import changes_text, comparison_sentences
+
+
+def sentences(**verdicts: tuple[str, float]) -> list[str]:
+    """Return the sentences on seven arms, with some other verdicts and final rewards."""
+    arms: dict[str, dict[str, Any]] = collapse_summary()["arms"]
+    for name, (verdict, reward) in verdicts.items():
+        arms[name] |= {"verdict": verdict, "final_reward": reward}
+    return comparison_sentences(arms)
+
+
+def test_arms_that_differ_in_precision_alone_are_not_compared() -> None:
+    assert comparison_sentences(SUMMARY["arms"]) == []
+
+
+def test_a_collapse_is_described_with_what_prevents_it() -> None:
+    outcome, aligned, dual, sides, emulated = sentences()
+    assert outcome == (
+        "Reward from 0.60 in the first step to that of the last ones: learned: fp16 (0.97), bf16 (0.96), "
+        "e8m2_aligned (0.86), coarse_engine (0.87); damaged: dual_clip (0.70); collapsed: e8m2 (0.00), "
+        "coarse_trainer (0.01)."
+    )
+    assert aligned.startswith(
+        "e8m2_aligned differs from e8m2 in engine.rounding=aligned alone and learned (0.86 against 0.00; "
+        "k3 2.0e-08 against 2.5e-01). The same coarse arithmetic with less mismatch does not collapse"
+    )
+    assert dual.startswith(
+        "dual_clip differs from e8m2 in algorithm.surrogate.dual_clip=3.0 alone and did not collapse"
+    )
+    assert sides.endswith("So it is the trainer's rounding that breaks the run, not the engine's.")
+    assert emulated.startswith("e8m2 is emulated: BF16 with every rounded result rounded once more, to 2 stored")
+
+
+def test_a_collapse_that_does_not_appear_is_said() -> None:
+    outcome, sides, _ = sentences(e8m2=("learned", 0.9), coarse_trainer=("damaged", 0.5))
+    assert outcome.endswith("No arm collapsed.")
+    assert sides.endswith("So neither side alone breaks the run.")
+
+
+def test_a_setting_that_does_not_prevent_the_collapse_is_not_credited() -> None:
+    _, aligned, *_ = sentences(e8m2_aligned=("collapsed", 0.02))
+    assert aligned.startswith("e8m2_aligned differs from e8m2 in engine.rounding=aligned alone and collapsed too (0.02")
+    assert aligned.endswith("So engine.rounding is not what breaks it here.")
+    sides = sentences(coarse_engine=("collapsed", 0.0))[-2]
+    assert sides.endswith("So either side is enough to break the run.")
+
+
+def test_an_arm_without_a_verdict_is_left_out() -> None:
+    arms = collapse_summary()["arms"]
+    arms["coarse_trainer"] |= {"verdict": None, "final_reward": None, "first_reward": None}
+    assert not any("coarse_trainer" in sentence for sentence in comparison_sentences(arms))
+
+
+def test_changes_are_written_as_on_the_command_line() -> None:
+    changes = {"precision.preset": "fp32", "precision.rollout_dtype": "e8m3", "precision.allow_difference": True}
+    assert changes_text(changes) == "precision.preset=fp32, precision.rollout_dtype=e8m3 (emulated)"
+    assert changes_text({}) == "nothing"
