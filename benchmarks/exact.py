@@ -4,8 +4,8 @@
 
 Both sides start from the same weights, sample completions of one length, and take turns. `ours` is exact, `peer` is
 engine rounding: a ratio of 0.5 means that exact takes twice the time. `sample` is the rollout, `measure` the proximal
-forward pass, `train` four optimizer steps, `step` everything, the weight sync and its verification included. The largest
-absolute difference of the probabilities of trainer and engine, over all steps, is printed for both.
+forward pass, `train` four optimizer steps, `step` everything, the weight sync and its verification included. The
+largest absolute difference of the probabilities of trainer and engine, over all steps, is printed for both.
 """
 
 from __future__ import annotations
