@@ -18,6 +18,7 @@ from betterhalf.errors import InputError, RunError
 _RUN_FILES = (
     *("config.json", "environment.json", "contract.json", "metrics.jsonl", "rollouts.jsonl", "summary.json"),
     *("perfectible.jsonl", "checkpoints", "arms", "mismatch.jsonl", "watchdog.jsonl", "probe.json", "doctor.json"),
+    *("results.jsonl", "curves.jsonl"),
 )
 
 
@@ -40,8 +41,8 @@ class RunDir:
             raise InputError(f"{run.path} holds no run to resume. Leave out --resume, or name the right run_dir.")
         if not resume and run.holds_run:
             raise InputError(
-                f"{run.path} already holds a run. Continue it with --resume (train, sanity, evaluate), or choose "
-                "another run_dir=PATH."
+                f"{run.path} already holds a run. Continue it with --resume (train, sanity, evaluate, sweep), or "
+                "choose another run_dir=PATH."
             )
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -161,6 +162,25 @@ class RunDir:
     def arms(self) -> Path:
         """Folder of the arms of a sanity run; each arm has a complete run folder."""
         return self.path / "arms"
+
+    @property
+    def results(self) -> Path:
+        """Results of a sweep: a row that describes it, one for each run, and one for each combination."""
+        return self.path / "results.jsonl"
+
+    @property
+    def curves(self) -> Path:
+        """Values of chosen metrics at every step, a row for each run of a sweep."""
+        return self.path / "curves.jsonl"
+
+    @property
+    def cells(self) -> Path:
+        """Folder of the runs of a sweep; each has a complete run folder."""
+        return self.path / "runs"
+
+    def cell(self, label: str) -> RunDir:
+        """Return the run folder of one run of a sweep."""
+        return RunDir(self.cells / label)
 
     def arm(self, name: str) -> RunDir:
         """Return the run folder of one arm."""

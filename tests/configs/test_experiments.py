@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from betterhalf.config.grid import load_grid
 from betterhalf.config.load import arm_settings, config_difference, load_config, same_except
-from betterhalf.config.schema import AlgorithmConfig, ArithmeticTask
+from betterhalf.config.schema import AlgorithmConfig, ArithmeticTask, SweepConfig
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 FILES = sorted(EXPERIMENTS.rglob("*.toml"))
+SWEEPS = [file for file in FILES if file.name.endswith(".sweep.toml")]
 FP16_TWINS = [file for file in FILES if file.stem.endswith("_fp16")]
 MIXED = [file for file in FILES if file.stem.startswith("train-")]
 
@@ -26,7 +28,18 @@ def twin(file: Path) -> Path:
 
 @pytest.mark.parametrize("file", FILES, ids=relative)
 def test_every_experiment_loads(file: Path) -> None:
-    assert load_config(file).name == file.stem
+    assert load_config(file).name == file.stem.removesuffix(".sweep")
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=relative)
+def test_every_sweep_expands(file: Path) -> None:
+    grid = load_grid(file)
+    assert len(grid.cells) > 1 and {cell.config.sweep.axes == {} for cell in grid.cells} == {True}
+
+
+def test_axes_are_in_sweep_files_only() -> None:
+    with_axes = [file for file in FILES if load_config(file).sweep != SweepConfig()]
+    assert with_axes == SWEEPS != []
 
 
 def test_there_are_twins_and_none_is_alone() -> None:

@@ -240,7 +240,7 @@ def test_an_evaluation_that_fails_midway_keeps_its_results_and_continues(
     assert "the engine is gone. 128 of 150 prompts are evaluated, and kept in" in message and "--resume" in message
     assert len(read_jsonl(run / "evaluation.jsonl")) == 128 and not (run / "summary.json").exists()
 
-    assert "--resume (train, sanity, evaluate)" in ends(2, *few, f"run_dir={run}")
+    assert "--resume (train, sanity, evaluate, sweep)" in ends(2, *few, f"run_dir={run}")
     assert "started with another configuration" in ends(2, *few, "evaluate.samples=3", f"run_dir={run}", "--resume")
     ends(0, *few, f"run_dir={run}", "--resume")
     assert (run / "evaluation.jsonl").read_bytes() == (whole / "evaluation.jsonl").read_bytes()

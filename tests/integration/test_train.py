@@ -37,7 +37,7 @@ ALWAYS = {
     *(f"mismatch/{n}" for n in ("slope_per_1k", "ess_fraction", "chi2_token", "pearson", "tokens")),
     *(
         "mismatch/accident_fraction",
-        "mismatch/reverse_accident_fraction",
+        "mismatch/accident_fraction_above",
         "optim/token_share/max",
         "policy/ratio/max_negative",
     ),

@@ -82,7 +82,7 @@ def measured(trainer: PolicyTrainer, rollouts: list[Rollout], config: RunConfig)
     return [scores[index] for index in range(len(rollouts))]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "e8m3", "e8m2"])
 @pytest.mark.parametrize("name", MODELS)
 def test_both_sides_give_the_same_bits(name: str, precision: str) -> None:
     config = config_of(precision)

@@ -67,6 +67,16 @@ def _doctor(request: Request) -> Answer:
     return Answer(result=doctor_json(result), show=lambda: _show_doctor(result), passed=bool(result["passed"]))
 
 
+def _sweep(request: Request) -> Answer:
+    from betterhalf.config.grid import load_grid
+
+    load_grid(request.words[0], request.overrides)  # errors of the file show before torch is loaded
+    from betterhalf.runs.sweep import sweep
+
+    result = sweep(request.words[0], request.overrides, request.run_dir, request.options["resume"])
+    return Answer(result=result, show=lambda: _show_sweep(result), passed=not result["failed"])
+
+
 def _report(request: Request) -> Answer:
     from betterhalf.report.page import write_report
     from betterhalf.run_dir import RunDir
@@ -133,6 +143,17 @@ def _show_sanity(result: dict[str, Any]) -> None:
     print_verdict(result)
     for name, reason in result.get("reasons", {}).items():
         print(f"{name}: {reason}")
+    _show_folder(result)
+
+
+def _show_sweep(result: dict[str, Any]) -> None:
+    """Print the table of combinations, the runs that failed with their reasons, and the folder."""
+    from betterhalf.report.sweep_table import print_sweep
+    from betterhalf.run_dir import RunDir, read_jsonl
+
+    print_sweep(read_jsonl(RunDir(Path(result["run_dir"])).results))
+    for label, reason in result["failed"].items():
+        print(f"{label} failed: {reason}")
     _show_folder(result)
 
 
@@ -218,6 +239,13 @@ VERBS = {
         words="MODEL|RUN",
         num_words=(1, 1),
         help="measure avg@k and pass@k with the rollout engine; run_dir=DIR --resume continues",
+        options=(RESUME,),
+    ),
+    "sweep": Verb(
+        run=_sweep,
+        words="FILE",
+        num_words=(1, 1),
+        help="run a grid of runs, the axes and seeds of FILE, side by side; one table, one page",
         options=(RESUME,),
     ),
     "report": Verb(

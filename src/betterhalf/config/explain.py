@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from betterhalf.config import keys
+from betterhalf.config.precision import about_emulated
 from betterhalf.config.render import toml_value
 from betterhalf.config.schema import RunConfig, Section
 
@@ -129,7 +130,7 @@ def _type_of(section: type[Section]) -> str | None:
 def _choice(details: ErrorDetails, path: _Location) -> str:
     allowed = keys.choices(_annotation(path))
     hint = keys.nearest(keys.current_value(_names(path)[-1], details["input"]), allowed)
-    fix = f" Did you mean {hint}?" if hint else ""
+    fix = about_emulated(details["input"]) or (f" Did you mean {hint}?" if hint else "")
     return f"{_given(details, path)} is not one of {', '.join(map(str, allowed))}.{fix}"
 
 

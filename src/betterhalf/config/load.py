@@ -36,6 +36,13 @@ _SHARED = ("model", "task", "sanity")
 """Sections that an arm cannot change: the perfectible set belongs to them."""
 
 
+Layer = tuple[str, dict[str, Any]]
+"""(source, sparse settings): a file, the command line, or a value of a sweep's axis."""
+
+COMMAND_LINE = "command line"
+"""Source of the layers of overrides."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
     """One key whose value differs between two configurations."""
@@ -63,13 +70,29 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         ConfigError: a file is missing or malformed, `extends` forms a circle, a key is unknown, or a value is wrong.
             The message lists every error.
     """
+    return resolve_layers(read_layers(path, overrides))
+
+
+def read_layers(path: str | Path | None, overrides: Sequence[str] = ()) -> list[Layer]:
+    """Return the layers of an experiment, the defaults excluded, each with the name of its source; see `load_config`.
+
+    The first of an experiment file is its name, without `.toml` or `.sweep.toml`.
+    """
     file = resolve_experiment(path) if path is not None else None
-    layers = _file_layers(file) if file else []
-    layers += [("command line", override) for override in parse_overrides(overrides)]
-    merged, origins = _merge_layers(layers)
-    if "name" not in origins and file and file.suffix == ".toml":
-        merged["name"] = file.stem
-    config = _validate(merged, origins)
+    layers: list[Layer] = []
+    if file and file.suffix == ".toml":
+        layers.append((str(file), {"name": file.stem.removesuffix(".sweep")}))
+    layers += _file_layers(file) if file else []
+    return layers + [(COMMAND_LINE, override) for override in parse_overrides(overrides)]
+
+
+def resolve_layers(layers: Sequence[Layer]) -> RunConfig:
+    """Return the configuration of layers over the defaults; later layers win.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is wrong. The message lists every error.
+    """
+    config = _validate(*_merge_layers(layers))
     for name in config.sanity.arm:
         arm_settings(config, name)
     return config
@@ -83,12 +106,12 @@ def arm_settings(config: RunConfig, name: str) -> RunConfig:
     """
     table = config.sanity.arm.get(name)
     source = f"sanity.arm.{name}"
-    for section in () if table is None else _SHARED:
-        if section in table:
+    for section in _SHARED:
+        if table is not None and section in table:
             raise ConfigError(f"[{source}] sets {section!r}, which all arms share. Set it for the whole run.")
     layer = expand({"precision": name}) if table is None else table
     merged = _with_types(merge(_sparse(resolved_json(config)), layer), RunConfig)
-    return _validate(merged, dict.fromkeys(_flat(layer), source))
+    return _validate(merged, dict.fromkeys(flat(layer), source))
 
 
 def resolve_experiment(path: str | Path) -> Path:
@@ -118,7 +141,7 @@ def resolved_json(config: RunConfig) -> dict[str, Any]:
 
 def config_difference(left: RunConfig, right: RunConfig) -> list[Difference]:
     """Return the keys whose values differ, sorted."""
-    a, b = _flat(resolved_json(left)), _flat(resolved_json(right))
+    a, b = flat(resolved_json(left)), flat(resolved_json(right))
     changed = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
     return [Difference(key=key, left=a.get(key), right=b.get(key)) for key in changed]
 
@@ -129,7 +152,7 @@ def same_except(left: RunConfig, right: RunConfig, *prefixes: str) -> bool:
     return all(any(f"{key}.".startswith(f"{prefix}.") for prefix in prefixes) for key in changed)
 
 
-def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
     """Read a file and the files it extends, base first, each with its name."""
     resolved = path.resolve()
     if resolved in above:
@@ -177,12 +200,12 @@ def _sparse(resolved: Mapping[str, Any]) -> dict[str, Any]:
     return {**resolved, "algorithm": own_choices(section)} if isinstance(section, Mapping) else dict(resolved)
 
 
-def _merge_layers(layers: Sequence[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
+def _merge_layers(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
     """Merge all layers over the defaults; return the result and the layer that set each dotted key."""
     merged, origins = _sparse(resolved_json(RunConfig())), {}
     for source, layer in _joined(layers):
         merged = merge(_without_unlisted_arms(merged, layer), layer)
-        origins.update(dict.fromkeys(_flat(layer), source))
+        origins.update(dict.fromkeys(flat(layer), source))
     return _with_types(merged, RunConfig), origins
 
 
@@ -206,12 +229,12 @@ def _in_sanity(layer: Mapping[str, Any], key: str) -> Any:
     return section.get(key) if isinstance(section, Mapping) else None
 
 
-def _joined(layers: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+def _joined(layers: Sequence[Layer]) -> list[Layer]:
     """Expand shorthands, and join neighbours of one source (the overrides) to one layer.
 
     If each override were its own layer, `task.path=a task.type=math` would lose the path when the type changes.
     """
-    joined: list[tuple[str, dict[str, Any]]] = []
+    joined: list[Layer] = []
     for source, layer in layers:
         if joined and joined[-1][0] == source:
             joined[-1] = (source, merge(joined[-1][1], expand(layer)))
@@ -241,11 +264,11 @@ def _validate(data: Mapping[str, Any], origins: Mapping[str, str]) -> RunConfig:
         raise ConfigError(explain(error, origins)) from error
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the leaves by their dotted keys; a list is a leaf."""
     leaves: dict[str, Any] = {}
     for key, value in data.items():
-        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return leaves
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import Field, field_validator
 
 from betterhalf.config.section import Section
-from betterhalf.types import DtypeName, HalfMatmul, PairSelection
+from betterhalf.types import DtypeName, EmulatedDtype, HalfMatmul, PairSelection
 
 
 class PrecisionRoles(Section):
@@ -57,10 +58,19 @@ PairName = Annotated[str, Field(pattern=f"^({_DTYPE})/({_DTYPE})$")]
 """`TRAINER/ROLLOUT`."""
 
 PAIR_NAMES = tuple(f"{train}/{rollout}" for train in get_args(DtypeName) for rollout in get_args(DtypeName))
-"""All nine pairs."""
+"""All pairs."""
 
 PrecisionPairs = PairSelection | tuple[PairName, ...]
 """(Trainer dtype, rollout dtype) pairs that the probe measures."""
+
+
+def about_emulated(name: object) -> str:
+    """Return a sentence on a name that looks like an emulated format but is none; empty for any other name."""
+    names = get_args(EmulatedDtype)
+    if name in names or re.fullmatch(r"e\d+m\d+", str(name)) is None:
+        return ""
+    same = f" {name} is bf16 itself." if name == "e8m7" else ""
+    return f" Emulated formats have 8 exponent bits and 2 to 6 mantissa bits, {names[0]} to {names[-1]}.{same}"
 
 
 class PrecisionConfig(Section):
@@ -69,7 +79,8 @@ class PrecisionConfig(Section):
     shorthand: ClassVar[str | None] = "preset"
 
     preset: DtypeName = "fp16"
-    """Compute, wire, rollout and KV dtype."""
+    """Compute, wire, rollout and KV dtype. `e8m2` to `e8m6` are emulated on a CPU: BF16, rounded once more to 2 to 6
+    stored mantissa bits."""
     compute_dtype: DtypeName | None = None
     """Compute dtype of the trainer, if it differs from `preset`."""
     rollout_dtype: DtypeName | None = None
@@ -92,8 +103,8 @@ class PrecisionConfig(Section):
     loss_scale: LossScaleConfig = LossScaleConfig()
     """Loss scaling."""
     pairs: PrecisionPairs = "full"
-    """Pairs that `probe` measures: every trainer dtype with every rollout dtype (`full`), equal ones only (`matched`),
-    or a list of `TRAINER/ROLLOUT` such as `fp32/bf16,bf16/bf16`."""
+    """Pairs that `probe` measures: every trainer dtype of fp16, bf16 and fp32 with every rollout dtype (`full`), equal
+    ones only (`matched`), or a list of `TRAINER/ROLLOUT` such as `fp32/bf16,bf16/bf16` or `e8m3/e8m3`."""
 
     @field_validator("pairs", mode="before")
     @classmethod
@@ -108,8 +119,9 @@ class PrecisionConfig(Section):
             )
         for name in names:
             if name not in PAIR_NAMES:
+                about = next(filter(None, map(about_emulated, str(name).split("/"))), "")
                 raise ValueError(
-                    f"precision.pairs = {name!r} is not full, matched or a list of TRAINER/ROLLOUT. Write "
+                    f"precision.pairs = {name!r} is not full, matched or a list of TRAINER/ROLLOUT.{about} Write "
                     "a list such as precision.pairs=fp16/fp16,bf16/bf16."
                 )
         return tuple(names)

@@ -6,6 +6,7 @@ ratios of an algorithm, where a missing bound means the preset's, an absent one 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from betterhalf.config.schema import RunConfig
 
 _ABSENT = "none"
 """Value that makes an optional key absent."""
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _OVER_A_PRESET = ("algorithm.surrogate", "algorithm.correction")
 """Sections whose values replace those of a preset."""
 
@@ -33,28 +35,33 @@ def toml_value(value: object) -> str:
     if isinstance(value, Sequence):
         return f"[{', '.join(toml_value(item) for item in value)}]"
     if isinstance(value, Mapping):
-        present = [f"{key} = {toml_value(item)}" for key, item in value.items() if item is not None]
+        present = [f"{toml_key(key)} = {toml_value(item)}" for key, item in value.items() if item is not None]
         return f"{{ {', '.join(present)} }}" if present else "{}"
     return str(value)
 
 
+def toml_key(key: str) -> str:
+    """Return a key as TOML: in quotes, unless it consists of letters, digits, underscores and dashes."""
+    return key if _BARE_KEY.fullmatch(key) else _quoted(key)
+
+
 def _lines(section: Mapping[str, Any], name: str) -> Iterator[str]:
     """Yield a section's header and plain values, then its inner sections; the root has no header."""
-    inner = {key: value for key, value in section.items() if isinstance(value, Mapping) or _is_array(value)}
+    inner = {key: value for key, value in section.items() if (isinstance(value, Mapping) and value) or _is_array(value)}
     absent = _ABSENT if name in _OVER_A_PRESET or name.startswith("sanity.arm.") else None
     values = {key: absent if value is None else value for key, value in section.items() if key not in inner}
     plain = {key: value for key, value in values.items() if value is not None}
     if name and plain:
         yield from ("", f"[{name}]")
     for key, value in plain.items():
-        yield f"{key} = {toml_value(value)}"
+        yield f"{toml_key(key)} = {toml_value(value)}"
     for key, value in inner.items():
-        path = f"{name}.{key}" if name else key
+        path = f"{name}.{toml_key(key)}" if name else key
         if isinstance(value, Mapping):
             yield from _lines(value, path)
         for item in value if _is_array(value) else ():
             yield from ("", f"[[{path}]]")
-            yield from (f"{leaf} = {toml_value(held)}" for leaf, held in item.items() if held is not None)
+            yield from (f"{toml_key(leaf)} = {toml_value(held)}" for leaf, held in item.items() if held is not None)
 
 
 def _is_array(value: object) -> bool:

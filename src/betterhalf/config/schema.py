@@ -23,6 +23,7 @@ from betterhalf.config.run_logging import LoggingConfig
 from betterhalf.config.sampling import SamplingConfig
 from betterhalf.config.sanity import SanityConfig
 from betterhalf.config.section import Section
+from betterhalf.config.sweep import SweepConfig
 from betterhalf.config.task import ArithmeticTask, MathTask, PerfectibleTask, TaskConfig
 from betterhalf.config.training import TrainingConfig
 from betterhalf.config.watchdog import WatchdogConfig, WatchdogLevel
@@ -50,6 +51,7 @@ __all__ = [
     "SamplingConfig",
     "SanityConfig",
     "Section",
+    "SweepConfig",
     "TaskConfig",
     "TrainingConfig",
     "VllmEngineConfig",
@@ -78,6 +80,7 @@ class RunConfig(Section):
     mismatch: MismatchConfig = MismatchConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     sanity: SanityConfig = SanityConfig()
+    sweep: SweepConfig = SweepConfig()
     probe: ProbeConfig = ProbeConfig()
     doctor: DoctorConfig = DoctorConfig()
     watchdog: WatchdogConfig = WatchdogConfig()

@@ -241,7 +241,7 @@ def _metrics(statistics: _Statistics, counts_BS: Tensor) -> dict[str, Tensor]:
         "log_ratio/p99_abs": _quantile(by_d, counts_BS, tokens_B, 0.99),
         "log_ratio/max_abs": highest_BE[:, 2],
         "accident_fraction": mean["low"],
-        "reverse_accident_fraction": mean["high"],
+        "accident_fraction_above": mean["high"],
         "chi2_token": mean["chi2"],
         "pearson": _pearson(mean, highest_BE, counts_BS, statistics.equal_S),
         **_sequence_metrics(statistics, counts_BS),

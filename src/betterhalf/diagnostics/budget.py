@@ -7,7 +7,8 @@ under mu, sum d has mean -L sigma2 tau / 2 if it is normal, and
     E[w^2] = exp(L sigma2 tau)        ESS(L) = E[w]^2 / E[w^2] = exp(-L sigma2 tau)
 
 so sequence-level importance weights are useless beyond a few times 1 / (sigma2 tau) tokens, however small the KL of
-each token is. docs/mismatch.md states how well this holds, and where it fails.
+each token is. This is about such weights, not about learning: L sigma2 tau does not predict where an algorithm without
+them breaks. docs/mismatch.md states how well the prediction holds, and where it fails.
 
 Axes: C completion tokens, S sequences.
 """

@@ -61,7 +61,7 @@ _PERCENTILE = 0.99
 SIGNED = ("k1/mean", "log_ratio/mean", "sequence_log_ratio/mean", "slope_per_1k")
 POSITIVE = (*("k2/mean", "k3/mean", "prob_gap/mean_abs", "log_ratio/std", "chi2_token", "sequence_log_ratio/std"),)
 EXTREMES = ("prob_gap/max", "prob_gap/min", "log_ratio/max_abs")
-ACCIDENTS = ("accident_fraction", "reverse_accident_fraction")
+ACCIDENTS = ("accident_fraction", "accident_fraction_above")
 
 _EXTREME = "an extreme grows with the number of tokens, so there is no fixed value to bracket"
 _RARE = "accidents are too rare: in most samples a few tokens, or none, decide"

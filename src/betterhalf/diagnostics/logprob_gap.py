@@ -214,7 +214,7 @@ def _token_metrics(d_C: Tensor, trainer_C: Tensor, behavior_C: Tensor) -> dict[s
         "log_ratio/p99_abs": _quantile(d_C.abs(), 0.99),
         "log_ratio/max_abs": float(d_C.abs().max()),
         "accident_fraction": _fraction(d_C < -ACCIDENT),
-        "reverse_accident_fraction": _fraction(d_C > ACCIDENT),
+        "accident_fraction_above": _fraction(d_C > ACCIDENT),
         "chi2_token": float(torch.expm1(d_C).square().mean()),
         "pearson": _pearson(trainer_C.exp(), behavior_C.exp()),
     }

@@ -34,7 +34,7 @@ from betterhalf.diagnostics.verdict import (
     recommend,
 )
 from betterhalf.environment import environment
-from betterhalf.errors import BetterhalfError, InputError, MissingExtraError
+from betterhalf.errors import BetterhalfError, ConfigError, InputError, MissingExtraError
 from betterhalf.examine.census import CensusBatch, Reference, census_batch, reference, take_census
 from betterhalf.examine.islands import Islands, find_islands
 from betterhalf.examine.pairs import Recorder, Sample, sample_dtypes, score_pairs, write_rollouts
@@ -42,6 +42,7 @@ from betterhalf.examine.recommendation import config_text
 from betterhalf.examine.subject import Subject, open_subject
 from betterhalf.metrics.console import PhaseProgress
 from betterhalf.metrics.console import progress as show_progress
+from betterhalf.precision.formats import HARDWARE, is_emulated
 from betterhalf.report.page import write_report
 from betterhalf.rollout.build import check_engine
 from betterhalf.run_dir import RunDir, write_json_atomic
@@ -78,6 +79,7 @@ def doctor(target: str, config: RunConfig, run_dir: str | None) -> dict[str, Any
     """
     started = time.perf_counter()
     check_engine(config)
+    _require_hardware_format(config)
     with run_folder(run_dir, "doctor", Path(target).name) as run, _opened(target, config) as subject:
         with show_progress("doctor", _PHASES, mode=config.logging.console) as bar:
             result = _examine(_Examination(run=run, subject=subject, bar=bar, started=started))
@@ -86,6 +88,16 @@ def doctor(target: str, config: RunConfig, run_dir: str | None) -> dict[str, Any
         )
         write_report([run], run.report)
         return result
+
+
+def _require_hardware_format(config: RunConfig) -> None:
+    """Refuse an emulated format: the doctor recommends one that a processor computes in."""
+    name = config.precision.preset
+    if is_emulated(name):
+        raise ConfigError(
+            f"doctor examines {', '.join(HARDWARE)}, not the emulated format {name}; leave out precision={name}, or "
+            f"measure its mismatch with `betterhalf probe MODEL precision.pairs={name}/{name}`"
+        )
 
 
 def doctor_json(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ Groups = Sequence[tuple[Prompt, tuple[Completion, ...]]]
 """Prompts, each with its siblings."""
 
 TRAINER_DTYPES: tuple[DtypeName, ...] = ("fp32", "fp16", "bf16")
-"""Dtypes of the trainers to compare, the reference first."""
+"""Dtypes of the trainers to compare, the reference first; those of the rollouts follow."""
 
 PLAIN: PresetName = "reinforce"
 """Algorithm without weights: log pi times advantage over a constant length."""
@@ -81,7 +81,7 @@ def measure_gradients(
     batches, kind = _batches(subject, rollouts)
     base: DtypeName = "fp32" if "fp32" in batches else next(iter(batches))
     comparison = _Comparison(subject=subject, batches=batches, base=base, advance=advance)
-    for dtype in TRAINER_DTYPES:
+    for dtype in dict.fromkeys((*TRAINER_DTYPES, *rollouts)):
         comparison.add(dtype)
         # Parameters and their hooks refer to each other; the next trainer needs this one's memory.
         collect_garbage()

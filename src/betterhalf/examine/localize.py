@@ -19,6 +19,7 @@ from betterhalf.config.schema import NativeEngineConfig
 from betterhalf.diagnostics.divergence import (
     HINTS,
     Difference,
+    Side,
     Sizes,
     Trace,
     Yardstick,

@@ -20,6 +20,7 @@ from betterhalf.metrics.console import progress
 from betterhalf.rollout.build import check_engine
 from betterhalf.run_dir import RunDir
 from betterhalf.setup.folder import run_folder
+from betterhalf.setup.model_checks import check_emulation
 from betterhalf.types import DtypeName, HardwareDtype, Prompt
 
 __all__ = ["measure_pairs", "probe", "probe_json", "wanted_pairs"]
@@ -101,6 +102,7 @@ def _probe_model(
     started = time.perf_counter()
     pairs = wanted_pairs(config)
     check_engine(config)
+    check_emulation(config, [name for pair in pairs for name in pair])
     with (
         run_folder(run_dir, "probe", Path(target).name) as run,
         _open_short(target, config, grades=gradient) as subject,

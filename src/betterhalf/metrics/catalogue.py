@@ -101,7 +101,7 @@ _MISMATCH = (
         _ACCIDENTS,
     ),
     Metric(
-        "mismatch/reverse_accident_fraction",
+        "mismatch/accident_fraction_above",
         "share",
         "Tokens with log_ratio above 3: the trainer finds them 20 times more likely than the engine did. An engine "
         "that errs so rarely samples the token, so these are rarer.",

@@ -85,6 +85,7 @@ class BlockedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, operands: torch.dtype
     ) -> Tensor:
+        """Attend in blocks of queries."""
         ctx.save_for_backward(q, k, v)
         ctx.scale, ctx.window, ctx.operands = scale, window, operands
         queries, keys, values = by_key_head(q, k.shape[1], scale), flat(k), flat(v).to(operands)
@@ -98,6 +99,7 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        """Compute each block's probabilities again, and from them the gradients of q, k and v."""
         q, k, v = ctx.saved_tensors
         queries, keys, values = by_key_head(q, k.shape[1], ctx.scale), flat(k), flat(v)
         unscaled, grads = (by_key_head(x, k.shape[1], 1.0) for x in (q, grad_outputs[0]))

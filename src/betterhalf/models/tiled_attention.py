@@ -82,7 +82,7 @@ def decode_tiles(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Ten
 
 def by_tile(hidden: Tensor) -> Tensor:
     """Split the keys of a mask into tiles: bool [B, J * KEYS] -> [J, B, 1, KEYS]."""
-    return hidden.unflatten(-1, (-1, KEYS)).transpose(0, 1).unsqueeze(2)
+    return hidden.view(hidden.shape[0], -1, 1, KEYS).transpose(0, 1)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
@@ -94,11 +94,11 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
     if missing:
         q = F.pad(q, (0, 0, 0, missing))
         hidden = hidden if hidden.shape[2] == 1 else F.pad(hidden, (0, 0, 0, missing))
-    scores = torch.stack([batched_product(q, tile.transpose(1, 2)) for tile in keys.split(KEYS, 1)])
+    scores = torch.stack([batched_product(q, tile.transpose(1, 2)) for tile in torch.split(keys, KEYS, 1)])
     scores.masked_fill_(hidden, float("-inf"))
     weights = scores.sub_(scores.amax((0, 3), keepdim=True)).exp_()
     total, mixed = torch.zeros_like(q[..., 0]), torch.zeros_like(q)
-    for weight, tile in zip(weights, values.split(KEYS, 1), strict=True):
+    for weight, tile in zip(weights, torch.split(values, KEYS, 1), strict=True):
         total += weight.sum(-1)
         mixed += batched_product(weight, tile)
     return mixed.div_(total.unsqueeze(-1))[:, :rows, :dim]
@@ -116,7 +116,7 @@ def _hidden(row: int, last_row: int, group: int, before: int, key: int, last_key
     positions = before + torch.arange(row, last_row) // group
     distance = positions[:, None] - torch.arange(key, last_key)[None, :]
     hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
-    return hidden.unflatten(-1, (-1, KEYS)).transpose(0, 1).unsqueeze(1)
+    return hidden.view(hidden.shape[0], 1, -1, KEYS).permute(2, 1, 0, 3)
 
 
 def _row_blocks(rows: int, dim: int) -> Iterator[slice]:
@@ -178,8 +178,8 @@ def _trial(dim: int, size: int, shift: int = 0, heads: int = _HEADS) -> Tensor:
     parts = [
         [
             torch.cat((batched_product(x, k[:, tile].transpose(1, 2)), batched_product(w, v[:, tile])), -1)
-            for x, w in zip(q_part.roll(shift, 1).split(size, 1), w_part.roll(shift, 1).split(size, 1), strict=True)
+            for x, w in zip(*(torch.split(part.roll(shift, 1), size, 1) for part in (q_part, w_part)), strict=True)
         ]
-        for q_part, w_part, k, v in zip(*(x.split(heads) for x in (q, weights, keys, values)), strict=True)
+        for q_part, w_part, k, v in zip(*(torch.split(x, heads) for x in (q, weights, keys, values)), strict=True)
     ]
     return torch.cat([torch.cat(blocks, 1) for blocks in parts]).roll(-shift, 1)

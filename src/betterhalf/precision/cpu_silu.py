@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 
 def silu(x: Tensor) -> Tensor:
@@ -41,7 +42,14 @@ class CpuSilu(nn.Module):
         return out
 
 
-def use_cpu_silu(decoder: Any) -> None:
-    """Replace, in place, the activation of every layer's MLP in a transformers decoder whose activation is SiLU."""
-    for layer in decoder.layers:
-        layer.mlp.act_fn = CpuSilu()
+def use_cpu_silu(module: nn.Module) -> int:
+    """Replace, in place, every SiLU inside `module`, and return their number."""
+    found = [
+        (parent, name)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if type(child) in (nn.SiLU, SiLUActivation)
+    ]
+    for parent, name in found:
+        setattr(parent, name, CpuSilu())
+    return len(found)

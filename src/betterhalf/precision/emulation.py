@@ -147,6 +147,7 @@ _MOVES = frozenset(
         *("clone", "cat", "stack", "index", "index_select", "gather", "embedding", "constant_pad_nd", "repeat"),
         *("slice_backward", "select_backward", "neg", "alias", "lift_fresh", "zeros", "zeros_like", "new_zeros"),
         *("ones", "ones_like", "new_ones", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+        "_unsafe_view",
     )
 )
 """Operations whose results are numbers that exist already; they need no rounding. Views are recognised as such."""

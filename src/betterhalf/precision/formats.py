@@ -128,18 +128,18 @@ def formats_table(names: Iterable[DtypeName] = HARDWARE) -> str:
 
 
 def narrowest_format(x: Tensor) -> DtypeName:
-    """Return the coarsest half format that represents all of `x` exactly, BF16 before FP16; `fp32` if none does.
+    """Return the coarsest half format that represents all values of `x` exactly, BF16 before FP16; `fp32` if none does.
 
     A few dozen values computed in one format are not representable in another by chance, so this shows which format a
     computation was rounded to, even when its half values are held in FP32 tensors. Zeros and non-finite values are
     ignored. With fewer than 16 other values the result is the tensor's dtype; an emulated format, which BF16 values are
-    more likely to fit, takes 32.
+    more likely to fit, takes 24.
     """
     telling = x[x.isfinite() & (x != 0)]
     if telling.numel() < 16:
         return dtype_name(x.dtype)
     halves: tuple[DtypeName, ...] = ("bf16", "fp16")
-    candidates = (*EMULATED, *halves) if telling.numel() >= 32 else halves
+    candidates = (*EMULATED, *halves) if telling.numel() >= 24 else halves
     return next((name for name in candidates if is_on_grid(telling, name)), "fp32")
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from betterhalf.config.schema import PrecisionConfig, PrecisionRoles
-from betterhalf.precision.formats import torch_dtype
+from betterhalf.errors import ConfigError
+from betterhalf.precision.formats import is_emulated, torch_dtype
 from betterhalf.precision.islands import Islands, resolve_islands
 from betterhalf.precision.products import has_native_matmul
 from betterhalf.types import DtypeName
@@ -70,16 +71,27 @@ def build_precision(config: PrecisionConfig, device: torch.device, *, exact: boo
     """Resolve the configured roles for one device; for a GPU, also tell torch to keep sums in FP32.
 
     Set `exact` for `RunConfig.exact`.
+
+    Raises:
+        ConfigError: a role has an emulated format, and the device is a GPU.
     """
+    roles = config.roles()
     if device.type == "cuda":
+        _refuse_emulation(roles)
         _keep_fp32_sums()
     return Precision(
-        roles=config.roles(),
+        roles=roles,
         device=device,
         half_matmul=config.half_matmul,
         fp32_modules=config.fp32_modules,
         exact=exact,
     )
+
+
+def _refuse_emulation(roles: PrecisionRoles) -> None:
+    emulated = next(filter(is_emulated, roles.model_dump().values()), None)
+    if emulated is not None:
+        raise ConfigError(f"{emulated} is an emulated format, and it is emulated on a CPU only; set device=cpu")
 
 
 def _keep_fp32_sums() -> None:

@@ -10,7 +10,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from betterhalf.errors import InputError
-from betterhalf.report.fields import number
+from betterhalf.report.fields import mapping, number
 from betterhalf.run_dir import RunDir, read_json, read_jsonl
 
 _TAG_LENGTH = 6
@@ -73,6 +73,20 @@ class Study:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """Results of a sweep, from its two files of results alone."""
+
+    name: str
+    """Name of the folder."""
+    index: int
+    """Position on the page, which makes the keys of its figures unique."""
+    rows: list[dict[str, Any]]
+    """`results.jsonl`."""
+    curves: list[dict[str, Any]]
+    """`curves.jsonl`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReportData:
     """Everything the page shows."""
 
@@ -86,6 +100,8 @@ class ReportData:
     """Folders with a `probe.json`."""
     doctors: list[Study]
     """Folders with a `doctor.json`."""
+    sweeps: list[Sweep]
+    """Folders with a `results.jsonl`."""
     environment: dict[str, Any]
     """Environment of the first run that recorded one."""
 
@@ -104,19 +120,25 @@ def load(runs: Sequence[RunDir | Path | str]) -> ReportData:
     named = [pair for run in runs_of_steps for pair in _arms_of(run, _folder_name(run), len(runs_of_steps) > 1)]
     tags = _tags([name for name, _ in named])
     arms = [_read_arm(run, name, tags[index], index) for index, (name, run) in enumerate(named)]
-    environments = [*(_optional(run.environment) for run in opened), *(arm.environment for arm in arms), {}]
+    sweeps = [_read_sweep(run, index) for index, run in enumerate(opened) if run.results.exists()]
+    machines = [dict(mapping(row, "machine")) for sweep in sweeps for row in sweep.rows[:1]]
+    recorded = [*(_optional(run.environment) for run in opened), *(arm.environment for arm in arms)]
+    environments = [*recorded, *machines, {}]
     return ReportData(
         titles=titles,
         summaries={_folder_name(run): _optional(run.summary) for run in runs_of_steps if run.summary.exists()},
         arms=arms,
         probes=probes,
         doctors=doctors,
+        sweeps=sweeps,
         environment=next((found for found in environments if found), {}),
     )
 
 
 def _has_steps(run: RunDir) -> bool:
-    """Return whether the folder is shown as a run: it is, unless it only holds results of `probe` or `doctor`."""
+    """Return whether the folder is shown as a run: it is, unless it only holds results of another verb."""
+    if run.results.exists():
+        return False
     only_studied = any((run.path / name).exists() for name in ("probe.json", "doctor.json"))
     return run.metrics.exists() or run.arms.is_dir() or not only_studied
 
@@ -141,6 +163,10 @@ def _read_study(run: RunDir, path: Path, index: int) -> Study:
         contract=_optional(run.contract),
         environment=_optional(run.environment),
     )
+
+
+def _read_sweep(run: RunDir, index: int) -> Sweep:
+    return Sweep(name=_folder_name(run), index=index, rows=read_jsonl(run.results), curves=read_jsonl(run.curves))
 
 
 def _arms_of(run: RunDir, title: str, several: bool) -> list[tuple[str, RunDir]]:

@@ -63,13 +63,13 @@ FIGURES = (
         smooth=True,
         show_band=True,
         caption="KL(mu || pi) of engine (mu) and trainer (pi) over sampled tokens, at the same weights, before any "
-        "update. Healthy: level, in the shaded band. Growth over many steps precedes a collapse.",
+        "update. Healthy: level, in the shaded band. In arXiv 2510.26788 it grows before a run collapses.",
     ),
     FigureSpec(
         key="accidents",
         title="Accidents of rounding",
         unit="share of tokens",
-        metrics=("mismatch/accident_fraction", "mismatch/reverse_accident_fraction"),
+        metrics=("mismatch/accident_fraction", "mismatch/accident_fraction_above"),
         include=(0.0,),
         smooth=True,
         show_band=True,

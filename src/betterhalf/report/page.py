@@ -16,10 +16,13 @@ from betterhalf.report.markup import figures, note, notice, section
 from betterhalf.report.mismatch import mismatch_figures
 from betterhalf.report.probe_page import probe_section
 from betterhalf.report.style import STYLE
+from betterhalf.report.sweep_page import sweep_section
 from betterhalf.report.tables import config_differences, contracts, environment_line, legend, verdicts
 from betterhalf.report.timing import timing_figure
 from betterhalf.report.tokens import samples, token_figures
 from betterhalf.run_dir import RunDir, write_text_atomic
+
+_SETTINGS = ("Settings", "Settings that differ")
 
 # The page shows text that a model wrote, and may be opened anywhere: it must not run or load anything.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -57,9 +60,10 @@ def render(data: ReportData) -> str:
             f"<p class=lead>{_subject(folders)}</p></header><main>",
             *(doctor_section(study, several) for study in data.doctors),
             *(probe_section(study, several) for study in data.probes),
+            *(sweep_section(sweep, several) for sweep in data.sweeps),
             _runs(data) if data.arms else "",
             section("Precision contract", contracts(folders) or ("<p>No contract recorded.</p>" if data.arms else "")),
-            section("Settings that differ" if len(folders) > 1 else "Settings", config_differences(folders)),
+            section(_SETTINGS[len(folders) > 1], config_differences(folders)) if folders else "",
             section("Completions", _samples(data.arms)) if data.arms else "",
             section("Environment", f"<p class=note>{environment_line(data.environment)}</p>"),
             "</main>",

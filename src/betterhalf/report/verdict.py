@@ -34,6 +34,8 @@ _STYLES = {
     "passed": "bold green",
     "failed": "bold red",
     "learned": "bold green",
+    "dips": "bold yellow",
+    "flat": "bold yellow",
     "damaged": "bold yellow",
     "collapsed": "bold red",
     "incomplete": "bold yellow",

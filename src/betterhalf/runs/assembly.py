@@ -78,7 +78,7 @@ def assemble(
         CheckpointError: the trained weights are of another model.
         InputError: the model, the data set or the combination of settings cannot work.
     """
-    algorithm = _checked_algorithm(config, evaluating=evaluating)
+    algorithm = checked_algorithm(config, evaluating=evaluating)
     described = _checked_model(config)
     task = load_task(described, config, rows=rows)
     try:
@@ -113,12 +113,12 @@ def check_before_weights(config: RunConfig) -> None:
     Raises:
         InputError: the settings contradict each other, or the model or the machine cannot run them.
     """
-    _checked_algorithm(config, evaluating=False)
+    checked_algorithm(config, evaluating=False)
     _checked_model(config)
     require_engine(config, choose_device(config))
 
 
-def _checked_algorithm(config: RunConfig, *, evaluating: bool) -> Algorithm:
+def checked_algorithm(config: RunConfig, *, evaluating: bool) -> Algorithm:
     """Return the resolved algorithm, after every check that needs the configuration alone."""
     if not evaluating:
         require_whole_distribution(config.sampling)

@@ -28,8 +28,9 @@ def public_name(error: BetterhalfError) -> str:
 def _functions() -> dict[str, Callable[..., Any]]:
     """Return the function of each kind of job; imported late, because threads must be chosen before torch loads."""
     from betterhalf.runs.sanity import run_arm
+    from betterhalf.runs.sweep_cell import run_cell
 
-    return {"arm": run_arm}
+    return {"arm": run_arm, "cell": run_cell}
 
 
 def outcome(job: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from betterhalf.config.load import arm_settings, config_difference, resolved_json
 from betterhalf.config.schema import PerfectibleTask, RunConfig, SanityConfig
-from betterhalf.diagnostics.learning import final_reward, learning_verdict
+from betterhalf.diagnostics.learning import FINAL_STEPS, reward_course
 from betterhalf.environment import environment
 from betterhalf.errors import (
     BetterhalfError,
@@ -184,11 +184,8 @@ def learning(arm: RunDir) -> dict[str, Any]:
     rewards = [row["rollout/reward/mean"] for row in (read_jsonl(arm.metrics) if arm.metrics.exists() else [])]
     if not rewards:
         return {"first_reward": None, "final_reward": None, "verdict": None}
-    return {
-        "first_reward": rewards[0],
-        "final_reward": final_reward(rewards),
-        "verdict": learning_verdict(rewards),
-    }
+    course = reward_course(rewards, FINAL_STEPS)
+    return {"first_reward": course.first, "final_reward": course.final, "verdict": course.outcome}
 
 
 def k3_ratio(arms: Mapping[str, dict[str, Any]]) -> float | None:

@@ -145,7 +145,7 @@ def _may_change(key: str) -> bool:
     section, _, rest = key.partition(".")
     if section == "task":
         return rest.removeprefix("base.") in RESUMABLE_KEYS
-    return section in ("watchdog", "logging") or key == "sanity.arms_at_once"
+    return section in ("watchdog", "logging") or key in ("sanity.arms_at_once", "sweep.keep_checkpoints")
 
 
 def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from betterhalf.run_dir import RunDir
 
-_RESUMABLE = ("train", "sanity", "evaluate")
+_RESUMABLE = ("train", "sanity", "evaluate", "sweep")
 """Verbs that take --resume."""
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from betterhalf.config.schema import ModelConfig, RunConfig
-from betterhalf.errors import ContractError, InputError
+from betterhalf.errors import ConfigError, ContractError, InputError
 from betterhalf.metrics.console import OutputMode, show_note
 from betterhalf.models.description import ModelDescription, ModelFacts
 from betterhalf.models.stop_tokens import require_in_vocabulary
+from betterhalf.precision.formats import is_emulated
 from betterhalf.precision.islands import resolve_islands
 from betterhalf.rollout.build import capabilities, check_architecture, check_engine_roles
+from betterhalf.setup.device import choose_device
 from betterhalf.training.policy_trainer import require_no_dropout
+from betterhalf.types import DtypeName
 
 
 def check_roles(config: RunConfig, where: str = "") -> None:
@@ -21,17 +26,42 @@ def check_roles(config: RunConfig, where: str = "") -> None:
 
     Raises:
         ContractError: the roles differ without `precision.allow_difference`.
-        ConfigError: the engine cannot apply a role: vLLM keeps keys and values in the dtype it computes in.
+        ConfigError: the engine cannot apply a role (vLLM keeps keys and values in the dtype it computes in, and
+            `engine.rounding=exact` needs one format for all); or a format is emulated where that is impossible.
     """
     roles = config.precision.roles()
     used = {key: getattr(roles, key) for key in ("compute_dtype", "rollout_dtype", "wire_dtype", "kv_dtype")}
+    listed = ", ".join(f"{key} {dtype}" for key, dtype in used.items())
+    if config.exact and len(set(used.values())) > 1:
+        raise ConfigError(
+            f"engine.rounding=exact needs one format on both sides{where} ({listed}); leave out the precision.*_dtype "
+            "settings, or set engine.rounding=aligned"
+        )
     if len(set(used.values())) > 1 and not config.precision.allow_difference:
-        listed = ", ".join(f"{key} {dtype}" for key, dtype in used.items())
         raise ContractError(
             f"trainer and rollout engine would differ in precision{where} ({listed}); leave out the "
             "precision.*_dtype settings, or set precision.allow_difference=true if this ablation is intended"
         )
     check_engine_roles(config)
+    check_emulation(config, used.values())
+
+
+def check_emulation(config: RunConfig, names: Iterable[DtypeName]) -> None:
+    """Refuse emulated formats among `names` where nothing emulates them.
+
+    Raises:
+        ConfigError: the engine is vLLM, the device is a GPU, or layers are to be compiled.
+    """
+    emulated = next(filter(is_emulated, names), None)
+    if emulated is None:
+        return
+    for wrong, problem, fix in (
+        (config.engine.type != "native", f"engine={config.engine.type} cannot emulate it", "engine=native"),
+        (config.training.compile_layers, "compiled layers cannot round to it", "training.compile_layers=false"),
+        (choose_device(config).type != "cpu", "it is emulated on a CPU only", "device=cpu"),
+    ):
+        if wrong:
+            raise ConfigError(f"{emulated} is an emulated format, and {problem}; set {fix}, or use precision=bf16")
 
 
 def check_model(model: ModelDescription, config: RunConfig, *, samples: bool = True) -> None:

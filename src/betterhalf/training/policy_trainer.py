@@ -71,7 +71,7 @@ class PolicyTrainer:
         use_cpu_linear(self.module, precision)
         use_cpu_embedding(self.module, precision)
         if precision.exact:
-            use_cpu_silu(self.module.get_decoder())
+            use_cpu_silu(self.module)
         coverage.require_covered(self.module, precision)
         sums = precision.fp32_sums(precision.roles.compute_dtype)
         head_dim = _head_dim(self.module.config)

@@ -40,7 +40,7 @@ class Head:
     """Operand of the logits: FP32 on a CPU, the leaf's values in the compute dtype on a GPU."""
     grad_weight: Tensor
     """Operand of the gradient's products: FP32, or half where the hardware multiplies half numbers."""
-    tiled_weight: Tensor | None
+    tiled_weight: Tensor | None = None
     """`logits_weight` as `packed`, if the logits of a row must not depend on the other rows; else None."""
 
     def logits(self, hidden_CH: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class LogitsWorkspace:
         self._memory = torch.empty(0)
         self._gradient = torch.empty(0)
 
-    def multiply(self, hidden_CH: Tensor, weight_VH: Tensor, tiled_VH: Tensor | None) -> Tensor:
+    def multiply(self, hidden_CH: Tensor, weight_VH: Tensor, tiled_VH: Tensor | None = None) -> Tensor:
         """Compute `Head.logits` of a chunk; on a CPU the result is valid until the next use."""
         self.uses += 1
         if tiled_VH is not None:

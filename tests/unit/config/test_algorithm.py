@@ -37,6 +37,7 @@ def changes(*overrides: str, preset: str) -> dict[str, Any]:
     [
         ("grpo", "surrogate.upper=1.2", {"surrogate.upper": 1.2}),
         ("grpo", "surrogate.lower=0.7", {"surrogate.lower": 0.7}),
+        ("grpo", "surrogate.dual_clip=3", {"surrogate.dual_clip": 3.0}),
         ("dapo", "surrogate.dual_clip=3", {"surrogate.dual_clip": 3.0}),
         ("dapo", "surrogate.dual_clip=none", {"surrogate.dual_clip": None}),
         ("dppo_tv", "surrogate.probability_gap=0.1", {"surrogate.probability_gap": 0.1}),

@@ -79,7 +79,7 @@ def test_accidents_are_counted_on_each_side_of_a_factor_of_twenty() -> None:
     # exp(3) = 20.1: of eight tokens one is beyond it above, three below; exactly 3 is not beyond.
     ds = [-3.001, -20.0, -3.25, -3.0, 0.0, 3.0, 2.999, 3.001]
     found = metrics([-30.0 + d for d in ds], [-30.0] * 8, [0, 0, 0, 1, 1, 1, 1, 1], 2)
-    assert (found["accident_fraction"], found["reverse_accident_fraction"]) == (3 / 8, 1 / 8)
+    assert (found["accident_fraction"], found["accident_fraction_above"]) == (3 / 8, 1 / 8)
 
 
 def test_identical_logprobs_have_no_mismatch_at_all() -> None:

@@ -32,7 +32,7 @@ def metrics_row(step: int, precision: str, rng: random.Random) -> dict[str, Any]
         "mismatch/ess_fraction": 1 - K3[precision] * 100,
         "mismatch/slope_per_1k": rng.gauss(0, 300 * math.sqrt(K3[precision])),
         "mismatch/accident_fraction": 2e-4 * rng.randrange(2) if precision == "bf16" else 0.0,
-        "mismatch/reverse_accident_fraction": 0.0,
+        "mismatch/accident_fraction_above": 0.0,
         "budget/predicted_ess": math.exp(-K3[precision] * 70 * step * 30),
         "budget/observed_ess": math.exp(-K3[precision] * 70 * step * 24 * (1 + rng.random() / 3)),
         "budget/max_length": 0.35 / K3[precision],

@@ -1,0 +1,222 @@
+"""Emulated formats in trainer and engine: seven stored bits are BF16 itself, and fewer are on the grid everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tests.parity.test_islands import fixed_packs, gaps, half, k3, logprobs, random_model, wings
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from betterhalf.algorithms.presets import PRESETS
+from betterhalf.config.schema import RunConfig
+from betterhalf.models.loading import load_model
+from betterhalf.precision import formats
+from betterhalf.precision.contract import compare
+from betterhalf.precision.formats import FormatFacts, is_on_grid
+from betterhalf.rollout.build import build_engine
+from betterhalf.runs.assembly import Parts, assemble
+from betterhalf.runs.loop import train_step
+from betterhalf.runs.progress import Progress
+from betterhalf.runs.weight_sync import sync_weights
+from betterhalf.training.policy_trainer import PolicyTrainer
+from betterhalf.types import Denominators
+
+MATMULS = ("native", "fp32_sums")
+DENOMINATORS = Denominators(sequences=8, tokens=160, max_tokens=20)
+
+
+# -- seven stored bits
+
+
+def demo_parts(matmul: str, name: str, rounding: str) -> Parts:
+    """Return the parts of a run of the demo model in BF16, or in the format `name` instead of it."""
+    config = RunConfig.model_validate(
+        {
+            "model": {"name": "demo"},
+            "precision": {"preset": "bf16", "half_matmul": matmul},
+            "engine": {"rounding": rounding},
+            "task": {"type": "arithmetic", "num_prompts": 16},
+            "sampling": {"max_tokens": 30},
+            "training": {"steps": 3, "prompts_per_step": 4, "group_size": 4, "optimizer_steps": 2},
+            "optimizer": {"learning_rate": 1e-3},
+            "logging": {"console": "quiet"},
+        }
+    )
+    parts = assemble(config)
+    half_roles = dict.fromkeys(("compute_dtype", "wire_dtype", "rollout_dtype", "kv_dtype"), name)
+    # `model_copy` does not validate, and so takes a name that no configuration can have.
+    precision = replace(parts.precision, roles=parts.precision.roles.model_copy(update=half_roles))
+    model = load_model(config.model)
+    engine = build_engine(config, model.hf_config, model.stop_token_ids, precision)
+    return replace(
+        parts,
+        precision=precision,
+        engine=engine,
+        trainer=PolicyTrainer(model, config=config, precision=precision),
+    )
+
+
+def three_steps(parts: Parts) -> tuple[list[dict[str, Any]], dict[str, Tensor], dict[str, str]]:
+    """Return metrics of three steps, and the masters and the engine's digests after them."""
+    sync_weights(parts)
+    progress, rows = Progress(policy_version=0), []
+    for _ in range(3):
+        result = train_step(parts, progress)
+        progress = result.progress
+        rows.append({key: v for key, v in result.metrics.items() if not key.startswith(("time/", "system/"))})
+    parts.task.close()
+    return rows, parts.trainer.state().model, parts.engine.digests()
+
+
+@pytest.mark.parametrize("rounding", ["engine", "aligned"])
+@pytest.mark.parametrize("matmul", MATMULS)
+def test_seven_stored_bits_are_bf16_bit_for_bit_over_a_run(
+    matmul: str, rounding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(formats.FORMATS, "e8m7", FormatFacts(significand_bits=8, exponent_bits=8))  # type: ignore[misc]
+    rows, weights, digests = three_steps(demo_parts(matmul, "e8m7", rounding))
+    expected_rows, expected_weights, expected_digests = three_steps(demo_parts(matmul, "bf16", rounding))
+    assert [repr(row) for row in rows] == [repr(row) for row in expected_rows]
+    assert all(torch.equal(weights[name], expected) for name, expected in expected_weights.items())
+    assert digests == expected_digests
+    assert rows[-1]["policy/version"] == 6
+
+
+# -- the grid
+
+
+class _Results(TorchDispatchMode):
+    """Keep every BF16 result that operations return, to be looked at once a surrounding mode has rounded it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[tuple[str, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for part in out if isinstance(out, tuple | list) else (out,):
+            # Memory that is only allocated may hold anything.
+            if isinstance(part, Tensor) and part.dtype == torch.bfloat16 and "empty" not in func.name():
+                self.kept.append((func.name(), part))
+        return out
+
+
+@contextmanager
+def every_result_is_on_grid(name: Any) -> Iterator[_Results]:
+    with _Results() as seen:
+        yield seen
+    for operation, result in seen.kept:
+        values = result.coalesce().values() if result.is_sparse else result
+        assert is_on_grid(values.detach(), name), operation
+
+
+def e8m3(matmul: str = "fp32_sums", *islands: str) -> dict[str, Any]:
+    return half("e8m3", *islands) | {"half_matmul": matmul}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("matmul", MATMULS)
+def test_every_bf16_tensor_of_a_pass_forward_and_backward_is_on_the_grid(family: str, matmul: str) -> None:
+    trainer, _, _ = wings(random_model(family), e8m3(matmul))
+    packs = fixed_packs(trainer.config)
+    with every_result_is_on_grid("e8m3") as seen:
+        trainer.forward_backward(packs, PRESETS["reinforce"], DENOMINATORS)
+        trainer.measure(packs)
+    assert {"aten::_to_copy", "aten::mul.Tensor", "aten::add.Tensor", "aten::silu_backward"} <= {
+        x for x, _ in seen.kept
+    }
+    trainer.optim_step(1e-2)
+    for name, parameter in trainer.weights.computing():
+        assert is_on_grid(parameter, "e8m3"), name
+    with every_result_is_on_grid("e8m3"):
+        trainer.forward_backward(packs, PRESETS["reinforce"], DENOMINATORS)
+
+
+def test_the_check_sees_a_pass_that_is_not_rounded() -> None:
+    trainer, _, _ = wings(random_model(), {"preset": "bf16"})
+    with pytest.raises(AssertionError, match="aten::"), every_result_is_on_grid("e8m6"):
+        trainer.measure(fixed_packs(trainer.config))
+
+
+@pytest.mark.parametrize("matmul", MATMULS)
+def test_measured_logprobs_are_those_of_training_and_differ_from_bf16(matmul: str) -> None:
+    trainer, _, _ = wings(random_model(), e8m3(matmul))
+    for pack in fixed_packs(trainer.config):
+        assert torch.equal(trainer.measure([pack])[0].logprobs_C, trainer.score(pack).detach())
+    plain, _, _ = wings(random_model(), {"preset": "bf16", "half_matmul": matmul})
+    assert (logprobs(plain) - logprobs(trainer)).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("island", ["model.layers.1.mlp", "model.layers.1.self_attn"])
+def test_islands_and_checkpointing_work_in_an_emulated_format(island: str) -> None:
+    trainer, engine, _ = wings(random_model(), e8m3("fp32_sums", island))
+    packs = fixed_packs(trainer.config)
+    with every_result_is_on_grid("e8m3"):
+        trainer.forward_backward(packs, PRESETS["reinforce"], DENOMINATORS)
+    again, _, _ = wings(random_model(), e8m3("fp32_sums", island), activation_checkpointing=True)
+    again.forward_backward(packs, PRESETS["reinforce"], DENOMINATORS)
+    for (name, found), (_, expected) in zip(again.weights.gradients(), trainer.weights.gradients(), strict=True):
+        assert torch.equal(found, expected), name
+    assert compare(trainer.report(), engine.report(), allow_difference=False).ok
+
+
+# -- both sides
+
+
+@pytest.mark.parametrize("rounding", ["engine", "aligned"])
+@pytest.mark.parametrize("matmul", MATMULS)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_every_operation_of_the_engine_is_on_the_grid_and_the_contract_shows_it(
+    family: str, matmul: str, rounding: str
+) -> None:
+    trainer, engine, _ = wings(random_model(family), e8m3(matmul), rounding)
+
+    def tap(operation: str, layer: int | None, value: Tensor) -> Tensor:
+        assert is_on_grid(value, "e8m3"), (operation, layer)
+        return value
+
+    engine.decoder.tap = tap
+    gaps(trainer, engine)
+    contract = compare(trainer.report(), engine.report(), allow_difference=False)
+    assert contract.ok and trainer.report().digests == engine.digests()
+    rows = {row.region: (row.trainer, row.engine) for row in contract.rows}
+    assert all(rows[region] == ("e8m3", "e8m3") for region in ("compute", "wire", "kv", "held weights", "norm"))
+    assert "emulated" in contract.table()
+
+
+@pytest.mark.parametrize("matmul", MATMULS)
+def test_mismatch_grows_fourfold_with_each_bit_and_alignment_removes_it(matmul: str) -> None:
+    found = {}
+    for name in ("bf16", "e8m5", "e8m3"):
+        trainer, engine, _ = wings(random_model(), {"preset": name, "half_matmul": matmul}, "engine")
+        found[name] = k3(gaps(trainer, engine))
+    assert 4 < found["e8m5"] / found["bf16"] < 64 and 4 < found["e8m3"] / found["e8m5"] < 64
+    trainer, engine, _ = wings(random_model(), e8m3("fp32_sums"), "aligned")
+    assert k3(gaps(trainer, engine)) < 0.3 * found["e8m3"]
+
+
+def test_one_coarse_side_is_a_difference_that_the_contract_names() -> None:
+    precision = {"preset": "bf16", "compute_dtype": "e8m3", "half_matmul": "fp32_sums", "allow_difference": True}
+    trainer, engine, _ = wings(random_model(), precision)
+    contract = compare(trainer.report(), engine.report(), allow_difference=False)
+    assert contract.first_difference == "compute is e8m3 in the trainer and bf16 in the engine"
+    coarse_cache = {"preset": "bf16", "kv_dtype": "e8m3", "half_matmul": "fp32_sums", "allow_difference": True}
+    trainer, engine, _ = wings(random_model(), coarse_cache)
+    rows = compare(trainer.report(), engine.report(), allow_difference=True).rows
+    assert [(row.trainer, row.engine, row.status) for row in rows if row.region == "kv"] == [
+        ("bf16", "e8m3", "differs")
+    ]
+
+
+def test_the_engine_reports_a_wire_that_is_finer_than_its_name() -> None:
+    trainer, engine, _ = wings(random_model(), e8m3())
+    assert engine.report().dtypes["wire"] == "e8m3"
+    finer = ((name, tensor.detach().bfloat16()) for name, tensor in trainer.weights.trainable())
+    engine.load_weights(finer, policy_version=1)
+    assert engine.report().dtypes["wire"] == "bf16" and engine.report().dtypes["weights"] == "e8m3"
