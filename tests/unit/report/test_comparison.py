@@ -24,7 +24,7 @@ def test_arms_that_differ_in_precision_alone_are_not_compared() -> None:
 def test_a_collapse_is_described_with_what_prevents_it() -> None:
     outcome, aligned, dual, sides = sentences()
     assert outcome == (
-        "Reward from 0.60 in the first steps to that of the last ones: learned: fp16 (0.97), bf16 (0.96), "
+        "Final reward, from 0.60 at first: learned: fp16 (0.97), bf16 (0.96), "
         "e8m2_aligned (0.86), coarse_engine (0.87); damaged: dual_clip (0.70); collapsed: e8m2 (0.00), "
         "coarse_trainer (0.01)."
     )
