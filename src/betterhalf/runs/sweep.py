@@ -6,11 +6,9 @@ cells -> checks of all of them -> worker processes -> a row for each run -> mean
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from betterhalf.config.grid import Cell, Grid, load_grid
+from betterhalf.config.grid import Cell, Grid
 from betterhalf.config.load import resolved_json
 from betterhalf.environment import environment
 from betterhalf.metrics.cells import CellsView
@@ -25,12 +23,11 @@ from betterhalf.runs.train import recorded_threads
 from betterhalf.setup.folder import run_folder
 
 
-def sweep(file: str | Path, overrides: Sequence[str], run_dir: str | None, resume: bool = False) -> dict[str, Any]:
-    """Run every cell of a sweep file, and write its results.
+def sweep(grid: Grid, run_dir: str | None, resume: bool = False) -> dict[str, Any]:
+    """Run every cell of a grid, and write the results.
 
     Args:
-        file: the sweep file: an experiment with a section `[sweep]`.
-        overrides: `key=value` settings of every cell.
+        grid: the expanded sweep file; see `load_grid`.
         run_dir: the folder; `runs/sweep-<name>-<time>` by default.
         resume: keep the finished cells of the folder and continue the others; cells that failed run again.
 
@@ -39,10 +36,9 @@ def sweep(file: str | Path, overrides: Sequence[str], run_dir: str | None, resum
         `summary.json`.
 
     Raises:
-        InputError: the file, a cell or the folder cannot be used; nothing has run.
+        InputError: a cell or the folder cannot be used; nothing has run.
         RunError: the disk is full.
     """
-    grid = load_grid(file, overrides)
     check_curves(grid.config.sweep.curves)
     parameters = check_cells(grid.cells)
     with run_folder(run_dir, "sweep", grid.config.name, resume=resume) as run:
