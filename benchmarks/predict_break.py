@@ -26,6 +26,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def balanced_accuracy(values: Sequence[float], broken: Sequence[bool], threshold
 def best_threshold(values: Sequence[float], broken: Sequence[bool]) -> float:
     """Return the threshold with the highest balanced accuracy: a midpoint of neighbouring values."""
     ranked = sorted(set(values))
-    middles = [(a + b) / 2 for a, b in zip(ranked, ranked[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in pairwise(ranked)]
     candidates = [ranked[0] - 1, *middles]
     return max(candidates, key=lambda threshold: balanced_accuracy(values, broken, threshold))
 
