@@ -45,6 +45,7 @@ class SweepConfig(Section):
         "optim/grad_norm",
         "policy/ratio/max_negative",
         "mismatch/accident_fraction",
+        "optim/token_share/max",
     )
     """Metrics whose values at every step are kept in `curves.jsonl`, with four significant digits; those that a run
     does not log are left out."""
