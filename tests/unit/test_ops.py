@@ -110,3 +110,14 @@ def test_every_loss_is_differentiated_in_a_fixed_order(preset: str, deterministi
     assert not LEFT_TO_CHANCE & set(nodes(out.loss.grad_fn))
     out.loss.backward()  # type: ignore[no-untyped-call]
     assert current_C.grad is not None and current_C.grad.isfinite().all()
+
+
+def test_the_sum_of_one_long_row_does_not_depend_on_the_threads_or_other_rows() -> None:
+    x = torch.rand(3, 2**16, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(ops.row_sums(x)[:1], ops.row_sums(x[:1]))
+        assert torch.equal(ops.row_sums(x)[1], ops.row_sums(x[1]))
+    finally:
+        torch.set_num_threads(before)

@@ -268,6 +268,7 @@ def test_the_task_inside_a_task_may_leave_its_type_out() -> None:
         ("precision.pairs=[]", "precision.pairs is empty, so there is nothing to measure"),
         ("engine=vlm", 'engine.type = "vlm" is not one of native, vllm. Did you mean vllm?'),
         ("engine.kv_cache_gib=3", "engine.kv_cache_gib is not a key of the chosen engine.type."),
+        ("engine.rounding=exactly", "is not one of engine, aligned, exact. Did you mean exact?"),
         ("watchdog.level=[]", "unknown key 'watchdog.level'. Did you mean 'watchdog.levels'?"),
         ("watchdog.levels=3", "watchdog.levels = 3 must be a list."),
         ("watchdog.levels=[3]", "watchdog.levels[0] = 3 does not fit"),
@@ -290,6 +291,22 @@ def test_wrong_settings_are_refused_in_plain_words(override: str, words: str) ->
     assert words in text
     assert "\n" not in text
     assert not any(jargon in text for jargon in ("pydantic", "Input should", "validation error", "type="))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.compile_layers=true", "Set training.compile_layers=false, or engine.rounding=aligned."),
+        ("precision.half_matmul=native", "Leave out precision.half_matmul, or set engine.rounding=aligned."),
+        ("engine=vllm", "engine.rounding is not a key of the chosen engine.type."),
+    ],
+)
+def test_exact_rounding_is_refused_where_it_cannot_hold(override: str, words: str) -> None:
+    assert load_config(None, ["engine.rounding=exact"]).exact
+    assert not load_config(None, ["engine=vllm"]).exact
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, ["engine.rounding=exact", override])
+    assert words in str(refused.value)
 
 
 def test_all_errors_are_reported_at_once_with_their_sources(tmp_path: Path) -> None:

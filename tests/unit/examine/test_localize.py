@@ -94,7 +94,7 @@ NOWHERE = {"trainer_engine": None, "prefill_decode": None, "batch": None}
 
 @pytest.mark.parametrize("name", ["demo", *FAMILIES])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("mode", ["engine", "aligned"])
+@pytest.mark.parametrize("mode", ["engine", "aligned", "exact"])
 def test_a_correct_engine_differs_from_the_trainer_by_rounding_only(name: str, dtype: DtypeName, mode: str) -> None:
     found = localize(subject(name, engine={"rounding": mode}), TOKENS, PROMPT, dtype=dtype)
     assert found["first"] is None and firsts(found) == NOWHERE
@@ -102,6 +102,9 @@ def test_a_correct_engine_differs_from_the_trainer_by_rounding_only(name: str, d
     assert len(found["operations"]) == 3 * 14 + 3
     assert found["dtype"] == dtype and found["rounding"] == mode
     json.dumps(found, allow_nan=False)
+    if mode == "exact":
+        assert all(one["first_unequal"] is None for one in found["comparisons"].values())
+        assert all(row[name] == 0.0 for row in found["growth"] for name in NOWHERE)
 
 
 def test_the_residual_streams_drift_apart_in_half_as_half_rounds() -> None:

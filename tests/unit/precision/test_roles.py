@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from betterhalf.config.schema import PrecisionConfig
@@ -26,3 +27,10 @@ def test_on_a_gpu_nothing_is_added_in_half_or_multiplied_in_tf32() -> None:
         for name, value in zip(SETTINGS, before[0], strict=True):
             setattr(matmul, name, value)
         torch.set_float32_matmul_precision(before[1])
+
+
+@pytest.mark.parametrize("preset", ["fp16", "bf16", "e8m3"])
+def test_exact_precision_has_fp32_sums_in_every_half_format(preset: str) -> None:
+    config = PrecisionConfig.model_validate({"preset": preset})
+    exact = build_precision(config, torch.device("cpu"), exact=True)
+    assert exact.exact and exact.fp32_sums(exact.roles.compute_dtype) and not exact.fp32_sums("fp32")

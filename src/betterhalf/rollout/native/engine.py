@@ -57,6 +57,7 @@ class NativeEngine:
                 configuration; a stop token is not in its vocabulary; or there is no Triton for a GPU.
         """
         require_kernels(precision.device)
+        assert precision.exact == (config.rounding == "exact"), "see `RunConfig.exact`"
         self._precision = precision
         self._config = config
         self._shape = decoder_config(hf_config)
