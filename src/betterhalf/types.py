@@ -97,7 +97,7 @@ WatchdogAction = Literal["warn", "mask", "halve_learning_rate", "stop"]
 """Actions of a watchdog rule that fires."""
 
 LearningOutcome = Literal["learned", "dips", "flat", "damaged", "collapsed", "short"]
-"""Words for the course of a run's reward; see `diagnostics.learning`."""
+"""Words for the course of a run's reward; see `diagnostics.course`."""
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 """Devices of a run; `auto` takes a GPU if there is one."""

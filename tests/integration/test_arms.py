@@ -182,6 +182,24 @@ def test_a_worker_takes_one_job_after_another_and_the_others_go_on_after_a_crash
     assert [done[name][1] for name in ("a", "c", "d")] == ["1", "1", "2"]
 
 
+def test_a_worker_is_replaced_after_some_jobs(
+    small_config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "takes_jobs.py").write_text(TAKES_JOBS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(side_by_side, "_MODULE", "takes_jobs")
+    monkeypatch.setattr(side_by_side, "_JOBS_PER_PROCESS", 2)
+    processes = dict[str, str]()
+    run_jobs(
+        *([arm_job(small_config(), tmp_path, name) for name in "abc"],),
+        lambda job, event: processes.__setitem__(job.name, event["output"].split()[0]),
+        at_once=1,
+        limit_key="",
+        failed=lambda job, error: pytest.fail(str(error)),
+    )
+    assert processes["a"] == processes["b"] != processes["c"]
+
+
 def test_an_error_of_a_private_class_travels_as_its_nearest_public_one() -> None:
     assert public_name(RowError("it is too long", "shorten it")) == "InputError"
     assert public_name(EngineError("words")) == "EngineError"

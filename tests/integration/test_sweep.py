@@ -75,7 +75,7 @@ def test_every_cell_is_an_ordinary_run_with_its_row_and_curve(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     evaluated = ("sweep.evaluate=fp32", "sweep.evaluation_prompts=8", "sweep.keep_checkpoints=true")
     file, run = write(TWO_BY_TWO), tmp_path / "sweep"
-    result = sweep(file, evaluated, str(run))
+    result = sweep(load_grid(file, evaluated), str(run))
     assert (result["cells"], result["finished"], result["failed"]) == (4, 4, {})
     rows = read_jsonl(run / "results.jsonl")
     assert [row["kind"] for row in rows] == ["sweep", *["cell"] * 4, *["combination"] * 2]
@@ -99,12 +99,12 @@ def test_every_cell_is_an_ordinary_run_with_its_row_and_curve(
     assert rows[4]["accuracy"] == pytest.approx(found["avg@1"])
 
     before = (folder / "metrics.jsonl").stat().st_mtime_ns
-    assert sweep(file, (*evaluated, "sweep.seeds=0,1,2"), str(run), resume=True)["finished"] == 6
+    assert sweep(load_grid(file, (*evaluated, "sweep.seeds=0,1,2")), str(run), resume=True)["finished"] == 6
     assert (folder / "metrics.jsonl").stat().st_mtime_ns == before
 
 
 def test_checkpoints_of_finished_cells_are_removed(write: Write, tmp_path: Path) -> None:
-    sweep(write("[sweep]\nseeds = [5]\n"), (), str(tmp_path / "sweep"))
+    sweep(load_grid(write("[sweep]\nseeds = [5]\n")), str(tmp_path / "sweep"))
     cell = RunDir(tmp_path / "sweep").cell("seed=5")
     assert cell.summary.exists() and not cell.checkpoints.exists()
 
@@ -135,7 +135,7 @@ def test_a_failing_cell_and_a_stopped_one_are_results_and_the_others_run(
 
     broken.metrics.unlink()
     before = run.cell("case=stops").summary.stat().st_mtime_ns
-    result = sweep(file, (), str(run.path), resume=True)
+    result = sweep(load_grid(file), str(run.path), resume=True)
     assert (result["finished"], result["failed"]) == (3, {})
     assert run.cell("case=stops").summary.stat().st_mtime_ns == before
 
@@ -160,7 +160,7 @@ def test_after_a_kill_of_a_worker_and_an_interrupt_a_resumed_sweep_is_complete(w
     """Kill the worker in the first cell, and interrupt the sweep in the second."""
     axes = '[sweep]\nruns_at_once = 1\n[sweep.axes]\n"optimizer.learning_rate" = [1e-4, 2e-4]\n'
     file, run = write(axes), RunDir(tmp_path / "sweep")
-    settings = ("training.steps=40", "training.checkpoint_every=1")
+    settings = ("training.steps=24", "training.checkpoint_every=1")
     command = [sys.executable, "-m", "betterhalf.cli", "sweep", str(file), f"run_dir={run.path}", *settings]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     first, second = (run.cell(f"learning_rate={rate}") for rate in ("0.0001", "0.0002"))
@@ -184,7 +184,7 @@ def test_after_a_kill_of_a_worker_and_an_interrupt_a_resumed_sweep_is_complete(w
     assert done.returncode == 0, done.stderr
     for cell, steps in zip((first, second), trained, strict=True):
         rows = read_jsonl(cell.metrics)
-        assert [row["step"] for row in rows] == list(range(1, 41)) and steps < 40
+        assert [row["step"] for row in rows] == list(range(1, 25)) and steps < 24
     assert [row["outcome"] for row in read_jsonl(run.results)[1:3]] != ["failed", "failed"]
 
 
@@ -226,7 +226,7 @@ def test_a_folder_with_other_runs_is_refused(write: Write, ends: Ends, tmp_path:
     words = ends(2, "sweep", write(TWO_BY_TWO), f"run_dir={run}")
     assert "precision=fp32,seed=0 is no cell of this sweep" in words and "another run_dir" in words
     shutil.rmtree(run)
-    sweep(write("[sweep]\nseeds = [0]\n"), (), str(run))
+    sweep(load_grid(write("[sweep]\nseeds = [0]\n")), str(run))
     assert "already holds a run" in ends(2, "sweep", write("[sweep]\nseeds = [0]\n"), f"run_dir={run}")
     changed = ends(2, "sweep", write("[sweep]\nseeds = [0]\n"), f"run_dir={run}", "--resume", "training.steps=3")
     assert "training.steps: 2 -> 3" in changed and "Restore the settings in the sweep file" in changed

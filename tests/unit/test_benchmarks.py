@@ -127,3 +127,41 @@ def test_the_figure_of_the_collapse_names_the_arms_that_the_run_has(
     assert "emulated" in drawn
     # The faint lines begin and end at the rewards: 0 is at 278 px, 1 at 62 px.
     assert 'points="64.0,148.4 700.0,62.0"' in drawn and 'points="64.0,191.6 700.0,278.0"' in drawn
+
+
+def test_predictors_are_judged_by_hand_counted_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = benchmark("predict_break", monkeypatch)
+    values, broken = [3.0, 2.0, 2.0, 1.0], [True, True, False, False]
+    assert script.auc(values, broken) == (1 + 1 + 0.5 + 1) / 4
+    assert script.balanced_accuracy(values, broken, 2.5) == (1 / 2 + 1) / 2
+    assert script.balanced_accuracy(values, broken, 1.5) == (1 + 1 / 2) / 2
+    assert script.best_threshold([1.0, 2.0, 4.0, 8.0], [False, False, True, True]) == 3.0
+
+
+def test_a_perfect_predictor_of_breaks_is_found_on_runs_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, curves = [], []
+    for index in range(12):
+        broken, label = index % 2 == 0, f"cell {index}"
+        results.append(
+            {
+                "kind": "cell",
+                "label": label,
+                "combination": str(index // 4),
+                "outcome": "collapsed",
+                "emulated": ["e8m2"],
+            }
+        )
+        results[-1] |= {"point": {"precision": "e8m2"}, "exponent_first": 1.0}
+        if not broken:
+            results[-1]["outcome"] = "learned"
+        curves.append({"label": label, "mismatch/k3/mean": [0.2 if broken else 0.1] * 3 + [9.0]})
+    for name, rows in (("results.jsonl", results), ("curves.jsonl", curves)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    script = benchmark("predict_break", monkeypatch)
+    runs = script.runs_of(tmp_path, 3)
+    assert len(runs) == 12 and sum(run.broken for run in runs) == 6
+    found = script.judged(runs, "k3")
+    assert found["auc"][0] == found["held_out"][0] == 1.0
+    assert script.judged(runs, "x")["auc"][0] == 0.5

@@ -70,10 +70,10 @@ def _doctor(request: Request) -> Answer:
 def _sweep(request: Request) -> Answer:
     from betterhalf.config.grid import load_grid
 
-    load_grid(request.words[0], request.overrides)  # errors of the file show before torch is loaded
+    grid = load_grid(request.words[0], request.overrides)
     from betterhalf.runs.sweep import sweep
 
-    result = sweep(request.words[0], request.overrides, request.run_dir, request.options["resume"])
+    result = sweep(grid, request.run_dir, request.options["resume"])
     return Answer(result=result, show=lambda: _show_sweep(result), passed=not result["failed"])
 
 

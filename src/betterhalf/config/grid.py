@@ -12,7 +12,7 @@ from typing import Any
 
 from betterhalf.config import keys
 from betterhalf.config.load import COMMAND_LINE, Layer, flat, read_layers, resolve_layers, resolved_json
-from betterhalf.config.overrides import expand
+from betterhalf.config.overrides import expand, expand_table
 from betterhalf.config.schema import RunConfig, SweepConfig
 from betterhalf.errors import ConfigError
 
@@ -49,7 +49,7 @@ class Axis:
 
     def settings(self) -> set[str]:
         """Return the dotted keys that the axis sets."""
-        return {key for changes in self.changes.values() for key in flat(expand(changes))}
+        return {key for changes in self.changes.values() for key in flat(changes)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +99,6 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     points = list(_kept(config.sweep, [*axes, by_seed]))
     if not points:
         raise ConfigError("sweep.only and sweep.exclude leave no combination. Remove one of their tables.")
-    # The defaults are read once; a cell's own layers come last, so that nothing overrides an axis.
     cells = [_cell(layers, [*axes, by_seed], point, shown=bool(config.sweep.seeds)) for point in points]
     _require_distinct(cells)
     return Grid(config=config, axes=axes, cells=tuple(cells))
@@ -115,10 +114,8 @@ def _axes(sweep: SweepConfig) -> tuple[Axis, ...]:
 
 
 def _axis(name: str, key: str, values: Any) -> Axis:
-    if isinstance(values, Mapping):
-        labels = {_text(label): _nested(changes) for label, changes in values.items()}
-        return Axis(name=name, key=key, changes=labels, numbers=None)
-    texts = [_text(value) for value in values]
+    tables = list(values.values()) if isinstance(values, Mapping) else [{key: value} for value in values]
+    texts = [_text(value) for value in values]  # of a mapping, its labels
     if len(set(texts)) < len(texts):
         twice = next(text for text in texts if texts.count(text) > 1)
         raise ConfigError(f"the axis {key} has the value {twice} twice. Name each value once.")
@@ -126,7 +123,7 @@ def _axis(name: str, key: str, values: Any) -> Axis:
     return Axis(
         name=name,
         key=key,
-        changes={text: _nested({key: value}) for text, value in zip(texts, values, strict=True)},
+        changes={text: expand_table(table) for text, table in zip(texts, tables, strict=True)},
         numbers=tuple(map(float, values)) if numeric else None,
     )
 
@@ -134,18 +131,6 @@ def _axis(name: str, key: str, values: Any) -> Axis:
 def _short(key: str) -> str:
     parts = key.split(".")
     return parts[-2] if len(parts) > 1 and parts[-1] in _GENERIC else parts[-1]
-
-
-def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with dotted keys as nested sections."""
-    nested: dict[str, Any] = {}
-    for key, value in settings.items():
-        *sections, leaf = key.split(".")
-        place = nested
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[leaf] = _nested(value) if isinstance(value, Mapping) else value
-    return nested
 
 
 def _text(value: object) -> str:
@@ -176,11 +161,9 @@ def _require_separate_keys(axes: Sequence[Axis], layers: Sequence[Layer]) -> Non
         if SEED in settings:
             raise ConfigError(f"the axis {axis.key} sets the seed. Leave it out and list the seeds in sweep.seeds.")
         if shared := sorted(settings & owners.keys()):
-            other = owners[shared[0]]
-            fix = "sweep.only chooses among the values of an axis" if other in ("the command line",) else ""
             raise ConfigError(
-                f"{shared[0]} is set by {other} and by the axis {axis.key}. Leave one of them out"
-                f"{f'; {fix}' if fix else ''}."
+                f"{shared[0]} is set by {owners[shared[0]]} and by the axis {axis.key}. Leave one of them out; "
+                "sweep.only chooses among the values of an axis."
             )
         owners |= dict.fromkeys(settings, f"the axis {axis.key}")
 
@@ -227,6 +210,7 @@ def _cell(layers: Sequence[Layer], axes: Sequence[Axis], point: Mapping[str, str
             f"the label {label[:60]}... has {len(label)} characters, too many for the name of a folder. Shorten it "
             f"with a table of labels (at most {_LONGEST_LABEL} characters)."
         )
+    # Last, so that nothing overrides an axis.
     own = [(f"axis {axis.key}, {point[axis.name]}", dict(axis.changes[point[axis.name]])) for axis in axes]
     try:
         config = resolve_layers([*layers, *own])

@@ -70,7 +70,10 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         ConfigError: a file is missing or malformed, `extends` forms a circle, a key is unknown, or a value is wrong.
             The message lists every error.
     """
-    return resolve_layers(read_layers(path, overrides))
+    config = resolve_layers(read_layers(path, overrides))
+    for name in config.sanity.arm:
+        arm_settings(config, name)
+    return config
 
 
 def read_layers(path: str | Path | None, overrides: Sequence[str] = ()) -> list[Layer]:
@@ -92,10 +95,7 @@ def resolve_layers(layers: Sequence[Layer]) -> RunConfig:
     Raises:
         ConfigError: a key is unknown, or a value is wrong. The message lists every error.
     """
-    config = _validate(*_merge_layers(layers))
-    for name in config.sanity.arm:
-        arm_settings(config, name)
-    return config
+    return _validate(*_merge_layers(layers))
 
 
 def arm_settings(config: RunConfig, name: str) -> RunConfig:

@@ -69,8 +69,11 @@ def merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _expand_arm(table: Any) -> Any:
-    """Expand the table of an arm, whose keys may be dotted: `"engine.rounding" = "aligned"`."""
+def expand_table(table: Any) -> Any:
+    """Expand a table of settings whose keys may be dotted, as an arm and a sweep have them.
+
+    `"engine.rounding" = "aligned"` becomes `{"engine": {"rounding": "aligned"}}`.
+    """
     if not isinstance(table, Mapping):
         return table
     expanded: dict[str, Any] = {}
@@ -81,7 +84,7 @@ def _expand_arm(table: Any) -> Any:
 
 def _expand_value(value: Any, annotation: Any) -> Any:
     if annotation == ArmTables and isinstance(value, Mapping):
-        return {name: _expand_arm(table) for name, table in value.items()}
+        return {name: expand_table(table) for name, table in value.items()}
     inner = keys.sections(annotation)
     if isinstance(value, Mapping):
         return expand(value, inner) if inner else dict(value)

@@ -39,7 +39,14 @@ class SweepConfig(Section):
     """Number of prompts of that evaluation."""
     evaluation_samples: int = Field(1, ge=1)
     """Number of completions of each prompt in that evaluation."""
-    curves: tuple[str, ...] = ("rollout/reward/mean", "mismatch/k3/mean", "optim/grad_norm")
+    curves: tuple[str, ...] = (
+        "rollout/reward/mean",
+        "mismatch/k3/mean",
+        "optim/grad_norm",
+        "policy/ratio/max_negative",
+        "mismatch/accident_fraction",
+        "optim/token_share/max",
+    )
     """Metrics whose values at every step are kept in `curves.jsonl`, with four significant digits; those that a run
     does not log are left out."""
     keep_checkpoints: bool = False

@@ -23,7 +23,7 @@ def c_library(name: str) -> ctypes.CDLL | None:
     """Return the library made of the file `name` of this folder; None if it cannot be compiled or loaded here."""
     try:
         return ctypes.CDLL(str(_compiled(Path(__file__).with_name(name))))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: no home folder
         return None
 
 

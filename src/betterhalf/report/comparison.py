@@ -15,6 +15,16 @@ Arm = Mapping[str, Any]
 
 _EMULATED: tuple[str, ...] = get_args(EmulatedDtype)
 
+_VERBS: Mapping[LearningOutcome, str] = {
+    "learned": "learned",
+    "dips": "learned, with dips",
+    "flat": "did not learn, nor collapse",
+    "damaged": "did not collapse",
+    "collapsed": "collapsed",
+    "short": "was too short to tell",
+}
+"""Verdicts as verbs."""
+
 _PREVENTED = {
     "engine.rounding": "The same coarse arithmetic with less mismatch does not collapse, so the mismatch between "
     "trainer and engine is what breaks the run.",
@@ -45,10 +55,7 @@ def own_table(name: str, arm: Arm) -> bool:
 
 def _outcome(arms: Mapping[str, Arm]) -> str:
     """Return the arms by verdict, with their rewards."""
-    groups = {
-        verdict: [name for name, arm in arms.items() if arm["verdict"] == verdict]
-        for verdict in get_args(LearningOutcome)
-    }
+    groups = {verdict: [name for name, arm in arms.items() if arm["verdict"] == verdict] for verdict in _VERBS}
     listed = [
         f"{verdict}: {', '.join(f'{name} ({_reward(arms[name])})' for name in names)}"
         for verdict, names in groups.items()
@@ -57,7 +64,7 @@ def _outcome(arms: Mapping[str, Arm]) -> str:
     first = [arm["first_reward"] for arm in arms.values()]
     start = f"{min(first):.2f}" if max(first) - min(first) < 0.005 else f"{min(first):.2f} to {max(first):.2f}"
     end = "" if groups["collapsed"] else " No arm collapsed."
-    return f"Reward from {start} in the first step to that of the last ones: {'; '.join(listed)}.{end}"
+    return f"Final reward, from {start} at first: {'; '.join(listed)}.{end}"
 
 
 def _separations(arms: Mapping[str, Arm]) -> list[str]:
@@ -114,8 +121,7 @@ def _one_side(arms: Mapping[str, Arm], key: str) -> tuple[str, Arm] | None:
 
 
 def _verb(arm: Arm) -> str:
-    verdict = str(arm["verdict"])
-    return verdict if verdict in ("learned", "collapsed") else "did not collapse"
+    return _VERBS[arm["verdict"]]
 
 
 def _reward(arm: Arm) -> str:

@@ -10,6 +10,7 @@ from betterhalf.report.axis import Scale
 from betterhalf.report.canvas import STYLES, Point
 from betterhalf.report.chart import Chart, Line, draw
 from betterhalf.report.data import Sweep
+from betterhalf.report.emulated import emulated_sentence
 from betterhalf.report.fields import mapping, mappings, number, texts
 from betterhalf.report.markup import Figure, figures, legend, note, notice, section, table
 from betterhalf.report.plot import Plot, Series, draw_plot
@@ -21,7 +22,7 @@ from betterhalf.report.sweep_table import (
     axis_text,
     cell_rows,
     combination_rows,
-    emulated_sentence,
+    emulated_names,
     head_of,
     outcome_text,
     table_text,
@@ -35,6 +36,8 @@ MAX_PANELS = 36
 _MAX_SERIES = 2 * STYLES
 """Maximum number of lines in a figure along an axis."""
 
+_STAR = " A star marks an emulated format."
+
 _ALONG_AXES: tuple[tuple[str, Scale, tuple[float, ...]], ...] = (
     ("reward_final", "linear", (0.0, 1.0)),
     ("accuracy", "linear", (0.0, 1.0)),
@@ -46,7 +49,7 @@ _ALONG_AXES: tuple[tuple[str, Scale, tuple[float, ...]], ...] = (
 def sweep_section(sweep: Sweep, several: bool) -> str:
     """Return the sections of one sweep; `several` puts its name into their headings."""
     suffix = f": {sweep.name}" if several else ""
-    emulated = emulated_sentence(sweep.rows)
+    emulated = emulated_sentence(emulated_names(sweep.rows))
     head, body = table_text(sweep.rows, brief=False)
     result = (
         note(_settings(sweep.rows))
@@ -169,7 +172,7 @@ def _along(
         title=f"{heading} along {name}",
         unit="mean over seeds (line) and single runs (points)",
         image=image,
-        caption=f"One line for each combination of the other axes.{left_out}",
+        caption=f"One line for each combination of the other axes.{left_out}{_STAR if '*<' in image else ''}",
         numbers=_numbers(shown, name, measure),
         legend=legend((style, escape(group)) for style, (group, _) in enumerate(shown)) if len(shown) > 1 else "",
     )
@@ -183,7 +186,7 @@ def _places(axis: Row) -> dict[str, float]:
 
 
 def _ticks(rows: Sequence[Row], axis: Row, places: Mapping[str, float]) -> tuple[tuple[float, str], ...]:
-    emulated = {name for row in cell_rows(rows) for name in texts(row, "emulated")}
+    emulated = emulated_names(rows)
     ticks = [(place, f"{label}*" if label in emulated else label) for label, place in places.items()]
     return tuple(sorted(ticks))
 

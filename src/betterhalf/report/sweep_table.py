@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from betterhalf.report.emulated import emulated_sentence
 from betterhalf.report.fields import mapping, mappings, number, texts
 
 Row = Mapping[str, Any]
@@ -60,7 +61,7 @@ WITH_INTERVAL = ("reward_final", "accuracy")
 
 EXPLANATION = (
     "Means over seeds; in brackets the 95% interval by Student's t, which a single seed does not have. k3, x, norms, "
-    "ratios and shares are averaged on the logarithmic scale."
+    "ratios and accidents are averaged on the logarithmic scale, unless one of the values is 0."
 )
 
 
@@ -140,17 +141,9 @@ def mean_text(value: Row, measure: Measure) -> str:
     return text
 
 
-def emulated_sentence(rows: Sequence[Row]) -> str:
-    """Return a sentence that names the emulated formats of a sweep; empty if it has none."""
-    names = sorted({name for row in cell_rows(rows) for name in texts(row, "emulated")})
-    if not names:
-        return ""
-    plural = len(names) > 1
-    return (
-        f"{' and '.join(', '.join(names).rsplit(', ', 1))} {'are' if plural else 'is'} emulated: BF16 carries the "
-        "numbers, and every result is rounded once more, to fewer mantissa bits. No hardware computes in "
-        f"{'them' if plural else 'it'}."
-    )
+def emulated_names(rows: Sequence[Row]) -> set[str]:
+    """Return the emulated formats of a sweep."""
+    return {name for row in cell_rows(rows) for name in texts(row, "emulated")}
 
 
 def print_sweep(rows: Sequence[Row], stream: TextIO | None = None) -> None:
@@ -165,6 +158,6 @@ def print_sweep(rows: Sequence[Row], stream: TextIO | None = None) -> None:
     width = max(80, Console(width=1000).measure(table).maximum)
     out = Console(file=stream or sys.stdout, highlight=False, width=width)
     out.print(table)
-    for sentence in (EXPLANATION if body else "", emulated_sentence(rows)):
+    for sentence in (EXPLANATION if body else "", emulated_sentence(emulated_names(rows))):
         if sentence:
             out.print(Text(sentence))

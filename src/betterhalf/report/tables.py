@@ -37,11 +37,19 @@ _SYMBOLS = {
     "passed": "\u2713",
     "failed": "\u2717",
     "learned": "\u2713",
+    "dips": "\u25b3",
+    "flat": "\u25b3",
     "damaged": "\u25b3",
     "collapsed": "\u2717",
     "incomplete": "\u2026",
 }
-_STATES = {"learned": "passed", "damaged": "incomplete", "collapsed": "failed"}
+_STATES = {
+    "learned": "passed",
+    "dips": "incomplete",
+    "flat": "incomplete",
+    "damaged": "incomplete",
+    "collapsed": "failed",
+}
 """Style classes of verdicts that share the colour of another."""
 
 

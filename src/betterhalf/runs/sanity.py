@@ -15,7 +15,7 @@ from typing import Any
 
 from betterhalf.config.load import arm_settings, config_difference, resolved_json
 from betterhalf.config.schema import PerfectibleTask, RunConfig, SanityConfig
-from betterhalf.diagnostics.learning import FINAL_STEPS, reward_course
+from betterhalf.diagnostics.course import FINAL_STEPS, reward_course
 from betterhalf.environment import environment
 from betterhalf.errors import (
     BetterhalfError,

@@ -51,6 +51,9 @@ _MODULE = "betterhalf.runs.job_process"
 _LAST = {"error", "finished"}
 """Keys of the last event of a job."""
 
+_JOBS_PER_PROCESS = 10
+"""Number of jobs after which a worker is replaced: the allocator keeps some 50 MB more after each run of the demo."""
+
 _LINES_KEPT = 15
 _GRACE_SECONDS = 10.0
 
@@ -176,7 +179,7 @@ def run_jobs(
             worker.job = None
             failed(job, _raised(event)) if "error" in event else finished(job)
             if line is not None:
-                worker.give(_next(waiting, worker.threads))
+                worker.give(None if worker.spent else _next(waiting, worker.threads))
 
 
 def _next(waiting: list[Job], threads: int) -> Job | None:
@@ -205,6 +208,7 @@ class _Worker:
         self.job: Job | None = None
         """The job that it carries out; None if it has none."""
         self.threads = job.threads
+        self._given = 0
         self._limit_key = limit_key
         self._tail: deque[str] = deque(maxlen=_LINES_KEPT)
         self._process = subprocess.Popen(
@@ -223,6 +227,11 @@ class _Worker:
         self.give(job)
 
     @property
+    def spent(self) -> bool:
+        """True after as many jobs as a process may carry out."""
+        return self._given >= _JOBS_PER_PROCESS
+
+    @property
     def pid(self) -> int:
         """Process id, also the id of its process group."""
         return self._process.pid
@@ -233,6 +242,7 @@ class _Worker:
         if job is None:
             self._close_input()
             return
+        self._given += 1
         assert self._process.stdin is not None
         # A process that has ended reads nothing; the end of its output says so.
         with contextlib.suppress(BrokenPipeError):

@@ -6,11 +6,9 @@ cells -> checks of all of them -> worker processes -> a row for each run -> mean
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from betterhalf.config.grid import Cell, Grid, load_grid
+from betterhalf.config.grid import Cell, Grid
 from betterhalf.config.load import resolved_json
 from betterhalf.environment import environment
 from betterhalf.metrics.cells import CellsView
@@ -20,17 +18,16 @@ from betterhalf.run_dir import RunDir, write_json_atomic
 from betterhalf.runs.side_by_side import Job, plan_runs, run_jobs
 from betterhalf.runs.sweep_cell import finished
 from betterhalf.runs.sweep_checks import check_cells, check_curves, check_folders
-from betterhalf.runs.sweep_results import cell_row, combination_rows, curve_row, head_row, write_rows
+from betterhalf.runs.sweep_results import cell_row, combination_rows, curve_row, head_row, line_of, write_rows
 from betterhalf.runs.train import recorded_threads
 from betterhalf.setup.folder import run_folder
 
 
-def sweep(file: str | Path, overrides: Sequence[str], run_dir: str | None, resume: bool = False) -> dict[str, Any]:
-    """Run every cell of a sweep file, and write its results.
+def sweep(grid: Grid, run_dir: str | None, resume: bool = False) -> dict[str, Any]:
+    """Run every cell of a grid, and write the results.
 
     Args:
-        file: the sweep file: an experiment with a section `[sweep]`.
-        overrides: `key=value` settings of every cell.
+        grid: the expanded sweep file; see `load_grid`.
         run_dir: the folder; `runs/sweep-<name>-<time>` by default.
         resume: keep the finished cells of the folder and continue the others; cells that failed run again.
 
@@ -39,10 +36,9 @@ def sweep(file: str | Path, overrides: Sequence[str], run_dir: str | None, resum
         `summary.json`.
 
     Raises:
-        InputError: the file, a cell or the folder cannot be used; nothing has run.
+        InputError: a cell or the folder cannot be used; nothing has run.
         RunError: the disk is full.
     """
-    grid = load_grid(file, overrides)
     check_curves(grid.config.sweep.curves)
     parameters = check_cells(grid.cells)
     with run_folder(run_dir, "sweep", grid.config.name, resume=resume) as run:
@@ -77,7 +73,7 @@ class _Results:
     def __init__(self, run: RunDir, grid: Grid) -> None:
         self._run, self._grid = run, grid
         self._head = head_row(grid)
-        self._curves: dict[str, dict[str, Any] | None] = {}
+        self._curves: dict[str, str] = {}  # lines, because a curve is long and written again after every cell
         self.rows: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
         for cell in grid.cells:
@@ -101,11 +97,12 @@ class _Results:
         settings, run = self._grid.config.sweep, self._run.cell(cell.label)
         if row := cell_row(cell, run, settings.window, failure):
             self.rows[cell.label] = row
-            self._curves[cell.label] = None if failure else curve_row(cell, run, settings.curves)
+            curve = None if failure else curve_row(cell, run, settings.curves)
+            self._curves[cell.label] = line_of(curve) if curve else ""
 
     def _write(self) -> None:
         rows = self.in_order()
-        curves = [curve for row in rows if (curve := self._curves[row["label"]])]
+        curves = [self._curves[row["label"]] for row in rows]
         write_rows(self._run, [self._head, *rows, *combination_rows(rows)], curves)
 
 

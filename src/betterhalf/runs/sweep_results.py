@@ -15,9 +15,9 @@ from typing import Any
 
 from betterhalf.config.grid import SEED, Axis, Cell, Grid
 from betterhalf.config.load import flat, resolved_json
-from betterhalf.diagnostics.learning import mean_over_seeds, reward_course
+from betterhalf.diagnostics.course import mean_over_seeds, reward_course
 from betterhalf.environment import environment
-from betterhalf.precision.formats import FORMATS
+from betterhalf.precision.formats import FORMATS, is_emulated
 from betterhalf.report.fields import number
 from betterhalf.report.sweep_table import MEASURES
 from betterhalf.run_dir import RunDir, plain_json, read_json, read_jsonl, write_text_atomic
@@ -157,7 +157,7 @@ def _max(values: Sequence[float]) -> float | None:
 def emulated_formats(cell: Cell) -> list[str]:
     """Return the emulated formats among the roles of a cell."""
     roles = set(cell.config.precision.roles().model_dump().values())
-    return sorted(name for name in roles if name.startswith("e8m"))
+    return sorted(name for name in roles if is_emulated(name))
 
 
 def combination_rows(cells: Iterable[Row]) -> list[Row]:
@@ -200,8 +200,12 @@ def _rounded(value: Any, digits: int) -> Any:
     return float(f"{value:.{digits}g}") if isinstance(value, float) and math.isfinite(value) else value
 
 
-def write_rows(run: RunDir, rows: Iterable[Mapping[str, Any]], curves: Iterable[Mapping[str, Any]]) -> None:
-    """Write `results.jsonl` and `curves.jsonl`, compactly; each is replaced as a whole."""
-    for path, lines in ((run.results, rows), (run.curves, curves)):
-        text = "".join(json.dumps(plain_json(line), separators=(",", ":")) + "\n" for line in lines)
-        write_text_atomic(path, text)
+def line_of(row: Mapping[str, Any]) -> str:
+    """Return a row as a compact line of JSON."""
+    return json.dumps(plain_json(row), separators=(",", ":")) + "\n"
+
+
+def write_rows(run: RunDir, rows: Iterable[Mapping[str, Any]], curves: Iterable[str]) -> None:
+    """Write `results.jsonl` from rows and `curves.jsonl` from their lines; each is replaced as a whole."""
+    write_text_atomic(run.results, "".join(map(line_of, rows)))
+    write_text_atomic(run.curves, "".join(curves))

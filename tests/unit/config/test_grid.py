@@ -132,13 +132,14 @@ def test_the_text_of_a_sweep_s_configuration_loads_again(expand: Expand, tmp_pat
         (AXES, ("sweep.only=[{precision='fp16'}]", "sweep.exclude=[{precision='fp16'}]"), "leave no combination"),
         ("[sweep.axes]\n'model.name' = ['a/b', 'a b']\n", (), "the axis model.name has the value a-b twice"),
         ("[sweep.axes]\n'model.name' = ['A', 'a']\n", (), "two cells would have the folder model=a, model=A"),
+        ("[sweep.axes.x]\n'a b' = {}\n'a-b' = {training.steps = 1}\n", (), "the axis x has the value a-b twice"),
         ("[sweep.axes.x]\na = {seed = 0}\nb = {}\n", (), "the axis x sets the seed"),
         ("[sweep.axes.x]\na = {training.steps = 3}\nb = {training.steps = 3}\n", (), "x=a and x=b have the same setti"),
         ("[sweep.axes]\n'model.name' = ['" + "a" * 201 + "']\n", (), "too many for the name of a folder"),
         (
             "[sweep.axes]\n'algorithm.preset' = ['grpo']\n[sweep.axes.x]\na = {algorithm = 'gspo'}\n",
             (),
-            "algorithm.preset is set by the axis algorithm.preset and by the axis x. Leave one of them out.",
+            "algorithm.preset is set by the axis algorithm.preset and by the axis x. Leave one of them out",
         ),
     ],
 )

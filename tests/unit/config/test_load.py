@@ -251,7 +251,7 @@ def test_the_task_inside_a_task_may_leave_its_type_out() -> None:
             "precision.kv_dtype=e8m9",
             f"e8m6. {EMULATED}",
         ),
-        ("arms=fp16,e5m2", f"e8m6. {EMULATED}"),
+        ("arms=fp16,e5m2", f"is not one of {FORMATS}. Did you mean e8m2?"),
         (
             "precision.pairs=bf16/e8m1",
             f"TRAINER/ROLLOUT. {EMULATED} Write",

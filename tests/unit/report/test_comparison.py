@@ -1,4 +1,4 @@
-"""Sentences that compare arms: what collapsed, what separates it from what did not, and what is emulated."""
+"""Sentences that compare arms: what collapsed, and what separates it from what did not."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def test_arms_that_differ_in_precision_alone_are_not_compared() -> None:
 
 
 def test_a_collapse_is_described_with_what_prevents_it() -> None:
-    outcome, aligned, dual, sides, emulated = sentences()
+    outcome, aligned, dual, sides = sentences()
     assert outcome == (
-        "Reward from 0.60 in the first step to that of the last ones: learned: fp16 (0.97), bf16 (0.96), "
+        "Final reward, from 0.60 at first: learned: fp16 (0.97), bf16 (0.96), "
         "e8m2_aligned (0.86), coarse_engine (0.87); damaged: dual_clip (0.70); collapsed: e8m2 (0.00), "
         "coarse_trainer (0.01)."
     )
@@ -36,11 +36,10 @@ def test_a_collapse_is_described_with_what_prevents_it() -> None:
         "dual_clip differs from e8m2 in algorithm.surrogate.dual_clip=3.0 alone and did not collapse"
     )
     assert sides.endswith("So it is the trainer's rounding that breaks the run, not the engine's.")
-    assert emulated.startswith("e8m2 is emulated: BF16 with every rounded result rounded once more, to 2 stored")
 
 
 def test_a_collapse_that_does_not_appear_is_said() -> None:
-    outcome, sides, _ = sentences(e8m2=("learned", 0.9), coarse_trainer=("damaged", 0.5))
+    outcome, sides = sentences(e8m2=("learned", 0.9), coarse_trainer=("damaged", 0.5))
     assert outcome.endswith("No arm collapsed.")
     assert sides.endswith("So neither side alone breaks the run.")
 
@@ -49,7 +48,7 @@ def test_a_setting_that_does_not_prevent_the_collapse_is_not_credited() -> None:
     _, aligned, *_ = sentences(e8m2_aligned=("collapsed", 0.02))
     assert aligned.startswith("e8m2_aligned differs from e8m2 in engine.rounding=aligned alone and collapsed too (0.02")
     assert aligned.endswith("So engine.rounding is not what breaks it here.")
-    sides = sentences(coarse_engine=("collapsed", 0.0))[-2]
+    sides = sentences(coarse_engine=("collapsed", 0.0))[-1]
     assert sides.endswith("So either side is enough to break the run.")
 
 

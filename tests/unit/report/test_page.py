@@ -131,7 +131,7 @@ def test_a_page_of_seven_arms_begins_with_the_reward_of_each_by_name(tmp_path: P
         assert re.search(rf'<text class="end s{index}" [^>]*>{name}</text>', first)
     assert "e8m2_aligned precision.preset=e8m2 (emulated), engine.rounding=aligned" in page.text
     assert "e8m2 0.000 \u2717 failed 0.000 \u2717 collapsed 2.50e-01" in page.text
-    assert "e8m2 is emulated: BF16 with every rounded result rounded once more" in page.text
+    assert "e8m2 is emulated: BF16 arithmetic on a CPU in which every rounded result is rounded once more" in page.text
     keys = re.findall(r'<figure id="([^"]+)"', text)
     assert keys[:5] == ["reward", "k3", "accidents", "ratio", "token-share"]
 

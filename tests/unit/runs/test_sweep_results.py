@@ -15,6 +15,7 @@ from betterhalf.runs.sweep_results import (
     curve_row,
     emulated_formats,
     head_row,
+    line_of,
     write_rows,
 )
 
@@ -100,7 +101,7 @@ def test_curves_have_four_digits_and_only_metrics_that_were_logged(grid: Grid, t
         "rollout/reward/mean": [0.3333, 0.3333],
         "mismatch/k3/mean": [1.235e-07, 2e-07],
     }
-    write_rows(run, [{"low": math.nan}], [curve])
+    write_rows(run, [{"low": math.nan}], [line_of(curve)])
     assert run.curves.read_text(encoding="utf-8").count(" ") == 0 and read_jsonl(run.results) == [{"low": None}]
 
 

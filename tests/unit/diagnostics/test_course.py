@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from betterhalf.diagnostics.learning import mean_over_seeds, reward_course, window_means
+from betterhalf.diagnostics.course import mean_over_seeds, reward_course, window_means
 
 
 def rising(steps: int = 80, top: float = 0.95) -> list[float]:
@@ -66,7 +66,8 @@ def test_a_single_seed_has_no_interval_and_missing_values_do_not_count() -> None
     assert (one.count, one.mean) == (1, 0.7) and math.isnan(one.low) and math.isnan(one.high)
     none = mean_over_seeds([])
     assert none.count == 0 and math.isnan(none.mean)
-    assert mean_over_seeds([0.0, 2.0], positive=True).count == 1
+    zero = mean_over_seeds([0.0, 2.0], positive=True)
+    assert (zero.count, zero.mean, zero.low) == (2, 1.0, 0.0)
 
 
 def test_the_interval_of_a_share_ends_at_0_and_1() -> None:

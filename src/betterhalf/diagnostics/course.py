@@ -127,17 +127,22 @@ def mean_over_seeds(values: Sequence[float], *, positive: bool = False, share: b
 
     Args:
         values: one value for each seed.
-        positive: true for a quantity such as k3, of which logarithms are averaged: the mean is geometric.
+        positive: true for a quantity such as k3, of which logarithms are averaged: the mean is geometric. If one of the
+            values is 0, the values themselves are averaged.
         share: true for a quantity between 0 and 1; the interval then ends there, unless a value is outside.
     """
-    to: Callable[[float], float] = math.log if positive else float
-    back: Callable[[float], float] = _exp if positive else float
-    kept = [to(value) for value in values if math.isfinite(value) and (value > 0 or not positive)]
+    finite = [value for value in values if math.isfinite(value)]
+    logarithmic = positive and all(value > 0 for value in finite)
+    to: Callable[[float], float] = math.log if logarithmic else float
+    back: Callable[[float], float] = _exp if logarithmic else float
+    kept = [to(value) for value in finite]
     if len(kept) < 2:
         return Mean(count=len(kept), mean=back(kept[0]) if kept else math.nan, low=math.nan, high=math.nan)
     centre, error = statistics.fmean(kept), statistics.stdev(kept) / math.sqrt(len(kept))
     reach = student_t((1 + _CONFIDENCE) / 2, len(kept) - 1) * error
     low, high = back(centre - reach), back(centre + reach)
+    if positive:
+        low = max(0.0, low)
     if share and all(0 <= value <= 1 for value in kept):
         low, high = max(0.0, low), min(1.0, high)
     return Mean(count=len(kept), mean=back(centre), low=low, high=high)
