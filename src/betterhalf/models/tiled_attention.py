@@ -131,7 +131,7 @@ def _head_blocks(heads: int, scores: int) -> Iterator[slice]:
 
 def _block_size(rows: int, dim: int) -> int:
     """Return the size of the blocks that compute this number of queries."""
-    sizes = block_sizes(max(dim, _NARROWEST), torch.get_num_threads())
+    sizes = block_sizes(dim, torch.get_num_threads())
     return sizes[0] if rows <= _FEW else sizes[-1]
 
 
@@ -140,19 +140,20 @@ def block_sizes(dim: int, threads: int) -> tuple[int, ...]:
     """Return the block sizes that give the same bits for heads of this dimension, in ascending order.
 
     Args:
-        dim: head dimension, D, at least `_NARROWEST`.
+        dim: head dimension, D.
         threads: number of threads that compute; it may change the order of sums.
 
     Raises:
         InputError: a query's bits depend on its place or on its neighbours.
     """
-    found = _trial(dim, _FEW)
-    if not all(torch.equal(_trial(dim, _FEW, shift, heads), found) for shift, heads in ((3, _HEADS), (0, 1))):
+    width = max(dim, _NARROWEST)
+    found = _trial(width, _FEW)
+    if not all(torch.equal(_trial(width, _FEW, shift, heads), found) for shift, heads in ((3, _HEADS), (0, 1))):
         raise InputError(
             "engine.rounding=exact needs batched products whose rows do not depend on each other, and this "
             f"processor's do for heads of dimension {dim}; set engine.rounding=aligned"
         )
-    return (_FEW, _MANY) if torch.equal(_trial(dim, _MANY), found) else (_FEW,)
+    return (_FEW, _MANY) if torch.equal(_trial(width, _MANY), found) else (_FEW,)
 
 
 _HEADS = 6
@@ -163,7 +164,7 @@ def _trial(dim: int, size: int, shift: int = 0, heads: int = _HEADS) -> Tensor:
     """Compute both products of a tile for random queries.
 
     Args:
-        dim: head dimension.
+        dim: head dimension, padded.
         size: queries of a product.
         shift: distance by which each query is moved to another place; the results are moved back.
         heads: key heads of a product.

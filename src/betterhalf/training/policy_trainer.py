@@ -17,10 +17,11 @@ from betterhalf.algorithms.presets import Algorithm
 from betterhalf.config.schema import RunConfig
 from betterhalf.distributed.world import ONE_RANK, Collective
 from betterhalf.errors import InputError, NumericsError
+from betterhalf.models import tiled_attention
 from betterhalf.models.attention import PackLayout, attention_name, use_packed_attention
 from betterhalf.models.compiled_layers import compile_layers
 from betterhalf.models.loading import LoadedModel
-from betterhalf.precision import coverage
+from betterhalf.precision import coverage, tiled_products
 from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.cpu_embedding import use_cpu_embedding
 from betterhalf.precision.cpu_linear import Widened, use_cpu_linear
@@ -71,6 +72,7 @@ class PolicyTrainer:
         use_cpu_embedding(self.module, precision)
         if precision.exact:
             use_cpu_silu(self.module)
+            self._require_exact()
         # After the replacements, which would lose the hooks of an island's linear layer.
         use_islands(self.module, self.islands, precision.compute_dtype)
         coverage.require_covered(self.module, precision)
@@ -89,6 +91,16 @@ class PolicyTrainer:
         self._head_parameter = self._make_head_parameter()
         self._head_wide = Widened(self._head_parameter)
         self._workspace = LogitsWorkspace(logits=config.training.logits_mib * 2**18)
+
+    def _require_exact(self) -> None:
+        """Check that this processor computes head and attention independently of the batch, as `CpuLinear` does.
+
+        Raises:
+            InputError: it does not.
+        """
+        vocabulary, hidden = self.module.get_output_embeddings().weight.shape
+        tiled_products.block_sizes(vocabulary, hidden, torch.get_num_threads())
+        tiled_attention.block_sizes(_head_dim(self.module.config), torch.get_num_threads())
 
     def _build_optimizer(self) -> torch.optim.AdamW:
         settings = self.config.optimizer
