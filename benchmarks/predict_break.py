@@ -38,6 +38,7 @@ MEANS = {
     "accidents": "mismatch/accident_fraction",
     "token share": "optim/token_share/max",
 }
+BITS = {"bf16": 7.0, "fp16": 10.0, "fp32": 23.0}
 LARGEST = {"ratio": "policy/ratio/max_negative", "gradient norm": "optim/grad_norm"}
 
 
@@ -56,19 +57,21 @@ def runs_of(folder: Path, steps: int) -> list[Run]:
     results = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     curves = [json.loads(line) for line in (folder / "curves.jsonl").read_text(encoding="utf-8").splitlines()]
     by_label = {row["label"]: row for row in curves}
+    head = next(row for row in results if row["kind"] == "sweep")
+    shared = head["settings"].get("precision.preset")
     return [
         Run(
             combination=f"{folder.name}/{row['combination']}",
             broken=row["outcome"] in BROKEN,
-            values=predictors(row, by_label[row["label"]], steps),
+            values=predictors(row, by_label[row["label"]], steps, shared),
         )
         for row in results
         if row["kind"] == "cell" and row["outcome"] in (*BROKEN, *WHOLE)
     ]
 
 
-def predictors(row: dict[str, Any], curve: dict[str, Any], steps: int) -> dict[str, float]:
-    """Return each predictor that the run has."""
+def predictors(row: dict[str, Any], curve: dict[str, Any], steps: int, shared: str | None) -> dict[str, float]:
+    """Return each predictor that the run has; `shared` is the precision of a sweep without an axis of precisions."""
     found = {}
     for names, combine in ((MEANS, statistics.fmean), (LARGEST, max)):
         for name, metric in names.items():
@@ -78,12 +81,8 @@ def predictors(row: dict[str, Any], curve: dict[str, Any], steps: int) -> dict[s
     if "exponent_first" in row:
         found["x"] = float(row["exponent_first"])
     bits = [int(name.rpartition("m")[2]) for name in row["emulated"]]
-    found["mantissa bits"] = -float(min(bits)) if bits else -{"bf16": 7.0, "fp16": 10.0}.get(_format(row), 23.0)
+    found["mantissa bits"] = -float(min(bits)) if bits else -BITS[row["point"].get("precision") or shared or "fp32"]
     return found
-
-
-def _format(row: dict[str, Any]) -> str:
-    return str(row["point"].get("precision", row["point"].get("precision.preset", "")))
 
 
 def auc(values: Sequence[float], broken: Sequence[bool]) -> float:
@@ -166,7 +165,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     runs = [run for folder in arguments.sweeps for run in runs_of(folder, arguments.steps)]
-    rows = [judged(runs, name) for name in ("mantissa bits", "x", *MEANS, *LARGEST)]
+    names = [name for name in ("mantissa bits", "x", *MEANS, *LARGEST) if any(name in run.values for run in runs)]
+    rows = [judged(runs, name) for name in names]
     if arguments.json:
         print(json.dumps({"steps": arguments.steps, "rows": rows}))
         return

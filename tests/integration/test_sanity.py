@@ -91,7 +91,7 @@ def test_an_arm_with_a_table_changes_what_it_says_and_nothing_else(small_config:
 @pytest.mark.parametrize(
     ("table", "error", "words"),
     [
-        ({"precision": {"rollout_dtype": "fp32"}}, ContractError, "differ in precision in the arm other"),
+        ({"precision": {"rollout_dtype": "fp32"}}, ContractError, "in the arm other: .* differ in precision"),
         ({"precision": {"fp32_modules": ["model.layers.9"]}}, InputError, "in the arm other: .*model.layers.9"),
         (
             {"algorithm": {"preset": "rloo"}, "training": {"group_size": 1}},

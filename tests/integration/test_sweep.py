@@ -220,6 +220,13 @@ def test_a_cell_that_train_would_refuse_is_named_before_any_runs(
     assert not (tmp_path / "sweep").exists()
 
 
+def test_an_evaluation_that_cannot_run_is_refused_before_any_training(write: Write, ends: Ends, tmp_path: Path) -> None:
+    settings = ("sweep.evaluate=e8m3", "training.compile_layers=true", f"run_dir={tmp_path / 'sweep'}")
+    words = ends(2, "sweep", write(TWO_BY_TWO), *settings)
+    assert "its evaluation in sweep.evaluate=e8m3 cannot run: e8m3 is an emulated format, and compiled layers" in words
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_folder_with_other_runs_is_refused(write: Write, ends: Ends, tmp_path: Path) -> None:
     run = tmp_path / "sweep"
     (run / "runs" / "precision=fp32,seed=0").mkdir(parents=True)

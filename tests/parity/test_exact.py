@@ -166,12 +166,15 @@ def test_gradients_are_those_of_the_usual_layers(precision: str) -> None:
     assert 0 < difference < bound
 
 
-@pytest.mark.parametrize("island", ["model.layers.1.mlp.down_proj", "model.layers.0.self_attn", "model.layers.2"])
-def test_fp32_islands_are_equal_too(island: str) -> None:
+@pytest.mark.parametrize("precision", ["fp16", "e8m2"])
+@pytest.mark.parametrize("island", ["model.layers.1.mlp.down_proj", "model.layers.*.self_attn", "model.layers.*"])
+def test_fp32_islands_are_equal_too(island: str, precision: str) -> None:
     config = RunConfig.model_validate(
-        config_of("fp16").model_dump() | {"precision": {"preset": "fp16", "fp32_modules": [island]}}
+        config_of(precision).model_dump() | {"precision": {"preset": precision, "fp32_modules": [island]}}
     )
-    trainer, engine = sides(model_of("qwen3 with head norms"), config)
+    # Wide enough that usual products of an island's FP32 operands would add in another order.
+    wide = tiny_config("qwen3", SMALL, hidden_size=96, intermediate_size=272, head_dim=32)
+    trainer, engine = sides(loaded_model(tiny_module(wide, seed=4, norms=0.3), stop_token_ids=(1,)), config)
     rollouts = sampled(engine, config, 4)
     assert measured(trainer, rollouts, config) == behavior(rollouts)
 

@@ -141,7 +141,7 @@ def test_predictors_are_judged_by_hand_counted_pairs(monkeypatch: pytest.MonkeyP
 def test_a_perfect_predictor_of_breaks_is_found_on_runs_held_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results, curves = [], []
+    results, curves = [{"kind": "sweep", "settings": {}}], []
     for index in range(12):
         broken, label = index % 2 == 0, f"cell {index}"
         results.append(
@@ -165,3 +165,14 @@ def test_a_perfect_predictor_of_breaks_is_found_on_runs_held_out(
     found = script.judged(runs, "k3")
     assert found["auc"][0] == found["held_out"][0] == 1.0
     assert script.judged(runs, "x")["auc"][0] == 0.5
+
+
+def test_the_bits_of_a_run_are_those_of_its_own_precision_or_of_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = benchmark("predict_break", monkeypatch)
+
+    def bits(shared: str | None, *emulated: str, **point: str) -> float:
+        found: float = script.predictors({"point": point, "emulated": emulated}, {}, 5, shared)["mantissa bits"]
+        return -found
+
+    assert bits(None, precision="bf16") == bits("bf16", steps="4") == 7
+    assert bits("fp16", "e8m2", sides="e8m2-fp16") == 2 and bits(None, steps="4") == 23

@@ -137,8 +137,8 @@ def _text(value: object) -> str:
     """Return a value as part of a folder's name."""
     if isinstance(value, bool):
         text = str(value).lower()
-    elif isinstance(value, float):
-        text = f"{value:g}"
+    elif isinstance(value, (int, float)):
+        return f"{value:g}" if isinstance(value, float) else str(value)
     elif isinstance(value, (list, tuple)):
         text = "+".join(map(_text, value)) or "none"
     elif isinstance(value, Mapping):

@@ -194,7 +194,8 @@ class CpuLinear(nn.Module):
 def use_cpu_linear(module: nn.Module, precision: Precision) -> int:
     """Replace, in place, every `nn.Linear` inside `module` that holds the compute dtype, if that sums in FP32 on a CPU.
 
-    A linear layer that occurs twice stays one layer. State dict and parameters are unchanged.
+    With `Precision.exact` those of FP32 islands are replaced too. A linear layer that occurs twice stays one layer.
+    State dict and parameters are unchanged.
 
     Raises:
         InputError: rows must be independent (`Precision.exact`), and this processor's are not.
@@ -205,9 +206,10 @@ def use_cpu_linear(module: nn.Module, precision: Precision) -> int:
     compute = precision.roles.compute_dtype
     if precision.device.type != "cpu" or not (compute == "fp32" or precision.fp32_sums(compute)):
         return 0
+    held = {precision.compute_dtype, torch.float32} if precision.exact else {precision.compute_dtype}
     replaced: dict[nn.Module, CpuLinear] = {}
     for parent in list(module.modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.Linear and child.weight.dtype == precision.compute_dtype:
+            if type(child) is nn.Linear and child.weight.dtype in held:
                 setattr(parent, name, replaced.setdefault(child, CpuLinear(child, tiled=precision.exact)))
     return len(replaced)

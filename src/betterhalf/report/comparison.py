@@ -31,7 +31,7 @@ _PREVENTED = {
     "algorithm.surrogate.dual_clip": "It bounds the ratio current/proximal of tokens with a negative advantage, which "
     "the clip of PPO does not: so such tokens carry the collapse.",
 }
-"""Conclusion from a changed setting that prevents the collapse, by its key."""
+"""Conclusion from a changed setting with which a collapsed arm learns, by its key."""
 
 
 def changes_text(changes: Mapping[str, Any]) -> str:
@@ -86,12 +86,15 @@ def _only_difference(one: Arm, other: Arm) -> str | None:
 
 
 def _separation(name: str, arm: Arm, other: str, its: Arm, key: str) -> str:
-    value = (its.get("changes") or {}).get(key)
+    value, too = (its.get("changes") or {}).get(key), its["verdict"] == "collapsed"
     setting = f"{key}={_plain(value)}" if value is not None else f"the default of {key}"
-    too = " too" if its["verdict"] == "collapsed" else ""
-    numbers = f"{_verb(its)}{too} ({_reward(its)} against {_reward(arm)}; k3 {_k3(its)} against {_k3(arm)})"
-    ended = f"{_PREVENTED[key]}" if its["verdict"] != "collapsed" else f"So {key} is not what breaks it here."
-    return f"{other} differs from {name} in {setting} alone and {numbers}. {ended}"
+    numbers = f"({_reward(its)} against {_reward(arm)}; k3 {_k3(its)} against {_k3(arm)})"
+    sentence = f"{other} differs from {name} in {setting} alone and {_verb(its)}{' too' * too} {numbers}."
+    if too:
+        return f"{sentence} So {key} is not what breaks it here."
+    # A setting of the collapsed arm alone may add to the mismatch; and a damaged arm shows no more than its numbers.
+    shows = value is not None and its["verdict"] in ("learned", "dips")
+    return f"{sentence} {_PREVENTED[key]}" if shows else sentence
 
 
 def _sides(arms: Mapping[str, Arm]) -> list[str]:
@@ -106,18 +109,23 @@ def _sides(arms: Mapping[str, Arm]) -> list[str]:
         (False, False): "So neither side alone breaks the run.",
     }
     (name, arm), (other, its) = trainer, engine
+    verdicts = arm["verdict"], its["verdict"]
+    end = "" if "short" in verdicts else f" {ends[verdicts[0] == 'collapsed', verdicts[1] == 'collapsed']}"
     return [
         f"In {name}, the trainer alone is coarse: it {_verb(arm)} ({_reward(arm)}, k3 {_k3(arm)}). In {other}, the "
-        f"engine alone is: it {_verb(its)} ({_reward(its)}, k3 {_k3(its)}). "
-        f"{ends[arm['verdict'] == 'collapsed', its['verdict'] == 'collapsed']}"
+        f"engine alone is: it {_verb(its)} ({_reward(its)}, k3 {_k3(its)}).{end}"
     ]
 
 
 def _one_side(arms: Mapping[str, Arm], key: str) -> tuple[str, Arm] | None:
-    """Return the first arm that changes this dtype role and no other setting but its preset; None without one."""
+    """Return the first arm that is emulated in this dtype role alone, and changes nothing else; None without one."""
     others = {"precision.preset", "precision.allow_difference"}
-    found = [(name, arm) for name, arm in arms.items() if (arm.get("changes") or {}).keys() - others == {key}]
-    return found[0] if found else None
+    for name, arm in arms.items():
+        changes = arm.get("changes") or {}
+        emulated = [changed for changed, value in changes.items() if value in _EMULATED]
+        if emulated == [key] and changes.keys() - others == {key}:
+            return name, arm
+    return None
 
 
 def _verb(arm: Arm) -> str:

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.text import Text
 
 from betterhalf.report.emulated import emulated_sentence
 from betterhalf.report.fields import mapping, mappings, number, texts
+from betterhalf.types import EmulatedDtype
 
 Row = Mapping[str, Any]
 
@@ -142,8 +143,9 @@ def mean_text(value: Row, measure: Measure) -> str:
 
 
 def emulated_names(rows: Sequence[Row]) -> set[str]:
-    """Return the emulated formats of a sweep."""
-    return {name for row in cell_rows(rows) for name in texts(row, "emulated")}
+    """Return the emulated formats of a sweep's runs and of its evaluation."""
+    evaluation = {name for name in get_args(EmulatedDtype) if name == head_of(rows).get("evaluate")}
+    return evaluation | {name for row in cell_rows(rows) for name in texts(row, "emulated")}
 
 
 def print_sweep(rows: Sequence[Row], stream: TextIO | None = None) -> None:

@@ -155,19 +155,19 @@ def require_sound_arms(config: RunConfig) -> None:
     """
     settings = {name: arm_settings(config, name) for name in config.sanity.arms}
     for name, arm in settings.items():
-        check_roles(arm, f" in the arm {name}")
+        _require_sound(name, arm, described=name in config.sanity.arm)
         twin = next(other for other in settings if settings[other] == arm)
         if twin != name:
             raise InputError(f"the arms {twin} and {name} have the same settings; change one of them, or leave it out")
-        if name in config.sanity.arm:
-            _require_sound(name, arm)
 
 
-def _require_sound(name: str, arm: RunConfig) -> None:
-    """Make the checks of a run that need no weights on an arm with a table of its own; name the arm in the error."""
+def _require_sound(name: str, arm: RunConfig, *, described: bool) -> None:
+    """Check the precision of an arm, and all that needs no weights if it has a table; name the arm in the error."""
     try:
-        require_sound_levels(arm)
-        check_before_weights(arm)
+        check_roles(arm)
+        if described:
+            require_sound_levels(arm)
+            check_before_weights(arm)
     except BetterhalfError as error:
         raise type(error)(f"in the arm {name}: {error}") from error
 

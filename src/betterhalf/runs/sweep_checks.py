@@ -20,6 +20,7 @@ from betterhalf.models.description import ModelDescription, describe_model
 from betterhalf.rollout.build import require_engine
 from betterhalf.run_dir import RunDir
 from betterhalf.runs.assembly import checked_algorithm, require_logging
+from betterhalf.runs.sweep_cell import evaluation_config
 from betterhalf.runs.train import require_same_config
 from betterhalf.runs.watchdog import require_sound_levels
 from betterhalf.setup.data import load_task
@@ -67,6 +68,18 @@ def _check(config: RunConfig, seen: _Seen) -> None:
         seen.tasks.add(task)
     require_logging(config)
     require_engine(config, choose_device(config))
+    if config.sweep.evaluate is not None:
+        _check_evaluation(config, described)
+
+
+def _check_evaluation(config: RunConfig, described: ModelDescription) -> None:
+    """Refuse a `sweep.evaluate` in which the trained policy could not be evaluated, and name it."""
+    evaluation = evaluation_config(config)
+    try:
+        checked_algorithm(evaluation, evaluating=True)
+        check_model(described, evaluation)
+    except InputError as error:
+        raise InputError(f"its evaluation in sweep.evaluate={config.sweep.evaluate} cannot run: {error}") from error
 
 
 def _parameters(described: ModelDescription) -> int:

@@ -17,12 +17,8 @@ from betterhalf.training.policy_trainer import require_no_dropout
 from betterhalf.types import DtypeName
 
 
-def check_roles(config: RunConfig, where: str = "") -> None:
+def check_roles(config: RunConfig) -> None:
     """Refuse roles that the precision contract would refuse once both sides run.
-
-    Args:
-        config: configuration of the run.
-        where: name of the arm for the message, such as " in the arm fp16"; empty for a single run.
 
     Raises:
         ContractError: the roles differ without `precision.allow_difference`.
@@ -34,12 +30,12 @@ def check_roles(config: RunConfig, where: str = "") -> None:
     listed = ", ".join(f"{key} {dtype}" for key, dtype in used.items())
     if config.exact and len(set(used.values())) > 1:
         raise ConfigError(
-            f"engine.rounding=exact needs one format on both sides{where} ({listed}); leave out the precision.*_dtype "
+            f"engine.rounding=exact needs one format on both sides ({listed}); leave out the precision.*_dtype "
             "settings, or set engine.rounding=aligned"
         )
     if len(set(used.values())) > 1 and not config.precision.allow_difference:
         raise ContractError(
-            f"trainer and rollout engine would differ in precision{where} ({listed}); leave out the "
+            f"trainer and rollout engine would differ in precision ({listed}); leave out the "
             "precision.*_dtype settings, or set precision.allow_difference=true if this ablation is intended"
         )
     check_engine_roles(config)

@@ -67,13 +67,14 @@ class PolicyTrainer:
         require_no_dropout(self.module.config)
         self._results = rounding_results(precision.roles.compute_dtype)
         self.islands = precision.islands(self.module.config.num_hidden_layers, precision.roles.compute_dtype)
-        use_islands(self.module, self.islands, precision.compute_dtype)
         self.weights = store(self.module, precision.roles.compute_dtype, self.islands)
         use_cpu_linear(self.module, precision)
         use_cpu_embedding(self.module, precision)
         if precision.exact:
             use_cpu_silu(self.module)
             self._require_exact()
+        # After the replacements, which would lose the hooks of an island's linear layer.
+        use_islands(self.module, self.islands, precision.compute_dtype)
         coverage.require_covered(self.module, precision)
         sums = precision.fp32_sums(precision.roles.compute_dtype)
         head_dim = _head_dim(self.module.config)

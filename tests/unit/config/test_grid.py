@@ -106,6 +106,11 @@ def test_values_become_names_of_folders(expand: Expand) -> None:
     assert labels[0] == "fp32_modules=none,model=a-b-c" and labels[-1] == "fp32_modules=lm_head,model=demo"
 
 
+def test_a_negative_number_keeps_its_sign(expand: Expand) -> None:
+    cells = expand("[sweep]\nseeds = [-1, 1]\nexclude = [{seed = -1}]\n").cells
+    assert [cell.config.seed for cell in cells] == [1]
+
+
 def test_the_text_of_a_sweep_s_configuration_loads_again(expand: Expand, tmp_path: Path) -> None:
     config = expand(HEAD + AXES, "sweep.exclude=[{'engine.rounding'='aligned'}]").config
     (tmp_path / "copy.toml").write_text(toml_text(config), encoding="utf-8")

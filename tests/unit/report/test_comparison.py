@@ -35,6 +35,7 @@ def test_a_collapse_is_described_with_what_prevents_it() -> None:
     assert dual.startswith(
         "dual_clip differs from e8m2 in algorithm.surrogate.dual_clip=3.0 alone and did not collapse"
     )
+    assert "carry the collapse" not in dual, "a damaged arm proves no cause"
     assert sides.endswith("So it is the trainer's rounding that breaks the run, not the engine's.")
 
 
@@ -50,6 +51,15 @@ def test_a_setting_that_does_not_prevent_the_collapse_is_not_credited() -> None:
     assert aligned.endswith("So engine.rounding is not what breaks it here.")
     sides = sentences(coarse_engine=("collapsed", 0.0))[-1]
     assert sides.endswith("So either side is enough to break the run.")
+
+
+def test_nothing_follows_from_an_arm_that_was_too_short_or_is_fine_on_the_side_it_names() -> None:
+    _, aligned, _, sides = sentences(e8m2_aligned=("short", 0.6), coarse_engine=("short", 0.6))
+    assert aligned.endswith("was too short to tell (0.60 against 0.00; k3 2.0e-08 against 2.5e-01).")
+    assert sides.endswith(").") and "So " not in sides
+    arms = collapse_summary()["arms"]
+    arms["coarse_trainer"]["changes"] |= {"precision.preset": "e8m2", "precision.compute_dtype": "fp32"}
+    assert not any("the trainer alone is coarse" in sentence for sentence in comparison_sentences(arms))
 
 
 def test_an_arm_without_a_verdict_is_left_out() -> None:

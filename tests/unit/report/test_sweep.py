@@ -102,6 +102,7 @@ def test_the_terminal_shows_whole_lines_and_names_what_is_emulated() -> None:
     )
     assert "e8m2 is emulated" in out.getvalue()
     assert emulated_names([row for row in results() if "e8m2" not in str(row.get("emulated"))]) == set()
+    assert emulated_names([{"kind": "sweep", "evaluate": "e8m4"}]) == {"e8m4"}
 
 
 def test_the_page_has_the_table_a_panel_for_each_combination_and_figures_along_the_axes(folder: Path) -> None:
