@@ -108,7 +108,9 @@ class StrictEngine:
 
 
 def declared(_config: RunConfig) -> EngineCapabilities:
-    return EngineCapabilities(max_restarts=1, fp32_islands=False, scores=True, traces=False, shares_cores=False)
+    return EngineCapabilities(
+        max_restarts=1, fp32_islands=False, emulates=False, scores=True, traces=False, shares_cores=False
+    )
 
 
 def built_strict(

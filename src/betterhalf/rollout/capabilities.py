@@ -21,6 +21,8 @@ class EngineCapabilities:
     """Times in one step that the engine may be restarted after a crash; 0 without a process of its own."""
     fp32_islands: bool
     """True if it computes the modules of `precision.fp32_modules` in FP32."""
+    emulates: bool
+    """True if it computes in emulated formats."""
     scores: bool
     """True if `RolloutEngine.score` is implemented."""
     traces: bool

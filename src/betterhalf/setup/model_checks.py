@@ -52,7 +52,7 @@ def check_emulation(config: RunConfig, names: Iterable[DtypeName]) -> None:
     if emulated is None:
         return
     for wrong, problem, fix in (
-        (config.engine.type != "native", f"engine={config.engine.type} cannot emulate it", "engine=native"),
+        (not capabilities(config).emulates, f"engine={config.engine.type} cannot emulate it", "engine=native"),
         (config.training.compile_layers, "compiled layers cannot round to it", "training.compile_layers=false"),
         (choose_device(config).type != "cpu", "it is emulated on a CPU only", "device=cpu"),
     ):

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -403,7 +404,8 @@ def test_the_text_names_the_place_the_size_and_where_to_look() -> None:
     text = printed(found_with(down_off, "fp16"))
     assert "trainer and engine: FIRST DIFFERENCE in layer 1, down, at token" in text
     assert "check the down projection: down_proj's weight or bias not synced" in text
-    assert "decoding alone and in a batch: differ by rounding alone" in text
+    # Some processors give a row of a batch the same bits as the row alone.
+    assert re.search("decoding alone and in a batch: (differ by rounding alone|no difference)", text)
 
 
 def test_the_text_shows_every_layer_of_a_small_model_and_the_last_of_a_large_one() -> None:

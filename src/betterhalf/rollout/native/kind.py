@@ -12,7 +12,9 @@ from betterhalf.rollout.native.engine import NativeEngine, require_kernels
 
 
 def _capabilities(_config: RunConfig) -> EngineCapabilities:
-    return EngineCapabilities(max_restarts=0, fp32_islands=True, scores=True, traces=True, shares_cores=True)
+    return EngineCapabilities(
+        max_restarts=0, fp32_islands=True, emulates=True, scores=True, traces=True, shares_cores=True
+    )
 
 
 def _check_sampling(_sampling: SamplingConfig) -> None:

@@ -22,6 +22,7 @@ def _capabilities(config: RunConfig) -> EngineCapabilities:
     return EngineCapabilities(
         max_restarts=_settings(config).max_restarts,
         fp32_islands=False,
+        emulates=False,
         scores=True,
         traces=False,
         shares_cores=False,
