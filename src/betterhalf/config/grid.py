@@ -91,7 +91,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     layers = read_layers(path, overrides)
     config = resolve_layers(layers)
     axes = _axes(config.sweep)
-    _require_separate_keys(axes, layers)
+    _require_separate_keys(axes, config.sweep.seeds, layers)
     seeds = config.sweep.seeds or (config.seed,)
     if not axes and not config.sweep.seeds:
         raise ConfigError(f"{path} has neither axes nor seeds. Add a table [sweep.axes], or sweep.seeds = [0, 1, 2].")
@@ -152,9 +152,13 @@ def _joined(point: Mapping[str, str]) -> str:
     return ",".join(f"{name}={label}" for name, label in point.items())
 
 
-def _require_separate_keys(axes: Sequence[Axis], layers: Sequence[Layer]) -> None:
-    """Refuse a key that two axes set, or an axis and the command line: one of them would silently win."""
-    given = {key for source, layer in layers if source == COMMAND_LINE for key in flat(expand(layer))}
+def _require_separate_keys(axes: Sequence[Axis], seeds: Sequence[int], layers: Sequence[Layer]) -> None:
+    """Refuse a key that two axes set, or an axis (also of `seeds`) and the command line: one would silently win."""
+    overrides = [flat(expand(layer)) for source, layer in layers if source == COMMAND_LINE]
+    given = {key: value for override in overrides for key, value in override.items()}
+    if SEED in given and seeds:
+        fix = f"Write sweep.seeds={given[SEED]} instead of seed={given[SEED]}"
+        raise ConfigError(f"seed is set by the command line, but the seeds of a sweep are sweep.seeds. {fix}.")
     owners = dict.fromkeys(given, "the command line")
     for axis in axes:
         settings = axis.settings()

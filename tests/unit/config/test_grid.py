@@ -131,6 +131,7 @@ def test_the_text_of_a_sweep_s_configuration_loads_again(expand: Expand, tmp_pat
         ("[sweep.axes]\nseed = [1, 2]\n", (), "list the seeds in sweep.seeds"),
         ("[sweep]\nseeds = [1, 1]\n", (), "names a seed twice"),
         ("[training]\nsteps = 1\n", (), r"neither axes nor seeds. Add a table \[sweep.axes\]"),
+        (HEAD, ("seed=4",), r"seed is set by the command line.*Write sweep.seeds=4 instead of seed=4"),
         (AXES, ("precision=fp16",), "precision.preset is set by the command line and by the axis precision"),
         (AXES, ("sweep.only=[{precison='fp16'}]",), "'precison', which is no axis of the sweep. Did you mean 'precis"),
         (AXES, ("sweep.only=[{precision='fp8'}]",), "'fp8', which is no value of the axis precision. Its values are"),
