@@ -41,6 +41,8 @@ class Axis:
     """Settings of each value, by the label of the value."""
     numbers: tuple[float, ...] | None
     """The values themselves, if all are numbers; None otherwise."""
+    labelled: bool = False
+    """True if a label is not the value itself: it is a name in the file, or had to be rewritten."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -116,16 +118,32 @@ def _axes(sweep: SweepConfig) -> tuple[Axis, ...]:
 def _axis(name: str, key: str, values: Any) -> Axis:
     tables = list(values.values()) if isinstance(values, Mapping) else [{key: value} for value in values]
     texts = [_text(value) for value in values]  # of a mapping, its labels
-    if len(set(texts)) < len(texts):
-        twice = next(text for text in texts if texts.count(text) > 1)
-        raise ConfigError(f"the axis {key} has the value {twice} twice. Name each value once.")
+    _require_different(key, list(values), texts)
     numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    rewritten = any(
+        not isinstance(value, (bool, int, float)) and value != text for value, text in zip(values, texts, strict=True)
+    )
     return Axis(
         name=name,
         key=key,
         changes={text: expand_table(table) for text, table in zip(texts, tables, strict=True)},
         numbers=tuple(map(float, values)) if numeric else None,
+        labelled=isinstance(values, Mapping) or rewritten,
     )
+
+
+def _require_different(key: str, values: Sequence[Any], texts: Sequence[str]) -> None:
+    """Refuse two values of an axis with one label, which is a part of a folder's name."""
+    for place, text in enumerate(texts):
+        first = texts.index(text)
+        if first == place:
+            continue
+        if values[first] == values[place]:
+            raise ConfigError(f"the axis {key} has the value {text} twice. Name each value once.")
+        raise ConfigError(
+            f"the axis {key} has the values {values[first]!r} and {values[place]!r}, which would both be written "
+            f"{text} in the names of folders. Give them different labels, as a table."
+        )
 
 
 def _short(key: str) -> str:
@@ -232,11 +250,10 @@ def _require_distinct(cells: Sequence[Cell]) -> None:
     """Refuse two cells with one folder, or with the same settings."""
     folders, configs = dict[str, Cell](), dict[str, Cell]()
     for cell in cells:
-        # Some file systems do not distinguish upper and lower case.
         if (other := folders.setdefault(cell.label.lower(), cell)) is not cell:
             raise ConfigError(
-                f"two cells would have the folder {cell.label}, {other.label}. Give the values of an axis labels of "
-                "their own, as a table."
+                f"the folders of the cells {other.label} and {cell.label} would differ in upper and lower case alone, "
+                "which some file systems do not distinguish. Give the values different labels, as a table."
             )
         settings = json.dumps({**resolved_json(cell.config), "name": ""}, sort_keys=True)
         if (other := configs.setdefault(settings, cell)) is not cell:

@@ -62,7 +62,10 @@ def _shared_settings(cells: Sequence[Cell]) -> Row:
 
 
 def _axis_record(axis: Axis) -> Row:
-    """Return an axis with the positions of its values: numbers, or the mantissa bits of formats; None without."""
+    """Return an axis with the positions of its values: numbers, or the mantissa bits of formats; None without.
+
+    An axis whose labels are not the values themselves has the settings of each label.
+    """
     positions, quantity = axis.numbers, axis.name
     if all(label in FORMATS for label in axis.labels):
         names: list[DtypeName] = list(axis.labels)  # type: ignore[arg-type]
@@ -74,6 +77,7 @@ def _axis_record(axis: Axis) -> Row:
         "labels": list(axis.labels),
         "positions": None if positions is None else list(positions),
         "quantity": quantity,
+        **({"changes": {label: flat(table) for label, table in axis.changes.items()}} if axis.labelled else {}),
     }
 
 

@@ -106,6 +106,19 @@ def test_values_become_names_of_folders(expand: Expand) -> None:
     assert labels[0] == "fp32_modules=none,model=a-b-c" and labels[-1] == "fp32_modules=lm_head,model=demo"
 
 
+def test_an_axis_knows_whether_its_labels_are_its_values(expand: Expand) -> None:
+    text = (
+        "[sweep.axes]\nprecision = ['fp16']\n'training.steps' = [1, 2]\n'model.name' = ['a/b']\nx.one = {name = 'y'}\n"
+    )
+    axes = expand(text).axes
+    assert [(axis.name, axis.labelled) for axis in axes] == [
+        ("precision", False),
+        ("steps", False),
+        ("model", True),
+        ("x", True),
+    ]
+
+
 def test_a_negative_number_keeps_its_sign(expand: Expand) -> None:
     cells = expand("[sweep]\nseeds = [-1, 1]\nexclude = [{seed = -1}]\n").cells
     assert [cell.config.seed for cell in cells] == [1]
@@ -136,9 +149,13 @@ def test_the_text_of_a_sweep_s_configuration_loads_again(expand: Expand, tmp_pat
         (AXES, ("sweep.only=[{precison='fp16'}]",), "'precison', which is no axis of the sweep. Did you mean 'precis"),
         (AXES, ("sweep.only=[{precision='fp8'}]",), "'fp8', which is no value of the axis precision. Its values are"),
         (AXES, ("sweep.only=[{precision='fp16'}]", "sweep.exclude=[{precision='fp16'}]"), "leave no combination"),
-        ("[sweep.axes]\n'model.name' = ['a/b', 'a b']\n", (), "the axis model.name has the value a-b twice"),
-        ("[sweep.axes]\n'model.name' = ['A', 'a']\n", (), "two cells would have the folder model=a, model=A"),
-        ("[sweep.axes.x]\n'a b' = {}\n'a-b' = {training.steps = 1}\n", (), "the axis x has the value a-b twice"),
+        (
+            "[sweep.axes]\n'model.name' = ['a/b', 'a b']\n",
+            (),
+            "'a/b' and 'a b', which would both be written a-b in the n",
+        ),
+        ("[sweep.axes]\n'model.name' = ['A', 'a']\n", (), "cells model=A and model=a would differ in upper and lower"),
+        ("[sweep.axes.x]\n'a b' = {}\n'a-b' = {training.steps = 1}\n", (), "values 'a b' and 'a-b', which would both"),
         ("[sweep.axes.x]\na = {seed = 0}\nb = {}\n", (), "the axis x sets the seed"),
         ("[sweep.axes.x]\na = {training.steps = 3}\nb = {training.steps = 3}\n", (), "x=a and x=b have the same setti"),
         ("[sweep.axes]\n'model.name' = ['" + "a" * 201 + "']\n", (), "too many for the name of a folder"),

@@ -116,6 +116,15 @@ def test_the_page_has_the_table_a_panel_for_each_combination_and_figures_along_t
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
 
 
+def test_the_page_says_what_a_label_changes(tmp_path: Path) -> None:
+    rows = results()
+    rows[0]["axes"][1]["changes"] = {"1": {"precision.preset": "e8m2", "training.steps": 3}, "2": {}}
+    named = written(tmp_path / "named", rows)
+    page = write_report([named], named / "report.html").read_text(encoding="utf-8")
+    assert "<td>1</td><td>precision.preset=e8m2 (emulated), training.steps=3</td>" in page
+    assert "<td>2</td><td>nothing</td>" in page
+
+
 def test_a_page_of_many_combinations_says_how_many_panels_are_missing(tmp_path: Path) -> None:
     many = written(tmp_path / "many", results(rates=20))
     page = write_report([many], many / "report.html").read_text(encoding="utf-8")
