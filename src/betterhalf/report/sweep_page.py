@@ -16,7 +16,6 @@ from betterhalf.report.fields import mapping, mappings, number, texts
 from betterhalf.report.markup import Figure, figures, legend, note, notice, section, table
 from betterhalf.report.plot import Plot, Series, draw_plot
 from betterhalf.report.sweep_table import (
-    EXPLANATION,
     MEASURES,
     Row,
     axis_names,
@@ -24,6 +23,7 @@ from betterhalf.report.sweep_table import (
     cell_rows,
     combination_rows,
     emulated_names,
+    explanation,
     head_of,
     outcome_text,
     table_text,
@@ -52,10 +52,11 @@ def sweep_section(sweep: Sweep, several: bool) -> str:
     suffix = f": {sweep.name}" if several else ""
     emulated = emulated_sentence(emulated_names(sweep.rows))
     head, body = table_text(sweep.rows, brief=False)
+    caption = note(explanation(sweep.rows, brief=False))
     result = (
         note(_settings(sweep.rows))
         + (notice(emulated) if emulated else "")
-        + (table(head, body) + note(EXPLANATION) if body else notice("No run has finished yet."))
+        + (table(head, body) + caption if body else notice("No run has finished yet."))
         + _labels(sweep.rows)
         + _exceptions(sweep.rows)
     )

@@ -125,6 +125,7 @@ def _measures(steps: Sequence[Row], window: int) -> Row:
     last = max(1, min(window, len(steps) // 4))
     return {
         "steps": len(steps),
+        "window": last,
         "outcome": course.outcome,
         **{f"reward_{key}": value for key, value in asdict(course).items() if key != "outcome"},
         "k3_first": _mean(k3[:FIRST_STEPS]),

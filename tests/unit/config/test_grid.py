@@ -107,9 +107,7 @@ def test_values_become_names_of_folders(expand: Expand) -> None:
 
 
 def test_an_axis_knows_whether_its_labels_are_its_values(expand: Expand) -> None:
-    text = (
-        "[sweep.axes]\nprecision = ['fp16']\n'training.steps' = [1, 2]\n'model.name' = ['a/b']\nx.one = {name = 'y'}\n"
-    )
+    text = "[sweep.axes]\nprecision = ['fp16']\n'training.steps' = [1, 2]\n'model.name' = ['a/b']\nx.a = {name = 'y'}\n"
     axes = expand(text).axes
     assert [(axis.name, axis.labelled) for axis in axes] == [
         ("precision", False),

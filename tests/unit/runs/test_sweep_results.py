@@ -55,6 +55,7 @@ def test_a_run_s_row_has_its_numbers(grid: Grid, tmp_path: Path) -> None:
     assert (row["k3_first"], row["k3_max"], row["k3_final"]) == (1e-4, 3e-4, 3e-4)
     assert (row["exponent_first"], row["exponent_max"]) == (0.06, 0.06)  # 30 x 1e-3 x 2
     assert (row["skipped"], row["steps"], row["seconds"]) == (1, 40, 12.3457)
+    assert row["window"] == 10  # a quarter of 40 steps
     assert "grad_norm_max" not in row and "reason" not in row
 
 
