@@ -239,6 +239,19 @@ def test_a_folder_with_other_runs_is_refused(write: Write, ends: Ends, tmp_path:
     assert "training.steps: 2 -> 3" in changed and "Restore the settings in the sweep file" in changed
 
 
+def test_a_seed_left_out_stays_in_the_folder_and_comes_back_without_running(write: Write, tmp_path: Path) -> None:
+    run, file = RunDir(tmp_path / "sweep"), write("[sweep]\nseeds = [0, 1]\n")
+
+    def seeds(*overrides: str, resume: bool = True) -> list[int]:
+        sweep(load_grid(file, overrides), str(run.path), resume=resume)
+        return [row["seed"] for row in read_jsonl(run.results) if row["kind"] == "cell"]
+
+    assert seeds(resume=False) == [0, 1]
+    steps = run.cell("seed=1").metrics.stat().st_mtime_ns
+    assert seeds("sweep.seeds=0") == [0] and run.cell("seed=1").summary.exists()
+    assert seeds() == [0, 1] and run.cell("seed=1").metrics.stat().st_mtime_ns == steps
+
+
 def test_an_unknown_metric_for_the_curves_is_refused(write: Write, ends: Ends) -> None:
     words = ends(2, "sweep", write(TWO_BY_TWO), "sweep.curves=mismatch/k3/men")
     assert "'mismatch/k3/men', which is no metric. Did you mean 'mismatch/k3/mean'?" in words

@@ -19,6 +19,9 @@ from betterhalf.errors import ConfigError
 SEED = "seed"
 """Name of the axis of seeds."""
 
+_SEEDS_ALONE = "all"
+"""Combination of a sweep of seeds alone."""
+
 _GENERIC = ("name", "preset", "type")
 """Last parts of a key that say less than the part before them: `algorithm.preset` is the axis `algorithm`."""
 
@@ -68,7 +71,7 @@ class Cell:
     @property
     def combination(self) -> str:
         """Label without the seed; `all` for a sweep of seeds alone."""
-        return _joined(self.point) or "all"
+        return _joined(self.point) or _SEEDS_ALONE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +84,12 @@ class Grid:
     """Axes in the order of the file, without the seeds."""
     cells: tuple[Cell, ...]
     """Cells in the order of the axes; the seed varies fastest."""
+
+
+def combination_of(label: str) -> str | None:
+    """Return the combination of a cell from its label; None for a label without a seed."""
+    found = re.fullmatch(rf"(?:(.+),)?{SEED}=\d+", label)
+    return (found[1] or _SEEDS_ALONE) if found else None
 
 
 def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:

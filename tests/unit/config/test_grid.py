@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from betterhalf.config.grid import Grid, load_grid
+from betterhalf.config.grid import Grid, combination_of, load_grid
 from betterhalf.config.load import load_config
 from betterhalf.config.render import toml_text
 from betterhalf.config.schema import SweepConfig
@@ -76,6 +76,12 @@ def test_without_seeds_the_label_has_none_and_the_seed_is_that_of_the_configurat
     cells = expand("seed = 9\n[sweep.axes]\n'optimizer.learning_rate' = [1e-4, 2]\n").cells
     assert [cell.label for cell in cells] == ["learning_rate=0.0001", "learning_rate=2"]
     assert [cell.config.seed for cell in cells] == [9, 9]
+
+
+def test_the_combination_follows_from_a_label_with_a_seed(expand: Expand) -> None:
+    cells = [*expand(HEAD + AXES).cells, *expand("[sweep]\nseeds = [10, 0]\n").cells]
+    assert [combination_of(cell.label) for cell in cells] == [cell.combination for cell in cells]
+    assert combination_of("precision=fp16") is None
 
 
 def test_seeds_alone_are_a_sweep(expand: Expand) -> None:
