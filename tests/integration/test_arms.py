@@ -118,6 +118,9 @@ def test_an_arm_that_is_killed_is_named_with_its_last_words(small_config: Config
     event = worker.take(None)
     assert event is not None and event["error"] == "RunError"
     assert re.search(r"arm fp16 ended with signal SIGKILL.*arms_at_once=1.*\n  a warning", event["message"])
+    worker._tail.clear()
+    silent = worker.take(None)
+    assert silent is not None and silent["message"].endswith("set sanity.arms_at_once=1.")
     worker.end()
 
 

@@ -171,7 +171,7 @@ def test_after_a_kill_of_a_worker_and_an_interrupt_a_resumed_sweep_is_complete(w
         wait_for(lambda: len(read_jsonl(second.metrics)) >= 3)
         rows = [row for row in read_jsonl(run.results) if row["kind"] == "cell"]
         assert [(row["label"], row["outcome"]) for row in rows] == [("learning_rate=0.0001", "failed")]
-        assert "SIGKILL" in rows[0]["reason"] and "sweep.runs_at_once=1" in rows[0]["reason"]
+        assert "SIGKILL" in rows[0]["reason"] and rows[0]["reason"].endswith("set sweep.runs_at_once=1.")
         started.send_signal(signal.SIGINT)
         _, errors = started.communicate(timeout=60)
         assert started.returncode == 130 and "--resume continues it" in errors
@@ -237,6 +237,19 @@ def test_a_folder_with_other_runs_is_refused(write: Write, ends: Ends, tmp_path:
     assert "already holds a run" in ends(2, "sweep", write("[sweep]\nseeds = [0]\n"), f"run_dir={run}")
     changed = ends(2, "sweep", write("[sweep]\nseeds = [0]\n"), f"run_dir={run}", "--resume", "training.steps=3")
     assert "training.steps: 2 -> 3" in changed and "Restore the settings in the sweep file" in changed
+
+
+def test_a_seed_left_out_stays_in_the_folder_and_comes_back_without_running(write: Write, tmp_path: Path) -> None:
+    run, file = RunDir(tmp_path / "sweep"), write("[sweep]\nseeds = [0, 1]\n")
+
+    def seeds(*overrides: str, resume: bool = True) -> list[int]:
+        sweep(load_grid(file, overrides), str(run.path), resume=resume)
+        return [row["seed"] for row in read_jsonl(run.results) if row["kind"] == "cell"]
+
+    assert seeds(resume=False) == [0, 1]
+    steps = run.cell("seed=1").metrics.stat().st_mtime_ns
+    assert seeds("sweep.seeds=0") == [0] and run.cell("seed=1").summary.exists()
+    assert seeds() == [0, 1] and run.cell("seed=1").metrics.stat().st_mtime_ns == steps
 
 
 def test_an_unknown_metric_for_the_curves_is_refused(write: Write, ends: Ends) -> None:

@@ -19,6 +19,9 @@ from betterhalf.errors import ConfigError
 SEED = "seed"
 """Name of the axis of seeds."""
 
+_SEEDS_ALONE = "all"
+"""Combination of a sweep of seeds alone."""
+
 _GENERIC = ("name", "preset", "type")
 """Last parts of a key that say less than the part before them: `algorithm.preset` is the axis `algorithm`."""
 
@@ -41,6 +44,8 @@ class Axis:
     """Settings of each value, by the label of the value."""
     numbers: tuple[float, ...] | None
     """The values themselves, if all are numbers; None otherwise."""
+    labelled: bool = False
+    """True if a label is not the value itself: it is a name in the file, or had to be rewritten."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -66,7 +71,7 @@ class Cell:
     @property
     def combination(self) -> str:
         """Label without the seed; `all` for a sweep of seeds alone."""
-        return _joined(self.point) or "all"
+        return _joined(self.point) or _SEEDS_ALONE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +86,12 @@ class Grid:
     """Cells in the order of the axes; the seed varies fastest."""
 
 
+def combination_of(label: str) -> str | None:
+    """Return the combination of a cell from its label; None for a label without a seed."""
+    found = re.fullmatch(rf"(?:(.+),)?{SEED}=\d+", label)
+    return (found[1] or _SEEDS_ALONE) if found else None
+
+
 def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     """Expand a sweep file; `overrides` apply to every cell.
 
@@ -91,7 +102,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     layers = read_layers(path, overrides)
     config = resolve_layers(layers)
     axes = _axes(config.sweep)
-    _require_separate_keys(axes, layers)
+    _require_separate_keys(axes, config.sweep.seeds, layers)
     seeds = config.sweep.seeds or (config.seed,)
     if not axes and not config.sweep.seeds:
         raise ConfigError(f"{path} has neither axes nor seeds. Add a table [sweep.axes], or sweep.seeds = [0, 1, 2].")
@@ -116,16 +127,32 @@ def _axes(sweep: SweepConfig) -> tuple[Axis, ...]:
 def _axis(name: str, key: str, values: Any) -> Axis:
     tables = list(values.values()) if isinstance(values, Mapping) else [{key: value} for value in values]
     texts = [_text(value) for value in values]  # of a mapping, its labels
-    if len(set(texts)) < len(texts):
-        twice = next(text for text in texts if texts.count(text) > 1)
-        raise ConfigError(f"the axis {key} has the value {twice} twice. Name each value once.")
+    _require_different(key, list(values), texts)
     numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    rewritten = any(
+        not isinstance(value, (bool, int, float)) and value != text for value, text in zip(values, texts, strict=True)
+    )
     return Axis(
         name=name,
         key=key,
         changes={text: expand_table(table) for text, table in zip(texts, tables, strict=True)},
         numbers=tuple(map(float, values)) if numeric else None,
+        labelled=isinstance(values, Mapping) or rewritten,
     )
+
+
+def _require_different(key: str, values: Sequence[Any], texts: Sequence[str]) -> None:
+    """Refuse two values of an axis with one label, which is a part of a folder's name."""
+    for place, text in enumerate(texts):
+        first = texts.index(text)
+        if first == place:
+            continue
+        if values[first] == values[place]:
+            raise ConfigError(f"the axis {key} has the value {text} twice. Name each value once.")
+        raise ConfigError(
+            f"the axis {key} has the values {values[first]!r} and {values[place]!r}, which would both be written "
+            f"{text} in the names of folders. Give them different labels, as a table."
+        )
 
 
 def _short(key: str) -> str:
@@ -152,9 +179,13 @@ def _joined(point: Mapping[str, str]) -> str:
     return ",".join(f"{name}={label}" for name, label in point.items())
 
 
-def _require_separate_keys(axes: Sequence[Axis], layers: Sequence[Layer]) -> None:
-    """Refuse a key that two axes set, or an axis and the command line: one of them would silently win."""
-    given = {key for source, layer in layers if source == COMMAND_LINE for key in flat(expand(layer))}
+def _require_separate_keys(axes: Sequence[Axis], seeds: Sequence[int], layers: Sequence[Layer]) -> None:
+    """Refuse a key that two axes set, or an axis (also of `seeds`) and the command line: one would silently win."""
+    overrides = [flat(expand(layer)) for source, layer in layers if source == COMMAND_LINE]
+    given = {key: value for override in overrides for key, value in override.items()}
+    if SEED in given and seeds:
+        fix = f"Write sweep.seeds={given[SEED]} instead of seed={given[SEED]}"
+        raise ConfigError(f"seed is set by the command line, but the seeds of a sweep are sweep.seeds. {fix}.")
     owners = dict.fromkeys(given, "the command line")
     for axis in axes:
         settings = axis.settings()
@@ -228,11 +259,10 @@ def _require_distinct(cells: Sequence[Cell]) -> None:
     """Refuse two cells with one folder, or with the same settings."""
     folders, configs = dict[str, Cell](), dict[str, Cell]()
     for cell in cells:
-        # Some file systems do not distinguish upper and lower case.
         if (other := folders.setdefault(cell.label.lower(), cell)) is not cell:
             raise ConfigError(
-                f"two cells would have the folder {cell.label}, {other.label}. Give the values of an axis labels of "
-                "their own, as a table."
+                f"the folders of the cells {other.label} and {cell.label} would differ in upper and lower case alone, "
+                "which some file systems do not distinguish. Give the values different labels, as a table."
             )
         settings = json.dumps({**resolved_json(cell.config), "name": ""}, sort_keys=True)
         if (other := configs.setdefault(settings, cell)) is not cell:

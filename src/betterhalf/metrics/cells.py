@@ -58,11 +58,11 @@ class CellsView(TerminalView):
         step, _ = self._running.pop(label, (0, None))
         self._work_left -= self._steps[label] - step  # steps that an early end leaves out
         self._done += 1
-        left = f"; about {duration(self._seconds_left())} left" if self._done < self._total else ""
+        left = f", about {duration(self._seconds_left())} left" if self._done < self._total else ""
         if self._mode == "events":
             emit(self._stream, {"run": label, "note": text})
         elif self._mode != "quiet":
-            self._print(f"[{self._done}/{self._total}] {label}: {text}{left}")
+            self._print(f"[{self._done}/{self._total}{left}] {label}: {text}")
         self._refresh()
 
     def _seconds_left(self) -> float:

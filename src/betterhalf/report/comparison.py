@@ -1,6 +1,7 @@
-"""Sentences that compare the arms of a sanity run: what each changes, which collapse, and what separates them.
+"""Sentences that compare the arms of a sanity run: what each changes, which break, and what separates them.
 
-Every sentence follows from the summary of the run; a collapse that does not appear is not described.
+Every sentence follows from the summary of the run. An arm is broken if it collapsed or was damaged; a cause follows
+from a broken arm and one that learned, and from no others.
 """
 
 from __future__ import annotations
@@ -18,20 +19,23 @@ _EMULATED: tuple[str, ...] = get_args(EmulatedDtype)
 _VERBS: Mapping[LearningOutcome, str] = {
     "learned": "learned",
     "dips": "learned, with dips",
-    "flat": "did not learn, nor collapse",
-    "damaged": "did not collapse",
+    "flat": "neither learned nor lost reward",
+    "damaged": "lost reward",
     "collapsed": "collapsed",
     "short": "was too short to tell",
 }
 """Verdicts as verbs."""
 
+_BROKEN: tuple[LearningOutcome, ...] = ("collapsed", "damaged")
+_FINE: tuple[LearningOutcome, ...] = ("learned", "dips")
+
 _PREVENTED = {
-    "engine.rounding": "The same coarse arithmetic with less mismatch does not collapse, so the mismatch between "
-    "trainer and engine is what breaks the run.",
+    "engine.rounding": "The same coarse arithmetic with less mismatch learns, so the mismatch between trainer and "
+    "engine is what breaks the run.",
     "algorithm.surrogate.dual_clip": "It bounds the ratio current/proximal of tokens with a negative advantage, which "
-    "the clip of PPO does not: so such tokens carry the collapse.",
+    "the clip of PPO does not: so it is such tokens that break the run.",
 }
-"""Conclusion from a changed setting with which a collapsed arm learns, by its key."""
+"""Conclusion from a changed setting with which a broken arm learns, by its key."""
 
 
 def changes_text(changes: Mapping[str, Any]) -> str:
@@ -57,25 +61,31 @@ def _outcome(arms: Mapping[str, Arm]) -> str:
     """Return the arms by verdict, with their rewards."""
     groups = {verdict: [name for name, arm in arms.items() if arm["verdict"] == verdict] for verdict in _VERBS}
     listed = [
-        f"{verdict}: {', '.join(f'{name} ({_reward(arms[name])})' for name in names)}"
+        f"{verdict} {', '.join(f'{name} ({_reward(arms[name])})' for name in names)}"
         for verdict, names in groups.items()
         if names
     ]
-    first = [arm["first_reward"] for arm in arms.values()]
-    start = f"{min(first):.2f}" if max(first) - min(first) < 0.005 else f"{min(first):.2f} to {max(first):.2f}"
-    end = "" if groups["collapsed"] else " No arm collapsed."
-    return f"Final reward, from {start} at first: {'; '.join(listed)}.{end}"
+    first = [f"{arm['first_reward']:.2f}" for arm in sorted(arms.values(), key=lambda arm: arm["first_reward"])]
+    start = f"at {first[0]}" if first[0] == first[-1] else f"between {first[0]} and {first[-1]}"
+    unclear = any(groups[verdict] for verdict in (*_BROKEN, "short"))
+    end = "" if unclear else " No arm collapsed."
+    return f"Rewards began {start} and ended: {'; '.join(listed)}.{end}"
 
 
 def _separations(arms: Mapping[str, Arm]) -> list[str]:
-    """Return a sentence on each pair of a collapsed arm and another that differ in one setting."""
-    collapsed = {name: arm for name, arm in arms.items() if arm["verdict"] == "collapsed"}
+    """Return a sentence on each pair of a broken arm and another that differ in one setting; one if both are broken."""
+    names = list(arms)
     return [
-        _separation(name, arm, other, arms[other], key)
-        for name, arm in collapsed.items()
-        for other in arms
-        if (key := _only_difference(arm, arms[other])) in _PREVENTED
+        _separation(name, arms[name], other, arms[other], key)
+        for place, name in enumerate(names)
+        for other_place, other in enumerate(names)
+        if _broken(arms[name]) and (other_place > place or not _broken(arms[other]))
+        if (key := _only_difference(arms[name], arms[other])) in _PREVENTED
     ]
+
+
+def _broken(arm: Arm) -> bool:
+    return arm["verdict"] in _BROKEN
 
 
 def _only_difference(one: Arm, other: Arm) -> str | None:
@@ -86,14 +96,14 @@ def _only_difference(one: Arm, other: Arm) -> str | None:
 
 
 def _separation(name: str, arm: Arm, other: str, its: Arm, key: str) -> str:
-    value, too = (its.get("changes") or {}).get(key), its["verdict"] == "collapsed"
+    value, too = (its.get("changes") or {}).get(key), its["verdict"] == arm["verdict"]
     setting = f"{key}={_plain(value)}" if value is not None else f"the default of {key}"
     numbers = f"({_reward(its)} against {_reward(arm)}; k3 {_k3(its)} against {_k3(arm)})"
     sentence = f"{other} differs from {name} in {setting} alone and {_verb(its)}{' too' * too} {numbers}."
-    if too:
+    if too and arm["verdict"] == "collapsed":
         return f"{sentence} So {key} is not what breaks it here."
-    # A setting of the collapsed arm alone may add to the mismatch; and a damaged arm shows no more than its numbers.
-    shows = value is not None and its["verdict"] in ("learned", "dips")
+    # A setting of the broken arm alone may add to the mismatch; and another broken arm shows no more than its numbers.
+    shows = value is not None and its["verdict"] in _FINE
     return f"{sentence} {_PREVENTED[key]}" if shows else sentence
 
 
@@ -109,8 +119,8 @@ def _sides(arms: Mapping[str, Arm]) -> list[str]:
         (False, False): "So neither side alone breaks the run.",
     }
     (name, arm), (other, its) = trainer, engine
-    verdicts = arm["verdict"], its["verdict"]
-    end = "" if "short" in verdicts else f" {ends[verdicts[0] == 'collapsed', verdicts[1] == 'collapsed']}"
+    clear = all(each["verdict"] in (*_BROKEN, *_FINE) for each in (arm, its))
+    end = f" {ends[_broken(arm), _broken(its)]}" if clear else ""
     return [
         f"In {name}, the trainer alone is coarse: it {_verb(arm)} ({_reward(arm)}, k3 {_k3(arm)}). In {other}, the "
         f"engine alone is: it {_verb(its)} ({_reward(its)}, k3 {_k3(its)}).{end}"

@@ -21,6 +21,7 @@ from betterhalf.report.sweep_page import sweep_section
 from betterhalf.report.tables import config_differences, contracts, environment_line, legend, verdicts
 from betterhalf.report.timing import timing_figure
 from betterhalf.report.tokens import samples, token_figures
+from betterhalf.report.verdict import possible_formats
 from betterhalf.run_dir import RunDir, write_text_atomic
 
 _SETTINGS = ("Settings", "Settings that differ")
@@ -58,7 +59,7 @@ def render(data: ReportData) -> str:
     body = "".join(
         [
             f"<header><p class=lead>betterhalf report</p><h1>{escape(title)}</h1>"
-            f"<p class=lead>{_subject(folders)}</p>{_emulated(folders)}</header><main>",
+            f"<p class=lead>{_subject(folders)}</p>{_emulated(data)}</header><main>",
             *(doctor_section(study, several) for study in data.doctors),
             *(probe_section(study, several) for study in data.probes),
             *(sweep_section(sweep, several) for sweep in data.sweeps),
@@ -98,12 +99,14 @@ def _subject(folders: Sequence[Arm | Study]) -> str:
     return " \u00b7 ".join(parts)
 
 
-def _emulated(folders: Sequence[Arm | Study]) -> str:
-    """Return a note on the emulated formats that the folders' configurations name; empty without any."""
+def _emulated(data: ReportData) -> str:
+    """Return a note on the emulated formats that configurations or arms name; empty without any."""
+    folders: list[Arm | Study] = [*data.arms, *data.probes, *data.doctors]
+    arms = [name for summary in data.summaries.values() for name in possible_formats(summary)]
     settings = [mapping(folder.config, "precision") for folder in folders]
     pairs = [pair for each in settings if isinstance(listed := each.get("pairs"), list) for pair in listed]
     values = [value for each in settings for value in each.values() if isinstance(value, str)]
-    sentence = emulated_sentence([*values, *(name for pair in pairs for name in str(pair).split("/"))])
+    sentence = emulated_sentence([*arms, *values, *(name for pair in pairs for name in str(pair).split("/"))])
     return note(sentence) if sentence else ""
 
 

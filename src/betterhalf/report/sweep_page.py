@@ -9,13 +9,13 @@ from html import escape
 from betterhalf.report.axis import Scale
 from betterhalf.report.canvas import STYLES, Point
 from betterhalf.report.chart import Chart, Line, draw
+from betterhalf.report.comparison import changes_text
 from betterhalf.report.data import Sweep
 from betterhalf.report.emulated import emulated_sentence
 from betterhalf.report.fields import mapping, mappings, number, texts
 from betterhalf.report.markup import Figure, figures, legend, note, notice, section, table
 from betterhalf.report.plot import Plot, Series, draw_plot
 from betterhalf.report.sweep_table import (
-    EXPLANATION,
     MEASURES,
     Row,
     axis_names,
@@ -23,6 +23,7 @@ from betterhalf.report.sweep_table import (
     cell_rows,
     combination_rows,
     emulated_names,
+    explanation,
     head_of,
     outcome_text,
     table_text,
@@ -51,10 +52,12 @@ def sweep_section(sweep: Sweep, several: bool) -> str:
     suffix = f": {sweep.name}" if several else ""
     emulated = emulated_sentence(emulated_names(sweep.rows))
     head, body = table_text(sweep.rows, brief=False)
+    caption = note(explanation(sweep.rows, brief=False))
     result = (
         note(_settings(sweep.rows))
         + (notice(emulated) if emulated else "")
-        + (table(head, body) + note(EXPLANATION) if body else notice("No run has finished yet."))
+        + (table(head, body) + caption if body else notice("No run has finished yet."))
+        + _labels(sweep.rows)
         + _exceptions(sweep.rows)
     )
     return (
@@ -71,6 +74,17 @@ def _settings(rows: Sequence[Row]) -> str:
     settings = [f"{key} {value}" for key, value in mapping(head, "settings").items() if value is not None]
     done = f"{len(cell_rows(rows))} of {head.get('cells', '?')} runs"
     return " \u00b7 ".join([done, *settings])
+
+
+def _labels(rows: Sequence[Row]) -> str:
+    """Return the settings of each label of the axes that have names of their own, folded."""
+    listed = [
+        [str(axis.get("name")), label, changes_text(mapping(mapping(axis, "changes"), label))]
+        for axis in mappings(head_of(rows), "axes")
+        for label in mapping(axis, "changes")
+    ]
+    shown = table(["axis", "label", "settings"], listed, numeric=False)
+    return f"<details><summary>Settings of the labels</summary>{shown}</details>" if listed else ""
 
 
 def _exceptions(rows: Sequence[Row]) -> str:

@@ -43,27 +43,22 @@ MEASURES = (
     Measure(key="accuracy", heading="accuracy", spec=".3f", share=True, brief=True),
     Measure(key="reward_first", heading="first", spec=".3f", share=True),
     Measure(key="reward_best", heading="best", spec=".3f", share=True),
-    Measure(key="reward_lowest", heading="lowest", spec=".3f", share=True, brief=True),
+    Measure(key="reward_lowest", heading="lowest", spec=".3f", share=True),
     Measure(key="k3_first", heading="k3 first", spec=".1e", positive=True, brief=True),
-    Measure(key="k3_max", heading="k3 max", spec=".1e", positive=True, brief=True),
+    Measure(key="k3_max", heading="k3 max", spec=".1e", positive=True),
     Measure(key="k3_final", heading="k3 final", spec=".1e", positive=True),
     Measure(key="exponent_first", heading="x first", spec=".1e", positive=True),
     Measure(key="exponent_max", heading="x max", spec=".1e", positive=True),
     Measure(key="grad_norm_max", heading="max grad norm", spec=".1e", positive=True),
-    Measure(key="ratio_max_negative", heading="max ratio, A < 0", spec=".1e", positive=True),
+    Measure(key="ratio_max_negative", heading="max ratio (A < 0)", spec=".1e", positive=True, brief=True),
     Measure(key="accident_fraction", heading="accidents", spec=".1e", positive=True),
     Measure(key="skipped", heading="skipped", spec=".3g"),
-    Measure(key="seconds", heading="seconds", spec=".0f", brief=True),
+    Measure(key="seconds", heading="seconds", spec=".0f"),
 )
 """Every number of a run, in the order of the table."""
 
-WITH_INTERVAL = ("reward_final", "accuracy")
-"""Measures shown with their interval in the table."""
-
-EXPLANATION = (
-    "Means over seeds; in brackets the 95% interval by Student's t, which a single seed does not have. k3, x, norms, "
-    "ratios and accidents are averaged on the logarithmic scale, unless one of the values is 0."
-)
+_WITH_INTERVAL = ("reward_final", "accuracy")
+"""Measures shown with their interval in the table; on the terminal, the first."""
 
 
 def combination_rows(rows: Sequence[Row]) -> list[Row]:
@@ -89,22 +84,41 @@ def table_text(rows: Sequence[Row], *, brief: bool) -> tuple[list[str], list[lis
         brief: only the columns that fit on a terminal.
     """
     combinations, axes = combination_rows(rows), axis_names(rows)
-    shown = [
-        measure
-        for measure in MEASURES
-        if (measure.brief or not brief) and any(mapping(row, measure.key) for row in combinations)
-    ]
+    shown, with_interval = _shown(rows, brief=brief), _WITH_INTERVAL[: 1 if brief else None]
     head = [*(axes or ["combination"]), "n", "outcome", *(_heading(measure, rows) for measure in shown)]
     body = [
         [
             *([axis_text(row, name) for name in axes] or ["all"]),
             str(row.get("n", "-")),
             outcome_text(row),
-            *(mean_text(mapping(row, measure.key), measure) for measure in shown),
+            *(
+                _mean_text(mapping(row, measure.key), measure, interval=measure.key in with_interval)
+                for measure in shown
+            ),
         ]
         for row in combinations
     ]
     return head, body
+
+
+def _shown(rows: Sequence[Row], *, brief: bool) -> list[Measure]:
+    """Return the measures that the table has."""
+    combinations = combination_rows(rows)
+    return [
+        measure
+        for measure in MEASURES
+        if (measure.brief or not brief) and any(mapping(row, measure.key) for row in combinations)
+    ]
+
+
+def explanation(rows: Sequence[Row], *, brief: bool) -> str:
+    """Return the caption of the table: the kinds of its means and intervals."""
+    logarithmic = [measure.heading for measure in _shown(rows, brief=brief) if measure.positive]
+    means = "Means over seeds; in brackets the 95% interval by Student's t, which a single seed does not have."
+    if not logarithmic:
+        return means
+    listed = " and ".join([", ".join(logarithmic[:-1]), logarithmic[-1]] if len(logarithmic) > 1 else logarithmic)
+    return f"{means} Averaged on the logarithmic scale, unless one of the values is 0: {listed}."
 
 
 def _heading(measure: Measure, rows: Sequence[Row]) -> str:
@@ -131,13 +145,13 @@ def outcome_text(row: Row) -> str:
     return ", ".join(f"{count} {word}" for word, count in counts.items()) or "-"
 
 
-def mean_text(value: Row, measure: Measure) -> str:
-    """Return a mean, with its interval where the table has room for it; a dash if nothing was measured."""
+def _mean_text(value: Row, measure: Measure, *, interval: bool) -> str:
+    """Return a mean, with its interval if there is one and it is wanted; a dash if nothing was measured."""
     mean, low, high = (number(value.get(key)) for key in ("mean", "low", "high"))
     if not math.isfinite(mean):
         return "-"
     text = format(mean, measure.spec)
-    if measure.key in WITH_INTERVAL and math.isfinite(low):
+    if interval and math.isfinite(low):
         text += f" [{low:{measure.spec}}, {high:{measure.spec}}]"
     return text
 
@@ -151,15 +165,16 @@ def emulated_names(rows: Sequence[Row]) -> set[str]:
 def print_sweep(rows: Sequence[Row], stream: TextIO | None = None) -> None:
     """Print the table by combination on standard output, or on `stream`, as wide as it needs to be."""
     head, body = table_text(rows, brief=True)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     words = len(axis_names(rows) or ["all"]) + 2
     for index, heading in enumerate(head):
+        heading = heading.replace(" (", "\n(")
         table.add_column(heading, justify="left" if index < words and heading != "n" else "right", no_wrap=True)
     for cells in body:
         table.add_row(*map(Text, cells))
     width = max(80, Console(width=1000).measure(table).maximum)
     out = Console(file=stream or sys.stdout, highlight=False, width=width)
     out.print(table)
-    for sentence in (EXPLANATION if body else "", emulated_sentence(emulated_names(rows))):
+    for sentence in (explanation(rows, brief=True) if body else "", emulated_sentence(emulated_names(rows))):
         if sentence:
             out.print(Text(sentence))

@@ -10,7 +10,7 @@ from typing import Any
 from betterhalf.report.data import Arm, ReportData, Study, flatten
 from betterhalf.report.markup import header_row, note, scroll
 from betterhalf.report.markup import legend as series_legend
-from betterhalf.report.verdict import COLUMNS, changes_rows, verdict_rows, verdict_sentences
+from betterhalf.report.verdict import COLUMNS, changes_rows, threshold_line, verdict_rows, verdict_sentences
 
 _KEY_SETTINGS = (
     "model.name",
@@ -129,10 +129,11 @@ def _verdict(title: str, summary: Mapping[str, Any], several: bool) -> str:
         return heading + _summary(summary)
     rows = "".join(_verdict_row(row) for row in verdict_rows(summary))
     head = header_row(COLUMNS)
+    meaning = note(threshold_line(summary))
     sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict_sentences(summary))
     changed = [(name, [text]) for name, text in changes_rows(summary)]
     changes = _table(["arm", "changes"], changed) if changed else ""
-    return heading + scroll(f"<table class=verdict>{head}{rows}</table>", "verdict") + sentences + changes
+    return heading + scroll(f"<table class=verdict>{head}{rows}</table>", "verdict") + meaning + sentences + changes
 
 
 def _verdict_row(row: tuple[str, ...]) -> str:

@@ -52,18 +52,26 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def verdict_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """Return sentences on the mismatches, on learning, on what separates the arms, and on emulated formats."""
+    """Return sentences on the mismatches, on learning, and on what separates the arms."""
     arms = {name: arm or {} for name, arm in (summary.get("arms") or {}).items()}
     sentences = []
     if "fp16" in arms and "bf16" in arms:
         sentences.append(_ratio_sentence(summary.get("k3_ratio")))
         sentences.append(_learning_sentence(arms))
-    sentences += [*comparison_sentences(arms), emulated_sentence(_formats(arms))]
-    return [sentence for sentence in sentences if sentence]
+    return sentences + comparison_sentences(arms)
 
 
-def _formats(arms: Mapping[str, Mapping[str, Any]]) -> list[object]:
-    """Return every name among the arms and their settings that may be a format."""
+def threshold_line(summary: Mapping[str, Any]) -> str:
+    """Return the accuracy at which an arm passes the test; empty if the summary does not have it."""
+    threshold = summary.get("pass_accuracy")
+    if not _is_number(threshold):
+        return ""
+    return f"test: passed from a final accuracy of {threshold:g} on (sanity.pass_accuracy)."
+
+
+def possible_formats(summary: Mapping[str, Any]) -> list[object]:
+    """Return every name among the arms of a summary and their settings that may be a format."""
+    arms = {name: arm or {} for name, arm in (summary.get("arms") or {}).items()}
     return [*arms, *(value for arm in arms.values() for value in (arm.get("changes") or {}).values())]
 
 
@@ -78,10 +86,11 @@ def print_verdict(summary: Mapping[str, Any], stream: TextIO | None = None, *, w
     for row in verdict_rows(summary):
         table.add_row(*(Text(row[place], style=_STYLES.get(row[place], "")) for place in shown))
     out.print(table)
-    for name, text in changes_rows(summary):
-        out.print(Text(f"{name}: {text}"))
-    for sentence in verdict_sentences(summary):
-        out.print(Text(sentence))
+    changes = [f"{name}: {text}" for name, text in changes_rows(summary)]
+    emulated = emulated_sentence(possible_formats(summary))
+    for line in (threshold_line(summary), *changes, *verdict_sentences(summary), emulated):
+        if line:
+            out.print(Text(line))
 
 
 def changes_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

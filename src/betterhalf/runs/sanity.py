@@ -78,6 +78,7 @@ def _sanity_in(run: RunDir, config: RunConfig) -> dict[str, Any]:
     summary = {
         "verb": "sanity",
         "passed": arms[config.sanity.arms[0]]["passed"],
+        "pass_accuracy": config.sanity.pass_accuracy,
         "k3_ratio": k3_ratio(arms),
         "arms": {
             name: {key: arm.get(key) for key in ARM_KEYS} | learning(run.arm(name)) | {"changes": changes(config, name)}

@@ -291,10 +291,10 @@ class _Worker:
             return None
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         cause = f" If memory ran out, set {self._limit_key}=1." if code == -signal.SIGKILL else ""
-        output = "\n".join(f"  {line}" for line in self._tail) or "  (no output)"
+        output = "".join(f"\n  {line}" for line in self._tail)
         message = (
-            f"the process of {self.job} ended with {how}; --resume continues from its last checkpoint.{cause} "
-            f"Its output ends with:\n{output}"
+            f"the process of {self.job} ended with {how}; --resume continues from its last checkpoint.{cause}"
+            f"{f' Its output ends with:{output}' if output else ''}"
         )
         return {"error": "RunError", "message": message}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from betterhalf.config.grid import Cell
+from betterhalf.config.grid import Cell, combination_of
 from betterhalf.config.load import resolved_json
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import InputError, MissingExtraError
@@ -104,12 +104,16 @@ def check_curves(names: Sequence[str]) -> None:
 def check_folders(folder: Path, cells: Sequence[Cell]) -> None:
     """Refuse a folder with other runs than those of the cells, or with runs of other settings.
 
+    Runs of the same combinations with other seeds may stay: seeds can be left out and added again.
+
     Raises:
         InputError: the message names the run.
     """
-    known = {cell.label: cell for cell in cells}
+    known, combinations = {cell.label: cell for cell in cells}, {cell.combination for cell in cells}
     for found in sorted(child.name for child in folder.iterdir()) if folder.is_dir() else []:
         if found not in known:
+            if combination_of(found) in combinations:
+                continue
             raise InputError(
                 f"{folder / found} is no cell of this sweep. Choose another run_dir=PATH, or add its values to the "
                 "axes again."

@@ -62,7 +62,10 @@ def _shared_settings(cells: Sequence[Cell]) -> Row:
 
 
 def _axis_record(axis: Axis) -> Row:
-    """Return an axis with the positions of its values: numbers, or the mantissa bits of formats; None without."""
+    """Return an axis with the positions of its values: numbers, or the mantissa bits of formats; None without.
+
+    An axis whose labels are not the values themselves has the settings of each label.
+    """
     positions, quantity = axis.numbers, axis.name
     if all(label in FORMATS for label in axis.labels):
         names: list[DtypeName] = list(axis.labels)  # type: ignore[arg-type]
@@ -74,6 +77,7 @@ def _axis_record(axis: Axis) -> Row:
         "labels": list(axis.labels),
         "positions": None if positions is None else list(positions),
         "quantity": quantity,
+        **({"changes": {label: flat(table) for label, table in axis.changes.items()}} if axis.labelled else {}),
     }
 
 
@@ -121,6 +125,7 @@ def _measures(steps: Sequence[Row], window: int) -> Row:
     last = max(1, min(window, len(steps) // 4))
     return {
         "steps": len(steps),
+        "window": last,
         "outcome": course.outcome,
         **{f"reward_{key}": value for key, value in asdict(course).items() if key != "outcome"},
         "k3_first": _mean(k3[:FIRST_STEPS]),

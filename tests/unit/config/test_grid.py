@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from betterhalf.config.grid import Grid, load_grid
+from betterhalf.config.grid import Grid, combination_of, load_grid
 from betterhalf.config.load import load_config
 from betterhalf.config.render import toml_text
 from betterhalf.config.schema import SweepConfig
@@ -78,6 +78,12 @@ def test_without_seeds_the_label_has_none_and_the_seed_is_that_of_the_configurat
     assert [cell.config.seed for cell in cells] == [9, 9]
 
 
+def test_the_combination_follows_from_a_label_with_a_seed(expand: Expand) -> None:
+    cells = [*expand(HEAD + AXES).cells, *expand("[sweep]\nseeds = [10, 0]\n").cells]
+    assert [combination_of(cell.label) for cell in cells] == [cell.combination for cell in cells]
+    assert combination_of("precision=fp16") is None
+
+
 def test_seeds_alone_are_a_sweep(expand: Expand) -> None:
     cells = expand("[sweep]\nseeds = [0, 1]\n").cells
     assert [(cell.label, cell.combination) for cell in cells] == [("seed=0", "all"), ("seed=1", "all")]
@@ -106,6 +112,17 @@ def test_values_become_names_of_folders(expand: Expand) -> None:
     assert labels[0] == "fp32_modules=none,model=a-b-c" and labels[-1] == "fp32_modules=lm_head,model=demo"
 
 
+def test_an_axis_knows_whether_its_labels_are_its_values(expand: Expand) -> None:
+    text = "[sweep.axes]\nprecision = ['fp16']\n'training.steps' = [1, 2]\n'model.name' = ['a/b']\nx.a = {name = 'y'}\n"
+    axes = expand(text).axes
+    assert [(axis.name, axis.labelled) for axis in axes] == [
+        ("precision", False),
+        ("steps", False),
+        ("model", True),
+        ("x", True),
+    ]
+
+
 def test_a_negative_number_keeps_its_sign(expand: Expand) -> None:
     cells = expand("[sweep]\nseeds = [-1, 1]\nexclude = [{seed = -1}]\n").cells
     assert [cell.config.seed for cell in cells] == [1]
@@ -131,13 +148,18 @@ def test_the_text_of_a_sweep_s_configuration_loads_again(expand: Expand, tmp_pat
         ("[sweep.axes]\nseed = [1, 2]\n", (), "list the seeds in sweep.seeds"),
         ("[sweep]\nseeds = [1, 1]\n", (), "names a seed twice"),
         ("[training]\nsteps = 1\n", (), r"neither axes nor seeds. Add a table \[sweep.axes\]"),
+        (HEAD, ("seed=4",), r"seed is set by the command line.*Write sweep.seeds=4 instead of seed=4"),
         (AXES, ("precision=fp16",), "precision.preset is set by the command line and by the axis precision"),
         (AXES, ("sweep.only=[{precison='fp16'}]",), "'precison', which is no axis of the sweep. Did you mean 'precis"),
         (AXES, ("sweep.only=[{precision='fp8'}]",), "'fp8', which is no value of the axis precision. Its values are"),
         (AXES, ("sweep.only=[{precision='fp16'}]", "sweep.exclude=[{precision='fp16'}]"), "leave no combination"),
-        ("[sweep.axes]\n'model.name' = ['a/b', 'a b']\n", (), "the axis model.name has the value a-b twice"),
-        ("[sweep.axes]\n'model.name' = ['A', 'a']\n", (), "two cells would have the folder model=a, model=A"),
-        ("[sweep.axes.x]\n'a b' = {}\n'a-b' = {training.steps = 1}\n", (), "the axis x has the value a-b twice"),
+        (
+            "[sweep.axes]\n'model.name' = ['a/b', 'a b']\n",
+            (),
+            "'a/b' and 'a b', which would both be written a-b in the n",
+        ),
+        ("[sweep.axes]\n'model.name' = ['A', 'a']\n", (), "cells model=A and model=a would differ in upper and lower"),
+        ("[sweep.axes.x]\n'a b' = {}\n'a-b' = {training.steps = 1}\n", (), "values 'a b' and 'a-b', which would both"),
         ("[sweep.axes.x]\na = {seed = 0}\nb = {}\n", (), "the axis x sets the seed"),
         ("[sweep.axes.x]\na = {training.steps = 3}\nb = {training.steps = 3}\n", (), "x=a and x=b have the same setti"),
         ("[sweep.axes]\n'model.name' = ['" + "a" * 201 + "']\n", (), "too many for the name of a folder"),

@@ -30,7 +30,7 @@ def test_each_result_is_a_line_with_the_time_that_is_left(monkeypatch: pytest.Mo
         shown.show("b", {"output": "a warning"})
         shown.finish("b", "failed: why")
     assert out.getvalue().splitlines() == [
-        "[2/3] a: learned; about 20s left",
+        "[2/3, about 20s left] a: learned",
         "b: a warning",
         "[3/3] b: failed: why",
     ]

@@ -14,8 +14,8 @@ from betterhalf.run_dir import RunDir, append_jsonl, write_json_atomic
 
 MakeRun = Callable[..., RunDir]
 
-K3 = {"fp16": 5e-8, "bf16": 4e-6, "fp32": 1e-13}
-GAP = {"fp16": 8e-4, "bf16": 9e-3, "fp32": 1e-6}
+K3 = {"fp16": 5e-8, "bf16": 4e-6, "fp32": 1e-13, "e8m2": 1e-2}
+GAP = {"fp16": 8e-4, "bf16": 9e-3, "fp32": 1e-6, "e8m2": 0.5}
 
 
 def metrics_row(step: int, precision: str, rng: random.Random) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from betterhalf.report.page import write_report
 from betterhalf.report.sweep_page import MAX_PANELS
-from betterhalf.report.sweep_table import emulated_names, outcome_text, print_sweep, table_text
+from betterhalf.report.sweep_table import emulated_names, explanation, outcome_text, print_sweep, table_text
 
 
 def mean(value: float, n: int = 2) -> dict[str, Any]:
@@ -105,6 +105,22 @@ def test_the_terminal_shows_whole_lines_and_names_what_is_emulated() -> None:
     assert emulated_names([{"kind": "sweep", "evaluate": "e8m4"}]) == {"e8m4"}
 
 
+def test_the_terminal_table_of_two_axes_is_about_100_columns_wide_and_its_caption_names_only_what_it_shows() -> None:
+    rows = results()
+    for row in rows[-4:]:
+        row["outcomes"] = {"learned": 2, "collapsed": 1}
+        row |= {key: mean(0.5) for key in ("accuracy", "reward_lowest", "k3_max", "ratio_max_negative", "seconds")}
+    head, body = table_text(rows, brief=True)
+    assert head[4:] == ["final reward", "accuracy (fp32)", "k3 first", "max ratio (A < 0)"]
+    assert body[3][4:] == ["0.750 [0.625, 0.875]", "0.500", "1.0e-04", "5.0e-01"]
+    out = io.StringIO()
+    print_sweep(rows, out)
+    assert max(map(len, out.getvalue().splitlines())) <= 101
+    caption = " ".join(out.getvalue().split())
+    assert "unless one of the values is 0: k3 first and max ratio (A < 0). e8m2 is" in caption
+    assert "k3 first, k3 max and max ratio (A < 0)." in explanation(rows, brief=False)
+
+
 def test_the_page_has_the_table_a_panel_for_each_combination_and_figures_along_the_axes(folder: Path) -> None:
     page = write_report([folder], folder / "report.html").read_text(encoding="utf-8")
     assert "Results by combination" in page and "0.750 [0.625, 0.875]" in page
@@ -114,6 +130,15 @@ def test_the_page_has_the_table_a_panel_for_each_combination_and_figures_along_t
         assert f'id="sweep-0-axis-{place}-reward_final"' in page and f'id="sweep-0-axis-{place}-k3_first"' in page
     assert "4 of 99 runs" in page and "task sums" in page
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
+
+
+def test_the_page_says_what_a_label_changes(tmp_path: Path) -> None:
+    rows = results()
+    rows[0]["axes"][1]["changes"] = {"1": {"precision.preset": "e8m2", "training.steps": 3}, "2": {}}
+    named = written(tmp_path / "named", rows)
+    page = write_report([named], named / "report.html").read_text(encoding="utf-8")
+    assert "<td>1</td><td>precision.preset=e8m2 (emulated), training.steps=3</td>" in page
+    assert "<td>2</td><td>nothing</td>" in page
 
 
 def test_a_page_of_many_combinations_says_how_many_panels_are_missing(tmp_path: Path) -> None:

@@ -67,3 +67,9 @@ def test_seven_arms_with_long_names_fit_80_columns_and_say_what_they_change() ->
     assert max(map(len, lines)) <= 80
     assert "\u2026" not in stream.getvalue()  # nothing is cut off
     assert "dual_clip: precision.preset=e8m2 (emulated), algorithm.surrogate.dual_clip=3.0" in " ".join(lines)
+
+
+def test_the_meaning_of_passed_is_below_the_table(summary: dict[str, Any]) -> None:
+    stream = io.StringIO()
+    print_verdict(summary | {"pass_accuracy": 0.9}, stream)
+    assert "test: passed from a final accuracy of 0.9 on (sanity.pass_accuracy)." in stream.getvalue()

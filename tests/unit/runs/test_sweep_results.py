@@ -55,6 +55,7 @@ def test_a_run_s_row_has_its_numbers(grid: Grid, tmp_path: Path) -> None:
     assert (row["k3_first"], row["k3_max"], row["k3_final"]) == (1e-4, 3e-4, 3e-4)
     assert (row["exponent_first"], row["exponent_max"]) == (0.06, 0.06)  # 30 x 1e-3 x 2
     assert (row["skipped"], row["steps"], row["seconds"]) == (1, 40, 12.3457)
+    assert row["window"] == 10  # a quarter of 40 steps
     assert "grad_norm_max" not in row and "reason" not in row
 
 
@@ -112,3 +113,11 @@ def test_the_head_has_the_axes_with_positions_and_the_settings_that_all_runs_sha
     assert head["settings"]["model.name"] == "demo"
     assert not {"optimizer.learning_rate", "precision.preset"} & head["settings"].keys()
     assert emulated_formats(grid.cells[0]) == []
+
+
+def test_the_head_says_what_each_label_of_a_named_axis_changes(grid: Grid, tmp_path: Path) -> None:
+    assert not any("changes" in axis for axis in head_row(grid)["axes"])
+    text = "[sweep.axes.bits]\n'two/bits' = {precision = 'e8m2', training.steps = 3}\nplain = {}\n"
+    (tmp_path / "named.sweep.toml").write_text(text, encoding="utf-8")
+    (axis,) = head_row(load_grid(tmp_path / "named.sweep.toml"))["axes"]
+    assert axis["changes"] == {"two-bits": {"precision.preset": "e8m2", "training.steps": 3}, "plain": {}}
