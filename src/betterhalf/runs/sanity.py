@@ -38,7 +38,7 @@ from betterhalf.runs.progress import Progress
 from betterhalf.runs.side_by_side import Job, plan_runs, run_jobs
 from betterhalf.runs.train import recorded_threads, require_same_config, run_training, summarise
 from betterhalf.runs.watchdog import require_sound_levels
-from betterhalf.setup.folder import run_folder
+from betterhalf.setup.folder import locked, run_folder
 from betterhalf.setup.model_checks import check_roles
 
 ARM_KEYS = ("passed", "final_accuracy", "mismatch_k3", "mismatch_max_abs", "skipped_steps", "seconds")
@@ -225,9 +225,9 @@ def run_arm(config: RunConfig, name: str, arm: RunDir) -> dict[str, Any]:
     started = time.perf_counter()
     try:
         resume = arm.holds_run
-        return run_training(
-            config, RunDir.create(arm.path, resume=resume), resume=resume, label=name, after=final_accuracy
-        )
+        RunDir.create(arm.path, resume=resume)
+        with locked(arm.path):
+            return run_training(config, arm, resume=resume, label=name, after=final_accuracy)
     except (LossScaleError, EngineError, NumericsError, WatchdogError) as error:
         failed = {"passed": False, "final_accuracy": None, "reason": str(error)}
         measured = summarise(arm, config) if arm.metrics.exists() else {}
