@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from betterhalf.algorithms.presets import PRESETS
 from betterhalf.config.schema import RunConfig
-from betterhalf.errors import ConfigError
+from betterhalf.errors import ConfigError, WatchdogError
 from betterhalf.examine.doctor import doctor
 from betterhalf.examine.probe import probe
 from betterhalf.examine.probe_text import probe_sentences
@@ -33,7 +33,7 @@ from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.export import export
 from betterhalf.runs.loop import train_step
 from betterhalf.runs.progress import Progress
-from betterhalf.runs.train import run_training
+from betterhalf.runs.train import run_training, train
 from betterhalf.runs.weight_sync import sync_weights
 from betterhalf.setup import model_checks
 from betterhalf.training.policy_trainer import PolicyTrainer
@@ -307,5 +307,17 @@ def test_nothing_is_loaded_where_a_format_cannot_be_emulated(
 
 
 def test_the_doctor_examines_hardware_formats_only(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"not the emulated format e8m3.*precision\.pairs=e8m3/e8m3"):
+    with pytest.raises(ConfigError, match=r"^e8m3 is an emulated format, .*no such model precision\.pairs=e8m3/e8m3"):
         doctor("no such model", run_config(), str(tmp_path / "doctor"))
+
+
+def test_what_a_stopped_run_advises_works(tmp_path: Path) -> None:
+    run, levels = str(tmp_path / "run"), [{"metric": "mismatch/k3/mean", "above": 0, "action": "stop"}]
+    config = run_config(watchdog={"levels": levels}, probe={"prompts": 2, "group_size": 1, "bootstrap": 20})
+    with pytest.raises(WatchdogError, match=f"diverge with `betterhalf probe {run} --localize`; continue"):
+        train(config, run, resume=False)
+    result = probe(run, config, str(tmp_path / "probe"), localize=True)
+    assert len(result["pairs"]) == 10 and result["pairs"][-1]["rollout"] == "e8m3"
+    assert result["localize"]["dtype"] == "e8m3"
+    with pytest.raises(ConfigError, match=f"^{run} is set to e8m3, an emulated.* with `betterhalf probe {run} --local"):
+        doctor(run, config, str(tmp_path / "doctor"))

@@ -15,6 +15,7 @@ from betterhalf.errors import InputError, WatchdogError
 from betterhalf.metrics.console import Console
 from betterhalf.metrics.sinks import JsonlSink, MetricSink, Sinks, TensorBoardSink
 from betterhalf.precision.contract import Contract
+from betterhalf.precision.formats import is_emulated
 from betterhalf.process import chosen_threads
 from betterhalf.report.emulated import emulated_sentence
 from betterhalf.report.page import write_report
@@ -201,10 +202,13 @@ def _stop(parts: Parts, run: RunDir, stop: Alarm) -> WatchdogError:
     """Write a summary of the finished steps, and return an error that says how to continue."""
     summary = summarise(run, parts.config) | {"stopped": f"step {stop.step}: {stop.reason}", "stopped_step": stop.step}
     write_json_atomic(run.summary, summary)
+    # The doctor examines hardware formats only.
+    emulated = any(map(is_emulated, parts.precision.roles.model_dump().values()))
+    doctor = "" if emulated else f"`betterhalf doctor {run.path}` and "
     return WatchdogError(
         f"the watchdog stopped the run in step {stop.step}: {stop.reason}. That step was not trained on; "
         f"{run.path} holds the {stop.step - 1} steps before it, and watchdog.jsonl the measurements. See where "
-        f"trainer and engine diverge with `betterhalf doctor {run.path}` and `betterhalf probe {run.path} --localize`; "
+        f"trainer and engine diverge with {doctor}`betterhalf probe {run.path} --localize`; "
         "continue with --resume once the cause is fixed, or with other watchdog.levels, which a resumed run may change"
     )
 

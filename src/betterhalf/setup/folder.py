@@ -95,7 +95,8 @@ def _acquire(path: Path) -> int | None:
                 os.write(lock, str(os.getpid()).encode())
                 return lock
         except BlockingIOError:
-            pid = os.read(lock, 20).decode(errors="replace").strip() or "unknown"
+            pid = os.read(lock, 20).decode(errors="replace") or "unknown"
+            os.close(lock)
             raise InputError(
                 f"another process (pid {pid}) works in {path.parent}; wait for it, or use another run_dir"
             ) from None
