@@ -30,6 +30,7 @@ from betterhalf.report.page import write_report
 from betterhalf.rollout.build import build_engine
 from betterhalf.run_dir import RunDir
 from betterhalf.runs.assembly import Parts, assemble
+from betterhalf.runs.evaluate import evaluate
 from betterhalf.runs.export import export
 from betterhalf.runs.loop import train_step
 from betterhalf.runs.progress import Progress
@@ -264,11 +265,18 @@ def run_config(**sections: Any) -> RunConfig:
     )
 
 
-def test_a_run_says_emulated_on_its_page_and_exports_numbers_of_the_grid(tmp_path: Path) -> None:
-    run = RunDir.create(tmp_path / "run", resume=False)
-    run_training(run_config(), run, resume=False, label="e8m3")
+def test_a_run_says_emulated_and_exports_numbers_of_the_grid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, config = RunDir.create(tmp_path / "run", resume=False), run_config(logging={"console": "lines"})
+    assert run_training(config, run, resume=False, label="x")["emulated"] == ["e8m3"]
+    assert "x: e8m3 (emulated)  step 1/1" in capsys.readouterr().err
     assert "e8m3 is emulated: BF16 arithmetic" in write_report([run.path], run.report).read_text()
     assert export(str(run.path), str(tmp_path / "exported"))["dtype"] == "e8m3"
+    assert "compute with them in real BF16" in capsys.readouterr().err
+    measured = evaluate(str(run.path), config, str(tmp_path / "evaluated"))
+    assert measured["precision"] == "e8m3" and measured["emulated"] == ["e8m3"]
+    assert capsys.readouterr().err.startswith("e8m3 is emulated")
     exported = load_file(tmp_path / "exported" / "model.safetensors")
     assert all(x.dtype == torch.bfloat16 and is_on_grid(x, "e8m3") for x in exported.values())
 

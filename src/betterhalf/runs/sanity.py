@@ -28,6 +28,7 @@ from betterhalf.errors import (
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.metrics.console import show_note
 from betterhalf.metrics.several import SeveralRuns
+from betterhalf.report.emulated import emulated_names
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
 from betterhalf.runs.assembly import Parts, check_before_weights
@@ -83,6 +84,7 @@ def _sanity_in(run: RunDir, config: RunConfig) -> dict[str, Any]:
             name: {key: arm.get(key) for key in ARM_KEYS} | learning(run.arm(name)) | {"changes": changes(config, name)}
             for name, arm in arms.items()
         },
+        "emulated": emulated_formats(config),
         "rows_left_out": len(read_jsonl(run.bad_rows)),
         "reasons": {name: arm["reason"] for name, arm in arms.items() if "reason" in arm},
         "seconds": time.perf_counter() - started,
@@ -177,6 +179,12 @@ def changes(config: RunConfig, name: str) -> dict[str, Any]:
     arm = arm_settings(config, name)
     changed = {change.key: change.right for change in config_difference(config, arm)}
     return {"precision.preset": arm.precision.preset} | changed
+
+
+def emulated_formats(config: RunConfig) -> list[str]:
+    """Return the emulated formats among the roles of all arms."""
+    roles = [arm_settings(config, name).precision.roles() for name in config.sanity.arms]
+    return emulated_names(name for arm in roles for name in arm.model_dump().values())
 
 
 def learning(arm: RunDir) -> dict[str, Any]:
