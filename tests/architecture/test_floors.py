@@ -16,6 +16,7 @@ SRC = Path(__file__).parents[2] / "src"
 FILES = sorted((SRC / "betterhalf").rglob("*.py"))
 
 FLOORS = {
+    "__main__": 9,
     "cli": 8,
     **dict.fromkeys(("runs", "examine"), 7),
     "setup": 6,
@@ -27,7 +28,19 @@ FLOORS = {
     **dict.fromkeys(("types", "errors", "process", "kernels"), 0),
 }
 
-TORCH_FREE = ("types", "errors", "process", "config", "metrics", "run_dir", "environment", "report", "tasks", "cli")
+TORCH_FREE = (
+    "types",
+    "errors",
+    "process",
+    "config",
+    "metrics",
+    "run_dir",
+    "environment",
+    "report",
+    "tasks",
+    "cli",
+    "__main__",
+)
 HEAVY = {"torch", "transformers", "accelerate", "vllm", "ray", "trl", "wandb", "datasets", "gguf", "tensorboard"}
 OPTIONAL = {"vllm", "ray", "trl", "wandb", "datasets", "gguf", "tensorboard"}
 

@@ -16,7 +16,7 @@ def cpu_seconds() -> float:
     """Return the processor time of one `betterhalf --help`, which does not depend on the machine's load."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-m", "betterhalf.cli", "--help"], capture_output=True, text=True, check=True, cwd=SRC
+        [sys.executable, "-m", "betterhalf", "--help"], capture_output=True, text=True, check=True, cwd=SRC
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "sanity" in done.stdout

@@ -111,6 +111,13 @@ def test_an_arm_that_cannot_run_is_refused_before_anything_does(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("engine", "expected"), [("e8m2", ["e8m2", "e8m3"]), ("fp32", ["e8m3"])])
+def test_the_emulated_formats_of_all_arms_are_named(engine: str, expected: list[str]) -> None:
+    mixed = {"precision": {"preset": "fp32", "rollout_dtype": engine, "allow_difference": True}}
+    config = RunConfig.model_validate({"sanity": {"arms": ["fp16", "e8m3", "mixed"], "arm": {"mixed": mixed}}})
+    assert sanity_module.emulated_formats(config) == expected
+
+
 def test_the_arms_start_from_the_same_weights_and_draw_the_same_prompts(sanity_run: Path) -> None:
     first = {
         name: [

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from betterhalf.algorithms.presets import PRESETS
 from betterhalf.config.schema import RunConfig
-from betterhalf.errors import ConfigError
+from betterhalf.errors import ConfigError, WatchdogError
 from betterhalf.examine.doctor import doctor
 from betterhalf.examine.probe import probe
 from betterhalf.examine.probe_text import probe_sentences
@@ -30,10 +30,11 @@ from betterhalf.report.page import write_report
 from betterhalf.rollout.build import build_engine
 from betterhalf.run_dir import RunDir
 from betterhalf.runs.assembly import Parts, assemble
+from betterhalf.runs.evaluate import evaluate
 from betterhalf.runs.export import export
 from betterhalf.runs.loop import train_step
 from betterhalf.runs.progress import Progress
-from betterhalf.runs.train import run_training
+from betterhalf.runs.train import run_training, train
 from betterhalf.runs.weight_sync import sync_weights
 from betterhalf.setup import model_checks
 from betterhalf.training.policy_trainer import PolicyTrainer
@@ -264,11 +265,18 @@ def run_config(**sections: Any) -> RunConfig:
     )
 
 
-def test_a_run_says_emulated_on_its_page_and_exports_numbers_of_the_grid(tmp_path: Path) -> None:
-    run = RunDir.create(tmp_path / "run", resume=False)
-    run_training(run_config(), run, resume=False, label="e8m3")
+def test_a_run_says_emulated_and_exports_numbers_of_the_grid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, config = RunDir.create(tmp_path / "run", resume=False), run_config(logging={"console": "lines"})
+    assert run_training(config, run, resume=False, label="x")["emulated"] == ["e8m3"]
+    assert "x: e8m3 (emulated)  step 1/1" in capsys.readouterr().err
     assert "e8m3 is emulated: BF16 arithmetic" in write_report([run.path], run.report).read_text()
     assert export(str(run.path), str(tmp_path / "exported"))["dtype"] == "e8m3"
+    assert "compute with them in real BF16" in capsys.readouterr().err
+    measured = evaluate(str(run.path), config, str(tmp_path / "evaluated"))
+    assert measured["precision"] == "e8m3" and measured["emulated"] == ["e8m3"]
+    assert capsys.readouterr().err.startswith("e8m3 is emulated")
     exported = load_file(tmp_path / "exported" / "model.safetensors")
     assert all(x.dtype == torch.bfloat16 and is_on_grid(x, "e8m3") for x in exported.values())
 
@@ -307,5 +315,17 @@ def test_nothing_is_loaded_where_a_format_cannot_be_emulated(
 
 
 def test_the_doctor_examines_hardware_formats_only(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"not the emulated format e8m3.*precision\.pairs=e8m3/e8m3"):
+    with pytest.raises(ConfigError, match=r"^e8m3 is an emulated format, .*no such model precision\.pairs=e8m3/e8m3"):
         doctor("no such model", run_config(), str(tmp_path / "doctor"))
+
+
+def test_what_a_stopped_run_advises_works(tmp_path: Path) -> None:
+    run, levels = str(tmp_path / "run"), [{"metric": "mismatch/k3/mean", "above": 0, "action": "stop"}]
+    config = run_config(watchdog={"levels": levels}, probe={"prompts": 2, "group_size": 1, "bootstrap": 20})
+    with pytest.raises(WatchdogError, match=f"diverge with `betterhalf probe {run} --localize`; continue"):
+        train(config, run, resume=False)
+    result = probe(run, config, str(tmp_path / "probe"), localize=True)
+    assert len(result["pairs"]) == 10 and result["pairs"][-1]["rollout"] == "e8m3"
+    assert result["localize"]["dtype"] == "e8m3"
+    with pytest.raises(ConfigError, match=f"^{run} is set to e8m3, an emulated.* with `betterhalf probe {run} --local"):
+        doctor(run, config, str(tmp_path / "doctor"))

@@ -97,7 +97,7 @@ def test_a_failed_verdict_exits_1(replace: Callable[..., Calls]) -> None:
 
 
 def test_evaluate_starts_from_the_configuration_of_a_run(replace: Callable[..., Calls], tmp_path: Path) -> None:
-    calls = replace("betterhalf.runs.evaluate", "evaluate", {"avg@8": 0.5})
+    calls = replace("betterhalf.runs.evaluate", "evaluate", {"avg@8": 0.5, "precision": "fp16"})
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text('{"seed": 9, "name": "mine"}')
     assert cli.main(["evaluate", str(tmp_path), "evaluate.samples=4"]) == 0
@@ -108,7 +108,7 @@ def test_evaluate_starts_from_the_configuration_of_a_run(replace: Callable[..., 
 
 def test_evaluate_takes_a_model_folder_for_a_model(replace: Callable[..., Calls], tmp_path: Path) -> None:
     """A Hugging Face folder has another kind of config.json."""
-    calls = replace("betterhalf.runs.evaluate", "evaluate", {})
+    calls = replace("betterhalf.runs.evaluate", "evaluate", {"precision": "fp16"})
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     assert cli.main(["evaluate", str(tmp_path), "run_dir=out"]) == 0
     assert calls == [(str(tmp_path), load_config(None), "out", False)]
@@ -272,15 +272,17 @@ def test_a_verb_without_a_run_folder_refuses_one(words: tuple[str, ...], capsys:
 
 
 def test_a_run_folder_that_is_trained_with_resume_is_the_run_that_continues(
-    replace: Callable[..., Calls], tmp_path: Path
+    replace: Callable[..., Calls], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text(load_config(SMOKE).model_dump_json())
-    summary = {"verb": "train", "run_dir": str(run)}
+    precision = {"compute_dtype": "fp32", "rollout_dtype": "e8m2"}
+    summary = {"verb": "train", "precision": precision, "run_dir": str(run)}
     calls = replace("betterhalf.runs.train", "train", summary)
     assert cli.main(["train", str(run), "--resume"]) == cli.main(["train", SMOKE, f"run_dir={run}", "--resume"]) == 0
     assert [(run_dir, resume) for _, run_dir, resume in calls] == [(str(run), True)] * 2
+    assert "precision  fp32 trainer, e8m2 (emulated) engine\n" in capsys.readouterr().out
 
 
 def test_a_word_too_many_is_told_how_a_setting_is_written(capsys: pytest.CaptureFixture[str]) -> None:

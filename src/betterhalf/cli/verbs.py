@@ -42,7 +42,7 @@ def _evaluate(request: Request) -> Answer:
     from betterhalf.runs.evaluate import evaluate
 
     result = evaluate(target, config, request.run_dir, request.options["resume"])
-    return Answer(result=result, show=lambda: _show(result))
+    return Answer(result=result, show=lambda: _show_evaluate(result))
 
 
 def _probe(request: Request) -> Answer:
@@ -159,9 +159,18 @@ def _show_sweep(result: dict[str, Any]) -> None:
 
 def _show_train(result: dict[str, Any]) -> None:
     """Print the summary of a run, and the path of the report."""
+    from betterhalf.report.emulated import precision_words
     from betterhalf.run_dir import RunDir
 
-    _show(result | {"report": str(RunDir(Path(result["run_dir"])).report)})
+    roles = result["precision"]
+    precision = precision_words(roles["compute_dtype"], roles["rollout_dtype"])
+    _show(result | {"precision": precision, "report": str(RunDir(Path(result["run_dir"])).report)})
+
+
+def _show_evaluate(result: dict[str, Any]) -> None:
+    from betterhalf.report.emulated import precision_words
+
+    _show(result | {"precision": precision_words(result["precision"], result["precision"])})
 
 
 def _show_probe(result: dict[str, Any]) -> None:

@@ -104,7 +104,8 @@ class PrecisionConfig(Section):
     """Loss scaling."""
     pairs: PrecisionPairs = "full"
     """Pairs that `probe` measures: every trainer dtype of fp16, bf16 and fp32 with every rollout dtype (`full`), equal
-    ones only (`matched`), or a list of `TRAINER/ROLLOUT` such as `fp32/bf16,bf16/bf16` or `e8m3/e8m3`."""
+    ones only (`matched`), or a list of `TRAINER/ROLLOUT` such as `fp32/bf16,bf16/bf16` or `e8m3/e8m3`. `full` and
+    `matched` include the pair of the run itself if it is emulated."""
 
     @field_validator("pairs", mode="before")
     @classmethod

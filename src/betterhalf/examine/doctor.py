@@ -40,7 +40,7 @@ from betterhalf.examine.islands import Islands, find_islands
 from betterhalf.examine.pairs import Recorder, Sample, sample_dtypes, score_pairs, write_rollouts
 from betterhalf.examine.recommendation import config_text
 from betterhalf.examine.subject import Subject, open_subject
-from betterhalf.metrics.console import PhaseProgress
+from betterhalf.metrics.console import PhaseProgress, show_note
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.precision.formats import HARDWARE, is_emulated
 from betterhalf.report.page import write_report
@@ -79,7 +79,7 @@ def doctor(target: str, config: RunConfig, run_dir: str | None) -> dict[str, Any
     """
     started = time.perf_counter()
     check_engine(config)
-    _require_hardware_format(config)
+    _require_hardware_format(target, config)
     with run_folder(run_dir, "doctor", Path(target).name) as run, _opened(target, config) as subject:
         with show_progress("doctor", _PHASES, mode=config.logging.console) as bar:
             result = _examine(_Examination(run=run, subject=subject, bar=bar, started=started))
@@ -90,14 +90,20 @@ def doctor(target: str, config: RunConfig, run_dir: str | None) -> dict[str, Any
         return result
 
 
-def _require_hardware_format(config: RunConfig) -> None:
+def _require_hardware_format(target: str, config: RunConfig) -> None:
     """Refuse an emulated format: the doctor recommends one that a processor computes in."""
-    name = config.precision.preset
+    name, is_run = config.precision.preset, RunDir(Path(target)).configured
     if is_emulated(name):
+        subject = f"{target} is set to {name}, an" if is_run else f"{name} is an"
+        pairs = "--localize" if is_run else f"precision.pairs={name}/{name}"
         raise ConfigError(
-            f"doctor examines {', '.join(HARDWARE)}, not the emulated format {name}; leave out precision={name}, or "
-            f"measure its mismatch with `betterhalf probe MODEL precision.pairs={name}/{name}`"
+            f"{subject} emulated format, and doctor examines {', '.join(HARDWARE)}. Examine the model in these with "
+            f"precision=bf16, or measure the mismatch in {name} with `betterhalf probe {target} {pairs}`"
         )
+    roles = config.precision.roles()
+    if unseen := [role for role in (roles.compute_dtype, roles.rollout_dtype) if is_emulated(role)]:
+        mode = config.logging.console
+        show_note(f"doctor examines {', '.join(HARDWARE)}, not {' and '.join(unseen)} (emulated)", mode=mode)
 
 
 def doctor_json(result: Mapping[str, Any]) -> dict[str, Any]:

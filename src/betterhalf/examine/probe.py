@@ -17,11 +17,12 @@ from betterhalf.examine.pairs import Sample, compare, measure_pairs, sample_dtyp
 from betterhalf.examine.probe_record import ProbeRecord, keep_rejected
 from betterhalf.examine.subject import Subject, open_subject
 from betterhalf.metrics.console import progress
+from betterhalf.precision.formats import is_emulated
 from betterhalf.rollout.build import check_engine
 from betterhalf.run_dir import RunDir
 from betterhalf.setup.folder import run_folder
 from betterhalf.setup.model_checks import check_emulation
-from betterhalf.types import DtypeName, HardwareDtype, Prompt
+from betterhalf.types import DtypeName, HardwareDtype, PairSelection, Prompt
 
 __all__ = ["measure_pairs", "probe", "probe_json", "wanted_pairs"]
 
@@ -83,14 +84,23 @@ def probe_json(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def wanted_pairs(config: RunConfig) -> list[tuple[DtypeName, DtypeName]]:
-    """Return (trainer dtype, rollout dtype) of each pair that `precision.pairs` selects."""
+    """Return (trainer dtype, rollout dtype) of each pair that `precision.pairs` selects.
+
+    `full` and `matched` include the configured pair if one of its formats is emulated.
+    """
     pairs = config.precision.pairs
-    if pairs == "full":
-        return [(train, rollout) for train in DTYPES for rollout in DTYPES]
-    if pairs == "matched":
-        return [(dtype, dtype) for dtype in DTYPES]
-    named = [tuple(pair.split("/")) for pair in dict.fromkeys(pairs)]
-    return cast(list[tuple[DtypeName, DtypeName]], named)
+    if pairs not in get_args(PairSelection):
+        named = [tuple(pair.split("/")) for pair in dict.fromkeys(pairs)]
+        return cast(list[tuple[DtypeName, DtypeName]], named)
+    found = [(train, rollout) for train in DTYPES for rollout in DTYPES if pairs == "full" or train == rollout]
+    own = _own_pair(config)
+    return [*found, own] if any(map(is_emulated, own)) else found
+
+
+def _own_pair(config: RunConfig) -> tuple[DtypeName, DtypeName]:
+    """Return the (trainer dtype, rollout dtype) that the settings configure for a run."""
+    roles = config.precision.roles()
+    return roles.compute_dtype, roles.rollout_dtype
 
 
 # -- a model's own rollouts
@@ -159,12 +169,17 @@ def _gradient(subject: Subject, samples: dict[str, Sample]) -> dict[str, Any]:
 
 
 def _localize(subject: Subject, samples: dict[str, Sample]) -> dict[str, Any]:
-    """Replay the longest completion of the configured precision; if that was not sampled, of the first that was."""
+    """Replay the longest completion of the configured precision; if that was not sampled, of the first that was.
+
+    If only one side of the configured pair is emulated, its format is localized, on completions of the engine's.
+    """
     from betterhalf.examine.localize import localize
 
-    preset = subject.config.precision.preset
-    dtype = preset if preset in samples else cast(DtypeName, next(iter(samples)))
-    prompt, completion = max(samples[dtype].items, key=lambda item: len(item[1].token_ids))
+    preset, (train, rollout) = subject.config.precision.preset, _own_pair(subject.config)
+    dtype = sampled = preset if preset in samples else cast(DtypeName, next(iter(samples)))
+    if rollout in samples and (emulated := next(filter(is_emulated, (train, rollout)), None)):
+        dtype, sampled = emulated, rollout
+    prompt, completion = max(samples[sampled].items, key=lambda item: len(item[1].token_ids))
     return localize(subject, [*prompt, *completion.token_ids], len(prompt), dtype=dtype)
 
 

@@ -24,6 +24,11 @@ _ACCIDENTS = (
     "(emulated), which learned with dips, 1e-2 in e8m2, which collapsed, and 6e-3 with only the engine in e8m2, which "
     "learned"
 )
+_ACCIDENTS_ABOVE = (
+    "measured, `betterhalf train experiments/base/collapse.toml training.steps=30 watchdog.levels=[] precision=P`, "
+    "mean of the steps: none in FP16 and BF16, 1.4e-4 of all tokens in e8m2 (emulated; 7e-4 in the worst step), 2.6e-5 "
+    "with only the engine in e8m2 (4e-4)"
+)
 _NEGATIVE_RATIO = (
     "measured (docs/mismatch.md), GRPO on running sums, 4 optimizer steps: up to 11 in FP16, 33 in BF16, 793 in e8m4 "
     "and 260 in e8m3 (both emulated), which learned with dips, 4e6 in e8m2, which collapsed"
@@ -106,8 +111,8 @@ _MISMATCH = (
         "share",
         "Tokens with log_ratio above 3: the trainer finds them 20 times more likely than the engine did. An engine "
         "that errs so rarely samples the token, so these are rarer.",
-        (None, 1e-3),
-        _ACCIDENTS,
+        (None, 1e-4),
+        _ACCIDENTS_ABOVE,
     ),
     Metric(
         "mismatch/chi2_token",

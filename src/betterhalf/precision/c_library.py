@@ -28,23 +28,36 @@ def c_library(name: str) -> ctypes.CDLL | None:
 
 
 def _compiled(source: Path) -> Path:
-    """Return the compiled library of a source file; its name has a digest of source, command and compiler."""
+    """Return the compiled library of a source file, compiled again if it is damaged.
+
+    Its name has a digest of source, command and compiler, and one of itself: a truncated library may end the process
+    that loads it.
+    """
     compiler = subprocess.run((_COMPILE[0], "--version"), capture_output=True, check=True, timeout=60).stdout
     parts = (source.read_bytes(), " ".join(_COMPILE).encode(), compiler, platform.machine().encode())
-    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    target = _cache_folder() / f"{source.stem}-{key}.so"
-    if not target.exists():
-        _compile(source, target)
+    stem = f"{source.stem}-{_digest(*parts)}"
+    kept = _cache_folder().glob(f"{stem}-*.so")
+    return next(filter(_is_whole, kept), None) or _compile(source, stem)
+
+
+def _compile(source: Path, stem: str) -> Path:
+    """Compile to a temporary file and rename it, so that processes that start together see a whole library or none."""
+    folder = _cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        made = Path(temporary, f"{stem}.so")
+        subprocess.run((*_COMPILE, "-o", str(made), str(source)), capture_output=True, check=True, timeout=120)
+        target = folder / f"{stem}-{_digest(made.read_bytes())}.so"
+        os.replace(made, target)
     return target
 
 
-def _compile(source: Path, target: Path) -> None:
-    """Compile to a temporary file and rename it, so that processes that start together see a whole library or none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder, target.name)
-        subprocess.run((*_COMPILE, "-o", str(made), str(source)), capture_output=True, check=True, timeout=120)
-        os.replace(made, target)
+def _is_whole(library: Path) -> bool:
+    return library.stem.endswith(f"-{_digest(library.read_bytes())}")
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _cache_folder() -> Path:

@@ -1,4 +1,4 @@
-"""A sentence that says which formats of a result are emulated, for the terminal and for the page."""
+"""Words that say which formats of a result are emulated, for the terminal and for the page."""
 
 from __future__ import annotations
 
@@ -8,10 +8,21 @@ from typing import get_args
 from betterhalf.types import EmulatedDtype
 
 
+def emulated_names(names: Iterable[object]) -> list[str]:
+    """Return the emulated formats among the names, each once, the coarsest first."""
+    used = set(names)
+    return [name for name in get_args(EmulatedDtype) if name in used]
+
+
+def precision_words(trainer: str, engine: str) -> str:
+    """Return the formats of trainer and engine, one if they are equal; emulated formats are called so."""
+    shown = [f"{name} (emulated)" if emulated_names([name]) else name for name in (trainer, engine)]
+    return shown[0] if trainer == engine else f"{shown[0]} trainer, {shown[1]} engine"
+
+
 def emulated_sentence(names: Iterable[object]) -> str:
     """Return a sentence on the emulated formats among the names; empty without any."""
-    used = set(names)
-    found = [name for name in get_args(EmulatedDtype) if name in used]
+    found = emulated_names(names)
     if not found:
         return ""
     verb, bits = "is" if len(found) == 1 else "are", _listed([name.removeprefix("e8m") for name in found])

@@ -19,6 +19,7 @@ from betterhalf.errors import BetterhalfError, InputError
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.metrics.console import show_note
 from betterhalf.precision.contract import Contract, folded_digest
+from betterhalf.report.emulated import emulated_names, emulated_sentence
 from betterhalf.run_dir import RunDir, append_jsonl, read_json, read_jsonl, write_json_atomic, write_text_atomic
 from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.collect import sample_groups
@@ -159,6 +160,10 @@ def _evaluate_in(run: RunDir, config: RunConfig, target: str) -> dict[str, Any]:
         _require_evaluation(run, config)
     if RunDir(Path(target)).configured:
         require_checkpoint(target)
+    roles = config.precision.roles()
+    emulated = emulated_names((roles.rollout_dtype, roles.kv_dtype))
+    if emulated:
+        show_note(emulated_sentence(emulated), mode=config.logging.console)
     trained = (lambda: load_policy(target)) if RunDir(Path(target)).configured else None
     parts = assemble(config, rows=config.evaluate.max_prompts, evaluating=True, trained=trained)
     try:
@@ -169,7 +174,8 @@ def _evaluate_in(run: RunDir, config: RunConfig, target: str) -> dict[str, Any]:
         results = _evaluate_rest(run, parts, synced.policy_version)
     finally:
         parts.close()
-    summary = evaluation_summary(results) | {"rows_left_out": len(parts.task.left_out)}
+    precision = {"precision": config.precision.roles().rollout_dtype, "emulated": emulated}
+    summary = evaluation_summary(results) | precision | {"rows_left_out": len(parts.task.left_out)}
     if summary["truncated_fraction"] == 1:
         limit = config.sampling.max_tokens
         show_note(f"all completions were cut off at sampling.max_tokens={limit}; {ADVICE}", mode=config.logging.console)

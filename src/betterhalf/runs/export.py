@@ -11,10 +11,11 @@ from safetensors import SafetensorError
 
 from betterhalf.config.load import load_config
 from betterhalf.errors import InputError, RunError
+from betterhalf.metrics.console import show_note
 from betterhalf.models.files import first_line, quiet
 from betterhalf.models.loading import LoadedModel, load_model
 from betterhalf.precision.emulation import to_format
-from betterhalf.precision.formats import torch_dtype
+from betterhalf.precision.formats import is_emulated, torch_dtype
 from betterhalf.run_dir import RunDir, disk_full
 from betterhalf.setup.model_checks import show_notes
 from betterhalf.setup.trained_policy import load_policy
@@ -36,6 +37,12 @@ def export(run: str, directory: str) -> dict[str, Any]:
     show_notes(model)
     policy.copy_into(model.module)
     name = config.precision.roles().rollout_dtype
+    if is_emulated(name):
+        show_note(
+            f"{name} is emulated: the files hold its numbers in BF16, and transformers and vLLM compute with them "
+            "in real BF16, or in the format that you choose there",
+            mode=config.logging.console,
+        )
     for parameter in model.module.parameters():
         parameter.data = to_format(parameter.data, name)
     model.module.config.dtype = torch_dtype(name)

@@ -28,6 +28,7 @@ from betterhalf.errors import (
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.metrics.console import show_note
 from betterhalf.metrics.several import SeveralRuns
+from betterhalf.report.emulated import emulated_names
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
 from betterhalf.runs.assembly import Parts, check_before_weights
@@ -38,7 +39,7 @@ from betterhalf.runs.progress import Progress
 from betterhalf.runs.side_by_side import Job, plan_runs, run_jobs
 from betterhalf.runs.train import recorded_threads, require_same_config, run_training, summarise
 from betterhalf.runs.watchdog import require_sound_levels
-from betterhalf.setup.folder import run_folder
+from betterhalf.setup.folder import locked, run_folder
 from betterhalf.setup.model_checks import check_roles
 
 ARM_KEYS = ("passed", "final_accuracy", "mismatch_k3", "mismatch_max_abs", "skipped_steps", "seconds")
@@ -84,6 +85,7 @@ def _sanity_in(run: RunDir, config: RunConfig) -> dict[str, Any]:
             name: {key: arm.get(key) for key in ARM_KEYS} | learning(run.arm(name)) | {"changes": changes(config, name)}
             for name, arm in arms.items()
         },
+        "emulated": emulated_formats(config),
         "rows_left_out": len(read_jsonl(run.bad_rows)),
         "reasons": {name: arm["reason"] for name, arm in arms.items() if "reason" in arm},
         "seconds": time.perf_counter() - started,
@@ -180,6 +182,12 @@ def changes(config: RunConfig, name: str) -> dict[str, Any]:
     return {"precision.preset": arm.precision.preset} | changed
 
 
+def emulated_formats(config: RunConfig) -> list[str]:
+    """Return the emulated formats among the roles of all arms."""
+    roles = [arm_settings(config, name).precision.roles() for name in config.sanity.arms]
+    return emulated_names(name for arm in roles for name in arm.model_dump().values())
+
+
 def learning(arm: RunDir) -> dict[str, Any]:
     """Return first and final reward of an arm, and the verdict on its learning; empty if it recorded no step."""
     rewards = [row["rollout/reward/mean"] for row in (read_jsonl(arm.metrics) if arm.metrics.exists() else [])]
@@ -226,9 +234,9 @@ def run_arm(config: RunConfig, name: str, arm: RunDir) -> dict[str, Any]:
     started = time.perf_counter()
     try:
         resume = arm.holds_run
-        return run_training(
-            config, RunDir.create(arm.path, resume=resume), resume=resume, label=name, after=final_accuracy
-        )
+        RunDir.create(arm.path, resume=resume)
+        with locked(arm.path):
+            return run_training(config, arm, resume=resume, label=name, after=final_accuracy)
     except (LossScaleError, EngineError, NumericsError, WatchdogError) as error:
         failed = {"passed": False, "final_accuracy": None, "reason": str(error)}
         measured = summarise(arm, config) if arm.metrics.exists() else {}

@@ -15,6 +15,7 @@ from betterhalf.runs.evaluate import average_reward, evaluate_prompts
 from betterhalf.runs.progress import Progress
 from betterhalf.runs.train import run_training, summarise
 from betterhalf.runs.weight_sync import first_sync
+from betterhalf.setup.folder import locked
 from betterhalf.setup.trained_policy import load_policy
 
 _FRESH_SEED = 1_000_003
@@ -34,7 +35,8 @@ def run_cell(config: RunConfig, label: str, run: RunDir) -> None:
 
     try:
         RunDir.create(run.path, resume=resume)
-        run_training(config, run, resume=resume, label=label, after=final_accuracy)
+        with locked(run.path):
+            run_training(config, run, resume=resume, label=label, after=final_accuracy)
     except (LossScaleError, EngineError, NumericsError, WatchdogError) as error:
         stopped = isinstance(error, WatchdogError)
         measured = read_json(run.summary) if stopped else summarise(run, config) if run.metrics.exists() else {}

@@ -17,7 +17,8 @@ from betterhalf.config.grid import SEED, Axis, Cell, Grid
 from betterhalf.config.load import flat, resolved_json
 from betterhalf.diagnostics.course import mean_over_seeds, reward_course
 from betterhalf.environment import environment
-from betterhalf.precision.formats import FORMATS, is_emulated
+from betterhalf.precision.formats import FORMATS
+from betterhalf.report.emulated import emulated_names
 from betterhalf.report.fields import number
 from betterhalf.report.sweep_table import MEASURES
 from betterhalf.run_dir import RunDir, plain_json, read_json, read_jsonl, write_text_atomic
@@ -161,8 +162,7 @@ def _max(values: Sequence[float]) -> float | None:
 
 def emulated_formats(cell: Cell) -> list[str]:
     """Return the emulated formats among the roles of a cell."""
-    roles = set(cell.config.precision.roles().model_dump().values())
-    return sorted(name for name in roles if is_emulated(name))
+    return emulated_names(cell.config.precision.roles().model_dump().values())
 
 
 def combination_rows(cells: Iterable[Row]) -> list[Row]:

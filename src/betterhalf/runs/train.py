@@ -16,7 +16,7 @@ from betterhalf.metrics.console import Console
 from betterhalf.metrics.sinks import JsonlSink, MetricSink, Sinks, TensorBoardSink
 from betterhalf.precision.contract import Contract
 from betterhalf.process import chosen_threads
-from betterhalf.report.emulated import emulated_sentence
+from betterhalf.report.emulated import emulated_names, emulated_sentence, precision_words
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, append_jsonl, read_json, read_jsonl, write_json_atomic
 from betterhalf.runs.assembly import Parts, algorithm_record, assemble
@@ -79,10 +79,12 @@ def run_training(
         write_json_atomic(run.config, resolved_json(without_permission(config)))
         # A run in progress has no summary; an earlier stop stays on record in watchdog.jsonl.
         run.summary.unlink(missing_ok=True)
-        with Console(config.logging.console, total_steps=config.training.steps, label=label) as console:
+        emulated = emulated_sentence(parts.precision.roles.model_dump().values())
+        shown = f"{label}: {_formats(config)}" if emulated else label
+        with Console(config.logging.console, total_steps=config.training.steps, label=shown) as console:
             if threads:
                 console.note(threads)
-            if emulated := emulated_sentence(parts.precision.roles.model_dump().values()):
+            if emulated:
                 console.note(emulated)
             console.note(contract.table())
             progress = _train_and_record(parts, run, progress, console)
@@ -92,6 +94,11 @@ def run_training(
     summary = summarise(run, config) | extra | {"seconds": time.perf_counter() - started}
     write_json_atomic(run.summary, summary)
     return summary
+
+
+def _formats(config: RunConfig) -> str:
+    roles = config.precision.roles()
+    return precision_words(roles.compute_dtype, roles.rollout_dtype)
 
 
 def _threads_note(run: RunDir) -> str | None:
@@ -201,10 +208,12 @@ def _stop(parts: Parts, run: RunDir, stop: Alarm) -> WatchdogError:
     """Write a summary of the finished steps, and return an error that says how to continue."""
     summary = summarise(run, parts.config) | {"stopped": f"step {stop.step}: {stop.reason}", "stopped_step": stop.step}
     write_json_atomic(run.summary, summary)
+    # The doctor examines hardware formats only.
+    doctor = "" if summary["emulated"] else f"`betterhalf doctor {run.path}` and "
     return WatchdogError(
         f"the watchdog stopped the run in step {stop.step}: {stop.reason}. That step was not trained on; "
         f"{run.path} holds the {stop.step - 1} steps before it, and watchdog.jsonl the measurements. See where "
-        f"trainer and engine diverge with `betterhalf doctor {run.path}` and `betterhalf probe {run.path} --localize`; "
+        f"trainer and engine diverge with {doctor}`betterhalf probe {run.path} --localize`; "
         "continue with --resume once the cause is fixed, or with other watchdog.levels, which a resumed run may change"
     )
 
@@ -228,7 +237,8 @@ def summarise(run: RunDir, config: RunConfig) -> dict[str, Any]:
     return {
         "verb": "train",
         "name": config.name,
-        "precision": config.precision.roles().model_dump(),
+        "precision": (roles := config.precision.roles().model_dump()),
+        "emulated": emulated_names(roles.values()),
         "algorithm": config.algorithm.preset,
         "steps": len(rows),
         "rows_left_out": len(read_jsonl(run.bad_rows)),

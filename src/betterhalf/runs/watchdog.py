@@ -172,6 +172,13 @@ _WORDS: dict[WatchdogAction, str] = {
 """End of an alarm's reason, by action."""
 
 
+_MEANINGS = {
+    "mismatch/accident_fraction": "share of tokens that the trainer finds 20 times less likely than the engine did",
+    "policy/ratio/max_negative": "largest current/proximal ratio with a negative advantage: not bounded by PPO's clip",
+}
+"""Meaning of the metrics that docs/mismatch.md explains as steps of a collapse."""
+
+
 def _alarm(level: WatchdogLevel, state: WatchState, step: int, value: float, bound: float, consecutive: int) -> Alarm:
     return Alarm(
         step=step,
@@ -189,7 +196,8 @@ def _reason(level: WatchdogLevel, state: WatchState, value: float, bound: float,
     side = "below" if bound == level.below else "above"
     where = "not a number" if math.isnan(value) else f"{value:.3g}, {side} {bound:g}"
     length = f" for {consecutive} steps in a row" if consecutive > 1 else ""
-    return f"{level.metric} is {where}{length}{_WORDS[level.action].format(factor=state.learning_rate_factor)}"
+    meaning = f" ({_MEANINGS[level.metric]}; docs/mismatch.md)" if level.metric in _MEANINGS else ""
+    return f"{level.metric} is {where}{length}{meaning}{_WORDS[level.action].format(factor=state.learning_rate_factor)}"
 
 
 def masked(algorithm: Algorithm) -> Algorithm:

@@ -68,6 +68,13 @@ def test_pairs_are_named_in_the_order_of_rows_and_columns() -> None:
     assert wanted_pairs(some) == [("fp32", "bf16"), ("fp16", "fp16")]
 
 
+@pytest.mark.parametrize(("selection", "count"), [("full", 10), ("matched", 4)])
+@pytest.mark.parametrize("trainer", ["e8m2", "fp32"])
+def test_the_configured_pair_is_measured_if_it_is_emulated(selection: str, count: int, trainer: str) -> None:
+    found = wanted_pairs(config(precision={"preset": "e8m2", "compute_dtype": trainer, "pairs": selection}))
+    assert len(found) == count and found[-1] == (trainer, "e8m2")
+
+
 def test_the_ratio_needs_both_matched_pairs_and_a_mismatch_in_fp16() -> None:
     fp16, bf16 = {"train": "fp16", "rollout": "fp16", "k3": 2e-8}, {"train": "bf16", "rollout": "bf16", "k3": 1e-6}
     crossed = {"train": "fp16", "rollout": "bf16", "k3": 9e-3}

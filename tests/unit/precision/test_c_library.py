@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,20 @@ def test_another_command_gives_another_file(cache: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "_COMPILE", (*module._COMPILE, "-g"))
     assert c_library("emulation.c") is not None
     assert len(list(cache.iterdir())) == 2
+
+
+_LOADED = "from betterhalf.precision.c_library import c_library; print(c_library('emulation.c') is not None)"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5], ids=["empty", "truncated"])
+def test_a_damaged_library_is_compiled_again(share: float, cache: Path) -> None:
+    (library,) = cache.iterdir()
+    whole = library.read_bytes()
+    library.unlink()  # this process has loaded it
+    library.write_bytes(whole[: int(share * len(whole))])
+    done = subprocess.run([sys.executable, "-c", _LOADED], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+    assert library in cache.iterdir() and library.read_bytes() == whole
 
 
 @pytest.mark.parametrize("trouble", ["no compiler", "source does not compile", "no folder"])

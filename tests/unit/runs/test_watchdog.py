@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -216,6 +217,9 @@ def test_the_default_levels_warn_of_a_collapse_and_not_of_a_healthy_step() -> No
     assert gap["mismatch/accident_fraction"] == 2e-3 and ratio == pytest.approx(math.exp(8))
     collapsing = {"mismatch/accident_fraction": gap["mismatch/accident_fraction"], RATIO: ratio}
     assert defaults({}) == [] and defaults(collapsing) == list(collapsing)
+    with_meaning = r"0\.002, above 0\.001 \(share of tokens that .*; docs/mismatch\.md\)$"
+    watch = check(WatchdogConfig().levels, WatchState(), 1, collapsing)
+    assert re.search(with_meaning, watch.alarms[0].reason)
 
 
 @pytest.mark.parametrize("preset", ["pg_seq_is", "pg_seq_mis", "dppo_tv", "icepop", "grpo_token_tis"])
