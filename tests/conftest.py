@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ def _interpret_triton() -> None:
     with contextlib.suppress(ImportError):
         import triton  # noqa: F401
     del os.environ["TRITON_INTERPRET"]
+
+
+def pytest_configure() -> None:
+    # A shell starts background jobs (`scripts/test &`) with SIGINT ignored, and their children inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
