@@ -7,8 +7,9 @@ No torch at run time: tensors are named in annotations only. Axis letters in fie
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -123,7 +124,9 @@ class Prompt:
     token_ids: tuple[int, ...]
     """Tokens of `text`, special tokens included."""
     answer: str
-    """Reference answer, with which the reward compares a completion."""
+    """Reference answer, with which the reward compares a completion; empty if the data has none."""
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Fields of the data row, as JSON values, for rewards of the user's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,7 +229,7 @@ class LossInputs(TokenTensors):
     @classmethod
     def of(cls, tokens: TokenTensors, current_logprobs_C: Tensor) -> LossInputs:
         """Add the current logprobs to the constants of the same tokens."""
-        constants = {field.name: getattr(tokens, field.name) for field in fields(TokenTensors)}
+        constants = {each.name: getattr(tokens, each.name) for each in fields(TokenTensors)}
         return cls(current_logprobs_C=current_logprobs_C, **constants)
 
 

@@ -24,7 +24,7 @@ FLOORS = {
     **dict.fromkeys(("models", "algorithms", "diagnostics", "tasks", "report"), 4),
     **dict.fromkeys(("precision", "metrics", "ops", "run_dir", "environment"), 3),
     "distributed": 2,
-    **dict.fromkeys(("config", "reduction"), 1),
+    **dict.fromkeys(("config", "reduction", "user_code"), 1),
     **dict.fromkeys(("types", "errors", "process", "kernels"), 0),
 }
 
@@ -35,6 +35,7 @@ TORCH_FREE = (
     "config",
     "metrics",
     "run_dir",
+    "user_code",
     "environment",
     "report",
     "tasks",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from betterhalf.errors import InputError
 
@@ -18,7 +20,9 @@ class Row:
     question: str
     """Text of the problem."""
     answer: str
-    """Gold answer."""
+    """Gold answer; empty if the data has none."""
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """All fields of the row, as JSON values."""
     defect: BadRow | None = None
     """Set when the row cannot be read; then question and answer are empty."""
 
