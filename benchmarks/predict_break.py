@@ -1,9 +1,10 @@
 """Which early measurement predicts that a run breaks? Judged on the results of sweeps, on runs held out.
 
-    python benchmarks/predict_break.py SWEEP... [--steps 10] [--json]
+    python benchmarks/predict_break.py SWEEP... [--steps 10] [--without TEXT] [--json]
 
 SWEEP is a folder with `results.jsonl` and `curves.jsonl`. A run is broken if its outcome is `collapsed` or `damaged`;
-runs that failed, stopped or are short are left out. Each predictor is one number from the first `--steps` steps:
+runs that failed, stopped or are short are left out, and a run whose curves equal an earlier one's: two sweeps may share
+a combination. Each predictor is one number from the first `--steps` steps:
 
     k3, accidents, token share   mean over these steps
     ratio, gradient norm         largest of these steps
@@ -50,6 +51,8 @@ class Run:
     broken: bool
     values: dict[str, float]
     """Predictors by name."""
+    curve: tuple[float | None, ...]
+    """Reward and k3 of every step, to recognise the same run in another sweep."""
 
 
 def runs_of(folder: Path, steps: int) -> list[Run]:
@@ -64,10 +67,19 @@ def runs_of(folder: Path, steps: int) -> list[Run]:
             combination=f"{folder.name}/{row['combination']}",
             broken=row["outcome"] in BROKEN,
             values=predictors(row, by_label[row["label"]], steps, shared),
+            curve=tuple(v for key in ("rollout/reward/mean", "mismatch/k3/mean") for v in by_label[row["label"]][key]),
         )
         for row in results
         if row["kind"] == "cell" and row["outcome"] in (*BROKEN, *WHOLE)
     ]
+
+
+def different(runs: Sequence[Run], without: str | None) -> list[Run]:
+    """Return the runs whose curves differ from those before, and whose combination does not contain a text."""
+    first: dict[tuple[float | None, ...], Run] = {}
+    for run in runs:
+        first.setdefault(run.curve, run)
+    return [run for run in first.values() if without is None or without not in run.combination]
 
 
 def predictors(row: dict[str, Any], curve: dict[str, Any], steps: int, shared: str | None) -> dict[str, float]:
@@ -162,9 +174,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP")
     parser.add_argument("--steps", type=int, default=10, help="first steps to measure on; default: 10")
+    parser.add_argument("--without", metavar="TEXT", help="leave out combinations whose name contains TEXT")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
-    runs = [run for folder in arguments.sweeps for run in runs_of(folder, arguments.steps)]
+    found = [run for folder in arguments.sweeps for run in runs_of(folder, arguments.steps)]
+    runs = different(found, arguments.without)
     names = [name for name in ("mantissa bits", "x", *MEANS, *LARGEST) if any(name in run.values for run in runs)]
     rows = [judged(runs, name) for name in names]
     if arguments.json:

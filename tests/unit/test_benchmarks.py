@@ -156,7 +156,8 @@ def test_a_perfect_predictor_of_breaks_is_found_on_runs_held_out(
         results[-1] |= {"point": {"precision": "e8m2"}, "exponent_first": 1.0}
         if not broken:
             results[-1]["outcome"] = "learned"
-        curves.append({"label": label, "mismatch/k3/mean": [0.2 if broken else 0.1] * 3 + [9.0]})
+        k3 = [0.2 if broken else 0.1] * 3 + [9.0]
+        curves.append({"label": label, "mismatch/k3/mean": k3, "rollout/reward/mean": [index / 12] * 4})
     for name, rows in (("results.jsonl", results), ("curves.jsonl", curves)):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     script = benchmark("predict_break", monkeypatch)
@@ -165,6 +166,8 @@ def test_a_perfect_predictor_of_breaks_is_found_on_runs_held_out(
     found = script.judged(runs, "k3")
     assert found["auc"][0] == found["held_out"][0] == 1.0
     assert script.judged(runs, "x")["auc"][0] == 0.5
+    assert script.different([*runs, *runs], None) == runs
+    assert {run.combination for run in script.different(runs, "/1")} == {f"{tmp_path.name}/0", f"{tmp_path.name}/2"}
 
 
 def test_the_bits_of_a_run_are_those_of_its_own_precision_or_of_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
