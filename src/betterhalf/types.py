@@ -161,6 +161,11 @@ class Completion:
     policy_version: int
     """Number of applied updates in the weights that sampled it."""
 
+    @property
+    def truncated(self) -> bool:
+        """True if it ended at the length limit, without a stop token."""
+        return self.finish_reason == "length"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
@@ -283,11 +288,18 @@ class TrainBatch:
     measure_only: tuple[int, ...]
     """Packs of zero-advantage groups: no gradient, but they count in the mismatch and in the denominators."""
     denominators: Denominators
+    masked: tuple[int, ...] = ()
+    """Packs of completions that `algorithm.mask_truncated` leaves without a loss: measured only."""
+
+    @property
+    def countable(self) -> tuple[int, ...]:
+        """Packs that the denominators may count whatever masks reject, trained ones first."""
+        return self.micro_batches + self.measure_only
 
     @property
     def packs(self) -> tuple[int, ...]:
         """Every pack, trained ones first."""
-        return self.micro_batches + self.measure_only
+        return self.countable + self.masked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,6 +312,11 @@ class StepBatch:
     """Train batches, in the order in which they are trained on."""
     left_out: tuple[int, ...] = ()
     """Packs of sequences that belong to no train batch: they count in the mismatch and in nothing else."""
+
+    @property
+    def masked_sequences(self) -> int:
+        """Number of sequences without a loss because of `algorithm.mask_truncated`."""
+        return sum(self.packs[index].num_sequences for one in self.train_batches for index in one.masked)
 
     def chosen(self, indices: Iterable[int]) -> list[MicroBatch]:
         """Return the packs with these indices."""

@@ -26,8 +26,9 @@ def pack_step(
     step: int,
     *,
     left_out: Sequence[Rollout] = (),
+    epoch: int = 0,
 ) -> StepBatch:
-    """Pack one step, in host memory.
+    """Pack one epoch of a step, in host memory.
 
     Args:
         rollouts: [S], groups in order, siblings in order.
@@ -35,16 +36,18 @@ def pack_step(
         config: sizes and seed.
         step: seeds the shuffle.
         left_out: rollouts that were sampled in the step but are not trained on; packed separately, to be measured.
+        epoch: number of earlier passes over the same rollouts; seeds the shuffle too.
 
     Returns:
         `config.training.optimizer_steps` train batches. Their denominators count zero-advantage rollouts too, so
         leaving those out of the backward pass changes nothing.
     """
     order = list(range(len(rollouts)))
-    random.Random(f"pack-{config.seed}-{step}").shuffle(order)
+    random.Random(f"pack-{config.seed}-{step}{f'-{epoch}' if epoch else ''}").shuffle(order)
     shares = _split_evenly(order, config.training.optimizer_steps)
     budget = config.training.tokens_per_micro_batch
     packer = _Packer([*rollouts, *left_out], [*advantages, *[0.0] * len(left_out)], budget)
+    masked = {i for i, r in enumerate(rollouts) if config.algorithm.mask_truncated and r.completion.truncated}
     packs: list[MicroBatch] = []
 
     def added(indices: Sequence[int]) -> tuple[int, ...]:
@@ -55,8 +58,9 @@ def pack_step(
 
     train_batches = tuple(
         TrainBatch(
-            micro_batches=added([i for i in share if advantages[i] != 0.0]),
-            measure_only=added([i for i in share if advantages[i] == 0.0]),
+            micro_batches=added([i for i in share if i not in masked and advantages[i] != 0.0]),
+            measure_only=added([i for i in share if i not in masked and advantages[i] == 0.0]),
+            masked=added([i for i in share if i in masked]),
             denominators=_denominators([rollouts[i] for i in share], config.sampling.max_tokens),
         )
         for share in shares
