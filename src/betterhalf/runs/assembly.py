@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from betterhalf.algorithms.advantage import check_group_size, check_overlong_buffer
+from betterhalf.algorithms.own_loss import try_own_loss
 from betterhalf.algorithms.presets import Algorithm, resolve_algorithm
 from betterhalf.config.sampling import require_whole_distribution
 from betterhalf.config.schema import RunConfig
@@ -124,6 +125,8 @@ def checked_algorithm(config: RunConfig, *, evaluating: bool) -> Algorithm:
         require_whole_distribution(config.sampling)
     algorithm = resolve_algorithm(config.algorithm)
     check_group_size(algorithm.advantage, config.training.group_size)
+    if algorithm.loss is not None:
+        try_own_loss(algorithm.loss, algorithm)
     check_overlong_buffer(algorithm.overlong_tokens(config.sampling.max_tokens), config.sampling.max_tokens)
     check_engine(config)
     check_roles(config)
@@ -168,4 +171,5 @@ def algorithm_record(algorithm: Algorithm) -> dict[str, Any]:
         "correction": algorithm.correction.model_dump(),
         "aggregation": algorithm.aggregation,
         "denominator": algorithm.denominator,
+        "loss": None if algorithm.loss is None else {"path": algorithm.loss.path, "digest": algorithm.loss.digest},
     }
