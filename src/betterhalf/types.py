@@ -147,6 +147,16 @@ class GenerateRequest:
         return f"prompt {self.prompt_id or index}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TopTokens:
+    """The K tokens that the engine found most likely at each position of a completion of C tokens, in host memory."""
+
+    token_ids_CK: Tensor
+    """int64 [C, K], most likely first."""
+    logprobs_CK: Tensor
+    """float32 [C, K]: log mu, normalised over the whole vocabulary."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """Output of the engine for one sibling."""
@@ -160,6 +170,8 @@ class Completion:
     """Reason why sampling ended."""
     policy_version: int
     """Number of applied updates in the weights that sampled it."""
+    top: TopTokens | None = None
+    """Most likely tokens at each position, for `algorithm.score_centering`; None without it."""
 
     @property
     def truncated(self) -> bool:
@@ -217,6 +229,8 @@ class TokenTensors:
     """float32 [S]: advantage of each sequence, shared by its tokens."""
     proximal_logprobs_C: Tensor | None = None
     """float32 [C]: the trainer's logprobs before the first update on the batch; None if nothing reads them."""
+    behavior_top_logprobs_CK: Tensor | None = None
+    """float32 [C, K]: log mu of the engine's most likely tokens; None without `algorithm.score_centering`."""
 
     @property
     def num_sequences(self) -> int:
@@ -230,12 +244,17 @@ class LossInputs(TokenTensors):
 
     current_logprobs_C: Tensor
     """float32 [C]: log pi of the weights being trained, with a graph."""
+    current_top_logprobs_CK: Tensor | None = None
+    """float32 [C, K]: log pi of the engine's most likely tokens, with a graph; None without
+    `algorithm.score_centering`."""
 
     @classmethod
-    def of(cls, tokens: TokenTensors, current_logprobs_C: Tensor) -> LossInputs:
+    def of(
+        cls, tokens: TokenTensors, current_logprobs_C: Tensor, current_top_logprobs_CK: Tensor | None = None
+    ) -> LossInputs:
         """Add the current logprobs to the constants of the same tokens."""
         constants = {each.name: getattr(tokens, each.name) for each in fields(TokenTensors)}
-        return cls(current_logprobs_C=current_logprobs_C, **constants)
+        return cls(current_logprobs_C=current_logprobs_C, current_top_logprobs_CK=current_top_logprobs_CK, **constants)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,6 +276,8 @@ class MicroBatch(TokenTensors):
     """int64 [C]: row in T of the token before each completion token; siblings share the last row of their prompt."""
     target_ids_C: Tensor
     """int64 [C]: the completion tokens."""
+    top_ids_CK: Tensor | None = None
+    """int64 [C, K]: the engine's most likely tokens at each position; None without `algorithm.score_centering`."""
     rollout_index_S: tuple[int, ...]
     """[S]: position of each sequence among the step's rollouts (groups in order, siblings in order), followed by those
     that are left out of the step."""

@@ -55,7 +55,8 @@ class LossStats:
     treated: Tensor = field(metadata=SUM)
     """Tokens whose treatment is known: all, but none with a loss of the user's own."""
     own: Mapping[str, Tensor] = field(default_factory=dict)
-    """Metrics of a loss of the user's own: name -> float64 [2], sum over tokens and number of tokens."""
+    """Metrics under `loss/`, of a loss of the user's own or of a part of the built-in one that is off by default: name
+    -> float64 [2], sum over tokens and number of tokens."""
 
     @classmethod
     def empty(cls) -> LossStats:
@@ -178,7 +179,7 @@ def policy_metrics(stats: LossStats, train_batches: int = 1) -> dict[str, float 
 
 
 def _own_metrics(stats: LossStats) -> dict[str, float]:
-    """Return the means over tokens of the metrics that a loss of the user's own returned, under `loss/`."""
+    """Return the means over tokens of the metrics under `loss/`."""
     return {f"loss/{name}": total / tokens for name, (total, tokens) in _lists(stats.own).items()}
 
 

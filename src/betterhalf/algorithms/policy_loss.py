@@ -17,6 +17,7 @@ from betterhalf.algorithms.importance import Weights, importance_weights, leaves
 from betterhalf.algorithms.loss_stats import LossStats
 from betterhalf.algorithms.own_loss import own_value
 from betterhalf.algorithms.presets import Algorithm
+from betterhalf.algorithms.score_centering import Centering, expected_score
 from betterhalf.config.schema import RatioConfig
 from betterhalf.types import Denominators, LossInputs, TokenTensors
 
@@ -84,11 +85,15 @@ def policy_loss(algorithm: Algorithm, inputs: LossInputs, denominators: Denomina
     if algorithm.loss is not None:
         return _own_loss(algorithm, inputs, tokens, denominators)
     surrogate = _surrogate(algorithm.surrogate, tokens)
+    centering = _centering(algorithm, inputs)
+    if centering is not None:
+        surrogate = replace(surrogate, loss_C=surrogate.loss_C + tokens.advantages_C * centering.expected_C)
     correction = _correction_weights(algorithm.correction, tokens)
     counted_C = _counted(algorithm, tokens)
     share_C = token_shares(algorithm.aggregation, counted_C, tokens.index_C, tokens.num_sequences, denominators)
     loss = (surrogate.loss_C * correction.weight_C.detach() * share_C.to(current_C.dtype)).sum()
-    return LossOutput(loss=loss, stats=_stats(loss, surrogate, correction, tokens, denominators.max_tokens))
+    stats = _stats(loss, surrogate, correction, tokens, denominators.max_tokens)
+    return LossOutput(loss=loss, stats=stats if centering is None else replace(stats, own=_of_centering(centering)))
 
 
 def kept_mask(algorithm: Algorithm, tokens: TokenTensors) -> Tensor:
@@ -111,6 +116,25 @@ def kept_mask(algorithm: Algorithm, tokens: TokenTensors) -> Tensor:
         num_sequences=tokens.num_sequences,
     )
     return _kept(algorithm, unchanged)
+
+
+def _centering(algorithm: Algorithm, inputs: LossInputs) -> Centering | None:
+    """Return the expected score of each position; None without Score Centering."""
+    if not algorithm.score_centering:
+        return None
+    if inputs.current_top_logprobs_CK is None or inputs.behavior_top_logprobs_CK is None:
+        raise ValueError("algorithm.score_centering needs the logprobs of the engine's most likely tokens.")
+    return expected_score(algorithm.surrogate, inputs.current_top_logprobs_CK, inputs.behavior_top_logprobs_CK)
+
+
+def _of_centering(centering: Centering) -> dict[str, Tensor]:
+    """Return the metrics of Score Centering, sums over tokens and their number; none without tokens."""
+    tokens = centering.tail_C.numel()
+    values = {"coefficients": centering.coefficients_C, "tail": centering.tail_C} if tokens else {}
+    return {
+        f"score_centering/{name}": torch.stack((value_C.sum(), value_C.new_tensor(float(tokens))))
+        for name, value_C in values.items()
+    }
 
 
 def _at_least_fp32(logprobs: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from betterhalf.algorithms.own_loss import OwnLoss, load_own_loss
-from betterhalf.algorithms.rules import check_correction, check_surrogate
+from betterhalf.algorithms.rules import check_correction, check_score_centering, check_surrogate
 from betterhalf.config.presets import NO_RATIO
 from betterhalf.config.presets import PRESETS as _ROWS
 from betterhalf.config.schema import AlgorithmConfig, RatioConfig
@@ -41,6 +41,8 @@ class Algorithm:
     """Penalty of a completion as long as the limit; a shorter one has its share of it."""
     mask_truncated: bool = False
     """True to leave completions that ended at the length limit without a loss."""
+    score_centering: int = 0
+    """Number of the engine's most likely tokens from which the expected score is computed; 0 for no such term."""
     loss: OwnLoss | None = None
     """Loss of the user's own in place of surrogate, correction and aggregation; None for the built-in one."""
 
@@ -69,6 +71,8 @@ def resolve_algorithm(config: AlgorithmConfig) -> Algorithm:
     check_surrogate(algorithm.surrogate)
     check_correction(algorithm.correction)
     _check_together(algorithm)
+    if algorithm.score_centering:
+        check_score_centering(algorithm.surrogate, algorithm.correction, own_loss=algorithm.loss is not None)
     return algorithm
 
 

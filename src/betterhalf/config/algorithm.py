@@ -57,6 +57,9 @@ class AlgorithmConfig(Section):
     mask_truncated: bool = False
     """Leave completions that ended at the length limit without a loss (DAPO's overlong filtering, arXiv 2503.14476).
     They keep counting in their group's baseline; with `denominator = "kept"` they leave the denominators."""
+    score_centering: int = Field(0, ge=0)
+    """Cancel the drift towards the engine's distribution, computed from this number of its most likely tokens (Score
+    Centering, arXiv 2609.20807, uses 128); 0 for no such term. Needs the native engine."""
     loss: str | None = None
     """Import path of a loss of your own, `module:function` or `folder/file.py:function`; it replaces `surrogate`,
     `correction` and `aggregation`. docs/losses.md has an example."""

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 
 from betterhalf.config.schema import RunConfig
-from betterhalf.types import Denominators, MicroBatch, PackedSegment, Rollout, StepBatch, TrainBatch
+from betterhalf.types import Denominators, MicroBatch, PackedSegment, Rollout, StepBatch, TopTokens, TrainBatch
 
 TokenIds = tuple[int, ...]
 
@@ -159,6 +159,7 @@ class _Packer:
             behavior_logprobs_C=_floats([x for r in chosen for x in r.completion.behavior_logprobs]),
             advantages_S=_floats([self.advantages[i] for i in indices]),
             rollout_index_S=tuple(indices),
+            **_top([r.completion.top for r in chosen]),
         )
 
 
@@ -213,6 +214,17 @@ class _Layout:
         self.token_ids.extend(token_ids)
         self.positions.extend(range(first_position, first_position + len(token_ids)))
         self.segments.append(PackedSegment(length=len(token_ids), prefix=prefix))
+
+
+def _top(tops: Sequence[TopTokens | None]) -> dict[str, torch.Tensor]:
+    """Return the fields of a pack with the engine's most likely tokens; empty unless all completions have them."""
+    present = [top for top in tops if top is not None]
+    if not present or len(present) < len(tops):
+        return {}
+    return {
+        "top_ids_CK": torch.cat([top.token_ids_CK for top in present]),
+        "behavior_top_logprobs_CK": torch.cat([top.logprobs_CK for top in present]),
+    }
 
 
 def _ints(values: list[int]) -> torch.Tensor:
