@@ -147,6 +147,16 @@ class GenerateRequest:
         return f"prompt {self.prompt_id or index}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TopTokens:
+    """The K tokens that the engine found most likely at each position of a completion of C tokens, in host memory."""
+
+    token_ids_CK: Tensor
+    """int64 [C, K], most likely first."""
+    logprobs_CK: Tensor
+    """float32 [C, K]: log mu, normalised over the whole vocabulary."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """Output of the engine for one sibling."""
@@ -160,6 +170,13 @@ class Completion:
     """Reason why sampling ended."""
     policy_version: int
     """Number of applied updates in the weights that sampled it."""
+    top: TopTokens | None = None
+    """Most likely tokens at each position, for `algorithm.score_centering`; None without it."""
+
+    @property
+    def truncated(self) -> bool:
+        """True if it ended at the length limit, without a stop token."""
+        return self.finish_reason == "length"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +229,8 @@ class TokenTensors:
     """float32 [S]: advantage of each sequence, shared by its tokens."""
     proximal_logprobs_C: Tensor | None = None
     """float32 [C]: the trainer's logprobs before the first update on the batch; None if nothing reads them."""
+    behavior_top_logprobs_CK: Tensor | None = None
+    """float32 [C, K]: log mu of the engine's most likely tokens; None without `algorithm.score_centering`."""
 
     @property
     def num_sequences(self) -> int:
@@ -225,12 +244,17 @@ class LossInputs(TokenTensors):
 
     current_logprobs_C: Tensor
     """float32 [C]: log pi of the weights being trained, with a graph."""
+    current_top_logprobs_CK: Tensor | None = None
+    """float32 [C, K]: log pi of the engine's most likely tokens, with a graph; None without
+    `algorithm.score_centering`."""
 
     @classmethod
-    def of(cls, tokens: TokenTensors, current_logprobs_C: Tensor) -> LossInputs:
+    def of(
+        cls, tokens: TokenTensors, current_logprobs_C: Tensor, current_top_logprobs_CK: Tensor | None = None
+    ) -> LossInputs:
         """Add the current logprobs to the constants of the same tokens."""
         constants = {each.name: getattr(tokens, each.name) for each in fields(TokenTensors)}
-        return cls(current_logprobs_C=current_logprobs_C, **constants)
+        return cls(current_logprobs_C=current_logprobs_C, current_top_logprobs_CK=current_top_logprobs_CK, **constants)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,6 +276,8 @@ class MicroBatch(TokenTensors):
     """int64 [C]: row in T of the token before each completion token; siblings share the last row of their prompt."""
     target_ids_C: Tensor
     """int64 [C]: the completion tokens."""
+    top_ids_CK: Tensor | None = None
+    """int64 [C, K]: the engine's most likely tokens at each position; None without `algorithm.score_centering`."""
     rollout_index_S: tuple[int, ...]
     """[S]: position of each sequence among the step's rollouts (groups in order, siblings in order), followed by those
     that are left out of the step."""
@@ -283,11 +309,18 @@ class TrainBatch:
     measure_only: tuple[int, ...]
     """Packs of zero-advantage groups: no gradient, but they count in the mismatch and in the denominators."""
     denominators: Denominators
+    masked: tuple[int, ...] = ()
+    """Packs of completions that `algorithm.mask_truncated` leaves without a loss: measured only."""
+
+    @property
+    def countable(self) -> tuple[int, ...]:
+        """Packs that the denominators may count whatever masks reject, trained ones first."""
+        return self.micro_batches + self.measure_only
 
     @property
     def packs(self) -> tuple[int, ...]:
         """Every pack, trained ones first."""
-        return self.micro_batches + self.measure_only
+        return self.countable + self.masked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,6 +333,11 @@ class StepBatch:
     """Train batches, in the order in which they are trained on."""
     left_out: tuple[int, ...] = ()
     """Packs of sequences that belong to no train batch: they count in the mismatch and in nothing else."""
+
+    @property
+    def masked_sequences(self) -> int:
+        """Number of sequences without a loss because of `algorithm.mask_truncated`."""
+        return sum(self.packs[index].num_sequences for one in self.train_batches for index in one.masked)
 
     def chosen(self, indices: Iterable[int]) -> list[MicroBatch]:
         """Return the packs with these indices."""

@@ -42,8 +42,6 @@ FORBIDDEN = {
     "num_generations": "group_size",
     "mini_batch": "micro_batch or train_batch",
     "minibatch": "micro_batch or train_batch",
-    "epoch": "step",
-    "epochs": "steps",
     "iteration": "step",
     "overflow_flag": "found_inf",
     "off_policy_gap": "mismatch, staleness or drift",

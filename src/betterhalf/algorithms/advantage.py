@@ -41,14 +41,16 @@ def group_advantages(rewards_PG: Tensor, kind: AdvantageKind) -> Tensor:
 
 
 def rollout_advantages(groups: Sequence[RolloutGroup], algorithm: Algorithm, max_tokens: int) -> list[float]:
-    """Return one advantage for each rollout: its reward, with the overlong penalty, minus the baseline.
+    """Return one advantage for each rollout: its reward, with the penalties on length, minus the baseline.
+
+    A completion that `mask_truncated` leaves without a loss gets 0; its reward is part of the baseline.
 
     With dynamic sampling, groups of equal rewards that fill up a step get 0: the penalty alone would otherwise
     train on their length.
 
     Args:
         groups: of equal size.
-        algorithm: kind of advantage, and overlong penalty.
+        algorithm: kind of advantage, penalties and mask.
         max_tokens: length limit of a completion.
 
     Returns:
@@ -62,11 +64,19 @@ def rollout_advantages(groups: Sequence[RolloutGroup], algorithm: Algorithm, max
     penalty_PG = overlong_penalty(
         lengths_PG, max_tokens, algorithm.overlong_tokens(max_tokens), algorithm.overlong_factor
     )
+    penalty_PG -= algorithm.length_penalty * (lengths_PG.double() / max_tokens)
     advantages_PG = group_advantages(rewards_PG + penalty_PG, algorithm.advantage)
     if algorithm.dynamic_sampling:
         advantages_PG = advantages_PG.masked_fill(equal_rewards(rewards_PG).unsqueeze(1), 0.0)
+    if algorithm.mask_truncated:
+        advantages_PG = advantages_PG.masked_fill(_truncated(groups), 0.0)
     advantages: list[float] = advantages_PG.flatten().tolist()
     return advantages
+
+
+def _truncated(groups: Sequence[RolloutGroup]) -> Tensor:
+    """Return the rollouts that ended at the length limit, bool [P, G]."""
+    return torch.tensor([[rollout.completion.truncated for rollout in group.rollouts] for group in groups])
 
 
 def check_group_size(kind: AdvantageKind, group_size: int) -> None:

@@ -58,6 +58,11 @@ def importance_weights(
     return Weights(raw_C=raw_C, weight_C=weight_C, kept_C=kept_C, truncated_C=truncated_C, bounded_C=bounded_C)
 
 
+def treated(config: RatioConfig, ratio: Tensor) -> Tensor:
+    """Return ratios of any shape after truncation and masking."""
+    return _TREATMENTS[config.treatment](config, ratio)[0]
+
+
 def leaves_trust_region(probability_gap: float, current_C: Tensor, behavior_C: Tensor, advantages_C: Tensor) -> Tensor:
     """Return a mask, bool [C]: the update moves pi away from mu, and abs(pi - mu) already exceeds `probability_gap`.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,11 +52,17 @@ class LossStats:
     """Sum over tokens of the squared norm of the scaled loss's gradient with respect to their final hidden state."""
     gradient_squared_max: Tensor = field(metadata=MAX)
     """Largest of these squared norms."""
+    treated: Tensor = field(metadata=SUM)
+    """Tokens whose treatment is known: all, but none with a loss of the user's own."""
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+    """Metrics under `loss/`, of a loss of the user's own or of a part of the built-in one that is off by default: name
+    -> float64 [2], sum over tokens and number of tokens."""
 
     @classmethod
     def empty(cls) -> LossStats:
         """Return the statistics of zero tokens: the neutral element of `+`."""
-        return cls(**{name: torch.zeros((), dtype=torch.float64) for name in declared_reductions(cls)})
+        zeros: dict[str, Any] = {name: torch.zeros((), dtype=torch.float64) for name in declared_reductions(cls)}
+        return cls(**zeros)
 
     @classmethod
     def count(
@@ -96,7 +103,12 @@ class LossStats:
             weight_after_squared=after_C.square().sum(),
             gradient_squared=before_C.new_zeros(()),
             gradient_squared_max=before_C.new_zeros(()),
+            treated=torch.ones_like(before_C).sum(),
         )
+
+    def of_own_loss(self, metrics: Mapping[str, Tensor]) -> LossStats:
+        """Return the statistics of a loss of the user's own, whose treatment of tokens is unknown, with its metrics."""
+        return replace(self, treated=torch.zeros_like(self.tokens), own=metrics)
 
     def with_gradient(self, grad_CH: Tensor) -> LossStats:
         """Return the statistics of a micro-batch with the gradients of its tokens, after its backward pass.
@@ -114,27 +126,41 @@ class LossStats:
             **{
                 name: _COMBINE[kind](getattr(self, name), getattr(other, name))
                 for name, kind in declared_reductions(LossStats).items()
-            }
+            },
+            own=_added(self.own, other.own),
         )
+
+
+def _added(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add values of equal name; a name that one side lacks counts as 0 there."""
+    return {**left, **right} | {name: left[name] + right[name] for name in left.keys() & right.keys()}
 
 
 _COMBINE: dict[Reduction, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "max": torch.maximum}
 
 
-def policy_metrics(stats: LossStats, train_batches: int = 1) -> dict[str, float]:
-    """Return the `policy/` metrics of a step; the only place that waits for the device.
+_OF_TREATMENT = (
+    *("policy/clip_fraction", "policy/mask_fraction", "policy/truncate_fraction"),
+    *("policy/rejected_share/short", "policy/rejected_share/long", "policy/ess_before", "policy/ess_after"),
+)
+"""Metrics of what a built-in loss does to its ratios; a loss of the user's own has none of them."""
+
+
+def policy_metrics(stats: LossStats, train_batches: int = 1) -> dict[str, float | None]:
+    """Return the `policy/` and `loss/` metrics of a step; the only place that waits for the device.
 
     Args:
         stats: summed over the micro-batches of a step.
         train_batches: number of optimizer steps they come from; `policy/loss` is the mean over these.
 
     Returns:
-        A value for each name. Without tokens, every share is 0, and ratios and effective sample sizes are 1.
+        A value for each name. Without tokens, every share is 0, and ratios and effective sample sizes are 1. With a
+        loss of the user's own, what it clips or masks is unknown, hence None.
     """
     names = list(declared_reductions(LossStats))
     value = dict(zip(names, torch.stack([getattr(stats, name) for name in names]).tolist(), strict=True))
     tokens, long, short = value["tokens"], value["long_tokens"], value["tokens"] - value["long_tokens"]
-    return {
+    known: dict[str, float | None] = {
         "policy/loss": value["loss"] / max(train_batches, 1),
         "policy/clip_fraction": _share(value["clipped"], tokens),
         "policy/mask_fraction": _share(value["masked"], tokens),
@@ -148,6 +174,17 @@ def policy_metrics(stats: LossStats, train_batches: int = 1) -> dict[str, float]
         "policy/ratio/max": value["ratio_max"] if tokens else 1.0,
         "policy/ratio/max_negative": value["ratio_max_negative"] or 1.0,
     }
+    unknown = dict.fromkeys(_OF_TREATMENT) if tokens and not value["treated"] else {}
+    return known | unknown | _own_metrics(stats)
+
+
+def _own_metrics(stats: LossStats) -> dict[str, float]:
+    """Return the means over tokens of the metrics under `loss/`."""
+    return {f"loss/{name}": total / tokens for name, (total, tokens) in _lists(stats.own).items()}
+
+
+def _lists(pairs: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    return dict(zip(pairs, torch.stack(list(pairs.values())).tolist(), strict=True)) if pairs else {}
 
 
 def largest_token_share(stats: LossStats) -> float:

@@ -6,18 +6,20 @@ whole batch, so the sum over micro-batches is the loss of the batch, however it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from betterhalf import ops
+from betterhalf.algorithms.aggregation import token_shares
 from betterhalf.algorithms.importance import Weights, importance_weights, leaves_trust_region
 from betterhalf.algorithms.loss_stats import LossStats
+from betterhalf.algorithms.own_loss import own_value
 from betterhalf.algorithms.presets import Algorithm
+from betterhalf.algorithms.score_centering import Centering, expected_score
 from betterhalf.config.schema import RatioConfig
-from betterhalf.types import AggregationKind, Denominators, LossInputs, TokenTensors
+from betterhalf.types import Denominators, LossInputs, TokenTensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,7 @@ def policy_loss(algorithm: Algorithm, inputs: LossInputs, denominators: Denomina
 
     Raises:
         ValueError: the algorithm needs `proximal_logprobs_C` and there are none.
+        RunError: the loss is the user's own, and it failed.
     """
     current_C = _at_least_fp32(inputs.current_logprobs_C)
     tokens = _Tokens(
@@ -79,11 +82,18 @@ def policy_loss(algorithm: Algorithm, inputs: LossInputs, denominators: Denomina
         index_C=inputs.sequence_index_C,
         num_sequences=inputs.num_sequences,
     )
+    if algorithm.loss is not None:
+        return _own_loss(algorithm, inputs, tokens, denominators)
     surrogate = _surrogate(algorithm.surrogate, tokens)
+    centering = _centering(algorithm, inputs)
+    if centering is not None:
+        surrogate = replace(surrogate, loss_C=surrogate.loss_C + tokens.advantages_C * centering.expected_C)
     correction = _correction_weights(algorithm.correction, tokens)
-    share_C = _SHARES[algorithm.aggregation](_counted(algorithm, tokens), tokens, denominators)
+    counted_C = _counted(algorithm, tokens)
+    share_C = token_shares(algorithm.aggregation, counted_C, tokens.index_C, tokens.num_sequences, denominators)
     loss = (surrogate.loss_C * correction.weight_C.detach() * share_C.to(current_C.dtype)).sum()
-    return LossOutput(loss=loss, stats=_stats(loss, surrogate, correction, tokens, denominators.max_tokens))
+    stats = _stats(loss, surrogate, correction, tokens, denominators.max_tokens)
+    return LossOutput(loss=loss, stats=stats if centering is None else replace(stats, own=_of_centering(centering)))
 
 
 def kept_mask(algorithm: Algorithm, tokens: TokenTensors) -> Tensor:
@@ -106,6 +116,25 @@ def kept_mask(algorithm: Algorithm, tokens: TokenTensors) -> Tensor:
         num_sequences=tokens.num_sequences,
     )
     return _kept(algorithm, unchanged)
+
+
+def _centering(algorithm: Algorithm, inputs: LossInputs) -> Centering | None:
+    """Return the expected score of each position; None without Score Centering."""
+    if not algorithm.score_centering:
+        return None
+    if inputs.current_top_logprobs_CK is None or inputs.behavior_top_logprobs_CK is None:
+        raise ValueError("algorithm.score_centering needs the logprobs of the engine's most likely tokens.")
+    return expected_score(algorithm.surrogate, inputs.current_top_logprobs_CK, inputs.behavior_top_logprobs_CK)
+
+
+def _of_centering(centering: Centering) -> dict[str, Tensor]:
+    """Return the metrics of Score Centering, sums over tokens and their number; none without tokens."""
+    tokens = centering.tail_C.numel()
+    values = {"coefficients": centering.coefficients_C, "tail": centering.tail_C} if tokens else {}
+    return {
+        f"score_centering/{name}": torch.stack((value_C.sum(), value_C.new_tensor(float(tokens))))
+        for name, value_C in values.items()
+    }
 
 
 def _at_least_fp32(logprobs: Tensor) -> Tensor:
@@ -177,34 +206,44 @@ def _counted(algorithm: Algorithm, tokens: _Tokens) -> Tensor:
     return _kept(algorithm, replace(tokens, current_C=tokens.proximal_C))
 
 
-def _constant_length(counted_C: Tensor, tokens: _Tokens, denominators: Denominators) -> Tensor:
-    return torch.full_like(counted_C, 1 / (denominators.max_tokens * denominators.sequences), dtype=torch.float64)
-
-
-def _sequence_mean(counted_C: Tensor, tokens: _Tokens, denominators: Denominators) -> Tensor:
-    counts_S = ops.segment_sum(counted_C.double(), tokens.index_C, tokens.num_sequences).clamp(min=1)
-    return (1 / (counts_S * denominators.sequences))[tokens.index_C]
-
-
-def _token_mean(counted_C: Tensor, tokens: _Tokens, denominators: Denominators) -> Tensor:
-    return torch.full_like(counted_C, 1 / denominators.tokens, dtype=torch.float64)
-
-
-_SHARES: dict[AggregationKind, Callable[[Tensor, _Tokens, Denominators], Tensor]] = {
-    "constant_length": _constant_length,
-    "sequence_mean": _sequence_mean,
-    "token_mean": _token_mean,
-}
-"""Factor of each token's loss in the loss of the batch: float64 [C]."""
-
-
 def _drift(tokens: _Tokens) -> Tensor:
     """Return each token's ratio current/proximal, [C] without a graph, whatever ratio the surrogate has."""
-    return ops.bounded_exp(ops.log_ratio(tokens.current_C.detach(), tokens.proximal_C))[0]
+    return _bounded_drift(tokens)[0]
+
+
+def _bounded_drift(tokens: _Tokens) -> tuple[Tensor, Tensor]:
+    """Return that ratio, and where its logarithm was bounded, bool [C]."""
+    return ops.bounded_exp(ops.log_ratio(tokens.current_C.detach(), tokens.proximal_C))
+
+
+def _own_loss(algorithm: Algorithm, inputs: LossInputs, tokens: _Tokens, denominators: Denominators) -> LossOutput:
+    """Return the loss of the user's own; its ratio is known, but not what it clips, masks or truncates."""
+    assert algorithm.loss is not None
+    value = own_value(algorithm.loss, inputs, denominators, algorithm)
+    ratio_C, bounded_C = _bounded_drift(tokens)
+    kept_C = torch.ones_like(bounded_C)
+    stats = LossStats.count(
+        loss=value.loss,
+        ratio_C=ratio_C,
+        negative_ratio_C=ratio_C * (tokens.advantages_C < 0),
+        before_C=ratio_C,
+        after_C=ratio_C,
+        clipped_C=~kept_C,
+        kept_C=kept_C,
+        truncated_C=~kept_C,
+        bounded_C=bounded_C,
+        long_C=_long(tokens, denominators.max_tokens),
+    )
+    return LossOutput(loss=value.loss, stats=stats.of_own_loss(value.metrics))
+
+
+def _long(tokens: _Tokens, max_tokens: int) -> Tensor:
+    """Return the tokens of completions longer than half the length limit, bool [C]."""
+    lengths_S = ops.segment_sum(torch.ones_like(tokens.index_C), tokens.index_C, tokens.num_sequences)
+    return (2 * lengths_S > max_tokens)[tokens.index_C]
 
 
 def _stats(loss: Tensor, surrogate: _Surrogate, correction: Weights, tokens: _Tokens, max_tokens: int) -> LossStats:
-    lengths_S = ops.segment_sum(torch.ones_like(tokens.index_C), tokens.index_C, tokens.num_sequences)
     return LossStats.count(
         loss=loss,
         ratio_C=surrogate.weights.raw_C,
@@ -215,5 +254,5 @@ def _stats(loss: Tensor, surrogate: _Surrogate, correction: Weights, tokens: _To
         kept_C=surrogate.weights.kept_C & correction.kept_C,
         truncated_C=surrogate.weights.truncated_C | correction.truncated_C,
         bounded_C=surrogate.weights.bounded_C | correction.bounded_C,
-        long_C=(2 * lengths_S > max_tokens)[tokens.index_C],
+        long_C=_long(tokens, max_tokens),
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from betterhalf.algorithms.rules import check_correction, check_surrogate
+from betterhalf.algorithms.own_loss import OwnLoss, load_own_loss
+from betterhalf.algorithms.rules import check_correction, check_score_centering, check_surrogate
 from betterhalf.config.presets import NO_RATIO
 from betterhalf.config.presets import PRESETS as _ROWS
 from betterhalf.config.schema import AlgorithmConfig, RatioConfig
@@ -36,10 +37,20 @@ class Algorithm:
     """Tokens before the length limit over which a penalty grows; 0 for none, None for a fifth of the limit."""
     overlong_factor: float = 0.5
     """Penalty at the length limit."""
+    length_penalty: float = 0.0
+    """Penalty of a completion as long as the limit; a shorter one has its share of it."""
+    mask_truncated: bool = False
+    """True to leave completions that ended at the length limit without a loss."""
+    score_centering: int = 0
+    """Number of the engine's most likely tokens from which the expected score is computed; 0 for no such term."""
+    loss: OwnLoss | None = None
+    """Loss of the user's own in place of surrogate, correction and aggregation; None for the built-in one."""
 
     @property
     def needs_proximal(self) -> bool:
         """True if the loss reads `proximal_logprobs`, the trainer's logprobs frozen before the first update."""
+        if self.loss is not None:
+            return True
         anchored = self.surrogate.level != "none" and self.surrogate.ratio == "current/proximal"
         return anchored or self.correction.level != "none" or self.denominator == "kept"
 
@@ -52,17 +63,21 @@ def resolve_algorithm(config: AlgorithmConfig) -> Algorithm:
     """Return the choices of `config`, after checking them.
 
     Raises:
-        ConfigError: the choices contradict each other.
+        ConfigError: the choices contradict each other, or there is no such loss.
     """
-    algorithm = Algorithm(**{field.name: getattr(config, field.name) for field in fields(Algorithm)})
+    choices = {field.name: getattr(config, field.name) for field in fields(Algorithm)}
+    own = None if config.loss is None else load_own_loss(config.loss)
+    algorithm = Algorithm(**{**choices, "loss": own})
     check_surrogate(algorithm.surrogate)
     check_correction(algorithm.correction)
     _check_together(algorithm)
+    if algorithm.score_centering:
+        check_score_centering(algorithm.surrogate, algorithm.correction, own_loss=algorithm.loss is not None)
     return algorithm
 
 
 def _check_together(algorithm: Algorithm) -> None:
-    """Refuse choices that are wrong only in combination, and a negative overlong buffer."""
+    """Refuse choices that are wrong only in combination, or without effect, and a negative overlong buffer."""
     surrogate, correction = algorithm.surrogate, algorithm.correction
     if "none" not in (surrogate.level, correction.level) and surrogate.ratio == "current/behavior":
         raise ConfigError(
@@ -71,6 +86,11 @@ def _check_together(algorithm: Algorithm) -> None:
         )
     if algorithm.overlong_buffer is not None and algorithm.overlong_buffer < 0:
         raise ConfigError(f"algorithm.overlong_buffer={algorithm.overlong_buffer} is negative; use 0 for no penalty.")
+    if algorithm.overlong_buffer == 0 and algorithm.overlong_factor != _ROWS[algorithm.preset].overlong_factor:
+        raise ConfigError(
+            f"algorithm.overlong_factor={algorithm.overlong_factor:g} has no effect, because algorithm.overlong_buffer "
+            "is 0; set algorithm.overlong_buffer to a number of tokens, such as a fifth of sampling.max_tokens."
+        )
 
 
 PRESETS: dict[PresetName, Algorithm] = {name: resolve_algorithm(AlgorithmConfig(preset=name)) for name in _ROWS}

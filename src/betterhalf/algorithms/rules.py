@@ -125,6 +125,32 @@ def check_correction(ratio: RatioConfig) -> None:
     _check("algorithm.correction", ratio, _CORRECTION + _ANY)
 
 
+def check_score_centering(surrogate: RatioConfig, correction: RatioConfig, *, own_loss: bool) -> None:
+    """Raise ConfigError if the loss is not the score of each token times a constant, which is what can be centred."""
+    key = "algorithm.score_centering"
+    if own_loss:
+        raise ConfigError(f"{key} is part of the built-in loss; leave it out, or leave out algorithm.loss.")
+    if correction.level != "none":
+        raise ConfigError(
+            f'{key} centres one ratio, current/behavior; set algorithm.correction.level = "none", and put the bounds '
+            'into algorithm.surrogate, with ratio = "current/behavior".'
+        )
+    if surrogate.level == "none":
+        return
+    weighs_scores = surrogate.ratio == "current/behavior" and surrogate.gradient == "logprob"
+    if not weighs_scores or surrogate.level != "token" or surrogate.probability_gap is not None:
+        raise ConfigError(
+            f"{key} needs a surrogate that multiplies the score of each token by a constant; set algorithm=rloo, or "
+            'algorithm.surrogate = { level = "token", ratio = "current/behavior", treatment = "truncate", upper = 2, '
+            'gradient = "logprob" }.'
+        )
+    if surrogate.treatment == "raw":
+        raise ConfigError(
+            f"{key} has no effect: the score is centred already where the ratio current/behavior has no bounds; leave "
+            'it out, or set algorithm.surrogate.treatment = "truncate" or "mask".'
+        )
+
+
 def _check(key: str, ratio: RatioConfig, rules: tuple[Rule, ...]) -> None:
     if ratio.level == "none":
         _check_switched_off(key, ratio)

@@ -52,6 +52,17 @@ class AlgorithmConfig(Section):
     overlong_factor: float = Field(PRESETS[_DEFAULT].overlong_factor, ge=0)
     """Penalty at the length limit. 0.5 is half the range of rewards of 0 and 1, as DAPO's factor of 1 is half the range
     of its rewards of -1 and 1."""
+    length_penalty: float = Field(0.0, ge=0)
+    """Penalty on length, subtracted from the reward: `length_penalty * tokens / sampling.max_tokens`."""
+    mask_truncated: bool = False
+    """Leave completions that ended at the length limit without a loss (DAPO's overlong filtering, arXiv 2503.14476).
+    They keep counting in their group's baseline; with `denominator = "kept"` they leave the denominators."""
+    score_centering: int = Field(0, ge=0)
+    """Cancel the drift towards the engine's distribution, computed from this number of its most likely tokens (Score
+    Centering, arXiv 2609.20807, uses 128); 0 for no such term. Needs the native engine."""
+    loss: str | None = None
+    """Import path of a loss of your own, `module:function` or `folder/file.py:function`; it replaces `surrogate`,
+    `correction` and `aggregation`. docs/losses.md has an example."""
 
     @model_validator(mode="before")
     @classmethod

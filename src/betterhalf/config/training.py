@@ -17,7 +17,9 @@ class TrainingConfig(Section):
     group_size: int = Field(8, ge=1)
     """Number of completions of each prompt."""
     optimizer_steps: int = Field(4, ge=1)
-    """Number of optimizer steps on each rollout batch (the paper: 4)."""
+    """Number of optimizer steps in one pass over a rollout batch (the paper: 4)."""
+    epochs: int = Field(1, ge=1)
+    """Number of passes over each rollout batch, each in a new order; `optimizer_steps` are those of one pass."""
     tokens_per_micro_batch: int = Field(4096, ge=1)
     """Token budget of one forward-backward pass; a longer sequence gets its own pass."""
     logits_mib: int = Field(256, ge=1)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 from betterhalf.errors import InputError
-from betterhalf.metrics.metric import Band, Metric
+from betterhalf.metrics.metric import FREE_AREAS, Band, Metric
 
 _VERL = "verl, docs on rollout correction"
 _NEMO = "NeMo-RL, GRPO guide"
@@ -311,6 +311,7 @@ _ROLLOUT = (
         "share",
         "Groups that the step trains on whose advantages are all zero; with dynamic sampling, groups that fill it up.",
     ),
+    Metric("rollout/kept/masked_fraction", "share", "Rollouts that `algorithm.mask_truncated` leaves without a loss."),
 )
 
 _TIME = (
@@ -351,9 +352,9 @@ _AREAS = {
 
 
 def check_known(names: Iterable[str]) -> None:
-    """Raise InputError for a name that is not in the catalogue; the message names the nearest."""
+    """Raise InputError for a name neither in the catalogue nor in a free area; the message names the nearest."""
     for name in names:
-        if name not in CATALOGUE:
+        if name not in CATALOGUE and name.partition("/")[0] not in FREE_AREAS:
             near = get_close_matches(name, CATALOGUE, n=1, cutoff=0.0)[0]
             raise InputError(
                 f"metric {name!r} is not in the catalogue. Add it to metrics/catalogue.py, or use {near!r}."

@@ -10,6 +10,10 @@ from betterhalf.types import Reduction
 Band = tuple[float | None, float | None]
 
 
+FREE_AREAS = ("task", "loss")
+"""Areas of metrics that the user's own rewards and losses return; their names are in no catalogue."""
+
+
 @dataclass(frozen=True, slots=True)
 class Metric:
     """Description of one metric of `metrics.jsonl`."""

@@ -29,6 +29,8 @@ class EngineCapabilities:
     """True if the built engine is a `rollout.tracing.TracedEngine`."""
     shares_cores: bool
     """True if it keeps to the thread count of its process, so that several runs can share the cores of a CPU."""
+    reports_top_tokens: bool = False
+    """True if completions come with the most likely tokens at each position, for `algorithm.score_centering`."""
 
 
 class EngineBuilder(Protocol):

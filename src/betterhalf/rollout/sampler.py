@@ -40,6 +40,8 @@ class Distribution:
     """Keep the most likely tokens that together reach this probability."""
     min_p: float = 0.0
     """Keep tokens whose probability is at least this share of the largest one."""
+    top_tokens: int = 0
+    """Number of most likely tokens to report with each draw, unless the distribution is truncated; 0 for none."""
 
     @property
     def truncated(self) -> bool:
@@ -57,6 +59,8 @@ class Draw:
     """float32 [B]: logprobs in nats under the distribution sampled from."""
     finite: Tensor
     """bool [B]: true where every logit of the row and the logprob are finite."""
+    top: tuple[Tensor, Tensor] | None = None
+    """int64 and float32 [B, K]: the most likely tokens and their logprobs; None if not wanted."""
 
 
 def _signed(x: int) -> int:
@@ -116,6 +120,9 @@ def draw_at(logits: Tensor, keys: Tensor, positions: Tensor, wanted: Distributio
         drawn = draw(truncated(logits / temperature, wanted), uniforms(keys, positions), 1.0)
         # Truncation sets the logits of removed tokens to minus infinity, so only the original logits are checked.
         return replace(drawn, finite=logits.sum(-1).isfinite() & drawn.logprobs.isfinite())
+    if wanted.top_tokens:
+        drawn = draw_at(logits, keys, positions, replace(wanted, top_tokens=0))
+        return replace(drawn, top=top_logprobs(logits, wanted.top_tokens, temperature))
     if not fused(logits):
         return draw(logits, uniforms(keys, positions), temperature)
     # Imported here because it needs Triton, which only a GPU requires.
@@ -124,6 +131,13 @@ def draw_at(logits: Tensor, keys: Tensor, positions: Tensor, wanted: Distributio
     mix = (_GOLDEN, *_MIX)
     token_ids, logprobs, finite = vocabulary.draw(logits, keys, positions, temperature, _NEIGHBOURS, mix)
     return Draw(token_ids=token_ids, logprobs=logprobs, finite=finite)
+
+
+def top_logprobs(logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the most likely tokens of each row and their logprobs, int64 and float32 [B, K], most likely first."""
+    values, token_ids = logits.topk(min(count, logits.shape[-1]), dim=-1)
+    _, normaliser = ops.normalised(logits, token_ids[:, 0], temperature)
+    return token_ids, (values if temperature == 1.0 else values / temperature) - normaliser.unsqueeze(-1)
 
 
 def truncated(scaled: Tensor, wanted: Distribution) -> Tensor:

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from betterhalf.algorithms.advantage import check_group_size, check_overlong_buffer
+from betterhalf.algorithms.own_loss import try_own_loss
 from betterhalf.algorithms.presets import Algorithm, resolve_algorithm
 from betterhalf.config.sampling import require_whole_distribution
 from betterhalf.config.schema import RunConfig
-from betterhalf.errors import MissingExtraError
+from betterhalf.errors import ConfigError, MissingExtraError
 from betterhalf.metrics.sinks import TENSORBOARD_MISSING
 from betterhalf.models.description import ModelDescription, ModelFacts, describe_model
 from betterhalf.models.loading import LoadedModel, load_weights
 from betterhalf.precision.roles import Precision, build_precision
-from betterhalf.rollout.build import build_engine, check_engine, require_engine
+from betterhalf.rollout.build import build_engine, capabilities, check_engine, require_engine
 from betterhalf.rollout.engine import RolloutEngine
 from betterhalf.setup.data import load_task
 from betterhalf.setup.device import choose_device
@@ -124,10 +125,33 @@ def checked_algorithm(config: RunConfig, *, evaluating: bool) -> Algorithm:
         require_whole_distribution(config.sampling)
     algorithm = resolve_algorithm(config.algorithm)
     check_group_size(algorithm.advantage, config.training.group_size)
+    if algorithm.score_centering and not evaluating:
+        _check_centering(config)
+    if algorithm.loss is not None:
+        try_own_loss(algorithm.loss, algorithm)
     check_overlong_buffer(algorithm.overlong_tokens(config.sampling.max_tokens), config.sampling.max_tokens)
     check_engine(config)
     check_roles(config)
     return algorithm
+
+
+def _check_centering(config: RunConfig) -> None:
+    """Refuse Score Centering with an engine that does not report its distribution, or that samples from a part of it.
+
+    Raises:
+        ConfigError: the message says what to set.
+    """
+    if not capabilities(config).reports_top_tokens:
+        raise ConfigError(
+            f"algorithm.score_centering={config.algorithm.score_centering} needs the most likely tokens at each "
+            f"position, which engine.type={config.engine.type} does not report; set engine=native, or leave it out."
+        )
+    sampling = config.sampling
+    if sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0:
+        raise ConfigError(
+            "algorithm.score_centering needs samples of the whole distribution; leave out sampling.top_p, "
+            "sampling.top_k and sampling.min_p."
+        )
 
 
 def _checked_model(config: RunConfig) -> ModelDescription:
@@ -168,4 +192,6 @@ def algorithm_record(algorithm: Algorithm) -> dict[str, Any]:
         "correction": algorithm.correction.model_dump(),
         "aggregation": algorithm.aggregation,
         "denominator": algorithm.denominator,
+        "score_centering": algorithm.score_centering,
+        "loss": None if algorithm.loss is None else {"path": algorithm.loss.path, "digest": algorithm.loss.digest},
     }

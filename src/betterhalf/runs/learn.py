@@ -30,6 +30,6 @@ def learn(trainer: Trainer, algorithm: Algorithm, batch: StepBatch, train_batch:
         train_batch: one of its train batches.
         rate: learning rate of the optimizer step.
     """
-    denominators = train_denominators(algorithm, batch.chosen(train_batch.packs), train_batch.denominators)
+    denominators = train_denominators(algorithm, batch.chosen(train_batch.countable), train_batch.denominators)
     stats = trainer.forward_backward(batch.chosen(train_batch.micro_batches), algorithm, denominators)
     return Learned(stats=stats, report=trainer.optim_step(rate))

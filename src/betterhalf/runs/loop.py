@@ -15,6 +15,7 @@ from betterhalf.process import frozen_gc
 from betterhalf.runs import watchdog
 from betterhalf.runs.assembly import Parts
 from betterhalf.runs.collect import collect_groups
+from betterhalf.runs.epochs import epochs
 from betterhalf.runs.kept_rollouts import KeptRollout, keep_rollouts
 from betterhalf.runs.learn import learn
 from betterhalf.runs.measure import anchor_packs, anchored, measure, measure_also, mismatch
@@ -61,7 +62,7 @@ def train_steps(parts: Parts, progress: Progress, on_step: Callable[[StepResult]
 
 
 def train_step(parts: Parts, progress: Progress) -> StepResult:
-    """Sample one rollout batch, measure it, and train on it in `training.optimizer_steps` optimizer steps."""
+    """Sample one rollout batch, measure it, and train on it in `training.optimizer_steps` optimizer steps an epoch."""
     config, trainer, step = parts.config, parts.trainer, progress.step + 1
     max_tokens, clock = config.sampling.max_tokens, Stopwatch(parts.precision.device)
 
@@ -75,7 +76,7 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
     with clock("measure"):
         measured = measure(trainer, batch, config, step)
         gap = mismatch(batch, measured, max_tokens)
-    before: Metrics = {**rollout_metrics(collected, advantages), **gap.metrics}
+    before: Metrics = {**rollout_metrics(collected, advantages, batch.masked_sequences), **gap.metrics}
     watch = watchdog.check(config.watchdog.levels, progress.watch, step, before)
     algorithm = watchdog.masked(parts.algorithm) if watch.state.masked else parts.algorithm
     with clock("measure"):
@@ -84,7 +85,11 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
 
     rate = watch.state.learning_rate_factor * learning_rate(config.optimizer, step, config.training.steps)
     with clock("train"):
-        learned = [learn(trainer, algorithm, batch, train_batch, rate) for train_batch in batch.train_batches]
+        learned = [
+            learn(trainer, algorithm, one, train_batch, rate)
+            for one in epochs(batch, collected.rollouts, advantages, config, step)
+            for train_batch in one.train_batches
+        ]
 
     metrics: Metrics = {**before, **learning_metrics(learned, rate)}
     after = watchdog.check(config.watchdog.levels, watch.state, step, metrics, watchdog.AFTER)

@@ -56,7 +56,7 @@ def measure_also(trainer: Trainer, batch: StepBatch, measured: Measured, packs: 
 def anchor_packs(algorithm: Algorithm, batch: StepBatch) -> list[int]:
     """Return the packs whose proximal logprobs the loss (or, with `kept`, its denominator) reads."""
     if algorithm.denominator == "kept":
-        return [index for train_batch in batch.train_batches for index in train_batch.packs]
+        return [index for train_batch in batch.train_batches for index in train_batch.countable]
     if not algorithm.needs_proximal:
         return []
     return [index for train_batch in batch.train_batches for index in train_batch.micro_batches]

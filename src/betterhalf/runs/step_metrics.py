@@ -20,12 +20,13 @@ from betterhalf.runs.system import peak_memory_gib
 from betterhalf.types import Rollout
 
 
-def rollout_metrics(collected: Collected, advantages: Sequence[float]) -> dict[str, float]:
-    """Return `rollout/*` of one step; rewards are those before any overlong penalty.
+def rollout_metrics(collected: Collected, advantages: Sequence[float], masked: int = 0) -> dict[str, float]:
+    """Return `rollout/*` of one step; rewards are those before any penalty on length.
 
     Args:
         collected: the step's groups, and those that dynamic sampling left out.
         advantages: one for each rollout of the step's own groups.
+        masked: number of the step's own rollouts that `algorithm.mask_truncated` leaves without a loss.
     """
     zero = zero_advantage_groups(torch.tensor(advantages).view(len(collected.groups), -1))
     kept, sampled = float(zero.double().sum()), len(collected.sampled)
@@ -39,6 +40,7 @@ def rollout_metrics(collected: Collected, advantages: Sequence[float]) -> dict[s
         "rollout/engine_restarts": float(collected.restarts),
         **_described("rollout/kept", collected.rollouts),
         "rollout/kept/zero_advantage_fraction": kept / len(collected.groups),
+        "rollout/kept/masked_fraction": masked / len(collected.rollouts),
     }
 
 
@@ -50,7 +52,7 @@ def _described(area: str, rollouts: Sequence[Rollout]) -> dict[str, float]:
         f"{area}/reward/std": statistics.pstdev(rewards),
         f"{area}/length/mean": statistics.fmean(lengths),
         f"{area}/length/max": float(max(lengths)),
-        f"{area}/truncated_fraction": statistics.fmean(r.completion.finish_reason == "length" for r in rollouts),
+        f"{area}/truncated_fraction": statistics.fmean(r.completion.truncated for r in rollouts),
     }
 
 

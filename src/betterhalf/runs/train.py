@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from betterhalf.algorithms.presets import resolve_algorithm
 from betterhalf.config.load import config_difference, load_config, resolved_json
 from betterhalf.config.schema import RunConfig
 from betterhalf.environment import environment
@@ -67,6 +68,7 @@ def run_training(
     require_sound_levels(config)
     if run.config.exists():
         require_same_config(run, config)
+        require_same_loss(run, config)
     threads = _threads_note(run)
     parts = assemble(config)
     try:
@@ -145,6 +147,23 @@ def require_same_config(run: RunDir, config: RunConfig, *, how: str = "") -> Non
         raise InputError(
             f"{run.path} was started with another configuration:\n{lines}\n"
             f"{how or _REPEAT_EXPERIMENT.format(run.path)}, or start again in another run_dir"
+        )
+
+
+def require_same_loss(run: RunDir, config: RunConfig) -> None:
+    """Refuse to continue a run with other code behind `algorithm.loss`, as with another configuration.
+
+    Raises:
+        InputError: the file with the loss has changed.
+    """
+    own = resolve_algorithm(config.algorithm).loss
+    if own is None or not run.environment.exists():
+        return
+    before = (read_json(run.environment).get("algorithm", {}).get("loss") or {}).get("digest", own.digest)
+    if before != own.digest:
+        raise InputError(
+            f"{run.path} was started with other code in algorithm.loss={own.path}: its digest was {before} and is now "
+            f"{own.digest}. Restore the file, or start again in another run_dir."
         )
 
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 
 from betterhalf.config.schema import RunConfig
-from betterhalf.types import Denominators, MicroBatch, PackedSegment, Rollout, StepBatch, TrainBatch
+from betterhalf.types import Denominators, MicroBatch, PackedSegment, Rollout, StepBatch, TopTokens, TrainBatch
 
 TokenIds = tuple[int, ...]
 
@@ -26,8 +26,9 @@ def pack_step(
     step: int,
     *,
     left_out: Sequence[Rollout] = (),
+    epoch: int = 0,
 ) -> StepBatch:
-    """Pack one step, in host memory.
+    """Pack one epoch of a step, in host memory.
 
     Args:
         rollouts: [S], groups in order, siblings in order.
@@ -35,16 +36,18 @@ def pack_step(
         config: sizes and seed.
         step: seeds the shuffle.
         left_out: rollouts that were sampled in the step but are not trained on; packed separately, to be measured.
+        epoch: number of earlier passes over the same rollouts; seeds the shuffle too.
 
     Returns:
         `config.training.optimizer_steps` train batches. Their denominators count zero-advantage rollouts too, so
         leaving those out of the backward pass changes nothing.
     """
     order = list(range(len(rollouts)))
-    random.Random(f"pack-{config.seed}-{step}").shuffle(order)
+    random.Random(f"pack-{config.seed}-{step}{f'-{epoch}' if epoch else ''}").shuffle(order)
     shares = _split_evenly(order, config.training.optimizer_steps)
     budget = config.training.tokens_per_micro_batch
     packer = _Packer([*rollouts, *left_out], [*advantages, *[0.0] * len(left_out)], budget)
+    masked = {i for i, r in enumerate(rollouts) if config.algorithm.mask_truncated and r.completion.truncated}
     packs: list[MicroBatch] = []
 
     def added(indices: Sequence[int]) -> tuple[int, ...]:
@@ -55,8 +58,9 @@ def pack_step(
 
     train_batches = tuple(
         TrainBatch(
-            micro_batches=added([i for i in share if advantages[i] != 0.0]),
-            measure_only=added([i for i in share if advantages[i] == 0.0]),
+            micro_batches=added([i for i in share if i not in masked and advantages[i] != 0.0]),
+            measure_only=added([i for i in share if i not in masked and advantages[i] == 0.0]),
+            masked=added([i for i in share if i in masked]),
             denominators=_denominators([rollouts[i] for i in share], config.sampling.max_tokens),
         )
         for share in shares
@@ -155,6 +159,7 @@ class _Packer:
             behavior_logprobs_C=_floats([x for r in chosen for x in r.completion.behavior_logprobs]),
             advantages_S=_floats([self.advantages[i] for i in indices]),
             rollout_index_S=tuple(indices),
+            **_top([r.completion.top for r in chosen]),
         )
 
 
@@ -209,6 +214,17 @@ class _Layout:
         self.token_ids.extend(token_ids)
         self.positions.extend(range(first_position, first_position + len(token_ids)))
         self.segments.append(PackedSegment(length=len(token_ids), prefix=prefix))
+
+
+def _top(tops: Sequence[TopTokens | None]) -> dict[str, torch.Tensor]:
+    """Return the fields of a pack with the engine's most likely tokens; empty unless all completions have them."""
+    present = [top for top in tops if top is not None]
+    if not present or len(present) < len(tops):
+        return {}
+    return {
+        "top_ids_CK": torch.cat([top.token_ids_CK for top in present]),
+        "behavior_top_logprobs_CK": torch.cat([top.logprobs_CK for top in present]),
+    }
 
 
 def _ints(values: list[int]) -> torch.Tensor:

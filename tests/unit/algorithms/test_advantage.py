@@ -12,11 +12,14 @@ from betterhalf.algorithms.advantage import (
     equal_rewards,
     group_advantages,
     overlong_penalty,
+    rollout_advantages,
     zero_advantage_groups,
 )
+from betterhalf.algorithms.presets import resolve_algorithm
 from betterhalf.config.presets import PRESETS
+from betterhalf.config.schema import AlgorithmConfig
 from betterhalf.errors import ConfigError, RewardError
-from betterhalf.types import AdvantageKind
+from betterhalf.types import AdvantageKind, Completion, Prompt, Rollout, RolloutGroup
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
 STD = math.sqrt(1 / 3)
@@ -94,3 +97,55 @@ def test_dapo_with_rewards_of_0_and_1_has_the_advantages_of_rewards_of_minus_1_a
 def test_overlong_buffer_longer_than_the_limit_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"overlong_buffer=11 exceeds sampling\.max_tokens=10"):
         overlong_penalty(torch.tensor([1]), 10, 11, 0.5)
+
+
+def a_group(*siblings: tuple[float, int, bool]) -> RolloutGroup:
+    """Return a group of siblings with these rewards and lengths; True for one that ended at the limit."""
+    prompt = Prompt(prompt_id="", text="", token_ids=(1,), answer="")
+    rollouts = [
+        Rollout(
+            prompt=prompt,
+            completion=Completion(
+                token_ids=(2,) * length,
+                behavior_logprobs=(-1.0,) * length,
+                finish_reason="length" if cut else "stop",
+                policy_version=0,
+            ),
+            text="",
+            reward=reward,
+        )
+        for reward, length, cut in siblings
+    ]
+    return RolloutGroup(prompt=prompt, rollouts=tuple(rollouts))
+
+
+def advantages_with(group: RolloutGroup, **choices: object) -> list[float]:
+    algorithm = resolve_algorithm(AlgorithmConfig.model_validate(choices))
+    return rollout_advantages([group], algorithm, max_tokens=10)
+
+
+def test_a_masked_completion_has_no_advantage_and_stays_in_the_baseline() -> None:
+    group = a_group((1.0, 4, False), (0.0, 10, True), (1.0, 10, False), (0.0, 3, False))
+    assert advantages_with(group) == [0.5, -0.5, 0.5, -0.5]
+    assert advantages_with(group, mask_truncated=True) == [0.5, 0.0, 0.5, -0.5]
+    assert advantages_with(group, mask_truncated=True, advantage="raw") == [1.0, 0.0, 1.0, 0.0]
+
+
+def test_the_length_penalty_is_a_share_of_the_limit_by_hand() -> None:
+    group = a_group((1.0, 5, False), (1.0, 10, True), (0.0, 2, False), (0.0, 3, False))
+    # 0.2 x length / 10: penalties 0.1, 0.2, 0.04, 0.06; rewards 0.9, 0.8, -0.04, -0.06, mean 0.4
+    assert advantages_with(group, length_penalty=0.2) == pytest.approx([0.5, 0.4, -0.44, -0.46])
+    # raw: no baseline; together with the overlong penalty of 0.5 x (length - 6) / 4 above six tokens
+    together = advantages_with(group, length_penalty=0.2, overlong_buffer=4, advantage="raw")
+    assert together == pytest.approx([0.9, 0.3, -0.04, -0.06])
+
+
+def test_the_length_penalty_alone_trains_on_length_except_in_groups_that_only_fill_a_step() -> None:
+    equal = a_group((1.0, 2, False), (1.0, 4, False))
+    assert advantages_with(equal, length_penalty=1.0) == pytest.approx([0.1, -0.1])
+    assert advantages_with(equal, length_penalty=1.0, dynamic_sampling=True) == [0.0, 0.0]
+
+
+def test_a_negative_length_penalty_is_refused() -> None:
+    with pytest.raises(ValueError, match="length_penalty"):
+        AlgorithmConfig(length_penalty=-0.1)

@@ -219,7 +219,7 @@ class TwoRanks(SingleProcess):
 
 
 LARGEST = ("ratio_max", "ratio_max_negative", "gradient_squared_max")
-SUMMED = tuple(field.name for field in fields(LossStats) if field.name not in LARGEST)
+SUMMED = tuple(field.name for field in fields(LossStats) if field.name not in (*LARGEST, "own"))
 
 
 def test_ratio_and_share_are_those_of_all_ranks() -> None:
@@ -239,7 +239,8 @@ def test_every_policy_metric_is_in_the_catalogue() -> None:
 
 def test_statistics_carry_no_graph() -> None:
     output, _ = loss_of(PRESETS["pg_seq_tis"])
-    assert not any(getattr(output.stats, name).requires_grad for name in output.stats.__slots__)
+    names = [name for name in output.stats.__slots__ if name != "own"]
+    assert not any(getattr(output.stats, name).requires_grad for name in names)
 
 
 def test_a_ratio_exactly_at_a_mask_bound_is_kept_and_the_next_number_is_not() -> None:

@@ -104,6 +104,12 @@ def test_correcting_twice_for_the_mismatch_is_refused() -> None:
         resolve_algorithm(AlgorithmConfig(preset="pg_seq_is", correction=correction))
 
 
+def test_an_overlong_factor_without_a_buffer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="overlong_factor=1 has no effect, because algorithm.overlong_buffer is 0"):
+        resolve_algorithm(AlgorithmConfig(overlong_factor=1.0))
+    assert resolve_algorithm(AlgorithmConfig(overlong_factor=1.0, overlong_buffer=5)).overlong_factor == 1.0
+
+
 def test_negative_overlong_buffer_is_refused() -> None:
     with pytest.raises(ConfigError, match="overlong_buffer=-1 is negative"):
         resolve_algorithm(AlgorithmConfig(overlong_buffer=-1))

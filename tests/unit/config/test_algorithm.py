@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from betterhalf.algorithms.presets import resolve_algorithm
 from betterhalf.config.algorithm import own_choices
 from betterhalf.config.load import config_difference, load_config, resolved_json
 from betterhalf.config.overrides import expand
-from betterhalf.config.presets import PRESETS
+from betterhalf.config.presets import PRESETS, Preset
 from betterhalf.config.render import toml_text
 from betterhalf.config.schema import AlgorithmConfig, RatioConfig, RunConfig
 from betterhalf.errors import ConfigError
@@ -53,6 +57,40 @@ def changes(*overrides: str, preset: str) -> dict[str, Any]:
 )
 def test_one_choice_changes_alone(preset: str, override: str, expected: dict[str, Any]) -> None:
     assert changes(f"algorithm.{override}", preset=preset) == expected
+
+
+BOUNDS = ("lower", "upper", "dual_clip", "probability_gap")
+
+
+def numbers_of_presets() -> Iterator[tuple[str, str, float]]:
+    """Yield (preset, key below `algorithm`, another value) for every number of every preset."""
+    for preset, row in PRESETS.items():
+        for ratio in ("surrogate", "correction"):
+            own = getattr(row, ratio)
+            for name in BOUNDS:
+                if (value := getattr(own, name)) is not None:
+                    yield preset, f"{ratio}.{name}", value * (0.99 if value < 1 else 1.01)
+        yield from ((preset, "max_sampling_rounds", 5), (preset, "length_penalty", 0.1))
+        yield preset, "overlong_buffer", 3
+        if row.overlong_buffer is None:
+            yield preset, "overlong_factor", 0.7
+
+
+@pytest.mark.parametrize(("preset", "key", "value"), list(numbers_of_presets()))
+def test_every_number_of_every_preset_changes_alone(tmp_path: Path, preset: str, key: str, value: float) -> None:
+    assert changes(f"algorithm.{key}={value!r}", preset=preset) == {key: value}
+    table = f"[algorithm]\npreset = '{preset}'\n{key} = {value!r}\n"
+    config = load_config(write(tmp_path, "one.toml", table))
+    assert config.algorithm == load_config(None, [f"algorithm={preset}", f"algorithm.{key}={value!r}"]).algorithm
+    resolved = resolve_algorithm(config.algorithm)
+    first, *rest = key.split(".")
+    assert (getattr(getattr(resolved, first), rest[0]) if rest else getattr(resolved, first)) == value
+
+
+def test_there_are_as_many_numbers_as_the_presets_have() -> None:
+    counts = Counter(key.split(".")[0] for _, key, _ in numbers_of_presets())
+    assert (counts["surrogate"], counts["correction"]) == (24, 7)
+    assert {key for _, key, _ in numbers_of_presets()} >= {"surrogate.dual_clip", "surrogate.probability_gap"}
 
 
 def test_another_treatment_leaves_the_bounds_of_the_old_one_behind() -> None:
@@ -100,7 +138,7 @@ def test_a_run_as_the_experiment_takes_another_preset_with_its_own_choices_kept(
 
 def test_a_config_json_without_the_presets_choices_means_the_same(tmp_path: Path) -> None:
     resolved = resolved_json(load_config(None, ["algorithm=dapo"]))
-    absent = {key: None for key in resolved["algorithm"] if key not in ("preset", "max_sampling_rounds")}
+    absent = {field.name: None for field in fields(Preset)}
     write(tmp_path, "config.json", json.dumps({**resolved, "algorithm": {**resolved["algorithm"], **absent}}))
     assert config_difference(load_config(tmp_path), load_config(None, ["algorithm=dapo"])) == []
 
@@ -127,7 +165,7 @@ def test_the_resolved_configuration_shows_every_choice_of_the_preset(preset: str
     assert section["surrogate"] == row.surrogate.model_dump()
     assert section["correction"] == row.correction.model_dump()
     assert (section["advantage"], section["aggregation"]) == (row.advantage, row.aggregation)
-    assert own_choices(section) == {"preset": preset, "max_sampling_rounds": 3}
+    assert own_choices(section).keys().isdisjoint(field.name for field in fields(Preset))
 
 
 values = {

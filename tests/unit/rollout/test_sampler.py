@@ -155,3 +155,19 @@ def test_a_truncated_row_with_a_broken_logit_is_still_found(bad):
     logits[1, 2] = bad
     wanted = Distribution(temperature=1.0, top_k=2, top_p=0.9)
     assert draw_at(logits, torch.arange(2), torch.arange(2), wanted).finite.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_most_likely_tokens_have_the_logprobs_of_the_whole_distribution(temperature: float) -> None:
+    logits = torch.randn(5, 700, generator=torch.Generator().manual_seed(2)) * 3
+    keys, positions = torch.arange(5), torch.zeros(5, dtype=torch.int64)
+    plain = draw_at(logits, keys, positions, Distribution(temperature=temperature))
+    drawn = draw_at(logits, keys, positions, Distribution(temperature=temperature, top_tokens=650))
+    assert torch.equal(drawn.token_ids, plain.token_ids) and torch.equal(drawn.logprobs, plain.logprobs)
+    assert plain.top is None and drawn.top is not None
+    ids, logprobs = drawn.top
+    expected = (logits.double() / temperature).log_softmax(-1).sort(dim=-1, descending=True)
+    assert torch.equal(ids, expected.indices[:, :650])
+    torch.testing.assert_close(logprobs.double(), expected.values[:, :650], rtol=1e-6, atol=1e-6)
+    own = ids == drawn.token_ids.unsqueeze(1)
+    assert torch.equal(logprobs[own], drawn.logprobs)

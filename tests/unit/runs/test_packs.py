@@ -13,14 +13,15 @@ import torch
 from betterhalf.algorithms.denominators import train_denominators
 from betterhalf.algorithms.loss_stats import LossStats, policy_metrics
 from betterhalf.algorithms.policy_loss import policy_loss
-from betterhalf.algorithms.presets import PRESETS, Algorithm
+from betterhalf.algorithms.presets import PRESETS, Algorithm, resolve_algorithm
 from betterhalf.config.schema import RunConfig
+from betterhalf.runs.epochs import epochs
 from betterhalf.runs.kept_rollouts import keep_rollouts
 from betterhalf.runs.learn import learn
 from betterhalf.runs.measure import Measured, anchored, mismatch
 from betterhalf.training.pack import pack_step
 from betterhalf.training.trainer import TokenScores
-from betterhalf.types import Completion, Denominators, LossInputs, MicroBatch, Prompt, Rollout, StepBatch
+from betterhalf.types import Completion, Denominators, FinishReason, LossInputs, MicroBatch, Prompt, Rollout, StepBatch
 
 LENGTHS = (3, 1, 9, 6, 2, 8, 4, 7, 5, 3, 9, 1)
 ADVANTAGES = [1.0, -1.0, 0.5, -0.5, 0.0, 0.0, 0.0, 0.0, 2.0, -1.0, -1.0, 0.0]
@@ -179,3 +180,51 @@ def test_kept_rollouts_have_their_own_columns_whatever_pack_they_were_in(budget:
     assert [row.advantage for row in kept] == ADVANTAGES
     for index, row in enumerate(kept):
         assert row.trainer_logprobs == pytest.approx(trainer_logprobs(index), rel=1e-6)
+
+
+def test_masked_completions_leave_the_denominators_of_kept_and_stay_in_those_of_all() -> None:
+    reasons: list[FinishReason] = ["length" if index in (2, 6) else "stop" for index in range(len(ROLLOUTS))]
+    rollouts = [
+        replace(one, completion=replace(one.completion, finish_reason=reason))
+        for one, reason in zip(ROLLOUTS, reasons, strict=True)
+    ]
+    config = RunConfig.model_validate(
+        {
+            "training": {"optimizer_steps": 1},
+            "sampling": {"max_tokens": 9},
+            "algorithm": {"mask_truncated": True, "denominator": "kept"},
+        }
+    )
+    batch = pack_step(rollouts, ADVANTAGES, config, 1)
+    batch = anchored(batch, scored(batch))
+    (train_batch,) = batch.train_batches
+    countable = batch.chosen(train_batch.countable)
+    kept = train_denominators(resolve_algorithm(config.algorithm), countable, train_batch.denominators)
+    assert (kept.sequences, kept.tokens) == (10, sum(LENGTHS) - LENGTHS[2] - LENGTHS[6])
+    every = train_denominators(PRESETS["grpo"], countable, train_batch.denominators)
+    assert (every.sequences, every.tokens) == (12, sum(LENGTHS))
+
+
+def test_later_epochs_have_the_logprobs_of_the_first_by_rollout() -> None:
+    config = config_of(PARTS).model_copy(update={"training": config_of(PARTS).training.model_copy(update=THREE)})
+    batch, measured = step(PARTS)
+    passes = list(epochs(anchored(batch, measured), ROLLOUTS, ADVANTAGES, config, 1))
+    assert len(passes) == 3 and repr(passes[0]) == repr(anchored(batch, measured))
+    for later in passes[1:]:
+        assert [p.rollout_index_S for p in later.packs] != [p.rollout_index_S for p in batch.packs]
+        for pack in later.packs:
+            assert pack.proximal_logprobs_C is not None
+            assert torch.equal(pack.proximal_logprobs_C, of_pack(pack, trainer_logprobs))
+
+
+def test_later_epochs_lack_what_the_first_did_not_measure() -> None:
+    config = config_of(PARTS).model_copy(update={"training": config_of(PARTS).training.model_copy(update=THREE)})
+    batch, measured = step(PARTS)
+    some = replace(measured, scores={0: measured.scores[0]})
+    known = set(batch.packs[0].rollout_index_S)
+    for later in list(epochs(anchored(batch, some), ROLLOUTS, ADVANTAGES, config, 1))[1:]:
+        for pack in later.packs:
+            assert (pack.proximal_logprobs_C is not None) == (set(pack.rollout_index_S) <= known)
+
+
+THREE = {"epochs": 3}

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from betterhalf.config.schema import RunConfig
 from betterhalf.training.pack import by_rollout, pack_step
-from betterhalf.types import Completion, MicroBatch, PackedSegment, Prompt, Rollout
+from betterhalf.types import Completion, FinishReason, MicroBatch, PackedSegment, Prompt, Rollout
 
 CPU = torch.device("cpu")
 
 
-def rollout(prompt: list[int], completion: list[int]) -> Rollout:
+def rollout(prompt: list[int], completion: list[int], reason: FinishReason = "stop") -> Rollout:
     return Rollout(
         prompt=Prompt(prompt_id="p", text="", token_ids=tuple(prompt), answer=""),
         completion=Completion(
             token_ids=tuple(completion),
             behavior_logprobs=tuple(-float(token) for token in completion),
-            finish_reason="stop",
+            finish_reason=reason,
             policy_version=0,
         ),
         text="",
@@ -25,11 +27,12 @@ def rollout(prompt: list[int], completion: list[int]) -> Rollout:
     )
 
 
-def config(*, budget: int = 100, optimizer_steps: int = 1) -> RunConfig:
+def config(*, budget: int = 100, optimizer_steps: int = 1, **algorithm: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "training": {"tokens_per_micro_batch": budget, "optimizer_steps": optimizer_steps},
             "sampling": {"max_tokens": 9},
+            "algorithm": algorithm,
         }
     )
 
@@ -167,3 +170,43 @@ def test_values_come_back_by_rollout_in_token_order() -> None:
     (pack,) = pack_step(rollouts, [1.0, 1.0], config(), step=1).packs
     assert isinstance(pack, MicroBatch)
     assert by_rollout(pack, pack.target_ids_C.float()) == {0: [4.0, 5.0, 6.0], 1: [7.0]}
+
+
+def test_masked_completions_are_packed_apart_and_only_measured() -> None:
+    rollouts = [rollout([1, k], [5, 6, 7], "length" if k % 3 == 0 else "stop") for k in range(9)]
+    advantages = [float(k % 2) for k in range(9)]
+    plain = pack_step(rollouts, advantages, config(optimizer_steps=2), step=1)
+    assert plain.masked_sequences == 0 and not any(one.masked for one in plain.train_batches)
+    batch = pack_step(rollouts, advantages, config(optimizer_steps=2, mask_truncated=True), step=1)
+    found = {
+        kind: sorted(
+            index
+            for one in batch.train_batches
+            for pack in batch.chosen(getattr(one, kind))
+            for index in pack.rollout_index_S
+        )
+        for kind in ("micro_batches", "measure_only", "masked", "packs")
+    }
+    assert found == {
+        "micro_batches": [1, 5, 7],
+        "measure_only": [2, 4, 8],
+        "masked": [0, 3, 6],
+        "packs": list(range(9)),
+    }
+    assert batch.masked_sequences == 3
+    # The denominators of `all` count them.
+    assert [one.denominators for one in batch.train_batches] == [one.denominators for one in plain.train_batches]
+    assert sum(one.denominators.sequences for one in batch.train_batches) == 9
+
+
+def test_each_epoch_has_its_own_order_of_the_same_rollouts() -> None:
+    rollouts, settings = shared_and_lone(), config(budget=25, optimizer_steps=3)
+    orders = []
+    for epoch in range(3):
+        batch = pack_step(rollouts, [1.0] * 23, settings, step=2, epoch=epoch)
+        again = pack_step(rollouts, [1.0] * 23, settings, step=2, epoch=epoch)
+        assert repr(batch) == repr(again)
+        orders.append([index for pack in batch.packs for index in pack.rollout_index_S])
+    assert repr(pack_step(rollouts, [1.0] * 23, settings, step=2).packs) != repr(batch.packs)
+    assert all(sorted(order) == list(range(23)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3

@@ -43,6 +43,7 @@ class NativeEngine:
         precision: Precision,
         config: NativeEngineConfig,
         stop_token_ids: Iterable[int],
+        top_tokens: int = 0,
     ) -> None:
         """Allocate weights for the architecture of a transformers configuration; `load_weights` fills them.
 
@@ -51,6 +52,7 @@ class NativeEngine:
             precision: dtype roles and device.
             config: configuration of the engine.
             stop_token_ids: tokens that end a completion.
+            top_tokens: number of most likely tokens that completions report at each position.
 
         Raises:
             InputError: the engine does not compute the architecture, or the model lacks an FP32 island of the
@@ -61,6 +63,7 @@ class NativeEngine:
         self._precision = precision
         self._config = config
         self._shape = decoder_config(hf_config)
+        self._top_tokens = min(top_tokens, self._shape.vocab_size)
         self._rounding = _rounding(precision, config)
         islands = precision.islands(self._shape.num_layers, precision.roles.rollout_dtype)
         self._weights = DecoderWeights(self._shape, _storage(precision), islands)
@@ -152,7 +155,7 @@ class NativeEngine:
         """
         self._require_weights("scheduler")
         table = self._reserve(capacity)
-        batch = RunningBatch(self._decoder, table, self._graphs, _distribution(sampling))
+        batch = RunningBatch(self._decoder, table, self._graphs, _distribution(sampling, self._top_tokens))
         queue = PromptQueue(self._decoder, self._precision.device)
         return Scheduler(batch, queue, self._limits(sampling), abandon=self.close)
 
@@ -201,7 +204,7 @@ class NativeEngine:
         tiled = self._rounding.tiled
         cache = KVCache(self._shape, slots=slots, max_length=length, dtype=dtype, device=device, tiled=tiled)
         self._decoder.reserve(length)
-        self._table = SlotTable(cache, tokens, self._stop_lookup)
+        self._table = SlotTable(cache, tokens, self._stop_lookup, self._top_tokens)
         if self._config.cuda_graphs and device.type == "cuda":
             self._graphs = DecodeGraphs(self._decoder, self._table)
         return self._table
@@ -234,9 +237,13 @@ def require_kernels(device: torch.device) -> None:
         )
 
 
-def _distribution(sampling: SamplingConfig) -> sampler.Distribution:
+def _distribution(sampling: SamplingConfig, top_tokens: int) -> sampler.Distribution:
     return sampler.Distribution(
-        temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        top_tokens=top_tokens,
     )
 
 

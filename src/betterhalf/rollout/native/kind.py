@@ -13,7 +13,13 @@ from betterhalf.rollout.native.engine import NativeEngine, require_kernels
 
 def _capabilities(_config: RunConfig) -> EngineCapabilities:
     return EngineCapabilities(
-        max_restarts=0, fp32_islands=True, emulates=True, scores=True, traces=True, shares_cores=True
+        max_restarts=0,
+        fp32_islands=True,
+        emulates=True,
+        scores=True,
+        traces=True,
+        shares_cores=True,
+        reports_top_tokens=True,
     )
 
 
@@ -31,7 +37,13 @@ def _check_architecture(hf_config: Any) -> None:
 
 def _build(config: RunConfig, hf_config: Any, stop_token_ids: tuple[int, ...], precision: Precision) -> NativeEngine:
     assert isinstance(config.engine, NativeEngineConfig)
-    return NativeEngine(hf_config, precision=precision, config=config.engine, stop_token_ids=stop_token_ids)
+    return NativeEngine(
+        hf_config,
+        precision=precision,
+        config=config.engine,
+        stop_token_ids=stop_token_ids,
+        top_tokens=config.algorithm.score_centering,
+    )
 
 
 NATIVE = EngineKind(

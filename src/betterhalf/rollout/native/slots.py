@@ -10,7 +10,7 @@ from torch import Tensor
 
 from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.sampler import Draw
-from betterhalf.types import Completion
+from betterhalf.types import Completion, TopTokens
 
 ENDED, BROKEN = 1, 2
 """Events of a step for a sequence; 0 if it goes on."""
@@ -46,6 +46,8 @@ class Sampled:
     """int64 [N, max_tokens + 1]; entries beyond a count belong to another sequence."""
     logprobs: Tensor
     """float32 [N, max_tokens + 1]; entries beyond a count belong to another sequence."""
+    top: tuple[Tensor, Tensor] | None = None
+    """int64 and float32 [N, max_tokens + 1, K]: the most likely tokens and their logprobs; None if not recorded."""
 
     def completions(self, stops: Container[int], policy_version: int) -> list[Completion]:
         """Return the completion of each sequence; waits for the device.
@@ -61,8 +63,18 @@ class Sampled:
                 behavior_logprobs=tuple(logprobs[:count]),
                 finish_reason="stop" if token_ids[count - 1] in stops else "length",
                 policy_version=policy_version,
+                top=top,
             )
-            for count, token_ids, logprobs in rows
+            for (count, token_ids, logprobs), top in zip(rows, self._tops(), strict=True)
+        ]
+
+    def _tops(self) -> list[TopTokens | None]:
+        if self.top is None:
+            return [None] * len(self.sequences)
+        (ids, logprobs), counts = (part.cpu() for part in self.top), self.counts.tolist()
+        return [
+            TopTokens(token_ids_CK=ids[row, :count].clone(), logprobs_CK=logprobs[row, :count].clone())
+            for row, count in enumerate(counts)
         ]
 
     def without(self, request: int) -> Sampled:
@@ -73,13 +85,14 @@ class Sampled:
             counts=self.counts[kept],
             token_ids=self.token_ids[kept],
             logprobs=self.logprobs[kept],
+            top=None if self.top is None else (self.top[0][kept], self.top[1][kept]),
         )
 
 
 class SlotTable:
     """State of up to `cache.slots` sequences. Tensors never move, so that CUDA graphs can read them."""
 
-    def __init__(self, cache: KVCache, max_tokens: int, stop_lookup: Tensor) -> None:
+    def __init__(self, cache: KVCache, max_tokens: int, stop_lookup: Tensor, top_tokens: int = 0) -> None:
         slots, device = cache.slots, cache.values.device
         self.cache = cache
         self.active = 0
@@ -93,6 +106,9 @@ class SlotTable:
         # One extra column: a step may write there for a sequence that has ended, and it is never read.
         self._sampled = torch.zeros(slots, max_tokens + 1, dtype=torch.int64, device=device)
         self._logprobs = torch.zeros(slots, max_tokens + 1, dtype=torch.float32, device=device)
+        # Of a draw's most likely tokens, if it reports them.
+        self._top_ids = torch.zeros(slots, max_tokens + 1, top_tokens, dtype=torch.int64, device=device)
+        self._top_logprobs = torch.zeros_like(self._top_ids, dtype=torch.float32)
         self._stop_lookup = stop_lookup
         self._steps = 0
         self._offsets: list[int] = []
@@ -158,6 +174,10 @@ class SlotTable:
         index = self.positions[slots].unsqueeze(1)
         self._sampled[slots].scatter_(1, index, draw.token_ids.unsqueeze(1))
         self._logprobs[slots].scatter_(1, index, draw.logprobs.unsqueeze(1))
+        if draw.top is not None:
+            places = index.unsqueeze(2).expand(-1, -1, self._top_ids.shape[2])
+            for state, values in zip((self._top_ids, self._top_logprobs), draw.top, strict=True):
+                state[slots].scatter_(1, places, values.unsqueeze(1))
         self.tokens[slots] = draw.token_ids
         self.positions[slots] += running
         ended = self._stop_lookup[draw.token_ids] | (self.positions[slots] >= self.limits[slots])
@@ -179,6 +199,7 @@ class SlotTable:
             counts=self.positions[index],
             token_ids=self._sampled[index],
             logprobs=self._logprobs[index],
+            top=(self._top_ids[index], self._top_logprobs[index]) if self._top_ids.shape[2] else None,
         )
         self._close_gaps(ended)
         return sampled
@@ -203,7 +224,7 @@ class SlotTable:
     def _move(self, sources: list[int], targets: list[int]) -> None:
         source, target = self._on_device(sources), self._on_device(targets)
         numbers = self.tokens, self.lengths, self.positions, self.limits, self.keys, self.running
-        for state in (*numbers, self._sampled, self._logprobs):
+        for state in (*numbers, self._sampled, self._logprobs, self._top_ids, self._top_logprobs):
             state[target] = state[source]
         self.cache.move(source, target, self.longest)
         for a, b in zip(sources, targets, strict=True):
