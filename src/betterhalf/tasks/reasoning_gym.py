@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,11 @@ HELD_OUT_SEED = 2**31
 
 _OWN_KEYS = {"seed": "task.seed", "size": "task.num_prompts"}
 """Settings that every generator has, and the keys that set them."""
+
+HASH_DEPENDENT = frozenset(
+    {"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"}
+)
+"""Generators that iterate over sets of text, so that their problems depend on PYTHONHASHSEED."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +156,11 @@ def _create(config: ReasoningGymTask, size: int, seed: int) -> Any:
         raise ConfigError(
             f"task.generator={config.generator} is not a generator of reasoning-gym. "
             f"{_nearest(config.generator, DATASETS, 'There are')}"
+        )
+    if config.generator in HASH_DEPENDENT and os.environ.get("PYTHONHASHSEED", "random") == "random":
+        raise ConfigError(
+            f"the problems of {config.generator} depend on Python's hash seed, so that no other process could find "
+            "them again. Set PYTHONHASHSEED=0 in the environment."
         )
     _require_settings(config.generator, config.settings, DATASETS[config.generator][1])
     try:
