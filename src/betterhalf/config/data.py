@@ -1,4 +1,4 @@
-"""What the tasks share: the choice of rows, the prompt around a question, and the source of a data set."""
+"""Settings that tasks share: the choice of rows, the prompt around a question, and the source of a data set."""
 
 from __future__ import annotations
 
