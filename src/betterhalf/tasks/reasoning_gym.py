@@ -6,9 +6,13 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from betterhalf.config.schema import ReasoningGymTask
 from betterhalf.errors import ConfigError, InputError, MissingExtraError
@@ -115,7 +119,8 @@ def _problems(config: ReasoningGymTask, count: int, *, seed: int, name: str) -> 
     problems = []
     for index in range(count):
         try:
-            entry = generator[index]
+            with _global_randomness(seed + index):
+                entry = generator[index]
             problems.append(Problem(row=_row(f"{prefix}{index}", entry), entry=entry))
         except Exception as error:  # a generator may raise anything
             raise InputError(
@@ -123,6 +128,19 @@ def _problems(config: ReasoningGymTask, count: int, *, seed: int, name: str) -> 
                 f"{error}; change task.settings"
             ) from error
     return problems
+
+
+@contextmanager
+def _global_randomness(seed: int) -> Iterator[None]:
+    """Seed the global random generators for a while: some generators of problems draw from them beside their own."""
+    python, numbers = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
 
 
 def _row(prompt_id: str, entry: Entry) -> Row:
