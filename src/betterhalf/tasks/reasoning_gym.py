@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +120,8 @@ def _problems(config: ReasoningGymTask, count: int, *, seed: int, name: str) -> 
     problems = []
     for index in range(count):
         try:
-            with _global_randomness(seed + index):
+            # Some generators print, and standard output belongs to the command.
+            with _global_randomness(seed + index), redirect_stdout(io.StringIO()):
                 entry = generator[index]
             problems.append(Problem(row=_row(f"{prefix}{index}", entry), entry=entry))
         except Exception as error:  # a generator may raise anything

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -170,8 +172,12 @@ def _checked(score: Any) -> float | Exception:
 
 
 def start_scorer(generator: str, settings: str) -> None:
-    """Leave interrupts to the parent, create the generator before any time limit runs, and limit the memory."""
+    """Leave interrupts to the parent, create the generator before any time limit runs, and limit the memory.
+
+    What the generator prints is dropped: standard output belongs to the command.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open as long as the worker)
     _generator(generator, settings)
     bound_memory()
 

@@ -269,6 +269,21 @@ print(json.dumps(found))
 
 
 @HERE
+@pytest.mark.extra
+def test_what_a_generator_prints_does_not_reach_standard_output(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loud:
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            print("searching ...")
+            return {"question": "q", "answer": "a", "metadata": {}}
+
+    monkeypatch.setattr(reasoning_gym, "_create", lambda *_: Loud())
+    assert built().problems.row(0).question == "q"
+    assert capsys.readouterr().out == ""
+
+
+@HERE
 @pytest.mark.timeout(900)
 @pytest.mark.slow
 @pytest.mark.extra
