@@ -56,7 +56,7 @@ class ReasoningGymTask(PromptConfig):
     """Seed of the problems, independent of the seed of the run."""
     extract: AnswerExtraction = "tags"
     """Part of a completion that is scored: the text inside the last `<answer>` tags, the last line that is not empty,
-    or all of it."""
+    the last word without punctuation, the last number, or all of it."""
     reward_seconds: float = Field(10.0, gt=0)
     """Time limit for scoring one completion; one that exceeds it gets the reward 0 and is counted."""
     reward_workers: int = Field(2, ge=1)

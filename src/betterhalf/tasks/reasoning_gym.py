@@ -22,7 +22,7 @@ from betterhalf.tasks.data_problems import DataProblems, load_filter
 from betterhalf.tasks.dataset import DatasetTask
 from betterhalf.tasks.fingerprint import reward_source
 from betterhalf.tasks.held_out import held_out_count
-from betterhalf.tasks.reasoning_gym_grader import Entry, ReasoningGymGrader
+from betterhalf.tasks.reasoning_gym_grader import Entry, ReasoningGymGrader, create_generator
 from betterhalf.tasks.row import Row
 from betterhalf.tasks.task import Tokenizer
 from betterhalf.tasks.templates import question_template, template_source
@@ -30,6 +30,8 @@ from betterhalf.types import AnswerExtraction
 
 INSTRUCTIONS: dict[AnswerExtraction, str] = {
     "tags": "Put your final answer between <answer> and </answer>.",
+    "last_word": "End with your final answer.",
+    "last_number": "End with your final answer.",
     "last_line": "Write your final answer alone on the last line.",
     "all": "Answer with the final answer alone.",
 }
@@ -166,7 +168,6 @@ def _create(config: ReasoningGymTask, size: int, seed: int) -> Any:
         ConfigError: there is no such generator, or its settings are wrong.
     """
     try:
-        import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise MissingExtraError(
@@ -177,19 +178,27 @@ def _create(config: ReasoningGymTask, size: int, seed: int) -> Any:
             f"task.generator={config.generator} is not a generator of reasoning-gym. "
             f"{_nearest(config.generator, DATASETS, 'There are')}"
         )
-    if config.generator in HASH_DEPENDENT and os.environ.get("PYTHONHASHSEED", "random") == "random":
-        raise ConfigError(
-            f"the problems of {config.generator} depend on Python's hash seed, so that no other process could find "
-            "them again. Set PYTHONHASHSEED=0 in the environment."
-        )
+    _require_hash_seed(config)
     _require_settings(config.generator, config.settings, DATASETS[config.generator][1])
     try:
-        return reasoning_gym.create_dataset(config.generator, **config.settings, seed=seed, size=size)
+        return create_generator(config.generator, config.settings, seed=seed, size=size)
     except Exception as error:  # generators check their settings by assertions, and may raise anything
         raise ConfigError(
             f"the generator {config.generator} refuses task.settings={json.dumps(config.settings)}: "
             f"{str(error) or type(error).__name__}. Correct the settings."
         ) from error
+
+
+def _require_hash_seed(config: ReasoningGymTask) -> None:
+    """Refuse generators whose problems another process could not find again."""
+    mixed = config.settings.get("datasets", ()) if config.generator == "composite" else ()
+    names = {config.generator, *(str(spec.get("name")) for spec in mixed if isinstance(spec, Mapping))}
+    found = sorted(names & HASH_DEPENDENT)
+    if found and os.environ.get("PYTHONHASHSEED", "random") == "random":
+        raise ConfigError(
+            f"the problems of {found[0]} depend on Python's hash seed, so that no other process could find them again. "
+            "Set PYTHONHASHSEED=0 in the environment."
+        )
 
 
 def _require_settings(generator: str, settings: Mapping[str, Any], config_class: Any) -> None:

@@ -21,6 +21,8 @@ Entry = Mapping[str, Any]
 """A problem as the generator returns it: question, answer, metadata."""
 
 _TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_NUMBER = re.compile(r"(?<![\d.])(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+_PUNCTUATION = ".,;:!?\"'`*_()[]{}<>$"
 _TRIALS = 3
 
 
@@ -36,6 +38,18 @@ def last_line(text: str) -> str | None:
     return lines[-1] if lines else None
 
 
+def last_word(text: str) -> str | None:
+    """Return the last word without the punctuation around it, or None without one."""
+    words = [word.strip(_PUNCTUATION) for word in text.split()]
+    return next((word for word in reversed(words) if word), None)
+
+
+def last_number(text: str) -> str | None:
+    """Return the last number, without thousands separators, or None without one; the minus in `5-3` is not a sign."""
+    found = _NUMBER.findall(text)
+    return found[-1].replace(",", "") if found else None
+
+
 def whole_text(text: str) -> str | None:
     """Return the text, or None if it is empty."""
     return text.strip() or None
@@ -44,6 +58,8 @@ def whole_text(text: str) -> str | None:
 EXTRACTIONS: dict[AnswerExtraction, Callable[[str], str | None]] = {
     "tags": inside_tags,
     "last_line": last_line,
+    "last_word": last_word,
+    "last_number": last_number,
     "all": whole_text,
 }
 """Functions that find the answer in a completion."""
@@ -190,6 +206,15 @@ def score_answer(generator: str, settings: str, answer: str | None, entry: Entry
 
 @lru_cache(maxsize=1)
 def _generator(name: str, settings: str) -> Any:
-    import reasoning_gym
+    return create_generator(name, json.loads(settings), seed=0, size=1)
 
-    return reasoning_gym.create_dataset(name, **json.loads(settings), seed=0, size=1)
+
+def create_generator(name: str, settings: Mapping[str, Any], *, seed: int, size: int) -> Any:
+    """Return a generator of reasoning-gym; a mixture of several (`composite`) takes each as a table."""
+    import reasoning_gym
+    from reasoning_gym.composite import DatasetSpec
+
+    given = dict(settings)
+    if name == "composite":
+        given["datasets"] = [DatasetSpec(**spec) for spec in settings.get("datasets", ())]
+    return reasoning_gym.create_dataset(name, **given, seed=seed, size=size)

