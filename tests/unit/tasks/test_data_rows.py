@@ -22,6 +22,7 @@ from betterhalf.tasks.data_fields import lookup, plain_fields
 from betterhalf.tasks.data_problems import DataProblems, build_problems
 from betterhalf.tasks.data_source import read_rows
 from betterhalf.tasks.fingerprint import row_digest
+from betterhalf.tasks.math import INSTRUCTION
 from betterhalf.tasks.screening import BadRowRule, PromptLimits, screen
 
 VERL_ROW = {
@@ -87,6 +88,20 @@ def test_a_row_of_verl_is_read_by_its_dotted_names(write: Any, tmp_path: Path) -
     assert (row.question, row.answer, row.place) == ("1+1?", "2", f"{path}, row 2")
     assert row.metadata == VERL_ROW and row.messages == tuple(VERL_ROW["prompt"])
     assert built.draft(1).text == "[system] Be brief. [user] 1+1? "
+
+
+def test_the_papers_set_by_name_gives_the_prompts_of_its_file(tmp_path: Path) -> None:
+    """On the hub it has verl's columns, and its questions already end with the instruction."""
+    problem = {"problem": "What is $2\\cdot 3$?", "answer": "6"}
+    asked = [{"role": "user", "content": f"{problem['problem']} {INSTRUCTION}"}]
+    by_name = parquet(tmp_path, {"prompt": asked, "reward_model": {"ground_truth": "6"}})
+    columns = {"question_field": "prompt", "answer_field": "reward_model.ground_truth", "instruction": ""}
+    tasks = [
+        MathTask(path=jsonl(tmp_path, problem), template="r1_distill"),
+        MathTask(path=by_name, template="r1_distill", **columns),
+    ]
+    one, other = (build_task(task, Characters()).prompt(0) for task in tasks)
+    assert one.text == other.text and one.answer == other.answer == "6"
 
 
 def test_parquet_values_become_json(tmp_path: Path) -> None:
