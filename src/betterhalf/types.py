@@ -88,6 +88,13 @@ ArithmeticStyle = Literal["running_sum", "word_problem", "auto"]
 PromptTemplate = Literal["chat", "r1_distill", "qwen_math", "none"]
 """Templates that turn a maths problem into a prompt."""
 
+DataPart = Literal["train", "held_out", "all"]
+"""Parts of a data set: the rows to train on, those held out from training, or both."""
+
+AnswerExtraction = Literal["tags", "last_line", "last_word", "last_number", "all"]
+"""Part of a completion that is its answer: the text inside the last <answer> tags, the last line, the last word without
+punctuation, the last number, or all of it."""
+
 BadRowAction = Literal["refuse", "skip"]
 """Actions on a row that cannot be used."""
 

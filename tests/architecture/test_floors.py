@@ -42,8 +42,20 @@ TORCH_FREE = (
     "cli",
     "__main__",
 )
-HEAVY = {"torch", "transformers", "accelerate", "vllm", "ray", "trl", "wandb", "datasets", "gguf", "tensorboard"}
-OPTIONAL = {"vllm", "ray", "trl", "wandb", "datasets", "gguf", "tensorboard"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "accelerate",
+    "vllm",
+    "ray",
+    "trl",
+    "wandb",
+    "datasets",
+    "gguf",
+    "tensorboard",
+    "reasoning_gym",
+}
+OPTIONAL = {"vllm", "ray", "trl", "wandb", "datasets", "gguf", "tensorboard", "reasoning_gym"}
 
 
 def module_name(file: Path) -> str:

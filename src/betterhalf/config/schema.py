@@ -10,6 +10,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from betterhalf.config.algorithm import AlgorithmConfig
+from betterhalf.config.data import DataConfig, PromptConfig, RowsConfig
 from betterhalf.config.doctor import DoctorConfig
 from betterhalf.config.engine import EngineConfig, NativeEngineConfig, VllmEngineConfig
 from betterhalf.config.evaluate import EvaluateConfig
@@ -24,7 +25,14 @@ from betterhalf.config.sampling import SamplingConfig
 from betterhalf.config.sanity import SanityConfig
 from betterhalf.config.section import Section
 from betterhalf.config.sweep import SweepConfig
-from betterhalf.config.task import ArithmeticTask, MathTask, PerfectibleTask, TaskConfig
+from betterhalf.config.task import (
+    ArithmeticTask,
+    BaseTaskConfig,
+    MathTask,
+    PerfectibleTask,
+    ReasoningGymTask,
+    TaskConfig,
+)
 from betterhalf.config.training import TrainingConfig
 from betterhalf.config.watchdog import WatchdogConfig, WatchdogLevel
 from betterhalf.types import DeviceName
@@ -32,6 +40,8 @@ from betterhalf.types import DeviceName
 __all__ = [
     "AlgorithmConfig",
     "ArithmeticTask",
+    "BaseTaskConfig",
+    "DataConfig",
     "DoctorConfig",
     "EngineConfig",
     "EvaluateConfig",
@@ -46,7 +56,10 @@ __all__ = [
     "PrecisionConfig",
     "PrecisionRoles",
     "ProbeConfig",
+    "PromptConfig",
     "RatioConfig",
+    "ReasoningGymTask",
+    "RowsConfig",
     "RunConfig",
     "SamplingConfig",
     "SanityConfig",

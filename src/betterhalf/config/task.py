@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from betterhalf.config.data import DataConfig, PromptConfig, RowsConfig
 from betterhalf.config.section import Section
-from betterhalf.types import ArithmeticStyle, BadRowAction, PromptTemplate
+from betterhalf.types import AnswerExtraction, ArithmeticStyle
 
 
-class ArithmeticTask(Section):
+class ArithmeticTask(RowsConfig):
     """Arithmetic problems, generated from a seed."""
 
     type: Literal["arithmetic"] = "arithmetic"
@@ -23,32 +24,47 @@ class ArithmeticTask(Section):
     """Seed of the problems, independent of the seed of the run."""
     terms: int = Field(8, ge=2, le=16)
     """Number of digits in a running sum."""
-    bad_rows: BadRowAction = "refuse"
-    """Rows that cannot be used (too long, not encodable, an answer that no completion can match): refuse to start and
-    name them, or skip and count them."""
-    allow_changed_data: bool = False
-    """Allow a run to resume with other rows, or with another version of the reward's code, than it started with."""
 
 
-class MathTask(Section):
-    """Problems with a checkable answer, from a JSONL file, graded by math-verify in worker processes."""
+class MathTask(DataConfig):
+    """Problems with a checkable answer, from a data set, graded by math-verify in worker processes."""
 
     type: Literal["math"] = "math"
-    path: str
-    """JSONL file with the fields `problem` and `answer`, or a data-set name on the Hugging Face hub."""
-    split: str = "train"
-    """Split, when `path` is a hub name."""
-    template: PromptTemplate = "chat"
-    """Prompt around a problem: the tokenizer's chat template, one of the paper's two templates, or none."""
     reward_seconds: float = Field(10.0, gt=0)
     """Time limit for grading one completion; one that exceeds it gets the reward 0 and is counted."""
     reward_workers: int = Field(2, ge=1)
     """Number of worker processes for grading."""
-    bad_rows: BadRowAction = "refuse"
-    """Rows that cannot be used (too long, not encodable, an answer that no completion can match): refuse to start and
-    name them, or skip and count them."""
-    allow_changed_data: bool = False
-    """Allow a run to resume with other rows, or with another version of the reward's code, than it started with."""
+
+    @model_validator(mode="after")
+    def _has_answers(self) -> Self:
+        if self.answer_field is None:
+            raise ValueError("task.answer_field is absent, but the math task grades by the answer. Name its field.")
+        return self
+
+
+class ReasoningGymTask(PromptConfig):
+    """Problems of a reasoning-gym generator, scored by the generator itself in worker processes."""
+
+    type: Literal["reasoning_gym"] = "reasoning_gym"
+    generator: str
+    """Name of the generator, such as `chain_sum`."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the generator, such as `max_terms`; its own defaults for the others."""
+    num_prompts: int = Field(1000, ge=1)
+    """Number of problems, those held out not included; the i-th depends only on `seed`, i and the settings."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the problems, independent of the seed of the run."""
+    extract: AnswerExtraction = "tags"
+    """Part of a completion that is scored: the text inside the last `<answer>` tags, the last line that is not empty,
+    the last word without punctuation, the last number, or all of it."""
+    reward_seconds: float = Field(10.0, gt=0)
+    """Time limit for scoring one completion; one that exceeds it gets the reward 0 and is counted."""
+    reward_workers: int = Field(2, ge=1)
+    """Number of worker processes for scoring."""
+
+
+BaseTaskConfig = Annotated[ArithmeticTask | MathTask | ReasoningGymTask, Field(discriminator="type")]
+"""A task with prompts of its own."""
 
 
 class PerfectibleTask(Section):
@@ -57,9 +73,9 @@ class PerfectibleTask(Section):
     type: Literal["perfectible"] = "perfectible"
     path: str
     """A `perfectible.jsonl` that `betterhalf sanity` wrote."""
-    base: Annotated[ArithmeticTask | MathTask, Field(discriminator="type")] = ArithmeticTask()
+    base: BaseTaskConfig = ArithmeticTask()
     """Task whose prompts were filtered; it also computes the reward."""
 
 
-TaskConfig = Annotated[ArithmeticTask | MathTask | PerfectibleTask, Field(discriminator="type")]
+TaskConfig = Annotated[ArithmeticTask | MathTask | ReasoningGymTask | PerfectibleTask, Field(discriminator="type")]
 """The task; its key `type` chooses the class."""

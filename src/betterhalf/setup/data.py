@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from betterhalf.config.schema import PerfectibleTask, RunConfig
+from betterhalf.config.schema import PerfectibleTask, PromptConfig, RunConfig
 from betterhalf.metrics.console import progress as show_progress
 from betterhalf.metrics.console import show_note
 from betterhalf.models.description import ModelFacts
@@ -34,11 +34,18 @@ def load_task(model: ModelFacts, config: RunConfig, *, rows: int | None = None, 
     except BaseException:
         task.close()
         raise
-    if screened.left_out:
-        key, left = bad_rows_rule(config).key, screened.left_out
-        lines = [f"{key}=skip leaves out {len(left)} of {len(left) + len(screened)} rows:", *listing(left)]
-        show_note("\n".join(lines), mode=config.logging.console)
+    for note in _notes(screened, bad_rows_rule(config).key):
+        show_note(note, mode=config.logging.console)
     return screened
+
+
+def _notes(task: DatasetTask, key: str) -> list[str]:
+    """Return a note on the rows that are unusable, and one on those that the configuration's filters leave out."""
+    rows = len(task.left_out) + len(task)
+    unusable = [row for row in task.left_out if not row.filtered]
+    filtered = [row for row in task.left_out if row.filtered]
+    groups = ((f"{key}=skip leaves out", unusable), ("the task's filters leave out", filtered))
+    return ["\n".join([f"{text} {len(left)} of {rows} rows:", *listing(left)]) for text, left in groups if left]
 
 
 def write_left_out(run: RunDir, task: Task) -> None:
@@ -52,16 +59,25 @@ def write_left_out(run: RunDir, task: Task) -> None:
 def _screened(
     task: DatasetTask, model: ModelFacts, config: RunConfig, rows: int | None, *, will_grade: bool
 ) -> DatasetTask:
+    prompts = _prompt_config(config)
     limits = PromptLimits(
         context_length=model.context_length,
         max_tokens=config.sampling.max_tokens,
         vocab_size=int(model.hf_config.vocab_size),
+        max_prompt_tokens=prompts.max_prompt_tokens if prompts else None,
+        filters=prompts is not None and (prompts.max_prompt_tokens is not None or prompts.filter is not None),
     )
     rule, total = bad_rows_rule(config), len(task) if rows is None else min(rows, len(task))
     if total < _ROWS_WITHOUT_PROGRESS:
         return screen(task, limits, rule, count=rows, will_grade=will_grade)
     with show_progress("check rows", total, mode=config.logging.console) as bar:
         return screen(task, limits, rule, count=rows, will_grade=will_grade, advance=bar.advance)
+
+
+def _prompt_config(config: RunConfig) -> PromptConfig | None:
+    """Return the task's settings of prompts, those of its base for a perfectible set; None if it has none."""
+    task = config.task.base if isinstance(config.task, PerfectibleTask) else config.task
+    return task if isinstance(task, PromptConfig) else None
 
 
 _ROWS_WITHOUT_PROGRESS = 10_000

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from betterhalf.config.schema import PerfectibleTask, TaskConfig
+from betterhalf.config.schema import PerfectibleTask, ReasoningGymTask, TaskConfig
 from betterhalf.tasks.arithmetic import build_arithmetic
 from betterhalf.tasks.dataset import DatasetTask
+from betterhalf.tasks.held_out import take_part
 from betterhalf.tasks.math import build_math
 from betterhalf.tasks.perfectible_task import restrict
+from betterhalf.tasks.reasoning_gym import build_reasoning_gym
 from betterhalf.tasks.task import Tokenizer
 
 
@@ -18,9 +20,10 @@ def build_task(config: TaskConfig, tokenizer: Tokenizer) -> DatasetTask:
 
     Raises:
         InputError: the data cannot be read, is empty, or does not fit the tokenizer.
-        MissingExtraError: the data set is on the hub and `datasets` is not installed.
+        MissingExtraError: the task needs an optional package that is not installed.
     """
-    return _BUILDERS[config.type](config, tokenizer)
+    task = _BUILDERS[config.type](config, tokenizer)
+    return task if isinstance(config, PerfectibleTask | ReasoningGymTask) else take_part(task, config)
 
 
 def _build_perfectible(config: PerfectibleTask, tokenizer: Tokenizer) -> DatasetTask:
@@ -30,5 +33,6 @@ def _build_perfectible(config: PerfectibleTask, tokenizer: Tokenizer) -> Dataset
 _BUILDERS: dict[str, Callable[[Any, Tokenizer], DatasetTask]] = {
     "arithmetic": build_arithmetic,
     "math": build_math,
+    "reasoning_gym": build_reasoning_gym,
     "perfectible": _build_perfectible,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from betterhalf.tasks.draw import distinct_stream
@@ -95,7 +95,8 @@ class DatasetTask:
     def prompt(self, index: int) -> Prompt:
         """Return the prompt at `index` of the data set."""
         token_ids = None if self.encoded is None else self.encoded[index]
-        return encode(self.problems.tokenizer, self.problems.draft(index), token_ids)
+        prompt = encode(self.problems.tokenizer, self.problems.draft(index), token_ids)
+        return replace(prompt, metadata=self.problems.row(index).metadata)
 
     def prompts(self, position: int, count: int, seed: int) -> list[Prompt]:
         """Return `count` prompts, from `position` on, of an endless stream of seeded shuffles; see `Task.prompts`."""

@@ -63,7 +63,7 @@ def row_digest(row: Row) -> bytes:
 
     It is computed before the chat template: templates may print the date, and a run may be resumed on another day.
     """
-    return _digest([row.question, row.answer], ROW_BYTES)
+    return _digest([row.question, row.answer, *([row.context] if row.context else [])], ROW_BYTES)
 
 
 def reward_source(settings: Mapping[str, Any], *, modules: Iterable[str], packages: Iterable[str]) -> dict[str, str]:

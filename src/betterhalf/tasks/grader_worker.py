@@ -50,7 +50,7 @@ def start_worker() -> None:
     """Leave interrupts to the parent, warm up the comparison before any time limit runs, and limit the memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     equivalent("3", "6/2")
-    _bound_memory()
+    bound_memory()
 
 
 def why_workers_fail() -> str | None:
@@ -97,7 +97,8 @@ def _last_error_of(messages: str) -> str:
     return " ".join(lines.split())[:600].rstrip(".")
 
 
-def _bound_memory() -> None:
+def bound_memory() -> None:
+    """Limit the memory of this process to WORKER_MEMORY_BYTES beyond what it uses now."""
     try:
         import resource
 

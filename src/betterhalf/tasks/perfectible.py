@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from betterhalf.config.schema import BaseTaskConfig
 from betterhalf.errors import InputError
 from betterhalf.run_dir import append_jsonl, plain_json, read_jsonl, write_text_atomic
 
@@ -176,6 +179,17 @@ def read_kept(path: Path) -> tuple[Provenance, list[SolvedRow]]:
     return provenance, [rows[index] for index in result.kept]
 
 
+def with_defaults(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a base task's settings as an earlier version recorded them, with the defaults of those added since."""
+    try:
+        known = TypeAdapter[Any](BaseTaskConfig).validate_python(dict(task))
+    except ValidationError:  # a setting that no longer exists: the comparison names it
+        return dict(task)
+    filled = plain_json(known.model_dump())
+    assert isinstance(filled, dict)
+    return filled
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignored: frozenset[str] = frozenset()) -> list[str]:
     """Return `key: old -> new` for each key that differs; nested keys are dotted."""
     found = []
@@ -189,6 +203,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignored: frozens
 
 
 def _require_same(path: Path, old: Any, new: Any) -> None:
+    old = {**old, "task": with_defaults(old["task"])}
     found = differences(old, new, ignored=frozenset({"bad_rows", "allow_changed_data"}))
     if found:
         raise InputError(

@@ -11,7 +11,7 @@ from betterhalf.errors import InputError
 from betterhalf.run_dir import plain_json
 from betterhalf.tasks.dataset import DatasetTask, Problems, Subset
 from betterhalf.tasks.fingerprint import DataRecord
-from betterhalf.tasks.perfectible import SAME_DATA_KEYS, Provenance, SolvedRow, differences, read_kept
+from betterhalf.tasks.perfectible import SAME_DATA_KEYS, Provenance, SolvedRow, differences, read_kept, with_defaults
 
 
 def restrict(config: PerfectibleTask, base: DatasetTask) -> DatasetTask:
@@ -57,7 +57,7 @@ def require_same_rows(
 def _require_same_task(path: Path, provenance: Provenance, config: PerfectibleTask) -> None:
     wanted = plain_json(config.base.model_dump())
     assert isinstance(wanted, dict)
-    found = differences(provenance.task, wanted, ignored=SAME_DATA_KEYS)
+    found = differences(with_defaults(provenance.task), wanted, ignored=SAME_DATA_KEYS)
     if found:
         raise InputError(f"{path} was counted on another task ({'; '.join(found)}); set task.base to that task")
 

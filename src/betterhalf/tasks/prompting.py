@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from betterhalf.errors import InputError
-from betterhalf.tasks.row import RowError
+from betterhalf.tasks.row import Message, RowError
 from betterhalf.tasks.task import Tokenizer
 from betterhalf.types import Prompt
 
@@ -36,16 +37,29 @@ def templated_draft(prompt_id: str, text: str, *, answer: str) -> Draft:
 
 
 def chat_draft(tokenizer: Tokenizer, prompt_id: str, question: str, *, answer: str) -> Draft:
-    """Return a question from the user, rendered in the tokenizer's own chat template.
+    """Return a question from the user, rendered in the tokenizer's own chat template; see `message_draft`."""
+    return message_draft(tokenizer, prompt_id, [{"role": "user", "content": question}], answer=answer)
+
+
+def message_draft(
+    tokenizer: Tokenizer,
+    prompt_id: str,
+    messages: Sequence[Message],
+    *,
+    answer: str,
+    arguments: Mapping[str, Any] | None = None,
+) -> Draft:
+    """Return chat messages, rendered in the tokenizer's own chat template with further `arguments`.
 
     Raises:
         InputError: the tokenizer has no chat template.
-        RowError: the template cannot render the question; the message includes the template's error.
+        RowError: the template cannot render the messages; the message includes the template's error.
     """
     require_chat_template(tokenizer)
-    messages = [{"role": "user", "content": question}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, **dict(arguments or {})
+        )
     except Exception as error:  # a template is a program that comes with the model: it may raise anything
         raise RowError(
             f"the chat template of the model's tokenizer fails with {type(error).__name__}: {error}",
@@ -63,7 +77,7 @@ def require_chat_template(tokenizer: Tokenizer) -> None:
     """
     if not tokenizer.chat_template:
         raise InputError(
-            "the model's tokenizer has no chat template; use an instruction-tuned model, or for the math task set "
+            "the model's tokenizer has no chat template; use an instruction-tuned model, or set "
             "task.template to 'none', 'r1_distill' or 'qwen_math'"
         )
 

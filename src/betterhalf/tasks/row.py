@@ -8,6 +8,9 @@ from typing import Any
 
 from betterhalf.errors import InputError
 
+Message = dict[str, str]
+"""A chat message: `role` and `content`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -23,6 +26,10 @@ class Row:
     """Gold answer; empty if the data has none."""
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """All fields of the row, as JSON values."""
+    messages: tuple[Message, ...] = field(default=(), hash=False)
+    """The question as chat messages of `role` and `content`, whose last one is `question`; empty if it is one text."""
+    context: str = ""
+    """Whatever else of the row prompt or reward depend on, as text; part of the row's digest."""
     defect: BadRow | None = None
     """Set when the row cannot be read; then question and answer are empty."""
 
@@ -39,6 +46,8 @@ class BadRow:
     """Fix, as a clause in the imperative."""
     room: int | None = None
     """Largest `sampling.max_tokens` that fits beside the prompt; set when only that is too large."""
+    filtered: bool = False
+    """True if the configuration asks to leave the row out; that is no error."""
 
 
 class RowError(InputError):

@@ -30,6 +30,10 @@ class PromptLimits:
     """Maximum length of a completion, in tokens."""
     vocab_size: int
     """Number of token ids that the model has an embedding for."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt to use, from `task.max_prompt_tokens`; None for no limit."""
+    filters: bool = False
+    """True if the configuration may leave rows out that are usable: by this limit, or by a filter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +78,8 @@ def screen(
         advance: called with the number of rows checked since the last call.
 
     Returns:
-        The task with its usable rows alone, in order and with their own prompt ids; the prompts are tokenized.
+        The task with the rows that are usable and that no filter leaves out, in order and with their own prompt ids;
+        the prompts are tokenized.
 
     Raises:
         InputError: a row is unusable and the rule refuses it, or no row is left.
@@ -82,7 +87,7 @@ def screen(
     """
     wanted = len(task) if count is None else min(count, len(task))
     found = _Found(indices=[], encoded=[], bad=[])
-    most = wanted if rule.action == "refuse" else len(task)
+    most = wanted if rule.action == "refuse" and not limits.filters else len(task)
     blocks = _blocks(most, min(wanted, _ROWS_AT_ONCE))
     for index, token_ids, bad in _checked(task, limits, blocks, will_grade=will_grade, advance=advance):
         if bad is not None:
@@ -92,8 +97,11 @@ def screen(
         found.encoded.append(token_ids)
         if len(found.indices) == wanted:
             break
-    if found.bad and (rule.action == "refuse" or not found.indices):
-        raise InputError(_refusal(found.bad, len(found.bad) + len(found.indices), rule))
+    unusable = [bad for bad in found.bad if not bad.filtered]
+    if unusable and (rule.action == "refuse" or not found.indices):
+        raise InputError(_refusal(unusable, len(found.bad) + len(found.indices), rule))
+    if found.bad and not found.indices:
+        raise InputError("\n".join([f"the filters leave out all {len(found.bad)} rows:", *listing(found.bad)]))
     problems = Subset(base=task.problems, indices=found.indices)
     return replace(task, problems=problems, encoded=found.encoded, left_out=tuple(found.bad))
 
@@ -180,6 +188,9 @@ def _fitted(row: Row, token_ids: Sequence[int] | BadRow, limits: PromptLimits) -
     if not 0 <= min(token_ids) <= max(token_ids) < limits.vocab_size:
         reason = f"token {max(token_ids)} of its prompt is outside the model's vocabulary of {limits.vocab_size}"
         return BadRow(place=row.place, reason=reason, fix="use the model's own tokenizer")
+    if limits.max_prompt_tokens is not None and size > limits.max_prompt_tokens:
+        reason = f"its prompt of {size} tokens is longer than task.max_prompt_tokens={limits.max_prompt_tokens}"
+        return BadRow(place=row.place, reason=reason, fix="raise it", filtered=True)
     if room <= 0:
         reason = f"its prompt of {size} tokens leaves no room in the model's context of {limits.context_length}"
         return BadRow(place=row.place, reason=reason, fix="shorten or drop it")

@@ -17,8 +17,10 @@ from betterhalf.config.schema import MathTask
 from betterhalf.errors import InputError, MissingExtraError
 from betterhalf.tasks import math as math_module
 from betterhalf.tasks.build import build_task
-from betterhalf.tasks.math import INSTRUCTION, render
-from betterhalf.tasks.math_data import MathRow, load_rows
+from betterhalf.tasks.data_problems import build_problems
+from betterhalf.tasks.math import INSTRUCTION
+from betterhalf.tasks.row import Row
+from betterhalf.tasks.templates import render
 
 
 class PlainTokenizer:
@@ -39,7 +41,17 @@ def write(tmp_path: Path, text: str) -> str:
     return str(file)
 
 
-def defect_of(row: MathRow) -> str:
+def load_rows(path: str, split: str) -> list[Row]:
+    config = MathTask(path=path, split=split, template="none")
+    return build_problems(config, PlainTokenizer(), digest_fields=False).rows
+
+
+def texts(rows: list[Row]) -> list[tuple[str, str]]:
+    """Question and answer of each row."""
+    return [(row.question, row.answer) for row in rows]
+
+
+def defect_of(row: Row) -> str:
     """The reason why a row cannot be read."""
     assert row.defect is not None
     return f"{row.defect.place}: {row.defect.reason}; {row.defect.fix}"
@@ -47,10 +59,7 @@ def defect_of(row: MathRow) -> str:
 
 def test_rows_keep_their_order_and_numbers_become_text(tmp_path: Path) -> None:
     path = write(tmp_path, '{"problem": "1+1?", "answer": 2, "level": 1}\n\n{"answer": "\\\\frac12", "problem": "p"}\n')
-    assert load_rows(path, "train") == [
-        MathRow(problem="1+1?", answer="2"),
-        MathRow(problem="p", answer="\\frac12"),
-    ]
+    assert texts(load_rows(path, "train")) == [("1+1?", "2"), ("p", "\\frac12")]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +100,7 @@ def test_bytes_that_are_not_utf_8_affect_their_row_alone(tmp_path: Path) -> None
 )
 def test_a_number_keeps_the_digits_it_is_written_with(tmp_path: Path, number: str, digits: str) -> None:
     path = write(tmp_path, f'{{"problem": 7, "answer": {number}, "score": NaN}}')
-    assert load_rows(path, "train") == [MathRow(problem="7", answer=digits)]
+    assert texts(load_rows(path, "train")) == [("7", digits)]
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999999999", "9" * 5000])
@@ -104,7 +113,7 @@ def test_a_number_that_no_answer_equals_is_refused(tmp_path: Path, number: str, 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
     path = write(tmp_path, '\ufeff{"problem": "p", "answer": "1"}\n')
-    assert load_rows(path, "train") == [MathRow(problem="p", answer="1")]
+    assert texts(load_rows(path, "train")) == [("p", "1")]
 
 
 @pytest.mark.parametrize("mark, codec", [("\ufeff", "utf-16-le"), ("\ufeff", "utf-16-be"), ("", "utf-32")])
@@ -116,7 +125,7 @@ def test_a_file_in_another_encoding_is_one_error(tmp_path: Path, mark: str, code
 
 
 def test_all_that_grades_counts_in_the_digest_of_the_reward() -> None:
-    grading = {file.stem for file in Path(math_module.__file__).parent.glob("math_*.py")} - {"math_data"}
+    grading = {file.stem for file in Path(math_module.__file__).parent.glob("math_*.py")}
     assert grading == set(math_module._REWARD_MODULES)
 
 
@@ -154,8 +163,8 @@ def test_a_hub_name_or_folder_is_read_through_datasets(monkeypatch: pytest.Monke
         return [{"problem": path, "answer": split}]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert load_rows("org/name", "test") == [MathRow(problem="org/name", answer="test")]
-    assert load_rows(str(tmp_path), "test") == [MathRow(problem=str(tmp_path), answer="test")]
+    assert texts(load_rows("org/name", "test")) == [("org/name", "test")]
+    assert texts(load_rows(str(tmp_path), "test")) == [(str(tmp_path), "test")]
 
 
 def test_a_data_set_that_cannot_be_loaded_is_an_input_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +188,7 @@ QWEN = (
 
 @pytest.mark.parametrize(("template", "text"), [("r1_distill", R1), ("qwen_math", QWEN)])
 def test_templates_equal_the_ones_written_by_hand(template: str, text: str) -> None:
-    assert render(template, "1+1 {x}?") == text
+    assert render(template, "1+1 {x}?", INSTRUCTION) == text
 
 
 @pytest.mark.parametrize(

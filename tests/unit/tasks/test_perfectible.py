@@ -215,6 +215,18 @@ def test_a_set_whose_prompts_have_changed_is_refused_unless_allowed(tmp_path: Pa
     assert build_task(PerfectibleTask(path=str(path), base=allowed), Characters()).prompt(1).text == "B"
 
 
+def test_a_set_of_a_version_with_fewer_settings_is_still_the_same_task(tmp_path: Path) -> None:
+    base = ArithmeticTask(num_prompts=6)
+    old = {key: value for key, value in base.model_dump().items() if not key.startswith(("held_out", "part"))}
+    path = write(tmp_path / "perfectible.jsonl", [5, 5, 5, 5], replace(PROVENANCE, task=old))
+    task = build_task(PerfectibleTask(path=str(path), base=base), Characters())
+    assert len(task) == 4
+    open_perfectible(path, replace(PROVENANCE, task=base.model_dump()))
+    held_out = base.model_copy(update={"held_out": 1.0})
+    with pytest.raises(InputError, match=r"another task \(held_out: 0.0 -> 1.0\)"):
+        build_task(PerfectibleTask(path=str(path), base=held_out), Characters())
+
+
 def test_prompts_that_the_base_lacks_are_refused(tmp_path: Path) -> None:
     short = replace(PROVENANCE, task=ArithmeticTask(num_prompts=3).model_dump())
     path = write(tmp_path / "perfectible.jsonl", [5, 5, 5, 5], short)
