@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
@@ -18,13 +19,14 @@ _COUNTS = (("prompts", "prompts", ".0f"), ("truncated", "truncated_fraction", ".
 """Further rows: heading, key and format."""
 
 
+_KINDS = ("avg", "pass", "maj")
+_MEASURE = re.compile(rf"({'|'.join(_KINDS)})@([1-9][0-9]{{0,5}})")
+
+
 def measures(summary: Mapping[str, Any]) -> list[str]:
     """Return the names of the measures of all data sets: avg@k, then pass@k and maj@k by k."""
-    names = dict.fromkeys(name for found in sets_of(summary).values() for name in found if "@" in name)
+    names = dict.fromkeys(name for found in sets_of(summary).values() for name in found if _MEASURE.fullmatch(name))
     return sorted(names, key=lambda name: (_KINDS.index(name.partition("@")[0]), k_of(name)))
-
-
-_KINDS = ["avg", "pass", "maj"]
 
 
 def k_of(measure: str) -> int:
