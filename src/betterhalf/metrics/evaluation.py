@@ -37,7 +37,7 @@ TEMPLATES = (
 """The metrics for documentation; DATA stands for the name of a data set, and K for a number of completions."""
 
 MEANING = (
-    "Accuracy of the policy after a step, on data of its own ([evaluate.md](evaluate.md)); only in the steps that "
+    "Accuracy of the policy after a step, on data of its own ([evaluate.md](evaluate.md)); only in the steps that\n"
     "`evaluate.every` chooses. `evaluated_steps.jsonl` also holds those before the first step, as step 0."
 )
 """Meaning of the area."""

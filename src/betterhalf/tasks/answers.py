@@ -7,10 +7,12 @@ are equal in value and differ in form, such as 1/2 and 0.5, are different votes,
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from betterhalf.config.schema import ArithmeticTask, MathTask, PerfectibleTask, Section
+from betterhalf.errors import RewardError
 from betterhalf.tasks.arithmetic import last_number
 from betterhalf.tasks.math_answer import extract_answer, spell_plainly
 from betterhalf.tasks.task import Tokenizer
@@ -48,8 +50,9 @@ def answer_extractor(task: object, config: Section, tokenizer: Tokenizer) -> Ext
         config: its configuration.
         tokenizer: tokenizer of the model, which decides on the style `auto`.
     """
-    if isinstance(task, GivesAnswers):
-        return task.answer
+    own = _giver(task)
+    if own is not None:
+        return lambda text: _asked(own, text)
     match config:
         case ArithmeticTask(style=style):
             words = style == "word_problem" or (style == "auto" and bool(tokenizer.chat_template))
@@ -60,6 +63,33 @@ def answer_extractor(task: object, config: Section, tokenizer: Tokenizer) -> Ext
             return answer_extractor(None, base, tokenizer)
         case _:
             return None
+
+
+def _giver(task: object) -> GivesAnswers | None:
+    """Return the task, or the class of the user's own behind its problems, that gives answers; None without one."""
+    problems: Any = getattr(task, "problems", None)
+    while hasattr(problems, "base"):
+        problems = problems.base
+    found = (task, getattr(problems, "task", None))
+    return next((one for one in found if isinstance(one, GivesAnswers)), None)
+
+
+def _asked(own: GivesAnswers, text: str) -> str | None:
+    """Return the answer of the user's own method.
+
+    Raises:
+        RewardError: it raises an error, or returns neither a text nor None.
+    """
+    name = f"{type(own).__name__}.answer"
+    try:
+        answer = own.answer(text)
+    except Exception as error:  # the user's code may raise anything
+        raise RewardError(
+            f"{name} raises {type(error).__name__}: {error}. Return the answer as text, or None."
+        ) from error
+    if answer is not None and not isinstance(answer, str):
+        raise RewardError(f"{name} returned {reprlib.repr(answer)}. Return the answer as text, or None.")
+    return answer
 
 
 def running_sum_answer(text: str) -> str | None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from betterhalf.config.schema import ArithmeticTask, MathTask, PerfectibleTask
+from betterhalf.errors import RewardError
 from betterhalf.tasks.answers import answer_extractor, math_answer, running_sum_answer, word_problem_answer
 from betterhalf.tasks.arithmetic import solves_running_sum, solves_word_problem
 
@@ -57,10 +61,35 @@ def test_each_task_has_its_extractor() -> None:
     assert extract is not None and extract(r"\boxed{4}") == "4"
 
 
-def test_a_task_of_one_s_own_may_extract_answers() -> None:
-    class Own:
-        def answer(self, text: str) -> str | None:
-            return text[:1] or None
+class Own:
+    """Task of the user's own."""
 
-    extract = answer_extractor(Own(), ArithmeticTask(), WithTemplate())  # type: ignore[arg-type]
-    assert extract is not None and extract("xyz") == "x"
+    def answer(self, text: str) -> Any:
+        return {"number": 3, "": None}.get(text, text[:1])
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        Own(),
+        SimpleNamespace(problems=SimpleNamespace(task=Own())),
+        SimpleNamespace(problems=SimpleNamespace(base=SimpleNamespace(task=Own()))),
+    ],
+    ids=["itself", "behind problems", "behind a subset"],
+)
+def test_a_task_of_one_s_own_may_extract_answers(task: object) -> None:
+    extract = answer_extractor(task, ArithmeticTask(), WithTemplate())  # type: ignore[arg-type]
+    assert extract is not None and extract("xyz") == "x" and extract("") is None
+    with pytest.raises(RewardError, match=r"Own.answer returned 3. Return the answer as text"):
+        extract("number")
+
+
+def test_an_error_in_the_user_s_method_is_named() -> None:
+    class Raises:
+        def answer(self, text: str) -> str | None:
+            raise KeyError(text)
+
+    extract = answer_extractor(Raises(), ArithmeticTask(), WithTemplate())  # type: ignore[arg-type]
+    assert extract is not None
+    with pytest.raises(RewardError, match="Raises.answer raises KeyError: 'x'"):
+        extract("x")
