@@ -139,6 +139,11 @@ class RunDir:
         return self.path / "evaluation.json"
 
     @property
+    def evaluated_steps(self) -> Path:
+        """Results of the evaluations during training, a row for each evaluated step."""
+        return self.path / "evaluated_steps.jsonl"
+
+    @property
     def probe(self) -> Path:
         """The mismatch of every pair that `probe` measured."""
         return self.path / "probe.json"

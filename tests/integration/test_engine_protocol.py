@@ -25,7 +25,8 @@ from betterhalf.rollout.native.kind import NATIVE
 from betterhalf.run_dir import read_jsonl
 from betterhalf.runs import loop
 from betterhalf.runs.assembly import Parts, assemble
-from betterhalf.runs.evaluate import evaluate, evaluate_prompts
+from betterhalf.runs.evaluate import evaluate
+from betterhalf.runs.evaluation import evaluate_prompts
 from betterhalf.runs.progress import Progress
 from betterhalf.runs.train import train
 from betterhalf.runs.weight_sync import first_sync, sync_weights

@@ -11,12 +11,12 @@ import torch
 
 from betterhalf.algorithms.advantage import rollout_advantages
 from betterhalf.algorithms.denominators import train_denominators
-from betterhalf.config.schema import RunConfig
+from betterhalf.config.schema import EvaluateConfig, RunConfig
 from betterhalf.errors import ConfigError
 from betterhalf.runs import loop
 from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.collect import Collected, collect_groups
-from betterhalf.runs.evaluate import PromptResult, average_reward, pass_at
+from betterhalf.runs.evaluation import PromptResult, average_reward, estimates
 from betterhalf.runs.measure import anchor_packs, anchored, measure, measure_also, mismatch
 from betterhalf.runs.progress import Progress
 from betterhalf.runs.step_metrics import rollout_metrics
@@ -296,11 +296,12 @@ def score(solved: int, samples: int) -> PromptResult:
 
 def test_pass_at_k_by_hand() -> None:
     scores = [score(1, 4), score(4, 4), score(0, 4)]
-    assert average_reward(scores) == pytest.approx((0.25 + 1 + 0) / 3)
-    assert pass_at(scores, 1) == pytest.approx((0.25 + 1 + 0) / 3)
+    found = {name: each.value for name, each in estimates(scores, EvaluateConfig(samples=4), seed=0).items()}
+    assert average_reward(scores) == found["avg@4"] == pytest.approx((0.25 + 1 + 0) / 3)
+    assert found["pass@1"] == pytest.approx((0.25 + 1 + 0) / 3)
     # one of four solved: 1 - C(3, 2) / C(4, 2) = 1 - 3 / 6
-    assert pass_at(scores, 2) == pytest.approx((0.5 + 1 + 0) / 3)
-    assert pass_at(scores, 4) == pytest.approx((1 + 1 + 0) / 3)
+    assert found["pass@2"] == pytest.approx((0.5 + 1 + 0) / 3)
+    assert found["pass@4"] == pytest.approx((1 + 1 + 0) / 3)
 
 
 def test_all_groups_flat_still_takes_the_optimizer_steps_and_logs_every_metric(build: Callable[..., Parts]) -> None:

@@ -96,22 +96,33 @@ def test_a_failed_verdict_exits_1(replace: Callable[..., Calls]) -> None:
     assert cli.main(["sanity", "--json"]) == 1
 
 
-def test_evaluate_starts_from_the_configuration_of_a_run(replace: Callable[..., Calls], tmp_path: Path) -> None:
-    calls = replace("betterhalf.runs.evaluate", "evaluate", {"avg@8": 0.5, "precision": "fp16"})
+EVALUATION: dict[str, Any] = {
+    "precision": "fp16",
+    "run_dir": "runs/x",
+    "data": {"sums": {"prompts": 4, "avg@8": 0.5, "maj@2": 0.25, "intervals": {"avg@8": [0.4, 0.6]}}},
+}
+
+
+def test_evaluate_starts_from_the_configuration_of_a_run(
+    replace: Callable[..., Calls], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = replace("betterhalf.runs.evaluate", "evaluate", EVALUATION)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text('{"seed": 9, "name": "mine"}')
     assert cli.main(["evaluate", str(tmp_path), "evaluate.samples=4"]) == 0
     target, config, *others = calls[0]
     assert (target, config.seed, config.name, config.evaluate.samples) == (str(tmp_path), 9, "mine", 4)
-    assert others == [None, False]
+    assert others == [None, False, "latest"]
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("avg@8", "0.500 [0.400, 0.600]", "maj@2", "fp16", "runs/x/report.html"))
 
 
 def test_evaluate_takes_a_model_folder_for_a_model(replace: Callable[..., Calls], tmp_path: Path) -> None:
     """A Hugging Face folder has another kind of config.json."""
-    calls = replace("betterhalf.runs.evaluate", "evaluate", {"precision": "fp16"})
+    calls = replace("betterhalf.runs.evaluate", "evaluate", EVALUATION)
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    assert cli.main(["evaluate", str(tmp_path), "run_dir=out"]) == 0
-    assert calls == [(str(tmp_path), load_config(None), "out", False)]
+    assert cli.main(["evaluate", str(tmp_path), "run_dir=out", "--checkpoint", "best"]) == 0
+    assert calls == [(str(tmp_path), load_config(None), "out", False, "best")]
 
 
 def test_evaluating_a_sanity_run_names_its_arms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +134,7 @@ def test_evaluating_a_sanity_run_names_its_arms(tmp_path: Path, capsys: pytest.C
 def test_export_gets_run_and_directory(replace: Callable[..., Calls], capsys: pytest.CaptureFixture[str]) -> None:
     calls = replace("betterhalf.runs.export", "export", {"directory": "out", "loss": math.inf})
     assert cli.main(["export", "run", "out", "--json"]) == 0
-    assert calls == [("run", "out")]
+    assert calls == [("run", "out", "latest")]
     assert last_line(capsys) == {"directory": "out", "loss": None}
 
 

@@ -17,6 +17,10 @@ PROBE = "experiments/base/probe.toml"
 
 RESUME = Option(name="resume", help="continue the run in run_dir")
 
+CHECKPOINT = Option(
+    name="checkpoint", value="WHICH", help="checkpoint of the run: latest (the default), best, or its step"
+)
+
 
 def _sanity(request: Request) -> Answer:
     config = request.config(request.words[0] if request.words else DEMO)
@@ -41,7 +45,7 @@ def _evaluate(request: Request) -> Answer:
     config = request.config(_run_config(target))
     from betterhalf.runs.evaluate import evaluate
 
-    result = evaluate(target, config, request.run_dir, request.options["resume"])
+    result = evaluate(target, config, request.run_dir, request.options["resume"], _checkpoint(request))
     return Answer(result=result, show=lambda: _show_evaluate(result))
 
 
@@ -110,8 +114,15 @@ def _export(request: Request) -> Answer:
     _run_config(run)
     from betterhalf.runs.export import export
 
-    result = export(run, directory)
+    result = export(run, directory, _checkpoint(request))
     return Answer(result=result, show=lambda: _show(result))
+
+
+def _checkpoint(request: Request) -> str:
+    """Return the name of the checkpoint to use."""
+    from betterhalf.setup.trained_policy import LATEST
+
+    return request.options["checkpoint"] or LATEST
 
 
 def _run_to_resume(experiment: str) -> str | None:
@@ -168,9 +179,13 @@ def _show_train(result: dict[str, Any]) -> None:
 
 
 def _show_evaluate(result: dict[str, Any]) -> None:
+    """Print the table of results, the precision, and the folder."""
     from betterhalf.report.emulated import precision_words
+    from betterhalf.report.evaluation_table import print_evaluation
 
-    _show(result | {"precision": precision_words(result["precision"], result["precision"])})
+    print_evaluation(result)
+    _show({"precision": precision_words(result["precision"], result["precision"])})
+    _show_folder(result)
 
 
 def _show_probe(result: dict[str, Any]) -> None:
@@ -247,8 +262,8 @@ VERBS = {
         run=_evaluate,
         words="MODEL|RUN",
         num_words=(1, 1),
-        help="measure avg@k and pass@k with the rollout engine; run_dir=DIR --resume continues",
-        options=(RESUME,),
+        help="measure avg@k, pass@k and maj@k with the rollout engine; run_dir=DIR --resume continues",
+        options=(RESUME, CHECKPOINT),
     ),
     "sweep": Verb(
         run=_sweep,
@@ -280,5 +295,6 @@ VERBS = {
         help="write a Hugging Face folder that transformers and vLLM load",
         settings=False,
         run_dir=False,
+        options=(CHECKPOINT,),
     ),
 }

@@ -48,7 +48,7 @@ def _path(location: _Location) -> _Location:
     """Remove the tags that the validator adds for a field with several forms."""
     path: list[str | int] = []
     holders: tuple[type[Section], ...] = (RunConfig,)
-    tagged = False
+    tagged = named = False
     for part in location:
         if tagged:
             tagged = False
@@ -56,10 +56,19 @@ def _path(location: _Location) -> _Location:
         path.append(part)
         if isinstance(part, int):
             continue
+        if named:  # the name of a table, such as that of a data set to evaluate
+            tagged, named = len(holders) > 1, False
+            continue
         info = keys.field(holders, part)
-        holders = keys.sections(info.annotation) or keys.items(info.annotation) if info else ()
-        tagged = info is not None and keys.alternatives(info.annotation) > 1
+        named = info is not None and bool(keys.tables(info.annotation))
+        tagged = info is not None and not named and keys.alternatives(info.annotation) > 1
+        holders = _inner(info.annotation) if info else ()
     return tuple(path)
+
+
+def _inner(annotation: Any) -> tuple[type[Section], ...]:
+    """Return the sections in a field: its own, or those of a list or of named tables."""
+    return keys.sections(annotation) or keys.items(annotation) or keys.tables(annotation)
 
 
 def _names(path: _Location) -> list[str]:
@@ -88,10 +97,11 @@ def _given(details: ErrorDetails, path: _Location) -> str:
 
 
 def _unknown(details: ErrorDetails, path: _Location) -> str:
-    held = keys.items(_annotation(path[:-1])) if len(path) > 1 else ()
-    if held:
-        hint = keys.nearest(path[-1], list(held[0].model_fields))
-        fix = f"Did you mean {hint!r}?" if hint else f"Its keys are {', '.join(held[0].model_fields)}."
+    held = keys.items(_annotation(path[:-1])) or keys.tables(_annotation(path[:-2]))
+    if held and keys.find(_names(path)) is None:
+        known = list(dict.fromkeys(name for section in held for name in section.model_fields))
+        hint = keys.nearest(path[-1], known)
+        fix = f"Did you mean {hint!r}?" if hint else f"Its keys are {', '.join(known)}."
         return f"unknown key {_key(path)!r}. {fix}"
     key = _first_leaf(".".join(_names(path)), details["input"])
     if keys.find(_names(path)) is not None:
@@ -114,7 +124,7 @@ def _missing(details: ErrorDetails, path: _Location) -> str:
     if isinstance(path[-1], int):
         wanted = len(get_args(_annotation(path[:-1])))
         return f"{_key(path)} has too few values. Give all {wanted}, separated by commas."
-    sections = keys.sections(_annotation(path[:-1])) if len(path) > 1 else ()
+    sections = keys.sections(_annotation(path[:-1])) or keys.tables(_annotation(path[:-2]))
     chosen = [section for section in sections if _type_of(section) in details["loc"]]
     info = keys.field(chosen, str(path[-1])) or keys.find(_names(path))
     meaning = f" ({' '.join(info.description.split()).rstrip('.')})" if info and info.description else ""
@@ -135,7 +145,8 @@ def _choice(details: ErrorDetails, path: _Location) -> str:
 
 
 def _type_tag(details: ErrorDetails, path: _Location) -> str:
-    allowed = [str(_type_of(section)) for section in keys.sections(_annotation(path))]
+    sections = keys.sections(_annotation(path)) or keys.tables(_annotation(path[:-1]))
+    allowed = [str(_type_of(section)) for section in sections]
     given = details["input"].get("type") if isinstance(details["input"], Mapping) else details["input"]
     hint = keys.nearest(given, allowed)
     fix = f" Did you mean {hint}?" if hint else ""
@@ -145,6 +156,8 @@ def _type_tag(details: ErrorDetails, path: _Location) -> str:
 def _not_a_section(details: ErrorDetails, path: _Location) -> str:
     annotation = _annotation(path)
     holders, name = keys.sections(annotation) or keys.items(annotation), _key(path)
+    if keys.tables(annotation):
+        return f"{_given(details, path)} does not fit: each of its tables has a name. Write [{name}.NAME]."
     example = next(iter(holders[0].model_fields)) if holders else "key"
     return f"{_given(details, path)} does not fit: {name} is a section. Set one of its keys, such as {name}.{example}."
 

@@ -53,6 +53,12 @@ def items(annotation: Any) -> tuple[type[Section], ...]:
     return tuple(section for part in lists for section in sections(get_args(part)[0]))
 
 
+def tables(annotation: Any) -> tuple[type[Section], ...]:
+    """Return the sections in a mapping of names to sections; none for any other field."""
+    mappings = [part for part in members(annotation) if get_origin(part) is dict]
+    return tuple(section for part in mappings for section in sections(get_args(part)[1]))
+
+
 def is_optional(annotation: Any) -> bool:
     """Return True if a field may be absent."""
     return type(None) in members(annotation)
@@ -113,17 +119,21 @@ def find(path: Sequence[str]) -> FieldInfo | None:
     """Return the field at a path from the root, searched in every type of section; None without one.
 
     The path has no positions in lists: `watchdog.levels.metric`. The settings of an arm, `sanity.arm.NAME.KEY`, are
-    those of a run: KEY.
+    those of a run: KEY. A table that the user names, such as `evaluate.data.NAME`, has no field of its own.
     """
     if tuple(path[:2]) == ("sanity", "arm"):
         path = path[3:] or path[:2]
     holders: tuple[type[Section], ...] = (RunConfig,)
-    found = None
+    found, named = None, False
     for key in path:
+        if named:
+            found, named = None, False
+            continue
         found = field(holders, key)
         if found is None:
             return None
-        holders = sections(found.annotation) or items(found.annotation)
+        named = bool(inner := tables(found.annotation))
+        holders = inner or sections(found.annotation) or items(found.annotation)
     return found
 
 

@@ -248,12 +248,26 @@ def _with_types(data: Mapping[str, Any], section: type[Section]) -> dict[str, An
     filled = dict(data)
     for key, info in section.model_fields.items():
         value = filled.get(key)
-        if keys.type_key(info.annotation) is None or not isinstance(value, Mapping):
+        if not isinstance(value, Mapping):
             continue
-        kind = value.get("type", info.default.type)
-        chosen = [part for part in keys.sections(info.annotation) if part.model_fields["type"].default == kind]
-        filled[key] = {"type": kind} | (_with_types(value, chosen[0]) if chosen else dict(value))
+        inner, named = keys.sections(info.annotation), keys.tables(info.annotation)
+        if named:
+            kind = named[0].model_fields["type"].default
+            filled[key] = {name: _with_type(table, named, kind) for name, table in value.items()}
+        elif len(inner) > 1:
+            filled[key] = _with_type(value, inner, info.default.type)
+        elif inner:
+            filled[key] = _with_types(value, inner[0])
     return filled
+
+
+def _with_type(value: Any, holders: Sequence[type[Section]], default: str) -> Any:
+    """Add `type` to the value of a section with several types, and to the sections in it."""
+    if not isinstance(value, Mapping):
+        return value
+    kind = value.get("type", default)
+    chosen = [section for section in holders if section.model_fields["type"].default == kind]
+    return {"type": kind} | (_with_types(value, chosen[0]) if chosen else dict(value))
 
 
 def _validate(data: Mapping[str, Any], origins: Mapping[str, str]) -> RunConfig:

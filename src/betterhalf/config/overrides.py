@@ -85,6 +85,9 @@ def expand_table(table: Any) -> Any:
 def _expand_value(value: Any, annotation: Any) -> Any:
     if annotation == ArmTables and isinstance(value, Mapping):
         return {name: expand_table(table) for name, table in value.items()}
+    named = keys.tables(annotation)
+    if named and isinstance(value, Mapping):
+        return {name: _expand_table(table, named) for name, table in value.items()}
     inner = keys.sections(annotation)
     if isinstance(value, Mapping):
         return expand(value, inner) if inner else dict(value)
@@ -92,6 +95,13 @@ def _expand_value(value: Any, annotation: Any) -> Any:
     if isinstance(value, str) and short is not None:
         return {short: value}
     return None if value == "none" and keys.is_optional(annotation) else value
+
+
+def _expand_table(table: Any, holders: tuple[type[Section], ...]) -> Any:
+    """Expand a table that the user names; a bare value is its type."""
+    if isinstance(table, str) and len(holders) > 1:
+        return {"type": table}
+    return expand(table, holders) if isinstance(table, Mapping) else table
 
 
 def _split(override: str) -> tuple[str, str]:

@@ -116,7 +116,7 @@ def resample(
     clusters = int(cluster_S.max()) + 1
     alone = _metrics(statistics, torch.ones(1, len(cluster_S), dtype=torch.float64))
     others = [_metrics(statistics, counts) for counts in _all_but_one(cluster_S % _GROUPS)]
-    chunks = [_metrics(statistics, counts) for counts in _draws(cluster_S, resamples, seed)]
+    chunks = [_metrics(statistics, counts) for counts in draws(cluster_S, resamples, seed)]
     return Resamples(
         estimate={name: value[0] for name, value in alone.items()},
         values={name: torch.cat([chunk[name] for chunk in chunks]) for name in alone},
@@ -159,7 +159,7 @@ def _only_present(index_C: Tensor, num_sequences: int, cluster_S: Tensor | None)
     return renumbered_S[index_C], inverse_S if len(clusters) >= FEWEST_CLUSTERS else own_S
 
 
-def _draws(cluster_S: Tensor, resamples: int, seed: int) -> Iterator[Tensor]:
+def draws(cluster_S: Tensor, resamples: int, seed: int) -> Iterator[Tensor]:
     """Yield the counts [B, S] of all resamples, a chunk at a time."""
     generator = torch.Generator().manual_seed(seed)
     clusters = int(cluster_S.max()) + 1

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 from betterhalf.errors import InputError
+from betterhalf.metrics.evaluation import MEANING, TEMPLATES, is_evaluation
 from betterhalf.metrics.metric import FREE_AREAS, Band, Metric
+from betterhalf.metrics.time_and_system import SYSTEM, TIME
 
 _VERL = "verl, docs on rollout correction"
 _NEMO = "NeMo-RL, GRPO guide"
@@ -314,29 +316,8 @@ _ROLLOUT = (
     Metric("rollout/kept/masked_fraction", "share", "Rollouts that `algorithm.mask_truncated` leaves without a loss."),
 )
 
-_TIME = (
-    Metric("time/step_seconds", "s", "Wall-clock time of the whole step."),
-    Metric("time/generate_seconds", "s", "Sampling completions."),
-    Metric("time/reward_seconds", "s", "Grading completions."),
-    Metric("time/measure_seconds", "s", "Computing trainer logprobs before any update."),
-    Metric("time/train_seconds", "s", "Forward, backward and optimizer steps."),
-    Metric("time/sync_seconds", "s", "Sending the weights to the engine and comparing digests."),
-)
-
-_SYSTEM = (
-    Metric(
-        "system/tokens_per_second", "tokens/s", "Completion tokens sampled in the step, divided by its wall-clock time."
-    ),
-    Metric(
-        "system/kept_tokens_per_second",
-        "tokens/s",
-        "Completion tokens that the step trains on, divided by its wall-clock time.",
-    ),
-    Metric("system/peak_memory_gib", "GiB", "Peak memory: that of the device on a GPU, that of the process on a CPU."),
-)
-
 CATALOGUE: dict[str, Metric] = {
-    metric.name: metric for area in (_MISMATCH, _BUDGET, _OPTIM, _POLICY, _ROLLOUT, _TIME, _SYSTEM) for metric in area
+    metric.name: metric for area in (_MISMATCH, _BUDGET, _OPTIM, _POLICY, _ROLLOUT, TIME, SYSTEM) for metric in area
 }
 """Every metric by name."""
 
@@ -346,6 +327,7 @@ _AREAS = {
     "optim": "The optimizer, and the health of half-precision gradients.",
     "policy": "The policy and its loss, over the tokens that the step trains on.",
     "rollout": "Completions of the engine; with dynamic sampling, the step trains on fewer of them: `rollout/kept/`.",
+    "evaluation": MEANING,
     "time": "Time of each part of a step. Differs between a run and its repetition.",
     "system": "Speed and memory. Differs between a run and its repetition.",
 }
@@ -354,7 +336,7 @@ _AREAS = {
 def check_known(names: Iterable[str]) -> None:
     """Raise InputError for a name neither in the catalogue nor in a free area; the message names the nearest."""
     for name in names:
-        if name not in CATALOGUE and name.partition("/")[0] not in FREE_AREAS:
+        if name not in CATALOGUE and name.partition("/")[0] not in FREE_AREAS and not is_evaluation(name):
             near = get_close_matches(name, CATALOGUE, n=1, cutoff=0.0)[0]
             raise InputError(
                 f"metric {name!r} is not in the catalogue. Add it to metrics/catalogue.py, or use {near!r}."
@@ -375,7 +357,8 @@ def render() -> str:
     for area, meaning in _AREAS.items():
         lines += ["", f"## {area}", "", meaning, "", "| metric | unit | meaning | healthy | source of the band |"]
         lines += ["|---|---|---|---|---|"]
-        lines += [_row(metric) for metric in CATALOGUE.values() if metric.name.startswith(f"{area}/")]
+        listed = (*CATALOGUE.values(), *TEMPLATES)
+        lines += [_row(metric) for metric in listed if metric.name.startswith(f"{area}/")]
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -39,6 +39,8 @@ class Arm:
     contract: dict[str, Any]
     environment: dict[str, Any]
     summary: dict[str, Any]
+    evaluated: list[dict[str, Any]] = field(default_factory=list)
+    """`evaluated_steps.jsonl`: evaluations during training, step 0 included."""
 
     @property
     def steps(self) -> list[int]:
@@ -56,14 +58,14 @@ class Arm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
-    """A folder that `probe` or `doctor` wrote: one measurement, without steps."""
+    """A folder that `probe`, `doctor` or `evaluate` wrote: one measurement, without steps."""
 
     name: str
     """Name of the folder."""
     index: int
     """Position on the page, which makes the keys of its figures unique."""
     result: dict[str, Any]
-    """`probe.json` or `doctor.json`; empty if damaged."""
+    """`probe.json`, `doctor.json`, or the `summary.json` of an evaluation; empty if damaged."""
     damage: str
     """Error in that file; empty without one."""
     config: dict[str, Any]
@@ -100,6 +102,8 @@ class ReportData:
     """Folders with a `probe.json`."""
     doctors: list[Study]
     """Folders with a `doctor.json`."""
+    evaluations: list[Study]
+    """Folders with an `evaluation.json`."""
     sweeps: list[Sweep]
     """Folders with a `results.jsonl`."""
     environment: dict[str, Any]
@@ -116,6 +120,7 @@ def load(runs: Sequence[RunDir | Path | str]) -> ReportData:
     opened = [RunDir.open(folder.path) for folder in folders]
     titles = [_folder_name(run) for run in opened]
     probes, doctors = (_studies(opened, file) for file in ("probe.json", "doctor.json"))
+    evaluations = [_read_study(run, run.summary, i) for i, run in enumerate(opened) if run.evaluated.exists()]
     runs_of_steps = [run for run in opened if _has_steps(run)]
     named = [pair for run in runs_of_steps for pair in _arms_of(run, _folder_name(run), len(runs_of_steps) > 1)]
     tags = _tags([name for name, _ in named])
@@ -130,6 +135,7 @@ def load(runs: Sequence[RunDir | Path | str]) -> ReportData:
         arms=arms,
         probes=probes,
         doctors=doctors,
+        evaluations=evaluations,
         sweeps=sweeps,
         environment=next((found for found in environments if found), {}),
     )
@@ -139,7 +145,8 @@ def _has_steps(run: RunDir) -> bool:
     """Return whether the folder is shown as a run: it is, unless it only holds results of another verb."""
     if run.results.exists():
         return False
-    only_studied = any((run.path / name).exists() for name in ("probe.json", "doctor.json"))
+    studies = ("probe.json", "doctor.json", "evaluation.json")
+    only_studied = any((run.path / name).exists() for name in studies)
     return run.metrics.exists() or run.arms.is_dir() or not only_studied
 
 
@@ -149,9 +156,10 @@ def _studies(opened: Sequence[RunDir], file: str) -> list[Study]:
 
 def _read_study(run: RunDir, path: Path, index: int) -> Study:
     """Read a study; a damaged result is recorded as such, and the rest of the page is still written."""
-    result, damage = {}, ""
+    result: dict[str, Any] = {}
+    damage = ""
     try:
-        result = read_json(path)
+        result = _optional(path)
     except InputError as error:
         damage = str(error)
     return Study(
@@ -196,6 +204,7 @@ def _read_arm(run: RunDir, name: str, tag: str, index: int) -> Arm:
         contract=_optional(run.contract),
         environment=_optional(run.environment),
         summary=_optional(run.summary),
+        evaluated=[row for row in read_jsonl(run.evaluated_steps) if isinstance(row.get("step"), int)],
     )
 
 

@@ -10,6 +10,8 @@ from betterhalf.errors import InputError
 from betterhalf.report.data import Arm, ReportData, Study, load
 from betterhalf.report.doctor_page import doctor_section
 from betterhalf.report.emulated import emulated_sentence
+from betterhalf.report.evaluation_curve import evaluation_curves
+from betterhalf.report.evaluation_page import evaluation_section
 from betterhalf.report.events import events_table
 from betterhalf.report.fields import mapping
 from betterhalf.report.figures import step_figures
@@ -54,7 +56,7 @@ def write_report(runs: Sequence[RunDir | Path | str], out: Path) -> Path:
 def render(data: ReportData) -> str:
     """Return the whole page as text."""
     title = ", ".join(data.titles)
-    folders: list[Arm | Study] = [*data.arms, *data.probes, *data.doctors]
+    folders: list[Arm | Study] = [*data.arms, *data.probes, *data.doctors, *data.evaluations]
     several = len(data.titles) > 1
     body = "".join(
         [
@@ -62,6 +64,7 @@ def render(data: ReportData) -> str:
             f"<p class=lead>{_subject(folders)}</p>{_emulated(data)}</header><main>",
             *(doctor_section(study, several) for study in data.doctors),
             *(probe_section(study, several) for study in data.probes),
+            *(evaluation_section(study, several) for study in data.evaluations),
             *(sweep_section(sweep, several) for sweep in data.sweeps),
             _runs(data) if data.arms else "",
             section("Precision contract", contracts(folders) or ("<p>No contract recorded.</p>" if data.arms else "")),
@@ -101,7 +104,7 @@ def _subject(folders: Sequence[Arm | Study]) -> str:
 
 def _emulated(data: ReportData) -> str:
     """Return a note on the emulated formats that configurations or arms name; empty without any."""
-    folders: list[Arm | Study] = [*data.arms, *data.probes, *data.doctors]
+    folders: list[Arm | Study] = [*data.arms, *data.probes, *data.doctors, *data.evaluations]
     arms = [name for summary in data.summaries.values() for name in possible_formats(summary)]
     settings = [mapping(folder.config, "precision") for folder in folders]
     pairs = [pair for each in settings if isinstance(listed := each.get("pairs"), list) for pair in listed]
@@ -119,6 +122,7 @@ def _figures(arms: Sequence[Arm]) -> str:
     if not any(arm.steps for arm in arms):
         return legend(arms) + notice("No step is recorded yet, so there is nothing to draw.")
     drawn, missing = step_figures(arms)
+    drawn = [*drawn[:1], *evaluation_curves(arms), *drawn[1:]]
     timing = timing_figure(arms)
     drawn += [*mismatch_figures(arms), *([timing] if timing else []), *token_figures(arms)]
     absent = note(f"Not recorded: {', '.join(missing)}.") if missing else ""

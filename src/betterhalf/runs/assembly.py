@@ -21,6 +21,7 @@ from betterhalf.rollout.build import build_engine, capabilities, check_engine, r
 from betterhalf.rollout.engine import RolloutEngine
 from betterhalf.setup.data import load_task
 from betterhalf.setup.device import choose_device
+from betterhalf.setup.evaluation import EvaluationSet, evaluation_config, load_evaluation_sets
 from betterhalf.setup.model_checks import check_model, check_roles, require_stop_token, show_notes
 from betterhalf.setup.trained_policy import TrainedPolicy
 from betterhalf.tasks.fingerprint import DataRecord
@@ -48,10 +49,13 @@ class Parts:
     """Trainer, which holds the policy pi."""
     engine: RolloutEngine
     """Engine, which samples from mu; it holds no weights before the first sync."""
+    evaluation: tuple[EvaluationSet, ...] = ()
+    """Data sets to evaluate; empty without evaluations."""
 
     def close(self) -> None:
         """End worker processes, the engine and the trainer."""
-        self.task.close()
+        for task in unique_tasks(self):
+            task.close()
         self.trainer.close()
         self.engine.close()
 
@@ -61,6 +65,7 @@ def assemble(
     *,
     rows: int | None = None,
     evaluating: bool = False,
+    sets: bool = False,
     trained: Callable[[], TrainedPolicy] | None = None,
 ) -> Parts:
     """Load the model once, and build trainer, engine and task around it.
@@ -73,6 +78,8 @@ def assemble(
         rows: number of rows of the task to use, from the first on; all by default.
         evaluating: True if the engine only samples: its distribution may then be truncated, because its logprobs are
             not compared with the trainer's.
+        sets: True to load the data sets of `[evaluate]` in place of the task, which is then the first of them. A run
+            with evaluations during training loads them besides its task.
         trained: loads weights that replace the model's own.
 
     Raises:
@@ -81,7 +88,7 @@ def assemble(
     """
     algorithm = checked_algorithm(config, evaluating=evaluating)
     described = _checked_model(config)
-    task = load_task(described, config, rows=rows)
+    task, evaluation = _data(described, config, rows, sets=sets, evaluating=evaluating)
     try:
         device = choose_device(config)
         require_logging(config)
@@ -93,7 +100,8 @@ def assemble(
         parameters = sum(parameter.numel() for parameter in model.module.parameters())
         trainer = _trainer(model, config, precision, trained)
     except BaseException:
-        task.close()
+        for loaded in (task, *(data.task for data in evaluation)):
+            loaded.close()
         raise
     return Parts(
         config=config,
@@ -105,7 +113,30 @@ def assemble(
         data=task.record(),
         trainer=trainer,
         engine=engine,
+        evaluation=evaluation,
     )
+
+
+def unique_tasks(parts: Parts) -> list[Task]:
+    """Return the task, and those of the data sets to evaluate that are other ones."""
+    return [parts.task, *(data.task for data in parts.evaluation if data.task is not parts.task)]
+
+
+def _data(
+    described: ModelDescription, config: RunConfig, rows: int | None, *, sets: bool, evaluating: bool
+) -> tuple[Task, tuple[EvaluationSet, ...]]:
+    """Load the task and the data sets to evaluate; see `assemble`."""
+    if sets:
+        evaluation = load_evaluation_sets(described, config, None)
+        return evaluation[0].task, evaluation
+    task = load_task(described, config, rows=rows)
+    if evaluating or not config.evaluate.every:
+        return task, ()
+    try:
+        return task, load_evaluation_sets(described, config, task)
+    except BaseException:
+        task.close()
+        raise
 
 
 def check_before_weights(config: RunConfig) -> None:
@@ -121,15 +152,17 @@ def check_before_weights(config: RunConfig) -> None:
 
 def checked_algorithm(config: RunConfig, *, evaluating: bool) -> Algorithm:
     """Return the resolved algorithm, after every check that needs the configuration alone."""
+    algorithm = resolve_algorithm(config.algorithm)
     if not evaluating:
         require_whole_distribution(config.sampling)
-    algorithm = resolve_algorithm(config.algorithm)
-    check_group_size(algorithm.advantage, config.training.group_size)
-    if algorithm.score_centering and not evaluating:
-        _check_centering(config)
+        check_group_size(algorithm.advantage, config.training.group_size)
+        check_overlong_buffer(algorithm.overlong_tokens(config.sampling.max_tokens), config.sampling.max_tokens)
+        if algorithm.score_centering:
+            _check_centering(config)
+        if config.evaluate.every:
+            check_engine(evaluation_config(config))
     if algorithm.loss is not None:
         try_own_loss(algorithm.loss, algorithm)
-    check_overlong_buffer(algorithm.overlong_tokens(config.sampling.max_tokens), config.sampling.max_tokens)
     check_engine(config)
     check_roles(config)
     return algorithm

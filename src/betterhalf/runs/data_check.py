@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from betterhalf.config.schema import PerfectibleTask, RunConfig
+from betterhalf.config.schema import PerfectibleTask, RunConfig, TaskConfig
 from betterhalf.errors import CheckpointError
 from betterhalf.tasks.fingerprint import DataRecord
 
@@ -14,7 +14,12 @@ RESUMABLE_KEYS = frozenset({"bad_rows", "allow_changed_data"})
 
 
 def require_same_data(
-    where: str, saved: Mapping[str, Any] | None, data: DataRecord, place: Callable[[int], str], config: RunConfig
+    where: str,
+    saved: Mapping[str, Any] | None,
+    data: DataRecord,
+    place: Callable[[int], str],
+    config: RunConfig,
+    key: str = "task",
 ) -> str | None:
     """Compare a run's data with the data that it was started with.
 
@@ -24,6 +29,7 @@ def require_same_data(
         data: record of the current task.
         place: returns the name of a row of the current task.
         config: settings of the task.
+        key: key of those settings, for messages.
 
     Returns:
         A note for the user; None if nothing differs.
@@ -36,12 +42,12 @@ def require_same_data(
     found = data_changes(DataRecord.from_json(saved), data, place)
     if not found:
         return None
-    key = f"{task_prefix(config)}allow_changed_data=true"
+    setting = f"{task_prefix(config, key)}allow_changed_data=true"
     if allows_changed_data(config):
-        return f"note: {key}: {where} was made with other data; {'; '.join(found)}"
+        return f"note: {setting}: {where} was made with other data; {'; '.join(found)}"
     raise CheckpointError(
         f"{where} was made with other data: {'; '.join(found)}. Restore that data, start a new run in another "
-        f"run_dir, or continue with the new data by setting {key}"
+        f"run_dir, or continue with the new data by setting {setting}"
     )
 
 
@@ -65,11 +71,15 @@ def allows_changed_data(config: RunConfig) -> bool:
 
 def without_permission(config: RunConfig) -> RunConfig:
     """Return the configuration that a run records: `allow_changed_data` applies to one start, not to every resume."""
-    task = config.task
+    data = {name: _without(task) for name, task in config.evaluate.data.items()}
+    evaluate = config.evaluate.model_copy(update={"data": data})
+    return config.model_copy(update={"task": _without(config.task), "evaluate": evaluate})
+
+
+def _without(task: TaskConfig) -> TaskConfig:
     if isinstance(task, PerfectibleTask):
-        base = task.base.model_copy(update={"allow_changed_data": False})
-        return config.model_copy(update={"task": task.model_copy(update={"base": base})})
-    return config.model_copy(update={"task": task.model_copy(update={"allow_changed_data": False})})
+        return task.model_copy(update={"base": task.base.model_copy(update={"allow_changed_data": False})})
+    return task.model_copy(update={"allow_changed_data": False})
 
 
 def permission(config: RunConfig) -> tuple[str, ...]:
@@ -77,6 +87,6 @@ def permission(config: RunConfig) -> tuple[str, ...]:
     return (f"{task_prefix(config)}allow_changed_data=true",) if allows_changed_data(config) else ()
 
 
-def task_prefix(config: RunConfig) -> str:
+def task_prefix(config: RunConfig, key: str = "task") -> str:
     """Return the prefix of the keys for the task's rows; a perfectible set has them in its base."""
-    return "task.base." if isinstance(config.task, PerfectibleTask) else "task."
+    return f"{key}.base." if isinstance(config.task, PerfectibleTask) else f"{key}."

@@ -18,21 +18,26 @@ from betterhalf.precision.emulation import to_format
 from betterhalf.precision.formats import is_emulated, torch_dtype
 from betterhalf.run_dir import RunDir, disk_full
 from betterhalf.setup.model_checks import show_notes
-from betterhalf.setup.trained_policy import load_policy
+from betterhalf.setup.trained_policy import LATEST, load_policy
 
 
-def export(run: str, directory: str) -> dict[str, Any]:
+def export(run: str, directory: str, checkpoint: str = LATEST) -> dict[str, Any]:
     """Write weights (in the dtype the engine sampled with, rounded once), configuration and tokenizer.
 
+    Args:
+        run: folder of the run.
+        directory: a new or empty folder.
+        checkpoint: `latest`, `best` or the step of a checkpoint.
+
     Raises:
-        InputError: the directory is not a new or empty folder, or the run has no checkpoint.
+        InputError: the directory is not a new or empty folder, or the run has no such checkpoint.
         RunError: the folder cannot be written, for example on a full disk; nothing is left behind.
     """
     target = Path(directory)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{directory} is not an empty folder; name a new one, so that nothing is overwritten")
     config = load_config(RunDir.open(run).config)
-    policy = load_policy(run)
+    policy = load_policy(run, checkpoint)
     model = load_model(config.model)
     show_notes(model)
     policy.copy_into(model.module)

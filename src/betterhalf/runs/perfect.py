@@ -11,7 +11,7 @@ from betterhalf.precision.contract import folded_digest
 from betterhalf.run_dir import RunDir, plain_json, truncate_jsonl
 from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.data_check import allows_changed_data, task_prefix
-from betterhalf.runs.evaluate import evaluate_prompts
+from betterhalf.runs.evaluation import evaluate_prompts
 from betterhalf.runs.weight_sync import first_sync
 from betterhalf.setup.data import write_left_out
 from betterhalf.tasks.perfectible import (

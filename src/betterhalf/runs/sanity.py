@@ -33,7 +33,7 @@ from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
 from betterhalf.runs.assembly import Parts, check_before_weights
 from betterhalf.runs.data_check import without_permission
-from betterhalf.runs.evaluate import average_reward, evaluate_prompts
+from betterhalf.runs.evaluation import average_reward, evaluate_prompts
 from betterhalf.runs.perfect import build_perfectible
 from betterhalf.runs.progress import Progress
 from betterhalf.runs.side_by_side import Job, plan_runs, run_jobs

@@ -11,7 +11,7 @@ from betterhalf.config.schema import ArithmeticTask, PrecisionConfig, RunConfig,
 from betterhalf.errors import EngineError, LossScaleError, NumericsError, WatchdogError
 from betterhalf.run_dir import RunDir, read_json, write_json_atomic
 from betterhalf.runs.assembly import Parts, assemble
-from betterhalf.runs.evaluate import average_reward, evaluate_prompts
+from betterhalf.runs.evaluation import average_reward, evaluate_prompts
 from betterhalf.runs.progress import Progress
 from betterhalf.runs.train import run_training, summarise
 from betterhalf.runs.weight_sync import first_sync

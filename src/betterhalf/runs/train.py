@@ -20,16 +20,19 @@ from betterhalf.process import chosen_threads
 from betterhalf.report.emulated import emulated_names, emulated_sentence, precision_words
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, append_jsonl, read_json, read_jsonl, write_json_atomic
-from betterhalf.runs.assembly import Parts, algorithm_record, assemble
+from betterhalf.runs.assembly import Parts, algorithm_record, assemble, unique_tasks
 from betterhalf.runs.checkpoints import restore, save_checkpoint
 from betterhalf.runs.data_check import RESUMABLE_KEYS, without_permission
 from betterhalf.runs.kept_rollouts import rollout_row
 from betterhalf.runs.loop import StepResult, train_steps
+from betterhalf.runs.periodic import PeriodicResult, evaluate_after, evaluated, evaluation_due
 from betterhalf.runs.progress import Progress
 from betterhalf.runs.watchdog import Alarm, Stopped, require_sound_levels
 from betterhalf.runs.weight_sync import first_sync
 from betterhalf.setup.data import write_left_out
 from betterhalf.setup.folder import run_folder
+from betterhalf.setup.trained_policy import best_evaluation
+from betterhalf.training.checkpoint import step_folder
 
 
 def train(config: RunConfig, run_dir: str | None, resume: bool) -> dict[str, Any]:
@@ -76,7 +79,7 @@ def run_training(
         contract = first_sync(parts).contract
         if not run.config.exists():
             _write_head(run, parts, contract)
-        write_left_out(run, parts.task)
+        write_left_out(run, *unique_tasks(parts))
         # A resumed run may have other watchdog levels; its own configuration must name those in force.
         write_json_atomic(run.config, resolved_json(without_permission(config)))
         # A run in progress has no summary; an earlier stop stays on record in watchdog.jsonl.
@@ -174,6 +177,8 @@ def _may_change(key: str) -> bool:
     section, _, rest = key.partition(".")
     if section == "task":
         return rest.removeprefix("base.") in RESUMABLE_KEYS
+    if key.startswith("evaluate.data."):
+        return key.rpartition(".")[2] in RESUMABLE_KEYS
     return section in ("watchdog", "logging") or key in ("sanity.arms_at_once", "sweep.keep_checkpoints")
 
 
@@ -189,10 +194,18 @@ def _train_and_record(parts: Parts, run: RunDir, progress: Progress, console: Co
     sinks = Sinks(JsonlSink(run.append_metrics), extras, warn=console.note)
     finished = progress
 
+    def evaluate(step: int, policy_version: int) -> PeriodicResult | None:
+        if not evaluation_due(parts.config, step) or evaluated(run, step):
+            return None
+        found = evaluate_after(parts, run, step, policy_version)
+        console.note(found.text)
+        return found
+
     def record(result: StepResult) -> None:
         nonlocal finished
         finished, step = result.progress, result.progress.step
-        sinks.write(step, result.metrics)
+        found = evaluate(step, finished.policy_version)
+        sinks.write(step, {**result.metrics, **(found.metrics if found else {})})
         append_jsonl(run.mismatch, {"step": step, **asdict(result.profile)})
         for kept in result.kept:
             run.append_rollout(rollout_row(step, kept, parts.model.tokenizer))
@@ -202,10 +215,12 @@ def _train_and_record(parts: Parts, run: RunDir, progress: Progress, console: Co
             console.note(_skip_note(step, result))
         if result.truncation:
             console.note(f"step {step}: {result.truncation}")
-        if _checkpoint_due(parts.config, step):
+        if _checkpoint_due(parts.config, step) or (found and found.improved and parts.config.evaluate.keep_best):
             save_checkpoint(parts, run, result.progress)
 
     try:
+        if progress.step == 0:
+            evaluate(0, progress.policy_version)
         return train_steps(parts, progress, record)
     except Stopped as stopped:
         _record_alarms(run, console, stopped.watch.alarms, measured=stopped.measured)
@@ -262,6 +277,7 @@ def summarise(run: RunDir, config: RunConfig) -> dict[str, Any]:
         "steps": len(rows),
         "rows_left_out": len(read_jsonl(run.bad_rows)),
         **(_totals(rows) if rows else {}),
+        **_evaluations(run),
         "run_dir": str(run.path),
     }
 
@@ -279,6 +295,18 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "skipped_steps": int(sum(row["optim/skipped"] for row in rows)),
         "policy_version": int(rows[-1]["policy/version"]),
     }
+
+
+def _evaluations(run: RunDir) -> dict[str, Any]:
+    """Return first, last and best accuracy of the evaluations during training; empty without any."""
+    rows, best = read_jsonl(run.evaluated_steps), best_evaluation(run)
+    if not rows:
+        return {}
+    found = {"first_accuracy": rows[0]["accuracy"], "last_accuracy": rows[-1]["accuracy"]}
+    if best is None:
+        return found
+    path = step_folder(run.checkpoints, best.step).relative_to(run.path)
+    return found | {"best_accuracy": best.accuracy, "best_step": best.step, "best_checkpoint": str(path)}
 
 
 def _kept_reward(row: dict[str, Any]) -> float:

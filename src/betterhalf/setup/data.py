@@ -15,7 +15,9 @@ from betterhalf.tasks.screening import BadRowRule, PromptLimits, listing, screen
 from betterhalf.tasks.task import Task
 
 
-def load_task(model: ModelFacts, config: RunConfig, *, rows: int | None = None, will_grade: bool = True) -> Task:
+def load_task(
+    model: ModelFacts, config: RunConfig, *, rows: int | None = None, will_grade: bool = True, key: str = "task"
+) -> Task:
     """Build the task of the configuration; every row is checked before sampling, and rows left out are shown.
 
     Args:
@@ -23,6 +25,7 @@ def load_task(model: ModelFacts, config: RunConfig, *, rows: int | None = None, 
         config: gives task, length limit and `task.bad_rows`.
         rows: number of rows that will be used, from the first on; all by default.
         will_grade: true if completions will be graded; the grader is then tested before anything else.
+        key: key of the task's settings, for messages.
 
     Raises:
         RewardError: the grader cannot work.
@@ -30,11 +33,11 @@ def load_task(model: ModelFacts, config: RunConfig, *, rows: int | None = None, 
     """
     task = build_task(config.task, model.tokenizer)
     try:
-        screened = _screened(task, model, config, rows, will_grade=will_grade)
+        screened = _screened(task, model, config, rows, will_grade=will_grade, key=key)
     except BaseException:
         task.close()
         raise
-    for note in _notes(screened, bad_rows_rule(config).key):
+    for note in _notes(screened, bad_rows_rule(config, key).key):
         show_note(note, mode=config.logging.console)
     return screened
 
@@ -48,16 +51,16 @@ def _notes(task: DatasetTask, key: str) -> list[str]:
     return ["\n".join([f"{text} {len(left)} of {rows} rows:", *listing(left)]) for text, left in groups if left]
 
 
-def write_left_out(run: RunDir, task: Task) -> None:
+def write_left_out(run: RunDir, *tasks: Task) -> None:
     """Write the rows that were left out to `bad_rows.jsonl`; no file if there are none."""
     run.bad_rows.unlink(missing_ok=True)
-    if task.left_out:
-        rows = ({"row": bad.place, "reason": bad.reason} for bad in task.left_out)
+    if left_out := [bad for task in tasks for bad in task.left_out]:
+        rows = ({"row": bad.place, "reason": bad.reason} for bad in left_out)
         write_text_atomic(run.bad_rows, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _screened(
-    task: DatasetTask, model: ModelFacts, config: RunConfig, rows: int | None, *, will_grade: bool
+    task: DatasetTask, model: ModelFacts, config: RunConfig, rows: int | None, *, will_grade: bool, key: str
 ) -> DatasetTask:
     prompts = _prompt_config(config)
     limits = PromptLimits(
@@ -67,7 +70,7 @@ def _screened(
         max_prompt_tokens=prompts.max_prompt_tokens if prompts else None,
         filters=prompts is not None and (prompts.max_prompt_tokens is not None or prompts.filter is not None),
     )
-    rule, total = bad_rows_rule(config), len(task) if rows is None else min(rows, len(task))
+    rule, total = bad_rows_rule(config, key), len(task) if rows is None else min(rows, len(task))
     if total < _ROWS_WITHOUT_PROGRESS:
         return screen(task, limits, rule, count=rows, will_grade=will_grade)
     with show_progress("check rows", total, mode=config.logging.console) as bar:
@@ -84,8 +87,8 @@ _ROWS_WITHOUT_PROGRESS = 10_000
 """Number of rows below which there is no progress bar, because checking them is quick."""
 
 
-def bad_rows_rule(config: RunConfig) -> BadRowRule:
+def bad_rows_rule(config: RunConfig, key: str = "task") -> BadRowRule:
     """Return the configured rule for rows that cannot be used; a perfectible set follows its base."""
     if isinstance(config.task, PerfectibleTask):
-        return BadRowRule(action=config.task.base.bad_rows, key="task.base.bad_rows")
-    return BadRowRule(action=config.task.bad_rows, key="task.bad_rows")
+        return BadRowRule(action=config.task.base.bad_rows, key=f"{key}.base.bad_rows")
+    return BadRowRule(action=config.task.bad_rows, key=f"{key}.bad_rows")

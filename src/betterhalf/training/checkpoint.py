@@ -42,13 +42,13 @@ class Checkpoint:
     """JSON values of the run: data position, watchdog, digests of the data."""
 
 
-def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write a checkpoint, then delete all but the newest `keep`.
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int, best: int | None = None) -> Path:
+    """Write a checkpoint, then delete all but the newest `keep` and that of the step `best`.
 
     Raises:
         RunError: the checkpoint cannot be written, for example on a full disk; earlier checkpoints are untouched.
     """
-    final = folder / f"step-{checkpoint.step:06d}"
+    final = step_folder(folder, checkpoint.step)
     partial = folder / f".{final.name}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -61,8 +61,19 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         fix = "free disk space" if disk_full(error) else "check permissions, quota and file size limit of its folder"
         raise RunError(f"checkpoint {final} cannot be written ({error}); {fix}, then continue with --resume") from error
     for old in _complete(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if best is None or old != step_folder(folder, best):
+            shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after `step`, which need not exist."""
+    return folder / f"step-{step:06d}"
+
+
+def steps(folder: Path) -> list[int]:
+    """Return the steps that have a checkpoint, ascending."""
+    return [int(path.name.removeprefix("step-")) for path in _complete(folder)]
 
 
 def _write_files(partial: Path, checkpoint: Checkpoint) -> None:

@@ -44,6 +44,15 @@ def test_only_the_newest_are_kept_and_latest_is_by_number(tmp_path: Path) -> Non
     assert checkpoint.latest(tmp_path / "absent") is None
 
 
+def test_the_best_is_kept_besides_the_newest_until_another_is_better(tmp_path: Path) -> None:
+    for step, best in ((2, 2), (4, 2), (6, 2), (8, 8), (10, 8)):
+        checkpoint.save(tmp_path, sample(step), keep=1, best=best)
+        assert checkpoint.steps(tmp_path) == sorted({step, best})
+    checkpoint.save(tmp_path, sample(12), keep=1)
+    assert checkpoint.steps(tmp_path) == [12]
+    assert checkpoint.step_folder(tmp_path, 12) == checkpoint.latest(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_flipped_byte_is_found_and_the_older_checkpoint_named(tmp_path: Path, name: str) -> None:
     checkpoint.save(tmp_path, sample(1), keep=2)
