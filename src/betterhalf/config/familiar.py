@@ -166,9 +166,9 @@ _OTHERWISE = {
     ),
     "task.reward": (
         ("reward_funcs", "reward_function", "reward_fn", "reward_model", "custom_reward_function", "rm_type"),
-        "With task=python it names a function, as in task.reward=my_reward.py:reward; `betterhalf new NAME` writes one.",
+        "With task=python it names a function, as in task.reward=mine.py:reward; `betterhalf new NAME` writes one.",
     ),
-    "logging.tensorboard": (("report_to", "logger", "use_wandb", "use_tensorboard", "trackers"), "It is true or false."),
+    "logging.tensorboard": (("report_to", "logger", "use_wandb", "use_tensorboard"), "It is true or false."),
 }
 """Our key -> (names elsewhere, sentence on the difference)."""
 

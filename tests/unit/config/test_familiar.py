@@ -10,7 +10,6 @@ from betterhalf.config import familiar, keys
 from betterhalf.config.load import load_config
 from betterhalf.errors import ConfigError
 
-
 PENDING = {
     *("algorithm.kl.coefficient", "algorithm.kl.place", "algorithm.kl.estimator", "algorithm.entropy_coefficient"),
     *("training.epochs", "algorithm.mask_truncated", "task.reward"),
