@@ -101,8 +101,8 @@ def wide(logprobs_C: Tensor, name: str) -> Tensor:
         return logprobs_C
     step = torch.finfo(logprobs_C.dtype).eps
     warnings.warn(
-        f"{name} is {logprobs_C.dtype}, which rounds a logprob of -1 by up to {step / 2:.0e}. That is measured as "
-        "well, and may be larger than the rest. Compute log-softmax in float32 and keep its result.",
+        f"{name} is {logprobs_C.dtype}, which rounds logprobs below -1 by {step / 2:.0e} and more. That is measured "
+        "as well, and may be larger than the rest. Compute log-softmax in float32 and keep its result.",
         PrecisionWarning,
         stacklevel=4,
     )

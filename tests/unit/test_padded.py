@@ -89,6 +89,6 @@ def test_tensors_of_another_shape_or_kind_are_refused() -> None:
 
 
 def test_half_logprobs_are_widened_with_a_warning() -> None:
-    with pytest.warns(PrecisionWarning, match="x is torch.bfloat16, which rounds a logprob of -1 by up to 4e-03"):
+    with pytest.warns(PrecisionWarning, match="x is torch.bfloat16, which rounds logprobs below -1 by 4e-03 and more"):
         assert wide(torch.zeros(2, dtype=torch.bfloat16), "x").dtype == torch.float32
     assert wide(torch.zeros(2, dtype=torch.float64), "x").dtype == torch.float64
