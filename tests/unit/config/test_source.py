@@ -49,7 +49,7 @@ def test_short_keys_and_sections_with_types_work() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"lr": 1e-5}, "unknown key 'lr'. Did you mean 'optimizer.learning_rate'? \\[keyword argument\\]"),
+        ({"lr": 1e-5}, "unknown key 'lr'. Did you mean 'optimizer.learning_rate'\\? \\[keyword argument\\]"),
         ({"training": {"steps": "3"}}, 'training.steps = "3" must be a whole number. \\[keyword argument\\]'),
         ({"training": 3}, "training is a section"),
         ({"precision": "fp61"}, "Did you mean fp16"),

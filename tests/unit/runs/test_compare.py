@@ -106,7 +106,7 @@ def test_the_command_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert cli.main(["compare", str(a), str(b), "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["verb"] == "compare"
-    assert [run["final_reward"] for run in found["runs"]] == [0.5, 0.5]
+    assert [run["final_reward"] for run in found["runs"]] == [0.75, 0.75]
     assert found["differences"] == {"precision.preset": ["fp16", "bf16"]}
     assert cli.main(["compare", str(tmp_path / "missing")]) == 2
 

@@ -41,8 +41,9 @@ def test_the_configuration_accepts_the_experiment(tmp_path: Path, monkeypatch: p
     assert cli.main(["config", "mine.toml"]) == 0
 
 
-def test_every_key_of_the_experiment_has_a_comment_above_it(tmp_path: Path) -> None:
-    text = write_starter(str(tmp_path / "mine"))["experiment"].read_text(encoding="ascii")
+def test_every_key_of_the_experiment_has_a_comment_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = write_starter("mine")["experiment"].read_text(encoding="ascii")
     assert tomllib.loads(text)["task"]["type"] == "python"
     blocks = [block for block in text.split("\n\n") if "=" in block]
     assert all("#" in block for block in blocks)
