@@ -11,6 +11,7 @@ from difflib import get_close_matches
 
 from betterhalf.errors import InputError
 from betterhalf.metrics.metric import Band, Metric
+from betterhalf.metrics.time_and_system import SYSTEM, TIME
 
 _VERL = "verl, docs on rollout correction"
 _NEMO = "NeMo-RL, GRPO guide"
@@ -317,29 +318,8 @@ _ROLLOUT = (
     ),
 )
 
-_TIME = (
-    Metric("time/step_seconds", "s", "Wall-clock time of the whole step."),
-    Metric("time/generate_seconds", "s", "Sampling completions."),
-    Metric("time/reward_seconds", "s", "Grading completions."),
-    Metric("time/measure_seconds", "s", "Computing trainer logprobs before any update."),
-    Metric("time/train_seconds", "s", "Forward, backward and optimizer steps."),
-    Metric("time/sync_seconds", "s", "Sending the weights to the engine and comparing digests."),
-)
-
-_SYSTEM = (
-    Metric(
-        "system/tokens_per_second", "tokens/s", "Completion tokens sampled in the step, divided by its wall-clock time."
-    ),
-    Metric(
-        "system/kept_tokens_per_second",
-        "tokens/s",
-        "Completion tokens that the step trains on, divided by its wall-clock time.",
-    ),
-    Metric("system/peak_memory_gib", "GiB", "Peak memory: that of the device on a GPU, that of the process on a CPU."),
-)
-
 CATALOGUE: dict[str, Metric] = {
-    metric.name: metric for area in (_MISMATCH, _BUDGET, _OPTIM, _POLICY, _ROLLOUT, _TIME, _SYSTEM) for metric in area
+    metric.name: metric for area in (_MISMATCH, _BUDGET, _OPTIM, _POLICY, _ROLLOUT, TIME, SYSTEM) for metric in area
 }
 """Every metric by name."""
 
