@@ -110,10 +110,15 @@ def _names(folders: Sequence[RunDir]) -> list[str]:
     """Return the ends of the paths, as long as needed to be different."""
     parts = [folder.path.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part for part in path[-length:] if part not in ("arms", "runs")) for path in parts]
+        names = ["/".join(_without_layout(path[-length:])) for path in parts]
         if len(set(names)) == len(names):
             return names
     return [str(folder.path) for folder in folders]
+
+
+def _without_layout(parts: Sequence[str]) -> list[str]:
+    """Drop the folders between a run and the sanity run or the sweep that it belongs to."""
+    return [part for part in parts[:-1] if part not in ("arms", "runs")] + [parts[-1]]
 
 
 def _compared(run: RunDir, name: str) -> ComparedRun:
@@ -124,9 +129,9 @@ def _compared(run: RunDir, name: str) -> ComparedRun:
     return ComparedRun(
         name=name,
         path=str(run.path),
-        verb=summary.get("verb"),
+        verb=str(summary["verb"]) if "verb" in summary else None,
         outcome=_outcome(summary, course.outcome if course else None),
-        passed=summary.get("passed"),
+        passed=verdict if isinstance(verdict := summary.get("passed"), bool) else None,
         steps=len(rows),
         first_reward=course.first if course else None,
         final_reward=course.final if course else None,
@@ -134,7 +139,7 @@ def _compared(run: RunDir, name: str) -> ComparedRun:
         k3=_mean(_column(rows, "mismatch/k3/mean")),
         ratio_max=max(_column(rows, "policy/ratio/max"), default=None),
         skipped=int(sum(skipped)) if skipped else None,
-        seconds=summary.get("seconds"),
+        seconds=_finite(summary.get("seconds")),
     )
 
 
@@ -148,8 +153,7 @@ def _outcome(summary: Mapping[str, Any], course: str | None) -> str:
 
 def _accuracy(summary: Mapping[str, Any]) -> float | None:
     averages = [value for key, value in summary.items() if key.startswith("avg@")]
-    found: float | None = summary.get("final_accuracy", next(iter(averages), None))
-    return found
+    return _finite(summary.get("final_accuracy", next(iter(averages), None)))
 
 
 def _differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
@@ -161,6 +165,11 @@ def _differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, .
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     return [value for row in rows if math.isfinite(value := number(row.get(name)))]
+
+
+def _finite(value: object) -> float | None:
+    """Return a number; None for anything else, which a damaged file may hold."""
+    return found if math.isfinite(found := number(value)) else None
 
 
 def _mean(values: Sequence[float]) -> float | None:

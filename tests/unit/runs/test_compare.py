@@ -76,6 +76,14 @@ def test_names_are_as_long_as_needed(tmp_path: Path) -> None:
     assert [run.name for run in compare_runs(paths).runs] == ["x/fp16", "y/fp16"]
 
 
+def test_a_summary_with_values_of_the_wrong_kind_is_shown_with_dashes(tmp_path: Path) -> None:
+    damaged = {"verb": 3, "seconds": "long", "final_accuracy": [], "passed": "yes"}
+    found = compare_runs([write_run(tmp_path / "runs", [0.5], summary=damaged)])
+    (run,) = found.runs
+    assert (run.name, run.verb, run.seconds, run.accuracy, run.passed) == ("runs", "3", None, None, None)
+    assert str(found).splitlines()[-1].split() == ["runs", "short", "1", "0.500", "0.500", "1.0e-06", "1.1", "0", "-"]
+
+
 def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a folder"):
         compare_runs([tmp_path / "nothing"])
