@@ -156,7 +156,8 @@ def policy_loss(
     )
     if denominators is not None and max_tokens is not None:
         raise InputError("denominators already hold max_tokens. Pass one of them.")
-    divisors = denominators or _own_denominators(chosen, inputs, max_tokens or layout.longest)
+    limit = layout.longest if max_tokens is None else max_tokens
+    divisors = denominators or _own_denominators(chosen, inputs, limit)
     return packed_loss.policy_loss(chosen, inputs, divisors)
 
 
@@ -199,6 +200,8 @@ def _proximal(algorithm: Algorithm, layout: TokenLayout, proximal_logprobs: Tens
 
 
 def _own_denominators(algorithm: Algorithm, inputs: LossInputs, max_tokens: int) -> Denominators:
+    if max_tokens < 1:
+        raise InputError(f"max_tokens={max_tokens} is not a length. Pass the largest number of tokens of a completion.")
     counts = Denominators(
         sequences=float(inputs.num_sequences), tokens=float(inputs.current_logprobs_C.numel()), max_tokens=max_tokens
     )

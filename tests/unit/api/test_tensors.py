@@ -248,6 +248,8 @@ def test_the_loss_asks_for_what_it_needs() -> None:
     with pytest.raises(InputError, match="denominators already hold max_tokens"):
         counts = Denominators(sequences=1.0, tokens=1.0, max_tokens=1)
         betterhalf.policy_loss("rloo", *arguments, mask=mask, denominators=counts, max_tokens=3)
+    with pytest.raises(InputError, match="max_tokens=0 is not a length"):
+        betterhalf.policy_loss("rloo", *arguments, mask=mask, max_tokens=0)
 
 
 Measure = Callable[..., object]
