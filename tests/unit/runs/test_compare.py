@@ -1,4 +1,4 @@
-"""Runs side by side: numbers of hand-made folders, settings that differ, and the forms of the result."""
+"""The comparison of runs: numbers of hand-made folders, settings that differ, and the forms of the result."""
 
 from __future__ import annotations
 
