@@ -82,3 +82,7 @@ class NumericsError(RunError):
 
 class WatchdogError(RunError):
     """A watchdog level with the action `stop` fired; the message names the level and the value."""
+
+
+class PrecisionWarning(UserWarning):
+    """Numbers arrive in a format that is too coarse for what is computed from them."""

@@ -31,8 +31,8 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 ROOT = Path(__file__).parents[2]
 ALWAYS = {
     *(f"mismatch/{k}/mean" for k in ("k1", "k2", "k3")),
-    *(f"mismatch/prob_gap/{s}" for s in ("mean_abs", "p99_abs", "max", "min")),
-    *(f"mismatch/log_ratio/{s}" for s in ("mean", "std", "p99_abs", "max_abs")),
+    *(f"mismatch/prob_gap/{s}" for s in ("mean_abs", "std_abs", "p99_abs", "max", "min")),
+    *(f"mismatch/log_ratio/{s}" for s in ("mean", "mean_abs", "std", "p99_abs", "max", "min", "max_abs")),
     *(f"mismatch/sequence_log_ratio/{s}" for s in ("mean", "std", "p1", "p99")),
     *(f"mismatch/{n}" for n in ("slope_per_1k", "ess_fraction", "chi2_token", "pearson", "tokens")),
     *(

@@ -173,7 +173,7 @@ def test_config_prints_toml_and_the_difference_of_two(capsys: pytest.CaptureFixt
     ("arguments", "words"),
     [
         (["trian", "x"], "unknown verb 'trian'. Did you mean train?"),
-        (["zzz"], "The verbs are sanity, train, doctor, probe, evaluate, sweep, report, config, export."),
+        (["zzz"], "The verbs are sanity, train, doctor, probe, evaluate, sweep, report, compare, config, export, new."),
         (["--jsn"], "unknown option '--jsn'"),
         (["train", SMOKE, "--resum"], "unknown option '--resum'. Did you mean --resume?"),
         (["train", SMOKE, "--seed=3"], "Write a setting without dashes: seed=3."),

@@ -6,14 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from betterhalf.api.targets import DEMO, PROBE, run_config, run_to_resume
 from betterhalf.cli.request import Answer, Option, Request, Verb
 from betterhalf.errors import InputError
-
-DEMO = "experiments/sanity/demo.toml"
-"""Experiment of `sanity` without an argument; it comes with the package."""
-
-PROBE = "experiments/base/probe.toml"
-"""Experiment that `probe` and `doctor` use for a model."""
 
 RESUME = Option(name="resume", help="continue the run in run_dir")
 
@@ -35,14 +30,15 @@ def _train(request: Request) -> Answer:
     from betterhalf.runs.train import train
 
     resume = request.options["resume"]
-    run_dir = request.run_dir or (_run_to_resume(request.words[0]) if resume else None)
+    continued = run_to_resume(request.words[0]) if resume else None
+    run_dir = request.run_dir or (str(continued) if continued else None)
     result = train(config, run_dir, resume)
     return Answer(result=result, show=lambda: _show_train(result))
 
 
 def _evaluate(request: Request) -> Answer:
     target = request.words[0]
-    config = request.config(_run_config(target))
+    config = request.config(run_config(target))
     from betterhalf.runs.evaluate import evaluate
 
     result = evaluate(target, config, request.run_dir, request.options["resume"], _checkpoint(request))
@@ -54,7 +50,7 @@ def _probe(request: Request) -> Answer:
     target = request.words[0] if request.words else None
     if target is None and dump is None:
         raise InputError("probe takes MODEL|RUN, but got nothing. Name a model or a run, or give --from-dump FILE.")
-    config = request.config((_run_config(target) if target else None) or PROBE)
+    config = request.config((run_config(target) if target else None) or PROBE)
     from betterhalf.examine.probe import probe, probe_json
 
     flags = {name: bool(request.options[name]) for name in ("gradient", "localize")}
@@ -64,7 +60,7 @@ def _probe(request: Request) -> Answer:
 
 def _doctor(request: Request) -> Answer:
     target = request.words[0]
-    config = request.config(_run_config(target) or PROBE)
+    config = request.config(run_config(target) or PROBE)
     from betterhalf.examine.doctor import doctor, doctor_json
 
     result = doctor(target, config, request.run_dir)
@@ -93,6 +89,21 @@ def _report(request: Request) -> Answer:
     return Answer(result=result, show=lambda: _show(result))
 
 
+def _compare(request: Request) -> Answer:
+    from betterhalf.runs.compare import compare_runs
+
+    found = compare_runs([Path(word) for word in request.words])
+    return Answer(result=found.to_json(), show=lambda: print(found))
+
+
+def _new(request: Request) -> Answer:
+    from betterhalf.setup.starter import write_starter
+
+    files = {name: str(path) for name, path in write_starter(request.words[0]).items()}
+    shown = files | {"start": f"betterhalf train {files['experiment']}"}
+    return Answer(result={"verb": "new", **files}, show=lambda: _show(shown))
+
+
 def _config(request: Request) -> Answer:
     from betterhalf.algorithms.presets import resolve_algorithm
     from betterhalf.config.load import config_difference, resolved_json
@@ -111,7 +122,7 @@ def _config(request: Request) -> Answer:
 
 def _export(request: Request) -> Answer:
     run, directory = request.words
-    _run_config(run)
+    run_config(run)
     from betterhalf.runs.export import export
 
     result = export(run, directory, _checkpoint(request))
@@ -123,28 +134,6 @@ def _checkpoint(request: Request) -> str:
     from betterhalf.setup.trained_policy import LATEST
 
     return request.options["checkpoint"] or LATEST
-
-
-def _run_to_resume(experiment: str) -> str | None:
-    """Return EXPERIMENT if it is a run folder, which `--resume` then continues; None for a file."""
-    from betterhalf.run_dir import RunDir
-
-    return experiment if RunDir(Path(experiment)).config.exists() else None
-
-
-def _run_config(target: str) -> Path | None:
-    """Return the path of a run folder's configuration; None for a model.
-
-    Raises:
-        InputError: the folder is that of a sanity run, which holds several policies.
-    """
-    from betterhalf.run_dir import RunDir
-
-    run = RunDir(Path(target))
-    if run.arm_names():
-        arm = run.arm(run.arm_names()[0])
-        raise InputError(f"{target} is a sanity run with several policies. Name one of its arms, such as {arm.path}.")
-    return run.config if run.configured else None
 
 
 def _show_sanity(result: dict[str, Any]) -> None:
@@ -280,6 +269,15 @@ VERBS = {
         settings=False,
         computes=False,
     ),
+    "compare": Verb(
+        run=_compare,
+        words="RUN [RUN ...]",
+        num_words=(1, sys.maxsize),
+        help="print runs side by side; the folder of a sanity run or a sweep stands for its runs",
+        settings=False,
+        run_dir=False,
+        computes=False,
+    ),
     "config": Verb(
         run=_config,
         words="[EXPERIMENT [OTHER]]",
@@ -296,5 +294,14 @@ VERBS = {
         settings=False,
         run_dir=False,
         options=(CHECKPOINT,),
+    ),
+    "new": Verb(
+        run=_new,
+        words="NAME",
+        num_words=(1, 1),
+        help="write an experiment, a reward and data to start from: NAME.toml, NAME_reward.py, NAME.jsonl",
+        settings=False,
+        run_dir=False,
+        computes=False,
     ),
 }

@@ -107,8 +107,7 @@ def _unknown(details: ErrorDetails, path: _Location) -> str:
     if keys.find(_names(path)) is not None:
         section = ".".join(_names(path)[:-1])
         return f"{key} is not a key of the chosen {section}.type. Remove it, or set another {section}.type."
-    hint = keys.nearest_key(key)
-    fix = f"Did you mean {hint!r}?" if hint else "`betterhalf config EXPERIMENT` lists the valid keys."
+    fix = keys.advice(key) or "`betterhalf config EXPERIMENT` lists the valid keys."
     return f"unknown key {key!r}. {fix}"
 
 

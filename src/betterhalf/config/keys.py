@@ -9,24 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from betterhalf.config.familiar import familiar
 from betterhalf.config.schema import RunConfig, Section
-
-_FAMILIAR = {
-    "lr": "optimizer.learning_rate",
-    "model_name_or_path": "model.name",
-    "dtype": "precision.preset",
-    "torch_dtype": "precision.preset",
-    "num_generations": "training.group_size",
-    "rollouts_per_example": "training.group_size",
-    "batch_size": "training.prompts_per_step",
-    "max_steps": "training.steps",
-    "max_new_tokens": "sampling.max_tokens",
-    "max_completion_length": "sampling.max_tokens",
-    "wd": "optimizer.weight_decay",
-    "loss_type": "algorithm.preset",
-    "backend": "engine.type",
-}
-"""Keys of other frameworks that are too different from ours to be found by similarity."""
 
 _RENAMED_VALUES = {("gradient", "score"): "logprob"}
 """Current values by (last part of the key, value in earlier runs)."""
@@ -152,23 +136,41 @@ def _keys(holders: Sequence[type[Section]], prefix: str) -> Iterator[str]:
                 yield f"{prefix}{name}"
 
 
+def advice(wrong: str) -> str | None:
+    """Return a sentence that leads from a wrong dotted key to the right one; None if no key is similar.
+
+    A key that other frameworks use is answered with the key here, or with what to do instead.
+    """
+    known = None if _close_key(wrong) else familiar(wrong)
+    if known:
+        return str(known)
+    hint = nearest_key(wrong)
+    return f"Did you mean {hint!r}?" if hint else None
+
+
 def nearest_key(wrong: str) -> str | None:
     """Return the valid dotted key most similar to `wrong`; None if no key is similar.
 
     A key of the same section that differs in a letter or two comes first, then a key of that name in another section,
-    then the most similar key overall. Names of sections count as keys, so that `optimiser` finds one as well.
+    then the key of another framework, then the most similar key overall. Names of sections count as keys, so that
+    `optimiser` finds one as well.
     """
-    if wrong in _FAMILIAR:
-        return _FAMILIAR[wrong]
+    keys = all_keys()
+    if (near := _close_key(wrong)) is not None:
+        return near
+    if (known := familiar(wrong)) is not None:
+        return known.key
+    return _nearest(wrong, [*keys, *_section_names()]) or _nearest_leaf(wrong.rpartition(".")[2], keys)
+
+
+def _close_key(wrong: str) -> str | None:
+    """Return the key of the same section that differs in a letter or two, or one of that name in another section."""
     keys = all_keys()
     section, _, leaf = wrong.rpartition(".")
     beside = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
     if (near := _nearest(leaf, list(beside), cutoff=0.85)) is not None:
         return beside[near]
-    for key in keys:
-        if leaf == key.rpartition(".")[2] and key != wrong:
-            return key
-    return _nearest(wrong, [*keys, *_section_names()]) or _nearest_leaf(leaf, keys) or _FAMILIAR.get(leaf)
+    return next((key for key in keys if leaf == key.rpartition(".")[2] and key != wrong), None)
 
 
 def nearest(wrong: object, allowed: Sequence[object]) -> str | None:

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from betterhalf.config import keys
 from betterhalf.config.algorithm import own_choices
 from betterhalf.config.explain import explain
-from betterhalf.config.overrides import expand, merge, parse_overrides
+from betterhalf.config.overrides import SHORT_KEYS, expand, expand_table, merge, parse_overrides
 from betterhalf.config.render import toml_value
 from betterhalf.config.schema import RunConfig, Section
 from betterhalf.errors import ConfigError
@@ -41,6 +41,12 @@ Layer = tuple[str, dict[str, Any]]
 
 COMMAND_LINE = "command line"
 """Source of the layers of overrides."""
+
+KEYWORDS = "keyword argument"
+"""Source of the settings that a Python call adds."""
+
+ConfigSource = str | Path | Mapping[str, Any] | RunConfig | None
+"""Forms in which Python code gives a configuration; see `configuration_of`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +80,36 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     for name in config.sanity.arm:
         arm_settings(config, name)
     return config
+
+
+def configuration_of(source: ConfigSource, settings: Mapping[str, Any] | None = None) -> RunConfig:
+    """Return the configuration that Python code describes.
+
+    Args:
+        source: an experiment as in `load_config`, a mapping of settings, a configuration, or None for the defaults. A
+            mapping may name the experiment that it changes in `extends`.
+        settings: further settings, which win. Keys are those of an experiment file or dotted:
+            `{"precision": "fp16", "training": {"steps": 3}, "optimizer.learning_rate": 1e-5}`.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    if isinstance(source, RunConfig):
+        layers: list[Layer] = [("configuration", _sparse(resolved_json(source)))]
+    elif isinstance(source, Mapping):
+        layers = [*read_layers(source.get("extends")), ("mapping", _python_layer(source))]
+    else:
+        layers = read_layers(source)
+    config = resolve_layers([*layers, (KEYWORDS, _python_layer(settings or {}))])
+    for name in config.sanity.arm:
+        arm_settings(config, name)
+    return config
+
+
+def _python_layer(settings: Mapping[str, Any]) -> dict[str, Any]:
+    given = {SHORT_KEYS.get(key, key): value for key, value in settings.items() if key != "extends"}
+    layer: dict[str, Any] = expand_table(given)
+    return layer
 
 
 def read_layers(path: str | Path | None, overrides: Sequence[str] = ()) -> list[Layer]:

@@ -15,8 +15,8 @@ from betterhalf.errors import ConfigError
 RUN_DIR_KEY = "run_dir"
 """Key of the run folder, on the command line only; it is not part of the configuration."""
 
-_SHORT = {"arms": "sanity.arms"}
-"""Short keys, on the command line only."""
+SHORT_KEYS = {"arms": "sanity.arms"}
+"""Short keys, on the command line and as keyword arguments only."""
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -114,7 +114,7 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def _nested(key: str, text: str) -> dict[str, Any]:
-    path = _SHORT.get(key, key).split(".")
+    path = SHORT_KEYS.get(key, key).split(".")
     info = keys.find(path)
     while info is not None and (short := keys.shorthand(info.annotation)) is not None:
         path.append(short)

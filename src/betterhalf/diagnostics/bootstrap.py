@@ -36,7 +36,10 @@ _CHUNK = 1 << 20
 _TAIL = 0.03
 """Share of the largest values that is searched first for a 99th percentile."""
 
-_SUMS = ("length", "d", "d2", "k3", "gap", "chi2", "low", "high", "x", "y", "x2", "y2", "xy")
+_SUMS = (
+    *("length", "d", "d2", "k3", "abs_d", "gap", "gap2", "chi2", "low", "high"),
+    *("x", "y", "x2", "y2", "xy"),
+)
 """Per-completion sums, the columns of `_Statistics.sums_SQ`."""
 
 
@@ -53,7 +56,7 @@ class _Statistics:
     lengths_S: Tensor
     """Number of tokens."""
     highest_SE: Tensor
-    """Largest value of gap, -gap, abs(d), x, -x, y, -y among each completion's tokens."""
+    """Largest value of gap, -gap, abs(d), x, -x, y, -y, d, -d among each completion's tokens."""
     equal_S: Tensor
     """True where pi equals mu at every token of the completion."""
     tokens: tuple[_Ranked, _Ranked]
@@ -186,9 +189,10 @@ def _statistics(trainer_C: Tensor, behavior_C: Tensor, index_C: Tensor, num_sequ
     x_C, y_C = trainer_C.exp(), behavior_C.exp()
     d0, x0, y0 = (float(values.mean()) for values in (d_C, x_C, y_C))
     d, x, y = d_C - d0, x_C - x0, y_C - y0
-    moments = (torch.ones_like(d), d, d * d, k3(d_C), gap_C.abs(), torch.expm1(d_C).square())
+    moments = (torch.ones_like(d), d, d * d, k3(d_C), d_C.abs())
+    gaps = (gap_C.abs(), gap_C.square(), torch.expm1(d_C).square())
     accidents = ((d_C < -ACCIDENT).double(), (d_C > ACCIDENT).double())
-    columns = (*moments, *accidents, x, y, x * x, y * y, x * y)
+    columns = (*moments, *gaps, *accidents, x, y, x * x, y * y, x * y)
     d_S = ops.segment_sum(d_C, index_C, num_sequences)
     return _Statistics(
         sums_SQ=torch.stack([ops.segment_sum(column, index_C, num_sequences) for column in columns], 1),
@@ -198,7 +202,7 @@ def _statistics(trainer_C: Tensor, behavior_C: Tensor, index_C: Tensor, num_sequ
         highest_SE=torch.stack(
             [
                 _segment_max(values, index_C, num_sequences)
-                for values in (gap_C, -gap_C, d_C.abs(), x_C, -x_C, y_C, -y_C)
+                for values in (gap_C, -gap_C, d_C.abs(), x_C, -x_C, y_C, -y_C, d_C, -d_C)
             ],
             1,
         ),
@@ -233,11 +237,15 @@ def _metrics(statistics: _Statistics, counts_BS: Tensor) -> dict[str, Tensor]:
         "k2/mean": (variance_B + log_ratio_B.square()) / 2,
         "k3/mean": mean["k3"],
         "prob_gap/mean_abs": mean["gap"],
+        "prob_gap/std_abs": (mean["gap2"] - mean["gap"].square()).clamp(min=0).sqrt(),
         "prob_gap/p99_abs": _quantile(by_gap, counts_BS, tokens_B, 0.99),
         "prob_gap/max": highest_BE[:, 0],
         "prob_gap/min": -highest_BE[:, 1],
         "log_ratio/mean": log_ratio_B,
+        "log_ratio/mean_abs": mean["abs_d"],
         "log_ratio/std": variance_B.clamp(min=0).sqrt(),
+        "log_ratio/max": highest_BE[:, 7],
+        "log_ratio/min": -highest_BE[:, 8],
         "log_ratio/p99_abs": _quantile(by_d, counts_BS, tokens_B, 0.99),
         "log_ratio/max_abs": highest_BE[:, 2],
         "accident_fraction": mean["low"],

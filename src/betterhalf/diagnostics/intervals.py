@@ -59,8 +59,11 @@ _PERCENTILE = 0.99
 """The percentile that all percentile metrics use, of the values or of their negatives."""
 
 SIGNED = ("k1/mean", "log_ratio/mean", "sequence_log_ratio/mean", "slope_per_1k")
-POSITIVE = (*("k2/mean", "k3/mean", "prob_gap/mean_abs", "log_ratio/std", "chi2_token", "sequence_log_ratio/std"),)
-EXTREMES = ("prob_gap/max", "prob_gap/min", "log_ratio/max_abs")
+POSITIVE = (
+    *("k2/mean", "k3/mean", "prob_gap/mean_abs", "prob_gap/std_abs", "log_ratio/mean_abs", "log_ratio/std"),
+    *("chi2_token", "sequence_log_ratio/std"),
+)
+EXTREMES = ("prob_gap/max", "prob_gap/min", "log_ratio/max", "log_ratio/min", "log_ratio/max_abs")
 ACCIDENTS = ("accident_fraction", "accident_fraction_above")
 
 _EXTREME = "an extreme grows with the number of tokens, so there is no fixed value to bracket"

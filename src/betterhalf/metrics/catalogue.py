@@ -57,6 +57,7 @@ _MISMATCH = (
         _NEMO,
     ),
     Metric("mismatch/prob_gap/mean_abs", "probability", "Mean of abs(pi - mu) over tokens."),
+    Metric("mismatch/prob_gap/std_abs", "probability", "Standard deviation of abs(pi - mu) over tokens."),
     Metric("mismatch/prob_gap/p99_abs", "probability", "99th percentile of abs(pi - mu)."),
     Metric(
         "mismatch/prob_gap/max",
@@ -75,6 +76,9 @@ _MISMATCH = (
     Metric(
         "mismatch/log_ratio/mean", "nats", "Mean of log_ratio over tokens: the bias that adds up over a completion."
     ),
+    Metric("mismatch/log_ratio/mean_abs", "nats", "Mean of abs(log_ratio) over tokens."),
+    Metric("mismatch/log_ratio/max", "nats", "Largest log_ratio; its exponential is the largest ratio pi/mu."),
+    Metric("mismatch/log_ratio/min", "nats", "Smallest (most negative) log_ratio."),
     Metric("mismatch/log_ratio/std", "nats", "Standard deviation of log_ratio over tokens."),
     Metric("mismatch/log_ratio/p99_abs", "nats", "99th percentile of abs(log_ratio)."),
     Metric("mismatch/log_ratio/max_abs", "nats", "Largest abs(log_ratio); rare tokens dominate it."),

@@ -38,10 +38,6 @@ def test_shorthands_expand_where_the_schema_has_them() -> None:
     }
 
 
-def test_every_familiar_name_leads_to_a_key_that_exists() -> None:
-    assert set(keys._FAMILIAR.values()) <= set(keys.all_keys())
-
-
 def test_a_key_misspelt_in_its_section_leads_back_to_it() -> None:
     for key in keys.all_keys():
         assert keys.find(key.split(".")) is not None

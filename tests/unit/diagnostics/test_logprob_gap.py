@@ -72,6 +72,12 @@ def test_estimators_equal_exact_arithmetic() -> None:
     mean = sum(ds) / 4
     assert found["log_ratio/std"] == pytest.approx(math.sqrt(sum((d - mean) ** 2 for d in ds) / 4), rel=1e-13)
     assert found["log_ratio/max_abs"] == pytest.approx(0.3)
+    assert found["log_ratio/max"] == pytest.approx(0.3)
+    assert found["log_ratio/min"] == pytest.approx(-2e-3)
+    assert found["log_ratio/mean_abs"] == pytest.approx(sum(map(abs, ds)) / 4, rel=1e-13)
+    sizes = [abs(gap) for gap in gaps]
+    spread = math.sqrt(sum((size - sum(sizes) / 4) ** 2 for size in sizes) / 4)
+    assert found["prob_gap/std_abs"] == pytest.approx(spread, rel=1e-12)
     assert found["tokens"] == 4
 
 

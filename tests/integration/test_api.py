@@ -1,0 +1,99 @@
+"""The Python functions run the same code as the command line, and fail with exceptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import betterhalf
+from betterhalf import cli
+from betterhalf.run_dir import RunDir
+from betterhalf.runs import train as run_train
+
+SETTINGS: dict[str, Any] = {
+    "task": {"num_prompts": 64},
+    "sampling": {"max_tokens": 40},
+    "training": {"steps": 2, "prompts_per_step": 4, "group_size": 4, "optimizer_steps": 2},
+    "logging": {"console": "quiet"},
+}
+OVERRIDES = [
+    *("task.num_prompts=64", "sampling.max_tokens=40", "training.steps=2", "training.prompts_per_step=4"),
+    *("training.group_size=4", "training.optimizer_steps=2", "logging.console=quiet"),
+]
+BASE = "experiments/base/demo.toml"
+
+
+def numbers(run: betterhalf.Run) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in row.items() if not name.startswith(("time/", "system/"))} for row in run.metrics
+    ]
+
+
+def test_train_and_the_command_line_give_the_same_numbers(tmp_path: Path) -> None:
+    run = betterhalf.train(BASE, run_dir=tmp_path / "api", precision="bf16", **SETTINGS)
+    assert cli.main(["train", BASE, "precision=bf16", *OVERRIDES, f"run_dir={tmp_path / 'cli'}", "--json"]) == 0
+    other = betterhalf.load_run(tmp_path / "cli")
+    assert run.config == other.config
+    assert numbers(run) == numbers(other)
+    assert run.summary["policy_version"] == 4
+    found = betterhalf.compare(run, other)
+    assert found.differences == {}
+    assert [each.steps for each in found.runs] == [2, 2]
+
+
+def test_an_interrupted_run_keeps_what_is_written_and_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SETTINGS, "training": {**SETTINGS["training"], "steps": 3, "checkpoint_every": 1}}
+    write = run_train.save_checkpoint
+
+    def interrupted(parts: Any, run: RunDir, progress: Any) -> None:
+        write(parts, run, progress)
+        if progress.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(run_train, "save_checkpoint", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="finished work is in"):
+        betterhalf.train(BASE, run_dir=tmp_path / "r", **settings)
+    assert len(betterhalf.load_run(tmp_path / "r").metrics) == 2
+    monkeypatch.setattr(run_train, "save_checkpoint", write)
+    done = betterhalf.train(tmp_path / "r", resume=True)
+    assert [row["step"] for row in done.metrics] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        ("betterhalf.train('nothing.toml')", "ConfigError", "there is no experiment file"),
+        ("betterhalf.train(lr=1)", "ConfigError", "Did you mean 'optimizer.learning_rate'?"),
+        ("betterhalf.train(resume=True)", "InputError", "needs the folder of the run to continue"),
+        ("betterhalf.train(model='/nowhere/model')", "InputError", "/nowhere/model"),
+        ("betterhalf.probe()", "InputError", "probe has no model to examine"),
+        ("betterhalf.evaluate('demo', sampling={'top_p': 0.0})", "ConfigError", "sampling.top_p"),
+        ("betterhalf.load_run('nothing')", "InputError", "is not a folder"),
+    ],
+)
+def test_errors_are_exceptions_and_nothing_is_left_behind(call: str, error: str, words: str, tmp_path: Path) -> None:
+    code = (
+        f"import betterhalf, json\ntry:\n    {call}\nexcept betterhalf.BetterhalfError as found:\n"
+        "    print(json.dumps([type(found).__name__, str(found)]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    name, message = json.loads(done.stdout.splitlines()[-1])
+    assert name == error and words in message
+    assert list(tmp_path.iterdir()) == []
