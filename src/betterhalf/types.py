@@ -256,12 +256,10 @@ class LossInputs(TokenTensors):
     `algorithm.score_centering`."""
 
     @classmethod
-    def of(
-        cls, tokens: TokenTensors, current_logprobs_C: Tensor, current_top_logprobs_CK: Tensor | None = None
-    ) -> LossInputs:
+    def of(cls, tokens: TokenTensors, current_logprobs_C: Tensor) -> LossInputs:
         """Add the current logprobs to the constants of the same tokens."""
         constants = {each.name: getattr(tokens, each.name) for each in fields(TokenTensors)}
-        return cls(current_logprobs_C=current_logprobs_C, current_top_logprobs_CK=current_top_logprobs_CK, **constants)
+        return cls(current_logprobs_C=current_logprobs_C, **constants)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,7 @@ HARMLESS = {
     ("rollout/sampler.py", "cumsum"): "of integers",
     ("rollout/sampler.py", "gather"): "without a gradient",
     ("rollout/sampler.py", "scatter"): "a permutation: each place once",
+    ("runs/epochs.py", "bincount"): "without weights: counts",
     ("runs/side_by_side.py", "put"): "of a queue",
     ("examine/pairs.py", "repeat_interleave"): "without a gradient",
     (
@@ -40,6 +41,8 @@ HARMLESS = {
     ): "rows of a sparse gradient, of which only a CPU makes any, each once",
     ("training/pack.py", "bincount"): "without weights: counts",
     ("training/token_scores.py", "scatter_add"): "one value for each row",
+    ("training/top_scores.py", "gather"): "in a forward pass whose backward pass is written out",
+    ("training/top_scores.py", "scatter_add"): "different places of each row; those outside a chunk add 0",
     ("kernels/gradients.py", "repeat_interleave"): "of integers, without a gradient",
     ("kernels/vocabulary.py", "cumsum"): "Triton's, within one program",
 }

@@ -73,9 +73,9 @@ def test_masked_completions_are_counted_and_have_no_loss(small_config: Configure
     _, plain = trained(small_config(**changes))
     _, masked = trained(small_config(**changes, algorithm={"mask_truncated": True}))
     first, other = masked[0].metrics, plain[0].metrics
-    assert first["rollout/kept/masked_fraction"] == first["rollout/kept/truncated_fraction"]
-    assert float(first["rollout/kept/masked_fraction"] or 0) > 0
-    assert other["rollout/kept/masked_fraction"] == 0
+    assert first["rollout/masked_fraction"] == first["rollout/kept/truncated_fraction"]
+    assert float(first["rollout/masked_fraction"] or 0) > 0
+    assert other["rollout/masked_fraction"] == 0
     assert first["rollout/reward/mean"] == other["rollout/reward/mean"]
     assert first["mismatch/tokens"] == other["mismatch/tokens"]
     cut = [kept for kept in masked[0].kept if kept.rollout.completion.truncated]

@@ -317,7 +317,7 @@ _ROLLOUT = (
         "share",
         "Groups that the step trains on whose advantages are all zero; with dynamic sampling, groups that fill it up.",
     ),
-    Metric("rollout/kept/masked_fraction", "share", "Rollouts that `algorithm.mask_truncated` leaves without a loss."),
+    Metric("rollout/masked_fraction", "share", "Rollouts that `algorithm.mask_truncated` leaves without a loss."),
 )
 
 CATALOGUE: dict[str, Metric] = {

@@ -19,6 +19,7 @@ _KEY_SETTINGS = (
     "engine.rounding",
     "task.type",
     "algorithm.preset",
+    "algorithm.loss",
     "optimizer.learning_rate",
     "training.steps",
     "training.prompts_per_step",

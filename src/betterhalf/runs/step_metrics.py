@@ -40,7 +40,7 @@ def rollout_metrics(collected: Collected, advantages: Sequence[float], masked: i
         "rollout/engine_restarts": float(collected.restarts),
         **_described("rollout/kept", collected.rollouts),
         "rollout/kept/zero_advantage_fraction": kept / len(collected.groups),
-        "rollout/kept/masked_fraction": masked / len(collected.rollouts),
+        "rollout/masked_fraction": masked / len(collected.rollouts),
     }
 
 

@@ -32,7 +32,8 @@ from betterhalf.precision.island_hooks import use_islands
 from betterhalf.precision.loss_scaler import LossScaler, build_loss_scaler
 from betterhalf.precision.products import has_native_matmul, packed
 from betterhalf.precision.roles import Precision
-from betterhalf.training.token_scores import Head, LogitsWorkspace, measure_tokens, several_logprobs, token_logprobs
+from betterhalf.training.token_scores import Head, LogitsWorkspace, measure_tokens, token_logprobs
+from betterhalf.training.top_scores import top_logprobs
 from betterhalf.training.trainer import OptimReport, TokenScores, TrainerState, WireWeights
 from betterhalf.training.weights.replicated import ReplicatedWeights
 from betterhalf.training.weights.store import StoreFactory
@@ -182,13 +183,13 @@ class PolicyTrainer:
 
     # -- learning
 
-    def _loss_inputs(self, hidden_CH: Tensor, micro: MicroBatch) -> LossInputs:
-        """Add to a pack the current logprobs of its tokens, and of the engine's most likely ones if it has them."""
+    def _with_top(self, inputs: LossInputs, hidden_CH: Tensor, micro: MicroBatch) -> LossInputs:
+        """Add the current logprobs of the engine's most likely tokens, if the pack has them."""
         if micro.top_ids_CK is None:
-            return LossInputs.of(micro, self._score(hidden_CH, micro))
-        temperature, head = self.config.sampling.temperature, self.head()
-        scores = several_logprobs(hidden_CH, head, micro.target_ids_C, micro.top_ids_CK, temperature, self._workspace)
-        return LossInputs.of(micro, *scores)
+            return inputs
+        temperature = self.config.sampling.temperature
+        top_CK = top_logprobs(hidden_CH, self.head(), micro.top_ids_CK, temperature, self._workspace)
+        return replace(inputs, current_top_logprobs_CK=top_CK)
 
     def forward_backward(
         self, packs: Sequence[MicroBatch], algorithm: Algorithm, denominators: Denominators
@@ -200,7 +201,8 @@ class PolicyTrainer:
                 hidden_CH = self._hidden_rows(micro)
                 # Keeps the gradient, as large as the hidden states themselves, until the end of the backward pass.
                 hidden_CH.retain_grad()
-                output = policy_loss(algorithm, self._loss_inputs(hidden_CH, micro), denominators)
+                inputs = LossInputs.of(micro, self._score(hidden_CH, micro))
+                output = policy_loss(algorithm, self._with_top(inputs, hidden_CH, micro), denominators)
                 self.scaler.scale_loss(output.loss).backward()  # type: ignore[no-untyped-call]
                 assert hidden_CH.grad is not None
                 stats += output.stats.with_gradient(hidden_CH.grad)

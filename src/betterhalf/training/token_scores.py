@@ -120,24 +120,21 @@ class _TokenLogprobs(torch.autograd.Function):
         targets_C: Tensor,
         temperature: float,
         workspace: LogitsWorkspace,
-        top_ids_CK: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         rows, parts = workspace.rows(logits_weight_VH.shape[0]), []
-        chunks = (torch.split(values, rows) for values in (hidden_CH, targets_C, top_ids_CK))
-        for hidden, targets, top_ids in zip(*chunks, strict=True):
+        for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True):
             logits = workspace.multiply(hidden, logits_weight_VH, tiled_weight_VH)
-            logprobs, normaliser = ops.normalised(logits, targets, temperature)
-            parts.append((logprobs, normaliser, _top_logprobs(logits, top_ids, normaliser, temperature)))
-        logprobs_C, normaliser_C, top_CK = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        ctx.save_for_backward(hidden_CH, logits_weight_VH, grad_weight_VH, targets_C, normaliser_C, top_ids_CK)
+            parts.append(ops.normalised(logits, targets, temperature))
+        logprobs_C, normaliser_C = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        ctx.save_for_backward(hidden_CH, logits_weight_VH, grad_weight_VH, targets_C, normaliser_C)
         ctx.weight_VH = weight_VH
         ctx.temperature, ctx.workspace = temperature, workspace
         ctx.logits_CV, ctx.use = (logits if len(parts) == 1 else None), workspace.uses
-        return logprobs_C, top_CK
+        return logprobs_C
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_CH, logits_weight_VH, grad_weight_VH, targets_C, normaliser_C, top_ids_CK = ctx.saved_tensors
+        hidden_CH, logits_weight_VH, grad_weight_VH, targets_C, normaliser_C = ctx.saved_tensors
         grad_hidden = torch.zeros(hidden_CH.shape, dtype=torch.float32, device=hidden_CH.device)
         total = direct_sum(ctx.weight_VH) if ctx.needs_input_grad[1] else None
         alone = ctx.needs_input_grad[1] and total is None
@@ -149,19 +146,14 @@ class _TokenLogprobs(torch.autograd.Function):
             part = slice(start, start + columns)
             logits = head_logits(hidden_CH, logits_weight_VH[part]) if kept is None else kept[:, part]
             grad_logits = _grad_logits(
-                logits,
-                (targets_C - start, top_ids_CK - start),
-                normaliser_C,
-                grad_outputs,
-                ctx.temperature,
-                grad_weight_VH.dtype,
+                logits, targets_C - start, normaliser_C, grad_outputs[0], ctx.temperature, grad_weight_VH.dtype
             )
             grad_hidden += _product(grad_logits, grad_weight_VH[part])
             if total is not None:
                 add_product(total[part], grad_logits.t(), operand.t())
             elif grad_VH is not None:
                 grad_VH[part] = ctx.workspace.multiply_back(grad_logits.t(), operand)
-        return grad_hidden.to(hidden_CH.dtype), grad_VH, None, None, None, None, None, None, None
+        return grad_hidden.to(hidden_CH.dtype), grad_VH, None, None, None, None, None, None
 
 
 def head_logits(hidden_CH: Tensor, wide_VH: Tensor) -> Tensor:
@@ -178,28 +170,18 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return product(left, right.t())
 
 
-def _top_logprobs(logits_CV: Tensor, top_ids_CK: Tensor, normaliser_C: Tensor, temperature: float) -> Tensor:
-    """Return the logprobs of K tokens of each row, float32 [C, K]."""
-    top_CK = logits_CV.gather(-1, top_ids_CK)
-    return (top_CK if temperature == 1.0 else top_CK / temperature) - normaliser_C.unsqueeze(-1)
-
-
 def _grad_logits(
     logits_CV: Tensor,
-    token_ids: tuple[Tensor, Tensor],
+    targets_C: Tensor,
     normaliser_C: Tensor,
-    grads: tuple[Tensor, ...],
+    grad_C: Tensor,
     temperature: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient of the logprobs of some tokens with respect to the logits, rounded once.
+    """Gradient of the targets' logprobs with respect to the logits: (onehot - softmax) * grad / temperature, rounded.
 
-    It is (onehot - softmax) * grad / temperature, summed over the tokens of a row: one in `token_ids[0]`, [C], and K
-    different ones in `token_ids[1]`, [C, K]. They are relative to the first of these logits, and may be outside them.
+    `targets_C` are relative to the first of these logits; a target may be outside them.
     """
-    targets_C, grad_C = token_ids[0], grads[0]
-    if token_ids[1].shape[1]:
-        return _grad_logits_of_several(logits_CV, token_ids, normaliser_C, grads, temperature).to(dtype)
     if fused(logits_CV):
         # Imported only on a GPU, because it needs Triton.
         from betterhalf.kernels import vocabulary
@@ -211,25 +193,6 @@ def _grad_logits(
     inside = (targets_C >= 0) & (targets_C < grad.shape[1])
     here = targets_C.clamp(0, grad.shape[1] - 1).unsqueeze(-1)
     return grad.scatter_add_(1, here, (grad_C * inside).unsqueeze(-1)).to(dtype)
-
-
-def _grad_logits_of_several(
-    logits_CV: Tensor,
-    token_ids: tuple[Tensor, Tensor],
-    normaliser_C: Tensor,
-    grads: tuple[Tensor, ...],
-    temperature: float,
-) -> Tensor:
-    """Return `_grad_logits` in FP32, for K above 0."""
-    scaled = logits_CV if temperature == 1.0 else logits_CV / temperature
-    grad_C1, grad_CK = grads[0].unsqueeze(-1) / temperature, grads[1] / temperature
-    total_C1 = grad_C1 + grad_CK.sum(-1, keepdim=True)
-    grad_logits = (scaled - normaliser_C.unsqueeze(-1)).exp_().mul_(-total_C1)
-    for ids, grad in ((token_ids[0].unsqueeze(-1), grad_C1), (token_ids[1], grad_CK)):
-        inside = (ids >= 0) & (ids < grad_logits.shape[1])
-        # Each token occurs once in a row, and those outside add 0: the order of the sum does not matter.
-        grad_logits.scatter_add_(1, ids.clamp(0, grad_logits.shape[1] - 1), grad * inside)
-    return grad_logits
 
 
 def token_logprobs(
@@ -247,20 +210,7 @@ def token_logprobs(
     Returns:
         float32 [C].
     """
-    nothing_CK = targets_C.new_empty(targets_C.shape[0], 0)
-    return several_logprobs(hidden_CH, head, targets_C, nothing_CK, temperature, workspace)[0]
-
-
-def several_logprobs(
-    hidden_CH: Tensor,
-    head: Head,
-    targets_C: Tensor,
-    top_ids_CK: Tensor,
-    temperature: float,
-    workspace: LogitsWorkspace,
-) -> tuple[Tensor, Tensor]:
-    """Compute `token_logprobs` of the targets, float32 [C], and of K different tokens in each row, float32 [C, K]."""
-    logprobs_C, top_CK = _TokenLogprobs.apply(
+    out = _TokenLogprobs.apply(
         hidden_CH,
         head.weight,
         head.logits_weight,
@@ -269,9 +219,9 @@ def several_logprobs(
         targets_C,
         temperature,
         workspace,
-        top_ids_CK,
     )  # type: ignore[no-untyped-call]
-    return logprobs_C, top_CK
+    assert isinstance(out, Tensor)
+    return out
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 
 from betterhalf import ops
 from betterhalf.training import token_scores
-from betterhalf.training.token_scores import Head, LogitsWorkspace, measure_tokens, several_logprobs, token_logprobs
+from betterhalf.training.token_scores import Head, LogitsWorkspace, measure_tokens, token_logprobs
 
 VOCABULARY = 600
 """Vocabulary of three chunks with the minimum number of columns."""
@@ -180,25 +180,3 @@ def test_shared_logprob_definition_is_fp32_even_for_half_logits() -> None:
     assert logprob.dtype == torch.float32
     # log(1/3) = -1.0986123, which FP16 would give as -1.0986328
     assert abs(float(logprob) + 1.0986123) < 1e-6
-
-
-@pytest.mark.parametrize("rows", [2, 11])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_of_several_tokens_equal_float64_forward_and_backward(rows: int, temperature: float) -> None:
-    hidden, weight, targets, upstream = problem(torch.float32)
-    generator = torch.Generator().manual_seed(4)
-    # Different tokens in a row; the first row holds its target too, and ids lie in every chunk of the vocabulary.
-    top = torch.stack([torch.randperm(VOCABULARY, generator=generator)[:5] for _ in range(11)])
-    top[0, 2] = targets[0]
-    upstream_top = torch.randn(11, 5, generator=generator)
-    h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    all_logprobs = ((h @ w.t()) / temperature).log_softmax(-1)
-    expected, expected_top = all_logprobs.gather(1, targets[:, None]).squeeze(1), all_logprobs.gather(1, top)
-    ((expected * upstream.double()).sum() + (expected_top * upstream_top.double()).sum()).backward()
-    hidden.requires_grad_(), weight.requires_grad_()
-    found, found_top = several_logprobs(hidden, head(weight), targets, top, temperature, workspace(rows))
-    ((found * upstream).sum() + (found_top * upstream_top).sum()).backward()
-    torch.testing.assert_close(found_top.double(), expected_top, rtol=1e-5, atol=1e-6)
-    assert torch.equal(found, token_logprobs(hidden, head(weight), targets, temperature, workspace(rows)))
-    torch.testing.assert_close(hidden.grad.double(), h.grad, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
-    torch.testing.assert_close(weight.grad.double(), w.grad, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
