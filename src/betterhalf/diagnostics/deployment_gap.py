@@ -72,7 +72,9 @@ def deployment_gap(
         lambda counts_BP: torch.sub(*_accuracies(counts_BP @ sums_P4)).unsqueeze(1), prompts, resamples, seed
     )
     gap, reach = float(weighted - plain), critical_value(confidence, prompts) * float(error)
-    every = torch.cat(weights)
+    every, graded = torch.cat(weights), torch.cat(values)
+    if bool((graded == graded[0]).all()) and bool((every != 1).any()):
+        reach = torch.nan  # rewards that are all equal say nothing of the effect of the weights
     return DeploymentGap(
         accuracy=float(plain),
         trainer_accuracy=float(weighted),

@@ -83,6 +83,11 @@ def test_equal_policies_have_a_gap_of_exactly_zero() -> None:
     assert found.ess_fraction == 1 and found.trainer_accuracy == found.accuracy
 
 
+def test_rewards_that_are_all_equal_give_no_interval() -> None:
+    found = gap([[0.0, 0.0], [0.0, 0.0]], [[0.1, 0.0], [0.0, -0.1]])
+    assert found.gap.value == 0 and math.isnan(found.gap.low) and math.isnan(found.gap.high)
+
+
 def test_a_common_factor_of_the_weights_cancels_without_overflow() -> None:
     rewards, log_ratios = [[1.0, 0.0], [0.5, 1.0]], [[0.3, -0.2], [0.1, 0.7]]
     shifted = gap(rewards, [[value + 2000 for value in row] for row in log_ratios])
