@@ -12,7 +12,7 @@ from betterhalf.errors import ConfigError
 
 PENDING = {
     *("algorithm.kl.coefficient", "algorithm.kl.place", "algorithm.kl.estimator", "algorithm.entropy_coefficient"),
-    *("training.epochs", "algorithm.mask_truncated", "task.reward"),
+    "task.reward",
 }
 """Keys that the schema does not have yet."""
 
