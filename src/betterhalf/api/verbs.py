@@ -108,15 +108,17 @@ def evaluate(
     *,
     run_dir: Folder = None,
     resume: bool = False,
+    checkpoint: str | int = "latest",
     **settings: Any,
 ) -> Run:
-    """Measure the accuracy of a model or a run with the rollout engine; `Run.summary` has avg@k and pass@k.
+    """Measure the accuracy of a model or a run with the rollout engine; `Run.summary` has avg@k, pass@k and maj@k.
 
     Args:
         target: model or run folder.
         config: experiment; by default that of the run folder, or the defaults for a model.
         run_dir: folder to write to.
         resume: continue the evaluation in `run_dir`.
+        checkpoint: checkpoint of a run: `latest`, `best`, or its step.
         **settings: further settings, which win.
 
     Raises:
@@ -126,7 +128,7 @@ def evaluate(
     chosen = _prepared(_source(target, config, None), settings)
     from betterhalf.runs.evaluate import evaluate as run_evaluate
 
-    return _run(run_evaluate(str(target), chosen, _text(run_dir), resume))
+    return _run(run_evaluate(str(target), chosen, _text(run_dir), resume, str(checkpoint)))
 
 
 def compare(*runs: str | Path | Run) -> Comparison:

@@ -72,11 +72,19 @@ _SAME = {
     "algorithm.kl.estimator": ("kl_loss_type", "kl_estimator", "kl_penalty"),
     "algorithm.entropy_coefficient": ("entropy_coeff", "entropy_coef", "entropy_loss_coef", "ent_coef"),
     "algorithm.overlong_factor": ("overlong_penalty_factor",),
+    "evaluate.every": (*("eval_steps", "eval_freq", "test_freq", "eval_interval", "val_interval", "eval_every"),),
+    "evaluate.keep_best": ("load_best_model_at_end", "save_best"),
     "evaluate.samples": ("n_samples_per_eval_prompt", "val_n"),
     "task.path": (
         *("dataset", "dataset_name", "train_file", "train_files", "prompt_data", "dataset_path", "train_data"),
     ),
     "task.split": ("dataset_split", "prompt_split", "train_split", "dataset_train_split"),
+    "task.subset": ("dataset_config", "dataset_config_name"),
+    "task.question_field": ("prompt_key", "input_key", "question_key", "problem_key", "prompt_column"),
+    "task.answer_field": ("label_key", "answer_key", "ground_truth_key"),
+    "task.template_arguments": ("chat_template_kwargs", "apply_chat_template_kwargs"),
+    "task.max_rows": ("max_samples", "train_max_samples", "max_train_samples"),
+    "task.reward_workers": ("num_workers", "reward_num_workers"),
     "logging.console": ("disable_tqdm", "log_level", "verbose"),
     "logging.rollouts_per_step": ("log_completions", "num_completions_to_print"),
 }
@@ -140,6 +148,18 @@ _OTHERWISE = {
         ("scale_rewards", "norm_adv_by_std_in_grpo", "grpo_std_normalization", "normalize_advantages", "norm_adv"),
         "group_standardised divides by the standard deviation of the group, group_mean does not.",
     ),
+    "task.max_prompt_tokens": (
+        ("max_prompt_length", "prompt_max_len", "rollout_max_prompt_len"),
+        "Rows with longer prompts are left out and counted, not cut.",
+    ),
+    "task.template_arguments": (
+        ("enable_thinking", "thinking", "reasoning_effort"),
+        "Write it among them, as in task.template_arguments.enable_thinking=false.",
+    ),
+    "evaluate.data": (
+        ("val_files", "eval_dataset", "test_files", "eval_prompt_data", "eval_data", "validation_file"),
+        "Each data set is a table with the keys of a task: evaluate.data.NAME=math evaluate.data.NAME.path=FILE.",
+    ),
     "algorithm.overlong_buffer": (
         ("overlong_buffer_len", "overlong_buffer_cfg"),
         "It is a number of tokens; algorithm.overlong_factor is the penalty at the limit.",
@@ -178,10 +198,6 @@ _INSTEAD = {
     ),
     ("resume_from_checkpoint", "load_checkpoint", "resume_mode", "resume", "load", "ckpt"): (
         "Continue a run with `betterhalf train RUN --resume`."
-    ),
-    ("max_prompt_length", "prompt_max_len", "rollout_max_prompt_len", "max_prompt_tokens"): (
-        "A prompt may be as long as the model's context less sampling.max_tokens; task.bad_rows=skip leaves out longer "
-        "ones."
     ),
     ("max_model_len", "seq_len", "max_seq_length", "max_length", "rollout_max_context_len"): (
         "The context follows from the model, the prompts and sampling.max_tokens."
