@@ -14,6 +14,7 @@ FP32 sums.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,8 +103,8 @@ class LogitsWorkspace:
         return max(_FEWEST_COLUMNS, logits // max(rows, 1))
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    """[C, H] hidden, [V, H] head -> [C] logprobs.
+class _TokenScores(torch.autograd.Function):
+    """[C, H] hidden, [V, H] head -> [C] logprobs, [C, K] logprobs of other tokens, and [C] entropies if wanted.
 
     The backward pass reuses the logits of a single chunk unless their memory was overwritten; otherwise it computes the
     logits again.
@@ -121,23 +122,27 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: float,
         workspace: LogitsWorkspace,
         top_ids_CK: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+        entropies: bool,
+    ) -> tuple[Tensor, ...]:
         rows, parts = workspace.rows(logits_weight_VH.shape[0]), []
+        score: Callable[..., tuple[Tensor, ...]] = ops.scores if entropies else ops.normalised
         chunks = (torch.split(values, rows) for values in (hidden_CH, targets_C, top_ids_CK))
         for hidden, targets, top_ids in zip(*chunks, strict=True):
             logits = workspace.multiply(hidden, logits_weight_VH, tiled_weight_VH)
-            logprobs, normaliser = ops.normalised(logits, targets, temperature)
-            parts.append((logprobs, normaliser, _top_logprobs(logits, top_ids, normaliser, temperature)))
-        logprobs_C, normaliser_C, top_CK = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        ctx.save_for_backward(hidden_CH, logits_weight_VH, grad_weight_VH, targets_C, normaliser_C, top_ids_CK)
+            logprobs, normaliser, *entropy = score(logits, targets, temperature)
+            parts.append((logprobs, normaliser, _top_logprobs(logits, top_ids, normaliser, temperature), *entropy))
+        logprobs_C, normaliser_C, top_CK, *entropies_C = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        operands = hidden_CH, logits_weight_VH, grad_weight_VH
+        ctx.save_for_backward(*operands, targets_C, normaliser_C, top_ids_CK, *entropies_C)
         ctx.weight_VH = weight_VH
         ctx.temperature, ctx.workspace = temperature, workspace
         ctx.logits_CV, ctx.use = (logits if len(parts) == 1 else None), workspace.uses
-        return logprobs_C, top_CK
+        return logprobs_C, top_CK, *entropies_C
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_CH, logits_weight_VH, grad_weight_VH, targets_C, normaliser_C, top_ids_CK = ctx.saved_tensors
+        operands, (targets_C, normaliser_C, top_ids_CK, *entropies_C) = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        hidden_CH, logits_weight_VH, grad_weight_VH = operands
         grad_hidden = torch.zeros(hidden_CH.shape, dtype=torch.float32, device=hidden_CH.device)
         total = direct_sum(ctx.weight_VH) if ctx.needs_input_grad[1] else None
         alone = ctx.needs_input_grad[1] and total is None
@@ -151,7 +156,7 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_logits = _grad_logits(
                 logits,
                 (targets_C - start, top_ids_CK - start),
-                normaliser_C,
+                (normaliser_C, *entropies_C),
                 grad_outputs,
                 ctx.temperature,
                 grad_weight_VH.dtype,
@@ -161,7 +166,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 add_product(total[part], grad_logits.t(), operand.t())
             elif grad_VH is not None:
                 grad_VH[part] = ctx.workspace.multiply_back(grad_logits.t(), operand)
-        return grad_hidden.to(hidden_CH.dtype), grad_VH, None, None, None, None, None, None, None
+        return grad_hidden.to(hidden_CH.dtype), grad_VH, None, None, None, None, None, None, None, None
 
 
 def head_logits(hidden_CH: Tensor, wide_VH: Tensor) -> Tensor:
@@ -187,19 +192,21 @@ def _top_logprobs(logits_CV: Tensor, top_ids_CK: Tensor, normaliser_C: Tensor, t
 def _grad_logits(
     logits_CV: Tensor,
     token_ids: tuple[Tensor, Tensor],
-    normaliser_C: Tensor,
+    rows: tuple[Tensor, ...],
     grads: tuple[Tensor, ...],
     temperature: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient of the logprobs of some tokens with respect to the logits, rounded once.
+    """Gradient of the logprobs of some tokens, and of the entropies, with respect to the logits, rounded once.
 
     It is (onehot - softmax) * grad / temperature, summed over the tokens of a row: one in `token_ids[0]`, [C], and K
     different ones in `token_ids[1]`, [C, K]. They are relative to the first of these logits, and may be outside them.
+    `rows` has the normalisers, [C], and the entropies H, [C], if there is a gradient of them too: it adds
+    -softmax * (log softmax + H) * grad / temperature.
     """
-    targets_C, grad_C = token_ids[0], grads[0]
-    if token_ids[1].shape[1]:
-        return _grad_logits_of_several(logits_CV, token_ids, normaliser_C, grads, temperature).to(dtype)
+    targets_C, grad_C, normaliser_C = token_ids[0], grads[0], rows[0]
+    if token_ids[1].shape[1] or len(rows) > 1:
+        return _grad_logits_of_several(logits_CV, token_ids, rows, grads, temperature).to(dtype)
     if fused(logits_CV):
         # Imported only on a GPU, because it needs Triton.
         from betterhalf.kernels import vocabulary
@@ -216,15 +223,18 @@ def _grad_logits(
 def _grad_logits_of_several(
     logits_CV: Tensor,
     token_ids: tuple[Tensor, Tensor],
-    normaliser_C: Tensor,
+    rows: tuple[Tensor, ...],
     grads: tuple[Tensor, ...],
     temperature: float,
 ) -> Tensor:
-    """Return `_grad_logits` in FP32, for K above 0."""
+    """Return `_grad_logits` in FP32, for K above 0, or with entropies."""
     scaled = logits_CV if temperature == 1.0 else logits_CV / temperature
     grad_C1, grad_CK = grads[0].unsqueeze(-1) / temperature, grads[1] / temperature
-    total_C1 = grad_C1 + grad_CK.sum(-1, keepdim=True)
-    grad_logits = (scaled - normaliser_C.unsqueeze(-1)).exp_().mul_(-total_C1)
+    factor = grad_C1 + grad_CK.sum(-1, keepdim=True)
+    log_softmax = scaled - rows[0].unsqueeze(-1)
+    if len(rows) > 1:
+        factor = factor + (log_softmax + rows[1].unsqueeze(-1)) * (grads[2].unsqueeze(-1) / temperature)
+    grad_logits = log_softmax.exp_().mul_(-factor)
     for ids, grad in ((token_ids[0].unsqueeze(-1), grad_C1), (token_ids[1], grad_CK)):
         inside = (ids >= 0) & (ids < grad_logits.shape[1])
         # Each token occurs once in a row, and those outside add 0: the order of the sum does not matter.
@@ -260,7 +270,45 @@ def several_logprobs(
     workspace: LogitsWorkspace,
 ) -> tuple[Tensor, Tensor]:
     """Compute `token_logprobs` of the targets, float32 [C], and of K different tokens in each row, float32 [C, K]."""
-    logprobs_C, top_CK = _TokenLogprobs.apply(
+    logprobs_C, top_CK = _apply(hidden_CH, head, targets_C, temperature, workspace, top_ids_CK, False)
+    return logprobs_C, top_CK
+
+
+def token_scores(
+    hidden_CH: Tensor,
+    head: Head,
+    targets_C: Tensor,
+    temperature: float,
+    workspace: LogitsWorkspace,
+    *,
+    top_ids_CK: Tensor | None,
+    entropies: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Compute everything that a loss may read, differentiable; the logprobs have the bits of `token_logprobs`.
+
+    Args:
+        hidden_CH, head, targets_C, temperature, workspace: as in `token_logprobs`.
+        top_ids_CK: K different tokens in each row; None for none.
+        entropies: whether to compute entropies.
+
+    Returns:
+        Logprobs of the targets [C], logprobs of the other tokens [C, K] or None, and entropies [C] or None; float32.
+    """
+    ids_CK = targets_C.new_empty(targets_C.shape[0], 0) if top_ids_CK is None else top_ids_CK
+    logprobs_C, top_CK, *entropies_C = _apply(hidden_CH, head, targets_C, temperature, workspace, ids_CK, entropies)
+    return logprobs_C, None if top_ids_CK is None else top_CK, entropies_C[0] if entropies_C else None
+
+
+def _apply(
+    hidden_CH: Tensor,
+    head: Head,
+    targets_C: Tensor,
+    temperature: float,
+    workspace: LogitsWorkspace,
+    top_ids_CK: Tensor,
+    entropies: bool,
+) -> tuple[Tensor, ...]:
+    out = _TokenScores.apply(
         hidden_CH,
         head.weight,
         head.logits_weight,
@@ -270,8 +318,10 @@ def several_logprobs(
         temperature,
         workspace,
         top_ids_CK,
+        entropies,
     )  # type: ignore[no-untyped-call]
-    return logprobs_C, top_CK
+    assert isinstance(out, tuple)
+    return out
 
 
 @torch.no_grad()
