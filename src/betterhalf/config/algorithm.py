@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from betterhalf.config.kl import NO_KL, KlConfig
+from betterhalf.config.kl import NO_KL, KlConfig, own_kl_choices
 from betterhalf.config.presets import NO_RATIO, PRESETS, Preset
 from betterhalf.config.ratio import RatioConfig
 from betterhalf.config.section import Section
@@ -85,6 +85,8 @@ def own_choices(section: Mapping[str, Any]) -> dict[str, Any]:
             changed = {name: value for name, value in ratio.items() if value != row[key].get(name)}
             same = _over(row[key], changed) == _over(row[key], ratio)
             sparse[key] = changed if same else dict(ratio)
+    if isinstance(kl := sparse.get("kl"), Mapping):
+        sparse["kl"] = own_kl_choices(kl)
     return {key: value for key, value in sparse.items() if key not in _CHOICES or value is not None}
 
 

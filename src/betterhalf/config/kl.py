@@ -32,9 +32,19 @@ class KlConfig(Section):
     def _take_the_estimator_of_the_place(cls, given: Any) -> Any:
         if not isinstance(given, Mapping) or given.get("estimator") is not None:
             return given
-        place = given.get("place", "loss")
-        default = _ESTIMATORS["reward"] if place == "reward" else _ESTIMATORS["loss"]
-        return {**given, "estimator": default}
+        return {**given, "estimator": _default_estimator(given)}
+
+
+def own_kl_choices(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the choices of a resolved section, without an estimator that is the default of its place."""
+    if section.get("estimator") == _default_estimator(section):
+        return {key: value for key, value in section.items() if key != "estimator"}
+    return dict(section)
+
+
+def _default_estimator(section: Mapping[str, Any]) -> KlEstimator:
+    """Return the default for the section's place; that of the loss for an unknown place, which the schema refuses."""
+    return _ESTIMATORS["reward" if section.get("place") == "reward" else "loss"]
 
 
 NO_KL = KlConfig()
