@@ -1,4 +1,4 @@
-"""Runs with a KL penalty to the reference policy and with an entropy bonus."""
+"""KL penalty and entropy bonus in whole runs of the demo model."""
 
 from __future__ import annotations
 
