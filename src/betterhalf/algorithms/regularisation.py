@@ -54,12 +54,12 @@ def reference_kl(estimator: KlEstimator, logprobs_C: Tensor, reference_logprobs_
 
 
 def regularisation(algorithm: Algorithm, inputs: LossInputs, share_C: Tensor) -> Regularisation:
-    """Return the terms of one micro-batch; all completion tokens count, those that masks reject too.
+    """Return the terms of one micro-batch.
 
     Args:
         algorithm: coefficients, and estimator of the KL divergence.
         inputs: with reference logprobs for a KL penalty in the loss, and with entropies for a bonus.
-        share_C: float64, factor of each token's loss in the loss of the batch.
+        share_C: float64, factor of each token's loss in the loss of the batch; 0 for tokens outside the denominator.
 
     Raises:
         ValueError: a term is wanted, and its input is missing.

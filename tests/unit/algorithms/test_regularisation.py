@@ -178,6 +178,18 @@ def test_the_penalty_does_not_depend_on_corrections_and_masks() -> None:
     assert policy_metrics(output.stats)["policy/kl_loss"] == pytest.approx(penalty.item(), rel=1e-12)
 
 
+def test_rejected_tokens_leave_the_penalty_with_the_denominator() -> None:
+    """Reject the first sequence, as verl does by clearing its response mask: the other three are left."""
+    kl = KlConfig(coefficient=BETA)
+    algorithm = replace(PRESETS["icepop"], kl=kl, aggregation="sequence_mean", denominator="kept")
+    far = inputs(CURRENT)
+    far = replace(far, behavior_logprobs_C=OLD[MASK] - 3.0 * (far.sequence_index_C == 0))
+    of = Denominators(sequences=3.0, tokens=8.0, max_tokens=MAX_TOKENS)
+    estimates = KL["k3"](CURRENT, REFERENCE) * MASK
+    expected = BETA * (estimates.sum(-1) / MASK.sum(-1))[1:].mean()
+    assert policy_metrics(policy_loss(algorithm, far, of).stats)["policy/kl_loss"] == pytest.approx(expected.item())
+
+
 # -- in the reward
 
 
