@@ -1,4 +1,4 @@
-"""What a model's configuration means for the trainer: the size of its heads, and what cannot be trained."""
+"""Limits that a model's configuration sets to the trainer: the size of its heads, and dropout."""
 
 from __future__ import annotations
 
