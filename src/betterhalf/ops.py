@@ -56,20 +56,25 @@ def normalised(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> t
 
 def logprobs_and_entropy(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return `token_logprobs`, bit for bit, and the entropies of the same rows in nats; float32 [...] each."""
-    if _by_kernel(logits):
-        logprobs, _, entropies = _scores_on_gpu(logits, token_ids, temperature)
-        return logprobs, entropies
+    logprobs, _, entropies = scores(logits, token_ids, temperature)
+    return logprobs, entropies
 
-    def some(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+
+def scores(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the results of `normalised`, bit for bit, and the entropies of the rows; float32 [...] each."""
+    if _by_kernel(logits):
+        return _scores_on_gpu(logits, token_ids, temperature)
+
+    def some(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
         exponentials, largest = shifted_exp(scaled)
         total = row_sums(exponentials)
         weighted = exponentials.mul_(scaled.sub(largest)).sum(-1)
-        logprobs = chosen(scaled, token_ids) - total.log().add_(largest.squeeze(-1))
-        return logprobs, total.log() - weighted / total
+        normaliser = total.log().add_(largest.squeeze(-1))
+        return chosen(scaled, token_ids) - normaliser, normaliser, total.log() - weighted / total
 
-    logprobs, entropies = _by_rows(some, logits, token_ids)
-    return logprobs, entropies
+    logprobs, normaliser, entropies = _by_rows(some, logits, token_ids)
+    return logprobs, normaliser, entropies
 
 
 def _by_kernel(logits: Tensor) -> bool:

@@ -63,6 +63,12 @@ RatioName = Literal["current/proximal", "current/behavior", "proximal/behavior"]
 RatioTreatment = Literal["raw", "truncate", "mask", "clip"]
 """Treatments of a ratio outside its bounds."""
 
+KlPlace = Literal["loss", "reward"]
+"""Places of the KL penalty to the reference policy."""
+
+KlEstimator = Literal["k1", "k2", "k3"]
+"""Estimators of a KL divergence from sampled tokens."""
+
 RatioGradient = Literal["ratio", "logprob"]
 """Factor of the surrogate that is differentiated: the ratio, or log pi with the ratio held constant."""
 
@@ -238,6 +244,8 @@ class TokenTensors:
     """float32 [C]: the trainer's logprobs before the first update on the batch; None if nothing reads them."""
     behavior_top_logprobs_CK: Tensor | None = None
     """float32 [C, K]: log mu of the engine's most likely tokens; None without `algorithm.score_centering`."""
+    reference_logprobs_C: Tensor | None = None
+    """float32 [C]: log-probability under the reference policy; None if nothing reads it."""
 
     @property
     def num_sequences(self) -> int:
@@ -254,12 +262,14 @@ class LossInputs(TokenTensors):
     current_top_logprobs_CK: Tensor | None = None
     """float32 [C, K]: log pi of the engine's most likely tokens, with a graph; None without
     `algorithm.score_centering`."""
+    current_entropies_C: Tensor | None = None
+    """float32 [C]: entropy of pi where each token was sampled, with a graph; None without an entropy bonus."""
 
     @classmethod
-    def of(cls, tokens: TokenTensors, current_logprobs_C: Tensor) -> LossInputs:
-        """Add the current logprobs to the constants of the same tokens."""
-        constants = {each.name: getattr(tokens, each.name) for each in fields(TokenTensors)}
-        return cls(current_logprobs_C=current_logprobs_C, **constants)
+    def of(cls, tokens: TokenTensors, current_logprobs_C: Tensor, **more: Tensor | None) -> LossInputs:
+        """Add the current logprobs, and other fields of this class, to the constants of the same tokens."""
+        constants: dict[str, Any] = {each.name: getattr(tokens, each.name) for each in fields(TokenTensors)}
+        return cls(current_logprobs_C=current_logprobs_C, **constants, **more)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

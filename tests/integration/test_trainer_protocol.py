@@ -55,6 +55,11 @@ class HostOnlyTrainer(Behind):
         assert len(scores) == len(packs)
         return scores
 
+    def measure_reference(self, packs: Any) -> Any:
+        self.used.append("measure_reference")
+        require_host(packs)
+        return self._real.measure_reference(packs)
+
     def forward_backward(self, packs: Any, algorithm: Any, denominators: Any) -> Any:
         self.used.append("forward_backward")
         require_host(packs)
@@ -68,7 +73,7 @@ class HostOnlyTrainer(Behind):
         return replace(state, **copied)
 
 
-TENSORS = ("model", "optimizer")
+TENSORS = ("model", "optimizer", "reference")
 
 
 def require_host(packs: Any) -> None:
@@ -108,10 +113,16 @@ SETTINGS: list[dict[str, Any]] = [
     {"precision": {"preset": "fp16"}},
     {"algorithm": {"preset": "icepop", "denominator": "kept"}, "precision": {"preset": "bf16"}},
     {"algorithm": {"preset": "dapo"}, "mismatch": {"sample_fraction": 0.5}},
+    {"algorithm": {"kl": {"coefficient": 0.1, "refresh_every": 2}, "entropy_coefficient": 0.01}},
+    {
+        "algorithm": {"preset": "rloo", "kl": {"coefficient": 0.1, "place": "reward"}},
+        "mismatch": {"sample_fraction": 0.5},
+        "precision": {"preset": "bf16"},
+    },
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=["grpo", "kept", "dynamic"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=["grpo", "kept", "dynamic", "kl loss", "kl reward"])
 def test_a_whole_run_with_checkpoint_resume_and_evaluation_stays_in_front_of_the_protocols(
     settings: dict[str, Any], strict: list[Parts], small_config: Configured, tmp_path: Path
 ) -> None:

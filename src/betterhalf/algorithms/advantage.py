@@ -40,8 +40,13 @@ def group_advantages(rewards_PG: Tensor, kind: AdvantageKind) -> Tensor:
     return _ADVANTAGES[kind](rewards_PG).float()
 
 
-def rollout_advantages(groups: Sequence[RolloutGroup], algorithm: Algorithm, max_tokens: int) -> list[float]:
-    """Return one advantage for each rollout: its reward, with the penalties on length, minus the baseline.
+def rollout_advantages(
+    groups: Sequence[RolloutGroup],
+    algorithm: Algorithm,
+    max_tokens: int,
+    kl_penalties: Sequence[float] | None = None,
+) -> list[float]:
+    """Return one advantage for each rollout: its reward, with penalties on length and KL, minus the baseline.
 
     A completion that `mask_truncated` leaves without a loss gets 0; its reward is part of the baseline.
 
@@ -52,6 +57,7 @@ def rollout_advantages(groups: Sequence[RolloutGroup], algorithm: Algorithm, max
         groups: of equal size.
         algorithm: kind of advantage, penalties and mask.
         max_tokens: length limit of a completion.
+        kl_penalties: subtracted from the rewards; one for each rollout, or None for none.
 
     Returns:
         Groups in order, siblings in order.
@@ -65,6 +71,8 @@ def rollout_advantages(groups: Sequence[RolloutGroup], algorithm: Algorithm, max
         lengths_PG, max_tokens, algorithm.overlong_tokens(max_tokens), algorithm.overlong_factor
     )
     penalty_PG -= algorithm.length_penalty * (lengths_PG.double() / max_tokens)
+    if kl_penalties is not None:
+        penalty_PG = penalty_PG - torch.tensor(kl_penalties, dtype=torch.float64).view_as(penalty_PG)
     advantages_PG = group_advantages(rewards_PG + penalty_PG, algorithm.advantage)
     if algorithm.dynamic_sampling:
         advantages_PG = advantages_PG.masked_fill(equal_rewards(rewards_PG).unsqueeze(1), 0.0)

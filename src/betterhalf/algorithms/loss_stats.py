@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from betterhalf.algorithms.regularisation import Regularisation
 from betterhalf.reduction import MAX, SUM, declared_reductions
 from betterhalf.types import Reduction
 
@@ -20,6 +21,10 @@ class LossStats:
 
     loss: Tensor = field(metadata=SUM)
     """Sum of the losses of micro-batches; each is the share of a micro-batch in the loss of its train batch."""
+    kl_loss: Tensor = field(metadata=SUM)
+    """Sum of the KL penalties in these losses."""
+    entropy_bonus: Tensor = field(metadata=SUM)
+    """Sum of the entropy bonuses that were subtracted in these losses."""
     tokens: Tensor = field(metadata=SUM)
     """Completion tokens that had a loss."""
     long_tokens: Tensor = field(metadata=SUM)
@@ -87,6 +92,8 @@ class LossStats:
         before_C, after_C, ratio_C = before_C.detach().double(), after_C.detach().double(), ratio_C.detach().double()
         return cls(
             loss=loss.detach().double(),
+            kl_loss=before_C.new_zeros(()),
+            entropy_bonus=before_C.new_zeros(()),
             tokens=torch.ones_like(before_C).sum(),
             long_tokens=_sum(long_C),
             clipped=_sum(clipped_C),
@@ -109,6 +116,17 @@ class LossStats:
     def of_own_loss(self, metrics: Mapping[str, Tensor]) -> LossStats:
         """Return the statistics of a loss of the user's own, whose treatment of tokens is unknown, with its metrics."""
         return replace(self, treated=torch.zeros_like(self.tokens), own=metrics)
+
+    def with_terms(self, loss: Tensor, terms: Regularisation) -> LossStats:
+        """Return the statistics of a loss to which a KL penalty was added, and an entropy bonus subtracted."""
+        return replace(
+            self,
+            loss=loss.detach().double(),
+            kl_loss=terms.kl_loss.detach().double(),
+            entropy_bonus=terms.entropy_bonus.detach().double(),
+            # A token may be bounded in several ratios.
+            bounded=torch.minimum(self.bounded + _sum(terms.bounded_C), self.tokens),
+        )
 
     def with_gradient(self, grad_CH: Tensor) -> LossStats:
         """Return the statistics of a micro-batch with the gradients of its tokens, after its backward pass.
@@ -151,7 +169,7 @@ def policy_metrics(stats: LossStats, train_batches: int = 1) -> dict[str, float 
 
     Args:
         stats: summed over the micro-batches of a step.
-        train_batches: number of optimizer steps they come from; `policy/loss` is the mean over these.
+        train_batches: number of optimizer steps they come from; losses are means over these.
 
     Returns:
         A value for each name. Without tokens, every share is 0, and ratios and effective sample sizes are 1. With a
@@ -162,6 +180,8 @@ def policy_metrics(stats: LossStats, train_batches: int = 1) -> dict[str, float 
     tokens, long, short = value["tokens"], value["long_tokens"], value["tokens"] - value["long_tokens"]
     known: dict[str, float | None] = {
         "policy/loss": value["loss"] / max(train_batches, 1),
+        "policy/kl_loss": value["kl_loss"] / max(train_batches, 1),
+        "policy/entropy_bonus": value["entropy_bonus"] / max(train_batches, 1),
         "policy/clip_fraction": _share(value["clipped"], tokens),
         "policy/mask_fraction": _share(value["masked"], tokens),
         "policy/truncate_fraction": _share(value["truncated"], tokens),

@@ -13,7 +13,7 @@ import re
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torch import Tensor
 from betterhalf.errors import ConfigError, RunError
 from betterhalf.types import Denominators, LossInputs
 from betterhalf.user_code import load_object, require_call, source_digest
+
+if TYPE_CHECKING:
+    from betterhalf.algorithms.presets import Algorithm
 
 KEY = "algorithm.loss"
 
@@ -81,13 +84,13 @@ def own_value(own: OwnLoss, inputs: LossInputs, denominators: Denominators, algo
         raise RunError(f"{KEY}={own.path} {problem}") from problem.__cause__
 
 
-def try_own_loss(own: OwnLoss, algorithm: object) -> None:
+def try_own_loss(own: OwnLoss, algorithm: Algorithm) -> None:
     """Call the function on two short sequences, and compute its gradient.
 
     Raises:
         ConfigError: it raises, or its result is not a loss with a finite value and gradient.
     """
-    inputs, denominators = _few_tokens()
+    inputs, denominators = _few_tokens(algorithm)
     try:
         # The user's function may draw numbers; a run must not depend on whether it was tried.
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -103,12 +106,16 @@ def try_own_loss(own: OwnLoss, algorithm: object) -> None:
             raise ConfigError(f"{KEY}={own.path} has a {name} that is not finite on {tried}.")
 
 
-def _few_tokens() -> tuple[LossInputs, Denominators]:
+def _few_tokens(algorithm: Algorithm) -> tuple[LossInputs, Denominators]:
+    reference_C = torch.tensor([-0.6, -1.0, -1.9, -2.9, -0.8]) if algorithm.reads_reference else None
+    entropies_C = torch.tensor([0.5, 1.0, 1.5, 0.1, 0.7]) if algorithm.entropy_coefficient else None
     current_C = torch.tensor([-0.5, -1.0, -2.0, -3.0, -0.7], requires_grad=True)
     inputs = LossInputs(
         current_logprobs_C=current_C,
         proximal_logprobs_C=torch.tensor([-0.6, -1.1, -1.8, -2.9, -0.7]),
         behavior_logprobs_C=torch.tensor([-0.61, -1.09, -1.8, -3.0, -0.71]),
+        reference_logprobs_C=reference_C,
+        current_entropies_C=entropies_C,
         advantages_S=torch.tensor([1.0, -0.5]),
         sequence_index_C=torch.tensor([0, 0, 1, 1, 1]),
     )

@@ -1,5 +1,7 @@
 """The policy loss of one micro-batch: surrogate x correction x aggregation, with counts of everything that was cut off.
 
+A KL penalty and an entropy bonus are terms of their own, aggregated in the same way (`algorithms.regularisation`).
+
 The loss of a micro-batch is its additive share of the train batch's loss: it is divided by denominators fixed for the
 whole batch, so the sum over micro-batches is the loss of the batch, however it was split.
 """
@@ -17,6 +19,7 @@ from betterhalf.algorithms.importance import Weights, importance_weights, leaves
 from betterhalf.algorithms.loss_stats import LossStats
 from betterhalf.algorithms.own_loss import own_value
 from betterhalf.algorithms.presets import Algorithm
+from betterhalf.algorithms.regularisation import regularisation
 from betterhalf.algorithms.score_centering import Centering, expected_score
 from betterhalf.config.schema import RatioConfig
 from betterhalf.types import Denominators, LossInputs, TokenTensors
@@ -63,14 +66,15 @@ def policy_loss(algorithm: Algorithm, inputs: LossInputs, denominators: Denomina
 
     Args:
         algorithm: the resolved choices.
-        inputs: tensors of the micro-batch; with proximal logprobs when `algorithm.needs_proximal`.
+        inputs: tensors of the micro-batch; with proximal logprobs when `algorithm.needs_proximal`, with reference
+            logprobs when `algorithm.has_kl_loss`, and with entropies for an entropy bonus.
         denominators: those of the whole train batch.
 
     Returns:
         The loss, 0 (still with a graph) when there are no tokens, and its statistics.
 
     Raises:
-        ValueError: the algorithm needs `proximal_logprobs_C` and there are none.
+        ValueError: the algorithm needs optional inputs and they are missing.
         RunError: the loss is the user's own, and it failed.
     """
     current_C = _at_least_fp32(inputs.current_logprobs_C)
@@ -82,8 +86,13 @@ def policy_loss(algorithm: Algorithm, inputs: LossInputs, denominators: Denomina
         index_C=inputs.sequence_index_C,
         num_sequences=inputs.num_sequences,
     )
-    if algorithm.loss is not None:
-        return _own_loss(algorithm, inputs, tokens, denominators)
+    loss = _built_in_loss if algorithm.loss is None else _own_loss
+    output = loss(algorithm, inputs, tokens, denominators)
+    return _regularised(output, algorithm, inputs, tokens, denominators) if algorithm.trains_every_group else output
+
+
+def _built_in_loss(algorithm: Algorithm, inputs: LossInputs, tokens: _Tokens, denominators: Denominators) -> LossOutput:
+    """Return surrogate x correction x aggregation."""
     surrogate = _surrogate(algorithm.surrogate, tokens)
     centering = _centering(algorithm, inputs)
     if centering is not None:
@@ -91,7 +100,7 @@ def policy_loss(algorithm: Algorithm, inputs: LossInputs, denominators: Denomina
     correction = _correction_weights(algorithm.correction, tokens)
     counted_C = _counted(algorithm, tokens)
     share_C = token_shares(algorithm.aggregation, counted_C, tokens.index_C, tokens.num_sequences, denominators)
-    loss = (surrogate.loss_C * correction.weight_C.detach() * share_C.to(current_C.dtype)).sum()
+    loss = (surrogate.loss_C * correction.weight_C.detach() * share_C.to(tokens.current_C.dtype)).sum()
     stats = _stats(loss, surrogate, correction, tokens, denominators.max_tokens)
     return LossOutput(loss=loss, stats=stats if centering is None else replace(stats, own=_of_centering(centering)))
 
@@ -235,6 +244,17 @@ def _own_loss(algorithm: Algorithm, inputs: LossInputs, tokens: _Tokens, denomin
         long_C=_long(tokens, denominators.max_tokens),
     )
     return LossOutput(loss=value.loss, stats=stats.of_own_loss(value.metrics))
+
+
+def _regularised(
+    output: LossOutput, algorithm: Algorithm, inputs: LossInputs, tokens: _Tokens, denominators: Denominators
+) -> LossOutput:
+    """Add the KL penalty and the entropy bonus, over the tokens that the denominators count."""
+    counted_C = _counted(algorithm, tokens)
+    share_C = token_shares(algorithm.aggregation, counted_C, tokens.index_C, tokens.num_sequences, denominators)
+    terms = regularisation(algorithm, inputs, share_C * counted_C)
+    loss = output.loss + (terms.kl_loss - terms.entropy_bonus).to(output.loss.dtype)
+    return LossOutput(loss=loss, stats=output.stats.with_terms(loss, terms))
 
 
 def _long(tokens: _Tokens, max_tokens: int) -> Tensor:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, fields
 
 from betterhalf.algorithms.own_loss import OwnLoss, load_own_loss
 from betterhalf.algorithms.rules import check_correction, check_score_centering, check_surrogate
+from betterhalf.config.kl import NO_KL
 from betterhalf.config.presets import NO_RATIO
 from betterhalf.config.presets import PRESETS as _ROWS
-from betterhalf.config.schema import AlgorithmConfig, RatioConfig
+from betterhalf.config.schema import AlgorithmConfig, KlConfig, RatioConfig
 from betterhalf.errors import ConfigError
 from betterhalf.types import AdvantageKind, AggregationKind, DenominatorKind, PresetName
 
@@ -45,6 +46,10 @@ class Algorithm:
     """Number of the engine's most likely tokens from which the expected score is computed; 0 for no such term."""
     loss: OwnLoss | None = None
     """Loss of the user's own in place of surrogate, correction and aggregation; None for the built-in one."""
+    kl: KlConfig = NO_KL
+    """Penalty on the KL divergence to a reference policy."""
+    entropy_coefficient: float = 0.0
+    """Factor of the entropy bonus; 0 for none."""
 
     @property
     def needs_proximal(self) -> bool:
@@ -53,6 +58,21 @@ class Algorithm:
             return True
         anchored = self.surrogate.level != "none" and self.surrogate.ratio == "current/proximal"
         return anchored or self.correction.level != "none" or self.denominator == "kept"
+
+    @property
+    def reads_reference(self) -> bool:
+        """True if loss or reward reads the logprobs of the reference policy."""
+        return self.kl.coefficient > 0
+
+    @property
+    def has_kl_loss(self) -> bool:
+        """True if the KL penalty is a term of the loss."""
+        return self.reads_reference and self.kl.place == "loss"
+
+    @property
+    def trains_every_group(self) -> bool:
+        """True if groups whose rewards are all equal have a gradient, because of a KL penalty or an entropy bonus."""
+        return self.reads_reference or self.entropy_coefficient > 0
 
     def overlong_tokens(self, max_tokens: int) -> int:
         """Return the length of the overlong buffer for a limit of `max_tokens`; DAPO uses 4096 of 20480, a fifth."""
@@ -90,6 +110,11 @@ def _check_together(algorithm: Algorithm) -> None:
         raise ConfigError(
             f"algorithm.overlong_factor={algorithm.overlong_factor:g} has no effect, because algorithm.overlong_buffer "
             "is 0; set algorithm.overlong_buffer to a number of tokens, such as a fifth of sampling.max_tokens."
+        )
+    if algorithm.kl.refresh_every and not algorithm.reads_reference:
+        raise ConfigError(
+            f"algorithm.kl.refresh_every={algorithm.kl.refresh_every} refreshes a reference policy that nothing reads; "
+            "set algorithm.kl.coefficient above 0, as in 0.001, or leave out refresh_every."
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from betterhalf.config.kl import NO_KL, KlConfig, own_kl_choices
 from betterhalf.config.presets import NO_RATIO, PRESETS, Preset
 from betterhalf.config.ratio import RatioConfig
 from betterhalf.config.section import Section
@@ -63,6 +64,11 @@ class AlgorithmConfig(Section):
     loss: str | None = None
     """Import path of a loss of your own, `module:function` or `folder/file.py:function`; it replaces `surrogate`,
     `correction` and `aggregation`. docs/losses.md has an example."""
+    kl: KlConfig = NO_KL
+    """Penalty on the KL divergence to a reference policy; none by default."""
+    entropy_coefficient: float = Field(0.0, ge=0)
+    """Factor of the entropy bonus: the loss is lowered by this times the mean entropy of the policy at the completion
+    tokens, aggregated as the loss is; 0 for none."""
 
     @model_validator(mode="before")
     @classmethod
@@ -79,6 +85,8 @@ def own_choices(section: Mapping[str, Any]) -> dict[str, Any]:
             changed = {name: value for name, value in ratio.items() if value != row[key].get(name)}
             same = _over(row[key], changed) == _over(row[key], ratio)
             sparse[key] = changed if same else dict(ratio)
+    if isinstance(kl := sparse.get("kl"), Mapping):
+        sparse["kl"] = own_kl_choices(kl)
     return {key: value for key, value in sparse.items() if key not in _CHOICES or value is not None}
 
 

@@ -14,6 +14,7 @@ from betterhalf.config.data import DataConfig, PromptConfig, RowsConfig
 from betterhalf.config.doctor import DoctorConfig
 from betterhalf.config.engine import EngineConfig, NativeEngineConfig, VllmEngineConfig
 from betterhalf.config.evaluate import EvaluateConfig
+from betterhalf.config.kl import KlConfig
 from betterhalf.config.mismatch import MismatchConfig
 from betterhalf.config.model import ModelConfig
 from betterhalf.config.optimizer import OptimizerConfig
@@ -45,6 +46,7 @@ __all__ = [
     "DoctorConfig",
     "EngineConfig",
     "EvaluateConfig",
+    "KlConfig",
     "LoggingConfig",
     "LossScaleConfig",
     "MathTask",

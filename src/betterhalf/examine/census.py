@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from betterhalf.algorithms.presets import resolve_algorithm
+from betterhalf.config.kl import NO_KL
 from betterhalf.diagnostics.numerics import (
     BACKWARD_KINDS,
     KINDS,
@@ -199,7 +200,8 @@ def _backward(trainer: PolicyTrainer, batch: CensusBatch, proximal: Sequence[Ten
     if "scale" in state:
         trainer.scaler.load_state_dict({**state, "scale": scale})
     trainer.weights.zero_grad()
-    algorithm = resolve_algorithm(trainer.config.algorithm)
+    # Without training the policy is its own reference.
+    algorithm = dataclasses.replace(resolve_algorithm(trainer.config.algorithm), kl=NO_KL)
     for micro, proximal_C in zip(batch.micro_batches, proximal, strict=True):
         matched = dataclasses.replace(micro, behavior_logprobs_C=proximal_C, proximal_logprobs_C=proximal_C)
         with observe_module(trainer.module, see):

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from betterhalf.errors import InputError
 from betterhalf.metrics.evaluation import MEANING, TEMPLATES, is_evaluation
 from betterhalf.metrics.metric import FREE_AREAS, Band, Metric
+from betterhalf.metrics.regularisation import REGULARISATION
 from betterhalf.metrics.time_and_system import SYSTEM, TIME
 
 _VERL = "verl, docs on rollout correction"
@@ -321,7 +322,9 @@ _ROLLOUT = (
 )
 
 CATALOGUE: dict[str, Metric] = {
-    metric.name: metric for area in (_MISMATCH, _BUDGET, _OPTIM, _POLICY, _ROLLOUT, TIME, SYSTEM) for metric in area
+    metric.name: metric
+    for area in (_MISMATCH, _BUDGET, _OPTIM, _POLICY, REGULARISATION, _ROLLOUT, TIME, SYSTEM)
+    for metric in area
 }
 """Every metric by name."""
 

@@ -40,6 +40,8 @@ class FigureSpec:
     """With three or more arms, draw across the page, with their names at the ends of the lines."""
     events_of: tuple[str, ...] = ()
     """Further metrics whose events are flagged here."""
+    only_if_recorded: bool = False
+    """Do not name the figure among those without data: most runs have no such metric."""
 
 
 FIGURES = (
@@ -178,6 +180,17 @@ FIGURES = (
         caption="Healthy: falls slowly as the policy becomes certain. Zero means no exploration, a rise means noise.",
     ),
     FigureSpec(
+        key="reference",
+        title="Distance to the reference policy",
+        unit="nats per token",
+        metrics=("policy/reference_kl/mean",),
+        include=(0.0,),
+        smooth=True,
+        only_if_recorded=True,
+        caption="KL(pi || reference) over sampled tokens before any update, with a KL penalty. Healthy: rises, then "
+        "levels off where reward and penalty balance; it falls to zero when the reference is refreshed.",
+    ),
+    FigureSpec(
         key="length",
         title="Completion length",
         unit="tokens, mean",
@@ -194,7 +207,8 @@ def step_figures(arms: Sequence[Arm]) -> tuple[list[Figure], list[str]]:
     for spec in FIGURES:
         image = draw(_chart(spec, arms))
         if image is None:
-            missing.append(spec.title)
+            if not spec.only_if_recorded:
+                missing.append(spec.title)
         else:
             drawn.append(_with_text(spec, arms, image))
     return drawn, missing

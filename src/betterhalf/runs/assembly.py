@@ -98,7 +98,7 @@ def assemble(
         precision = build_precision(config.precision, device, exact=config.exact)
         engine = build_engine(config, model.hf_config, model.stop_token_ids, precision)
         parameters = sum(parameter.numel() for parameter in model.module.parameters())
-        trainer = _trainer(model, config, precision, trained)
+        trainer = _trainer(model, config, precision, trained, algorithm.reads_reference and not evaluating)
     except BaseException:
         for loaded in (task, *(data.task for data in evaluation)):
             loaded.close()
@@ -196,11 +196,15 @@ def _checked_model(config: RunConfig) -> ModelDescription:
 
 
 def _trainer(
-    model: LoadedModel, config: RunConfig, precision: Precision, trained: Callable[[], TrainedPolicy] | None
+    model: LoadedModel,
+    config: RunConfig,
+    precision: Precision,
+    trained: Callable[[], TrainedPolicy] | None,
+    keep_reference: bool,
 ) -> PolicyTrainer:
     """Build the trainer on the model's weights, or on those that `trained` loads in their place."""
     if trained is None:
-        return PolicyTrainer(model, config=config, precision=precision)
+        return PolicyTrainer(model, config=config, precision=precision, keep_reference=keep_reference)
     policy = trained()
     policy.copy_into(model.module)
     return PolicyTrainer(model, config=config, precision=precision, policy_version=policy.policy_version)
@@ -227,4 +231,6 @@ def algorithm_record(algorithm: Algorithm) -> dict[str, Any]:
         "denominator": algorithm.denominator,
         "score_centering": algorithm.score_centering,
         "loss": None if algorithm.loss is None else {"path": algorithm.loss.path, "digest": algorithm.loss.digest},
+        "kl": algorithm.kl.model_dump(),
+        "entropy_coefficient": algorithm.entropy_coefficient,
     }

@@ -18,7 +18,13 @@ _MEASURED = tuple(field.name for field in fields(TokenTensors) if field.default 
 
 
 def epochs(
-    batch: StepBatch, rollouts: Sequence[Rollout], advantages: Sequence[float], config: RunConfig, step: int
+    batch: StepBatch,
+    rollouts: Sequence[Rollout],
+    advantages: Sequence[float],
+    config: RunConfig,
+    step: int,
+    *,
+    train_all: bool = False,
 ) -> Iterator[StepBatch]:
     """Yield the batch of each pass over the rollouts: the given one, then the same rollouts in other orders.
 
@@ -31,13 +37,14 @@ def epochs(
         advantages: one for each rollout.
         config: sizes, seed and number of passes.
         step: seeds the orders.
+        train_all: as in `pack_step`.
     """
     yield batch
     if config.training.epochs == 1:
         return
     known = {name: _by_rollout(batch.packs, name) for name in _MEASURED}
     for epoch in range(1, config.training.epochs):
-        later = pack_step(rollouts, advantages, config, step, epoch=epoch)
+        later = pack_step(rollouts, advantages, config, step, epoch=epoch, train_all=train_all)
         yield replace(later, packs=tuple(_with_known(pack, known) for pack in later.packs))
 
 

@@ -1,7 +1,7 @@
 """The training loop: one step of reinforcement learning, repeated.
 
-prompts -> completions -> rewards -> advantages -> packs -> mismatch and watchdog, before any update -> gradients ->
-optimizer steps -> weight sync -> metrics
+prompts -> completions -> rewards -> advantages -> packs -> mismatch, reference and watchdog, before any update ->
+gradients -> optimizer steps -> weight sync -> metrics
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from betterhalf.runs.kept_rollouts import KeptRollout, keep_rollouts
 from betterhalf.runs.learn import learn
 from betterhalf.runs.measure import anchor_packs, anchored, measure, measure_also, mismatch
 from betterhalf.runs.progress import Progress
+from betterhalf.runs.reference import refresh_reference, with_reference
 from betterhalf.runs.step_metrics import learning_metrics, rollout_metrics, system_metrics
 from betterhalf.runs.stopwatch import Stopwatch
 from betterhalf.runs.truncation import truncation_note
@@ -70,26 +71,31 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
     parts.engine.sleep()
 
     advantages = rollout_advantages(collected.groups, parts.algorithm, max_tokens)
-    batch = pack_step(collected.rollouts, advantages, config, step, left_out=collected.left_out_rollouts)
+    left_out, train_all = collected.left_out_rollouts, parts.algorithm.trains_every_group
+    batch = pack_step(collected.rollouts, advantages, config, step, left_out=left_out, train_all=train_all)
 
-    # Before any update: the mismatch, the watchdog, and the proximal anchor from the same logprobs.
+    # Before any update: the mismatch, the reference, the watchdog, and the proximal anchor from the same logprobs.
     with clock("measure"):
         measured = measure(trainer, batch, config, step)
         gap = mismatch(batch, measured, max_tokens)
-    before: Metrics = {**rollout_metrics(collected, advantages, batch.masked_sequences), **gap.metrics}
+        compared = with_reference(parts, collected, batch, measured, advantages)
+    advantages, batch = compared.advantages, compared.batch
+    described = rollout_metrics(collected, advantages, batch.masked_sequences)
+    before: Metrics = {**described, **gap.metrics, **compared.metrics}
     watch = watchdog.check(config.watchdog.levels, progress.watch, step, before)
     algorithm = watchdog.masked(parts.algorithm) if watch.state.masked else parts.algorithm
     with clock("measure"):
-        measured = measure_also(trainer, batch, measured, anchor_packs(algorithm, batch))
+        measured = measure_also(trainer, batch, compared.measured, anchor_packs(algorithm, batch))
         batch = anchored(batch, measured)
 
     rate = watch.state.learning_rate_factor * learning_rate(config.optimizer, step, config.training.steps)
     with clock("train"):
         learned = [
             learn(trainer, algorithm, one, train_batch, rate)
-            for one in epochs(batch, collected.rollouts, advantages, config, step)
+            for one in epochs(batch, collected.rollouts, advantages, config, step, train_all=train_all)
             for train_batch in one.train_batches
         ]
+        refresh_reference(parts, step)
 
     metrics: Metrics = {**before, **learning_metrics(learned, rate)}
     after = watchdog.check(config.watchdog.levels, watch.state, step, metrics, watchdog.AFTER)
@@ -98,7 +104,7 @@ def train_step(parts: Parts, progress: Progress) -> StepResult:
         with clock("sync"):
             sync_weights(parts)
 
-    rollouts = collected.rollouts + collected.left_out_rollouts
+    rollouts = collected.rollouts + left_out
     return StepResult(
         progress=replace(
             progress, step=step, position=collected.position, policy_version=policy_version, watch=after.state

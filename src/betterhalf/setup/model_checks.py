@@ -13,7 +13,7 @@ from betterhalf.precision.formats import is_emulated
 from betterhalf.precision.islands import resolve_islands
 from betterhalf.rollout.build import capabilities, check_architecture, check_engine_roles
 from betterhalf.setup.device import choose_device
-from betterhalf.training.policy_trainer import require_no_dropout
+from betterhalf.training.model_limits import require_no_dropout
 from betterhalf.types import DtypeName
 
 

@@ -3,8 +3,9 @@
     checkpoints/step-000012/
         model.safetensors       FP32 masters by Hugging Face name
         optimizer.safetensors   AdamW states, `<state>/<name>`
+        reference.safetensors   reference policy in the compute dtype, if it has been refreshed
         state.json              step, loss scaler, policy version, data position, random states
-        manifest.json           size and SHA-256 of the three; written last
+        manifest.json           size and SHA-256 of the others; written last
 
 A checkpoint is written under a temporary name and then renamed, so a folder named `step-...` is complete.
 """
@@ -27,6 +28,8 @@ from betterhalf.run_dir import disk_full
 from betterhalf.training.trainer import TrainerState
 
 _TENSOR_FILES = ("model", "optimizer")
+_REFERENCE = "reference"
+"""Name of a file that only some checkpoints have."""
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -37,7 +40,7 @@ class Checkpoint:
     step: int
     """Last finished step; 0 before the first."""
     trainer: TrainerState
-    """Weights, optimizer, loss scaler and policy version."""
+    """Weights, optimizer, loss scaler, policy version and reference policy."""
     values: dict[str, Any]
     """JSON values of the run: data position, watchdog, digests of the data."""
 
@@ -78,10 +81,17 @@ def steps(folder: Path) -> list[int]:
 
 def _write_files(partial: Path, checkpoint: Checkpoint) -> None:
     trainer = checkpoint.trainer
-    for name, held in (("model", trainer.model), ("optimizer", trainer.optimizer)):
+    kept = {"model": trainer.model, "optimizer": trainer.optimizer}
+    if trainer.reference:
+        kept[_REFERENCE] = trainer.reference
+    for name, held in kept.items():
         tensors = {key: tensor.contiguous().cpu() for key, tensor in held.items()}
         save_file(tensors, partial / f"{name}.safetensors", metadata={"format": "pt"})
-    scalars = {"loss_scaler": trainer.loss_scaler, "policy_version": trainer.policy_version}
+    scalars = {
+        "loss_scaler": trainer.loss_scaler,
+        "policy_version": trainer.policy_version,
+        "reference_digest": trainer.reference_digest,
+    }
     state = {"step": checkpoint.step, "trainer": scalars, **checkpoint.values}
     (partial / "state.json").write_text(json.dumps(state, indent=1))
     for path in partial.iterdir():
@@ -130,11 +140,14 @@ def load(path: Path) -> Checkpoint:
     _verify(path)
     values = json.loads((path / "state.json").read_text())
     scalars = values.pop("trainer")
+    reference = path / f"{_REFERENCE}.safetensors"
     trainer = TrainerState(
         model=load_file(path / "model.safetensors"),
         optimizer=load_file(path / "optimizer.safetensors"),
         loss_scaler=scalars["loss_scaler"],
         policy_version=int(scalars["policy_version"]),
+        reference=load_file(reference) if reference.exists() else {},
+        reference_digest=scalars.get("reference_digest", ""),
         source=f"checkpoint {path}",
     )
     return Checkpoint(step=int(values.pop("step")), trainer=trainer, values=values)

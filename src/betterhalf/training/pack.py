@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -27,16 +28,19 @@ def pack_step(
     *,
     left_out: Sequence[Rollout] = (),
     epoch: int = 0,
+    train_all: bool = False,
 ) -> StepBatch:
     """Pack one epoch of a step, in host memory.
 
     Args:
         rollouts: [S], groups in order, siblings in order.
-        advantages: one for each rollout; those equal to 0 are measured but not trained on.
+        advantages: one for each rollout; those equal to 0 are measured but not trained on, unless `train_all` is set.
         config: sizes and seed.
         step: seeds the shuffle.
         left_out: rollouts that were sampled in the step but are not trained on; packed separately, to be measured.
         epoch: number of earlier passes over the same rollouts; seeds the shuffle too.
+        train_all: train on rollouts without advantage too, because the loss has terms that do not depend on it, or
+            because the advantages are still to be set by `with_advantages`.
 
     Returns:
         `config.training.optimizer_steps` train batches. Their denominators count zero-advantage rollouts too, so
@@ -48,6 +52,7 @@ def pack_step(
     budget = config.training.tokens_per_micro_batch
     packer = _Packer([*rollouts, *left_out], [*advantages, *[0.0] * len(left_out)], budget)
     masked = {i for i, r in enumerate(rollouts) if config.algorithm.mask_truncated and r.completion.truncated}
+    trained = {i for i, advantage in enumerate(advantages) if train_all or advantage != 0.0} - masked
     packs: list[MicroBatch] = []
 
     def added(indices: Sequence[int]) -> tuple[int, ...]:
@@ -58,8 +63,8 @@ def pack_step(
 
     train_batches = tuple(
         TrainBatch(
-            micro_batches=added([i for i in share if i not in masked and advantages[i] != 0.0]),
-            measure_only=added([i for i in share if i not in masked and advantages[i] == 0.0]),
+            micro_batches=added([i for i in share if i in trained]),
+            measure_only=added([i for i in share if i not in trained | masked]),
             masked=added([i for i in share if i in masked]),
             denominators=_denominators([rollouts[i] for i in share], config.sampling.max_tokens),
         )
@@ -67,6 +72,22 @@ def pack_step(
     )
     left_out_packs = added(range(len(rollouts), len(rollouts) + len(left_out)))
     return StepBatch(packs=tuple(packs), train_batches=train_batches, left_out=left_out_packs)
+
+
+def with_advantages(batch: StepBatch, advantages: Sequence[float]) -> StepBatch:
+    """Return the batch with other advantages in the same packs; rollouts that are left out keep 0.
+
+    Args:
+        batch: packed with `train_all`, so that its packs do not depend on the advantages.
+        advantages: one for each rollout that is not left out.
+    """
+    own = [index for train_batch in batch.train_batches for index in train_batch.packs]
+    packs = list(batch.packs)
+    for index in own:
+        packs[index] = replace(
+            packs[index], advantages_S=_floats([advantages[i] for i in packs[index].rollout_index_S])
+        )
+    return replace(batch, packs=tuple(packs))
 
 
 def pack_measured(rollouts: Sequence[Rollout], config: RunConfig) -> tuple[MicroBatch, ...]:

@@ -16,7 +16,7 @@ from betterhalf.algorithms.policy_loss import policy_loss
 from betterhalf.algorithms.presets import Algorithm
 from betterhalf.config.schema import RunConfig
 from betterhalf.distributed.world import ONE_RANK, Collective
-from betterhalf.errors import InputError, NumericsError
+from betterhalf.errors import NumericsError
 from betterhalf.models import tiled_attention
 from betterhalf.models.attention import PackLayout, attention_name, use_packed_attention
 from betterhalf.models.compiled_layers import compile_layers
@@ -32,7 +32,15 @@ from betterhalf.precision.island_hooks import use_islands
 from betterhalf.precision.loss_scaler import LossScaler, build_loss_scaler
 from betterhalf.precision.products import has_native_matmul, packed
 from betterhalf.precision.roles import Precision
-from betterhalf.training.token_scores import Head, LogitsWorkspace, measure_tokens, token_logprobs
+from betterhalf.training.model_limits import head_dim_of, require_no_dropout
+from betterhalf.training.reference import ReferencePolicy
+from betterhalf.training.token_scores import (
+    Head,
+    LogitsWorkspace,
+    logprobs_and_entropies,
+    measure_tokens,
+    token_logprobs,
+)
 from betterhalf.training.top_scores import top_logprobs
 from betterhalf.training.trainer import OptimReport, TokenScores, TrainerState, WireWeights
 from betterhalf.training.weights.replicated import ReplicatedWeights
@@ -52,8 +60,11 @@ class PolicyTrainer:
         policy_version: int = 0,
         collective: Collective = ONE_RANK,
         store: StoreFactory = ReplicatedWeights,
+        keep_reference: bool = False,
     ) -> None:
         """Take over `model.module`, whose parameters change dtype, and build optimizer and loss scaler.
+
+        With `keep_reference`, a copy of the weights is kept as the reference policy.
 
         Raises:
             InputError: the model has dropout, which would make pi random; it lacks an FP32 island of the
@@ -78,7 +89,7 @@ class PolicyTrainer:
         use_islands(self.module, self.islands, precision.compute_dtype)
         coverage.require_covered(self.module, precision)
         sums = precision.fp32_sums(precision.roles.compute_dtype)
-        head_dim = _head_dim(self.module.config)
+        head_dim = head_dim_of(self.module.config)
         self.attention = attention_name(precision.device, head_dim, fp32_sums=sums, exact=precision.exact)
         use_packed_attention(self.module, self.attention, compiled=config.training.compile_layers)
         if config.training.activation_checkpointing:
@@ -91,6 +102,7 @@ class PolicyTrainer:
         self.optimizer = self._build_optimizer()
         self._head_parameter = self._make_head_parameter()
         self._head_wide = Widened(self._head_parameter)
+        self._reference = ReferencePolicy(self.weights) if keep_reference else None
         self._workspace = LogitsWorkspace(logits=config.training.logits_mib * 2**18)
 
     def _require_exact(self) -> None:
@@ -101,7 +113,7 @@ class PolicyTrainer:
         """
         vocabulary, hidden = self.module.get_output_embeddings().weight.shape
         tiled_products.block_sizes(vocabulary, hidden, torch.get_num_threads())
-        tiled_attention.block_sizes(_head_dim(self.module.config), torch.get_num_threads())
+        tiled_attention.block_sizes(head_dim_of(self.module.config), torch.get_num_threads())
 
     def _build_optimizer(self) -> torch.optim.AdamW:
         settings = self.config.optimizer
@@ -157,6 +169,17 @@ class PolicyTrainer:
             measured = [self._measure(micro, temperature) for micro in self._on_device(packs)]
         return [TokenScores(logprobs_C=logprobs.cpu(), entropies_C=entropies.cpu()) for logprobs, entropies in measured]
 
+    def measure_reference(self, packs: Sequence[MicroBatch]) -> list[TokenScores]:
+        """See `Trainer.measure_reference`."""
+        assert self._reference is not None, "the trainer was built without a reference policy"
+        with self._reference.in_place():
+            return self.measure(packs)
+
+    def refresh_reference(self) -> None:
+        """See `Trainer.refresh_reference`."""
+        assert self._reference is not None, "the trainer was built without a reference policy"
+        self._reference.refresh()
+
     def _on_device(self, packs: Sequence[MicroBatch]) -> list[MicroBatch]:
         # All before the first pass: a copy from host memory waits for the passes launched before it.
         return [on_device(pack, self.precision.device) for pack in packs]
@@ -183,14 +206,6 @@ class PolicyTrainer:
 
     # -- learning
 
-    def _with_top(self, inputs: LossInputs, hidden_CH: Tensor, micro: MicroBatch) -> LossInputs:
-        """Add the current logprobs of the engine's most likely tokens, if the pack has them."""
-        if micro.top_ids_CK is None:
-            return inputs
-        temperature = self.config.sampling.temperature
-        top_CK = top_logprobs(hidden_CH, self.head(), micro.top_ids_CK, temperature, self._workspace)
-        return replace(inputs, current_top_logprobs_CK=top_CK)
-
     def forward_backward(
         self, packs: Sequence[MicroBatch], algorithm: Algorithm, denominators: Denominators
     ) -> LossStats:
@@ -201,12 +216,26 @@ class PolicyTrainer:
                 hidden_CH = self._hidden_rows(micro)
                 # Keeps the gradient, as large as the hidden states themselves, until the end of the backward pass.
                 hidden_CH.retain_grad()
-                inputs = LossInputs.of(micro, self._score(hidden_CH, micro))
-                output = policy_loss(algorithm, self._with_top(inputs, hidden_CH, micro), denominators)
+                output = policy_loss(algorithm, self._loss_inputs(hidden_CH, micro, algorithm), denominators)
                 self.scaler.scale_loss(output.loss).backward()  # type: ignore[no-untyped-call]
                 assert hidden_CH.grad is not None
                 stats += output.stats.with_gradient(hidden_CH.grad)
         return stats
+
+    def _loss_inputs(self, hidden_CH: Tensor, micro: MicroBatch, algorithm: Algorithm) -> LossInputs:
+        """Add to a pack the current logprobs of its tokens, and what else the loss reads."""
+        temperature, more = self.config.sampling.temperature, dict[str, Tensor]()
+        if algorithm.entropy_coefficient > 0:
+            logprobs_C, more["current_entropies_C"] = logprobs_and_entropies(
+                hidden_CH, self.head(), micro.target_ids_C, temperature, self._workspace
+            )
+        else:
+            logprobs_C = self._score(hidden_CH, micro)
+        if micro.top_ids_CK is not None:
+            more["current_top_logprobs_CK"] = top_logprobs(
+                hidden_CH, self.head(), micro.top_ids_CK, temperature, self._workspace
+            )
+        return LossInputs.of(micro, logprobs_C, **more)
 
     def optim_step(self, learning_rate: float) -> OptimReport:
         """See `Trainer.optim_step`; the loss scale is updated last."""
@@ -321,10 +350,14 @@ class PolicyTrainer:
             optimizer=optimizer,
             loss_scaler=self.scaler.state_dict(),
             policy_version=self.policy_version,
+            reference=self._reference.state() if self._reference else {},
+            reference_digest=self._reference.digest() if self._reference else "",
         )
 
     def load(self, state: TrainerState) -> None:
         """See `Trainer.load`."""
+        if self._reference is not None:
+            self._reference.load(state.reference, state.reference_digest, state.source)
         self.weights.load(state.model, state.source)
         self.weights.zero_grad()
         # A state from before the first step holds no optimizer states; those of later steps must not outlive it.
@@ -351,22 +384,3 @@ def on_device(pack: MicroBatch, device: torch.device) -> MicroBatch:
     values = {field.name: getattr(pack, field.name) for field in fields(pack)}
     moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
     return replace(pack, **moved)
-
-
-def _head_dim(hf_config: Any) -> int:
-    given = getattr(hf_config, "head_dim", None)
-    return int(given or hf_config.hidden_size // hf_config.num_attention_heads)
-
-
-def require_no_dropout(hf_config: Any) -> None:
-    """Refuse a model whose configuration has dropout.
-
-    Raises:
-        InputError: the model has dropout; the message names the key.
-    """
-    for key in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        if getattr(hf_config, key, 0):
-            raise InputError(
-                f"the model has {key}={getattr(hf_config, key)}, which would make the trained policy random; "
-                f"set {key} to 0 in its config.json"
-            )

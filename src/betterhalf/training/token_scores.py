@@ -14,6 +14,7 @@ FP32 sums.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,8 +103,8 @@ class LogitsWorkspace:
         return max(_FEWEST_COLUMNS, logits // max(rows, 1))
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    """[C, H] hidden, [V, H] head -> [C] logprobs.
+class _TokenScores(torch.autograd.Function):
+    """[C, H] hidden, [V, H] head -> [C] logprobs, and [C] entropies if wanted.
 
     The backward pass reuses the logits of a single chunk unless their memory was overwritten; otherwise it computes the
     logits again.
@@ -120,21 +121,23 @@ class _TokenLogprobs(torch.autograd.Function):
         targets_C: Tensor,
         temperature: float,
         workspace: LogitsWorkspace,
-    ) -> Tensor:
+        entropies: bool,
+    ) -> tuple[Tensor, ...]:
         rows, parts = workspace.rows(logits_weight_VH.shape[0]), []
+        score: Callable[..., tuple[Tensor, ...]] = ops.scores if entropies else ops.normalised
         for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True):
             logits = workspace.multiply(hidden, logits_weight_VH, tiled_weight_VH)
-            parts.append(ops.normalised(logits, targets, temperature))
-        logprobs_C, normaliser_C = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        ctx.save_for_backward(hidden_CH, logits_weight_VH, grad_weight_VH, targets_C, normaliser_C)
+            parts.append(score(logits, targets, temperature))
+        logprobs_C, normaliser_C, *entropies_C = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        ctx.save_for_backward(hidden_CH, logits_weight_VH, grad_weight_VH, targets_C, normaliser_C, *entropies_C)
         ctx.weight_VH = weight_VH
         ctx.temperature, ctx.workspace = temperature, workspace
         ctx.logits_CV, ctx.use = (logits if len(parts) == 1 else None), workspace.uses
-        return logprobs_C
+        return logprobs_C, *entropies_C
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_CH, logits_weight_VH, grad_weight_VH, targets_C, normaliser_C = ctx.saved_tensors
+        hidden_CH, logits_weight_VH, grad_weight_VH, targets_C, *rows = ctx.saved_tensors
         grad_hidden = torch.zeros(hidden_CH.shape, dtype=torch.float32, device=hidden_CH.device)
         total = direct_sum(ctx.weight_VH) if ctx.needs_input_grad[1] else None
         alone = ctx.needs_input_grad[1] and total is None
@@ -146,14 +149,14 @@ class _TokenLogprobs(torch.autograd.Function):
             part = slice(start, start + columns)
             logits = head_logits(hidden_CH, logits_weight_VH[part]) if kept is None else kept[:, part]
             grad_logits = _grad_logits(
-                logits, targets_C - start, normaliser_C, grad_outputs[0], ctx.temperature, grad_weight_VH.dtype
+                logits, targets_C - start, tuple(rows), grad_outputs, ctx.temperature, grad_weight_VH.dtype
             )
             grad_hidden += _product(grad_logits, grad_weight_VH[part])
             if total is not None:
                 add_product(total[part], grad_logits.t(), operand.t())
             elif grad_VH is not None:
                 grad_VH[part] = ctx.workspace.multiply_back(grad_logits.t(), operand)
-        return grad_hidden.to(hidden_CH.dtype), grad_VH, None, None, None, None, None, None
+        return grad_hidden.to(hidden_CH.dtype), grad_VH, None, None, None, None, None, None, None
 
 
 def head_logits(hidden_CH: Tensor, wide_VH: Tensor) -> Tensor:
@@ -173,15 +176,20 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 def _grad_logits(
     logits_CV: Tensor,
     targets_C: Tensor,
-    normaliser_C: Tensor,
-    grad_C: Tensor,
+    rows: tuple[Tensor, ...],
+    grads: tuple[Tensor, ...],
     temperature: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient of the targets' logprobs with respect to the logits: (onehot - softmax) * grad / temperature, rounded.
+    """Gradient of the targets' logprobs, and of the entropies, with respect to the logits, rounded once.
 
-    `targets_C` are relative to the first of these logits; a target may be outside them.
+    It is (onehot - softmax) * grad / temperature. `targets_C` are relative to the first of these logits; a target may
+    be outside them. `rows` has the normalisers, [C], and the entropies H, [C], if there is a gradient of them too: it
+    adds -softmax * (log softmax + H) * grad / temperature.
     """
+    normaliser_C, grad_C = rows[0], grads[0]
+    if len(rows) > 1:
+        return _grad_with_entropies(logits_CV, targets_C, rows, grads, temperature).to(dtype)
     if fused(logits_CV):
         # Imported only on a GPU, because it needs Triton.
         from betterhalf.kernels import vocabulary
@@ -193,6 +201,20 @@ def _grad_logits(
     inside = (targets_C >= 0) & (targets_C < grad.shape[1])
     here = targets_C.clamp(0, grad.shape[1] - 1).unsqueeze(-1)
     return grad.scatter_add_(1, here, (grad_C * inside).unsqueeze(-1)).to(dtype)
+
+
+def _grad_with_entropies(
+    logits_CV: Tensor, targets_C: Tensor, rows: tuple[Tensor, ...], grads: tuple[Tensor, ...], temperature: float
+) -> Tensor:
+    """Return `_grad_logits` in FP32, with the gradient of the entropies."""
+    scaled = logits_CV if temperature == 1.0 else logits_CV / temperature
+    grad_C1, entropy_grad_C1 = (grad.unsqueeze(-1) / temperature for grad in grads)
+    log_softmax = scaled - rows[0].unsqueeze(-1)
+    factor = grad_C1 + (log_softmax + rows[1].unsqueeze(-1)) * entropy_grad_C1
+    grad_logits = log_softmax.exp_().mul_(-factor)
+    inside = (targets_C >= 0) & (targets_C < grad_logits.shape[1])
+    here = targets_C.clamp(0, grad_logits.shape[1] - 1).unsqueeze(-1)
+    return grad_logits.scatter_add_(1, here, grad_C1 * inside.unsqueeze(-1))
 
 
 def token_logprobs(
@@ -210,7 +232,21 @@ def token_logprobs(
     Returns:
         float32 [C].
     """
-    out = _TokenLogprobs.apply(
+    return _apply(hidden_CH, head, targets_C, temperature, workspace, False)[0]
+
+
+def logprobs_and_entropies(
+    hidden_CH: Tensor, head: Head, targets_C: Tensor, temperature: float, workspace: LogitsWorkspace
+) -> tuple[Tensor, Tensor]:
+    """Compute `token_logprobs`, bit for bit, and the entropies of the rows; float32 [C] both, differentiable."""
+    logprobs_C, entropies_C = _apply(hidden_CH, head, targets_C, temperature, workspace, True)
+    return logprobs_C, entropies_C
+
+
+def _apply(
+    hidden_CH: Tensor, head: Head, targets_C: Tensor, temperature: float, workspace: LogitsWorkspace, entropies: bool
+) -> tuple[Tensor, ...]:
+    out = _TokenScores.apply(
         hidden_CH,
         head.weight,
         head.logits_weight,
@@ -219,8 +255,9 @@ def token_logprobs(
         targets_C,
         temperature,
         workspace,
+        entropies,
     )  # type: ignore[no-untyped-call]
-    assert isinstance(out, Tensor)
+    assert isinstance(out, tuple)
     return out
 
 

@@ -7,7 +7,7 @@ stay on the trainer's device until they are read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -72,6 +72,11 @@ class TrainerState:
     """Scale and counters; see `LossScaler.state_dict`."""
     policy_version: int
     """Number of applied updates."""
+    reference: dict[str, Tensor] = field(default_factory=dict)
+    """Weights of the reference policy in the compute dtype, by name; empty if it is the starting policy, or if there is
+    none."""
+    reference_digest: str = ""
+    """Checksum of the reference policy; empty without one."""
     source: str = "the trainer's state"
     """Name of its origin, for messages."""
 
@@ -91,13 +96,26 @@ class Trainer(Protocol):
         """
         ...
 
+    def measure_reference(self, packs: Sequence[MicroBatch]) -> list[TokenScores]:
+        """Score the completion tokens of each pack with the reference policy, at the run's sampling temperature.
+
+        The passes are those of `measure`: while the policy is its own reference, the logprobs are equal bit for bit.
+        The trainer must have been built with a reference policy.
+        """
+        ...
+
+    def refresh_reference(self) -> None:
+        """Make the current policy the reference policy."""
+        ...
+
     def forward_backward(
         self, packs: Sequence[MicroBatch], algorithm: Algorithm, denominators: Denominators
     ) -> LossStats:
         """Add the gradient of each pack to the sum for the next optimizer step.
 
         Args:
-            packs: with proximal logprobs if `algorithm.needs_proximal`; may be empty.
+            packs: with proximal logprobs if `algorithm.needs_proximal`, and with reference logprobs if
+                `algorithm.has_kl_loss`; may be empty.
             algorithm: the loss.
             denominators: those of the whole train batch.
 
@@ -134,7 +152,8 @@ class Trainer(Protocol):
         """Continue from `state()` of a trainer of the same model; gradients accumulated so far are discarded.
 
         Raises:
-            CheckpointError: the state is of another model, or of another kind of loss scaler.
+            CheckpointError: the state is of another model, of another kind of loss scaler, or of a run with another
+                reference policy.
         """
         ...
 

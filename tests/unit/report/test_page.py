@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from betterhalf.report.figures import FIGURES
 from betterhalf.report.page import render, write_report
 from betterhalf.report.timing import phase_seconds
 from betterhalf.report.tokens import sample_evenly, token_pairs
-from betterhalf.run_dir import RunDir, append_jsonl, write_json_atomic
+from betterhalf.run_dir import RunDir, append_jsonl, read_jsonl, write_json_atomic
 
 MakeRun = Callable[..., RunDir]
 
@@ -82,7 +83,11 @@ def test_a_sanity_page_has_verdict_figures_contract_differences_and_samples(make
         "fp16 65 steps",
     ):
         assert expected in page.text
-    titles = [spec.title for spec in FIGURES] + ["Time of a step", "Token probabilities", "Token gap"]
+    titles = [spec.title for spec in FIGURES if not spec.only_if_recorded] + [
+        "Time of a step",
+        "Token probabilities",
+        "Token gap",
+    ]
     assert all(title in page.text for title in titles)
     assert "Not recorded" not in page.text
 
@@ -104,6 +109,14 @@ def test_every_figure_names_a_title_and_a_description_that_exist(make_sanity: Ma
     named = [value.split() for name, value in page.attributes if name == "aria-labelledby"]
     assert len(named) == page.tags.count("figure") == 22
     assert all(identifier in page.ids for pair in named for identifier in pair)
+
+
+def test_the_distance_to_a_reference_policy_is_drawn_where_there_is_one(make_run: MakeRun) -> None:
+    run = make_run("run", "fp16", steps=20)
+    assert "Distance to the reference policy" not in report(run).text
+    rows = [row | {"policy/reference_kl/mean": 0.001 * row["step"]} for row in read_jsonl(run.metrics)]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "Distance to the reference policy" in report(run).text
 
 
 def test_several_runs_are_overlaid_under_letters(make_run: MakeRun) -> None:

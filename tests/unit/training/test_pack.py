@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from betterhalf.config.schema import RunConfig
-from betterhalf.training.pack import by_rollout, pack_step
+from betterhalf.training.pack import by_rollout, pack_step, with_advantages
 from betterhalf.types import Completion, FinishReason, MicroBatch, PackedSegment, Prompt, Rollout
 
 CPU = torch.device("cpu")
@@ -210,3 +210,18 @@ def test_each_epoch_has_its_own_order_of_the_same_rollouts() -> None:
     assert repr(pack_step(rollouts, [1.0] * 23, settings, step=2).packs) != repr(batch.packs)
     assert all(sorted(order) == list(range(23)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
+
+
+def test_rollouts_without_advantage_can_be_trained_on_and_get_their_advantages_later() -> None:
+    rollouts = [rollout([k % 3], [2, 3, k]) for k in range(10)]
+    settings = config(budget=20, optimizer_steps=2)
+    batch = pack_step(rollouts[:8], [0.0] * 8, settings, step=1, left_out=rollouts[8:], train_all=True)
+    assert all(not train_batch.measure_only for train_batch in batch.train_batches)
+    advantages = [0.5 * k for k in range(8)]
+    later = with_advantages(batch, advantages)
+    for index, (pack, before) in enumerate(zip(later.packs, batch.packs, strict=True)):
+        left_out = index in later.left_out
+        expected = [0.0 if left_out else advantages[i] for i in pack.rollout_index_S]
+        assert pack.advantages_S.tolist() == expected
+        assert torch.equal(pack.token_ids_T, before.token_ids_T)
+    assert later.train_batches == batch.train_batches

@@ -7,7 +7,13 @@ import torch
 
 from betterhalf import ops
 from betterhalf.training import token_scores
-from betterhalf.training.token_scores import Head, LogitsWorkspace, measure_tokens, token_logprobs
+from betterhalf.training.token_scores import (
+    Head,
+    LogitsWorkspace,
+    logprobs_and_entropies,
+    measure_tokens,
+    token_logprobs,
+)
 
 VOCABULARY = 600
 """Vocabulary of three chunks with the minimum number of columns."""
@@ -180,3 +186,79 @@ def test_shared_logprob_definition_is_fp32_even_for_half_logits() -> None:
     assert logprob.dtype == torch.float32
     # log(1/3) = -1.0986123, which FP16 would give as -1.0986328
     assert abs(float(logprob) + 1.0986123) < 1e-6
+
+
+# -- entropy
+
+
+def reference_with_entropy(
+    problem: tuple[torch.Tensor, ...], bonus: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return float64 entropies, and the gradients of sum(upstream x logprobs + bonus x entropies)."""
+    hidden, weight, targets, upstream = problem
+    h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    log_p = ((h @ w.t()) / temperature).log_softmax(-1)
+    entropies = -(log_p.exp() * log_p).sum(-1)
+    logprobs = log_p.gather(1, targets[:, None]).squeeze(1)
+    (logprobs * upstream.double() + entropies * bonus.double()).sum().backward()
+    assert h.grad is not None and w.grad is not None
+    return entropies.detach(), h.grad, w.grad
+
+
+BONUS = torch.linspace(-1.0, 2.0, 11)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 11, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_entropies_and_their_gradients_equal_float64(rows: int, temperature: float) -> None:
+    hidden, weight, targets, upstream = problem(torch.float32)
+    expected = reference_with_entropy(problem(torch.float32), BONUS, temperature)
+    hidden.requires_grad_(), weight.requires_grad_()
+    logprobs, entropies = logprobs_and_entropies(hidden, head(weight), targets, temperature, workspace(rows))
+    (logprobs * upstream + entropies * BONUS).sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
+    torch.testing.assert_close(entropies.double(), expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(hidden.grad.double(), expected[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weight.grad.double(), expected[2], rtol=1e-4, atol=1e-5)
+
+
+def test_the_slope_of_the_entropy_equals_finite_differences() -> None:
+    """Move the hidden state of one row; no formula of the gradient is used."""
+    hidden, weight, targets, _ = problem(torch.float32)
+    leaf = hidden.clone().requires_grad_()
+    _, entropies = logprobs_and_entropies(leaf, head(weight), targets, 1.0, workspace(4))
+    entropies[5].backward()
+    assert leaf.grad is not None and not leaf.grad[:5].any() and not leaf.grad[6:].any()
+
+    def entropy(hidden_H: torch.Tensor) -> torch.Tensor:
+        p = (weight.double() @ hidden_H).softmax(0)
+        return -(p * p.log()).sum()
+
+    for axis in range(hidden.shape[1]):
+        move = 1e-5 * torch.eye(hidden.shape[1], dtype=torch.float64)[axis]
+        slope = (entropy(hidden[5].double() + move) - entropy(hidden[5].double() - move)) / 2e-5
+        assert leaf.grad[5, axis].item() == pytest.approx(slope.item(), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 11])
+def test_logprobs_beside_entropies_have_the_bits_of_logprobs_alone(rows: int) -> None:
+    hidden, weight, targets, upstream = problem(torch.float32)
+    alone, beside = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    logprobs = token_logprobs(alone, head(weight), targets, 0.7, workspace(rows))
+    found, entropies = logprobs_and_entropies(beside, head(weight), targets, 0.7, workspace(rows))
+    assert torch.equal(found, logprobs)
+    assert torch.equal(entropies, measure_tokens(hidden, head(weight), targets, 0.7, workspace(rows))[1])
+    (logprobs * upstream).sum().backward()
+    (found * upstream).sum().backward()
+    assert torch.equal(beside.grad, alone.grad)  # type: ignore[arg-type]
+
+
+def test_the_entropy_gradient_of_half_weights_is_rounded_once() -> None:
+    hidden, weight, targets, upstream = problem(torch.float16)
+    _, grad_hidden64, grad_weight64 = reference_with_entropy(problem(torch.float16), BONUS, 1.0)
+    hidden.requires_grad_(), weight.requires_grad_()
+    logprobs, entropies = logprobs_and_entropies(hidden, head(weight, wide=True), targets, 1.0, workspace(2))
+    (logprobs * upstream + entropies * BONUS).sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
+    torch.testing.assert_close(weight.grad.double(), grad_weight64, rtol=2**-11 * 1.02, atol=2e-6)
+    torch.testing.assert_close(hidden.grad.double(), grad_hidden64, rtol=2**-11 * 1.02, atol=2e-6)

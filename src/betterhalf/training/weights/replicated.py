@@ -135,6 +135,15 @@ class ReplicatedWeights:
         for name, parameter in self._compute.items():
             yield name, to_format(parameter.detach(), self._compute_dtype)
 
+    @torch.no_grad()
+    def exchange(self, held: Mapping[str, Tensor]) -> None:
+        """See `WeightStore.exchange`; with an FP32 compute dtype the masters are the parameters and change too."""
+        for name, computing in self.computing():
+            own = computing.clone()
+            # `copy_` counts as a change of the parameter, by which widened copies are refreshed.
+            self._compute[name].copy_(held[name])
+            held[name].copy_(own)
+
     def state(self) -> dict[str, Tensor]:
         """Return the masters by name, detached; they share memory with the store."""
         return {name: master.detach() for name, master in self.masters.items()}

@@ -50,6 +50,16 @@ class WeightStore(Protocol):
         """Yield (name, computing parameter, in the compute dtype)."""
         ...
 
+    def exchange(self, held: Mapping[str, Tensor]) -> None:
+        """Swap the values of the computing parameters with those of `held`, bit for bit; the masters stay.
+
+        Doing it twice restores both. Between the two calls the module computes with other weights than the masters.
+
+        Args:
+            held: copies of what `computing` yields, by name.
+        """
+        ...
+
     def state(self) -> dict[str, Tensor]:
         """Return the FP32 masters by name, for a checkpoint; they share memory with the store."""
         ...
