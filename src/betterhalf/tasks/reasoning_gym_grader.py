@@ -14,8 +14,8 @@ from typing import Any
 
 from betterhalf.errors import RewardError
 from betterhalf.tasks.grader_worker import WORKER_MEMORY_BYTES, last_error
-from betterhalf.tasks.worker_limits import bound_memory
 from betterhalf.tasks.scorer_pool import OutOfResourcesError, ScorerPool
+from betterhalf.tasks.worker_limits import bound_memory
 from betterhalf.types import AnswerExtraction, FinishReason, Prompt
 
 Entry = Mapping[str, Any]
