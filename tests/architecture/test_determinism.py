@@ -31,6 +31,9 @@ HARMLESS = {
     ("rollout/sampler.py", "scatter"): "a permutation: each place once",
     ("runs/side_by_side.py", "put"): "of a queue",
     ("examine/pairs.py", "repeat_interleave"): "without a gradient",
+    ("tasks/reward_worker.py", "gather"): "of coroutines, whose results keep their order",
+    ("tasks/reward_worker.py", "put"): "of a queue",
+    ("tasks/worker_pool.py", "put"): "of a queue",
     (
         "training/weights/replicated.py",
         "index_add",

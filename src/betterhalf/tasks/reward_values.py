@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
-from betterhalf.tasks.worker_channel import MAX_COMPONENTS, MAX_NAME_LENGTH
+from betterhalf.tasks.worker_channel import MAX_COMPONENTS, MAX_NAME_LENGTH, MAX_REWARD
 
 TOTAL = "reward"
 """Key of a dictionary of components that gives the reward; without it, their sum does."""
@@ -60,8 +60,6 @@ def _read(value: Any) -> dict[str, Any]:
         raise _BadReward("wrong_type", "it returned a dictionary without components")
     total = components.pop(TOTAL) if TOTAL in components else None
     found = math.fsum(components.values()) if total is None else total
-    if not math.isfinite(found):
-        raise _BadReward("not_finite", f"its components add up to {found}")
     return {"value": found, "components": components, "summed": total is None}
 
 
@@ -86,6 +84,8 @@ def _number(value: Any, what: str) -> float:
         found = math.inf
     if not math.isfinite(found):
         raise _BadReward("not_finite", f"{what} is {found}")
+    if abs(found) > MAX_REWARD:
+        raise _BadReward("too_large", f"{what} is {found:g}, beyond {MAX_REWARD:g} in size")
     return found
 
 

@@ -13,6 +13,8 @@ from betterhalf.types import RewardFailure
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 """Largest reply of a worker."""
+MAX_REWARD = 1e30
+"""Largest size of a reward; sums of squares of such numbers are still finite."""
 MAX_COMPONENTS = 64
 """Largest number of named components of one reward."""
 MAX_NAME_LENGTH = 64
