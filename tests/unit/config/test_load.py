@@ -260,16 +260,11 @@ def test_the_task_inside_a_task_may_leave_its_type_out() -> None:
             f"TRAINER/ROLLOUT. {EMULATED} Write",
         ),
         ("algorithm=grop", "Did you mean grpo?"),
-<<<<<<< HEAD
         (
             "task=mth",
-            'task.type = "mth" is not one of arithmetic, math, reasoning_gym, perfectible. Did you mean math?',
+            'task.type = "mth" is not one of arithmetic, math, reasoning_gym, python, perfectible. Did you mean math?',
         ),
         ("task=math", "task.path is required (JSONL file or Parquet file"),
-=======
-        ("task=mth", 'task.type = "mth" is not one of arithmetic, math, python, perfectible. Did you mean math?'),
-        ("task=math", "task.path is required (JSONL file with"),
->>>>>>> 1652849 (tests: hold the settings and classes of python tasks)
         ("task=perfectible", "task.path is required (A `perfectible.jsonl` that `betterhalf sanity` wrote). Set it."),
         ("task.path=x", "task.path is not a key of the chosen task.type."),
         ("optimizer.betas=0.9", "optimizer.betas has too few values. Give all 2,"),

@@ -181,7 +181,7 @@ def test_rewards_named_twice_are_refused(file: Path) -> None:
 def test_prompts_of_the_wrong_type_are_bad_rows(file: Path) -> None:
     task = built(file, "Wrong")
     reasons = [defect.reason for index in range(2) if (defect := task.problems.row(index).defect)]
-    assert reasons == ["the field `problem` is missing (the row has 'question')", "it is a int"]
+    assert reasons == ["the field `problem` is missing (the row has 'question')", "it is of the type int"]
     defect = built(file, "Raises").problems.row(1).defect
     assert defect is not None and defect.reason == "prompt(1) raises ZeroDivisionError: division by zero"
 
@@ -195,7 +195,7 @@ def test_rows_of_a_file_carry_all_fields_and_name_bad_ones(tmp_path: Path, file:
     rows = tmp_path / "rows.jsonl"
     lines = [json.dumps({"problem": "1+1=", "answer": 2, "tests": ["a"]}), "", '{"problem": ""}', "[1]", "{"]
     rows.write_text("\n".join(lines))
-    config = PythonTask(path=str(rows), template="none", reward=f"{file}:score")
+    config = PythonTask(path=str(rows), template="none", answer_field="answer", reward=f"{file}:score")
     task = build_task(config, Characters())
     assert len(task) == 4
     assert task.prompt(0).metadata == {"problem": "1+1=", "answer": 2, "tests": ["a"]}
