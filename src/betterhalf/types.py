@@ -104,6 +104,15 @@ punctuation, the last number, or all of it."""
 BadRowAction = Literal["refuse", "skip"]
 """Actions on a row that cannot be used."""
 
+RewardNormalisation = Literal["none", "group"]
+"""Normalisations of the rewards of a `python` task before they are added up."""
+
+RewardErrorAction = Literal["score", "stop"]
+"""Actions on a completion whose reward failed: give it a fixed reward, or stop the run."""
+
+RewardFailure = Literal["timeout", "crash", "exception", "not_finite", "wrong_type", "wrong_length", "too_large"]
+"""Ways in which a reward function of the user's fails."""
+
 SchedulerName = Literal["constant", "linear", "cosine"]
 """Shapes of the learning rate after the warm-up."""
 

@@ -35,6 +35,9 @@ HARMLESS = {
     ("runs/epochs.py", "bincount"): "without weights: counts",
     ("runs/side_by_side.py", "put"): "of a queue",
     ("examine/pairs.py", "repeat_interleave"): "without a gradient",
+    ("tasks/reward_worker.py", "gather"): "of coroutines, whose results keep their order",
+    ("tasks/reward_worker.py", "put"): "of a queue",
+    ("tasks/worker_pool.py", "put"): "of a queue",
     (
         "training/weights/replicated.py",
         "index_add",

@@ -102,22 +102,23 @@ def field(holders: Sequence[type[Section]], key: str) -> FieldInfo | None:
 def find(path: Sequence[str]) -> FieldInfo | None:
     """Return the field at a path from the root, searched in every type of section; None without one.
 
-    The path has no positions in lists: `watchdog.levels.metric`. The settings of an arm, `sanity.arm.NAME.KEY`, are
-    those of a run: KEY. A table that the user names, such as `evaluate.data.NAME`, has no field of its own.
+    The path has no positions in lists: `watchdog.levels.metric`. The path of a table that the user names, such as
+    `evaluate.data.NAME`, gives the field that holds it. The settings of an arm, `sanity.arm.NAME.KEY`, are those of a
+    run: KEY.
     """
     if tuple(path[:2]) == ("sanity", "arm"):
         path = path[3:] or path[:2]
     holders: tuple[type[Section], ...] = (RunConfig,)
-    found, named = None, False
-    for key in path:
-        if named:
-            found, named = None, False
-            continue
+    found = None
+    names = iter(path)
+    for key in names:
         found = field(holders, key)
         if found is None:
             return None
-        named = bool(inner := tables(found.annotation))
+        inner = tables(found.annotation)
         holders = inner or sections(found.annotation) or items(found.annotation)
+        if inner:
+            next(names, None)  # the name that the user gave
     return found
 
 

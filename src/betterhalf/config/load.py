@@ -287,7 +287,7 @@ def _with_types(data: Mapping[str, Any], section: type[Section]) -> dict[str, An
         if not isinstance(value, Mapping):
             continue
         inner, named = keys.sections(info.annotation), keys.tables(info.annotation)
-        if named:
+        if len(named) > 1:
             kind = named[0].model_fields["type"].default
             filled[key] = {name: _with_type(table, named, kind) for name, table in value.items()}
         elif len(inner) > 1:

@@ -98,9 +98,10 @@ def _expand_value(value: Any, annotation: Any) -> Any:
 
 
 def _expand_table(table: Any, holders: tuple[type[Section], ...]) -> Any:
-    """Expand a table that the user names; a bare value is its type."""
-    if isinstance(table, str) and len(holders) > 1:
-        return {"type": table}
+    """Expand a table that the user names; a bare value is its type, or the key of its shorthand."""
+    short = "type" if len(holders) > 1 else holders[0].shorthand
+    if isinstance(table, str) and short is not None:
+        return {short: table}
     return expand(table, holders) if isinstance(table, Mapping) else table
 
 
@@ -134,7 +135,11 @@ def _value(text: str, annotation: Any) -> Any:
     value = _literal(text)
     if keys.items(annotation):
         return [value] if isinstance(value, dict) else value
-    if keys.is_tuple(annotation) and not isinstance(value, list):
+    if (
+        keys.is_tuple(annotation)
+        and not isinstance(value, list)
+        and not (text == "none" and keys.is_optional(annotation))
+    ):
         parts = [part.strip() for part in text.split(",")]
         return parts if keys.holds_text(annotation) else [_literal(part) for part in parts]
     if keys.is_text(annotation) and not isinstance(value, str):

@@ -34,6 +34,7 @@ from betterhalf.config.task import (
     ReasoningGymTask,
     TaskConfig,
 )
+from betterhalf.config.task_python import PythonTask, RewardTerm
 from betterhalf.config.training import TrainingConfig
 from betterhalf.config.watchdog import WatchdogConfig, WatchdogLevel
 from betterhalf.types import DeviceName
@@ -59,8 +60,10 @@ __all__ = [
     "PrecisionRoles",
     "ProbeConfig",
     "PromptConfig",
+    "PythonTask",
     "RatioConfig",
     "ReasoningGymTask",
+    "RewardTerm",
     "RowsConfig",
     "RunConfig",
     "SamplingConfig",

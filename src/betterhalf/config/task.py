@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from betterhalf.config.data import DataConfig, PromptConfig, RowsConfig
 from betterhalf.config.section import Section
+from betterhalf.config.task_python import PythonTask
 from betterhalf.types import AnswerExtraction, ArithmeticStyle
 
 
@@ -63,7 +64,7 @@ class ReasoningGymTask(PromptConfig):
     """Number of worker processes for scoring."""
 
 
-BaseTaskConfig = Annotated[ArithmeticTask | MathTask | ReasoningGymTask, Field(discriminator="type")]
+BaseTaskConfig = Annotated[ArithmeticTask | MathTask | ReasoningGymTask | PythonTask, Field(discriminator="type")]
 """A task with prompts of its own."""
 
 
@@ -77,5 +78,7 @@ class PerfectibleTask(Section):
     """Task whose prompts were filtered; it also computes the reward."""
 
 
-TaskConfig = Annotated[ArithmeticTask | MathTask | ReasoningGymTask | PerfectibleTask, Field(discriminator="type")]
+TaskConfig = Annotated[
+    ArithmeticTask | MathTask | ReasoningGymTask | PythonTask | PerfectibleTask, Field(discriminator="type")
+]
 """The task; its key `type` chooses the class."""

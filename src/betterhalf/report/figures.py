@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -200,11 +201,24 @@ FIGURES = (
     ),
 )
 
+_OWN_MEAN = re.compile(r"task/[A-Za-z0-9_./-]+/mean")
+"""Pattern of the means of a task's own rewards; the page shows no other text of theirs."""
+_MOST_OWN_FIGURES = 24
+_FAILURES = FigureSpec(
+    key="task-errors",
+    title="Failed rewards",
+    unit="completions",
+    metrics=("task/errors",),
+    include=(0.0,),
+    caption="Rewards of the user's own that took too long, ended their worker, raised, or returned no finite number. "
+    "Healthy: 0.",
+)
+
 
 def step_figures(arms: Sequence[Arm]) -> tuple[list[Figure], list[str]]:
     """Return the figures over steps that have data, and the titles of those without."""
     drawn, missing = [], []
-    for spec in FIGURES:
+    for spec in (*FIGURES[:1], *_own_figures(arms), *FIGURES[1:]):
         image = draw(_chart(spec, arms))
         if image is None:
             if not spec.only_if_recorded:
@@ -212,6 +226,26 @@ def step_figures(arms: Sequence[Arm]) -> tuple[list[Figure], list[str]]:
         else:
             drawn.append(_with_text(spec, arms, image))
     return drawn, missing
+
+
+def _own_figures(arms: Sequence[Arm]) -> list[FigureSpec]:
+    """Return a figure for each reward and component that a task measures under `task/`, and one for its failures."""
+    names = dict.fromkeys(name for arm in arms for row in arm.rows for name in row if _OWN_MEAN.fullmatch(name))
+    specs = [_own_figure(name, number) for number, name in enumerate(names)][:_MOST_OWN_FIGURES]
+    if any(value > 0 for arm in arms for value in arm.finite("task/errors")):
+        specs.append(_FAILURES)
+    return specs
+
+
+def _own_figure(name: str, number: int) -> FigureSpec:
+    return FigureSpec(
+        key=f"task{number}",
+        title=f"Reward {name.removeprefix('task/').removesuffix('/mean')}",
+        unit="mean over the step's completions",
+        metrics=(name,),
+        smooth=True,
+        caption="One of the task's own rewards, or a component of one, before weight, normalisation and scale.",
+    )
 
 
 def _is_wide(spec: FigureSpec, arms: Sequence[Arm]) -> bool:

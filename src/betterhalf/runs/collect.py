@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+from betterhalf.metrics.console import show_note
 from betterhalf.rollout.engine import require_version
 from betterhalf.runs.assembly import Parts
 from betterhalf.runs.progress import Progress
@@ -13,6 +14,7 @@ from betterhalf.runs.stopwatch import Stopwatch
 from betterhalf.runs.weight_sync import revive
 from betterhalf.setup.decoding import completion_texts
 from betterhalf.tasks.rewards import check_rewards
+from betterhalf.tasks.task import Measured
 from betterhalf.types import Completion, GenerateRequest, Prompt, Rollout, RolloutGroup
 
 
@@ -32,6 +34,8 @@ class Collected:
     """Number of answers in this step that the grader could not parse."""
     restarts: int = 0
     """Number of restarts of the engine after a crash while sampling."""
+    task_metrics: Mapping[str, float] = field(default_factory=dict)
+    """The task's own metrics of this step, under `task/`."""
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -92,6 +96,7 @@ def collect_groups(parts: Parts, progress: Progress, clock: Stopwatch) -> Collec
     useful: list[RolloutGroup] = []
     flat: list[RolloutGroup] = []
     timeouts_before, unparsed_before = parts.task.timeouts, parts.task.unparsed_answers
+    _task_metrics(parts)  # those of an evaluation before this step are not the step's
     restarts, size = restarts_of(parts.config), parts.config.training.group_size
     for _ in range(rounds):
         prompts = _fresh_prompts(parts, start, position - start)
@@ -118,7 +123,12 @@ def collect_groups(parts: Parts, progress: Progress, clock: Stopwatch) -> Collec
         timeouts=parts.task.timeouts - timeouts_before,
         unparsed_answers=parts.task.unparsed_answers - unparsed_before,
         restarts=restarts.count,
+        task_metrics=_task_metrics(parts),
     )
+
+
+def _task_metrics(parts: Parts) -> dict[str, float]:
+    return parts.task.take_metrics() if isinstance(parts.task, Measured) else {}
 
 
 def _fresh_prompts(parts: Parts, start: int, taken: int) -> list[Prompt]:
@@ -192,6 +202,8 @@ def _graded(parts: Parts, prompts: Sequence[Prompt], siblings: Sequence[tuple[Co
     texts = completion_texts(parts.model.tokenizer, [completion for _, completion in flat])
     rewards = parts.task.rewards([prompt for prompt, _ in flat], texts, [c.finish_reason for _, c in flat])
     rewards = check_rewards(rewards, len(flat))
+    for note in parts.task.take_notes() if isinstance(parts.task, Measured) else ():
+        show_note(note, mode=parts.config.logging.console)
     rollouts = iter(
         [
             Rollout(prompt=prompt, completion=completion, text=text, reward=reward)

@@ -21,7 +21,7 @@ from betterhalf.types import Rollout
 
 
 def rollout_metrics(collected: Collected, advantages: Sequence[float], masked: int = 0) -> dict[str, float]:
-    """Return `rollout/*` of one step; rewards are those before any penalty on length.
+    """Return `rollout/*` of one step, and the task's own `task/*`; rewards are those before any penalty on length.
 
     Args:
         collected: the step's groups, and those that dynamic sampling left out.
@@ -41,6 +41,7 @@ def rollout_metrics(collected: Collected, advantages: Sequence[float], masked: i
         **_described("rollout/kept", collected.rollouts),
         "rollout/kept/zero_advantage_fraction": kept / len(collected.groups),
         "rollout/masked_fraction": masked / len(collected.rollouts),
+        **collected.task_metrics,
     }
 
 

@@ -16,6 +16,7 @@ from betterhalf.config.load import resolved_json
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import InputError, MissingExtraError
 from betterhalf.metrics.catalogue import CATALOGUE
+from betterhalf.metrics.metric import FREE_AREAS
 from betterhalf.models.description import ModelDescription, describe_model
 from betterhalf.rollout.build import require_engine
 from betterhalf.run_dir import RunDir
@@ -96,7 +97,7 @@ def check_curves(names: Sequence[str]) -> None:
         InputError: the message names the nearest metric.
     """
     for name in names:
-        if name not in CATALOGUE:
+        if name not in CATALOGUE and name.partition("/")[0] not in FREE_AREAS:
             near = get_close_matches(name, CATALOGUE, n=1, cutoff=0.0)[0]
             raise InputError(f"sweep.curves names {name!r}, which is no metric. Did you mean {near!r}?")
 

@@ -278,6 +278,7 @@ def summarise(run: RunDir, config: RunConfig) -> dict[str, Any]:
         "rows_left_out": len(read_jsonl(run.bad_rows)),
         **(_totals(rows) if rows else {}),
         **_evaluations(run),
+        **({"task": own} if (own := _task_totals(rows)) else {}),
         "run_dir": str(run.path),
     }
 
@@ -307,6 +308,18 @@ def _evaluations(run: RunDir) -> dict[str, Any]:
         return found
     path = step_folder(run.checkpoints, best.step).relative_to(run.path)
     return found | {"best_accuracy": best.accuracy, "best_step": best.step, "best_checkpoint": str(path)}
+
+
+def _task_totals(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the task's own metrics: means of the last 10 steps of `.../mean` and `.../std`, sums of its counters."""
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith("task/"))
+    found = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
+    averaged = ("/mean", "/std")
+    return {
+        name.removeprefix("task/"): statistics.fmean(values[-10:]) if name.endswith(averaged) else sum(values)
+        for name, values in found.items()
+        if values
+    }
 
 
 def _kept_reward(row: dict[str, Any]) -> float:

@@ -33,7 +33,7 @@ Source: arXiv 2510.18855.
 """
 
 BEFORE = frozenset(name for name in CATALOGUE if name.startswith(("mismatch/", "budget/", "rollout/")))
-"""Metrics that are checked before a step's update."""
+"""Metrics that are checked before a step's update, with all that a task measures of its own under `task/`."""
 
 AFTER = frozenset(name for name in CATALOGUE if name.startswith(("policy/", "optim/"))) - {"optim/first_offender"}
 """Metrics that are checked after a step's update; the first offender is a name."""
@@ -122,7 +122,7 @@ def check(
     counts: dict[str, int] = {}
     alarms: list[Alarm] = []
     for level in levels:
-        if level.metric not in watched:
+        if not _is_watched(level.metric, watched):
             counts[level_name(level)] = state.counts.get(level_name(level), 0)
             continue
         # A metric that was not measured in this step is not checked.
@@ -139,6 +139,10 @@ def check(
     if watch.stop:
         raise Stopped(watch.stop, watch, measured)
     return watch
+
+
+def _is_watched(metric: str, watched: Collection[str]) -> bool:
+    return metric in watched or (watched is BEFORE and metric.startswith("task/"))
 
 
 def broken_bound(level: WatchdogLevel, value: float) -> float | None:
@@ -214,7 +218,7 @@ def require_sound_levels(config: RunConfig) -> None:
     """
     for number, level in enumerate(config.watchdog.levels):
         key = f"watchdog.levels[{number}]"
-        if level.metric not in BEFORE | AFTER:
+        if not (_is_watched(level.metric, BEFORE) or level.metric in AFTER):
             raise ConfigError(f"{key}.metric = {level.metric!r} {_why_not_watched(level.metric)}")
         if level.action == "stop" and level.metric in AFTER:
             raise ConfigError(

@@ -11,6 +11,7 @@ from betterhalf.tasks.dataset import DatasetTask
 from betterhalf.tasks.held_out import take_part
 from betterhalf.tasks.math import build_math
 from betterhalf.tasks.perfectible_task import restrict
+from betterhalf.tasks.python import build_python
 from betterhalf.tasks.reasoning_gym import build_reasoning_gym
 from betterhalf.tasks.task import Tokenizer
 
@@ -35,4 +36,5 @@ _BUILDERS: dict[str, Callable[[Any, Tokenizer], DatasetTask]] = {
     "math": build_math,
     "reasoning_gym": build_reasoning_gym,
     "perfectible": _build_perfectible,
+    "python": build_python,
 }

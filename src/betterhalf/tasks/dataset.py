@@ -10,7 +10,7 @@ from betterhalf.tasks.draw import distinct_stream
 from betterhalf.tasks.fingerprint import DataRecord, row_digest
 from betterhalf.tasks.prompting import Draft, encode
 from betterhalf.tasks.row import BadRow, Row
-from betterhalf.tasks.task import Tokenizer
+from betterhalf.tasks.task import Measured, Tokenizer
 from betterhalf.types import FinishReason, Prompt
 
 
@@ -126,6 +126,14 @@ class DatasetTask:
     def unparsed_answers(self) -> int:
         """Number of answers that could not be parsed so far."""
         return self.grader.unparsed_answers
+
+    def take_metrics(self) -> dict[str, float]:
+        """Return the grader's own metrics since the last call; empty for a grader without any."""
+        return self.grader.take_metrics() if isinstance(self.grader, Measured) else {}
+
+    def take_notes(self) -> list[str]:
+        """Return the grader's warnings since the last call."""
+        return self.grader.take_notes() if isinstance(self.grader, Measured) else []
 
     def close(self) -> None:
         """Stop the grader's worker processes."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing.spawn
-import os
 import pickle
 import re
 import signal
@@ -11,6 +10,7 @@ import subprocess
 import sys
 
 from betterhalf.tasks.math_equal import equivalent
+from betterhalf.tasks.worker_limits import bound_memory
 
 WORKER_MEMORY_BYTES = 4 * 2**30
 """Address space of a worker beyond its imports, so that 10^{10^{10}} ends in its own MemoryError, not the trainer's."""
@@ -50,7 +50,7 @@ def start_worker() -> None:
     """Leave interrupts to the parent, warm up the comparison before any time limit runs, and limit the memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     equivalent("3", "6/2")
-    bound_memory()
+    bound_memory(WORKER_MEMORY_BYTES)
 
 
 def why_workers_fail() -> str | None:
@@ -95,23 +95,3 @@ def _last_error_of(messages: str) -> str:
     found = [match.start() for match in _ERROR_LINE.finditer(messages)]
     lines = messages[found[-1] :] if found else next(iter(messages.strip().splitlines()[-1:]), "")
     return " ".join(lines.split())[:600].rstrip(".")
-
-
-def bound_memory() -> None:
-    """Limit the memory of this process to WORKER_MEMORY_BYTES beyond what it uses now."""
-    try:
-        import resource
-
-        limit = _address_space() + WORKER_MEMORY_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    except (ImportError, ValueError, OSError):
-        pass  # Windows has no such limit, and some systems refuse it.
-
-
-def _address_space() -> int:
-    """Return the address space in use; a main module that imports CUDA may already exceed the limit."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0  # only Linux has this file

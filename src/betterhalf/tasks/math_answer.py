@@ -146,8 +146,10 @@ def _unwrapped(answer: str) -> str:
 
 
 def _fraction(repeating: re.Match[str]) -> str:
-    """Write 0.1\\overline{6} as 15/90."""
+    """Write 0.1\\overline{6} as 15/90; leave numbers with more digits than int() reads."""
     sign, whole, fixed, turn = repeating.groups()
+    if len(whole + fixed + turn) > MAX_DIGITS:
+        return repeating[0]
     top = int(whole + fixed + turn) - int(whole + fixed or "0")
     return f"{sign}\\frac{{{top}}}{{{(10 ** len(turn) - 1) * 10 ** len(fixed)}}}"
 
@@ -171,7 +173,9 @@ def _plain_float(found: re.Match[str]) -> str:
 def _may_be_sum(found: re.Match[str]) -> bool:
     """Return whether e may be Euler's number: no sum is written like 1e-5, 1.5e-3, 2e-05 or 2e+22."""
     front, letter, sign, digits = found.groups()
-    as_printed = digits.startswith("0") or (len(digits) >= 2 and int(sign + digits) not in range(-4, 16))
+    # More than two digits are outside the range, and may be more than int() reads.
+    far = len(digits) > 2 or (len(digits) == 2 and int(sign + digits) not in range(-4, 16))
+    as_printed = digits.startswith("0") or far
     return letter == "e" and bool(sign) and front != "1" and "." not in front and not as_printed
 
 

@@ -26,6 +26,10 @@ START_SECONDS = 20.0
 """Seconds without a first result after which a failure to start is suspected and checked."""
 
 
+MAX_ANSWER_LENGTH = 10_000
+"""Maximum length of an answer that is compared as mathematics; parsing a longer one only exhausts the time limit."""
+
+
 class Failure(Enum):
     """Reasons why a comparison has no result."""
 
@@ -139,6 +143,8 @@ class MathGrader:
     def _compare(self, pairs: Sequence[Pair]) -> dict[Pair, bool | Failure]:
         """Return whether each pair is equal, or the failure that left this open."""
         verdicts: dict[Pair, bool | Failure] = {pair: True for pair in pairs if look_alike(*pair)}
+        too_long = [pair for pair in pairs if pair not in verdicts and len(pair[1]) > MAX_ANSWER_LENGTH]
+        verdicts |= dict.fromkeys(too_long, Failure.UNPARSED)
         waiting = [pair for pair in pairs if pair not in verdicts]
         for pair, verdict in zip(waiting, self._run(self._equal, waiting), strict=True):
             if not isinstance(verdict, bool | Failure):

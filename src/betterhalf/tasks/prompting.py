@@ -24,6 +24,8 @@ class Draft:
     """Let the tokenizer add its special tokens; false where the text already holds them."""
     answer: str
     """Gold answer."""
+    token_ids: tuple[int, ...] | None = None
+    """Token ids of the text where they are given with it; None to tokenize it."""
 
 
 def plain_draft(prompt_id: str, text: str, *, answer: str) -> Draft:
@@ -85,6 +87,8 @@ def require_chat_template(tokenizer: Tokenizer) -> None:
 def encode(tokenizer: Tokenizer, draft: Draft, token_ids: Sequence[int] | None = None) -> Prompt:
     """Tokenize a draft; `token_ids` are the token ids of its text where they are already known."""
     if token_ids is None:
+        token_ids = draft.token_ids
+    if token_ids is None:
         token_ids = tokenizer.encode(draft.text, add_special_tokens=draft.add_special_tokens)
     return Prompt(prompt_id=draft.prompt_id, text=draft.text, token_ids=tuple(token_ids), answer=draft.answer)
 
@@ -92,7 +96,12 @@ def encode(tokenizer: Tokenizer, draft: Draft, token_ids: Sequence[int] | None =
 def encode_texts(tokenizer: Tokenizer, drafts: Sequence[Draft]) -> list[list[int]]:
     """Tokenize several drafts in one call, which is several times faster than one by one."""
     found: list[list[int]] = []
-    for special, group in groupby(drafts, key=lambda draft: draft.add_special_tokens):
+    for (given, special), group in groupby(
+        drafts, key=lambda each: (each.token_ids is not None, each.add_special_tokens)
+    ):
+        if given:
+            found += [list(draft.token_ids or ()) for draft in group]
+            continue
         texts = [draft.text for draft in group]
         found += tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
     return found

@@ -13,8 +13,9 @@ from functools import lru_cache
 from typing import Any
 
 from betterhalf.errors import RewardError
-from betterhalf.tasks.grader_worker import bound_memory, last_error
+from betterhalf.tasks.grader_worker import WORKER_MEMORY_BYTES, last_error
 from betterhalf.tasks.scorer_pool import OutOfResourcesError, ScorerPool
+from betterhalf.tasks.worker_limits import bound_memory
 from betterhalf.types import AnswerExtraction, FinishReason, Prompt
 
 Entry = Mapping[str, Any]
@@ -195,7 +196,7 @@ def start_scorer(generator: str, settings: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open as long as the worker)
     _generator(generator, settings)
-    bound_memory()
+    bound_memory(WORKER_MEMORY_BYTES)
 
 
 def score_answer(generator: str, settings: str, answer: str | None, entry: Entry) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from betterhalf.types import FinishReason, Prompt
 
@@ -86,4 +86,17 @@ class Task(Protocol):
 
     def close(self) -> None:
         """Stop the worker processes; calling it twice is harmless."""
+        ...
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """A task or a grader that has metrics and warnings of its own."""
+
+    def take_metrics(self) -> dict[str, float]:
+        """Return its metrics since the last call, all named `task/...`; the catalogue need not list them."""
+        ...
+
+    def take_notes(self) -> list[str]:
+        """Return warnings for the user since the last call."""
         ...

@@ -73,3 +73,9 @@ def test_a_band_includes_its_bounds_and_nothing_outside(
 def test_catalogue_imports_no_torch() -> None:
     code = "import sys, betterhalf.metrics.catalogue; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_task_s_own_names_need_no_entry() -> None:
+    check_known(["task/score/mean", "task/errors", "loss/mine"])
+    with pytest.raises(InputError, match="'tasks/score' is not in the catalogue"):
+        check_known(["tasks/score"])

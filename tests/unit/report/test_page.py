@@ -194,6 +194,18 @@ def test_text_of_models_and_names_cannot_become_markup(tmp_path: Path) -> None:
     assert "<script>alert(1)</script>" in page.text
 
 
+def test_a_task_s_own_rewards_have_a_figure_each_and_its_failures_one(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", resume=False)
+    for step in (1, 2):
+        own = {"task/score/mean": 0.5 * step, "task/score/ends/mean": 0.2, "task/<b>/mean": 1.0, "task/score/std": 0.1}
+        run.append_metrics({"step": step, "rollout/reward/mean": 0.5, "task/errors": 0.0, **own})
+    page = render(load([run]))
+    assert "Reward score</" in page and "Reward score/ends</" in page
+    assert "<b>" not in page and "Failed rewards" not in page
+    run.append_metrics({"step": 3, "rollout/reward/mean": 0.5, "task/errors": 4.0})
+    assert "Failed rewards" in render(load([run]))
+
+
 def test_a_folder_that_is_not_a_run_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="run folder"):
         write_report([tmp_path], tmp_path / "report.html")

@@ -156,6 +156,15 @@ def test_what_is_watched_before_the_update_and_after_it() -> None:
     assert {name.partition("/")[0] for name in AFTER} == {"policy", "optim"}
 
 
+def test_a_task_s_own_metrics_are_watched_before_the_update() -> None:
+    own = level(metric="task/score/mean", above=None, below=0.5)
+    require_sound_levels(config(own, level(metric="task/errors", above=3, action="stop")))
+    watch = check([own], WatchState(), 1, {"task/score/mean": 0.25})
+    assert [(alarm.metric, alarm.value) for alarm in watch.alarms] == [("task/score/mean", 0.25)]
+    assert check([own], watch.state, 1, {"task/score/mean": 0.25}, AFTER).alarms == ()
+    assert check([own], WatchState(), 1, {}).alarms == ()  # a task of another type does not measure it
+
+
 RATIO = "policy/ratio/max_negative"
 
 

@@ -12,6 +12,7 @@ from betterhalf.tasks.math_answer import (
     look_alike,
     plain_number,
     shape_fault,
+    spell_plainly,
 )
 
 
@@ -173,3 +174,14 @@ def test_numbers_are_written_plainly(number: str, digits: str | None) -> None:
 )
 def test_only_simple_forms_are_trusted_without_a_check(answer: str, simple: bool) -> None:
     assert is_surely_finite(answer) is simple
+
+
+def test_numbers_with_more_digits_than_python_reads_stay_as_they_are() -> None:
+    exponent = "2e-" + "5" * 5000
+    assert spell_plainly(exponent) == exponent
+    decimal = "0." + "1" * 2500 + r"\overline{" + "3" * 2500 + "}"
+    assert spell_plainly(decimal) == decimal
+    assert spell_plainly(r"0.1\overline{6}") == r"\frac{15}{90}"
+    assert [spell_plainly(text) for text in ("2e-3", "2e+15", "2e+16", "2e-05", "2e+100")] == [
+        *("2e-3", "2e+15", "2" + "0" * 16, "0.00002", "2" + "0" * 100),
+    ]
