@@ -277,8 +277,9 @@ class LossInputs(TokenTensors):
     @classmethod
     def of(cls, tokens: TokenTensors, current_logprobs_C: Tensor, **more: Tensor | None) -> LossInputs:
         """Add the current logprobs, and other fields of this class, to the constants of the same tokens."""
-        constants: dict[str, Any] = {each.name: getattr(tokens, each.name) for each in fields(TokenTensors)}
-        return cls(current_logprobs_C=current_logprobs_C, **constants, **more)
+        constants = {each.name: getattr(tokens, each.name) for each in fields(TokenTensors)}
+        values: dict[str, Any] = {**constants, **more}
+        return cls(current_logprobs_C=current_logprobs_C, **values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
