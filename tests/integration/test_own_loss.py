@@ -12,7 +12,7 @@ import pytest
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import ConfigError, InputError
 from betterhalf.run_dir import read_json, read_jsonl
-from betterhalf.runs.assembly import assemble
+from betterhalf.runs.assembly import assemble, checked_algorithm
 from betterhalf.runs.loop import StepResult, train_steps
 from betterhalf.runs.progress import Progress
 from betterhalf.runs.train import train
@@ -112,3 +112,10 @@ def test_the_watchdogs_mask_is_refused_with_a_loss_of_ones_own(small_config: Con
     config = small_config(algorithm={"loss": f"{tmp_path}/my_loss.py:clipped"}, watchdog={"levels": [level]})
     with pytest.raises(ConfigError, match="which has a loss of your own"):
         train(config, str(tmp_path / "run"), resume=False)
+
+
+def test_evaluation_and_configuration_do_not_need_the_file_of_the_loss(small_config: Configured) -> None:
+    config = small_config(algorithm={"loss": "elsewhere.py:loss"})
+    assert checked_algorithm(config, evaluating=True).loss is None
+    with pytest.raises(ConfigError, match="the file elsewhere.py does not exist"):
+        checked_algorithm(config, evaluating=False)

@@ -1,4 +1,4 @@
-"""A loss of the user's own, `algorithm.loss = "module:function"`: found, tried on a few tokens, and called.
+"""A loss of the user's own, `algorithm.loss = "module:function"`: tried on a few tokens, and called.
 
     def loss(inputs: LossInputs, denominators: Denominators, algorithm: Algorithm) -> Tensor
     def loss(inputs: LossInputs, denominators: Denominators, algorithm: Algorithm) -> tuple[Tensor, dict]
@@ -11,38 +11,22 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from betterhalf.algorithms.loss_path import EXAMPLE, KEY, OwnLoss
 from betterhalf.errors import ConfigError, RunError
 from betterhalf.types import Denominators, LossInputs
-from betterhalf.user_code import load_object, require_call, source_digest
 
 if TYPE_CHECKING:
     from betterhalf.algorithms.presets import Algorithm
 
-KEY = "algorithm.loss"
-
-EXAMPLE = "def loss(inputs: LossInputs, denominators: Denominators, algorithm: Algorithm) -> Tensor"
-"""Signature of a loss, for messages."""
 
 _METRIC_NAME = re.compile(r"[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)*")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OwnLoss:
-    """A loss of the user's own."""
-
-    path: str
-    """Import path, as configured."""
-    digest: str
-    """Digest of the file that holds the function."""
-    function: Callable[..., Any]
-    """The function."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,17 +41,6 @@ class OwnValue:
 
 class _Unusable(Exception):
     """The function raised, or returned something that is not a loss; the text says what."""
-
-
-def load_own_loss(path: str) -> OwnLoss:
-    """Import the function at `path`.
-
-    Raises:
-        ConfigError: it does not exist, cannot be imported, or takes other arguments.
-    """
-    function = load_object(path, KEY)
-    require_call(function, EXAMPLE, ("inputs", "denominators", "algorithm"), f"{KEY}={path}")
-    return OwnLoss(path=path, digest=source_digest(path), function=function)
 
 
 def own_value(own: OwnLoss, inputs: LossInputs, denominators: Denominators, algorithm: object) -> OwnValue:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from betterhalf.algorithms.own_loss import OwnLoss, load_own_loss
+from betterhalf.algorithms.loss_path import OwnLoss, load_own_loss
 from betterhalf.algorithms.rules import check_correction, check_score_centering, check_surrogate
 from betterhalf.config.kl import NO_KL
 from betterhalf.config.presets import NO_RATIO
@@ -79,14 +79,18 @@ class Algorithm:
         return max_tokens // 5 if self.overlong_buffer is None else self.overlong_buffer
 
 
-def resolve_algorithm(config: AlgorithmConfig) -> Algorithm:
+def resolve_algorithm(config: AlgorithmConfig, *, with_loss: bool = True) -> Algorithm:
     """Return the choices of `config`, after checking them.
+
+    Args:
+        config: the section `[algorithm]`.
+        with_loss: import a loss of the user's own; false where nothing is trained, and its file may be elsewhere.
 
     Raises:
         ConfigError: the choices contradict each other, or there is no such loss.
     """
     choices = {field.name: getattr(config, field.name) for field in fields(Algorithm)}
-    own = None if config.loss is None else load_own_loss(config.loss)
+    own = None if config.loss is None or not with_loss else load_own_loss(config.loss)
     algorithm = Algorithm(**{**choices, "loss": own})
     check_surrogate(algorithm.surrogate)
     check_correction(algorithm.correction)

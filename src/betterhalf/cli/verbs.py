@@ -111,7 +111,7 @@ def _config(request: Request) -> Answer:
 
     left, *others = [request.config(word) for word in request.words] or [request.config(None)]
     for config in (left, *others):
-        resolve_algorithm(config.algorithm)  # raises if its choices contradict each other
+        resolve_algorithm(config.algorithm, with_loss=False)  # raises if its choices contradict each other
     if not others:
         return Answer(result=resolved_json(left), show=lambda: print(toml_text(left).rstrip()))
     changes = config_difference(left, others[0])

@@ -152,7 +152,7 @@ def check_before_weights(config: RunConfig) -> None:
 
 def checked_algorithm(config: RunConfig, *, evaluating: bool) -> Algorithm:
     """Return the resolved algorithm, after every check that needs the configuration alone."""
-    algorithm = resolve_algorithm(config.algorithm)
+    algorithm = resolve_algorithm(config.algorithm, with_loss=not evaluating)
     if not evaluating:
         require_whole_distribution(config.sampling)
         check_group_size(algorithm.advantage, config.training.group_size)
