@@ -203,6 +203,8 @@ FIGURES = (
 
 _OWN_MEAN = re.compile(r"task/[A-Za-z0-9_./-]+/mean")
 """Pattern of the means of a task's own rewards; the page shows no other text of theirs."""
+_OWN_LOSS = re.compile(r"loss/[A-Za-z0-9_./-]+")
+"""Pattern of the metrics of a loss of the user's own, and of Score Centering."""
 _MOST_OWN_FIGURES = 24
 _FAILURES = FigureSpec(
     key="task-errors",
@@ -218,7 +220,7 @@ _FAILURES = FigureSpec(
 def step_figures(arms: Sequence[Arm]) -> tuple[list[Figure], list[str]]:
     """Return the figures over steps that have data, and the titles of those without."""
     drawn, missing = [], []
-    for spec in (*FIGURES[:1], *_own_figures(arms), *FIGURES[1:]):
+    for spec in (*FIGURES[:1], *_own_figures(arms), *FIGURES[1:], *_loss_figures(arms)):
         image = draw(_chart(spec, arms))
         if image is None:
             if not spec.only_if_recorded:
@@ -230,11 +232,31 @@ def step_figures(arms: Sequence[Arm]) -> tuple[list[Figure], list[str]]:
 
 def _own_figures(arms: Sequence[Arm]) -> list[FigureSpec]:
     """Return a figure for each reward and component that a task measures under `task/`, and one for its failures."""
-    names = dict.fromkeys(name for arm in arms for row in arm.rows for name in row if _OWN_MEAN.fullmatch(name))
-    specs = [_own_figure(name, number) for number, name in enumerate(names)][:_MOST_OWN_FIGURES]
+    specs = [_own_figure(name, number) for number, name in enumerate(_names(arms, _OWN_MEAN))]
     if any(value > 0 for arm in arms for value in arm.finite("task/errors")):
         specs.append(_FAILURES)
     return specs
+
+
+def _loss_figures(arms: Sequence[Arm]) -> list[FigureSpec]:
+    """Return a figure for each metric under `loss/`."""
+    return [
+        FigureSpec(
+            key=f"loss{number}",
+            title=f"Loss: {name.removeprefix('loss/')}",
+            unit="mean over tokens",
+            metrics=(name,),
+            smooth=True,
+            caption="A metric of the loss: one that a loss of the user's own returned, or one of Score Centering.",
+        )
+        for number, name in enumerate(_names(arms, _OWN_LOSS))
+    ]
+
+
+def _names(arms: Sequence[Arm], pattern: re.Pattern[str]) -> list[str]:
+    """Return the first metrics whose names match, in order of appearance."""
+    names = dict.fromkeys(name for arm in arms for row in arm.rows for name in row if pattern.fullmatch(name))
+    return list(names)[:_MOST_OWN_FIGURES]
 
 
 def _own_figure(name: str, number: int) -> FigureSpec:

@@ -36,7 +36,7 @@ BEFORE = frozenset(name for name in CATALOGUE if name.startswith(("mismatch/", "
 """Metrics that are checked before a step's update, with all that a task measures of its own under `task/`."""
 
 AFTER = frozenset(name for name in CATALOGUE if name.startswith(("policy/", "optim/"))) - {"optim/first_offender"}
-"""Metrics that are checked after a step's update; the first offender is a name."""
+"""Metrics that are checked after a step's update, with all under `loss/`; the first offender is a name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +142,7 @@ def check(
 
 
 def _is_watched(metric: str, watched: Collection[str]) -> bool:
-    return metric in watched or (watched is BEFORE and metric.startswith("task/"))
+    return metric in watched or metric.startswith("task/" if watched is BEFORE else "loss/")
 
 
 def broken_bound(level: WatchdogLevel, value: float) -> float | None:
@@ -218,9 +218,9 @@ def require_sound_levels(config: RunConfig) -> None:
     """
     for number, level in enumerate(config.watchdog.levels):
         key = f"watchdog.levels[{number}]"
-        if not (_is_watched(level.metric, BEFORE) or level.metric in AFTER):
+        if not (_is_watched(level.metric, BEFORE) or _is_watched(level.metric, AFTER)):
             raise ConfigError(f"{key}.metric = {level.metric!r} {_why_not_watched(level.metric)}")
-        if level.action == "stop" and level.metric in AFTER:
+        if level.action == "stop" and _is_watched(level.metric, AFTER):
             raise ConfigError(
                 f'{key}.action = "stop" cannot be used with {level.metric}, which is known only after the update that '
                 "it would prevent. Use warn, mask or halve_learning_rate, or watch one of mismatch/*."

@@ -206,6 +206,15 @@ def test_a_task_s_own_rewards_have_a_figure_each_and_its_failures_one(tmp_path: 
     assert "Failed rewards" in render(load([run]))
 
 
+def test_metrics_of_a_loss_have_a_figure_each(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", resume=False)
+    for step in (1, 2):
+        run.append_metrics({"step": step, "rollout/reward/mean": 0.5, "loss/clipped": 0.1 * step, "loss/<b>": 1.0})
+    page = render(load([run]))
+    assert "Loss: clipped (mean over tokens)</" in page and "<b>" not in page
+    assert "Loss: " not in page.replace("Loss: clipped", "")
+
+
 def test_a_folder_that_is_not_a_run_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="run folder"):
         write_report([tmp_path], tmp_path / "report.html")

@@ -165,6 +165,16 @@ def test_a_task_s_own_metrics_are_watched_before_the_update() -> None:
     assert check([own], WatchState(), 1, {}).alarms == ()  # a task of another type does not measure it
 
 
+def test_metrics_of_a_loss_are_watched_after_the_update() -> None:
+    own = level(metric="loss/clipped", above=0.5)
+    require_sound_levels(config(own))
+    assert check([own], WatchState(), 1, {"loss/clipped": 0.75}).alarms == ()
+    (alarm,) = check([own], WatchState(), 1, {"loss/clipped": 0.75}, AFTER).alarms
+    assert (alarm.metric, alarm.value, alarm.bound) == ("loss/clipped", 0.75, 0.5)
+    with pytest.raises(ConfigError, match="is known only after the update"):
+        require_sound_levels(config(level(metric="loss/clipped", above=0.5, action="stop")))
+
+
 RATIO = "policy/ratio/max_negative"
 
 
