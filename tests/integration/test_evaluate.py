@@ -174,7 +174,7 @@ def test_the_table_and_the_page_show_each_data_set(
     ("settings", "message"),
     [
         (("evaluate.k=1,9",), "holds 9, but pass@k and maj@k need k from 1 to evaluate.samples=8"),
-        (("evaluate.data.x=math", "evaluate.data.x.path=gone.jsonl"), "gone.jsonl"),
+        (("evaluate.data.x=math", "evaluate.data.x.template=none", "evaluate.data.x.path=gone.jsonl"), "gone.jsonl"),
         (("evaluate.data.x=math",), "evaluate.data.x.path is required"),
         (("--checkpoint", "best"), "demo is a model, not the folder of a run, and has no checkpoints"),
     ],

@@ -11,10 +11,11 @@ import reprlib
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-from betterhalf.config.schema import ArithmeticTask, MathTask, PerfectibleTask, Section
+from betterhalf.config.schema import ArithmeticTask, MathTask, PerfectibleTask, ReasoningGymTask, Section
 from betterhalf.errors import RewardError
 from betterhalf.tasks.arithmetic import last_number
 from betterhalf.tasks.math_answer import extract_answer, spell_plainly
+from betterhalf.tasks.reasoning_gym_grader import EXTRACTIONS
 from betterhalf.tasks.task import Tokenizer
 
 Extract = Callable[[str], str | None]
@@ -59,6 +60,8 @@ def answer_extractor(task: object, config: Section, tokenizer: Tokenizer) -> Ext
             return word_problem_answer if words else running_sum_answer
         case MathTask(template=template):
             return lambda text: math_answer(text, template)
+        case ReasoningGymTask(extract=part):
+            return lambda text: _spaced_plainly(EXTRACTIONS[part](text))
         case PerfectibleTask(base=base):
             return answer_extractor(None, base, tokenizer)
         case _:
@@ -102,6 +105,11 @@ def word_problem_answer(text: str) -> str | None:
     """Return the last number of a text; None without one."""
     number = last_number(text)
     return None if number is None else f"{number:.12g}"
+
+
+def _spaced_plainly(answer: str | None) -> str | None:
+    """Return an answer with one space between its words; None without one."""
+    return answer and (" ".join(answer.split()) or None)
 
 
 def math_answer(text: str, template: str) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from betterhalf.config.schema import ArithmeticTask, MathTask, PerfectibleTask
+from betterhalf.config.schema import ArithmeticTask, MathTask, PerfectibleTask, ReasoningGymTask
 from betterhalf.errors import RewardError
 from betterhalf.tasks.answers import answer_extractor, math_answer, running_sum_answer, word_problem_answer
 from betterhalf.tasks.arithmetic import solves_running_sum, solves_word_problem
@@ -59,6 +59,15 @@ def test_each_task_has_its_extractor() -> None:
     perfectible = PerfectibleTask(path="x", base=MathTask(path="y", template="none"))
     extract = answer_extractor(None, perfectible, WithTemplate())  # type: ignore[arg-type]
     assert extract is not None and extract(r"\boxed{4}") == "4"
+
+
+@pytest.mark.parametrize(("part", "answer"), [("tags", "4 2"), ("last_number", "7"), ("last_word", "7"), ("all", None)])
+def test_the_vote_of_a_reasoning_gym_task_is_the_part_that_is_scored(part: str, answer: str | None) -> None:
+    config = ReasoningGymTask.model_validate({"generator": "chain_sum", "extract": part})
+    extract = answer_extractor(None, config, WithTemplate())  # type: ignore[arg-type]
+    text = "<answer> 4\n  2 </answer> or 7."
+    assert extract is not None
+    assert extract(text) == (answer or "<answer> 4 2 </answer> or 7.") and extract("") is None
 
 
 class Own:
