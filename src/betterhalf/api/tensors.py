@@ -35,8 +35,8 @@ AlgorithmLike = str | Mapping[str, Any] | AlgorithmConfig | Algorithm
 def mismatch_metrics(
     trainer_logprobs: Tensor,
     behavior_logprobs: Tensor,
-    *,
     mask: Tensor | None = None,
+    *,
     sequence_index: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> dict[str, float]:
@@ -61,8 +61,8 @@ def mismatch_metrics(
 def mismatch_profile(
     trainer_logprobs: Tensor,
     behavior_logprobs: Tensor,
-    *,
     mask: Tensor | None = None,
+    *,
     sequence_index: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> GapProfile:
@@ -85,8 +85,8 @@ def mismatch_profile(
 def fit_budget(
     trainer_logprobs: Tensor,
     behavior_logprobs: Tensor,
-    *,
     mask: Tensor | None = None,
+    *,
     sequence_index: Tensor | None = None,
     num_sequences: int | None = None,
     floor: float = ESS_FLOOR,

@@ -48,7 +48,7 @@ def test_padded_metrics_equal_the_packed_ones() -> None:
     trainer_C, behavior_C, index_C = packed(mask, trainer, behavior)
     expected = logprob_gap.mismatch_metrics(trainer_C, behavior_C, index_C, B)
     assert betterhalf.mismatch_metrics(trainer, behavior, mask=mask) == expected
-    assert betterhalf.mismatch_metrics(trainer, behavior, mask=mask.bool()) == expected
+    assert betterhalf.mismatch_metrics(trainer, behavior, mask.bool()) == expected
     assert betterhalf.mismatch_metrics(trainer_C, behavior_C, sequence_index=index_C) == expected
     assert betterhalf.fit_budget(trainer, behavior, mask=mask, floor=0.3) == budget.fit_budget(
         trainer_C - behavior_C, index_C, B, floor=0.3
