@@ -252,6 +252,26 @@ def test_the_loss_asks_for_what_it_needs() -> None:
         betterhalf.policy_loss("rloo", *arguments, mask=mask, max_tokens=0)
 
 
+def test_a_kl_penalty_and_an_entropy_bonus_are_added_as_by_hand() -> None:
+    current = torch.tensor([[-1.0, -2.0, NAN]], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([[-1.5, -1.8, NAN]], dtype=torch.float64)
+    entropies = torch.tensor([[0.5, 0.25, NAN]], dtype=torch.float64)
+    mask, none = torch.tensor([[1, 1, 0]]), torch.tensor([0.0])
+    choices = {"preset": "rloo", "aggregation": "token_mean", "kl": {"coefficient": 0.1}, "entropy_coefficient": 0.01}
+    found = betterhalf.policy_loss(
+        choices, current, current.detach(), none, reference_logprobs=reference, entropies=entropies, mask=mask
+    )
+    k3 = sum(math.exp(x) - 1 - x for x in (-0.5, 0.2)) / 2
+    assert found.loss.item() == pytest.approx(0.1 * k3 - 0.01 * 0.375, rel=1e-12)
+    with pytest.raises(InputError, match="algorithm.kl needs reference_logprobs"):
+        betterhalf.policy_loss(choices, current, current.detach(), none, entropies=entropies, mask=mask)
+    with pytest.raises(InputError, match="entropy_coefficient needs entropies"):
+        betterhalf.policy_loss(choices, current, current.detach(), none, reference_logprobs=reference, mask=mask)
+    with pytest.raises(InputError, match="Subtract the penalty from the rewards"):
+        in_reward = {"preset": "rloo", "kl": {"coefficient": 0.1, "place": "reward"}}
+        betterhalf.policy_loss(in_reward, current, current.detach(), none, mask=mask)
+
+
 Measure = Callable[..., object]
 
 
