@@ -149,7 +149,7 @@ def policy_loss(
             a KL penalty in the reward.
         ConfigError: the algorithm is unknown, or its choices contradict each other.
     """
-    chosen = resolved(algorithm)
+    chosen = _usable(resolved(algorithm))
     layout = token_layout(current_logprobs, mask=mask, sequence_index=sequence_index, num_sequences=num_sequences)
     current_C, behavior_C = _both(layout, current_logprobs, behavior_logprobs, name="current_logprobs")
     inputs = LossInputs(
@@ -179,6 +179,16 @@ def resolved(algorithm: AlgorithmLike) -> Algorithm:
     if isinstance(algorithm, AlgorithmConfig):
         return resolve_algorithm(algorithm)
     return resolve_algorithm(configuration_of(None, {"algorithm": algorithm}).algorithm)
+
+
+def _usable(algorithm: Algorithm) -> Algorithm:
+    """Refuse a choice that needs more than logprobs of the sampled tokens."""
+    if algorithm.score_centering:
+        raise InputError(
+            "algorithm.score_centering needs the logprobs of the engine's most likely tokens, which this function does "
+            "not take. Set it to 0, or train with `betterhalf train`."
+        )
+    return algorithm
 
 
 def _both(

@@ -245,6 +245,8 @@ def test_the_loss_asks_for_what_it_needs() -> None:
     arguments = (padded["current"], padded["behavior"], padded["advantages"])
     with pytest.raises(InputError, match="grpo needs proximal_logprobs.*current_logprobs.detach"):
         betterhalf.policy_loss("grpo", *arguments, mask=mask)
+    with pytest.raises(InputError, match="most likely tokens, which this function does not take"):
+        betterhalf.policy_loss({"preset": "rloo", "score_centering": 8}, *arguments, mask=mask)
     with pytest.raises(InputError, match="denominators already hold max_tokens"):
         counts = Denominators(sequences=1.0, tokens=1.0, max_tokens=1)
         betterhalf.policy_loss("rloo", *arguments, mask=mask, denominators=counts, max_tokens=3)
