@@ -68,6 +68,18 @@ def test_an_interrupted_run_keeps_what_is_written_and_continues(
     assert [row["step"] for row in done.metrics] == [1, 2, 3]
 
 
+def test_what_new_writes_can_be_trained_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["new", "mine"]) == 0
+    run = betterhalf.train(
+        "mine.toml", training={"steps": 1, "prompts_per_step": 4, "group_size": 4}, logging={"console": "quiet"}
+    )
+    assert run.path.name.startswith("train-mine-")
+    # the demo model solves some of the sums, and ends nearly all its completions with a number
+    assert 0.1 < run.metrics[0]["rollout/reward/mean"] < 1.0
+    assert {row["reward"] for row in run.rollouts()} <= {0.0, 0.1, 1.0}
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [

@@ -35,8 +35,8 @@ AlgorithmLike = str | Mapping[str, Any] | AlgorithmConfig | Algorithm
 def mismatch_metrics(
     trainer_logprobs: Tensor,
     behavior_logprobs: Tensor,
-    *,
     mask: Tensor | None = None,
+    *,
     sequence_index: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> dict[str, float]:
@@ -61,8 +61,8 @@ def mismatch_metrics(
 def mismatch_profile(
     trainer_logprobs: Tensor,
     behavior_logprobs: Tensor,
-    *,
     mask: Tensor | None = None,
+    *,
     sequence_index: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> GapProfile:
@@ -85,8 +85,8 @@ def mismatch_profile(
 def fit_budget(
     trainer_logprobs: Tensor,
     behavior_logprobs: Tensor,
-    *,
     mask: Tensor | None = None,
+    *,
     sequence_index: Tensor | None = None,
     num_sequences: int | None = None,
     floor: float = ESS_FLOOR,
@@ -115,6 +115,8 @@ def policy_loss(
     advantages: Tensor,
     *,
     proximal_logprobs: Tensor | None = None,
+    reference_logprobs: Tensor | None = None,
+    entropies: Tensor | None = None,
     mask: Tensor | None = None,
     sequence_index: Tensor | None = None,
     num_sequences: int | None = None,
@@ -130,6 +132,8 @@ def policy_loss(
         advantages: [B], [B, 1], or [B, L] with one value in each row; packed: [S], or [C] constant in a sequence.
         proximal_logprobs: same shape as the logprobs, log pi before the first update on this batch. For that first
             update it is `current_logprobs.detach()`.
+        reference_logprobs: same shape, for a KL penalty in the loss: log-probability under the reference policy.
+        entropies: same shape, for an entropy bonus: entropy of pi where each token was sampled, with a graph.
         mask: [B, L], bool or 0 and 1: true for completion tokens.
         sequence_index: integers [C], which sequence each token belongs to.
         num_sequences: number of sequences of a packed batch; by default one more than the largest index.
@@ -141,16 +145,19 @@ def policy_loss(
         `loss`, an FP32 scalar with a graph, and `stats`, from which `policy_metrics` makes the metrics.
 
     Raises:
-        InputError: shapes or dtypes do not fit, or the algorithm needs `proximal_logprobs` and there are none.
+        InputError: shapes or dtypes do not fit, the algorithm needs logprobs or entropies that are missing, or it has
+            a KL penalty in the reward.
         ConfigError: the algorithm is unknown, or its choices contradict each other.
     """
-    chosen = resolved(algorithm)
+    chosen = _usable(resolved(algorithm))
     layout = token_layout(current_logprobs, mask=mask, sequence_index=sequence_index, num_sequences=num_sequences)
     current_C, behavior_C = _both(layout, current_logprobs, behavior_logprobs, name="current_logprobs")
     inputs = LossInputs(
         current_logprobs_C=current_C,
         behavior_logprobs_C=behavior_C,
         proximal_logprobs_C=_proximal(chosen, layout, proximal_logprobs),
+        reference_logprobs_C=_reference(chosen, layout, reference_logprobs),
+        current_entropies_C=_entropies(chosen, layout, entropies),
         advantages_S=layout.rows(advantages, "advantages").to(current_C.dtype),
         sequence_index_C=layout.sequence_index_C,
     )
@@ -174,6 +181,16 @@ def resolved(algorithm: AlgorithmLike) -> Algorithm:
     return resolve_algorithm(configuration_of(None, {"algorithm": algorithm}).algorithm)
 
 
+def _usable(algorithm: Algorithm) -> Algorithm:
+    """Refuse a choice that needs more than logprobs of the sampled tokens."""
+    if algorithm.score_centering:
+        raise InputError(
+            "algorithm.score_centering needs the logprobs of the engine's most likely tokens, which this function does "
+            "not take. Set it to 0, or train with `betterhalf train`."
+        )
+    return algorithm
+
+
 def _both(
     layout: TokenLayout, trainer_logprobs: Tensor, behavior_logprobs: Tensor, *, name: str = "trainer_logprobs"
 ) -> tuple[Tensor, Tensor]:
@@ -195,6 +212,33 @@ def _proximal(algorithm: Algorithm, layout: TokenLayout, proximal_logprobs: Tens
         raise InputError(
             f"{algorithm.preset} needs proximal_logprobs, the trainer's logprobs before the first update on the batch. "
             "For that first update, pass proximal_logprobs=current_logprobs.detach()."
+        )
+    return None
+
+
+def _reference(algorithm: Algorithm, layout: TokenLayout, reference_logprobs: Tensor | None) -> Tensor | None:
+    if reference_logprobs is not None:
+        return wide(layout.take(reference_logprobs, "reference_logprobs"), "reference_logprobs")
+    if algorithm.has_kl_loss:
+        raise InputError(
+            "algorithm.kl needs reference_logprobs, the logprobs of the same tokens under the reference policy. Pass "
+            "them, or set algorithm.kl.coefficient=0."
+        )
+    if algorithm.reads_reference:
+        raise InputError(
+            "algorithm.kl.place=reward is a part of the rewards, and the loss gets advantages. Subtract the penalty "
+            "from the rewards before you compute advantages, or set algorithm.kl.place=loss."
+        )
+    return None
+
+
+def _entropies(algorithm: Algorithm, layout: TokenLayout, entropies: Tensor | None) -> Tensor | None:
+    if entropies is not None:
+        return layout.take(entropies, "entropies")
+    if algorithm.entropy_coefficient > 0:
+        raise InputError(
+            "algorithm.entropy_coefficient needs entropies, those of the policy at each token. Pass them, or set it "
+            "to 0."
         )
     return None
 

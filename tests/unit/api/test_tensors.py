@@ -48,7 +48,7 @@ def test_padded_metrics_equal_the_packed_ones() -> None:
     trainer_C, behavior_C, index_C = packed(mask, trainer, behavior)
     expected = logprob_gap.mismatch_metrics(trainer_C, behavior_C, index_C, B)
     assert betterhalf.mismatch_metrics(trainer, behavior, mask=mask) == expected
-    assert betterhalf.mismatch_metrics(trainer, behavior, mask=mask.bool()) == expected
+    assert betterhalf.mismatch_metrics(trainer, behavior, mask.bool()) == expected
     assert betterhalf.mismatch_metrics(trainer_C, behavior_C, sequence_index=index_C) == expected
     assert betterhalf.fit_budget(trainer, behavior, mask=mask, floor=0.3) == budget.fit_budget(
         trainer_C - behavior_C, index_C, B, floor=0.3
@@ -245,11 +245,33 @@ def test_the_loss_asks_for_what_it_needs() -> None:
     arguments = (padded["current"], padded["behavior"], padded["advantages"])
     with pytest.raises(InputError, match="grpo needs proximal_logprobs.*current_logprobs.detach"):
         betterhalf.policy_loss("grpo", *arguments, mask=mask)
+    with pytest.raises(InputError, match="most likely tokens, which this function does not take"):
+        betterhalf.policy_loss({"preset": "rloo", "score_centering": 8}, *arguments, mask=mask)
     with pytest.raises(InputError, match="denominators already hold max_tokens"):
         counts = Denominators(sequences=1.0, tokens=1.0, max_tokens=1)
         betterhalf.policy_loss("rloo", *arguments, mask=mask, denominators=counts, max_tokens=3)
     with pytest.raises(InputError, match="max_tokens=0 is not a length"):
         betterhalf.policy_loss("rloo", *arguments, mask=mask, max_tokens=0)
+
+
+def test_a_kl_penalty_and_an_entropy_bonus_are_added_as_by_hand() -> None:
+    current = torch.tensor([[-1.0, -2.0, NAN]], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([[-1.5, -1.8, NAN]], dtype=torch.float64)
+    entropies = torch.tensor([[0.5, 0.25, NAN]], dtype=torch.float64)
+    mask, none = torch.tensor([[1, 1, 0]]), torch.tensor([0.0])
+    choices = {"preset": "rloo", "aggregation": "token_mean", "kl": {"coefficient": 0.1}, "entropy_coefficient": 0.01}
+    found = betterhalf.policy_loss(
+        choices, current, current.detach(), none, reference_logprobs=reference, entropies=entropies, mask=mask
+    )
+    k3 = sum(math.exp(x) - 1 - x for x in (-0.5, 0.2)) / 2
+    assert found.loss.item() == pytest.approx(0.1 * k3 - 0.01 * 0.375, rel=1e-12)
+    with pytest.raises(InputError, match="algorithm.kl needs reference_logprobs"):
+        betterhalf.policy_loss(choices, current, current.detach(), none, entropies=entropies, mask=mask)
+    with pytest.raises(InputError, match="entropy_coefficient needs entropies"):
+        betterhalf.policy_loss(choices, current, current.detach(), none, reference_logprobs=reference, mask=mask)
+    with pytest.raises(InputError, match="Subtract the penalty from the rewards"):
+        in_reward = {"preset": "rloo", "kl": {"coefficient": 0.1, "place": "reward"}}
+        betterhalf.policy_loss(in_reward, current, current.detach(), none, mask=mask)
 
 
 Measure = Callable[..., object]
