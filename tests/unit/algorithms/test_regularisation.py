@@ -23,6 +23,7 @@ from torch import Tensor
 
 from betterhalf.algorithms.advantage import rollout_advantages
 from betterhalf.algorithms.loss_stats import policy_metrics
+from betterhalf.algorithms.own_loss import OwnLoss, try_own_loss
 from betterhalf.algorithms.policy_loss import policy_loss
 from betterhalf.algorithms.presets import PRESETS, Algorithm, resolve_algorithm
 from betterhalf.algorithms.regularisation import reference_kl, sequence_penalties
@@ -188,6 +189,19 @@ def test_rejected_tokens_leave_the_penalty_with_the_denominator() -> None:
     estimates = KL["k3"](CURRENT, REFERENCE) * MASK
     expected = BETA * (estimates.sum(-1) / MASK.sum(-1))[1:].mean()
     assert policy_metrics(policy_loss(algorithm, far, of).stats)["policy/kl_loss"] == pytest.approx(expected.item())
+
+
+def test_the_penalty_is_added_to_a_loss_of_the_users_own() -> None:
+    def function(inputs: LossInputs, _of: Denominators, _algorithm: Algorithm) -> Tensor:
+        return inputs.current_logprobs_C.float().sum()
+
+    own = OwnLoss(path="x:function", digest="", function=function)
+    algorithm = algorithm_of(loss=own, kl=KlConfig(coefficient=BETA))
+    try_own_loss(own, algorithm)
+    output = policy_loss(algorithm, inputs(CURRENT.clone().requires_grad_()), OF)
+    penalty = BETA * AGGREGATE["constant_length"](KL["k3"](CURRENT, REFERENCE))
+    assert output.loss.item() == pytest.approx((CURRENT * MASK).sum().item() + penalty.item(), rel=1e-6)
+    assert policy_metrics(output.stats)["policy/kl_loss"] == pytest.approx(penalty.item(), rel=1e-12)
 
 
 # -- in the reward
