@@ -201,3 +201,37 @@ def test_rows_that_cannot_be_used_are_named_by_the_key_of_their_data_set(ends: E
     assert "evaluate.data.own.bad_rows=skip" in ends(2, *few)
     ends(0, *few, "evaluate.data.own.bad_rows=skip", "logging.console=quiet")
     assert read_json(tmp_path / "run" / "summary.json")["rows_left_out"] == 1
+
+
+OWN_TASK = """
+class Sums:
+    def __init__(self, settings, tokenizer):
+        self.first = settings["first"]
+
+    def __len__(self):
+        return 4
+
+    def prompt(self, index):
+        return {"problem": f"{self.first + index}+2+3+4+5+6+7+8=", "answer": str(self.first + index + 35)}
+
+    def rewards(self, prompts, texts, finish_reasons):
+        return [float(self.answer(text) == prompt.answer) for prompt, text in zip(prompts, texts)]
+
+    def answer(self, text):
+        return text.rstrip(".").rpartition("=")[2] or None
+"""
+
+
+def test_a_task_of_one_s_own_is_a_data_set_with_votes(ends: Ends, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(OWN_TASK)
+    own = ("evaluate.data.own=python", f"evaluate.data.own.task={file}:Sums", "evaluate.data.own.template=none")
+    few = (*own, "evaluate.samples=4", "sampling.max_tokens=40", "logging.console=quiet", f"run_dir={tmp_path / 'run'}")
+    ends(0, "evaluate", "demo", *few, "evaluate.data.own.settings.first=1")
+    rows = read_jsonl(tmp_path / "run" / "evaluation.jsonl")
+    assert [[float(answer == str(36 + index)) for answer in row["answers"]] for index, row in enumerate(rows)] == [
+        row["rewards"] for row in rows
+    ]
+    found = read_json(tmp_path / "run" / "summary.json")
+    assert found["maj@4"] == pytest.approx(statistics.fmean(majority(row, 4) for row in rows), rel=1e-12)
+    assert 0 < found["avg@4"] < 1
