@@ -163,6 +163,8 @@ class GenerateRequest:
     """(seed, step, prompt index): with sibling and position it determines every random draw."""
     prompt_id: str = ""
     """Name of the prompt in messages; empty if it has none."""
+    with_support: bool = False
+    """True if completions must come with their `support` where the sampling settings truncate the distribution."""
 
     def label(self, index: int) -> str:
         """Return the prompt's name for a message; without one, its index among the requests."""
@@ -180,6 +182,23 @@ class TopTokens:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSupport:
+    """Tokens that truncated sampling (top-p, top-k, min-p) could draw at each position of a completion.
+
+    `token_support` has the layout, which is compact, and the functions that read and write it.
+    """
+
+    vocabulary: int
+    """Number of token ids."""
+    counts: tuple[int, ...]
+    """Number of tokens that could be drawn at each position; at least one."""
+    masses: tuple[float, ...]
+    """Share of the probability before truncation that these tokens had, at each position."""
+    words: bytes = field(repr=False)
+    """The tokens of each position in turn, in 32-bit words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """Output of the engine for one sibling."""
 
@@ -194,6 +213,8 @@ class Completion:
     """Number of applied updates in the weights that sampled it."""
     top: TopTokens | None = None
     """Most likely tokens at each position, for `algorithm.score_centering`; None without it."""
+    support: TokenSupport | None = None
+    """Tokens that could be drawn in place of each sampled token; None if that is every token, or was not asked for."""
 
     @property
     def truncated(self) -> bool:
@@ -234,6 +255,18 @@ class PackedSegment:
     """Number of its own tokens; at least one."""
     prefix: int | None = None
     """Index of the earlier segment with the prompt of a completion, which attends to all of it; None without one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedSupport:
+    """`TokenSupport` of the C completion tokens of a pack: the set over which each one's distribution is normalised."""
+
+    vocabulary: int
+    """Number of token ids."""
+    counts_C: Tensor
+    """int64 [C]: number of tokens in each set."""
+    words_K: Tensor
+    """int32 [K]: the sets of all tokens in turn; see `token_support`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -306,6 +339,8 @@ class MicroBatch(TokenTensors):
     rollout_index_S: tuple[int, ...]
     """[S]: position of each sequence among the step's rollouts (groups in order, siblings in order), followed by those
     that are left out of the step."""
+    support: PackedSupport | None = None
+    """Sets to which sampling was truncated; None if it drew from the whole vocabulary."""
 
     @property
     def num_tokens(self) -> int:

@@ -25,7 +25,7 @@ FLOORS = {
     **dict.fromkeys(("models", "algorithms", "diagnostics", "tasks", "report"), 4),
     **dict.fromkeys(("precision", "metrics", "ops", "padded", "run_dir", "environment"), 3),
     "distributed": 2,
-    **dict.fromkeys(("config", "reduction", "user_code"), 1),
+    **dict.fromkeys(("config", "reduction", "user_code", "token_support"), 1),
     **dict.fromkeys(("types", "errors", "process", "kernels"), 0),
 }
 
@@ -37,6 +37,7 @@ TORCH_FREE = (
     "metrics",
     "run_dir",
     "user_code",
+    "token_support",
     "environment",
     "report",
     "tasks",
