@@ -229,7 +229,11 @@ _POLICY = (
     Metric(
         "policy/loss", "1", "Policy loss, mean over the optimizer steps of the step. Its value says little by itself."
     ),
-    Metric("policy/entropy/mean", "nats", "Entropy of the trainer's distribution, mean over completion tokens."),
+    Metric(
+        "policy/entropy/mean",
+        "nats",
+        "Entropy of the trainer's distribution, truncated as the engine's, mean over completion tokens.",
+    ),
     Metric("policy/ratio/mean", "1", "Mean over tokens of the surrogate's ratio, before its treatment."),
     Metric("policy/ratio/max", "1", "Largest surrogate ratio of a token, before its treatment.", reduction="max"),
     Metric(
@@ -299,6 +303,17 @@ _ROLLOUT = (
         "Crashes of the engine's process in the step; each time, a new process sampled the same completions.",
         (None, 0.0),
         "by definition: a healthy engine does not crash",
+    ),
+    Metric(
+        "rollout/support/tokens/mean",
+        "tokens",
+        "Only with `sampling.top_p`, `top_k` or `min_p`: mean number of tokens that could be drawn at a position.",
+    ),
+    Metric("rollout/support/tokens/max", "tokens", "Largest number of tokens that could be drawn at a position."),
+    Metric(
+        "rollout/support/mass/mean",
+        "share",
+        "Mean share of the engine's probability that these tokens had before truncation.",
     ),
     Metric("rollout/kept/reward/mean", "reward", "Mean reward of the rollouts that the step trains on."),
     Metric(
