@@ -13,6 +13,7 @@ from betterhalf.errors import InputError
 from betterhalf.metrics.evaluation import MEANING, TEMPLATES, is_evaluation
 from betterhalf.metrics.metric import FREE_AREAS, Band, Metric
 from betterhalf.metrics.regularisation import REGULARISATION
+from betterhalf.metrics.support import SUPPORT
 from betterhalf.metrics.time_and_system import SYSTEM, TIME
 
 _VERL = "verl, docs on rollout correction"
@@ -229,11 +230,7 @@ _POLICY = (
     Metric(
         "policy/loss", "1", "Policy loss, mean over the optimizer steps of the step. Its value says little by itself."
     ),
-    Metric(
-        "policy/entropy/mean",
-        "nats",
-        "Entropy of the trainer's distribution, truncated as the engine's, mean over completion tokens.",
-    ),
+    Metric("policy/entropy/mean", "nats", "Entropy of the trainer's distribution, mean over completion tokens."),
     Metric("policy/ratio/mean", "1", "Mean over tokens of the surrogate's ratio, before its treatment."),
     Metric("policy/ratio/max", "1", "Largest surrogate ratio of a token, before its treatment.", reduction="max"),
     Metric(
@@ -304,17 +301,7 @@ _ROLLOUT = (
         (None, 0.0),
         "by definition: a healthy engine does not crash",
     ),
-    Metric(
-        "rollout/support/tokens/mean",
-        "tokens",
-        "Only with `sampling.top_p`, `top_k` or `min_p`: mean number of tokens that could be drawn at a position.",
-    ),
-    Metric("rollout/support/tokens/max", "tokens", "Largest number of tokens that could be drawn at a position."),
-    Metric(
-        "rollout/support/mass/mean",
-        "share",
-        "Mean share of the engine's probability that these tokens had before truncation.",
-    ),
+    *SUPPORT,
     Metric("rollout/kept/reward/mean", "reward", "Mean reward of the rollouts that the step trains on."),
     Metric(
         "rollout/kept/reward/std",
