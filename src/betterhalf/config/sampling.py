@@ -38,7 +38,7 @@ def require_whole_distribution(sampling: SamplingConfig) -> None:
     for setting, neutral in _truncations(sampling):
         raise ConfigError(
             f"{setting} truncates the distribution of the samples, but this verb compares logprobs of the whole "
-            f"distribution. Set it to {neutral}; `betterhalf train` and `betterhalf evaluate` can truncate."
+            f"distribution; set {neutral}. `betterhalf train` and `betterhalf evaluate` can truncate."
         )
 
 
@@ -56,16 +56,20 @@ def require_support(sampling: SamplingConfig, engine: str, *, reports_support: b
     for setting, neutral in () if reports_support else _truncations(sampling):
         raise ConfigError(
             f"{setting} truncates the distribution of the samples, and the trainer must score the same distribution, "
-            f"but engine.type={engine} does not report which tokens it kept: every importance ratio would be biased. "
-            f"Set engine=native, or set it to {neutral}."
+            f"but engine.type={engine} does not report which tokens it kept, so every importance ratio would be "
+            f"biased. Set engine=native, which reports them, or {neutral}."
         )
 
 
-def _truncations(sampling: SamplingConfig) -> list[tuple[str, float]]:
-    """Return (`sampling.key=value`, neutral value) of each setting that truncates."""
+def _truncations(sampling: SamplingConfig) -> list[tuple[str, str]]:
+    """Return `sampling.key=value` of each setting that truncates, as it is and with its neutral value."""
     settings: tuple[tuple[str, bool, float], ...] = (
         ("top_p", sampling.top_p < 1, 1.0),
         ("top_k", sampling.top_k > 0, -1),
         ("min_p", sampling.min_p > 0, 0.0),
     )
-    return [(f"sampling.{key}={getattr(sampling, key)}", neutral) for key, truncates, neutral in settings if truncates]
+    return [
+        (f"sampling.{key}={getattr(sampling, key)}", f"sampling.{key}={neutral}")
+        for key, truncates, neutral in settings
+        if truncates
+    ]
