@@ -97,7 +97,7 @@ def test_value_and_gradient_equal_float64_autograd(
 
 
 def test_one_token_has_no_entropy_no_logprob_and_no_gradient() -> None:
-    """As with `top_k = 1`: exactly, so that greedy sampling trains nothing rather than noise."""
+    """Require exact zeros, so that `top_k = 1` trains nothing rather than noise."""
     hidden, weight, targets, upstream, kept = problem()
     alone = torch.zeros_like(kept).scatter_(1, targets.unsqueeze(1), True)
     hidden.requires_grad_(), weight.requires_grad_()
