@@ -184,8 +184,7 @@ def _check_centering(config: RunConfig) -> None:
             f"algorithm.score_centering={config.algorithm.score_centering} needs the most likely tokens at each "
             f"position, which engine.type={config.engine.type} does not report; set engine=native, or leave it out."
         )
-    sampling = config.sampling
-    if sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0:
+    if config.sampling.truncates:
         raise ConfigError(
             "algorithm.score_centering needs samples of the whole distribution; leave out sampling.top_p, "
             "sampling.top_k and sampling.min_p."
