@@ -1,4 +1,4 @@
-"""The layout of `TokenSupport`: the tokens that truncated sampling could draw at each position of a completion.
+"""The tokens that truncated sampling could draw at each position of a completion, in a compact layout.
 
 The tokens of one position take a whole number of 32-bit words, `num_words`. They are their ids in ascending order, or a
 bitmap of the vocabulary (bit v % 8 of byte v // 8) where that is shorter. The whole vocabulary takes no word at all.
@@ -9,8 +9,40 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from betterhalf.types import TokenSupport
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSupport:
+    """Tokens that truncated sampling (top-p, top-k, min-p) could draw at each position of a completion.
+
+    `encode` and `decode` have the layout.
+    """
+
+    vocabulary: int
+    """Number of token ids."""
+    counts: tuple[int, ...]
+    """Number of tokens that could be drawn at each position; at least one."""
+    masses: tuple[float, ...]
+    """Share of the probability before truncation that these tokens had, at each position."""
+    words: bytes = field(repr=False)
+    """The tokens of each position in turn, in 32-bit words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedSupport:
+    """`TokenSupport` of the C completion tokens of a pack: the set over which each one's distribution is normalised."""
+
+    vocabulary: int
+    """Number of token ids."""
+    counts_C: Tensor
+    """int64 [C]: number of tokens in each set."""
+    words_K: Tensor
+    """int32 [K]: the sets of all tokens in turn; see `TokenSupport`."""
 
 
 def bitmap_words(vocabulary: int) -> int:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from betterhalf.token_support import PackedSupport, TokenSupport
+
 HardwareDtype = Literal["fp16", "bf16", "fp32"]
 """Formats that processors compute in."""
 
@@ -182,23 +184,6 @@ class TopTokens:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenSupport:
-    """Tokens that truncated sampling (top-p, top-k, min-p) could draw at each position of a completion.
-
-    `token_support` has the layout, which is compact, and the functions that read and write it.
-    """
-
-    vocabulary: int
-    """Number of token ids."""
-    counts: tuple[int, ...]
-    """Number of tokens that could be drawn at each position; at least one."""
-    masses: tuple[float, ...]
-    """Share of the probability before truncation that these tokens had, at each position."""
-    words: bytes = field(repr=False)
-    """The tokens of each position in turn, in 32-bit words."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """Output of the engine for one sibling."""
 
@@ -255,18 +240,6 @@ class PackedSegment:
     """Number of its own tokens; at least one."""
     prefix: int | None = None
     """Index of the earlier segment with the prompt of a completion, which attends to all of it; None without one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackedSupport:
-    """`TokenSupport` of the C completion tokens of a pack: the set over which each one's distribution is normalised."""
-
-    vocabulary: int
-    """Number of token ids."""
-    counts_C: Tensor
-    """int64 [C]: number of tokens in each set."""
-    words_K: Tensor
-    """int32 [K]: the sets of all tokens in turn; see `token_support`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

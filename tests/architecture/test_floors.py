@@ -25,8 +25,9 @@ FLOORS = {
     **dict.fromkeys(("models", "algorithms", "diagnostics", "tasks", "report"), 4),
     **dict.fromkeys(("precision", "metrics", "ops", "padded", "run_dir", "environment"), 3),
     "distributed": 2,
-    **dict.fromkeys(("config", "reduction", "user_code", "token_support"), 1),
+    **dict.fromkeys(("config", "reduction", "user_code"), 1),
     **dict.fromkeys(("types", "errors", "process", "kernels"), 0),
+    "token_support": -1,
 }
 
 TORCH_FREE = (

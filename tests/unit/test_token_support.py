@@ -7,8 +7,7 @@ import struct
 
 import pytest
 
-from betterhalf.token_support import bitmap_words, decode, encode, joined, num_words
-from betterhalf.types import TokenSupport
+from betterhalf.token_support import TokenSupport, bitmap_words, decode, encode, joined, num_words
 
 
 def test_few_tokens_are_ids_and_many_a_bitmap() -> None:

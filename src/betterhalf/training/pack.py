@@ -15,18 +15,8 @@ from itertools import pairwise
 import torch
 
 from betterhalf.config.schema import RunConfig
-from betterhalf.token_support import joined
-from betterhalf.types import (
-    Denominators,
-    MicroBatch,
-    PackedSegment,
-    PackedSupport,
-    Rollout,
-    StepBatch,
-    TokenSupport,
-    TopTokens,
-    TrainBatch,
-)
+from betterhalf.token_support import PackedSupport, TokenSupport, joined
+from betterhalf.types import Denominators, MicroBatch, PackedSegment, Rollout, StepBatch, TopTokens, TrainBatch
 
 TokenIds = tuple[int, ...]
 

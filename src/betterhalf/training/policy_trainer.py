@@ -32,6 +32,7 @@ from betterhalf.precision.island_hooks import use_islands
 from betterhalf.precision.loss_scaler import LossScaler, build_loss_scaler
 from betterhalf.precision.products import has_native_matmul, packed
 from betterhalf.precision.roles import Precision
+from betterhalf.token_support import PackedSupport
 from betterhalf.training.model_limits import head_dim_of, require_no_dropout
 from betterhalf.training.reference import ReferencePolicy
 from betterhalf.training.support import SupportMask
@@ -46,7 +47,7 @@ from betterhalf.training.top_scores import top_logprobs
 from betterhalf.training.trainer import OptimReport, TokenScores, TrainerState, WireWeights
 from betterhalf.training.weights.replicated import ReplicatedWeights
 from betterhalf.training.weights.store import StoreFactory
-from betterhalf.types import Denominators, LossInputs, MicroBatch, PackedSegment, PackedSupport
+from betterhalf.types import Denominators, LossInputs, MicroBatch, PackedSegment
 
 
 class PolicyTrainer:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from betterhalf.token_support import bitmap_words
-from betterhalf.types import PackedSupport
+from betterhalf.token_support import PackedSupport, bitmap_words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

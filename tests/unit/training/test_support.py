@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from betterhalf import ops
-from betterhalf.token_support import encode
+from betterhalf.token_support import PackedSupport, encode
 from betterhalf.training import token_scores
 from betterhalf.training.support import SupportMask
 from betterhalf.training.token_scores import Head, LogitsWorkspace, measure_tokens, token_logprobs
-from betterhalf.types import PackedSupport
 
 VOCABULARY = 700
 """Tokens: a bitmap takes 22 words, and the backward pass three chunks of 256 columns."""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.sampler import Draw
-from betterhalf.types import Completion, TokenSupport, TopTokens
+from betterhalf.token_support import TokenSupport
+from betterhalf.types import Completion, TopTokens
 
 ENDED, BROKEN = 1, 2
 """Events of a step for a sequence; 0 if it goes on."""

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from betterhalf.rollout.native.slots import ActiveSequence
 from betterhalf.rollout.support import RowSupport
-from betterhalf.token_support import num_words
-from betterhalf.types import TokenSupport
+from betterhalf.token_support import TokenSupport, num_words
 
 
 @dataclass(slots=True)
