@@ -10,7 +10,13 @@ from betterhalf import ops
 from betterhalf.token_support import PackedSupport, encode
 from betterhalf.training import token_scores
 from betterhalf.training.support import SupportMask
-from betterhalf.training.token_scores import Head, LogitsWorkspace, measure_tokens, token_logprobs
+from betterhalf.training.token_scores import (
+    Head,
+    LogitsWorkspace,
+    logprobs_and_entropies,
+    measure_tokens,
+    token_logprobs,
+)
 
 VOCABULARY = 700
 """Tokens: a bitmap takes 22 words, and the backward pass three chunks of 256 columns."""
@@ -92,6 +98,25 @@ def test_value_and_gradient_equal_float64_autograd(
     torch.testing.assert_close(entropies.double(), entropies64, rtol=1e-5, atol=2e-6)
     for found, exact in zip((hidden.grad, weight.grad), gradients64, strict=True):
         assert found is not None
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [4, 100])
+def test_an_entropy_bonus_has_the_gradient_of_the_truncated_entropy(rows: int) -> None:
+    hidden, weight, targets, upstream, kept = problem()
+    h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    masked = ((h @ w.t()) / 0.7).masked_fill(~kept, -torch.inf)
+    logprobs64 = masked.log_softmax(-1)
+    entropies64 = -(logprobs64.exp() * logprobs64.masked_fill(~kept, 0.0)).sum(-1)
+    (logprobs64.gather(1, targets[:, None]).squeeze(1) * upstream + entropies64 * upstream.flip(0)).sum().backward()
+    hidden.requires_grad_(), weight.requires_grad_()
+    head = Head(weight=weight, logits_weight=weight.detach(), grad_weight=weight.detach())
+    workspace, mask = LogitsWorkspace(logits=rows * VOCABULARY), SupportMask.of(packed(kept))
+    logprobs, entropies = logprobs_and_entropies(hidden, head, targets, 0.7, workspace, mask)
+    torch.testing.assert_close(entropies.detach().double(), entropies64.detach(), rtol=1e-5, atol=2e-6)
+    (logprobs * upstream + entropies * upstream.flip(0)).sum().backward()
+    for found, exact in ((hidden.grad, h.grad), (weight.grad, w.grad)):
+        assert found is not None and exact is not None
         torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=2e-5)
 
 
