@@ -54,14 +54,26 @@ def normalised(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> t
     return logprobs, normaliser
 
 
-def logprobs_and_entropy(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return `token_logprobs`, bit for bit, and the entropies of the same rows in nats; float32 [...] each."""
-    logprobs, _, entropies = scores(logits, token_ids, temperature)
+def logprobs_and_entropy(
+    logits: Tensor, token_ids: Tensor, temperature: float = 1.0, *, truncated: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return `token_logprobs`, bit for bit, and the entropies of the same rows in nats; float32 [...] each.
+
+    Logits may be minus infinity if `truncated`; see `scores`.
+    """
+    logprobs, _, entropies = scores(logits, token_ids, temperature, truncated=truncated)
     return logprobs, entropies
 
 
-def scores(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the results of `normalised`, bit for bit, and the entropies of the rows; float32 [...] each."""
+def scores(
+    logits: Tensor, token_ids: Tensor, temperature: float = 1.0, *, truncated: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the results of `normalised`, bit for bit, and the entropies of the rows; float32 [...] each.
+
+    Args:
+        logits, token_ids, temperature: as in `token_logprobs`.
+        truncated: True if some logits may be minus infinity, which add 0 to an entropy.
+    """
     if _by_kernel(logits):
         return _scores_on_gpu(logits, token_ids, temperature)
 
@@ -69,7 +81,10 @@ def scores(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> tuple
         scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
         exponentials, largest = shifted_exp(scaled)
         total = row_sums(exponentials)
-        weighted = exponentials.mul_(scaled.sub(largest)).sum(-1)
+        below = scaled.sub(largest)
+        if truncated:
+            below.clamp_(min=torch.finfo(below.dtype).min)
+        weighted = exponentials.mul_(below).sum(-1)
         normaliser = total.log().add_(largest.squeeze(-1))
         return chosen(scaled, token_ids) - normaliser, normaliser, total.log() - weighted / total
 

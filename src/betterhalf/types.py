@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from betterhalf.token_support import PackedSupport, TokenSupport
+
 HardwareDtype = Literal["fp16", "bf16", "fp32"]
 """Formats that processors compute in."""
 
@@ -163,6 +165,8 @@ class GenerateRequest:
     """(seed, step, prompt index): with sibling and position it determines every random draw."""
     prompt_id: str = ""
     """Name of the prompt in messages; empty if it has none."""
+    with_support: bool = False
+    """True if completions must come with their `support` where the sampling settings truncate the distribution."""
 
     def label(self, index: int) -> str:
         """Return the prompt's name for a message; without one, its index among the requests."""
@@ -194,6 +198,8 @@ class Completion:
     """Number of applied updates in the weights that sampled it."""
     top: TopTokens | None = None
     """Most likely tokens at each position, for `algorithm.score_centering`; None without it."""
+    support: TokenSupport | None = None
+    """Tokens that could be drawn in place of each sampled token; None if that is every token, or was not asked for."""
 
     @property
     def truncated(self) -> bool:
@@ -306,6 +312,8 @@ class MicroBatch(TokenTensors):
     rollout_index_S: tuple[int, ...]
     """[S]: position of each sequence among the step's rollouts (groups in order, siblings in order), followed by those
     that are left out of the step."""
+    support: PackedSupport | None = None
+    """Sets to which sampling was truncated; None if it drew from the whole vocabulary."""
 
     @property
     def num_tokens(self) -> int:

@@ -27,6 +27,7 @@ FLOORS = {
     "distributed": 2,
     **dict.fromkeys(("config", "reduction", "user_code"), 1),
     **dict.fromkeys(("types", "errors", "process", "kernels"), 0),
+    "token_support": -1,
 }
 
 TORCH_FREE = (
@@ -37,6 +38,7 @@ TORCH_FREE = (
     "metrics",
     "run_dir",
     "user_code",
+    "token_support",
     "environment",
     "report",
     "tasks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from betterhalf.precision.roles import build_precision
 from betterhalf.rollout.build import build_engine
 from betterhalf.rollout.native.scheduler import Capacity
 from betterhalf.rollout.sampler import draw, sequence_key, uniforms
+from betterhalf.token_support import decode
 from betterhalf.types import GenerateRequest
 
 pytestmark = [
@@ -194,6 +196,20 @@ def collect(finished, found):
     for some in finished:
         for sequence, completion in zip(some.sequences, some.completions((3, 50), 0), strict=True):
             found[sequence.request, sequence.sibling] = completion.token_ids
+
+
+@pytest.mark.parametrize("sampling", [{"top_p": 0.7}, {"top_k": 5}, {"min_p": 0.1, "top_p": 0.9}], ids=str)
+def test_graphs_report_the_tokens_that_truncation_kept(sampling, device="cuda"):
+    module, settings = module_of("qwen3"), SamplingConfig(max_tokens=20, temperature=0.7, **sampling)
+    asked = [replace(request, with_support=True) for request in requests()]
+    expected = engine_of(module, "fp32", "cpu").generate(asked, settings)
+    for graphs in (True, False):
+        found = engine_of(module, "fp32", device, cuda_graphs=graphs, max_concurrent=6).generate(asked, settings)
+        for group, others in zip(found, expected, strict=True):
+            for one, other in zip(group, others, strict=True):
+                assert one.token_ids == other.token_ids
+                assert decode(one.support) == decode(other.support)
+                assert one.support.masses == pytest.approx(other.support.masses, abs=1e-4)
 
 
 def test_random_numbers_equal_those_of_the_cpu():

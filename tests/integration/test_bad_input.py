@@ -59,13 +59,23 @@ SUM = json.dumps({"problem": "2+7=", "answer": "9"})
 # -- found before the run: status 2, no folder left, and the corrected command works in the same folder
 
 
-@pytest.mark.parametrize("verb", ["sanity", "probe", "doctor"])
-def test_truncated_sampling_is_refused_where_trainer_and_engine_are_compared(
+@pytest.mark.parametrize("verb", ["probe", "doctor"])
+def test_truncated_sampling_is_refused_where_whole_distributions_are_compared(
     verb: str, ends: Ends, tmp_path: Path
 ) -> None:
-    words = (SMOKE,) if verb == "sanity" else ("demo",)
-    message = ends(2, verb, *words, "sampling.min_p=0.1", "logging.console=quiet", f"run_dir={tmp_path / 'run'}")
-    assert "sampling.min_p=0.1 truncates the distribution" in message and "evaluate" in message
+    message = ends(2, verb, "demo", "sampling.min_p=0.1", "logging.console=quiet", f"run_dir={tmp_path / 'run'}")
+    assert "sampling.min_p=0.1 truncates the distribution" in message and "set sampling.min_p=0.0." in message
+
+
+@pytest.mark.parametrize("verb", ["train", "sanity"])
+@pytest.mark.parametrize("setting", ["top_p=0.9", "top_k=5", "min_p=0.1"])
+def test_vllm_is_refused_where_the_trainer_must_score_a_truncated_distribution(
+    setting: str, verb: str, ends: Ends, tmp_path: Path
+) -> None:
+    words = (f"sampling.{setting}", "engine=vllm", "logging.console=quiet", f"run_dir={tmp_path / 'run'}")
+    message = ends(2, verb, SMOKE, *words)
+    assert f"sampling.{setting} truncates the distribution" in message and "Set engine=native" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluation_samples_from_a_truncated_distribution(ends: Ends, tmp_path: Path) -> None:
@@ -90,8 +100,8 @@ def test_evaluation_samples_from_a_truncated_distribution(ends: Ends, tmp_path: 
         (["sampling.max_tokens=120"], ["context of 128", "16 tokens", "Set sampling.max_tokens=112 or less"]),
         (["training.group_size=1"], ["training.group_size=1", "group_mean", "2 or more"]),
         (["algorithm=rloo", "training.group_size=1"], ["leave_one_out", "2 or more"]),
-        (["sampling.top_p=0.9"], ["sampling.top_p=0.9 truncates", "Set it to 1"]),
-        (["sampling.top_k=5"], ["sampling.top_k=5 truncates", "Set it to -1"]),
+        (["sampling.top_p=0.9", "engine=vllm"], ["sampling.top_p=0.9 truncates", "or sampling.top_p=1.0"]),
+        (["sampling.top_k=5", "engine=vllm"], ["sampling.top_k=5 truncates", "or sampling.top_k=-1"]),
         (["device=cuda"], ["torch sees no GPU", "device=cpu"]),
         (["precision.rollout_dtype=bf16"], ["differ in precision", "precision.allow_difference=true"]),
         (["precision=e8m7"], ["2 to 6 mantissa bits", "e8m7 is bf16 itself"]),

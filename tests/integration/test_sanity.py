@@ -98,7 +98,7 @@ def test_an_arm_with_a_table_changes_what_it_says_and_nothing_else(small_config:
             InputError,
             "in the arm other: .*group_size",
         ),
-        ({"sampling": {"top_p": 0.9}}, InputError, "in the arm other: "),
+        ({"sampling": {"top_p": 0.9}, "engine": {"type": "vllm"}}, InputError, "in the arm other: .*top_p=0.9"),
         ({"precision": {"preset": "fp16"}}, InputError, "the arms fp16 and other have the same settings"),
     ],
 )

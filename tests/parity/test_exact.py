@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+from dataclasses import replace
+from math import exp
 from typing import Any
 
 import pytest
@@ -60,7 +63,10 @@ def sides(model: LoadedModel, config: RunConfig) -> tuple[PolicyTrainer, Rollout
 
 
 def sampled(engine: RolloutEngine, config: RunConfig, siblings: int) -> list[Rollout]:
-    requests = [GenerateRequest(token_ids=ids, group_size=siblings, key=(0, 1, k)) for k, ids in enumerate(PROMPTS)]
+    requests = [
+        GenerateRequest(token_ids=ids, group_size=siblings, key=(0, 1, k), with_support=True)
+        for k, ids in enumerate(PROMPTS)
+    ]
     return [
         Rollout(
             prompt=Prompt(prompt_id="", text="", token_ids=request.token_ids, answer=""),
@@ -92,6 +98,37 @@ def test_both_sides_give_the_same_bits(name: str, precision: str) -> None:
     trainer, engine = sides(model_of(name), config)
     rollouts = sampled(engine, config, 4)
     assert measured(trainer, rollouts, config) == behavior(rollouts)
+
+
+TRUNCATIONS = {
+    "top_p": {"top_p": 0.9},
+    "top_k": {"top_k": 5},
+    "min_p": {"min_p": 0.1},
+    "all three": {"top_p": 0.95, "top_k": 20, "min_p": 0.01},
+}
+
+
+@pytest.mark.parametrize(
+    ("truncation", "precision"),
+    [
+        *(("top_p", precision) for precision in ("fp32", "fp16", "bf16")),
+        *((truncation, "fp16") for truncation in ("top_k", "min_p", "all three")),
+    ],
+)
+def test_a_truncated_distribution_is_scored_with_the_same_bits(truncation: str, precision: str) -> None:
+    config = config_of(precision, sampling={"max_tokens": 30, "temperature": 0.8, **TRUNCATIONS[truncation]})
+    trainer, engine = sides(model_of("qwen3 with head norms"), config)
+    rollouts = sampled(engine, config, 4)
+    supports = [rollout.completion.support for rollout in rollouts]
+    counts = [count for support in supports if support is not None for count in support.counts]
+    assert len(counts) == sum(map(len, behavior(rollouts))) and 1 < statistics.fmean(counts) < 25
+    assert measured(trainer, rollouts, config) == behavior(rollouts)
+    # The whole distribution gives other logprobs: smaller ones, by the mass that was removed.
+    whole = [replace(rollout, completion=replace(rollout.completion, support=None)) for rollout in rollouts]
+    for ours, theirs, support in zip(measured(trainer, whole, config), behavior(rollouts), supports, strict=True):
+        assert support is not None
+        gaps = [exp(a - b) for a, b in zip(ours, theirs, strict=True)]
+        assert gaps == pytest.approx(support.masses, abs=1e-5) and min(gaps) < 0.95
 
 
 @pytest.mark.parametrize("threads", [1, 2])

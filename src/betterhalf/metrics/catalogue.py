@@ -13,6 +13,7 @@ from betterhalf.errors import InputError
 from betterhalf.metrics.evaluation import MEANING, TEMPLATES, is_evaluation
 from betterhalf.metrics.metric import FREE_AREAS, Band, Metric
 from betterhalf.metrics.regularisation import REGULARISATION
+from betterhalf.metrics.support import SUPPORT
 from betterhalf.metrics.time_and_system import SYSTEM, TIME
 
 _VERL = "verl, docs on rollout correction"
@@ -300,6 +301,7 @@ _ROLLOUT = (
         (None, 0.0),
         "by definition: a healthy engine does not crash",
     ),
+    *SUPPORT,
     Metric("rollout/kept/reward/mean", "reward", "Mean reward of the rollouts that the step trains on."),
     Metric(
         "rollout/kept/reward/std",

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from betterhalf.config.sampling import require_support
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import InputError
 from betterhalf.precision.roles import Precision
@@ -36,6 +37,16 @@ def check_engine(config: RunConfig) -> None:
         ConfigError: the engine cannot sample with these settings.
     """
     _kind(config).check_sampling(config.sampling)
+
+
+def check_training_sampling(config: RunConfig) -> None:
+    """Refuse truncated sampling in training with an engine that does not report what it truncated to.
+
+    Raises:
+        ConfigError: the settings truncate, and the engine does not declare `reports_support`.
+    """
+    reports = capabilities(config).reports_support
+    require_support(config.sampling, config.engine.type, reports_support=reports)
 
 
 def check_engine_roles(config: RunConfig) -> None:

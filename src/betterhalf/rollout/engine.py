@@ -28,6 +28,8 @@ class RolloutEngine(Protocol):
         """Sample `group_size` completions for each request, in request order and sibling order.
 
         Each completion carries the `policy_version` loaded last; the caller refuses any other (`require_version`).
+        Where `sampling` truncates the distribution and a request asks for it (`with_support`), completions carry their
+        `support`, if the engine declares `EngineCapabilities.reports_support`.
 
         Raises:
             InputError: a prompt is empty, leaves no room for one more token in the model's context, or holds a token
@@ -120,3 +122,21 @@ def require_version(groups: Iterable[Iterable[Completion]], policy_version: int)
             f"where the trainer holds version {policy_version}: the engine did not take the last weight sync; check "
             "that load_weights returns only when the new weights sample, then continue with --resume"
         )
+
+
+def require_supports(groups: Iterable[Iterable[Completion]], sampling: SamplingConfig) -> None:
+    """Refuse completions from a truncated distribution that lack the tokens they could have drawn.
+
+    Raises:
+        EngineError: a completion has no support although `sampling` truncates, or not one for each token.
+    """
+    if not sampling.truncates:
+        return
+    for completion in (completion for group in groups for completion in group):
+        count = 0 if completion.support is None else len(completion.support.counts)
+        if count != len(completion.token_ids):
+            raise EngineError(
+                f"a completion of {len(completion.token_ids)} tokens names the tokens that truncation kept for {count} "
+                "of them, so the trainer cannot score the distribution that was sampled; fill Completion.support in "
+                "the engine, or sample with engine=native"
+            )

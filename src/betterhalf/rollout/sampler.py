@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from betterhalf import ops
 from betterhalf.kernels import fused
+from betterhalf.rollout.support import RowSupport, row_support
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -42,6 +43,8 @@ class Distribution:
     """Keep tokens whose probability is at least this share of the largest one."""
     top_tokens: int = 0
     """Number of most likely tokens to report with each draw, unless the distribution is truncated; 0 for none."""
+    reports_support: bool = False
+    """True if a draw from a truncated distribution comes with the tokens that could be drawn."""
 
     @property
     def truncated(self) -> bool:
@@ -61,6 +64,8 @@ class Draw:
     """bool [B]: true where every logit of the row and the logprob are finite."""
     top: tuple[Tensor, Tensor] | None = None
     """int64 and float32 [B, K]: the most likely tokens and their logprobs; None if not wanted."""
+    support: RowSupport | None = None
+    """Tokens that could be drawn; None unless the distribution is truncated and reports them."""
 
 
 def _signed(x: int) -> int:
@@ -117,9 +122,12 @@ def draw_at(logits: Tensor, keys: Tensor, positions: Tensor, wanted: Distributio
     """
     temperature = wanted.temperature
     if wanted.truncated:
-        drawn = draw(truncated(logits / temperature, wanted), uniforms(keys, positions), 1.0)
+        scaled = logits / temperature
+        left = truncated(scaled, wanted)
+        drawn = draw(left, uniforms(keys, positions), 1.0)
         # Truncation sets the logits of removed tokens to minus infinity, so only the original logits are checked.
-        return replace(drawn, finite=logits.sum(-1).isfinite() & drawn.logprobs.isfinite())
+        finite = logits.sum(-1).isfinite() & drawn.logprobs.isfinite()
+        return replace(drawn, finite=finite, support=row_support(scaled, left) if wanted.reports_support else None)
     if wanted.top_tokens:
         drawn = draw_at(logits, keys, positions, replace(wanted, top_tokens=0))
         return replace(drawn, top=top_logprobs(logits, wanted.top_tokens, temperature))
@@ -160,7 +168,7 @@ def truncated(scaled: Tensor, wanted: Distribution) -> Tensor:
         # Integer sums are exact in any order, as in `draw`.
         shares = (ranked.double().softmax(-1) * _WHOLE).round().long()
         # Remove the tokens before which more likely ones have already reached `top_p`.
-        beyond = shares.cumsum(-1) - shares >= round(wanted.top_p * _WHOLE)
+        beyond = shares.cumsum(-1) - shares >= max(1, round(wanted.top_p * _WHOLE))
         scaled = scaled.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
     return scaled
 

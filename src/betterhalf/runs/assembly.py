@@ -10,14 +10,19 @@ from typing import Any
 from betterhalf.algorithms.advantage import check_group_size, check_overlong_buffer
 from betterhalf.algorithms.own_loss import try_own_loss
 from betterhalf.algorithms.presets import Algorithm, resolve_algorithm
-from betterhalf.config.sampling import require_whole_distribution
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import ConfigError, MissingExtraError
 from betterhalf.metrics.sinks import TENSORBOARD_MISSING
 from betterhalf.models.description import ModelDescription, ModelFacts, describe_model
 from betterhalf.models.loading import LoadedModel, load_weights
 from betterhalf.precision.roles import Precision, build_precision
-from betterhalf.rollout.build import build_engine, capabilities, check_engine, require_engine
+from betterhalf.rollout.build import (
+    build_engine,
+    capabilities,
+    check_engine,
+    check_training_sampling,
+    require_engine,
+)
 from betterhalf.rollout.engine import RolloutEngine
 from betterhalf.setup.data import load_task
 from betterhalf.setup.device import choose_device
@@ -76,8 +81,8 @@ def assemble(
     Args:
         config: the configuration of the run.
         rows: number of rows of the task to use, from the first on; all by default.
-        evaluating: True if the engine only samples: its distribution may then be truncated, because its logprobs are
-            not compared with the trainer's.
+        evaluating: True if the engine only samples: any engine may then truncate its distribution, because its
+            logprobs are not compared with the trainer's.
         sets: True to load the data sets of `[evaluate]` in place of the task, which is then the first of them. A run
             with evaluations during training loads them besides its task.
         trained: loads weights that replace the model's own.
@@ -154,7 +159,7 @@ def checked_algorithm(config: RunConfig, *, evaluating: bool) -> Algorithm:
     """Return the resolved algorithm, after every check that needs the configuration alone."""
     algorithm = resolve_algorithm(config.algorithm, with_loss=not evaluating)
     if not evaluating:
-        require_whole_distribution(config.sampling)
+        check_training_sampling(config)
         check_group_size(algorithm.advantage, config.training.group_size)
         check_overlong_buffer(algorithm.overlong_tokens(config.sampling.max_tokens), config.sampling.max_tokens)
         if algorithm.score_centering:
@@ -179,8 +184,7 @@ def _check_centering(config: RunConfig) -> None:
             f"algorithm.score_centering={config.algorithm.score_centering} needs the most likely tokens at each "
             f"position, which engine.type={config.engine.type} does not report; set engine=native, or leave it out."
         )
-    sampling = config.sampling
-    if sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0:
+    if config.sampling.truncates:
         raise ConfigError(
             "algorithm.score_centering needs samples of the whole distribution; leave out sampling.top_p, "
             "sampling.top_k and sampling.min_p."

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from betterhalf.metrics.console import show_note
-from betterhalf.rollout.engine import require_version
+from betterhalf.rollout.engine import require_supports, require_version
 from betterhalf.runs.assembly import Parts
 from betterhalf.runs.progress import Progress
 from betterhalf.runs.recovery import Restarts, restarts_of, retry_on_engine_death
@@ -109,6 +109,7 @@ def collect_groups(parts: Parts, progress: Progress, clock: Stopwatch) -> Collec
             first_index=len(useful + flat),
             clock=clock,
             restarts=restarts,
+            trains=True,
         )
         for group in groups:
             (useful if has_signal(group) or not parts.algorithm.dynamic_sampling else flat).append(group)
@@ -149,6 +150,7 @@ def sample_groups(
     first_index: int,
     clock: Stopwatch,
     restarts: Restarts | None = None,
+    trains: bool = False,
 ) -> list[RolloutGroup]:
     """Sample and grade completions of some prompts; (seed, step, index) determines every draw.
 
@@ -163,10 +165,11 @@ def sample_groups(
         first_index: index of the first prompt in the random key.
         clock: records the seconds of `generate` and `reward`.
         restarts: counts and limits the restarts of the engine; by default, in this call alone.
+        trains: True if the trainer will score the completions: truncated ones then come with their support.
 
     Raises:
         EngineDiedError: the engine crashed once more often than it may be restarted.
-        EngineError: the engine sampled with other weights than the trainer's.
+        EngineError: the engine sampled with other weights than the trainer's, or left out a support.
         RewardError: a reward is not finite, or the number of rewards is wrong.
     """
     with clock("generate"):
@@ -176,10 +179,13 @@ def sample_groups(
                 group_size=group_size,
                 key=(parts.config.seed, step, first_index + index),
                 prompt_id=prompt.prompt_id,
+                with_support=trains,
             )
             for index, prompt in enumerate(prompts)
         ]
         siblings = _generate(parts, requests, policy_version, restarts or restarts_of(parts.config))
+        if trains:
+            require_supports(siblings, parts.config.sampling)
     with clock("reward"):
         return _graded(parts, prompts, siblings)
 

@@ -70,4 +70,5 @@ def rollout_row(step: int, kept: KeptRollout, tokenizer: Any) -> dict[str, Any]:
         "tokens": [tokenizer.decode([token_id]) for token_id in rollout.completion.token_ids],
         "behavior_logprobs": list(rollout.completion.behavior_logprobs),
         "trainer_logprobs": kept.trainer_logprobs,
+        "support_sizes": None if (support := rollout.completion.support) is None else list(support.counts),
     }

@@ -39,6 +39,7 @@ def rollout_metrics(collected: Collected, advantages: Sequence[float], masked: i
         "rollout/groups_surplus": float(collected.surplus),
         "rollout/engine_restarts": float(collected.restarts),
         **_described("rollout/kept", collected.rollouts),
+        **_support_metrics([rollout for group in collected.sampled for rollout in group.rollouts]),
         "rollout/kept/zero_advantage_fraction": kept / len(collected.groups),
         "rollout/masked_fraction": masked / len(collected.rollouts),
         **collected.task_metrics,
@@ -54,6 +55,18 @@ def _described(area: str, rollouts: Sequence[Rollout]) -> dict[str, float]:
         f"{area}/length/mean": statistics.fmean(lengths),
         f"{area}/length/max": float(max(lengths)),
         f"{area}/truncated_fraction": statistics.fmean(r.completion.truncated for r in rollouts),
+    }
+
+
+def _support_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Describe the tokens that truncated sampling could draw; empty if it drew from the whole vocabulary."""
+    supports = [support for rollout in rollouts if (support := rollout.completion.support) is not None]
+    if not supports:
+        return {}
+    return {
+        "rollout/support/tokens/mean": statistics.fmean(count for support in supports for count in support.counts),
+        "rollout/support/tokens/max": float(max(max(support.counts) for support in supports)),
+        "rollout/support/mass/mean": statistics.fmean(mass for support in supports for mass in support.masses),
     }
 
 

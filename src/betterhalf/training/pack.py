@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 
 from betterhalf.config.schema import RunConfig
+from betterhalf.token_support import PackedSupport, TokenSupport, joined
 from betterhalf.types import Denominators, MicroBatch, PackedSegment, Rollout, StepBatch, TopTokens, TrainBatch
 
 TokenIds = tuple[int, ...]
@@ -181,6 +182,7 @@ class _Packer:
             advantages_S=_floats([self.advantages[i] for i in indices]),
             rollout_index_S=tuple(indices),
             **_top([r.completion.top for r in chosen]),
+            support=_packed_support([r.completion.support for r in chosen]),
         )
 
 
@@ -246,6 +248,18 @@ def _top(tops: Sequence[TopTokens | None]) -> dict[str, torch.Tensor]:
         "top_ids_CK": torch.cat([top.token_ids_CK for top in present]),
         "behavior_top_logprobs_CK": torch.cat([top.logprobs_CK for top in present]),
     }
+
+
+def _packed_support(supports: Sequence[TokenSupport | None]) -> PackedSupport | None:
+    """Put the supports of the sequences of a pack one after another; None if sampling was not truncated."""
+    present = [support for support in supports if support is not None]
+    if not present:
+        return None
+    assert len(present) == len(supports), "a pack mixes truncated sampling with whole distributions"
+    support = joined(present)
+    # torch does not read an empty buffer: every set may be the whole vocabulary.
+    words = torch.frombuffer(bytearray(support.words or bytes(4)), dtype=torch.int32)[: len(support.words) // 4]
+    return PackedSupport(vocabulary=support.vocabulary, counts_C=_ints(list(support.counts)), words_K=words)
 
 
 def _ints(values: list[int]) -> torch.Tensor:

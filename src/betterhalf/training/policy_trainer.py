@@ -32,8 +32,10 @@ from betterhalf.precision.island_hooks import use_islands
 from betterhalf.precision.loss_scaler import LossScaler, build_loss_scaler
 from betterhalf.precision.products import has_native_matmul, packed
 from betterhalf.precision.roles import Precision
+from betterhalf.token_support import PackedSupport
 from betterhalf.training.model_limits import head_dim_of, require_no_dropout
 from betterhalf.training.reference import ReferencePolicy
+from betterhalf.training.support import SupportMask
 from betterhalf.training.token_scores import (
     Head,
     LogitsWorkspace,
@@ -189,7 +191,8 @@ class PolicyTrainer:
         # Without gradients, compiled layers would be different code, with other rounding points.
         with torch.set_grad_enabled(self.config.training.compile_layers):
             hidden = self._hidden_rows(micro).detach()
-        return measure_tokens(hidden, self.head(), micro.target_ids_C, temperature, self._workspace)
+        support = SupportMask.of(micro.support)
+        return measure_tokens(hidden, self.head(), micro.target_ids_C, temperature, self._workspace, support)
 
     def score(self, micro: MicroBatch) -> Tensor:
         """Return the logprobs of each completion token, float32 [C], with a graph, for a pack on the device.
@@ -202,7 +205,8 @@ class PolicyTrainer:
     def _score(self, hidden_CH: Tensor, micro: MicroBatch) -> Tensor:
         """Return the logprobs of the completion tokens from their final hidden states, float32 [C], with a graph."""
         temperature = self.config.sampling.temperature
-        return token_logprobs(hidden_CH, self.head(), micro.target_ids_C, temperature, self._workspace)
+        support = SupportMask.of(micro.support)
+        return token_logprobs(hidden_CH, self.head(), micro.target_ids_C, temperature, self._workspace, support)
 
     # -- learning
 
@@ -226,8 +230,9 @@ class PolicyTrainer:
         """Add to a pack the current logprobs of its tokens, and what else the loss reads."""
         temperature, more = self.config.sampling.temperature, dict[str, Tensor]()
         if algorithm.entropy_coefficient > 0:
+            support = SupportMask.of(micro.support)
             logprobs_C, more["current_entropies_C"] = logprobs_and_entropies(
-                hidden_CH, self.head(), micro.target_ids_C, temperature, self._workspace
+                hidden_CH, self.head(), micro.target_ids_C, temperature, self._workspace, support
             )
         else:
             logprobs_C = self._score(hidden_CH, micro)
@@ -381,6 +386,13 @@ def on_device(pack: MicroBatch, device: torch.device) -> MicroBatch:
     """Return the pack with its tensors on `device`; the same object if they are there already."""
     if pack.token_ids_T.device == device:
         return pack
-    values = {field.name: getattr(pack, field.name) for field in fields(pack)}
-    moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-    return replace(pack, **moved)
+    moved = replace(pack, **_tensors_on(pack, device))
+    if pack.support is not None:
+        moved = replace(moved, support=replace(pack.support, **_tensors_on(pack.support, device)))
+    return moved
+
+
+def _tensors_on(record: MicroBatch | PackedSupport, device: torch.device) -> dict[str, Any]:
+    """Return the tensor fields of a record, moved to the device."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}

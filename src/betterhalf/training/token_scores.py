@@ -1,5 +1,7 @@
 """Logprobs and entropy of completion tokens from final hidden states, in FP32, a chunk of logits at a time.
 
+Where sampling was truncated, each chunk is first restricted to the tokens that could be drawn (`training.support`).
+
 A memory budget limits the logits held at the same time. In the forward pass a chunk is some rows over the whole
 vocabulary, as softmax requires. The backward pass computes the logits again (or reuses them, if they were a single
 chunk), and there a chunk is all rows over part of the vocabulary: the normaliser of each row is saved, so the gradient
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +28,13 @@ from betterhalf import ops
 from betterhalf.kernels import fused
 from betterhalf.precision.products import add_product, direct_sum, product, product_into
 from betterhalf.precision.tiled_products import tiled_product
+from betterhalf.training.support import SupportMask
 
 _CACHED_LOGITS = 2**21
 """Logits of a chunk in the backward pass on a CPU: 8 MiB, which stay in its cache while they are read three times."""
 _FEWEST_COLUMNS = 256
+_LOG_OF_ZERO = -104.0
+"""Log-probability below which the FP32 exponential is 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,16 +128,21 @@ class _TokenScores(torch.autograd.Function):
         temperature: float,
         workspace: LogitsWorkspace,
         entropies: bool,
+        support: SupportMask | None,
     ) -> tuple[Tensor, ...]:
         rows, parts = workspace.rows(logits_weight_VH.shape[0]), []
-        score: Callable[..., tuple[Tensor, ...]] = ops.scores if entropies else ops.normalised
-        for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True):
+        with_entropies = partial(ops.scores, truncated=support is not None)
+        score: Callable[..., tuple[Tensor, ...]] = with_entropies if entropies else ops.normalised
+        chunks = zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True)
+        for index, (hidden, targets) in enumerate(chunks):
             logits = workspace.multiply(hidden, logits_weight_VH, tiled_weight_VH)
+            if support is not None:
+                support.restrict(logits, row=index * rows)
             parts.append(score(logits, targets, temperature))
         logprobs_C, normaliser_C, *entropies_C = (torch.cat(columns) for columns in zip(*parts, strict=True))
         ctx.save_for_backward(hidden_CH, logits_weight_VH, grad_weight_VH, targets_C, normaliser_C, *entropies_C)
         ctx.weight_VH = weight_VH
-        ctx.temperature, ctx.workspace = temperature, workspace
+        ctx.temperature, ctx.workspace, ctx.support = temperature, workspace, support
         ctx.logits_CV, ctx.use = (logits if len(parts) == 1 else None), workspace.uses
         return logprobs_C, *entropies_C
 
@@ -145,9 +156,14 @@ class _TokenScores(torch.autograd.Function):
         columns = ctx.workspace.columns(hidden_CH.shape[0], on_cpu=hidden_CH.is_cpu)
         kept = ctx.logits_CV if ctx.use == ctx.workspace.uses else None
         operand = hidden_CH.to(grad_weight_VH.dtype)
+        if ctx.support is not None:
+            # Gradients of constants; logits that are computed again would leave rounding noise.
+            grad_outputs = tuple(grad.masked_fill(ctx.support.single_C, 0.0) for grad in grad_outputs)
         for start in range(0, grad_weight_VH.shape[0], columns):
             part = slice(start, start + columns)
             logits = head_logits(hidden_CH, logits_weight_VH[part]) if kept is None else kept[:, part]
+            if kept is None and ctx.support is not None:
+                ctx.support.restrict(logits, column=start)
             grad_logits = _grad_logits(
                 logits, targets_C - start, tuple(rows), grad_outputs, ctx.temperature, grad_weight_VH.dtype
             )
@@ -156,7 +172,7 @@ class _TokenScores(torch.autograd.Function):
                 add_product(total[part], grad_logits.t(), operand.t())
             elif grad_VH is not None:
                 grad_VH[part] = ctx.workspace.multiply_back(grad_logits.t(), operand)
-        return grad_hidden.to(hidden_CH.dtype), grad_VH, None, None, None, None, None, None, None
+        return grad_hidden.to(hidden_CH.dtype), grad_VH, None, None, None, None, None, None, None, None
 
 
 def head_logits(hidden_CH: Tensor, wide_VH: Tensor) -> Tensor:
@@ -210,15 +226,23 @@ def _grad_with_entropies(
     scaled = logits_CV if temperature == 1.0 else logits_CV / temperature
     grad_C1, entropy_grad_C1 = (grad.unsqueeze(-1) / temperature for grad in grads)
     log_softmax = scaled - rows[0].unsqueeze(-1)
+    probabilities = log_softmax.exp()
+    # A removed token has a log-softmax of minus infinity, and a gradient of 0.
+    log_softmax.clamp_(min=_LOG_OF_ZERO)
     factor = grad_C1 + (log_softmax + rows[1].unsqueeze(-1)) * entropy_grad_C1
-    grad_logits = log_softmax.exp_().mul_(-factor)
+    grad_logits = probabilities.mul_(-factor)
     inside = (targets_C >= 0) & (targets_C < grad_logits.shape[1])
     here = targets_C.clamp(0, grad_logits.shape[1] - 1).unsqueeze(-1)
     return grad_logits.scatter_add_(1, here, grad_C1 * inside.unsqueeze(-1))
 
 
 def token_logprobs(
-    hidden_CH: Tensor, head: Head, targets_C: Tensor, temperature: float, workspace: LogitsWorkspace
+    hidden_CH: Tensor,
+    head: Head,
+    targets_C: Tensor,
+    temperature: float,
+    workspace: LogitsWorkspace,
+    support: SupportMask | None = None,
 ) -> Tensor:
     """Compute differentiable logprobs of the targets.
 
@@ -228,23 +252,36 @@ def token_logprobs(
         targets_C: int64 token ids.
         temperature: logits are divided by this.
         workspace: limits the logits held at the same time.
+        support: tokens over which each row is normalised; None for the whole vocabulary. The logits of other tokens
+            get no gradient.
 
     Returns:
         float32 [C].
     """
-    return _apply(hidden_CH, head, targets_C, temperature, workspace, False)[0]
+    return _apply(hidden_CH, head, targets_C, temperature, workspace, False, support)[0]
 
 
 def logprobs_and_entropies(
-    hidden_CH: Tensor, head: Head, targets_C: Tensor, temperature: float, workspace: LogitsWorkspace
+    hidden_CH: Tensor,
+    head: Head,
+    targets_C: Tensor,
+    temperature: float,
+    workspace: LogitsWorkspace,
+    support: SupportMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute `token_logprobs`, bit for bit, and the entropies of the rows; float32 [C] both, differentiable."""
-    logprobs_C, entropies_C = _apply(hidden_CH, head, targets_C, temperature, workspace, True)
+    logprobs_C, entropies_C = _apply(hidden_CH, head, targets_C, temperature, workspace, True, support)
     return logprobs_C, entropies_C
 
 
 def _apply(
-    hidden_CH: Tensor, head: Head, targets_C: Tensor, temperature: float, workspace: LogitsWorkspace, entropies: bool
+    hidden_CH: Tensor,
+    head: Head,
+    targets_C: Tensor,
+    temperature: float,
+    workspace: LogitsWorkspace,
+    entropies: bool,
+    support: SupportMask | None,
 ) -> tuple[Tensor, ...]:
     out = _TokenScores.apply(
         hidden_CH,
@@ -256,6 +293,7 @@ def _apply(
         temperature,
         workspace,
         entropies,
+        support,
     )  # type: ignore[no-untyped-call]
     assert isinstance(out, tuple)
     return out
@@ -263,16 +301,24 @@ def _apply(
 
 @torch.no_grad()
 def measure_tokens(
-    hidden_CH: Tensor, head: Head, targets_C: Tensor, temperature: float, workspace: LogitsWorkspace
+    hidden_CH: Tensor,
+    head: Head,
+    targets_C: Tensor,
+    temperature: float,
+    workspace: LogitsWorkspace,
+    support: SupportMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the logprobs of the targets and the entropy of their distributions, both float32 [C], without gradients.
 
     The logprobs equal those of `token_logprobs` bit for bit: same chunks, same products.
     """
     rows, logprobs, entropies = workspace.rows(head.logits_weight.shape[0]), [], []
-    for hidden, targets in zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True):
+    chunks = zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True)
+    for index, (hidden, targets) in enumerate(chunks):
         logits = workspace.multiply(hidden, head.logits_weight, head.tiled_weight)
-        found = ops.logprobs_and_entropy(logits, targets, temperature)
+        if support is not None:
+            support.restrict(logits, row=index * rows)
+        found = ops.logprobs_and_entropy(logits, targets, temperature, truncated=support is not None)
         logprobs.append(found[0])
         entropies.append(found[1])
     return torch.cat(logprobs), torch.cat(entropies)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import struct
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from betterhalf.config.schema import RunConfig
+from betterhalf.token_support import encode
 from betterhalf.training.pack import by_rollout, pack_step, with_advantages
+from betterhalf.training.policy_trainer import on_device
 from betterhalf.types import Completion, FinishReason, MicroBatch, PackedSegment, Prompt, Rollout
 
 CPU = torch.device("cpu")
@@ -225,3 +229,31 @@ def test_rollouts_without_advantage_can_be_trained_on_and_get_their_advantages_l
         assert pack.advantages_S.tolist() == expected
         assert torch.equal(pack.token_ids_T, before.token_ids_T)
     assert later.train_batches == batch.train_batches
+
+
+def test_supports_are_packed_in_the_order_of_the_completion_tokens() -> None:
+    sets = {1: [1], 2: [2, 0], 3: range(40), 4: [4, 5, 6], 5: [5]}
+    rollouts = [rollout([7, 8], [1, 2, 3]), rollout([5, 6, 9], [4]), rollout([7, 8], [5])]
+    truncated = [
+        replace(r, completion=replace(r.completion, support=encode([sets[t] for t in ids], [1.0] * len(ids), 40)))
+        for r in rollouts
+        if (ids := r.completion.token_ids)
+    ]
+    (pack,) = pack_step(truncated, [1.0, 2.0, 3.0], config(), step=1).packs
+    assert pack.support is not None and pack.support.vocabulary == 40
+    expected = [sorted(sets[token]) for token in pack.target_ids_C.tolist()]
+    assert pack.support.counts_C.tolist() == [len(token_ids) for token_ids in expected]
+    words = struct.unpack(f"={len(pack.support.words_K)}i", pack.support.words_K.numpy().tobytes())
+    bitmap = 1 << 4 | 1 << 5 | 1 << 6
+    by_token = {1: [1], 2: [0, 2], 3: [], 4: [bitmap, 0], 5: [5]}  # two words hold the bits of 40 tokens
+    assert list(words) == [word for token in pack.target_ids_C.tolist() for word in by_token[token]]
+    moved = on_device(pack, torch.device("meta"))
+    assert moved.support is not None and moved.support.words_K.device.type == moved.target_ids_C.device.type == "meta"
+    assert pack_step(rollouts, [1.0] * 3, config(), step=1).packs[0].support is None
+
+
+def test_supports_of_whole_vocabularies_take_no_words() -> None:
+    one = rollout([7], [3])
+    one = replace(one, completion=replace(one.completion, support=encode([range(40)], [1.0], 40)))
+    (pack,) = pack_step([one], [1.0], config(), step=1).packs
+    assert pack.support is not None and pack.support.words_K.shape == (0,)

@@ -10,17 +10,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from betterhalf.rollout.native.decoder import Decoder
+from betterhalf.rollout.native.pending_step import StepOutput
 from betterhalf.rollout.native.slots import SlotTable
 from betterhalf.rollout.sampler import Distribution
 
 _WARM_UP = 2
 """Warm-up runs before a capture, in which libraries allocate their workspaces."""
 
-Step = Callable[[SlotTable, int, int, Distribution], Tensor]
-"""(table, slots, attended positions, distribution) -> events of `SlotTable.record`, int8 [slots]."""
+Step = Callable[[SlotTable, int, int, Distribution], StepOutput]
+"""(table, slots, attended positions, distribution) -> output for the slots."""
 
 
 def batch_bucket(active: int, slots: int) -> int:
@@ -38,12 +38,12 @@ class DecodeGraphs:
     def __init__(self, decoder: Decoder, table: SlotTable) -> None:
         self._decoder = decoder
         self._table = table
-        self._graphs: dict[tuple[int, Distribution], tuple[torch.cuda.CUDAGraph, Tensor, Any]] = {}
-        """(slots, distribution) -> graph, its events, and the rope tables that it reads, kept alive here because the
+        self._graphs: dict[tuple[int, Distribution], tuple[torch.cuda.CUDAGraph, StepOutput, Any]] = {}
+        """(slots, distribution) -> graph, its output, and the rope tables that it reads, kept alive here because the
         decoder may replace its own by longer ones."""
         self._pool: Any = None
 
-    def run(self, step: Step, wanted: Distribution) -> Tensor:
+    def run(self, step: Step, wanted: Distribution) -> StepOutput:
         """Sample one token for each active slot.
 
         Slots between `active` and the bucket run too: each writes only to the cache of its own free slot.
@@ -53,17 +53,17 @@ class DecodeGraphs:
             wanted: distribution to sample from.
 
         Returns:
-            Events of `SlotTable.record`, int8 [active]; the next call overwrites them.
+            Output for the active slots; the next call overwrites it.
         """
         table = self._table
         key = (batch_bucket(table.active, table.cache.slots), wanted)
         if key not in self._graphs:
             self._graphs[key] = self._capture(step, *key)
-        graph, events, _ = self._graphs[key]
+        graph, output, _ = self._graphs[key]
         graph.replay()
-        return events[: table.active]
+        return output.first(table.active)
 
-    def _capture(self, step: Step, batch: int, wanted: Distribution) -> tuple[torch.cuda.CUDAGraph, Tensor, Any]:
+    def _capture(self, step: Step, batch: int, wanted: Distribution) -> tuple[torch.cuda.CUDAGraph, StepOutput, Any]:
         table, graph = self._table, torch.cuda.CUDAGraph()
         arguments = (table, batch, table.cache.max_length, wanted)
         kept = [x.clone() for x in table.state()]
@@ -77,6 +77,6 @@ class DecodeGraphs:
                     x.copy_(before)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph, pool=self._pool):
-            events = step(*arguments)
+            output = step(*arguments)
         self._pool = self._pool or graph.pool()
-        return graph, events, self._decoder.rope_tables
+        return graph, output, self._decoder.rope_tables

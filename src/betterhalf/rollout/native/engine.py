@@ -134,7 +134,8 @@ class NativeEngine:
         check_requests(requests, limits.context, limits.vocabulary)
         if not any(request.group_size for request in requests):
             return [() for _ in requests]
-        scheduler = self.scheduler(sampling, Capacity.of(requests, limits))
+        with_support = any(request.with_support for request in requests)
+        scheduler = self.scheduler(sampling, Capacity.of(requests, limits), with_support=with_support)
         for request in requests:
             scheduler.add(request)
         found: list[Sampled] = []
@@ -143,19 +144,21 @@ class NativeEngine:
         return self._completions(requests, found, version)
 
     @torch.inference_mode()
-    def scheduler(self, sampling: SamplingConfig, capacity: Capacity) -> Scheduler:
+    def scheduler(self, sampling: SamplingConfig, capacity: Capacity, *, with_support: bool = False) -> Scheduler:
         """Return an empty scheduler that samples step by step, in place of any earlier one.
 
         Args:
             sampling: distribution and length limit of all its completions.
             capacity: room to reserve; a request that needs more is refused when it is added.
+            with_support: record the tokens that could be drawn, if `sampling` truncates the distribution.
 
         Raises:
             EngineError: the engine holds no weights.
         """
         self._require_weights("scheduler")
         table = self._reserve(capacity)
-        batch = RunningBatch(self._decoder, table, self._graphs, _distribution(sampling, self._top_tokens))
+        wanted = _distribution(sampling, self._top_tokens, with_support=with_support)
+        batch = RunningBatch(self._decoder, table, self._graphs, wanted)
         queue = PromptQueue(self._decoder, self._precision.device)
         return Scheduler(batch, queue, self._limits(sampling), abandon=self.close)
 
@@ -237,13 +240,14 @@ def require_kernels(device: torch.device) -> None:
         )
 
 
-def _distribution(sampling: SamplingConfig, top_tokens: int) -> sampler.Distribution:
+def _distribution(sampling: SamplingConfig, top_tokens: int, *, with_support: bool) -> sampler.Distribution:
     return sampler.Distribution(
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         min_p=sampling.min_p,
         top_tokens=top_tokens,
+        reports_support=with_support and sampling.truncates,
     )
 
 

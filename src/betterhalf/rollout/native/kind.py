@@ -20,6 +20,7 @@ def _capabilities(_config: RunConfig) -> EngineCapabilities:
         traces=True,
         shares_cores=True,
         reports_top_tokens=True,
+        reports_support=True,
     )
 
 

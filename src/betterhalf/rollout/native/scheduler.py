@@ -142,7 +142,7 @@ class Scheduler:
             raise
         cancelled = [sequence for sequence in table.sequences if sequence.request == number]
         if cancelled:
-            table.retire(cancelled)
+            self._batch.retire(cancelled)
         # The end of a sequence may have been seen while an earlier request was cancelled.
         others = [sampled.without(number) for sampled in self._finished]
         self._finished = [sampled for sampled in others if sampled.sequences]
@@ -173,4 +173,4 @@ class Scheduler:
     def _retire(self, ended: list[ActiveSequence]) -> None:
         """Take sequences that have ended out of their slots."""
         if ended:
-            self._finished.append(self._batch.table.retire(ended))
+            self._finished.append(self._batch.retire(ended))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.sampler import Draw
+from betterhalf.token_support import TokenSupport
 from betterhalf.types import Completion, TopTokens
 
 ENDED, BROKEN = 1, 2
@@ -48,6 +49,8 @@ class Sampled:
     """float32 [N, max_tokens + 1]; entries beyond a count belong to another sequence."""
     top: tuple[Tensor, Tensor] | None = None
     """int64 and float32 [N, max_tokens + 1, K]: the most likely tokens and their logprobs; None if not recorded."""
+    supports: list[TokenSupport] | None = None
+    """Tokens that each sequence could have drawn, on the host; None if the distribution does not report them."""
 
     def completions(self, stops: Container[int], policy_version: int) -> list[Completion]:
         """Return the completion of each sequence; waits for the device.
@@ -56,6 +59,7 @@ class Sampled:
             stops: tokens that end a completion.
             policy_version: version of the weights that sampled.
         """
+        supports: Sequence[TokenSupport | None] = self.supports or [None] * len(self.sequences)
         rows = zip(self.counts.tolist(), self.token_ids.tolist(), self.logprobs.tolist(), strict=True)
         return [
             Completion(
@@ -64,8 +68,9 @@ class Sampled:
                 finish_reason="stop" if token_ids[count - 1] in stops else "length",
                 policy_version=policy_version,
                 top=top,
+                support=support,
             )
-            for (count, token_ids, logprobs), top in zip(rows, self._tops(), strict=True)
+            for (count, token_ids, logprobs), top, support in zip(rows, self._tops(), supports, strict=True)
         ]
 
     def _tops(self) -> list[TopTokens | None]:
@@ -86,6 +91,7 @@ class Sampled:
             token_ids=self.token_ids[kept],
             logprobs=self.logprobs[kept],
             top=None if self.top is None else (self.top[0][kept], self.top[1][kept]),
+            supports=self.supports and [self.supports[row] for row in kept],
         )
 
 

@@ -25,6 +25,7 @@ def _capabilities(config: RunConfig) -> EngineCapabilities:
         emulates=False,
         scores=True,
         traces=False,
+        reports_support=False,
         shares_cores=False,
     )
 
