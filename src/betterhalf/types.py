@@ -138,9 +138,6 @@ EpisodeEnd = Literal["done", "turn_limit", "length", "failed"]
 """Reason why an episode of several turns ended: the environment ended it, `task.max_turns`, the length limit, or an
 environment that raised or ran out of time."""
 
-TurnTemplate = Literal["chat", "none"]
-"""Templates of a conversation: the tokenizer's chat template, or the bare text."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
@@ -204,7 +201,7 @@ class Observation:
     before: int
     """Index of the sampled token that follows; at least 1."""
     token_ids: tuple[int, ...]
-    """Tokens of the observation, with those that the chat template puts around it; at least one."""
+    """Tokens of the observation, with those that the chat template puts around it; may be empty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,10 +11,12 @@ from betterhalf.runs.assembly import Parts
 from betterhalf.runs.progress import Progress
 from betterhalf.runs.recovery import Restarts, restarts_of, retry_on_engine_death
 from betterhalf.runs.stopwatch import Stopwatch
+from betterhalf.runs.turns import Player
 from betterhalf.runs.weight_sync import revive
 from betterhalf.setup.decoding import completion_texts
 from betterhalf.tasks.rewards import check_rewards
 from betterhalf.tasks.task import Measured
+from betterhalf.tasks.turns import turns_of
 from betterhalf.types import Completion, GenerateRequest, Prompt, Rollout, RolloutGroup
 
 
@@ -36,6 +38,8 @@ class Collected:
     """Number of restarts of the engine after a crash while sampling."""
     task_metrics: Mapping[str, float] = field(default_factory=dict)
     """The task's own metrics of this step, under `task/`."""
+    environment_failures: int | None = None
+    """Number of calls of the environment in this step that failed; None without an environment."""
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -97,6 +101,8 @@ def collect_groups(parts: Parts, progress: Progress, clock: Stopwatch) -> Collec
     flat: list[RolloutGroup] = []
     timeouts_before, unparsed_before = parts.task.timeouts, parts.task.unparsed_answers
     _task_metrics(parts)  # those of an evaluation before this step are not the step's
+    turns = turns_of(parts.task)
+    failures_before = turns.failures if turns else 0
     restarts, size = restarts_of(parts.config), parts.config.training.group_size
     for _ in range(rounds):
         prompts = _fresh_prompts(parts, start, position - start)
@@ -124,6 +130,7 @@ def collect_groups(parts: Parts, progress: Progress, clock: Stopwatch) -> Collec
         unparsed_answers=parts.task.unparsed_answers - unparsed_before,
         restarts=restarts.count,
         task_metrics=_task_metrics(parts),
+        environment_failures=turns.failures - failures_before if turns else None,
     )
 
 
@@ -150,7 +157,7 @@ def sample_groups(
     clock: Stopwatch,
     restarts: Restarts | None = None,
 ) -> list[RolloutGroup]:
-    """Sample and grade completions of some prompts; (seed, step, index) determines every draw.
+    """Sample and grade completions of some prompts, of all turns; (seed, step, index) determines every draw.
 
     If the engine's process crashes, a new one samples the same completions.
 
@@ -169,17 +176,25 @@ def sample_groups(
         EngineError: the engine sampled with other weights than the trainer's.
         RewardError: a reward is not finite, or the number of rewards is wrong.
     """
-    with clock("generate"):
-        requests = [
-            GenerateRequest(
-                token_ids=prompt.token_ids,
-                group_size=group_size,
-                key=(parts.config.seed, step, first_index + index),
-                prompt_id=prompt.prompt_id,
-            )
-            for index, prompt in enumerate(prompts)
-        ]
-        siblings = _generate(parts, requests, policy_version, restarts or restarts_of(parts.config))
+    counted = restarts or restarts_of(parts.config)
+
+    def sample(requests: list[GenerateRequest]) -> list[tuple[Completion, ...]]:
+        with clock("generate"):
+            return _generate(parts, requests, policy_version, counted)
+
+    requests = [
+        GenerateRequest(
+            token_ids=prompt.token_ids,
+            group_size=group_size,
+            key=(parts.config.seed, step, first_index + index),
+            prompt_id=prompt.prompt_id,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    turns = turns_of(parts.task)
+    if turns is not None:
+        return Player(parts=parts, turns=turns, sample=sample, clock=clock).groups(prompts, requests)
+    siblings = sample(requests)
     with clock("reward"):
         return _graded(parts, prompts, siblings)
 

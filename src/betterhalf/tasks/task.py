@@ -28,6 +28,10 @@ class Tokenizer(Protocol):
         """Tokenize several texts; the token ids are under `input_ids`."""
         ...
 
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of some tokens, special ones included."""
+        ...
+
     def apply_chat_template(
         self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool, **arguments: Any
     ) -> Any:
