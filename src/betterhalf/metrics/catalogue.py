@@ -14,6 +14,7 @@ from betterhalf.metrics.evaluation import MEANING, TEMPLATES, is_evaluation
 from betterhalf.metrics.metric import FREE_AREAS, Band, Metric
 from betterhalf.metrics.regularisation import REGULARISATION
 from betterhalf.metrics.time_and_system import SYSTEM, TIME
+from betterhalf.metrics.turn_metrics import TURNS
 
 _VERL = "verl, docs on rollout correction"
 _NEMO = "NeMo-RL, GRPO guide"
@@ -300,24 +301,6 @@ _ROLLOUT = (
         (None, 0.0),
         "by definition: a healthy engine does not crash",
     ),
-    Metric("rollout/turns/mean", "turns", "Mean number of turns of the episodes; only with an environment."),
-    Metric(
-        "rollout/turn_limit_fraction",
-        "share",
-        "Episodes cut at `task.max_turns` that the environment would have continued.",
-    ),
-    Metric(
-        "rollout/observation_tokens/mean",
-        "tokens",
-        "Mean number of observation tokens of an episode: context without loss, not part of the length.",
-    ),
-    Metric(
-        "rollout/environment_failures",
-        "calls",
-        "Answers and rewards of the environment that raised an error or ran out of time; they end the episode.",
-        (None, 0.0),
-        "by definition: a sound environment does not fail",
-    ),
     Metric("rollout/kept/reward/mean", "reward", "Mean reward of the rollouts that the step trains on."),
     Metric(
         "rollout/kept/reward/std",
@@ -341,7 +324,7 @@ _ROLLOUT = (
 
 CATALOGUE: dict[str, Metric] = {
     metric.name: metric
-    for area in (_MISMATCH, _BUDGET, _OPTIM, _POLICY, REGULARISATION, _ROLLOUT, TIME, SYSTEM)
+    for area in (_MISMATCH, _BUDGET, _OPTIM, _POLICY, REGULARISATION, _ROLLOUT, TURNS, TIME, SYSTEM)
     for metric in area
 }
 """Every metric by name."""
