@@ -116,13 +116,13 @@ class TooFew(NoReward):
 
 
 class NoPrompts(Echo):
-    """Gives no prompts of its own."""
+    """An environment without prompts of its own."""
 
     prompts = None  # type: ignore[assignment]
 
 
 class EmptyPrompts(Echo):
-    """Gives an empty list."""
+    """An environment with an empty list of prompts."""
 
     def prompts(self) -> list[dict[str, Any]]:
         """Give nothing."""

@@ -1,4 +1,4 @@
-"""Runs with environments of several turns: what they record, and the limits that end an episode."""
+"""Episodes of several turns in whole runs: what is recorded, and the limits that end an episode."""
 
 from __future__ import annotations
 
