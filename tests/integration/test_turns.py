@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from betterhalf.config.load import load_config
 from betterhalf.config.schema import RunConfig
 from betterhalf.metrics.catalogue import CATALOGUE
 from betterhalf.run_dir import RunDir, read_jsonl
@@ -16,6 +18,7 @@ from betterhalf.runs.train import run_training, train
 
 Configured = Callable[..., RunConfig]
 FILE = Path(__file__).parents[1] / "turn_environments.py"
+TWO_TURNS = Path(__file__).parents[2] / "experiments" / "smoke" / "two_turns.toml"
 
 
 @pytest.fixture
@@ -135,3 +138,34 @@ def test_evaluation_plays_whole_episodes(configured: Configured, tmp_path: Path)
     summary = evaluate("demo", config, str(tmp_path / "run"))
     assert summary["prompts"] == 3
     assert summary["avg@2"] > 1  # the reward counts the turns
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["task.environment=no_such_module:Thing"], "there is no module 'no_such_module'"),
+        (["task.environment=betterhalf.tasks.surprise_digit:Surprise"], "Did you mean SurpriseDigit?"),
+        (["task.settings={term=3}"], "creating it with task.settings={'term': 3} fails with TypeError"),
+        (["task.path=none.jsonl"], "task.path=none.jsonl cannot be read"),
+        (["task.max_turn=3"], "task.max_turns"),
+        (["task.template=chat"], "has no chat template"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_sampled(
+    ends: Callable[..., str], tmp_path: Path, settings: list[str], message: str
+) -> None:
+    err = ends(2, "train", TWO_TURNS, f"run_dir={tmp_path / 'run'}", "logging.console=quiet", *settings)
+    assert message in err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_the_worked_example_learns(tmp_path: Path) -> None:
+    found = RunDir.create(tmp_path / "run", resume=False)
+    config = load_config(TWO_TURNS, ["logging.console=quiet"])
+    run_training(config, found, resume=False, label="x")
+    rewards = [row["rollout/reward/mean"] for row in read_jsonl(found.metrics)]
+    assert len(rewards) == 24
+    assert 0.7 < statistics.fmean(rewards[:6]) < 0.87
+    assert statistics.fmean(rewards[-6:]) > 0.92
+    assert {row["rollout/turns/mean"] for row in read_jsonl(found.metrics)} == {2.0}

@@ -6,8 +6,10 @@ everything before it. Sampled tokens are never tokenized again.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from betterhalf.metrics.console import show_note
 from betterhalf.runs.assembly import Parts
@@ -16,6 +18,9 @@ from betterhalf.setup.decoding import completion_texts
 from betterhalf.tasks.rewards import check_rewards
 from betterhalf.tasks.turns import Conversation, Failure, Turns
 from betterhalf.types import Completion, EpisodeEnd, GenerateRequest, Observation, Prompt, Rollout, RolloutGroup
+
+COLUMNS: dict[str, Callable[[Any, Any], Any]] = {"token_ids": operator.add, "behavior_logprobs": operator.add}
+"""Fields of a completion with a value for each sampled token -> the function that joins those of two turns."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,14 +60,14 @@ class Episode:
 
     def add(self, turn: Completion) -> None:
         """Append a turn after the observation."""
-        so_far = self.completion
-        observation = Observation(before=len(so_far.token_ids), token_ids=self.next_observation)
-        self.completion = replace(
-            turn,
-            token_ids=so_far.token_ids + turn.token_ids,
-            behavior_logprobs=so_far.behavior_logprobs + turn.behavior_logprobs,
-            observations=(*so_far.observations, observation),
-        )
+        self.completion = joined(self.completion, self.next_observation, turn)
+
+
+def joined(so_far: Completion, observation: tuple[int, ...], turn: Completion) -> Completion:
+    """Return the completion of the turns so far, an observation and the next turn."""
+    columns = {name: join(getattr(so_far, name), getattr(turn, name)) for name, join in COLUMNS.items()}
+    after = Observation(before=len(so_far.token_ids), token_ids=observation)
+    return replace(turn, observations=(*so_far.observations, after), **columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
