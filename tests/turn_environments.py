@@ -12,12 +12,13 @@ from typing import Any
 class Echo:
     """Answer each turn with its length and a plus; the reward is the number of turns."""
 
-    def __init__(self, turns: int = 2) -> None:
-        self.turns = turns
+    def __init__(self, turns: int = 2, offset: int = 0) -> None:
+        self.turns, self.offset = turns, offset
 
     def prompts(self) -> list[dict[str, Any]]:
         """Give 32 sums of two digits."""
-        return [{"problem": f"{k % 9 + 1}+{k // 9 + 1}=", "answer": k % 9 + k // 9 + 2, "k": k} for k in range(32)]
+        sums = [(k % 9 + 1, k // 9 + 1) for k in range(32)]
+        return [{"problem": f"{a}+{b}=", "answer": a + b, "k": k + self.offset} for k, (a, b) in enumerate(sums)]
 
     def respond(self, prompt: str, turns: Sequence[str], metadata: Mapping[str, Any]) -> str | None:
         """Continue up to the wanted number of turns."""
@@ -113,6 +114,16 @@ class TooFew(NoReward):
     def reward(self, prompt: str) -> float:
         """Return 1."""
         return 1.0
+
+
+class Mixed(Echo):
+    """An environment with prompts of several kinds."""
+
+    def prompts(self) -> list[Any]:
+        """Give a text, a conversation, and two that cannot be used."""
+        talk = [("user", "a"), ("assistant", "b"), ("user", "c")]
+        messages = [{"role": role, "content": content} for role, content in talk]
+        return ["1+1=", {"problem": messages}, 17, {"question": "x"}]
 
 
 class NoPrompts(Echo):

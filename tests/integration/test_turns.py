@@ -146,7 +146,7 @@ def test_evaluation_plays_whole_episodes(configured: Configured, tmp_path: Path)
         (["task.environment=no_such_module:Thing"], "there is no module 'no_such_module'"),
         (["task.environment=betterhalf.tasks.surprise_digit:Surprise"], "Did you mean SurpriseDigit?"),
         (["task.settings={term=3}"], "creating it with task.settings={'term': 3} fails with TypeError"),
-        (["task.path=none.jsonl"], "task.path=none.jsonl cannot be read"),
+        (["task.path=none.jsonl"], "no data file"),
         (["task.max_turn=3"], "task.max_turns"),
         (["task.template=chat"], "has no chat template"),
     ],
@@ -166,6 +166,6 @@ def test_the_worked_example_learns(tmp_path: Path) -> None:
     run_training(config, found, resume=False, label="x")
     rewards = [row["rollout/reward/mean"] for row in read_jsonl(found.metrics)]
     assert len(rewards) == 24
-    assert 0.7 < statistics.fmean(rewards[:6]) < 0.87
-    assert statistics.fmean(rewards[-6:]) > 0.92
+    assert 0.7 < statistics.fmean(rewards[:4]) < 0.89
+    assert statistics.fmean(rewards[-6:]) > 0.93
     assert {row["rollout/turns/mean"] for row in read_jsonl(found.metrics)} == {2.0}

@@ -11,15 +11,40 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from betterhalf.metrics.console import show_note
 from betterhalf.runs.assembly import Parts
 from betterhalf.runs.stopwatch import Stopwatch
 from betterhalf.setup.decoding import completion_texts
 from betterhalf.tasks.rewards import check_rewards
 from betterhalf.tasks.turns import Conversation, Failure, Turns
-from betterhalf.types import Completion, EpisodeEnd, GenerateRequest, Observation, Prompt, Rollout, RolloutGroup
+from betterhalf.types import (
+    Completion,
+    EpisodeEnd,
+    GenerateRequest,
+    Observation,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    TopTokens,
+)
 
-COLUMNS: dict[str, Callable[[Any, Any], Any]] = {"token_ids": operator.add, "behavior_logprobs": operator.add}
+
+def _join_top(first: TopTokens | None, second: TopTokens | None) -> TopTokens | None:
+    if first is None or second is None:
+        return None
+    return TopTokens(
+        token_ids_CK=torch.cat([first.token_ids_CK, second.token_ids_CK]),
+        logprobs_CK=torch.cat([first.logprobs_CK, second.logprobs_CK]),
+    )
+
+
+COLUMNS: dict[str, Callable[[Any, Any], Any]] = {
+    "token_ids": operator.add,
+    "behavior_logprobs": operator.add,
+    "top": _join_top,
+}
 """Fields of a completion with a value for each sampled token -> the function that joins those of two turns."""
 
 

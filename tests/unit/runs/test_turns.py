@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
+import torch
+
 from betterhalf.runs.turns import COLUMNS, Episode, joined
-from betterhalf.types import Completion, GenerateRequest, Observation, Prompt
+from betterhalf.types import Completion, GenerateRequest, Observation, Prompt, TopTokens
 
 OF_THE_LAST_TURN = {"finish_reason", "policy_version"}
 FIRST = Completion(token_ids=(1, 2), behavior_logprobs=(-0.1, -0.2), finish_reason="stop", policy_version=3)
@@ -27,6 +29,18 @@ def test_three_turns_written_out_by_hand() -> None:
         observations=(Observation(before=2, token_ids=(9, 9)), Observation(before=3, token_ids=())),
     )
     assert found.with_observations() == (1, 2, 9, 9, 4, 1, 2)
+
+
+def test_the_most_likely_tokens_of_all_turns_are_kept() -> None:
+    def with_top(completion: Completion, first: int) -> Completion:
+        ids = torch.arange(first, first + 2 * len(completion.token_ids)).view(-1, 2)
+        return replace(completion, top=TopTokens(token_ids_CK=ids, logprobs_CK=-ids.float()))
+
+    found = joined(with_top(FIRST, 0), (9,), with_top(SECOND, 50)).top
+    assert found is not None
+    assert found.token_ids_CK.tolist() == [[0, 1], [2, 3], [50, 51]]
+    assert found.logprobs_CK.tolist() == [[0, -1], [-2, -3], [-50, -51]]
+    assert joined(with_top(FIRST, 0), (9,), SECOND).top is None
 
 
 def test_the_request_of_a_later_turn_continues_the_draws_of_its_sibling() -> None:

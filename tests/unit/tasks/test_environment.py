@@ -29,7 +29,7 @@ LIMITS = PromptLimits(context_length=128, max_tokens=16, vocab_size=256)
 class Characters:
     """A tokenizer of one token for each character; `<E>`, token 1, ends a turn of its chat template."""
 
-    chat_template = "not empty"
+    chat_template = "{{ messages }}{{ shout }}"
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [1 if part == "\1" else ord(part) for part in text.replace("<E>", "\1")]
@@ -41,10 +41,10 @@ class Characters:
         return {"input_ids": [self.encode(each) for each in text]}
 
     def apply_chat_template(
-        self, messages: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+        self, messages: list[dict[str, str]], *, tokenize: bool = False, add_generation_prompt: bool, shout: str = ""
     ) -> str:
         text = "".join(f"[{each['role']}]{each['content']}<E>\n" for each in messages)
-        return text + ("[assistant]" if add_generation_prompt else "")
+        return text + ("[assistant]" if add_generation_prompt else "") + shout
 
 
 class Careless(Characters):
@@ -81,6 +81,13 @@ def test_an_observation_is_a_message_of_the_chat_template() -> None:
     # The model has sampled <E> itself; another stop token (here 90) is followed by the template's own.
     assert encoder.encode("hi", 1) == tuple(Characters().encode("\n[user]hi<E>\n[assistant]"))
     assert encoder.encode("hi", 90) == tuple(Characters().encode("<E>\n[user]hi<E>\n[assistant]"))
+
+
+def test_arguments_of_the_chat_template_reach_the_frame() -> None:
+    task = build_task(config("Echo", template="chat", template_arguments={"shout": "!"}), Characters())
+    assert task.prompt(0).text == "[user]1+1=<E>\n[assistant]!"
+    assert task.turns is not None
+    assert Characters().decode(list(task.turns.encode("hi", 1))) == "\n[user]hi<E>\n[assistant]!"
 
 
 def test_a_long_observation_loses_its_end_and_keeps_the_template() -> None:
@@ -185,22 +192,36 @@ def test_prompts_of_the_class_are_rows_with_metadata() -> None:
     task = build_task(config("Echo"), Characters())
     assert len(task) == 32
     prompt = task.prompt(10)
-    assert (prompt.prompt_id, prompt.text, prompt.answer) == ("Echo/10", "2+2=", "4")
+    assert (prompt.prompt_id, prompt.text, prompt.answer) == ("environment/10", "2+2=", "")
     assert prompt.metadata == {"problem": "2+2=", "answer": 4, "k": 10}
+    assert task.place(10) == "prompts of Echo, row 11"
     assert task.record().reward[f"environment {FILE}:Echo"] != "unknown"
+    assert build_task(config("Echo", answer_field="answer"), Characters()).prompt(10).answer == "4"
 
 
-def test_prompts_of_a_file_come_in_its_order_and_bad_rows_are_named(tmp_path: Path) -> None:
+def test_a_changed_field_is_another_row() -> None:
+    """The environment reads every field, so a resumed run must find the same ones."""
+    one, two = (build_task(config("Echo", settings={"offset": k}), Characters()).record() for k in (0, 1))
+    assert len(one.rows_that_differ(two)) == 32
+
+
+def test_given_prompts_may_be_conversations_and_unusable_ones_are_named() -> None:
+    task = build_task(config("Mixed", template="chat", system_prompt="Be brief."), Characters())
+    assert task.prompt(0).text == "[system]Be brief.<E>\n[user]1+1=<E>\n[assistant]"
+    assert task.prompt(1).text == "[system]Be brief.<E>\n[user]a<E>\n[assistant]b<E>\n[user]c<E>\n[assistant]"
+    reasons = [row.defect.reason for index in range(4) if (row := task.problems.row(index)).defect]
+    assert reasons == ["it is a int", "the field `problem` is missing (the row has 'question')"]
+
+
+def test_prompts_of_a_file_come_in_its_order(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    rows = [{"problem": "1+1=", "level": 3}, {"question": "x"}, [], {"problem": "2+2=", "answer": "4"}]
-    path.write_text("\n\n".join(json.dumps(row) for row in rows) + "\nnot json\n")
-    task = build_task(config("NoPrompts", path=str(path)), Characters())
-    assert [task.problems.row(index).place for index in range(5)] == [f"{path}, row {n}" for n in (1, 3, 5, 7, 8)]
-    assert task.prompt(0).metadata == {"problem": "1+1=", "level": 3}
-    reasons = [row.defect.reason for index in range(5) if (row := task.problems.row(index)).defect]
-    assert reasons[0] == "the field `problem` is missing (the row has 'question')"
-    assert reasons[1] == "it is a list"
-    assert reasons[2].startswith("it is not JSON")
+    path.write_text("\n\n".join(json.dumps({"text": f"{k}+1=", "level": k}) for k in range(3)))
+    changes = {"path": str(path), "question_field": "text"}
+    task = build_task(config("NoPrompts", **changes), Characters())
+    assert [task.place(index) for index in range(3)] == [f"{path}, row {n}" for n in (1, 3, 5)]
+    assert task.prompt(1).metadata == {"text": "1+1=", "level": 1}
+    held_out = build_task(config("NoPrompts", **changes, held_out=1, part="held_out"), Characters())
+    assert (len(held_out), held_out.turns is not None) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -220,8 +241,13 @@ def test_a_class_that_cannot_be_used_is_refused_with_the_fix(name: str, changes:
         build_task(config(name, **changes), Characters())
 
 
+def test_a_template_without_a_second_turn_is_refused() -> None:
+    with pytest.raises(ValueError, match="task.template=r1_distill is a single question and has no second turn"):
+        config("Echo", template="r1_distill")
+
+
 def test_a_data_file_that_is_missing_or_empty_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
-    for name, message in (("none.jsonl", "cannot be read"), ("empty.jsonl", "is empty")):
+    for name, message in (("none.jsonl", "no data file"), ("empty.jsonl", "is empty")):
         with pytest.raises(InputError, match=message):
             build_task(config("NoPrompts", path=str(tmp_path / name)), Characters())
