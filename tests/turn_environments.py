@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -69,6 +70,11 @@ def _exit() -> None:
     sys.exit(0)
 
 
+def _signal() -> None:
+    Path(os.environ["MARK"]).write_text(str(os.getpid()))
+    time.sleep(300)
+
+
 _DEEDS: dict[str, Any] = {
     "fine": lambda: None,
     "text": lambda: "more",
@@ -76,6 +82,7 @@ _DEEDS: dict[str, Any] = {
     "raise": _raise,
     "exit": _exit,
     "die": lambda: os._exit(7),
+    "signal": _signal,
     "hang": lambda: time.sleep(60),
     "nan": lambda: float("nan"),
     "surrogate": lambda: "\ud800",

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from betterhalf.process import end_with_parent
 from betterhalf.tasks.turns import Failure
 from betterhalf.user_code import load_object
 
@@ -23,10 +24,16 @@ _held: list[Any] = []
 
 
 def start_worker(path: str, settings: Mapping[str, Any]) -> None:
-    """Create the environment, whose output goes to standard error: a run's result is on standard output."""
+    """Create the environment, whose output goes to standard error: a run's result is on standard output.
+
+    The process leads a group of its own, which ends with the run even if the run is killed.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(OSError):
         os.dup2(2, 1)
+        os.setsid()
+    if os.getpgrp() == os.getpid():
+        end_with_parent(os.getppid())
     try:
         environment = load_object(path, "task.environment")(**settings)
     except BaseException as error:  # the user's code may raise anything, SystemExit included

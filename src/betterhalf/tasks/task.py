@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
 
 
 class Task(Protocol):
-    """A data set of prompts with a reward."""
+    """A data set of prompts with a reward; one with an attribute `turns` (`turns.Turns`) has episodes of several turns."""
 
     def __len__(self) -> int:
         """Return the number of prompts in the data set; at least 1."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -176,6 +178,35 @@ def test_what_an_environment_prints_stays_out_of_standard_output(
 ) -> None:
     assert hostile.respond([conversation("print")]) == [None]
     assert capfd.readouterr().out == ""
+
+
+_HANG = """
+from betterhalf.tasks.build import build_task
+from tests.unit.tasks.test_environment import Characters, config, conversation
+if __name__ == "__main__":
+    build_task(config("Hostile", time_limit=600.0), Characters()).turns.respond([conversation("signal")])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+def test_no_worker_outlives_a_run_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "hang.py").write_text(_HANG)
+    root = Path(__file__).parents[3]
+    environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root}", "MARK": str(tmp_path / "pid")}
+    run = subprocess.Popen([sys.executable, str(tmp_path / "hang.py")], env=environment)
+    worker = int(_eventually(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()))
+    assert Path(f"/proc/{worker}").exists()
+    run.kill()
+    run.wait()
+    assert _eventually(lambda: not Path(f"/proc/{worker}").exists())
+
+
+def _eventually(found: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 60
+    while not (result := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return result
 
 
 def test_an_environment_that_workers_cannot_create_is_refused_before_sampling() -> None:
