@@ -40,7 +40,10 @@ class Tokenizer(Protocol):
 
 
 class Task(Protocol):
-    """A data set of prompts with a reward; one with an attribute `turns` (`turns.Turns`) has episodes of several turns."""
+    """A data set of prompts with a reward.
+
+    A task with an attribute `turns`, as in `tasks.turns.Turns`, has episodes of several turns.
+    """
 
     def __len__(self) -> int:
         """Return the number of prompts in the data set; at least 1."""
