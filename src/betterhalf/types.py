@@ -136,6 +136,10 @@ Reduction = Literal["sum", "mean", "max", "last"]
 FinishReason = Literal["stop", "length"]
 """Reason why sampling ended: a stop token (itself part of the completion), or the length limit."""
 
+EpisodeEnd = Literal["done", "turn_limit", "length", "failed"]
+"""Reason why an episode of several turns ended: the environment ended it, `task.max_turns`, the length limit, or an
+environment that raised or ran out of time."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
@@ -167,6 +171,17 @@ class GenerateRequest:
     """Name of the prompt in messages; empty if it has none."""
     with_support: bool = False
     """True if completions must come with their `support` where the sampling settings truncate the distribution."""
+    first_sibling: int = 0
+    """Index of the first completion among the siblings of the prompt."""
+    first_position: int = 0
+    """Number of tokens that were sampled before, in earlier turns of the same completion."""
+    max_tokens: int | None = None
+    """Maximum number of tokens to sample, below that of the sampling settings; None for theirs."""
+
+    def limit(self, max_tokens: int, context_length: int) -> int:
+        """Return the maximum number of tokens to sample, given the settings' limit and the model's context."""
+        wanted = max_tokens if self.max_tokens is None else min(max_tokens, self.max_tokens)
+        return min(wanted, context_length - len(self.token_ids))
 
     def label(self, index: int) -> str:
         """Return the prompt's name for a message; without one, its index among the requests."""
@@ -184,8 +199,18 @@ class TopTokens:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """Tokens that an environment put between two turns of a completion. They are context: they carry no loss."""
+
+    before: int
+    """Index of the sampled token that follows; at least 1."""
+    token_ids: tuple[int, ...]
+    """Tokens of the observation, with those that the chat template puts around it; may be empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """Output of the engine for one sibling."""
+    """Output of the engine for one sibling; with an environment, all its turns."""
 
     token_ids: tuple[int, ...]
     """Sampled tokens, the stop token included when there is one; at least one token."""
@@ -200,11 +225,24 @@ class Completion:
     """Most likely tokens at each position, for `algorithm.score_centering`; None without it."""
     support: TokenSupport | None = None
     """Tokens that could be drawn in place of each sampled token; None if that is every token, or was not asked for."""
+    observations: tuple[Observation, ...] = ()
+    """Observations between its turns, in order; empty for a single turn."""
 
     @property
     def truncated(self) -> bool:
         """True if it ended at the length limit, without a stop token."""
         return self.finish_reason == "length"
+
+    def with_observations(self) -> tuple[int, ...]:
+        """Return the tokens as the model reads them: the sampled ones, with the observations inserted."""
+        if not self.observations:
+            return self.token_ids
+        token_ids: list[int] = []
+        done = 0
+        for observation in self.observations:
+            token_ids += (*self.token_ids[done : observation.before], *observation.token_ids)
+            done = observation.before
+        return (*token_ids, *self.token_ids[done:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,8 +252,10 @@ class Rollout:
     prompt: Prompt
     completion: Completion
     text: str
-    """Decoded completion, without its stop token if that is a special token."""
+    """Decoded completion, without its stop token if that is a special token; observations included."""
     reward: float
+    episode_end: EpisodeEnd | None = None
+    """Reason why its episode ended; None without an environment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,6 +34,7 @@ from betterhalf.config.task import (
     ReasoningGymTask,
     TaskConfig,
 )
+from betterhalf.config.task_environment import EnvironmentTask
 from betterhalf.config.task_python import PythonTask, RewardTerm
 from betterhalf.config.training import TrainingConfig
 from betterhalf.config.watchdog import WatchdogConfig, WatchdogLevel
@@ -46,6 +47,7 @@ __all__ = [
     "DataConfig",
     "DoctorConfig",
     "EngineConfig",
+    "EnvironmentTask",
     "EvaluateConfig",
     "KlConfig",
     "LoggingConfig",

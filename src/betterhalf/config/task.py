@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from betterhalf.config.data import DataConfig, PromptConfig, RowsConfig
 from betterhalf.config.section import Section
+from betterhalf.config.task_environment import EnvironmentTask
 from betterhalf.config.task_python import PythonTask
 from betterhalf.types import AnswerExtraction, ArithmeticStyle
 
@@ -64,7 +65,9 @@ class ReasoningGymTask(PromptConfig):
     """Number of worker processes for scoring."""
 
 
-BaseTaskConfig = Annotated[ArithmeticTask | MathTask | ReasoningGymTask | PythonTask, Field(discriminator="type")]
+BaseTaskConfig = Annotated[
+    ArithmeticTask | MathTask | ReasoningGymTask | PythonTask | EnvironmentTask, Field(discriminator="type")
+]
 """A task with prompts of its own."""
 
 
@@ -79,6 +82,7 @@ class PerfectibleTask(Section):
 
 
 TaskConfig = Annotated[
-    ArithmeticTask | MathTask | ReasoningGymTask | PythonTask | PerfectibleTask, Field(discriminator="type")
+    ArithmeticTask | MathTask | ReasoningGymTask | PythonTask | EnvironmentTask | PerfectibleTask,
+    Field(discriminator="type"),
 ]
 """The task; its key `type` chooses the class."""

@@ -15,6 +15,7 @@ from betterhalf.metrics.metric import FREE_AREAS, Band, Metric
 from betterhalf.metrics.regularisation import REGULARISATION
 from betterhalf.metrics.support import SUPPORT
 from betterhalf.metrics.time_and_system import SYSTEM, TIME
+from betterhalf.metrics.turn_metrics import TURNS
 
 _VERL = "verl, docs on rollout correction"
 _NEMO = "NeMo-RL, GRPO guide"
@@ -325,7 +326,7 @@ _ROLLOUT = (
 
 CATALOGUE: dict[str, Metric] = {
     metric.name: metric
-    for area in (_MISMATCH, _BUDGET, _OPTIM, _POLICY, REGULARISATION, _ROLLOUT, TIME, SYSTEM)
+    for area in (_MISMATCH, _BUDGET, _OPTIM, _POLICY, REGULARISATION, _ROLLOUT, TURNS, TIME, SYSTEM)
     for metric in area
 }
 """Every metric by name."""

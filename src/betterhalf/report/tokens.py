@@ -173,15 +173,25 @@ def _sample(arm: Arm, row: dict[str, Any]) -> str:
 
 
 def _completion(row: dict[str, Any]) -> str:
-    """Return the completion, with each token shaded by its gap if the texts of the tokens add up to it."""
+    """Return the completion, with each token shaded by its gap if the texts of the tokens add up to it.
+
+    Observations of an environment are marked as prompts are: they are context, not sampled.
+    """
     text = str(row.get("completion", ""))
     tokens = row.get("tokens") or []
     trainer, behavior = _logprob_columns(row)
-    joined = "".join(token for token in tokens if isinstance(token, str))
+    observed = {int(each["before"]): str(each["text"]) for each in row.get("observations") or []}
+    joined = "".join(f"{observed.get(i, '')}{token}" for i, token in enumerate(tokens) if isinstance(token, str))
     if not text or not joined.startswith(text) or not len(tokens) == len(trainer) == len(behavior):
         return escape(text)
-    pairs = zip(tokens, trainer, behavior, strict=True)
-    return "".join(_token(str(token), log_pi, log_mu) for token, log_pi, log_mu in pairs)
+    shown = [
+        _token(str(token), log_pi, log_mu) for token, log_pi, log_mu in zip(tokens, trainer, behavior, strict=True)
+    ]
+    return "".join(f"{_observation(observed[i])}{html}" if i in observed else html for i, html in enumerate(shown))
+
+
+def _observation(text: str) -> str:
+    return f'<span class="prompt" title="observation">{escape(text)}</span>'
 
 
 def _token(token: str, log_pi: float | None, log_mu: float | None) -> str:

@@ -80,12 +80,15 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def sequence_key(key: tuple[int, int, int], sibling: int) -> int:
-    """Hash (seed, step, prompt) and the sibling to the int64 start of a sequence's stream of random numbers."""
+def sequence_key(key: tuple[int, int, int], sibling: int, position: int = 0) -> int:
+    """Hash (seed, step, prompt) and the sibling to the int64 start of a sequence's stream of random numbers.
+
+    A later `position` skips the numbers before it: `uniforms` of the result at 0 are those of the stream at `position`.
+    """
     state = 0
     for part in (*key, sibling):
         state = _mix((state + _GOLDEN + (part & _MASK)) & _MASK)
-    return _signed(state)
+    return _signed((state + position * _GOLDEN) & _MASK)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -11,10 +11,12 @@ from betterhalf.runs.assembly import Parts
 from betterhalf.runs.progress import Progress
 from betterhalf.runs.recovery import Restarts, restarts_of, retry_on_engine_death
 from betterhalf.runs.stopwatch import Stopwatch
+from betterhalf.runs.turns import Player
 from betterhalf.runs.weight_sync import revive
 from betterhalf.setup.decoding import completion_texts
 from betterhalf.tasks.rewards import check_rewards
 from betterhalf.tasks.task import Measured
+from betterhalf.tasks.turns import turns_of
 from betterhalf.types import Completion, GenerateRequest, Prompt, Rollout, RolloutGroup
 
 
@@ -36,6 +38,8 @@ class Collected:
     """Number of restarts of the engine after a crash while sampling."""
     task_metrics: Mapping[str, float] = field(default_factory=dict)
     """The task's own metrics of this step, under `task/`."""
+    environment_failures: int | None = None
+    """Number of calls of the environment in this step that failed; None without an environment."""
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -97,6 +101,8 @@ def collect_groups(parts: Parts, progress: Progress, clock: Stopwatch) -> Collec
     flat: list[RolloutGroup] = []
     timeouts_before, unparsed_before = parts.task.timeouts, parts.task.unparsed_answers
     _task_metrics(parts)  # those of an evaluation before this step are not the step's
+    turns = turns_of(parts.task)
+    failures_before = turns.failures if turns else 0
     restarts, size = restarts_of(parts.config), parts.config.training.group_size
     for _ in range(rounds):
         prompts = _fresh_prompts(parts, start, position - start)
@@ -125,6 +131,7 @@ def collect_groups(parts: Parts, progress: Progress, clock: Stopwatch) -> Collec
         unparsed_answers=parts.task.unparsed_answers - unparsed_before,
         restarts=restarts.count,
         task_metrics=_task_metrics(parts),
+        environment_failures=turns.failures - failures_before if turns else None,
     )
 
 
@@ -152,7 +159,7 @@ def sample_groups(
     restarts: Restarts | None = None,
     trains: bool = False,
 ) -> list[RolloutGroup]:
-    """Sample and grade completions of some prompts; (seed, step, index) determines every draw.
+    """Sample and grade completions of some prompts, of all turns; (seed, step, index) determines every draw.
 
     If the engine's process crashes, a new one samples the same completions.
 
@@ -172,20 +179,29 @@ def sample_groups(
         EngineError: the engine sampled with other weights than the trainer's, or left out a support.
         RewardError: a reward is not finite, or the number of rewards is wrong.
     """
-    with clock("generate"):
-        requests = [
-            GenerateRequest(
-                token_ids=prompt.token_ids,
-                group_size=group_size,
-                key=(parts.config.seed, step, first_index + index),
-                prompt_id=prompt.prompt_id,
-                with_support=trains,
-            )
-            for index, prompt in enumerate(prompts)
-        ]
-        siblings = _generate(parts, requests, policy_version, restarts or restarts_of(parts.config))
-        if trains:
-            require_supports(siblings, parts.config.sampling)
+    counted = restarts or restarts_of(parts.config)
+
+    def sample(requests: list[GenerateRequest]) -> list[tuple[Completion, ...]]:
+        with clock("generate"):
+            siblings = _generate(parts, requests, policy_version, counted)
+            if trains:
+                require_supports(siblings, parts.config.sampling)
+            return siblings
+
+    requests = [
+        GenerateRequest(
+            token_ids=prompt.token_ids,
+            group_size=group_size,
+            key=(parts.config.seed, step, first_index + index),
+            prompt_id=prompt.prompt_id,
+            with_support=trains,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    turns = turns_of(parts.task)
+    if turns is not None:
+        return Player(parts=parts, turns=turns, sample=sample, clock=clock).groups(prompts, requests)
+    siblings = sample(requests)
     with clock("reward"):
         return _graded(parts, prompts, siblings)
 

@@ -56,7 +56,7 @@ def keep_rollouts(
 def rollout_row(step: int, kept: KeptRollout, tokenizer: Any) -> dict[str, Any]:
     """Return one row of `rollouts.jsonl`."""
     rollout = kept.rollout
-    return {
+    row = {
         "step": step,
         "prompt_id": rollout.prompt.prompt_id,
         "prompt": rollout.prompt.text,
@@ -72,3 +72,13 @@ def rollout_row(step: int, kept: KeptRollout, tokenizer: Any) -> dict[str, Any]:
         "trainer_logprobs": kept.trainer_logprobs,
         "support_sizes": None if (support := rollout.completion.support) is None else list(support.counts),
     }
+    return row if rollout.episode_end is None else row | _episode(rollout, tokenizer)
+
+
+def _episode(rollout: Rollout, tokenizer: Any) -> dict[str, Any]:
+    """Return the columns of an episode: `before` is the index in `tokens` of the token that follows an observation."""
+    observations = [
+        {"before": each.before, "text": tokenizer.decode(list(each.token_ids)), "token_ids": list(each.token_ids)}
+        for each in rollout.completion.observations
+    ]
+    return {"episode_end": rollout.episode_end, "observations": observations}

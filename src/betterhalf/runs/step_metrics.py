@@ -43,6 +43,23 @@ def rollout_metrics(collected: Collected, advantages: Sequence[float], masked: i
         "rollout/kept/zero_advantage_fraction": kept / len(collected.groups),
         "rollout/masked_fraction": masked / len(collected.rollouts),
         **collected.task_metrics,
+        **_turn_metrics(collected),
+    }
+
+
+def _turn_metrics(collected: Collected) -> dict[str, float]:
+    """Return the metrics of episodes; none without an environment."""
+    if collected.environment_failures is None:
+        return {}
+    rollouts = [rollout for group in collected.sampled for rollout in group.rollouts]
+    observed = [rollout.completion.observations for rollout in rollouts]
+    return {
+        "rollout/turns/mean": statistics.fmean(len(observations) + 1 for observations in observed),
+        "rollout/turn_limit_fraction": statistics.fmean(rollout.episode_end == "turn_limit" for rollout in rollouts),
+        "rollout/observation_tokens/mean": statistics.fmean(
+            sum(len(observation.token_ids) for observation in observations) for observations in observed
+        ),
+        "rollout/environment_failures": float(collected.environment_failures),
     }
 
 

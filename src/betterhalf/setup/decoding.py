@@ -28,7 +28,7 @@ def _special_ids(tokenizer: Any) -> set[int]:
 
 
 def _body(completion: Completion, special: set[int], framing: set[int]) -> list[int]:
-    token_ids = list(completion.token_ids)
+    token_ids = list(completion.with_observations())
     if completion.finish_reason == "stop" and token_ids[-1] in special:
         token_ids.pop()
     start, end = 0, len(token_ids)

@@ -8,6 +8,7 @@ from typing import Any
 from betterhalf.config.schema import PerfectibleTask, ReasoningGymTask, TaskConfig
 from betterhalf.tasks.arithmetic import build_arithmetic
 from betterhalf.tasks.dataset import DatasetTask
+from betterhalf.tasks.environment import build_environment
 from betterhalf.tasks.held_out import take_part
 from betterhalf.tasks.math import build_math
 from betterhalf.tasks.perfectible_task import restrict
@@ -33,6 +34,7 @@ def _build_perfectible(config: PerfectibleTask, tokenizer: Tokenizer) -> Dataset
 
 _BUILDERS: dict[str, Callable[[Any, Tokenizer], DatasetTask]] = {
     "arithmetic": build_arithmetic,
+    "environment": build_environment,
     "math": build_math,
     "reasoning_gym": build_reasoning_gym,
     "perfectible": _build_perfectible,

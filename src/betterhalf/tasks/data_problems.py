@@ -61,11 +61,11 @@ def build_problems(
     template = question_template(config, tokenizer, default_instruction)
     keep = load_filter(config.filter)
     raw = read_rows(config.path, config.split, config.subset, config.max_rows)
-    rows = [keep(_row(config, index, row, digest_fields=digest_fields)) for index, row in enumerate(raw)]
+    rows = [keep(read_row(config, index, row, digest_fields=digest_fields)) for index, row in enumerate(raw)]
     return DataProblems(rows=rows, template=template, tokenizer=tokenizer)
 
 
-def _row(config: DataConfig, index: int, raw: RawRow, *, digest_fields: bool) -> Row:
+def read_row(config: DataConfig, index: int, raw: RawRow, *, digest_fields: bool = True) -> Row:
     """Return a row of the data set; if it cannot be read, with the reason and without question and answer."""
     name, place = f"{config.type}/{index}", f"{config.path}, row {raw.number}"
     fields = plain_fields(raw.fields)

@@ -11,6 +11,7 @@ from betterhalf.tasks.fingerprint import DataRecord, row_digest
 from betterhalf.tasks.prompting import Draft, encode
 from betterhalf.tasks.row import BadRow, Row
 from betterhalf.tasks.task import Measured, Tokenizer
+from betterhalf.tasks.turns import Turns
 from betterhalf.types import FinishReason, Prompt
 
 
@@ -87,6 +88,8 @@ class DatasetTask:
     """Token ids of every prompt; None until `screening.screen` has checked them."""
     left_out: tuple[BadRow, ...] = ()
     """Unusable rows that were skipped."""
+    turns: Turns | None = None
+    """Environment of episodes of several turns; None for completions of a single turn."""
 
     def __len__(self) -> int:
         """Return the number of prompts in the data set."""

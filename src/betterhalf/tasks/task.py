@@ -28,6 +28,10 @@ class Tokenizer(Protocol):
         """Tokenize several texts; the token ids are under `input_ids`."""
         ...
 
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of some tokens, special ones included."""
+        ...
+
     def apply_chat_template(
         self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool, **arguments: Any
     ) -> Any:
@@ -36,7 +40,10 @@ class Tokenizer(Protocol):
 
 
 class Task(Protocol):
-    """A data set of prompts with a reward."""
+    """A data set of prompts with a reward.
+
+    A task with an attribute `turns`, as in `tasks.turns.Turns`, has episodes of several turns.
+    """
 
     def __len__(self) -> int:
         """Return the number of prompts in the data set; at least 1."""

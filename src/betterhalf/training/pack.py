@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -143,9 +143,9 @@ class _Packer:
         self.budget = budget
 
     def length(self, index: int) -> int:
-        """Return the number of tokens of prompt and completion."""
+        """Return the number of tokens of prompt and completion, observations included."""
         rollout = self.rollouts[index]
-        return len(rollout.prompt.token_ids) + len(rollout.completion.token_ids)
+        return len(rollout.prompt.token_ids) + len(rollout.completion.with_observations())
 
     def micro_batches(self, indices: Sequence[int]) -> tuple[MicroBatch, ...]:
         """Fill packs up to the budget, in the given order but with siblings next to each other.
@@ -190,7 +190,7 @@ class _Layout:
     """Layout of a pack: sequences without siblings and shared prompts, by length, then the completions of siblings.
 
     Siblings are sequences with equal prompt token ids. A completion's last token is left out: nothing is predicted
-    after it, so its hidden state is never used.
+    after it, so its hidden state is never used. Observations are inputs without loss rows of their own.
     """
 
     def __init__(self, chosen: Sequence[Rollout]) -> None:
@@ -200,6 +200,7 @@ class _Layout:
         self.loss_rows: list[list[int]] = [[] for _ in chosen]
         """Row before each completion token, for each sequence."""
         self.inputs = [_inputs(rollout) for rollout in chosen]
+        self.predictors = [_predictors(rollout) for rollout in chosen]
         groups = sorted(_by_prompt(chosen, range(len(chosen))).items(), key=self._head_length)
         for prompt, siblings in groups:
             self._add_head(prompt, siblings)
@@ -223,14 +224,17 @@ class _Layout:
         last = len(self.token_ids) + len(prompt) - 1
         for k in siblings:
             self.loss_rows[k].append(last)
-        alone = self.inputs[siblings[0]] if len(siblings) == 1 else ()
-        self.loss_rows[siblings[0]].extend(range(last + 1, last + 1 + len(alone)))
+        alone: TokenIds = ()
+        if len(siblings) == 1:
+            (k,) = siblings
+            alone = self.inputs[k]
+            self.loss_rows[k].extend(last + 1 + place for place in self.predictors[k])
         self._add((*prompt, *alone), 0, None)
 
     def _add_tail(self, k: int, prefix: int, prompt_length: int) -> None:
         """Add the completion of one of several siblings."""
         start = len(self.token_ids)
-        self.loss_rows[k].extend(range(start, start + len(self.inputs[k])))
+        self.loss_rows[k].extend(start + place for place in self.predictors[k])
         self._add(self.inputs[k], prompt_length, prefix)
 
     def _add(self, token_ids: TokenIds, first_position: int, prefix: int | None) -> None:
@@ -271,8 +275,15 @@ def _floats(values: list[float]) -> torch.Tensor:
 
 
 def _inputs(rollout: Rollout) -> TokenIds:
-    """Return the completion tokens after which another is predicted: all but the last."""
-    return tuple(rollout.completion.token_ids[:-1])
+    """Return the tokens after the prompt that the trainer reads: all but the last, after which nothing is predicted."""
+    return tuple(rollout.completion.with_observations()[:-1])
+
+
+def _predictors(rollout: Rollout) -> list[int]:
+    """Return the index in `_inputs` of the token before each sampled token but the first, which the prompt precedes."""
+    lengths = {observation.before: len(observation.token_ids) for observation in rollout.completion.observations}
+    shifts = accumulate(lengths.get(index, 0) for index in range(1, len(rollout.completion.token_ids)))
+    return [index + shift for index, shift in enumerate(shifts)]
 
 
 def _by_prompt(rollouts: Sequence[Rollout], indices: Iterable[int]) -> dict[TokenIds, list[int]]:

@@ -281,3 +281,14 @@ def test_tokens_are_shaded_by_their_gap_only_when_they_are_text(tmp_path: Path) 
     run.rollouts.unlink()
     append_jsonl(run.rollouts, base | {"tokens": [17, 18]})
     assert '<span class="prompt">p</span>ab</pre>' in render(load([run]))
+
+
+def test_observations_stand_where_they_were_made_and_are_marked_as_context(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", resume=False)
+    row = {"step": 1, "prompt": "p", "completion": "a<o>b", "reward": 1.0, "tokens": ["a", "b"]}
+    columns = {"trainer_logprobs": [-0.5, -0.5], "behavior_logprobs": [-0.5, -0.5]}
+    append_jsonl(run.rollouts, row | columns | {"observations": [{"before": 1, "text": "<o>", "token_ids": [7]}]})
+    page = render(load([run]))
+    token = '<span class="t0" title="mu 0.606531, pi 0.606531">{}</span>'
+    observation = '<span class="prompt" title="observation">&lt;o&gt;</span>'
+    assert token.format("a") + observation + token.format("b") in page

@@ -47,6 +47,14 @@ def test_every_part_of_the_key_makes_another_stream():
     assert all(-(2**63) <= key < 2**63 for key in keys)
 
 
+def test_a_later_position_continues_the_stream():
+    positions = torch.arange(6)
+    for sibling in range(50):
+        whole = uniforms(torch.full((6,), sequence_key((3, 1, 4), sibling)), positions)
+        rest = uniforms(torch.full((2,), sequence_key((3, 1, 4), sibling, 4)), positions[:2])
+        assert rest.tolist() == whole[4:].tolist()
+
+
 def test_a_huge_seed_is_accepted():
     assert sequence_key((2**80 + 1, 0, 0), 0) == sequence_key(((2**80 + 1) % 2**64, 0, 0), 0)
 

@@ -206,7 +206,8 @@ class NativeEngine:
         dtype = torch.float32 if device.type == "cpu" else self._precision.kv_dtype
         tiled = self._rounding.tiled
         cache = KVCache(self._shape, slots=slots, max_length=length, dtype=dtype, device=device, tiled=tiled)
-        self._decoder.reserve(length)
+        # The whole cache, which tiles may round up: a later call may use all of it.
+        self._decoder.reserve(cache.max_length)
         self._table = SlotTable(cache, tokens, self._stop_lookup, self._top_tokens)
         if self._config.cuda_graphs and device.type == "cuda":
             self._graphs = DecodeGraphs(self._decoder, self._table)
@@ -222,7 +223,7 @@ class NativeEngine:
             for sequence, completion in zip(some.sequences, some.completions(stops, version), strict=True):
                 by_place[sequence.request, sequence.sibling] = completion
         return [
-            tuple(by_place[index, sibling] for sibling in range(request.group_size))
+            tuple(by_place[index, request.first_sibling + sibling] for sibling in range(request.group_size))
             for index, request in enumerate(requests)
         ]
 

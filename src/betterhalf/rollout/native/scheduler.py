@@ -31,7 +31,7 @@ class Limits:
 
     def tokens(self, request: GenerateRequest) -> int:
         """Return the maximum number of tokens of each completion of a request."""
-        return min(self.max_tokens, self.context - len(request.token_ids))
+        return request.limit(self.max_tokens, self.context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,9 +107,9 @@ class Scheduler:
                 sibling=sibling,
                 prompt_length=len(request.token_ids),
                 max_tokens=most,
-                key=sequence_key(request.key, sibling),
+                key=sequence_key(request.key, sibling, request.first_position),
             )
-            for sibling in range(request.group_size)
+            for sibling in range(request.first_sibling, request.first_sibling + request.group_size)
         ]
         if siblings:
             self._queue.add(request.token_ids, siblings)

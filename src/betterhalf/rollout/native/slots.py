@@ -24,7 +24,7 @@ class ActiveSequence:
     request: int
     """Number of its request; see `Scheduler.add`."""
     sibling: int
-    """Index among the siblings of the request."""
+    """Index among the siblings of the prompt."""
     prompt_length: int
     """Tokens of the prompt."""
     max_tokens: int

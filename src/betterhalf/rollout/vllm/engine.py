@@ -151,7 +151,7 @@ class VllmEngine:
             stop_token_ids=self._stops,
         )
         found = {
-            place: self._completion(requests[place[0]].label(place[0]), place[1], one, version)
+            place: self._completion(requests[place[0]], *place, one, version)
             for place, one in zip(places, sampled, strict=True)
         }
         return [
@@ -161,18 +161,23 @@ class VllmEngine:
 
     def _wanted(self, request: GenerateRequest, sibling: int, max_tokens: int) -> tuple[tuple[int, ...], int, int]:
         """Return prompt, length limit, and a seed of 63 bits, because vLLM reads -1 as no seed."""
-        room = self._context - len(request.token_ids)
-        return request.token_ids, min(max_tokens, room), sequence_key(request.key, sibling) & (2**63 - 1)
+        seed = sequence_key(request.key, request.first_sibling + sibling, request.first_position) & (2**63 - 1)
+        return request.token_ids, request.limit(max_tokens, self._context), seed
 
     def _completion(
-        self, label: str, sibling: int, sampled: tuple[tuple[int, ...], tuple[float, ...], bool], version: int
+        self,
+        request: GenerateRequest,
+        index: int,
+        sibling: int,
+        sampled: tuple[tuple[int, ...], tuple[float, ...], bool],
+        version: int,
     ) -> Completion:
         token_ids, logprobs, stopped = sampled
         bad = next((i for i, logprob in enumerate(logprobs) if not math.isfinite(logprob)), None)
         if bad is not None or not token_ids:
             raise EngineError(
-                f"{label}, sibling {sibling}: the logprob of completion token {bad or 0} is not finite in "
-                f"{self._precision.roles.rollout_dtype}; {_NOT_FINITE}"
+                f"{request.label(index)}, sibling {request.first_sibling + sibling}: the logprob of completion token "
+                f"{bad or 0} is not finite in {self._precision.roles.rollout_dtype}; {_NOT_FINITE}"
             )
         return Completion(
             token_ids=token_ids,

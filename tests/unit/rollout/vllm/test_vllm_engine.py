@@ -66,6 +66,16 @@ def test_the_length_limit_is_what_the_context_leaves(make: Make) -> None:
     assert short.finish_reason == "length"
 
 
+def test_a_later_turn_has_a_seed_of_its_own_and_the_limit_that_is_left(make: Make) -> None:
+    turn = GenerateRequest(
+        token_ids=(1, 2), group_size=1, key=(1, 2, 0), first_sibling=2, first_position=7, max_tokens=3
+    )
+    ((found,),) = make().generate([turn], SamplingConfig(max_tokens=6))
+    seed = sequence_key((1, 2, 0), 2, 7) & (2**63 - 1)
+    assert found.token_ids == (seed % 23, 3)
+    assert seed != sequence_key((1, 2, 0), 2) & (2**63 - 1)
+
+
 def test_nothing_starts_before_it_is_needed(make: Make) -> None:
     engine = make(load=False)
     with pytest.raises(EngineError, match="holds no weights; call load_weights before generate"):
