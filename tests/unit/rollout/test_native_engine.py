@@ -9,6 +9,7 @@ import torch
 
 from betterhalf.config.schema import SamplingConfig
 from betterhalf.errors import EngineError, InputError
+from betterhalf.precision.products import has_native_matmul
 from betterhalf.rollout.native import engine as engine_module
 from betterhalf.rollout.native.cuda_graphs import batch_bucket
 from betterhalf.rollout.native.engine import require_kernels
@@ -275,7 +276,8 @@ def test_the_report_says_what_runs(make_engine, precision):
     assert report.side == "engine"
     assert report.dtypes == dict.fromkeys(("weights", "compute", "wire", "kv", "norm"), precision) | wide
     assert report.facts["rounding"] == "aligned"
-    kinds = {"fp32": "in fp32", "fp16": "widened to fp32", "bf16": "native"}
+    bf16 = "native" if has_native_matmul(torch.bfloat16) else "widened to fp32"
+    kinds = {"fp32": "in fp32", "fp16": "widened to fp32", "bf16": bf16}
     assert report.facts["linear_layers"] == f"14 {kinds[precision]}" and report.facts["matmul_sums"] == "fp32"
 
 
