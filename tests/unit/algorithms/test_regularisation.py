@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from betterhalf.algorithms.advantage import rollout_advantages
+from betterhalf.algorithms.loss_path import OwnLoss
 from betterhalf.algorithms.loss_stats import policy_metrics
-from betterhalf.algorithms.own_loss import OwnLoss, try_own_loss
+from betterhalf.algorithms.own_loss import try_own_loss
 from betterhalf.algorithms.policy_loss import policy_loss
 from betterhalf.algorithms.presets import PRESETS, Algorithm, resolve_algorithm
 from betterhalf.algorithms.regularisation import reference_kl, sequence_penalties
