@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from betterhalf.config.schema import RunConfig, SamplingConfig, TaskConfig
+from betterhalf.config.schema import RunConfig, TaskConfig
 from betterhalf.errors import ConfigError
 from betterhalf.models.description import ModelFacts
 from betterhalf.setup.data import load_task
@@ -50,16 +50,11 @@ def require_gap_can_be_measured(config: RunConfig) -> None:
     Raises:
         ConfigError: `evaluate.deployment_gap` is set, and top-p, top-k or min-p truncates.
     """
-    sampling = evaluation_config(config).sampling
-    if config.evaluate.deployment_gap and _truncates(sampling):
+    if config.evaluate.deployment_gap and evaluation_config(config).sampling.truncates:
         raise ConfigError(
             "evaluate.deployment_gap=true weights the engine's completions by pi/mu, which needs samples from the "
             "whole distribution. Set evaluate.top_p=1, evaluate.top_k=-1 and evaluate.min_p=0, or leave the gap out."
         )
-
-
-def _truncates(sampling: SamplingConfig) -> bool:
-    return sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
 
 
 def load_evaluation_sets(model: ModelFacts, config: RunConfig, own: Task | None) -> tuple[EvaluationSet, ...]:
