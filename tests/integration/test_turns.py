@@ -169,3 +169,15 @@ def test_the_worked_example_learns(tmp_path: Path) -> None:
     assert 0.7 < statistics.fmean(rewards[:4]) < 0.89
     assert statistics.fmean(rewards[-6:]) > 0.93
     assert {row["rollout/turns/mean"] for row in read_jsonl(found.metrics)} == {2.0}
+
+
+def test_truncated_sampling_is_scored_in_every_turn(configured: Configured, tmp_path: Path) -> None:
+    sampling = {"temperature": 1.5, "top_p": 0.9, "max_tokens": 40}
+    config = configured(
+        "Echo", task_changes={"settings": {"turns": 3}}, engine={"rounding": "exact"}, sampling=sampling
+    )
+    metrics, rollouts = run(config, tmp_path / "run")
+    for row in metrics:
+        assert row["rollout/turns/mean"] > 1 and row["rollout/support/mass/mean"] < 0.999
+        assert row["mismatch/log_ratio/max_abs"] == 0
+    assert all(len(row["support_sizes"]) == len(row["token_ids"]) for row in rollouts)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from betterhalf import token_support
 from betterhalf.metrics.console import show_note
 from betterhalf.runs.assembly import Parts
 from betterhalf.runs.stopwatch import Stopwatch
@@ -44,12 +45,7 @@ def _join_top(first: TopTokens | None, second: TopTokens | None) -> TopTokens | 
 def _join_support(first: TokenSupport | None, second: TokenSupport | None) -> TokenSupport | None:
     if first is None or second is None:
         return None
-    return TokenSupport(
-        vocabulary=first.vocabulary,
-        counts=first.counts + second.counts,
-        masses=first.masses + second.masses,
-        words=first.words + second.words,
-    )
+    return token_support.joined((first, second))
 
 
 COLUMNS: dict[str, Callable[[Any, Any], Any]] = {
