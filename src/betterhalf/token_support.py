@@ -2,7 +2,7 @@
 
 The tokens of one position take a whole number of 32-bit words, `num_words`. They are their ids in ascending order, or a
 bitmap of the vocabulary (bit v % 8 of byte v // 8) where that is shorter. The whole vocabulary takes no word at all.
-Ids are in the byte order of the machine.
+Ids are in the byte order of the machine. `TopTokens` has the most likely ones of them, with their logprobs.
 """
 
 from __future__ import annotations
@@ -43,6 +43,16 @@ class PackedSupport:
     """int64 [C]: number of tokens in each set."""
     words_K: Tensor
     """int32 [K]: the sets of all tokens in turn; see `TokenSupport`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TopTokens:
+    """The K tokens that the engine found most likely at each position of a completion of C tokens, in host memory."""
+
+    token_ids_CK: Tensor
+    """int64 [C, K], most likely first."""
+    logprobs_CK: Tensor
+    """float32 [C, K]: log mu, normalised over the whole vocabulary."""
 
 
 def bitmap_words(vocabulary: int) -> int:

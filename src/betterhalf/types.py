@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from betterhalf.token_support import PackedSupport, TokenSupport
+    from betterhalf.token_support import PackedSupport, TokenSupport, TopTokens
 
 HardwareDtype = Literal["fp16", "bf16", "fp32"]
 """Formats that processors compute in."""
@@ -186,16 +186,6 @@ class GenerateRequest:
     def label(self, index: int) -> str:
         """Return the prompt's name for a message; without one, its index among the requests."""
         return f"prompt {self.prompt_id or index}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TopTokens:
-    """The K tokens that the engine found most likely at each position of a completion of C tokens, in host memory."""
-
-    token_ids_CK: Tensor
-    """int64 [C, K], most likely first."""
-    logprobs_CK: Tensor
-    """float32 [C, K]: log mu, normalised over the whole vocabulary."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from betterhalf.runs.stopwatch import Stopwatch
 from betterhalf.setup.decoding import completion_texts
 from betterhalf.tasks.rewards import check_rewards
 from betterhalf.tasks.turns import Conversation, Failure, Turns
-from betterhalf.token_support import TokenSupport
+from betterhalf.token_support import TokenSupport, TopTokens
 from betterhalf.types import (
     Completion,
     EpisodeEnd,
@@ -29,7 +29,6 @@ from betterhalf.types import (
     Prompt,
     Rollout,
     RolloutGroup,
-    TopTokens,
 )
 
 

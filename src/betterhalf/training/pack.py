@@ -15,8 +15,8 @@ from itertools import accumulate, pairwise
 import torch
 
 from betterhalf.config.schema import RunConfig
-from betterhalf.token_support import PackedSupport, TokenSupport, joined
-from betterhalf.types import Denominators, MicroBatch, PackedSegment, Rollout, StepBatch, TopTokens, TrainBatch
+from betterhalf.token_support import PackedSupport, TokenSupport, TopTokens, joined
+from betterhalf.types import Denominators, MicroBatch, PackedSegment, Rollout, StepBatch, TrainBatch
 
 TokenIds = tuple[int, ...]
 

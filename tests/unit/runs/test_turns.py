@@ -7,7 +7,8 @@ from dataclasses import fields, replace
 import torch
 
 from betterhalf.runs.turns import COLUMNS, Episode, joined
-from betterhalf.types import Completion, GenerateRequest, Observation, Prompt, TopTokens
+from betterhalf.token_support import TopTokens
+from betterhalf.types import Completion, GenerateRequest, Observation, Prompt
 
 OF_THE_LAST_TURN = {"finish_reason", "policy_version"}
 FIRST = Completion(token_ids=(1, 2), behavior_logprobs=(-0.1, -0.2), finish_reason="stop", policy_version=3)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.sampler import Draw
-from betterhalf.token_support import TokenSupport
-from betterhalf.types import Completion, TopTokens
+from betterhalf.token_support import TokenSupport, TopTokens
+from betterhalf.types import Completion
 
 ENDED, BROKEN = 1, 2
 """Events of a step for a sequence; 0 if it goes on."""
