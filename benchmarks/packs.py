@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from betterhalf.types import MicroBatch, PackedSegment
+from betterhalf.batches import MicroBatch, PackedSegment
 
 
 def pack_of(token_ids_NL: Tensor) -> MicroBatch:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from betterhalf.api.verbs import probe as probe
     from betterhalf.api.verbs import sanity as sanity
     from betterhalf.api.verbs import train as train
+    from betterhalf.batches import Denominators as Denominators
     from betterhalf.config.load import configuration_of as configuration_of
     from betterhalf.config.schema import LossScaleConfig as LossScaleConfig
     from betterhalf.config.schema import RunConfig as RunConfig
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from betterhalf.precision.loss_scaler import LossScaler as LossScaler
     from betterhalf.precision.loss_scaler import build_loss_scaler as build_loss_scaler
     from betterhalf.runs.compare import Comparison as Comparison
-    from betterhalf.types import Denominators as Denominators
 
 __all__ = [
     "BetterhalfError",
@@ -108,7 +108,7 @@ _MODULES = {
     "betterhalf.algorithms.loss_stats": ("policy_metrics",),
     "betterhalf.algorithms.policy_loss": ("LossOutput",),
     "betterhalf.diagnostics.budget": ("Budget", "predict_ess"),
-    "betterhalf.types": ("Denominators",),
+    "betterhalf.batches": ("Denominators",),
     "betterhalf.ops": ("token_logprobs",),
     "betterhalf.precision.loss_scaler": ("LossScaler", "build_loss_scaler"),
     "betterhalf.precision.contract": ("Contract", "SideReport"),

@@ -26,12 +26,13 @@ FLOORS = {
     **dict.fromkeys(("precision", "metrics", "ops", "padded", "run_dir", "environment"), 3),
     "distributed": 2,
     **dict.fromkeys(("config", "reduction", "user_code"), 1),
-    **dict.fromkeys(("types", "errors", "process", "kernels"), 0),
+    **dict.fromkeys(("types", "batches", "errors", "process", "kernels"), 0),
     "token_support": -1,
 }
 
 TORCH_FREE = (
     "types",
+    "batches",
     "errors",
     "process",
     "config",

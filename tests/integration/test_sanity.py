@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from betterhalf.batches import StepBatch
 from betterhalf.config.load import config_difference, load_config
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import ContractError, InputError
@@ -19,7 +20,6 @@ from betterhalf.runs.perfect import build_perfectible
 from betterhalf.runs.sanity import sanity
 from betterhalf.tasks.perfectible import read_kept
 from betterhalf.training.trainer import Trainer
-from betterhalf.types import StepBatch
 
 Configured = Callable[..., RunConfig]
 SMALL_SANITY = {"candidates": 24, "samples": 10, "evaluation_samples": 4, "pass_accuracy": 0.3}

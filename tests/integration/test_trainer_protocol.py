@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from betterhalf.batches import MicroBatch
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import CheckpointError
 from betterhalf.rollout.engine import RolloutEngine
@@ -21,7 +22,6 @@ from betterhalf.runs.assembly import Parts
 from betterhalf.runs.evaluate import evaluate
 from betterhalf.runs.train import run_training
 from betterhalf.training.trainer import Trainer
-from betterhalf.types import MicroBatch
 
 
 class Behind:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from betterhalf.algorithms.presets import PRESETS
+from betterhalf.batches import Denominators
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import ConfigError, WatchdogError
 from betterhalf.examine.doctor import doctor
@@ -38,7 +39,6 @@ from betterhalf.runs.train import run_training, train
 from betterhalf.runs.weight_sync import sync_weights
 from betterhalf.setup import model_checks
 from betterhalf.training.policy_trainer import PolicyTrainer
-from betterhalf.types import Denominators
 
 MATMULS = ("native", "fp32_sums")
 DENOMINATORS = Denominators(sequences=8, tokens=160, max_tokens=20)

@@ -9,6 +9,7 @@ import torch
 from tests.tiny_models import SMALL, loaded_model, tiny_config, tiny_module
 from torch import Tensor
 
+from betterhalf.batches import MicroBatch
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import EngineError, InputError, NumericsError
 from betterhalf.models.loading import LoadedModel
@@ -19,7 +20,7 @@ from betterhalf.rollout.build import build_engine
 from betterhalf.rollout.native.engine import NativeEngine
 from betterhalf.training.pack import pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
-from betterhalf.types import Completion, GenerateRequest, MicroBatch, Prompt, Rollout
+from betterhalf.types import Completion, GenerateRequest, Prompt, Rollout
 
 FAMILIES: dict[str, Any] = {"llama": {}, "qwen2": {"tie_word_embeddings": True}, "qwen3": {}}
 """Family -> changes to its configuration."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from betterhalf import ops
 from betterhalf.algorithms.policy_loss import policy_loss
 from betterhalf.algorithms.presets import PRESETS, resolve_algorithm
+from betterhalf.batches import Denominators, LossInputs
 from betterhalf.config.schema import AlgorithmConfig
-from betterhalf.types import Denominators, LossInputs
 
 
 @pytest.fixture

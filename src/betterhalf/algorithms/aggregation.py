@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from betterhalf import ops
-from betterhalf.types import AggregationKind, Denominators, TokenTensors
+from betterhalf.batches import Denominators, TokenTensors
+from betterhalf.types import AggregationKind
 
 
 def aggregate(kind: AggregationKind, loss_C: Tensor, tokens: TokenTensors, denominators: Denominators) -> Tensor:

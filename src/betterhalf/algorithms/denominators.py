@@ -14,7 +14,7 @@ from torch import Tensor
 from betterhalf import ops
 from betterhalf.algorithms.policy_loss import kept_mask
 from betterhalf.algorithms.presets import Algorithm
-from betterhalf.types import Denominators, TokenTensors
+from betterhalf.batches import Denominators, TokenTensors
 
 
 def train_denominators(algorithm: Algorithm, packs: Iterable[TokenTensors], denominators: Denominators) -> Denominators:

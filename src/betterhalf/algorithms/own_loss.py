@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from betterhalf.algorithms.loss_path import EXAMPLE, KEY, OwnLoss
+from betterhalf.batches import Denominators, LossInputs
 from betterhalf.errors import ConfigError, RunError
-from betterhalf.types import Denominators, LossInputs
 
 if TYPE_CHECKING:
     from betterhalf.algorithms.presets import Algorithm

@@ -21,8 +21,8 @@ from betterhalf.algorithms.own_loss import own_value
 from betterhalf.algorithms.presets import Algorithm
 from betterhalf.algorithms.regularisation import regularisation
 from betterhalf.algorithms.score_centering import Centering, expected_score
+from betterhalf.batches import Denominators, LossInputs, TokenTensors
 from betterhalf.config.schema import RatioConfig
-from betterhalf.types import Denominators, LossInputs, TokenTensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

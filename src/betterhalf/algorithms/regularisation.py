@@ -14,7 +14,8 @@ from torch import Tensor
 
 from betterhalf import ops
 from betterhalf.algorithms.presets import Algorithm
-from betterhalf.types import KlEstimator, LossInputs, TokenTensors
+from betterhalf.batches import LossInputs, TokenTensors
+from betterhalf.types import KlEstimator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from betterhalf.algorithms import policy_loss as packed_loss
 from betterhalf.algorithms.denominators import train_denominators
 from betterhalf.algorithms.policy_loss import LossOutput
 from betterhalf.algorithms.presets import Algorithm, resolve_algorithm
+from betterhalf.batches import Denominators, LossInputs
 from betterhalf.config.load import configuration_of
 from betterhalf.config.schema import AlgorithmConfig
 from betterhalf.diagnostics import budget, logprob_gap
@@ -26,7 +27,6 @@ from betterhalf.diagnostics.budget import ESS_FLOOR, Budget
 from betterhalf.diagnostics.logprob_gap import GapProfile
 from betterhalf.errors import InputError
 from betterhalf.padded import TokenLayout, token_layout, wide
-from betterhalf.types import Denominators, LossInputs
 
 AlgorithmLike = str | Mapping[str, Any] | AlgorithmConfig | Algorithm
 """Preset name, choices as in the section `[algorithm]` of an experiment, or a resolved algorithm."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from betterhalf.algorithms.presets import resolve_algorithm
+from betterhalf.batches import Denominators, MicroBatch
 from betterhalf.config.kl import NO_KL
 from betterhalf.diagnostics.numerics import (
     BACKWARD_KINDS,
@@ -39,7 +40,7 @@ from betterhalf.precision.formats import FORMATS, dtype_name
 from betterhalf.process import collect_garbage
 from betterhalf.training.pack import pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
-from betterhalf.types import Completion, Denominators, DtypeName, MicroBatch, Prompt, Rollout
+from betterhalf.types import Completion, DtypeName, Prompt, Rollout
 
 CENSUS_TOKENS = 512
 """Maximum number of tokens in a census batch, counting the prompt of every completion; two completions always fit."""

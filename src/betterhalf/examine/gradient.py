@@ -19,6 +19,7 @@ from torch import Tensor
 from betterhalf import ops
 from betterhalf.algorithms.advantage import group_advantages
 from betterhalf.algorithms.presets import PRESETS, Algorithm
+from betterhalf.batches import StepBatch
 from betterhalf.config.schema import LossScaleConfig
 from betterhalf.diagnostics.gradient_gap import gradient_gap, weight_spread
 from betterhalf.errors import InputError
@@ -29,7 +30,7 @@ from betterhalf.setup.decoding import completion_texts
 from betterhalf.tasks.rewards import check_rewards
 from betterhalf.training.pack import pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
-from betterhalf.types import Completion, DtypeName, PresetName, Prompt, Rollout, StepBatch
+from betterhalf.types import Completion, DtypeName, PresetName, Prompt, Rollout
 
 Groups = Sequence[tuple[Prompt, tuple[Completion, ...]]]
 """Prompts, each with its siblings."""

@@ -27,12 +27,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from betterhalf.batches import PackedSegment
 from betterhalf.errors import InputError
 from betterhalf.models.blocked_attention import blocked_attention
 from betterhalf.models.tiled_attention import tiled_attention
 from betterhalf.precision.island_hooks import round_through
 from betterhalf.precision.products import has_native_matmul
-from betterhalf.types import PackedSegment
 
 Segments = tuple[PackedSegment, ...]
 

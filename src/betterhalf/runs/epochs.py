@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from betterhalf.batches import MicroBatch, StepBatch, TokenTensors
 from betterhalf.config.schema import RunConfig
 from betterhalf.training.pack import pack_step
-from betterhalf.types import MicroBatch, Rollout, StepBatch, TokenTensors
+from betterhalf.types import Rollout
 
 _MEASURED = tuple(field.name for field in fields(TokenTensors) if field.default is None)
 """Tensors [C] that are measured before the first update, and absent if nothing reads them."""

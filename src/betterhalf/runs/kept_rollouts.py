@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from betterhalf.batches import StepBatch
 from betterhalf.config.schema import RunConfig
 from betterhalf.runs.measure import Measured
 from betterhalf.training.pack import by_rollout
-from betterhalf.types import Rollout, StepBatch
+from betterhalf.types import Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from betterhalf.algorithms.denominators import train_denominators
 from betterhalf.algorithms.loss_stats import LossStats
 from betterhalf.algorithms.presets import Algorithm
+from betterhalf.batches import StepBatch, TrainBatch
 from betterhalf.training.trainer import OptimReport, Trainer
-from betterhalf.types import StepBatch, TrainBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

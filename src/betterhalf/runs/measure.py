@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from betterhalf.algorithms.presets import Algorithm
+from betterhalf.batches import StepBatch
 from betterhalf.config.schema import RunConfig
 from betterhalf.diagnostics.budget import budget_metrics, fit_budget
 from betterhalf.diagnostics.logprob_gap import GapProfile, gap_profile, mismatch_metrics
 from betterhalf.training.trainer import TokenScores, Trainer
-from betterhalf.types import StepBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

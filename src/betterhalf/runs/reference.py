@@ -9,11 +9,11 @@ import torch
 
 from betterhalf.algorithms.advantage import rollout_advantages
 from betterhalf.algorithms.regularisation import reference_kl, sequence_penalties
+from betterhalf.batches import MicroBatch, StepBatch
 from betterhalf.runs.assembly import Parts
 from betterhalf.runs.collect import Collected
 from betterhalf.runs.measure import Measured, anchored, measure_also
 from betterhalf.training.pack import with_advantages
-from betterhalf.types import MicroBatch, StepBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,9 +14,10 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from betterhalf.batches import Denominators, MicroBatch, PackedSegment, StepBatch, TrainBatch
 from betterhalf.config.schema import RunConfig
 from betterhalf.token_support import PackedSupport, TokenSupport, TopTokens, joined
-from betterhalf.types import Denominators, MicroBatch, PackedSegment, Rollout, StepBatch, TrainBatch
+from betterhalf.types import Rollout
 
 TokenIds = tuple[int, ...]
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 from betterhalf.algorithms.loss_stats import LossStats
 from betterhalf.algorithms.policy_loss import policy_loss
 from betterhalf.algorithms.presets import Algorithm
+from betterhalf.batches import Denominators, LossInputs, MicroBatch, PackedSegment
 from betterhalf.config.schema import RunConfig
 from betterhalf.distributed.world import ONE_RANK, Collective
 from betterhalf.errors import NumericsError
@@ -47,7 +48,6 @@ from betterhalf.training.top_scores import top_logprobs
 from betterhalf.training.trainer import OptimReport, TokenScores, TrainerState, WireWeights
 from betterhalf.training.weights.replicated import ReplicatedWeights
 from betterhalf.training.weights.store import StoreFactory
-from betterhalf.types import Denominators, LossInputs, MicroBatch, PackedSegment
 
 
 class PolicyTrainer:

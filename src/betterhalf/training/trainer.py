@@ -14,8 +14,8 @@ from torch import Tensor
 
 from betterhalf.algorithms.loss_stats import LossStats
 from betterhalf.algorithms.presets import Algorithm
+from betterhalf.batches import Denominators, MicroBatch
 from betterhalf.precision.contract import SideReport
-from betterhalf.types import Denominators, MicroBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,10 +13,10 @@ from betterhalf.algorithms.denominators import kept_counts, train_denominators
 from betterhalf.algorithms.loss_stats import LossStats, largest_token_share, policy_metrics
 from betterhalf.algorithms.policy_loss import LossOutput, kept_mask, policy_loss
 from betterhalf.algorithms.presets import PRESETS, Algorithm, resolve_algorithm
+from betterhalf.batches import Denominators, LossInputs, TokenTensors
 from betterhalf.config.schema import AlgorithmConfig, RatioConfig
 from betterhalf.distributed.world import SingleProcess, reduce_over_ranks
 from betterhalf.metrics.catalogue import check_known
-from betterhalf.types import Denominators, LossInputs, TokenTensors
 
 INDEX = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
 """A long completion of five tokens and a short one of three, under a limit of eight."""

@@ -13,10 +13,10 @@ from betterhalf.algorithms.loss_stats import LossStats, policy_metrics
 from betterhalf.algorithms.own_loss import try_own_loss
 from betterhalf.algorithms.policy_loss import policy_loss
 from betterhalf.algorithms.presets import Algorithm, resolve_algorithm
+from betterhalf.batches import Denominators, LossInputs
 from betterhalf.config.schema import AlgorithmConfig
 from betterhalf.errors import ConfigError, RunError
 from betterhalf.metrics.catalogue import check_known
-from betterhalf.types import Denominators, LossInputs
 
 HEAD = "import torch\n\ndef loss(inputs, denominators, algorithm):\n    x = inputs.current_logprobs_C\n"
 OF = Denominators(sequences=2.0, tokens=8.0, max_tokens=8)

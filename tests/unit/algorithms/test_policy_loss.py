@@ -16,8 +16,8 @@ from torch import Tensor
 from betterhalf.algorithms.loss_stats import policy_metrics
 from betterhalf.algorithms.policy_loss import LossOutput, policy_loss
 from betterhalf.algorithms.presets import PRESETS, Algorithm
+from betterhalf.batches import Denominators, LossInputs
 from betterhalf.reduction import declared_reductions
-from betterhalf.types import Denominators, LossInputs
 
 MAX_TOKENS = 8
 Token = tuple[float, float, float]

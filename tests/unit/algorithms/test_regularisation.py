@@ -28,10 +28,11 @@ from betterhalf.algorithms.own_loss import try_own_loss
 from betterhalf.algorithms.policy_loss import policy_loss
 from betterhalf.algorithms.presets import PRESETS, Algorithm, resolve_algorithm
 from betterhalf.algorithms.regularisation import reference_kl, sequence_penalties
+from betterhalf.batches import Denominators, LossInputs
 from betterhalf.config.load import load_config, resolved_json
 from betterhalf.config.schema import KlConfig
 from betterhalf.errors import ConfigError
-from betterhalf.types import Completion, Denominators, LossInputs, Prompt, Rollout, RolloutGroup
+from betterhalf.types import Completion, Prompt, Rollout, RolloutGroup
 
 LENGTHS = (3, 1, 5, 2)
 """Two groups of two siblings."""

@@ -10,9 +10,9 @@ import torch
 
 from betterhalf.algorithms.policy_loss import kept_mask, policy_loss
 from betterhalf.algorithms.presets import Algorithm, resolve_algorithm
+from betterhalf.batches import Denominators, LossInputs, TokenTensors
 from betterhalf.config.load import load_config
 from betterhalf.errors import ConfigError
-from betterhalf.types import Denominators, LossInputs, TokenTensors
 
 BOUNDS = ("none", "0.5", "2.0", "-1.0", "nan")
 CHOICES = tuple(itertools.product(("none", "token", "sequence", "geometric_mean"), ("raw", "truncate", "mask", "clip")))

@@ -14,9 +14,9 @@ from torch import Tensor
 from betterhalf.algorithms.loss_stats import policy_metrics
 from betterhalf.algorithms.policy_loss import LossOutput, policy_loss
 from betterhalf.algorithms.presets import PRESETS, Algorithm, resolve_algorithm
+from betterhalf.batches import Denominators, LossInputs
 from betterhalf.config.schema import AlgorithmConfig
 from betterhalf.errors import ConfigError
-from betterhalf.types import Denominators, LossInputs
 
 VOCABULARY, TOKENS = 7, 6
 SCORE = {"level": "token", "ratio": "current/behavior", "gradient": "logprob"}

@@ -13,10 +13,10 @@ import betterhalf
 from betterhalf.algorithms.denominators import train_denominators
 from betterhalf.algorithms.policy_loss import policy_loss as packed_policy_loss
 from betterhalf.algorithms.presets import PRESETS
+from betterhalf.batches import Denominators, LossInputs
 from betterhalf.config.schema import AlgorithmConfig
 from betterhalf.diagnostics import budget, logprob_gap
 from betterhalf.errors import ConfigError, EngineError, InputError, NumericsError, PrecisionWarning
-from betterhalf.types import Denominators, LossInputs
 
 B, L = 7, 12
 NAN = float("nan")

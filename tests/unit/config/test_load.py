@@ -262,7 +262,8 @@ def test_the_task_inside_a_task_may_leave_its_type_out() -> None:
         ("algorithm=grop", "Did you mean grpo?"),
         (
             "task=mth",
-            'task.type = "mth" is not one of arithmetic, math, reasoning_gym, python, environment, perfectible. Did you mean math?',
+            'task.type = "mth" is not one of arithmetic, math, reasoning_gym, python, environment, perfectible. Did '
+            "you mean math?",
         ),
         ("task=math", "task.path is required (JSONL file or Parquet file"),
         ("task=perfectible", "task.path is required (A `perfectible.jsonl` that `betterhalf sanity` wrote). Set it."),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from betterhalf.algorithms.presets import PRESETS
+from betterhalf.batches import MicroBatch
 from betterhalf.config.schema import RunConfig
 from betterhalf.diagnostics.numerics import BACKWARD_KINDS, Kind, Spot
 from betterhalf.examine.census import (
@@ -25,7 +26,7 @@ from betterhalf.examine.module_hooks import observe_module
 from betterhalf.examine.subject import Subject, open_subject, trainer_in
 from betterhalf.models.attention import PackLayout
 from betterhalf.training.policy_trainer import PolicyTrainer
-from betterhalf.types import Completion, MicroBatch
+from betterhalf.types import Completion
 
 CONFIG = {"task": {"type": "arithmetic", "num_prompts": 8}}
 LAYER = "model.layers.1"

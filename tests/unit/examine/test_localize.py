@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from betterhalf import ops
+from betterhalf.batches import PackedSegment
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import InputError
 from betterhalf.examine.engine_trace import decoded_trace, whole_trace
@@ -33,7 +34,7 @@ from betterhalf.rollout.native.decoder import OPERATIONS, Decoder
 from betterhalf.rollout.native.engine import NativeEngine
 from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.native.rounding import Rounding, layer_roundings
-from betterhalf.types import DtypeName, GenerateRequest, PackedSegment
+from betterhalf.types import DtypeName, GenerateRequest
 
 FAMILIES: dict[str, Any] = {
     "llama": {"tie_word_embeddings": True},

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from betterhalf.batches import PackedSegment
 from betterhalf.errors import InputError
 from betterhalf.models.attention import (
     PackLayout,
@@ -20,7 +21,6 @@ from betterhalf.models.attention import (
     require_packable,
     segment_batches,
 )
-from betterhalf.types import PackedSegment
 
 LENGTHS = (3, 3, 5, 1, 5, 2, 2, 2, 4)
 PREFIXES = (None, None, None, None, None, 0, 1, 0, 2)

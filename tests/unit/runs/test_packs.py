@@ -14,6 +14,7 @@ from betterhalf.algorithms.denominators import train_denominators
 from betterhalf.algorithms.loss_stats import LossStats, policy_metrics
 from betterhalf.algorithms.policy_loss import policy_loss
 from betterhalf.algorithms.presets import PRESETS, Algorithm, resolve_algorithm
+from betterhalf.batches import Denominators, LossInputs, MicroBatch, StepBatch
 from betterhalf.config.schema import RunConfig
 from betterhalf.runs.epochs import epochs
 from betterhalf.runs.kept_rollouts import keep_rollouts
@@ -21,7 +22,7 @@ from betterhalf.runs.learn import learn
 from betterhalf.runs.measure import Measured, anchored, mismatch
 from betterhalf.training.pack import pack_step
 from betterhalf.training.trainer import TokenScores
-from betterhalf.types import Completion, Denominators, FinishReason, LossInputs, MicroBatch, Prompt, Rollout, StepBatch
+from betterhalf.types import Completion, FinishReason, Prompt, Rollout
 
 LENGTHS = (3, 1, 9, 6, 2, 8, 4, 7, 5, 3, 9, 1)
 ADVANTAGES = [1.0, -1.0, 0.5, -0.5, 0.0, 0.0, 0.0, 0.0, 2.0, -1.0, -1.0, 0.0]

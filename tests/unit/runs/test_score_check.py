@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from betterhalf.batches import MicroBatch
 from betterhalf.config.schema import PrecisionConfig, RunConfig
 from betterhalf.errors import WeightSyncError
 from betterhalf.precision.roles import build_precision
@@ -14,7 +15,6 @@ from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.score_check import check_scores, fixed_tokens, score_difference, tolerance
 from betterhalf.runs.weight_sync import sync_weights
 from betterhalf.training.trainer import TokenScores
-from betterhalf.types import MicroBatch
 
 
 @pytest.fixture(params=["fp16", "bf16", "fp32"])

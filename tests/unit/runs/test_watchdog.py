@@ -14,11 +14,11 @@ import torch
 from betterhalf.algorithms.loss_stats import policy_metrics
 from betterhalf.algorithms.policy_loss import policy_loss
 from betterhalf.algorithms.presets import PRESETS, resolve_algorithm
+from betterhalf.batches import Denominators, LossInputs
 from betterhalf.config.schema import AlgorithmConfig, RunConfig, WatchdogConfig, WatchdogLevel
 from betterhalf.diagnostics.logprob_gap import mismatch_metrics
 from betterhalf.errors import ConfigError
 from betterhalf.runs.watchdog import AFTER, BEFORE, Stopped, Watch, WatchState, check, masked, require_sound_levels
-from betterhalf.types import Denominators, LossInputs
 
 K3 = "mismatch/k3/mean"
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from betterhalf.batches import MicroBatch, PackedSegment
 from betterhalf.config.schema import RunConfig
 from betterhalf.token_support import encode
 from betterhalf.training.pack import by_rollout, pack_step, with_advantages
 from betterhalf.training.policy_trainer import on_device
-from betterhalf.types import Completion, FinishReason, MicroBatch, PackedSegment, Prompt, Rollout
+from betterhalf.types import Completion, FinishReason, Prompt, Rollout
 
 CPU = torch.device("cpu")
 

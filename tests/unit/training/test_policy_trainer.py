@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 from betterhalf.algorithms.loss_stats import largest_token_share
 from betterhalf.algorithms.presets import PRESETS
+from betterhalf.batches import MicroBatch
 from betterhalf.config.schema import RunConfig
 from betterhalf.distributed.world import SingleProcess
 from betterhalf.errors import InputError, LossScaleError
@@ -23,7 +24,7 @@ from betterhalf.models.loading import LoadedModel
 from betterhalf.precision.roles import build_precision
 from betterhalf.training.pack import by_rollout, pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
-from betterhalf.types import Completion, MicroBatch, Prompt, Rollout
+from betterhalf.types import Completion, Prompt, Rollout
 
 ALGORITHM = PRESETS["pg_seq_is"]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

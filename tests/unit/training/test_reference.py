@@ -11,6 +11,7 @@ import torch
 from tests import tiny_models
 
 from betterhalf.algorithms.presets import PRESETS
+from betterhalf.batches import Denominators, MicroBatch
 from betterhalf.config.schema import KlConfig, RunConfig
 from betterhalf.errors import CheckpointError
 from betterhalf.precision.contract import weights_digests
@@ -19,7 +20,7 @@ from betterhalf.training import checkpoint
 from betterhalf.training.checkpoint import Checkpoint
 from betterhalf.training.pack import pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
-from betterhalf.types import Completion, Denominators, MicroBatch, Prompt, Rollout
+from betterhalf.types import Completion, Prompt, Rollout
 
 ALGORITHM = PRESETS["reinforce"]
 OF = Denominators(sequences=4.0, tokens=40.0, max_tokens=16)
