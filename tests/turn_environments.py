@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,13 @@ def _signal() -> None:
     time.sleep(300)
 
 
+def _fork() -> None:
+    """Start a process that outlives this one, and hang."""
+    child = subprocess.Popen(["sleep", "300"])
+    Path(os.environ["MARK"]).write_text(str(child.pid))
+    time.sleep(300)
+
+
 _DEEDS: dict[str, Any] = {
     "fine": lambda: None,
     "text": lambda: "more",
@@ -87,6 +95,8 @@ _DEEDS: dict[str, Any] = {
     "nan": lambda: float("nan"),
     "surrogate": lambda: "\ud800",
     "print": lambda: print("noise" * 1000),
+    "memory": lambda: bytearray(2**30) and None,
+    "fork": _fork,
     "huge": lambda: "1" * 3_000_000,
 }
 

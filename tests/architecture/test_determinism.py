@@ -38,7 +38,7 @@ HARMLESS = {
     ("runs/side_by_side.py", "put"): "of a queue",
     ("examine/pairs.py", "repeat_interleave"): "without a gradient",
     ("tasks/reward_worker.py", "gather"): "of coroutines, whose results keep their order",
-    ("tasks/reward_worker.py", "put"): "of a queue",
+    ("tasks/worker_main.py", "put"): "of a queue",
     ("tasks/worker_pool.py", "put"): "of a queue",
     (
         "training/weights/replicated.py",

@@ -30,6 +30,8 @@ class EnvironmentTask(DataConfig):
     """Seconds that one answer or reward of the environment may take; then its worker is killed and replaced."""
     workers: int = Field(2, ge=1)
     """Number of worker processes in which the environment runs."""
+    memory_gib: float | None = Field(8.0, gt=0)
+    """Address space that a worker may use beyond its imports, in GiB; `none` for no limit, which CUDA needs."""
     failure_reward: float = 0.0
     """Reward of an episode in which the environment raised an error or ran out of time."""
 

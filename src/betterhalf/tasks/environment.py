@@ -5,19 +5,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, Protocol
 
 from betterhalf.config.schema import EnvironmentTask
 from betterhalf.errors import ConfigError, RewardError
-from betterhalf.tasks import environment_worker as worker
 from betterhalf.tasks.dataset import DatasetTask
 from betterhalf.tasks.environment_data import environment_problems
-from betterhalf.tasks.environment_pool import EnvironmentPool
 from betterhalf.tasks.fingerprint import reward_source
 from betterhalf.tasks.observation import Frame, ObservationEncoder, chat_frame
 from betterhalf.tasks.task import Tokenizer
 from betterhalf.tasks.templates import template_source
 from betterhalf.tasks.turns import Conversation, Failure
+from betterhalf.tasks.worker_limits import memory_bytes
+from betterhalf.tasks.worker_pool import WorkerPool, WorkerStartError
 from betterhalf.types import FinishReason, Prompt
 from betterhalf.user_code import load_object, require_call, source_digest
 
@@ -49,6 +50,8 @@ _EXAMPLES = {
     "respond": "def respond(self, prompt, turns, metadata): return 'try again'",
     "reward": "def reward(self, prompt, turns, metadata): return 1.0",
 }
+_RESULTS = {"respond": (str, NoneType), "reward": (float,)}
+"""Types of a result."""
 _FEW = 8
 """Number of episodes from which on a step in which the environment fails in all of them ends the run."""
 
@@ -66,7 +69,13 @@ def build_environment(config: EnvironmentTask, tokenizer: Tokenizer) -> DatasetT
     turns = EnvironmentTurns(
         config=config,
         encoder=ObservationEncoder(tokenizer=tokenizer, frame=frame, max_tokens=config.max_observation_tokens),
-        pool=EnvironmentPool(config.environment, config.settings, seconds=config.time_limit, workers=config.workers),
+        pool=WorkerPool(
+            "environment_worker",
+            {"path": config.environment, "settings": dict(config.settings)},
+            workers=config.workers,
+            seconds=config.time_limit,
+            memory_bytes=memory_bytes(config.memory_gib),
+        ),
     )
     return DatasetTask(
         problems=problems,
@@ -127,24 +136,21 @@ class EnvironmentTurns:
     config: EnvironmentTask
     encoder: ObservationEncoder
     """Encoder of observations."""
-    pool: EnvironmentPool
+    pool: WorkerPool
     """Worker processes."""
+    timeouts: int = 0
+    """Number of calls so far that ran out of time."""
     failures: int = 0
     """Number of answers and rewards so far that failed."""
     notes: list[str] = field(default_factory=list)
     """Warnings that were not shown yet."""
     warned: set[str] = field(default_factory=set)
-    """Methods whose first failure is in a note."""
+    """Methods whose first failure is in a note; `printed` if the first output is."""
 
     @property
     def max_turns(self) -> int:
         """Maximum number of turns of an episode."""
         return self.config.max_turns
-
-    @property
-    def timeouts(self) -> int:
-        """Number of calls so far that ran out of time."""
-        return self.pool.timeouts
 
     @property
     def unparsed_answers(self) -> int:
@@ -153,7 +159,7 @@ class EnvironmentTurns:
 
     def respond(self, conversations: Sequence[Conversation]) -> list[str | Failure | None]:
         """Return the next observation of each episode; see `Turns.respond`."""
-        found: list[str | Failure | None] = self.pool.run(worker.respond, [_call(each) for each in conversations])
+        found: list[str | Failure | None] = self._results("respond", conversations)
         self._note_failures("respond", found)
         return found
 
@@ -164,7 +170,7 @@ class EnvironmentTurns:
     def rewards_of(self, conversations: Sequence[Conversation]) -> list[float]:
         """Return one reward for each episode; see `Turns.rewards_of`."""
         graded = [each for each in conversations if each.end != "failed"]
-        found = self.pool.run(worker.reward, [_call(each) for each in graded])
+        found = self._results("reward", graded)
         self._note_failures("reward", found)
         values = iter([self.config.failure_reward if isinstance(each, Failure) else each for each in found])
         return [self.config.failure_reward if each.end == "failed" else next(values) for each in conversations]
@@ -183,7 +189,10 @@ class EnvironmentTurns:
             RewardError: no worker can create the environment.
         """
         if will_grade:
-            self.pool.start()
+            try:
+                self.pool.start()
+            except WorkerStartError as error:
+                raise self._refusal(error) from error
         return [None] * len(answers)
 
     def take_notes(self) -> list[str]:
@@ -194,6 +203,40 @@ class EnvironmentTurns:
     def close(self) -> None:
         """Stop the worker processes."""
         self.pool.close()
+
+    def _results(self, method: str, conversations: Sequence[Conversation]) -> list[Any]:
+        """Return the result of a method for each episode, or its `Failure`."""
+        try:
+            replies = self.pool.run([_call(method, each) for each in conversations])
+        except WorkerStartError as error:
+            raise self._refusal(error) from error
+        self.timeouts += sum(reply.get("error") == "timeout" for reply in replies)
+        self._note_printed()
+        return [self._read(method, reply) for reply in replies]
+
+    def _read(self, method: str, reply: Mapping[str, Any]) -> Any:
+        """Return the result in a worker's reply, or why there is none."""
+        if reply.get("error") == "timeout":
+            return Failure(message=f"no result within {self.config.time_limit:g} s (task.time_limit)")
+        found = reply.get("result", ())
+        if isinstance(found, _RESULTS[method]):
+            return found
+        return Failure(message=str(reply.get("message", "its code wrote to the worker's connection")))
+
+    def _refusal(self, error: WorkerStartError) -> RewardError:
+        return RewardError(
+            f"task.environment={self.config.environment} cannot be created in a worker process: {error.message}"
+        )
+
+    def _note_printed(self) -> None:
+        """Keep a note of the first output."""
+        text, size = self.pool.take_printed()
+        if text.strip() and "printed" not in self.warned:
+            self.warned.add("printed")
+            self.notes.append(
+                f"task.environment={self.config.environment} printed {size} bytes, which are shown this once, up to "
+                f"{len(text)} characters:\n{text.rstrip()}"
+            )
 
     def _note_failures(self, method: str, results: Sequence[Any]) -> None:
         """Keep a note of a method's first failure; refuse an environment that fails in every one of many episodes."""
@@ -215,8 +258,9 @@ class EnvironmentTurns:
             )
 
 
-def _call(conversation: Conversation) -> tuple[str, tuple[str, ...], dict[str, Any]]:
-    """Return the arguments of a call; our fields are added where the row has no field of that name."""
+def _call(method: str, conversation: Conversation) -> dict[str, Any]:
+    """Return the request of a call; our fields are added where the row has no field of that name."""
     prompt = conversation.prompt
     ours = {"prompt_id": prompt.prompt_id, "answer": prompt.answer, "finish_reason": conversation.finish_reason}
-    return prompt.text, conversation.turns, {**ours, "episode_end": conversation.end, **prompt.metadata}
+    metadata = {**ours, "episode_end": conversation.end, **prompt.metadata}
+    return {"method": method, "prompt": prompt.text, "turns": conversation.turns, "metadata": metadata}

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from concurrent.futures.process import BrokenProcessPool
+import re
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
-
 from betterhalf.errors import RewardError
-from betterhalf.tasks.grader_worker import MAIN_MODULE_GRADES, last_error, start_worker, why_workers_fail
 from betterhalf.tasks.math_answer import extract_answer, gold_answer, is_surely_finite, look_alike, shape_fault
-from betterhalf.tasks.math_equal import UnparsedAnswerError, equivalent, why_unmatchable
+from betterhalf.tasks.math_equal import equivalent
+from betterhalf.tasks.worker_limits import SCORER_MEMORY_BYTES
+from betterhalf.tasks.worker_pool import WorkerPool, WorkerStartError
 from betterhalf.types import FinishReason, Prompt
 
 Pair = tuple[str, str]
 """Gold answer and candidate."""
 _TRIVIAL_PAIR = ("1/2", "0.5")
 _TRIALS = 3
-START_SECONDS = 20.0
-"""Seconds without a first result after which a failure to start is suspected and checked."""
-
+_IMPORT_ERROR = re.compile(r"(ModuleNotFound|Import)Error\b")
 
 MAX_ANSWER_LENGTH = 10_000
 """Maximum length of an answer that is compared as mathematics; parsing a longer one only exhausts the time limit."""
@@ -58,9 +52,13 @@ class MathGrader:
         """
         self._template = template
         self._seconds = seconds
-        self._workers = workers
-        self._equal = equal
-        self._pool: ProcessPool | None = None
+        self._pool = WorkerPool(
+            "math_worker",
+            {"equal": _import_path(equal)},
+            workers=workers,
+            seconds=seconds,
+            memory_bytes=SCORER_MEMORY_BYTES,
+        )
         self._tried = False
         self._timeouts = 0
         self._unparsed = 0
@@ -107,17 +105,14 @@ class MathGrader:
         faults = {gold: shape_fault(gold) for gold in dict.fromkeys(answers)}
         hard = {gold: gold_answer(gold) for gold, fault in faults.items() if fault is None}
         hard = {gold: answer for gold, answer in hard.items() if not is_surely_finite(answer)}
-        for gold, reason in zip(hard, self._run(why_unmatchable, [(answer,) for answer in hard.values()]), strict=True):
+        for gold, reason in zip(hard, self._run("gold", [(answer,) for answer in hard.values()]), strict=True):
             limit = f"comparing it with itself takes more than {self._seconds:g} s or more memory than a worker has"
             faults[gold] = limit if isinstance(reason, Failure) else reason
         return [faults[gold] for gold in answers]
 
     def close(self) -> None:
         """Stop the workers, even busy ones."""
-        if self._pool is not None:
-            self._pool.stop()  # type: ignore[no-untyped-call]
-            self._pool.join()
-            self._pool = None
+        self._pool.close()
 
     def _try_out(self) -> None:
         """Compare two equal answers, so that a grader that does not work is found before anything is sampled."""
@@ -146,7 +141,7 @@ class MathGrader:
         too_long = [pair for pair in pairs if pair not in verdicts and len(pair[1]) > MAX_ANSWER_LENGTH]
         verdicts |= dict.fromkeys(too_long, Failure.UNPARSED)
         waiting = [pair for pair in pairs if pair not in verdicts]
-        for pair, verdict in zip(waiting, self._run(self._equal, waiting), strict=True):
+        for pair, verdict in zip(waiting, self._run("equal", waiting), strict=True):
             if not isinstance(verdict, bool | Failure):
                 raise RewardError(
                     f"the comparison of answers returned {verdict!r} for {pair[0]!r} and {pair[1]!r}; "
@@ -155,62 +150,38 @@ class MathGrader:
             verdicts[pair] = verdict
         return verdicts
 
-    def _run(self, function: Callable[..., Any], calls: Sequence[tuple[str, ...]]) -> list[Any]:
-        """Return the result of each call in a worker, or its `Failure`.
-
-        A pool also breaks when an idle worker is killed from outside, so it is replaced once before this is an error.
-        """
-        starting = self._pool is None
+    def _run(self, function: str, calls: Sequence[tuple[str, ...]]) -> list[Any]:
+        """Return the result of each call in a worker, or its `Failure`."""
         try:
-            futures = [self._submit(function, call) for call in calls]
-            if starting and futures and not wait(futures, START_SECONDS, FIRST_COMPLETED).done:
-                self._require_start()
-            return self._results(futures)
-        except BrokenProcessPool:
-            self.close()
-            self._require_start()
-        try:
-            return self._results([self._submit(function, call) for call in calls])
-        except BrokenProcessPool as error:
-            self.close()
-            raise RewardError(
-                f"the grader's workers ended twice without a result ({error}); "
-                "check their messages above, and whether the machine has run out of memory"
-            ) from error
-
-    def _results(self, futures: Sequence[ProcessFuture[Any]]) -> list[Any]:
-        return [_result(future) for future in futures]
-
-    def _submit(self, function: Callable[..., Any], call: tuple[str, ...]) -> ProcessFuture[Any]:
-        if self._pool is None:
-            if getattr(multiprocessing.current_process(), "_inheriting", False):
-                raise RewardError(MAIN_MODULE_GRADES)
-            # spawn: a fork of a process with torch's threads can deadlock.
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPool(max_workers=self._workers, initializer=start_worker, context=context)
-        try:
-            return self._pool.schedule(function, args=call, timeout=self._seconds)
-        except RuntimeError as error:  # pebble raises this if a pool broke between two batches
-            raise BrokenProcessPool(str(error)) from error
-
-    def _require_start(self) -> None:
-        """Raise an error if no worker can start; pebble would forever replace one that exits with status 0."""
-        fault = why_workers_fail()
-        if fault is not None:
-            self.close()
-            raise RewardError(fault)
+            replies = self._pool.run([{"function": function, "answers": call} for call in calls])
+        except WorkerStartError as error:
+            raise RewardError(_start_fault(error)) from error
+        return [_read(reply) for reply in replies]
 
 
-def _result(future: ProcessFuture[Any]) -> Any:
-    """Return the result of a call, or the failure that its answers caused; raise any other error."""
-    error = future.exception()
-    if error is None:
-        return future.result()
-    if isinstance(error, FutureTimeoutError | ProcessExpired | MemoryError):
+def _import_path(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}:{function.__qualname__}"
+
+
+def _read(reply: Mapping[str, Any]) -> Any:
+    """Return the result in a worker's reply, or the failure that the answers caused; raise any other error."""
+    if "result" in reply:
+        return reply["result"]
+    if "failure" in reply:
+        return Failure[reply["failure"]]
+    if "cause" not in reply:
         return Failure.RESOURCES
-    if isinstance(error, UnparsedAnswerError):
-        return Failure.UNPARSED
-    if isinstance(error, BrokenProcessPool):
-        raise error
-    fix = "install what it needs" if isinstance(error, ImportError) else "fix the comparison"
-    raise RewardError(f"the comparison of answers failed in a worker: {last_error(error)}; {fix}") from error
+    fix = "install what it needs" if _IMPORT_ERROR.match(reply["cause"]) else "fix the comparison"
+    raise RewardError(f"the comparison of answers failed in a worker: {reply['cause']}; {fix}")
+
+
+def _start_fault(error: WorkerStartError) -> str:
+    """Return why no worker can start, and the fix."""
+    fix = {
+        "config": "name a function that can be imported",
+        "exception": "check that `import math_verify` works in this environment",
+        "process": "check whether the machine has run out of memory",
+    }[error.kind]
+    if _IMPORT_ERROR.match(error.cause):
+        fix = "install the package that is missing"
+    return f"the grader's workers cannot start ({error.cause.rstrip('.')}); {fix}"

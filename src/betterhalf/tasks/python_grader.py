@@ -10,11 +10,12 @@ from itertools import groupby
 from typing import Any
 
 from betterhalf.config.schema import PythonTask, RewardTerm
-from betterhalf.errors import RewardError
+from betterhalf.errors import ConfigError, RewardError
 from betterhalf.tasks.reward_replies import Scored, read_reply
 from betterhalf.tasks.reward_sum import Summand, SumRule, add_up
 from betterhalf.tasks.worker_channel import COUNTERS
-from betterhalf.tasks.worker_pool import WorkerPool
+from betterhalf.tasks.worker_limits import memory_bytes
+from betterhalf.tasks.worker_pool import WorkerPool, WorkerStartError
 from betterhalf.types import FinishReason, Prompt, RewardFailure
 
 
@@ -54,7 +55,13 @@ class PythonGrader:
         self._config = config
         self._terms = config.terms
         self._rule = SumRule(normalise=config.normalise, scale=config.scale, clip=config.clip)
-        self._pool = WorkerPool(_start(config), workers=config.workers, seconds=config.time_limit)
+        self._pool = WorkerPool(
+            "reward_worker",
+            {"functions": _functions(config)},
+            workers=config.workers,
+            seconds=config.time_limit,
+            memory_bytes=memory_bytes(config.memory_gib),
+        )
         self._tried = False
         self._timeouts = 0
         self._values: dict[str, list[float]] = {}
@@ -83,7 +90,10 @@ class PythonGrader:
         """
         groups = _grouped(prompts, texts, finish_reasons)
         requests = [group.request(name) for group in groups for name in self._terms]
-        replies = iter(self._pool.run(requests))
+        try:
+            replies = iter(self._pool.run(requests))
+        except WorkerStartError as error:
+            raise RewardError(f"a reward worker cannot start: {_fault(error)}") from error
         self._keep_printed()
         return [reward for group in groups for reward in self._add_up(group, replies)]
 
@@ -94,7 +104,10 @@ class PythonGrader:
             ConfigError: a function does not exist, cannot be imported, or takes other arguments.
         """
         if will_grade and not self._tried:
-            self._pool.start()
+            try:
+                self._pool.start()
+            except WorkerStartError as error:
+                raise ConfigError(_fault(error)) from error
             self._tried = True
         return [None] * len(answers)
 
@@ -166,13 +179,22 @@ class PythonGrader:
             self._notes.append(text)
 
 
-def _start(config: PythonTask) -> dict[str, Any]:
-    """Return the first message of each worker: the functions to import, and the limit of its memory."""
+def _fault(error: WorkerStartError) -> str:
+    """Return why a worker cannot start, and the fix."""
+    if error.kind == "config":
+        return error.message
+    if error.kind == "exception":
+        return f"importing the reward raises {error.message}"
+    return (
+        f"importing the module of the reward fails: {error.message}. A module must only define functions when it is "
+        "imported."
+    )
+
+
+def _functions(config: PythonTask) -> dict[str, Any]:
+    """Return the functions that each worker imports."""
     single = config.reward is not None
-    return {
-        "functions": {name: _described(name, term, single=single) for name, term in config.terms.items()},
-        "memory_bytes": None if config.memory_gib is None else int(config.memory_gib * 2**30),
-    }
+    return {name: _described(name, term, single=single) for name, term in config.terms.items()}
 
 
 def _described(name: str, term: RewardTerm, *, single: bool) -> dict[str, Any]:

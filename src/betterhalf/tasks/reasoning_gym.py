@@ -22,7 +22,8 @@ from betterhalf.tasks.data_problems import DataProblems, load_filter
 from betterhalf.tasks.dataset import DatasetTask
 from betterhalf.tasks.fingerprint import reward_source
 from betterhalf.tasks.held_out import held_out_count
-from betterhalf.tasks.reasoning_gym_grader import Entry, ReasoningGymGrader, create_generator
+from betterhalf.tasks.reasoning_gym_grader import ReasoningGymGrader
+from betterhalf.tasks.reasoning_gym_worker import Entry, create_generator
 from betterhalf.tasks.row import Row
 from betterhalf.tasks.task import Tokenizer
 from betterhalf.tasks.templates import question_template, template_source
@@ -87,7 +88,7 @@ def build_reasoning_gym(config: ReasoningGymTask, tokenizer: Tokenizer) -> Datas
                 "extract": config.extract,
                 **template_source(config, tokenizer, instruction),
             },
-            modules=("reasoning_gym_grader",),
+            modules=("reasoning_gym_grader", "reasoning_gym_worker"),
             packages=("reasoning-gym", "sympy"),
         ),
     )

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-import signal
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
 from betterhalf.errors import RewardError
-from betterhalf.tasks.grader_worker import WORKER_MEMORY_BYTES, last_error
-from betterhalf.tasks.scorer_pool import OutOfResourcesError, ScorerPool
-from betterhalf.tasks.worker_limits import bound_memory
+from betterhalf.tasks.reasoning_gym_worker import Entry, packed
+from betterhalf.tasks.worker_limits import SCORER_MEMORY_BYTES
+from betterhalf.tasks.worker_pool import WorkerPool, WorkerStartError
 from betterhalf.types import AnswerExtraction, FinishReason, Prompt
-
-Entry = Mapping[str, Any]
-"""A problem as the generator returns it: question, answer, metadata."""
 
 _TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(r"(?<![\d.])(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
@@ -66,6 +59,16 @@ EXTRACTIONS: dict[AnswerExtraction, Callable[[str], str | None]] = {
 """Functions that find the answer in a completion."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScorerFailure:
+    """A call of the scorer without a result."""
+
+    resources: bool
+    """True if it ran out of time or memory, or ended its worker; false if it raised an error."""
+    message: str
+    """Reason, as a clause."""
+
+
 class ReasoningGymGrader:
     """Grader that rewards a finished completion with the generator's score of its answer.
 
@@ -96,8 +99,13 @@ class ReasoningGymGrader:
         self._entries = entries
         self._extract = EXTRACTIONS[extract]
         self._seconds = seconds
-        self._pool = ScorerPool(start_scorer, (generator, json.dumps(dict(settings))), seconds=seconds, workers=workers)
-        self._call = (generator, json.dumps(dict(settings)))
+        self._pool = WorkerPool(
+            "reasoning_gym_worker",
+            {"generator": generator, "settings": dict(settings)},
+            workers=workers,
+            seconds=seconds,
+            memory_bytes=SCORER_MEMORY_BYTES,
+        )
         self._tried = False
         self._timeouts = 0
         self._unparsed = 0
@@ -127,10 +135,9 @@ class ReasoningGymGrader:
         wanted = list(dict.fromkeys(pair for pair in pairs if pair[1] is not None))
         scores = dict(zip(wanted, self._scores(wanted), strict=True))
         results = [scores.get(pair, 0.0) for pair in pairs]
-        self._timeouts += sum(isinstance(result, OutOfResourcesError) for result in results)
-        self._unparsed += sum(
-            isinstance(result, Exception) and not isinstance(result, OutOfResourcesError) for result in results
-        )
+        failures = [result for result in results if isinstance(result, ScorerFailure)]
+        self._timeouts += sum(failure.resources for failure in failures)
+        self._unparsed += sum(not failure.resources for failure in failures)
         return [result if isinstance(result, float) else 0.0 for result in results]
 
     def check_golds(self, answers: Sequence[str], *, will_grade: bool = True) -> list[str | None]:
@@ -153,32 +160,42 @@ class ReasoningGymGrader:
         name, entry = next(iter(self._entries.items()))
         for _ in range(_TRIALS):  # a busy machine may exceed a short time limit once
             (score,) = self._scores([(name, entry.get("answer"))])
-            if not isinstance(score, OutOfResourcesError):
+            if not (isinstance(score, ScorerFailure) and score.resources):
                 break
-        if isinstance(score, OutOfResourcesError):
+        if not isinstance(score, ScorerFailure):
+            return
+        if score.resources:
             raise RewardError(
                 f"the generator cannot score its own answer within {self._seconds:g} s and its memory limit; raise "
                 "task.reward_seconds, or reduce the load on the machine"
             )
-        if isinstance(score, Exception):
+        raise RewardError(f"the generator fails to score its own answer ({score.message}); choose another generator")
+
+    def _scores(self, pairs: Sequence[tuple[str, str | None]]) -> list[float | ScorerFailure]:
+        """Return the score of each (prompt id, answer), or why there is none."""
+        requests = [{"answer": answer, "entry": packed(self._entries[name])} for name, answer in pairs]
+        try:
+            return [_read(reply) for reply in self._pool.run(requests)]
+        except WorkerStartError as error:
             raise RewardError(
-                f"the generator fails to score its own answer ({last_error(score)}); choose another generator"
-            ) from score
-
-    def _scores(self, pairs: Sequence[tuple[str, str | None]]) -> list[float | Exception]:
-        """Return the score of each (prompt id, answer), or the exception that the scorer raised."""
-        calls = [(*self._call, answer, self._entries[name]) for name, answer in pairs]
-        return [_checked(score) for score in self._pool.run(score_answer, calls)]
+                f"the workers that score completions cannot start: {error.message}; check the package reasoning-gym, "
+                "and whether the machine has run out of memory"
+            ) from error
 
 
-def _checked(score: Any) -> float | Exception:
+def _read(reply: Mapping[str, Any]) -> float | ScorerFailure:
+    """Return the score in a worker's reply, or why there is none."""
+    if "score" in reply:
+        return _checked(reply["score"])
+    return ScorerFailure(resources=reply.get("error") != "exception", message=str(reply.get("cause", reply["message"])))
+
+
+def _checked(score: Any) -> float:
     """Return a score as a float.
 
     Raises:
         RewardError: it is not a finite number.
     """
-    if isinstance(score, Exception):
-        return score
     try:
         number = float(score)
     except (TypeError, ValueError):
@@ -186,36 +203,3 @@ def _checked(score: Any) -> float | Exception:
     if not math.isfinite(number):
         raise RewardError(f"the generator's scorer returned {score!r}, not a finite number; choose another generator")
     return number
-
-
-def start_scorer(generator: str, settings: str) -> None:
-    """Leave interrupts to the parent, create the generator before any time limit runs, and limit the memory.
-
-    What the generator prints is dropped: standard output belongs to the command.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open as long as the worker)
-    _generator(generator, settings)
-    bound_memory(WORKER_MEMORY_BYTES)
-
-
-def score_answer(generator: str, settings: str, answer: str | None, entry: Entry) -> float:
-    """Score an answer in a worker."""
-    score: float = _generator(generator, settings).score_answer(answer, dict(entry))
-    return score
-
-
-@lru_cache(maxsize=1)
-def _generator(name: str, settings: str) -> Any:
-    return create_generator(name, json.loads(settings), seed=0, size=1)
-
-
-def create_generator(name: str, settings: Mapping[str, Any], *, seed: int, size: int) -> Any:
-    """Return a generator of reasoning-gym; a mixture of several (`composite`) takes each as a table."""
-    import reasoning_gym
-    from reasoning_gym.composite import DatasetSpec
-
-    given = dict(settings)
-    if name == "composite":
-        given["datasets"] = [DatasetSpec(**spec) for spec in settings.get("datasets", ())]
-    return reasoning_gym.create_dataset(name, **given, seed=seed, size=size)

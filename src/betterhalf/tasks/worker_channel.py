@@ -1,4 +1,4 @@
-"""Messages between a run and its reward workers, and the ways in which a reward can fail.
+"""Messages between a run and its worker processes, and the ways in which a reward can fail.
 
 A message is 8 bytes of length and that many bytes of JSON. The worker's results are JSON too, never pickles, so that
 nothing of the user's objects reaches the process that trains.
@@ -24,7 +24,7 @@ MAX_TEXT = 2_000
 PRINTED_BYTES = 4096
 """Number of bytes that are kept of what a worker prints; the rest is counted and dropped."""
 
-MARK = "BETTERHALF_REWARD_WORKER"
+MARK = "BETTERHALF_WORKER"
 """Environment variable by which a worker's descendants are found, even those that left its process group."""
 
 COUNTERS: dict[RewardFailure, str] = {

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import os
 
+SCORER_MEMORY_BYTES = 4 * 2**30
+"""Address space beyond its imports of a worker without code of the user's, so that 10^{10^{10}} ends in its own
+MemoryError, not the trainer's."""
+
+
+def memory_bytes(gib: float | None) -> int | None:
+    """Return a limit in bytes; None without one."""
+    return None if gib is None else int(gib * 2**30)
+
 
 def bound_memory(more: int) -> None:
     """Limit the address space to `more` bytes beyond what is in use, where the system has such a limit."""

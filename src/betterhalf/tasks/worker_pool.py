@@ -1,52 +1,92 @@
-"""Several reward workers that share the requests of a step."""
+"""Several worker processes that share the requests of a step."""
 
 from __future__ import annotations
 
 import queue
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
-from betterhalf.errors import ConfigError, RewardError
+from betterhalf.errors import RewardError
 from betterhalf.tasks.worker_process import WorkerFailureError, WorkerProcess
 
+StartFault = Literal["config", "exception", "process"]
+"""Kind of a start's failure: the module refuses its arguments, it raises an error, or its process ends or hangs."""
 _STARTS = 2
+_SHOWN = 500
+
+
+class WorkerStartError(RewardError):
+    """A worker process cannot start."""
+
+    def __init__(self, kind: StartFault, message: str, *, cause: str = "") -> None:
+        """Create the error.
+
+        Args:
+            kind: what happened.
+            message: what the worker said, as a clause.
+            cause: type and text of the error that was raised, without its place.
+        """
+        super().__init__(f"a worker process cannot start: {message}")
+        self.kind: StartFault = kind
+        self.message = message
+        self.cause = cause or message
 
 
 class WorkerPool:
-    """Workers that start when `start` or the first `run` is called, and run until `close`."""
+    """Workers that start when `start` or the first `run` is called, and run until `close`; later calls start others."""
 
-    def __init__(self, start: Mapping[str, Any], *, workers: int, seconds: float) -> None:
+    def __init__(
+        self,
+        module: str,
+        arguments: Mapping[str, Any],
+        *,
+        workers: int,
+        seconds: float,
+        memory_bytes: int | None,
+    ) -> None:
         """Create the pool, without starting its workers.
 
         Args:
-            start: first message of each worker.
+            module: name of the module in betterhalf.tasks whose `load` makes the function that answers requests.
+            arguments: argument of `load`.
             workers: number of processes.
             seconds: time limit of a request.
+            memory_bytes: address space of a worker beyond its imports; None for no limit.
         """
-        self._workers = [WorkerProcess(dict(start)) for _ in range(workers)]
-        self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
+        start = {"module": f"betterhalf.tasks.{module}", "arguments": arguments, "memory_bytes": memory_bytes}
+        self._start = start
+        self._count = workers
         self._seconds = seconds
-        for worker in self._workers:
-            self._idle.put(worker)
+        self._workers: list[WorkerProcess] = []
+        self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
 
     def start(self) -> None:
-        """Start one worker, so that a module that cannot be imported is found before anything is sampled.
+        """Start one worker, so that code that cannot be used is found before anything is sampled.
 
         Raises:
-            ConfigError: a function does not exist, cannot be imported, or takes other arguments.
+            WorkerStartError: it cannot start.
         """
-        _started(self._workers[0])
+        self._open()
+        try:
+            _started(self._workers[0])
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return the reply to each request; one without a reply gives `error` and `message`.
 
         Raises:
-            RewardError: a worker cannot be started again.
+            WorkerStartError: a worker cannot start, twice.
         """
-        threads = ThreadPoolExecutor(max_workers=len(self._workers))
+        if not requests:
+            return []
+        self._open()
+        idle = self._idle  # after `close`, threads that still run find only workers that cannot start
+        threads = ThreadPoolExecutor(max_workers=self._count)
         try:
-            return list(threads.map(self._ask, requests))
+            return list(threads.map(lambda request: self._ask(idle, request), requests))
         except BaseException:  # an interrupt must not wait for the time limits
             self.close()
             raise
@@ -60,33 +100,42 @@ class WorkerPool:
 
     def close(self) -> None:
         """End the workers and all that they have started; calling it twice is harmless."""
-        for worker in self._workers:
+        workers, self._workers = self._workers, []
+        for worker in workers:
             worker.close()
 
-    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        worker = self._idle.get()
+    def _open(self) -> None:
+        """Create the workers, without starting their processes, unless they exist."""
+        if not self._workers:
+            self._workers = [WorkerProcess(self._start) for _ in range(self._count)]
+            self._idle = queue.SimpleQueue()
+            for worker in self._workers:
+                self._idle.put(worker)
+
+    def _ask(self, idle: queue.SimpleQueue[WorkerProcess], request: Mapping[str, Any]) -> dict[str, Any]:
+        worker = idle.get()
         try:
             _restarted(worker)
             return worker.ask(dict(request), self._seconds)
         except WorkerFailureError as error:
             return {"error": error.kind, "message": str(error)}
         finally:
-            self._idle.put(worker)
+            idle.put(worker)
 
 
 def _restarted(worker: WorkerProcess) -> None:
     """Start a worker unless it runs.
 
     Raises:
-        RewardError: that fails twice.
+        WorkerStartError: that fails twice.
     """
     for trial in range(_STARTS):
         try:
             _started(worker)
             return
-        except ConfigError as error:
+        except WorkerStartError:
             if trial == _STARTS - 1:
-                raise RewardError(f"a reward worker cannot start: {error}") from error
+                raise
 
 
 def _started(worker: WorkerProcess) -> None:
@@ -94,10 +143,10 @@ def _started(worker: WorkerProcess) -> None:
         reply = worker.start()
     except WorkerFailureError as error:
         text = worker.take_printed()[0].strip()
-        printed = f" It printed: {text[-500:]}" if text else ""
-        raise ConfigError(
-            f"importing the module of the reward fails: {error}.{printed} A module must only define functions when it "
-            "is imported."
-        ) from error
-    if "ready" not in reply:
-        raise ConfigError(reply.get("config_error") or f"importing the reward raises {reply.get('message')}")
+        printed = f". It printed: {text[-_SHOWN:]}" if text else ""
+        raise WorkerStartError("process", f"{error}{printed}") from error
+    if "ready" in reply:
+        return
+    if "config_error" in reply:
+        raise WorkerStartError("config", reply["config_error"])
+    raise WorkerStartError("exception", str(reply.get("message")), cause=str(reply.get("cause", "")))

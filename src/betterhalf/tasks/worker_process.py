@@ -1,4 +1,4 @@
-"""One reward worker, seen from the run: start it, ask it, and end it with everything that its code has started."""
+"""One worker process, seen from the run: start it, ask it, and end it with everything that its code has started."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from contextlib import suppress
@@ -19,10 +20,12 @@ from betterhalf.tasks.worker_channel import MARK, MAX_MESSAGE_BYTES, PRINTED_BYT
 from betterhalf.types import RewardFailure
 
 START_SECONDS = 120.0
-"""Time limit for importing the user's modules."""
+"""Time limit for importing the modules of a worker, the user's among them."""
 _POLL_SECONDS = 0.05
 _SCANS = 20
-_SCRIPT = "import sys; sys.path[:] = {path!r}; from betterhalf.tasks.reward_worker import main; main({file_descriptor})"
+_SCRIPT = (
+    "import sys; sys.path[:] = {path!r}; from betterhalf.tasks.worker_main import main; main({connection}, {lifeline})"
+)
 
 
 class WorkerFailureError(Exception):
@@ -42,6 +45,8 @@ class _Running:
     """Requests and replies."""
     output: int
     """Read end of the pipe to which standard output and standard error go."""
+    lifeline: int
+    """Write end of a pipe that is closed when the run ends, in whatever way."""
     mark: str
     """Value of MARK in its environment and its descendants'."""
 
@@ -57,7 +62,7 @@ class WorkerProcess:
         """Create the worker without starting its process; `start` is its first message."""
         self._start = start
         self._running: _Running | None = None
-        self._closed = False
+        self._closed = threading.Event()
         self.printed = bytearray()
         """First bytes of what the workers printed since the last `take_printed`."""
         self.printed_bytes = 0
@@ -67,13 +72,17 @@ class WorkerProcess:
         """Start the process unless it runs, and return its first reply.
 
         Raises:
-            WorkerFailureError: the user's modules take too long to import, or end the process; or `close` was called.
+            WorkerFailureError: the modules take too long to import, or end the process; or `close` was called.
         """
-        if self._closed:
+        if self._closed.is_set():
             raise WorkerFailureError("crash", "the run is closing its workers")
-        if self._running is not None:
+        if self._running is not None and self._running.process.poll() is None:
             return {"ready": True}
+        self._end()  # one that was killed from outside while it was idle
         self._running = _launch()
+        if self._closed.is_set():  # by another thread, meanwhile
+            self._end()
+            raise WorkerFailureError("crash", "the run is closing its workers")
         reply = self._exchange(self._start, START_SECONDS)
         if "ready" not in reply:
             self._end()
@@ -95,7 +104,7 @@ class WorkerProcess:
 
     def close(self) -> None:
         """End the process and all that it has started; a second call does nothing."""
-        self._closed = True
+        self._closed.set()
         self._end()
 
     def _exchange(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -152,6 +161,7 @@ class WorkerProcess:
         running.process.wait()
         _kill_marked(running.mark)
         running.connection.close()
+        os.close(running.lifeline)
         with suppress(OSError):
             os.set_blocking(running.output, False)
             while self._drain(running.output):
@@ -163,23 +173,26 @@ def _launch() -> _Running:
     """Start a process with the module path of this one."""
     ours, theirs = socket.socketpair()
     output, printed = os.pipe()
+    lifeline_end, lifeline = os.pipe()
     mark = uuid.uuid4().hex
-    script = _SCRIPT.format(path=[entry or os.getcwd() for entry in sys.path], file_descriptor=theirs.fileno())
+    path = [entry or os.getcwd() for entry in sys.path]
+    script = _SCRIPT.format(path=path, connection=theirs.fileno(), lifeline=lifeline_end)
     try:
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", script],
             stdin=subprocess.DEVNULL,
             stdout=printed,
             stderr=printed,
-            pass_fds=(theirs.fileno(),),
+            pass_fds=(theirs.fileno(), lifeline_end),
             start_new_session=True,
             env={**os.environ, MARK: mark},
         )
     finally:
         theirs.close()
         os.close(printed)
+        os.close(lifeline_end)
     ours.setblocking(False)
-    return _Running(process=process, connection=ours, output=output, mark=mark)
+    return _Running(process=process, connection=ours, output=output, lifeline=lifeline, mark=mark)
 
 
 def _send(connection: socket.socket, outgoing: memoryview) -> memoryview:

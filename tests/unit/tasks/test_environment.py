@@ -124,7 +124,7 @@ def test_answers_and_rewards_come_from_the_workers(hostile: EnvironmentTurns) ->
     [
         ("raise", r"ValueError: a deed \(.*turn_environments.py, line "),
         ("exit", "SystemExit"),
-        ("die", "its process ended with exit status 7"),
+        ("die", "its code ended the worker with exit status 7"),
         ("one", "respond returned int, not a text or None"),
         ("surrogate", "half of a surrogate pair"),
     ],
@@ -176,8 +176,33 @@ def test_an_environment_that_always_fails_ends_the_run(hostile: EnvironmentTurns
 def test_what_an_environment_prints_stays_out_of_standard_output(
     hostile: EnvironmentTurns, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert hostile.respond([conversation("print")]) == [None]
-    assert capfd.readouterr().out == ""
+    fresh = replace(hostile, notes=[], warned=set())
+    for _ in range(2):
+        assert fresh.respond([conversation("print")]) == [None]
+    assert capfd.readouterr() == ("", "")
+    (note,) = fresh.take_notes()
+    assert "Hostile printed 5001 bytes, which are shown this once, up to 4096 characters:\nnoisenoise" in note
+
+
+def test_an_environment_has_a_memory_limit() -> None:
+    turns = build_task(config("Hostile", memory_gib=0.25), Characters()).turns
+    assert turns is not None
+    failure, after = turns.respond([conversation("memory"), conversation("text")])
+    turns.close()
+    assert isinstance(failure, Failure) and failure.message.startswith("MemoryError")
+    assert after == "more"
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+def test_what_a_hanging_answer_has_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MARK", str(tmp_path / "pid"))
+    turns = build_task(config("Hostile", time_limit=2.0), Characters()).turns
+    assert turns is not None
+    (failure,) = turns.respond([conversation("fork")])
+    assert isinstance(failure, Failure)
+    child = Path("/proc") / (tmp_path / "pid").read_text()
+    assert _eventually(lambda: not child.exists() or "Z" in (child / "stat").read_text().split()[2])
+    turns.close()
 
 
 _HANG = """

@@ -8,7 +8,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from betterhalf.tasks import reasoning_gym
 from betterhalf.tasks.build import build_task
 from betterhalf.tasks.dataset import DatasetTask
 from betterhalf.tasks.reasoning_gym_grader import EXTRACTIONS, ReasoningGymGrader, _checked
-from betterhalf.tasks.scorer_pool import OutOfResourcesError, ScorerPool
+from betterhalf.tasks.reasoning_gym_worker import packed
 from betterhalf.types import Prompt
 
 HERE = pytest.mark.skipif(
@@ -105,38 +104,73 @@ def test_a_score_that_is_not_a_number_is_an_error(score: Any) -> None:
     assert _checked(True) == 1.0
 
 
-def nothing() -> None:
-    """Start a worker that needs nothing."""
+_FAKE = """
+import os, time
+
+class Generator:
+    def score_answer(self, answer, entry):
+        assert entry["metadata"] == {"pair": (1, 2), 3: {4}}, entry
+        print("noise")
+        if answer == "hang":
+            time.sleep(60)
+        if answer == "exit":
+            os._exit(3)
+        if answer == "memory":
+            bytearray(5 * 2**30)
+        if answer == "raise":
+            raise ValueError("no number")
+        return float(answer)
+
+def create_dataset(name, *, seed, size, wanted):
+    assert (name, wanted) == ("g", "x")
+    return Generator()
+"""
 
 
-def behave(what: str) -> float:
-    """Behave as hostile completions make a scorer behave."""
-    if what == "hang":
-        time.sleep(60)
-    if what == "exit":
-        os._exit(3)
-    if what == "raise":
-        raise ValueError("no number")
-    return float(what)
+@pytest.fixture
+def fake_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give worker processes a package reasoning_gym of a single generator."""
+    (tmp_path / "reasoning_gym").mkdir()
+    (tmp_path / "reasoning_gym" / "__init__.py").write_text(_FAKE)
+    (tmp_path / "reasoning_gym" / "composite.py").write_text("DatasetSpec = dict")
+    monkeypatch.syspath_prepend(tmp_path)
 
 
-def test_a_call_that_hangs_crashes_or_raises_costs_only_itself() -> None:
-    pool = ScorerPool(nothing, (), seconds=3.0, workers=2)
-    _BUILT.append(pool)
-    results = pool.run(behave, [(what,) for what in ("0.5", "hang", "exit", "raise", "1")])
-    assert results[0] == 0.5 and results[4] == 1.0
-    assert [type(result) for result in results[1:4]] == [OutOfResourcesError, OutOfResourcesError, ValueError]
+@pytest.mark.usefixtures("fake_package")
+def test_a_completion_that_hangs_crashes_or_raises_costs_only_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    entry = {"answer": "0.5", "metadata": {"pair": (1, 2), 3: {4}}}
+    made = ReasoningGymGrader("g", {"wanted": "x"}, {"a": entry}, extract="all", seconds=3.0, workers=2)
+    _BUILT.append(made)
+    assert made.check_golds(["0.5"]) == [None]
+    texts = ["0.5", "hang", "exit", "memory", "raise", "1"]
+    assert made.rewards([prompt("a")] * 6, texts, ["stop"] * 6) == [0.5, 0.0, 0.0, 0.0, 0.0, 1.0]
+    assert (made.timeouts, made.unparsed_answers) == (3, 1)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("fake_package")
+def test_a_scorer_that_no_worker_can_create_is_an_error() -> None:
+    made = ReasoningGymGrader("g", {"wanted": "y"}, {"a": {"answer": "1"}}, extract="all", seconds=3.0, workers=1)
+    with pytest.raises(RewardError, match="cannot start: AssertionError .*check the package reasoning-gym"):
+        made.check_golds(["1"])
 
 
 class Scores:
-    """Pool that gives these results, and keeps the calls."""
+    """Pool that gives these replies, and keeps the requests."""
 
     def __init__(self, *results: Any) -> None:
         self.results, self.calls = results, []  # type: ignore[var-annotated]
 
-    def run(self, function: Any, calls: Sequence[Any]) -> list[Any]:
-        self.calls += calls
-        return list(self.results[: len(calls)])
+    def run(self, requests: Sequence[Any]) -> list[Any]:
+        self.calls += requests
+        return list(self.results[: len(requests)])
+
+
+SLOW = {"error": "timeout", "message": "slow"}
+
+
+def raised(text: str) -> dict[str, str]:
+    return {"error": "exception", "message": f"{text} (a file, line 1)", "cause": text}
 
 
 def grader(pool: Scores, entries: dict[str, Any]) -> ReasoningGymGrader:
@@ -150,21 +184,22 @@ def prompt(name: str) -> Prompt:
 
 
 def test_failures_give_nothing_and_are_counted_for_each_completion() -> None:
-    pool = Scores(0.25, OutOfResourcesError("slow"), ValueError("bad"))
+    pool = Scores({"score": 0.25}, SLOW, raised("ValueError: bad"))
     made = grader(pool, {"a": {"answer": "1"}, "b": {"answer": "2"}})
     texts = ["<answer>x</answer>", "<answer>y</answer>", "<answer>x</answer>", "none", "<answer>x</answer>"]
     names, reasons = ["a", "a", "b", "a", "a"], ["stop"] * 4 + ["length"]
     rewards = made.rewards([prompt(n) for n in names], texts, reasons)  # type: ignore[arg-type]
     assert rewards == [0.25, 0.0, 0.0, 0.0, 0.0]
     assert (made.timeouts, made.unparsed_answers) == (1, 1)
-    assert [call[2] for call in pool.calls] == ["x", "y", "x"] and pool.calls[2][3] == {"answer": "2"}
+    assert [call["answer"] for call in pool.calls] == ["x", "y", "x"]
+    assert pool.calls[2]["entry"] == packed({"answer": "2"})
 
 
 @pytest.mark.parametrize(
     ("result", "words"),
-    [(OutOfResourcesError("slow"), "raise task.reward_seconds"), (ValueError("odd"), "ValueError: odd")],
+    [(SLOW, "raise task.reward_seconds"), (raised("ValueError: odd"), r"\(ValueError: odd\); choose another")],
 )
-def test_a_scorer_that_fails_on_its_own_answer_is_found_first(result: Exception, words: str) -> None:
+def test_a_scorer_that_fails_on_its_own_answer_is_found_first(result: dict[str, str], words: str) -> None:
     with pytest.raises(RewardError, match=words):
         grader(Scores(result), {"a": {"answer": "1"}}).check_golds(["1"])
     assert grader(Scores(result), {"a": {"answer": "1"}}).check_golds(["1"], will_grade=False) == [None]
