@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from betterhalf.config.schema import RunConfig
-from betterhalf.errors import ConfigError
+from betterhalf.errors import ConfigError, InputError
 from betterhalf.run_dir import RunDir, read_jsonl
-from betterhalf.runs.assembly import checked_algorithm
+from betterhalf.runs.assembly import assemble, checked_algorithm
 from betterhalf.runs.train import run_training
 
 Configured = Callable[..., RunConfig]
@@ -128,3 +128,9 @@ def test_a_group_of_one_cannot_be_sampled_dynamically(small_config: Configured) 
     )
     with pytest.raises(ConfigError, match="is every group"):
         checked_algorithm(config, evaluating=False)
+
+
+def test_an_evaluation_longer_than_the_context_is_refused_by_its_own_key(small_config: Configured) -> None:
+    config = small_config(evaluate={"every": 1, "max_tokens": 500})
+    with pytest.raises(InputError, match=r"evaluate\.max_tokens=500 exceed(.|\n)*Set evaluate\.max_tokens=112 or less"):
+        assemble(config)
