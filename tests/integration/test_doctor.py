@@ -14,7 +14,7 @@ import torch
 from betterhalf import cli
 from betterhalf.config.load import load_config
 from betterhalf.config.schema import ModelConfig, RunConfig
-from betterhalf.errors import EngineError, InputError
+from betterhalf.errors import ConfigError, EngineError, InputError
 from betterhalf.examine import doctor as doctor_module
 from betterhalf.examine.doctor import doctor
 from betterhalf.models.loading import load_model
@@ -177,6 +177,13 @@ def test_bad_input_leaves_no_folder(examine: Examine, monkeypatch: pytest.Monkey
     assert not (tmp_path / "run").exists()
     examine()
     assert (tmp_path / "run" / "config.json").is_file()
+
+
+def test_a_missing_loss_is_refused_before_anything_is_sampled(tmp_path: Path) -> None:
+    config = RunConfig.model_validate({"algorithm": {"loss": "missing_file.py:loss"}})
+    with pytest.raises(ConfigError, match=r"algorithm\.loss: the file missing_file\.py does not exist"):
+        doctor("demo", config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_was_measured_is_on_disk_when_something_fails_later(

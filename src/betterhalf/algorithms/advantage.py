@@ -96,6 +96,16 @@ def check_group_size(kind: AdvantageKind, group_size: int) -> None:
         )
 
 
+def check_dynamic_sampling(algorithm: Algorithm, group_size: int) -> None:
+    """Raise ConfigError if dynamic sampling would leave out every group: the rewards of a group of one are equal."""
+    if algorithm.dynamic_sampling and group_size < 2:
+        raise ConfigError(
+            f"algorithm.dynamic_sampling=true leaves out groups whose rewards are all equal, which with "
+            f"training.group_size={group_size} is every group. Raise training.group_size to 2 or more, or set "
+            "algorithm.dynamic_sampling=false."
+        )
+
+
 def check_overlong_buffer(buffer: int, max_tokens: int) -> None:
     """Raise ConfigError if the overlong buffer is longer than a completion can be."""
     if buffer > max_tokens:

@@ -35,6 +35,7 @@ from betterhalf.diagnostics.numerics import (
     zeroed_gradients,
 )
 from betterhalf.examine.module_hooks import See, observe_module
+from betterhalf.examine.scoring import in_one_batch
 from betterhalf.examine.subject import Subject, trainer_in
 from betterhalf.precision.formats import FORMATS, dtype_name
 from betterhalf.process import collect_garbage
@@ -78,9 +79,7 @@ def census_batch(subject: Subject, prompts: Sequence[Prompt], groups: Sequence[S
                 rollouts.append(Rollout(prompt=prompt, completion=group[sibling], text="", reward=0.0))
                 room -= length
     advantages = [1.0 if index % 2 == 0 else -1.0 for index in range(len(rollouts))]
-    training = subject.config.training.model_copy(update={"optimizer_steps": 1})
-    config = subject.config.model_copy(update={"training": training})
-    step = pack_step(rollouts, advantages, config, 0)
+    step = pack_step(rollouts, advantages, in_one_batch(subject.config), 0)
     (batch,) = step.train_batches
     return CensusBatch(
         micro_batches=tuple(step.chosen(batch.micro_batches)),
@@ -201,10 +200,12 @@ def _backward(trainer: PolicyTrainer, batch: CensusBatch, proximal: Sequence[Ten
     if "scale" in state:
         trainer.scaler.load_state_dict({**state, "scale": scale})
     trainer.weights.zero_grad()
-    # Without training the policy is its own reference.
-    algorithm = dataclasses.replace(resolve_algorithm(trainer.config.algorithm), kl=NO_KL)
+    # Without training the policy is its own reference, and without a mismatch there is nothing to centre.
+    algorithm = dataclasses.replace(resolve_algorithm(trainer.config.algorithm), kl=NO_KL, score_centering=0)
     for micro, proximal_C in zip(batch.micro_batches, proximal, strict=True):
-        matched = dataclasses.replace(micro, behavior_logprobs_C=proximal_C, proximal_logprobs_C=proximal_C)
+        matched = dataclasses.replace(
+            micro, behavior_logprobs_C=proximal_C, proximal_logprobs_C=proximal_C, top_ids_CK=None
+        )
         with observe_module(trainer.module, see):
             trainer.forward_backward([matched], algorithm, batch.denominators)
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from betterhalf.algorithms.presets import resolve_algorithm
 from betterhalf.config.load import resolved_json
 from betterhalf.config.schema import RunConfig
 from betterhalf.diagnostics.numerics import Census
@@ -80,6 +81,7 @@ def doctor(target: str, config: RunConfig, run_dir: str | None) -> dict[str, Any
     started = time.perf_counter()
     check_engine(config)
     _require_hardware_format(target, config)
+    resolve_algorithm(config.algorithm)  # refuses a loss that is missing, before the census needs it
     with run_folder(run_dir, "doctor", Path(target).name) as run, _opened(target, config) as subject:
         with show_progress("doctor", _PHASES, mode=config.logging.console) as bar:
             result = _examine(_Examination(run=run, subject=subject, bar=bar, started=started))

@@ -23,6 +23,7 @@ from betterhalf.batches import StepBatch
 from betterhalf.config.schema import LossScaleConfig
 from betterhalf.diagnostics.gradient_gap import gradient_gap, weight_spread
 from betterhalf.errors import InputError
+from betterhalf.examine.scoring import in_one_batch
 from betterhalf.examine.subject import Subject, trainer_in
 from betterhalf.precision.loss_scaler import build_loss_scaler
 from betterhalf.process import collect_garbage
@@ -208,8 +209,7 @@ def _batches(
     kind: Literal["rewards", "signs"] = "rewards" if all(any(values) for values in advantages.values()) else "signs"
     if kind == "signs":
         advantages = {dtype: _signs(len(values), subject.config.seed) for dtype, values in advantages.items()}
-    config = subject.config
-    config = config.model_copy(update={"training": config.training.model_copy(update={"optimizer_steps": 1})})
+    config = in_one_batch(subject.config)
     return {
         dtype: pack_step([r for group in groups for r in group], advantages[dtype], config, 0)
         for dtype, groups in graded.items()

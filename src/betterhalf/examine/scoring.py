@@ -1,4 +1,4 @@
-"""Score given completions: trainer logprobs from the packs and the forward pass of training."""
+"""Score given completions, and pack them into one train batch, as training does."""
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ def score_completions(
         (found,) = trainer.measure([pack], temperature)
         scores |= by_rollout(pack, found.logprobs_C)
     return [scores[index] for index in range(len(items))]
+
+
+def in_one_batch(config: RunConfig) -> RunConfig:
+    """Return settings with which `pack_step` puts all given completions into one train batch, truncated ones too."""
+    training = config.training.model_copy(update={"optimizer_steps": 1})
+    algorithm = config.algorithm.model_copy(update={"mask_truncated": False})
+    return config.model_copy(update={"training": training, "algorithm": algorithm})
 
 
 def _as_rollout(token_ids: Sequence[int], completion: Completion) -> Rollout:

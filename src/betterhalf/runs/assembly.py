@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from betterhalf.algorithms.advantage import check_group_size, check_overlong_buffer
+from betterhalf.algorithms.advantage import check_dynamic_sampling, check_group_size, check_overlong_buffer
 from betterhalf.algorithms.own_loss import try_own_loss
 from betterhalf.algorithms.presets import Algorithm, resolve_algorithm
 from betterhalf.config.schema import RunConfig
@@ -161,6 +161,7 @@ def checked_algorithm(config: RunConfig, *, evaluating: bool) -> Algorithm:
     if not evaluating:
         check_training_sampling(config)
         check_group_size(algorithm.advantage, config.training.group_size)
+        check_dynamic_sampling(algorithm, config.training.group_size)
         check_overlong_buffer(algorithm.overlong_tokens(config.sampling.max_tokens), config.sampling.max_tokens)
         if algorithm.score_centering:
             _check_centering(config)

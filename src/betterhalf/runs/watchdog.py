@@ -240,6 +240,8 @@ def _why_not_watched(metric: str) -> str:
 def _require_room_for_mask(key: str, algorithm: Algorithm) -> None:
     if algorithm.loss is not None:
         why = "has a loss of your own, which need not read the correction"
+    elif algorithm.score_centering:
+        why = "has score_centering, which centres a loss without a correction"
     elif algorithm.correction.level != "none":
         why = "already has a correction for the mismatch"
     elif algorithm.surrogate.level != "none" and algorithm.surrogate.ratio == "current/behavior":

@@ -16,7 +16,13 @@ from betterhalf.tasks.task import Task
 
 
 def load_task(
-    model: ModelFacts, config: RunConfig, *, rows: int | None = None, will_grade: bool = True, key: str = "task"
+    model: ModelFacts,
+    config: RunConfig,
+    *,
+    rows: int | None = None,
+    will_grade: bool = True,
+    key: str = "task",
+    max_tokens_key: str = "sampling.max_tokens",
 ) -> Task:
     """Build the task of the configuration; every row is checked before sampling, and rows left out are shown.
 
@@ -26,6 +32,7 @@ def load_task(
         rows: number of rows that will be used, from the first on; all by default.
         will_grade: true if completions will be graded; the grader is then tested before anything else.
         key: key of the task's settings, for messages.
+        max_tokens_key: key of the length limit, for messages.
 
     Raises:
         RewardError: the grader cannot work.
@@ -33,7 +40,8 @@ def load_task(
     """
     task = build_task(config.task, model.tokenizer)
     try:
-        screened = _screened(task, model, config, rows, will_grade=will_grade, key=key)
+        limits = _limits(model, config, max_tokens_key)
+        screened = _screened(task, limits, config, rows, will_grade=will_grade, key=key)
     except BaseException:
         task.close()
         raise
@@ -60,21 +68,25 @@ def write_left_out(run: RunDir, *tasks: Task) -> None:
 
 
 def _screened(
-    task: DatasetTask, model: ModelFacts, config: RunConfig, rows: int | None, *, will_grade: bool, key: str
+    task: DatasetTask, limits: PromptLimits, config: RunConfig, rows: int | None, *, will_grade: bool, key: str
 ) -> DatasetTask:
-    prompts = _prompt_config(config)
-    limits = PromptLimits(
-        context_length=model.context_length,
-        max_tokens=config.sampling.max_tokens,
-        vocab_size=int(model.hf_config.vocab_size),
-        max_prompt_tokens=prompts.max_prompt_tokens if prompts else None,
-        filters=prompts is not None and (prompts.max_prompt_tokens is not None or prompts.filter is not None),
-    )
     rule, total = bad_rows_rule(config, key), len(task) if rows is None else min(rows, len(task))
     if total < _ROWS_WITHOUT_PROGRESS:
         return screen(task, limits, rule, count=rows, will_grade=will_grade)
     with show_progress("check rows", total, mode=config.logging.console) as bar:
         return screen(task, limits, rule, count=rows, will_grade=will_grade, advance=bar.advance)
+
+
+def _limits(model: ModelFacts, config: RunConfig, max_tokens_key: str) -> PromptLimits:
+    prompts = _prompt_config(config)
+    return PromptLimits(
+        context_length=model.context_length,
+        max_tokens=config.sampling.max_tokens,
+        max_tokens_key=max_tokens_key,
+        vocab_size=int(model.hf_config.vocab_size),
+        max_prompt_tokens=prompts.max_prompt_tokens if prompts else None,
+        filters=prompts is not None and (prompts.max_prompt_tokens is not None or prompts.filter is not None),
+    )
 
 
 def _prompt_config(config: RunConfig) -> PromptConfig | None:

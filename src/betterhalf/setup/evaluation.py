@@ -87,7 +87,13 @@ def _load(model: ModelFacts, config: RunConfig, name: str, chosen: TaskConfig, o
     if own is not None and chosen == config.task and settings.sampling.max_tokens <= config.sampling.max_tokens:
         task = own
     else:
-        task = load_task(model, settings, rows=config.evaluate.max_prompts, key=key)
+        task = load_task(
+            model,
+            settings,
+            rows=config.evaluate.max_prompts,
+            key=key,
+            max_tokens_key="sampling.max_tokens" if config.evaluate.max_tokens is None else "evaluate.max_tokens",
+        )
     return EvaluationSet(
         name=name,
         task=task,

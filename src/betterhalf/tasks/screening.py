@@ -28,6 +28,8 @@ class PromptLimits:
     """Context length of the model in tokens: prompt and completion together."""
     max_tokens: int
     """Maximum length of a completion, in tokens."""
+    max_tokens_key: str = "sampling.max_tokens"
+    """Configuration key that sets it, for messages."""
     vocab_size: int
     """Number of token ids that the model has an embedding for."""
     max_prompt_tokens: int | None = None
@@ -99,7 +101,7 @@ def screen(
             break
     unusable = [bad for bad in found.bad if not bad.filtered]
     if unusable and (rule.action == "refuse" or not found.indices):
-        raise InputError(_refusal(unusable, len(found.bad) + len(found.indices), rule))
+        raise InputError(_refusal(unusable, len(found.bad) + len(found.indices), rule, limits.max_tokens_key))
     if found.bad and not found.indices:
         raise InputError("\n".join([f"the filters leave out all {len(found.bad)} rows:", *listing(found.bad)]))
     problems = Subset(base=task.problems, indices=found.indices)
@@ -196,8 +198,8 @@ def _fitted(row: Row, token_ids: Sequence[int] | BadRow, limits: PromptLimits) -
         return BadRow(place=row.place, reason=reason, fix="shorten or drop it")
     if room < limits.max_tokens:
         reason = (
-            f"its prompt of {size} tokens and sampling.max_tokens={limits.max_tokens} exceed the model's context of "
-            f"{limits.context_length}"
+            f"its prompt of {size} tokens and {limits.max_tokens_key}={limits.max_tokens} exceed the model's context "
+            f"of {limits.context_length}"
         )
         return BadRow(place=row.place, reason=reason, fix="shorten or drop it", room=room)
     return token_ids
@@ -230,9 +232,9 @@ def _with_gold(
     return array("i", result), bad
 
 
-def _refusal(bad: Sequence[BadRow], checked: int, rule: BadRowRule) -> str:
+def _refusal(bad: Sequence[BadRow], checked: int, rule: BadRowRule, max_tokens_key: str) -> str:
     """Return the error message: the first unusable rows, how many there are, and how to fix them."""
-    fixes = _fixes(bad)
+    fixes = _fixes(bad, max_tokens_key)
     if rule.action == "refuse" and len(bad) < checked:
         fixes.append(f"leave such rows out with {rule.key}=skip")
     advice = f"{_listed(fixes)}."
@@ -242,12 +244,12 @@ def _refusal(bad: Sequence[BadRow], checked: int, rule: BadRowRule) -> str:
     return "\n".join([f"{len(bad)} of {checked} rows cannot be used:", *listing(bad), advice])
 
 
-def _fixes(bad: Sequence[BadRow]) -> list[str]:
+def _fixes(bad: Sequence[BadRow], max_tokens_key: str) -> list[str]:
     """List the fixes, each once."""
     fixes = list(dict.fromkeys(row.fix for row in bad))[:_SHOWN]
     rooms = [row.room for row in bad if row.room is not None]
     if len(rooms) == len(bad):
-        fixes = [f"set sampling.max_tokens={min(rooms)} or less"]
+        fixes = [f"set {max_tokens_key}={min(rooms)} or less"]
     if any("context" in row.reason for row in bad):
         fixes.append("choose a model with a longer context")
     return fixes

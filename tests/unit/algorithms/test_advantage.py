@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from betterhalf.algorithms.advantage import (
+    check_dynamic_sampling,
     check_group_size,
     equal_rewards,
     group_advantages,
@@ -65,6 +66,13 @@ def test_a_group_of_one_has_no_baseline(kind: AdvantageKind) -> None:
         check_group_size(kind, 1)
     with pytest.raises(ConfigError):
         group_advantages(torch.ones(3, 1), kind)
+
+
+def test_dynamic_sampling_would_leave_out_every_group_of_one() -> None:
+    algorithm = resolve_algorithm(AlgorithmConfig(preset="reinforce", dynamic_sampling=True))
+    with pytest.raises(ConfigError, match=r"group_size=1 is every group.*algorithm\.dynamic_sampling=false"):
+        check_dynamic_sampling(algorithm, 1)
+    check_dynamic_sampling(algorithm, 2)
 
 
 def test_raw_takes_a_group_of_one() -> None:

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -192,6 +193,19 @@ def test_the_batch_alternates_advantages_and_has_the_denominators_of_training(su
     assert batch.denominators.sequences == 64
     assert batch.denominators.tokens == 64 * 20
     assert batch.denominators.max_tokens == subject.config.sampling.max_tokens
+
+
+@pytest.mark.parametrize(
+    "algorithm", [{"mask_truncated": True}, {"preset": "rloo", "score_centering": 4}], ids=["masked", "centred"]
+)
+def test_the_batch_needs_nothing_of_the_engine_that_sampled_it(algorithm: dict[str, Any]) -> None:
+    """Every completion is truncated here, and comes without the engine's most likely tokens."""
+    settings = RunConfig.model_validate({**CONFIG, "algorithm": algorithm})
+    with open_subject("demo", settings) as opened:
+        batch = batch_of(opened)
+        found = reference(opened, batch)
+    assert sum(micro.num_sequences for micro in batch.micro_batches) == 8
+    assert any(mask.any() for mask in found.nonzero.values())
 
 
 def test_the_batch_ends_at_its_tokens_but_has_two_completions(subject: Subject) -> None:

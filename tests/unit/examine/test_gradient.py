@@ -167,6 +167,18 @@ def test_only_the_wanted_number_of_completions_is_used(subject: Subject, groups:
     assert measure_gradients(few, {"bf16": groups["bf16"]})["completions"] == 3
 
 
+def test_truncated_completions_count_whatever_training_does_with_them(
+    subject: Subject, groups: dict[DtypeName, Groups]
+) -> None:
+    cut = [
+        (prompt, tuple(dataclasses.replace(one, finish_reason="length") for one in each))
+        for prompt, each in groups["bf16"]
+    ]
+    masking = with_config(subject, algorithm={"mask_truncated": True})
+    found = measure_gradients(masking, {"bf16": cut})
+    assert found["trained_completions"] == measure_gradients(subject, {"bf16": cut})["trained_completions"] > 0
+
+
 def test_without_completions_there_is_no_gradient(subject: Subject) -> None:
     with pytest.raises(InputError, match="no completions"):
         measure_gradients(subject, {"fp32": []})

@@ -247,6 +247,14 @@ def test_a_mask_is_refused_where_there_is_no_place_for_one(preset: str) -> None:
         require_sound_levels(config(level(action="mask"), preset=preset))
 
 
+def test_a_mask_is_refused_beside_score_centering_which_allows_no_correction() -> None:
+    levels = [{"metric": "mismatch/k3/mean", "above": 1.0, "action": "mask"}]
+    algorithm = {"preset": "rloo", "score_centering": 8}
+    both = RunConfig.model_validate({"algorithm": algorithm, "watchdog": {"levels": levels}})
+    with pytest.raises(ConfigError, match="has score_centering, which centres a loss without a correction"):
+        require_sound_levels(both)
+
+
 @pytest.mark.parametrize("preset", ["grpo", "gspo", "reinforce", "cispo", "dapo"])
 def test_a_mask_is_accepted_where_there_is_a_place(preset: str) -> None:
     settings = config(level(action="mask"), preset=preset)
