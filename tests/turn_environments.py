@@ -77,8 +77,8 @@ def _signal() -> None:
 
 
 def _fork() -> None:
-    """Start a process that outlives this one, and hang."""
-    child = subprocess.Popen(["sleep", "300"])
+    """Start a process in a session of its own, and hang."""
+    child = subprocess.Popen(["sleep", "300"], start_new_session=True)
     Path(os.environ["MARK"]).write_text(str(child.pid))
     time.sleep(300)
 

@@ -26,18 +26,11 @@ Serve = Callable[[Mapping[str, Any]], dict[str, Any]]
 """Function from a request to its reply; the function `load` of a worker's module returns it."""
 
 
-def main(file_descriptor: int, lifeline: int) -> None:
-    """Serve requests on a connected socket; the process and its group end when the run closes it, or ends.
-
-    Args:
-        file_descriptor: the socket.
-        lifeline: read end of a pipe in which nothing is ever written.
-    """
+def main(file_descriptor: int) -> None:
+    """Serve requests on a connected socket; the process and its group end when the other end is closed."""
     connection = socket.socket(fileno=file_descriptor)
     connection.set_inheritable(False)  # a program that the served code starts must not hold it open
-    os.set_inheritable(lifeline, False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _die_with(lifeline)
     _be_first_to_die()
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, requests), daemon=True).start()
@@ -103,19 +96,6 @@ def _place(error: BaseException) -> str:
     """Return the line of the served code that raised the error, in parentheses."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     return f" ({frames[-1].filename}, line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""
-
-
-def _die_with(lifeline: int) -> None:
-    """Ask Linux to kill this process group when the pipe is closed, even within a computation that holds Python's lock.
-
-    Elsewhere, and while no such computation runs, the thread of `_receive` does the same.
-    """
-    with suppress(ImportError, AttributeError, OSError):
-        import fcntl
-
-        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
-        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def _be_first_to_die() -> None:

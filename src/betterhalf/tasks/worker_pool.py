@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import queue
+import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from betterhalf.errors import RewardError
+from betterhalf.tasks.worker_janitor import Janitor
 from betterhalf.tasks.worker_process import WorkerFailureError, WorkerProcess
 
 StartFault = Literal["config", "exception", "process"]
@@ -59,6 +61,7 @@ class WorkerPool:
         self._count = workers
         self._seconds = seconds
         self._workers: list[WorkerProcess] = []
+        self._janitor: Janitor | None = None
         self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
 
     def start(self) -> None:
@@ -103,11 +106,16 @@ class WorkerPool:
         workers, self._workers = self._workers, []
         for worker in workers:
             worker.close()
+        janitor, self._janitor = self._janitor, None
+        if janitor is not None:
+            janitor.close()
 
     def _open(self) -> None:
         """Create the workers, without starting their processes, unless they exist."""
         if not self._workers:
-            self._workers = [WorkerProcess(self._start) for _ in range(self._count)]
+            mark = uuid.uuid4().hex
+            self._janitor = Janitor(mark)
+            self._workers = [WorkerProcess(self._start, mark) for _ in range(self._count)]
             self._idle = queue.SimpleQueue()
             for worker in self._workers:
                 self._idle.put(worker)

@@ -23,9 +23,7 @@ START_SECONDS = 120.0
 """Time limit for importing the modules of a worker, the user's among them."""
 _POLL_SECONDS = 0.05
 _SCANS = 20
-_SCRIPT = (
-    "import sys; sys.path[:] = {path!r}; from betterhalf.tasks.worker_main import main; main({connection}, {lifeline})"
-)
+_SCRIPT = "import sys; sys.path[:] = {path!r}; from betterhalf.tasks.worker_main import main; main({connection})"
 
 
 class WorkerFailureError(Exception):
@@ -45,8 +43,6 @@ class _Running:
     """Requests and replies."""
     output: int
     """Read end of the pipe to which standard output and standard error go."""
-    lifeline: int
-    """Write end of a pipe that is closed when the run ends, in whatever way."""
     mark: str
     """Value of MARK in its environment and its descendants'."""
 
@@ -58,9 +54,15 @@ class WorkerProcess:
     prints goes to a pipe, which is always drained: the first bytes are kept, the rest is counted.
     """
 
-    def __init__(self, start: dict[str, Any]) -> None:
-        """Create the worker without starting its process; `start` is its first message."""
+    def __init__(self, start: dict[str, Any], mark: str) -> None:
+        """Create the worker without starting its process.
+
+        Args:
+            start: its first message.
+            mark: beginning of the marks of its processes.
+        """
         self._start = start
+        self._mark = mark
         self._running: _Running | None = None
         self._closed = threading.Event()
         self.printed = bytearray()
@@ -79,7 +81,7 @@ class WorkerProcess:
         if self._running is not None and self._running.process.poll() is None:
             return {"ready": True}
         self._end()  # one that was killed from outside while it was idle
-        self._running = _launch()
+        self._running = _launch(f"{self._mark}-{uuid.uuid4().hex}")
         if self._closed.is_set():  # by another thread, meanwhile
             self._end()
             raise WorkerFailureError("crash", "the run is closing its workers")
@@ -159,9 +161,8 @@ class WorkerProcess:
             return
         _kill(running.process.pid)
         running.process.wait()
-        _kill_marked(running.mark)
+        kill_marked(running.mark)
         running.connection.close()
-        os.close(running.lifeline)
         with suppress(OSError):
             os.set_blocking(running.output, False)
             while self._drain(running.output):
@@ -169,30 +170,31 @@ class WorkerProcess:
         os.close(running.output)
 
 
-def _launch() -> _Running:
+def module_path() -> list[str]:
+    """Return this process's module path, for another one."""
+    return [entry or os.getcwd() for entry in sys.path]
+
+
+def _launch(mark: str) -> _Running:
     """Start a process with the module path of this one."""
     ours, theirs = socket.socketpair()
     output, printed = os.pipe()
-    lifeline_end, lifeline = os.pipe()
-    mark = uuid.uuid4().hex
-    path = [entry or os.getcwd() for entry in sys.path]
-    script = _SCRIPT.format(path=path, connection=theirs.fileno(), lifeline=lifeline_end)
+    script = _SCRIPT.format(path=module_path(), connection=theirs.fileno())
     try:
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", script],
             stdin=subprocess.DEVNULL,
             stdout=printed,
             stderr=printed,
-            pass_fds=(theirs.fileno(), lifeline_end),
+            pass_fds=(theirs.fileno(),),
             start_new_session=True,
             env={**os.environ, MARK: mark},
         )
     finally:
         theirs.close()
         os.close(printed)
-        os.close(lifeline_end)
     ours.setblocking(False)
-    return _Running(process=process, connection=ours, output=output, lifeline=lifeline, mark=mark)
+    return _Running(process=process, connection=ours, output=output, mark=mark)
 
 
 def _send(connection: socket.socket, outgoing: memoryview) -> memoryview:
@@ -232,8 +234,8 @@ def _kill(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _kill_marked(mark: str) -> None:
-    """Kill the descendants that left the worker's group, until a scan finds none; only Linux lists environments."""
+def kill_marked(mark: str) -> None:
+    """Kill the processes whose mark begins so, in any session, until a scan finds none; only Linux lists them."""
     for _ in range(_SCANS):
         found = marked_processes(mark)
         if not found:
@@ -245,7 +247,7 @@ def _kill_marked(mark: str) -> None:
 
 
 def marked_processes(mark: str = "") -> list[int]:
-    """Return the processes whose environment has this mark; by default, those with any mark, of every run."""
+    """Return the processes whose mark begins so; by default, those with any mark, of every run."""
     wanted, found = f"{MARK}={mark}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):

