@@ -182,11 +182,22 @@ def resolved(algorithm: AlgorithmLike) -> Algorithm:
 
 
 def _usable(algorithm: Algorithm) -> Algorithm:
-    """Refuse a choice that needs more than logprobs of the sampled tokens."""
+    """Refuse a choice that needs more than logprobs and advantages of the sampled tokens."""
     if algorithm.score_centering:
         raise InputError(
             "algorithm.score_centering needs the logprobs of the engine's most likely tokens, which this function does "
             "not take. Set it to 0, or train with `betterhalf train`."
+        )
+    if algorithm.reads_reference and not algorithm.has_kl_loss:
+        raise InputError(
+            "algorithm.kl.place=reward is a part of the rewards, and the loss gets advantages. Subtract the penalty "
+            "from the rewards before you compute advantages and set algorithm.kl.coefficient=0, or set "
+            "algorithm.kl.place=loss."
+        )
+    if algorithm.mask_truncated:
+        raise InputError(
+            "algorithm.mask_truncated needs to know which completions reached the length limit, and the loss gets "
+            "their tokens only. Set it to false, and clear the mask of these completions."
         )
     return algorithm
 
@@ -223,11 +234,6 @@ def _reference(algorithm: Algorithm, layout: TokenLayout, reference_logprobs: Te
         raise InputError(
             "algorithm.kl needs reference_logprobs, the logprobs of the same tokens under the reference policy. Pass "
             "them, or set algorithm.kl.coefficient=0."
-        )
-    if algorithm.reads_reference:
-        raise InputError(
-            "algorithm.kl.place=reward is a part of the rewards, and the loss gets advantages. Subtract the penalty "
-            "from the rewards before you compute advantages, or set algorithm.kl.place=loss."
         )
     return None
 

@@ -272,6 +272,14 @@ def test_a_kl_penalty_and_an_entropy_bonus_are_added_as_by_hand() -> None:
     with pytest.raises(InputError, match="Subtract the penalty from the rewards"):
         in_reward = {"preset": "rloo", "kl": {"coefficient": 0.1, "place": "reward"}}
         betterhalf.policy_loss(in_reward, current, current.detach(), none, mask=mask)
+    with pytest.raises(InputError, match="Subtract the penalty from the rewards"):
+        betterhalf.policy_loss(in_reward, current, current.detach(), none, reference_logprobs=reference, mask=mask)
+
+
+def test_a_mask_of_truncated_completions_is_that_of_the_caller() -> None:
+    choices, (current, behavior, mask) = {"preset": "rloo", "mask_truncated": True}, batch()
+    with pytest.raises(InputError, match="clear the mask of these completions"):
+        betterhalf.policy_loss(choices, current, behavior, torch.zeros(len(mask)), mask=mask)
 
 
 Measure = Callable[..., object]
