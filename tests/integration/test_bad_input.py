@@ -128,8 +128,8 @@ def test_wrong_settings_leave_nothing_and_the_corrected_command_works(
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ([], ["is empty", "at least one row of `problem` and `answer`"]),
-        ([SUM, "", "{'problem': 1}"], ["row 3: it is not JSON", "one object with `problem` and `answer`", "=skip"]),
+        ([], ["is empty", "at least one row"]),
+        ([SUM, "", "{'problem': 1}"], ["row 3: it is not JSON", "one JSON object, in UTF-8", "=skip"]),
         ([SUM, '"2+7="'], ["row 2: it is a str", "as an object"]),
         ([SUM, '{"problem": "2+7="}'], ["row 2: the field `answer` is missing", "the row has 'problem'"]),
         ([json.dumps({"problem": "1+" * 70 + "1=", "answer": "71"})], ["context of 128", "142 tokens", "Shorten or"]),

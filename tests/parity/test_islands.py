@@ -15,6 +15,7 @@ from betterhalf.errors import EngineError, InputError, NumericsError
 from betterhalf.models.loading import LoadedModel
 from betterhalf.precision.contract import compare
 from betterhalf.precision.formats import narrowest_format
+from betterhalf.precision.products import has_native_matmul
 from betterhalf.precision.roles import Precision, build_precision
 from betterhalf.rollout.build import build_engine
 from betterhalf.rollout.native.engine import NativeEngine
@@ -161,6 +162,7 @@ def test_sides_with_islands_are_as_close_as_without(family: str, island: str, pr
     assert with_island < max(1.5 * without, 0.03 * engine_mode)
 
 
+@pytest.mark.skipif(not has_native_matmul(torch.bfloat16), reason="this processor has no BF16 products")
 @pytest.mark.parametrize("island", ISLANDS)
 def test_native_bf16_uses_fp32_tensors_in_islands_and_both_sides_stay_close(island: str) -> None:
     native = {"preset": "bf16", "half_matmul": "native"}

@@ -91,4 +91,5 @@ def test_metrics_of_optimizer_steps_are_reduced_as_the_catalogue_declares() -> N
         "policy/version": "last",
         "policy/ratio/max": "max",
         "policy/ratio/max_negative": "max",
+        "policy/reference_kl/max": "max",
     }
