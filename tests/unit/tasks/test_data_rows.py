@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from betterhalf.config.schema import DataConfig, MathTask
-from betterhalf.errors import ConfigError, InputError
+from betterhalf.errors import ConfigError, InputError, MissingExtraError
 from betterhalf.tasks.build import build_task
 from betterhalf.tasks.data_fields import lookup, plain_fields
 from betterhalf.tasks.data_problems import DataProblems, build_problems
@@ -134,6 +134,16 @@ def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:
 def test_a_missing_parquet_file_is_not_looked_for_on_the_hub() -> None:
     with pytest.raises(InputError, match="there is no data file 'org/rows.parquet'"):
         problems("org/rows.parquet")
+
+
+def test_a_folder_without_the_package_that_reads_it_is_called_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtraError, match="is a folder, and folders need the package datasets.*JSONL or Parquet"):
+        problems(str(tmp_path))
+    with pytest.raises(MissingExtraError, match=r"'org/name' is not a local file, and the hub needs the package"):
+        problems("org/name")
 
 
 def test_the_first_rows_are_read(tmp_path: Path) -> None:
