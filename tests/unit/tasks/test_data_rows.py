@@ -261,6 +261,7 @@ def filters(tmp_path: Path) -> str:
         "def number(row): return row['level']\n"
         "def nothing(): return True\n"
         "def none(row): return False\n"
+        "def leave(row): raise SystemExit(0)\n"
     )
     return str(file)
 
@@ -290,6 +291,7 @@ def test_rows_that_the_filter_does_not_keep_are_left_out_and_counted(filters: st
     ("name", "values", "words"),
     [
         ("easy", (1, None), "row 2: the filter .*easy raises TypeError: "),
+        ("leave", (1, 2), "row 1: the filter .*leave raises SystemExit: 0"),
         ("number", (1, 2), r"row 1: the filter .*number returns '1' \(int\), not true or false"),
         ("none", (1, 2), "the filters leave out all 2 rows"),
     ],
