@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,23 @@ class NoPrompts(Echo):
     """An environment without prompts of its own."""
 
     prompts = None  # type: ignore[assignment]
+
+
+class EndlessPrompts(Echo):
+    """An environment whose prompts never end."""
+
+    def prompts(self) -> Iterator[str]:  # type: ignore[override]
+        """Give prompts for ever."""
+        while True:
+            yield "1+1="
+
+
+class LeavingPrompts(Echo):
+    """An environment that ends the process instead of giving prompts."""
+
+    def prompts(self) -> list[dict[str, Any]]:
+        """Exit."""
+        raise SystemExit(0)
 
 
 class EmptyPrompts(Echo):

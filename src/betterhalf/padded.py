@@ -79,13 +79,14 @@ def token_layout(
         num_sequences: number of sequences of a packed tensor; by default one more than the largest index.
 
     Raises:
-        InputError: both or neither of `mask` and `sequence_index` are given, or one does not fit.
+        InputError: both or neither of `mask` and `sequence_index` are given, one does not fit, or `like` is no tensor.
     """
     if (mask is None) == (sequence_index is None):
         raise InputError(
             "pass one of mask and sequence_index: mask=[batch, length] for padded tensors, sequence_index=[tokens] for "
             "packed ones."
         )
+    _require_tensor(like, "logprobs")
     if mask is not None:
         if num_sequences is not None:
             raise InputError("num_sequences belongs to sequence_index; a mask has one row for each sequence.")

@@ -23,7 +23,7 @@ def load_object(path: str, key: str) -> Any:
 
     Args:
         path: `package.module:attribute`, or `folder/file.py:attribute` relative to the working directory. Modules are
-            also looked for in the working directory.
+            also looked for in the working directory; what a file imports, also in the folder of that file.
         key: the setting, for messages.
 
     Raises:
@@ -64,7 +64,9 @@ def require_call(function: Any, example: str, arguments: Iterable[str], key: str
         signature.bind(*arguments)
     except TypeError as error:
         name = getattr(function, "__name__", type(function).__name__)
-        raise ConfigError(f"{key} has the signature {name}{signature}, and {error}. Expected: {example}") from error
+        raise ConfigError(
+            f"{key} has the signature {name}{signature}, which does not fit: {error}. Expected: {example}"
+        ) from error
 
 
 def source_digest(path: str) -> str:
@@ -94,6 +96,7 @@ def _file_module(source: str, key: str) -> ModuleType:
         spec.loader.exec_module(module)  # type: ignore[union-attr]
         return module
 
+    _look_in(file.parent)
     try:
         return _imported(run, source, key)
     except ConfigError:
@@ -103,11 +106,7 @@ def _file_module(source: str, key: str) -> ModuleType:
 
 def _named_module(source: str, key: str) -> ModuleType:
     with _working_directory():
-        try:
-            missing = _origin(source, strict=True) is None
-        except (ImportError, AttributeError, ValueError):
-            missing = True
-        if missing:
+        if _is_missing(source, key):
             near = _nearest(source, _modules(source))
             raise ConfigError(
                 f"{key}: there is no module {source!r}.{near} Modules are looked for in the working directory and in "
@@ -116,20 +115,36 @@ def _named_module(source: str, key: str) -> ModuleType:
         return _imported(lambda: importlib.import_module(source), source, key)
 
 
+def _is_missing(source: str, key: str) -> bool:
+    """Return whether a module does not exist; its parent packages are imported, and their own errors are raised."""
+    try:
+        return importlib.util.find_spec(source) is None
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{source}.".startswith(f"{error.name}."):
+            return True
+        raise _import_error(source, key, error) from error
+    except (AttributeError, ValueError):
+        return True
+    except (Exception, SystemExit) as error:  # the user's package may raise anything
+        raise _import_error(source, key, error) from error
+
+
 def _imported(run: Callable[[], ModuleType], source: str, key: str) -> ModuleType:
     try:
         return run()
-    except Exception as error:  # the user's module may raise anything
-        raise ConfigError(f"{key}: importing {source} fails with {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # the user's module may raise anything, and may call sys.exit()
+        raise _import_error(source, key, error) from error
 
 
-def _origin(source: str, *, strict: bool = False) -> Path | None:
+def _import_error(source: str, key: str, error: BaseException) -> ConfigError:
+    return ConfigError(f"{key}: importing {source} fails with {type(error).__name__}: {error}")
+
+
+def _origin(source: str) -> Path | None:
     """Return the file of a module, without running it; its parent packages are imported."""
     try:
         spec = importlib.util.find_spec(source)
     except (ImportError, AttributeError, ValueError):
-        if strict:
-            raise
         return None
     if spec is None:
         return None
@@ -139,11 +154,17 @@ def _origin(source: str, *, strict: bool = False) -> Path | None:
 @contextmanager
 def _working_directory() -> Iterator[None]:
     """Look for modules in the working directory too; importing leaves it on the path, for imports that run later."""
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)
+    if "" not in sys.path:
+        _look_in(Path.cwd())
     importlib.invalidate_caches()
     yield
+
+
+def _look_in(folder: Path) -> None:
+    """Look for modules in a folder too, after all others; it stays on the path, for imports that run later."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    importlib.invalidate_caches()
 
 
 def _modules(source: str) -> list[str]:

@@ -77,6 +77,12 @@ def test_a_layout_that_does_not_fit_is_refused(arguments: dict[str, Tensor], wor
         token_layout(torch.zeros(2, 3), **arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("tokens", [{"mask": torch.ones(1, 2)}, {"sequence_index": torch.tensor([0, 0])}])
+def test_logprobs_that_are_no_tensor_are_refused(tokens: dict[str, Tensor]) -> None:
+    with pytest.raises(InputError, match="logprobs is list. Pass a tensor"):
+        token_layout([-0.5, -1.0], **tokens)  # type: ignore[arg-type]
+
+
 def test_tensors_of_another_shape_or_kind_are_refused() -> None:
     found = layout([[1, 1, 0]])
     with pytest.raises(InputError, match="x has the shape \\(1, 2\\) and mask \\(1, 3\\)"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "def short(prompts):\n    return 0\n\nclass Box:\n    value = 3\n"
     )
     (tmp_path / "broken_rewards.py").write_text("import not_there_at_all\n")
+    (tmp_path / "leaving_rewards.py").write_text("import sys\n\nsys.exit(0)\n")
+    for name, text in (("needy_package", "import not_there_at_all\n"), ("leaving_package", "raise SystemExit(0)\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -42,6 +47,13 @@ def test_a_file_and_its_module_give_the_object(here: Path) -> None:
         ("xml.etre:x", "Did you mean xml.etree?"),
         ("broken_rewards.py:x", "ModuleNotFoundError: No module named 'not_there_at_all'"),
         ("broken_rewards:x", "ModuleNotFoundError: No module named 'not_there_at_all'"),
+        ("leaving_rewards.py:x", "importing leaving_rewards.py fails with SystemExit: 0"),
+        ("leaving_rewards:x", "importing leaving_rewards fails with SystemExit: 0"),
+        (
+            "needy_package.inner:x",
+            "importing needy_package.inner fails with ModuleNotFoundError: No",
+        ),
+        ("leaving_package.inner:x", "importing leaving_package.inner fails with SystemExit: 0"),
     ],
 )
 def test_a_wrong_path_is_answered_with_the_nearest(here: Path, path: str, words: str) -> None:
@@ -49,6 +61,14 @@ def test_a_wrong_path_is_answered_with_the_nearest(here: Path, path: str, words:
         load_object(path, "task.reward")
     assert words in str(caught.value)
     assert "task.reward" in str(caught.value)
+
+
+def test_a_file_may_import_another_one_beside_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (here / "inner").mkdir()
+    (here / "inner" / "uses_neighbour.py").write_text("from neighbour_of_uses import factor\n\nvalue = 2 * factor\n")
+    (here / "inner" / "neighbour_of_uses.py").write_text("factor = 21\n")
+    assert load_object("inner/uses_neighbour.py:value", "task.reward") == 42
 
 
 def test_a_broken_file_can_be_corrected_and_loaded_again(here: Path) -> None:
@@ -61,7 +81,9 @@ def test_a_broken_file_can_be_corrected_and_loaded_again(here: Path) -> None:
 def test_a_wrong_signature_is_shown_beside_the_expected_one(here: Path) -> None:
     arguments = ("prompts", "completions", "metadata")
     require_call(load_object("my_rewards.py:length", "k"), EXAMPLE, arguments, "task.reward")
-    with pytest.raises(ConfigError, match=r"short\(prompts\).*too many positional arguments.*Expected: def reward"):
+    with pytest.raises(
+        ConfigError, match=r"short\(prompts\), which does not fit: too many positional arguments.*Expected: def reward"
+    ):
         require_call(load_object("my_rewards.py:short", "k"), EXAMPLE, arguments, "task.reward=my_rewards.py:short")
     with pytest.raises(ConfigError, match="is int, which cannot be called"):
         require_call(3, EXAMPLE, arguments, "task.reward")

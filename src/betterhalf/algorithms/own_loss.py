@@ -98,7 +98,7 @@ def _few_tokens(algorithm: Algorithm) -> tuple[LossInputs, Denominators]:
 def _called(own: OwnLoss, inputs: LossInputs, denominators: Denominators, algorithm: object) -> OwnValue:
     try:
         found = own.function(inputs, denominators, algorithm)
-    except Exception as error:  # the user's function may raise anything
+    except (Exception, SystemExit) as error:  # the user's function may raise anything
         raise _Unusable(f"raised {type(error).__name__}{_place(error)}: {error}.") from error
     loss, metrics = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
     _require_scalar(loss)
@@ -134,7 +134,7 @@ def _metric(name: Any, value: Any, inputs: LossInputs) -> Tensor:
     return torch.stack((total, total.new_tensor(float(tokens))))
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """Return the place in the user's file where the error came from; empty if it was this package."""
     frames = traceback.extract_tb(error.__traceback__)[1:]
     return f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""

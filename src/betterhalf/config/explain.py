@@ -37,11 +37,11 @@ def _line(details: ErrorDetails, origins: Mapping[str, str]) -> str:
 
 
 def _origin(names: list[str], origins: Mapping[str, str]) -> str | None:
-    """Return the source of the key, of a key in it, or of the list that holds it; None for a default."""
+    """Return the source of the key, those of the keys in it, or that of the list that holds it; None for a default."""
     key = ".".join(names)
-    inside = (origins[k] for k in origins if key and k.startswith(f"{key}."))
+    inside = dict.fromkeys(origins[k] for k in origins if key and k.startswith(f"{key}."))
     around = (".".join(names[:end]) for end in range(len(names) - 1, 0, -1))
-    return origins.get(key) or next(inside, None) or next((origins[k] for k in around if k in origins), None)
+    return origins.get(key) or ", ".join(inside) or next((origins[k] for k in around if k in origins), None)
 
 
 def _path(location: _Location) -> _Location:

@@ -79,8 +79,12 @@ class PythonTask(DataConfig):
     @model_validator(mode="after")
     def _has_prompts(self) -> Self:
         if bool(self.path) == (self.task is not None):
-            found = "sets both path and task" if self.path else "has neither path nor task"
-            raise ValueError(f"the python task {found}. Set task.path to a data file, or task.task to module:Class.")
+            raise ValueError(
+                "the python task sets both path and task, also if one comes from a file that it extends. Remove one."
+                if self.path
+                else "the python task has neither path nor task. Set task.path to a data file, or task.task to "
+                "module:Class."
+            )
         if self.settings and self.task is None:
             raise ValueError("task.settings are for the class of task.task. Set task.task, or remove them.")
         if self.filter is not None and self.task is not None:

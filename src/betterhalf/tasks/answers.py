@@ -86,7 +86,7 @@ def _asked(own: GivesAnswers, text: str) -> str | None:
     name = f"{type(own).__name__}.answer"
     try:
         answer = own.answer(text)
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise RewardError(
             f"{name} raises {type(error).__name__}: {error}. Return the answer as text, or None."
         ) from error

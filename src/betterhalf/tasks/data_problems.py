@@ -109,7 +109,7 @@ def _filtered(row: Row, keep: RowFilter, name: str) -> Row:
     fix = f"correct the function task.filter={name}"
     try:
         kept = keep(row.metadata)
-    except Exception as error:  # the user's function may raise anything
+    except (Exception, SystemExit) as error:  # the user's function may raise anything
         reason = f"the filter {name} raises {type(error).__name__}: {error}"
         return replace(row, defect=BadRow(place=row.place, reason=reason, fix=fix))
     if not isinstance(kept, bool):

@@ -132,8 +132,9 @@ def _load_data_set(path: str, split: str, subset: str | None) -> Iterable[Any]:
     try:
         from datasets import load_dataset
     except ImportError as error:
+        kind = "a folder, and folders need" if Path(path).is_dir() else "not a local file, and the hub needs"
         raise MissingExtraError(
-            f"data set {path!r} is not a local file, and the hub needs the package datasets; "
+            f"data set {path!r} is {kind} the package datasets; "
             "`pip install betterhalf[hub]`, or give a JSONL or Parquet file"
         ) from error
     names = () if subset is None else (subset,)

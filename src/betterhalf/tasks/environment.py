@@ -93,7 +93,7 @@ def _created(config: EnvironmentTask) -> Any:
         raise ConfigError(f"{key} is {type(kind).__name__}, which cannot be called. Name a class.")
     try:
         environment = kind(**config.settings)
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise ConfigError(
             f"{key}: creating it with task.settings={dict(config.settings)} fails with {type(error).__name__}: {error}"
         ) from error

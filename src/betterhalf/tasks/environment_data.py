@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from betterhalf.config.schema import EnvironmentTask
@@ -12,6 +13,9 @@ from betterhalf.tasks.data_source import RawRow
 from betterhalf.tasks.row import RowError
 from betterhalf.tasks.task import Tokenizer
 from betterhalf.tasks.templates import question_template
+
+_MAX_PROMPTS = 1_000_000
+"""Prompts that an environment may give without `task.max_rows`; more mean that its generator never ends."""
 
 
 def environment_problems(config: EnvironmentTask, tokenizer: Tokenizer, environment: Any) -> DataProblems:
@@ -35,12 +39,17 @@ def environment_problems(config: EnvironmentTask, tokenizer: Tokenizer, environm
 def _listed(environment: Any, name: str, limit: int | None) -> list[Any]:
     try:
         found = environment.prompts()
-        given = [] if isinstance(found, str | Mapping) else list(found)
-    except Exception as error:  # the user's code may raise anything
+        given = [] if isinstance(found, str | Mapping) else list(islice(found, limit or _MAX_PROMPTS + 1))
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise ConfigError(f"the method prompts of {name} fails with {type(error).__name__}: {error}") from error
     if not given:
         raise ConfigError(f"the method prompts of {name} gives no prompts. Return a list of texts or of mappings.")
-    return given[:limit]
+    if limit is None and len(given) > _MAX_PROMPTS:
+        raise ConfigError(
+            f"the method prompts of {name} gives more than {_MAX_PROMPTS:,} prompts, and may never end. End it, or set "
+            "task.max_rows."
+        )
+    return given
 
 
 def _given(prompts: list[Any], question_field: str) -> Iterator[RawRow]:

@@ -73,7 +73,7 @@ def create_user_task(config: PythonTask, tokenizer: Tokenizer) -> UserTask:
         size = len(task)
     except ConfigError:
         raise
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise ConfigError(
             f"{key}: creating it with settings {dict(config.settings)} fails with {type(error).__name__}: {error}"
         ) from error
@@ -142,7 +142,7 @@ class UserProblems:
             defect = BadRow(
                 place=place, reason=error.reason, fix="return a text, a mapping with `problem`, or a Prompt"
             )
-        except Exception as error:  # the user's code may raise anything
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
             reason = f"prompt({index}) raises {type(error).__name__}: {error}"
             defect = BadRow(place=place, reason=reason, fix="correct the method")
         return Row(prompt_id=prompt_id, place=place, question="", answer="", defect=defect), None
@@ -200,7 +200,7 @@ class UserGrader:
         """
         try:
             return list(self.task.rewards(prompts, texts, finish_reasons))
-        except Exception as error:  # the user's code may raise anything
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise RewardError(
                 f"{type(self.task).__name__}.rewards raises {type(error).__name__}: {error}. Fix it, or give the "
                 "rewards by a function in task.reward, whose failures are counted."

@@ -329,6 +329,13 @@ def test_all_errors_are_reported_at_once_with_their_sources(tmp_path: Path) -> N
     ]
 
 
+def test_an_error_between_keys_names_every_source_of_its_section(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.toml", '[task]\ntype = "arithmetic"\n')
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["task.held_out=2.5"])
+    assert str(caught.value).endswith(f"[{path}, command line]")
+
+
 def test_differences_name_each_changed_key_once() -> None:
     left = load_config(None, ["seed=1"])
     right = load_config(None, ["seed=2", "precision=bf16"])

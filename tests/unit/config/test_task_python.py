@@ -67,7 +67,10 @@ def test_settings_of_a_class_are_free(tmp_path: Path) -> None:
     ("overrides", "words"),
     [
         (("task=python", "task.reward=a:f"), "has neither path nor task. Set task.path to a data file"),
-        ((*PYTHON, "task.reward=a:f", "task.task=m:C"), "sets both path and task"),
+        (
+            (*PYTHON, "task.reward=a:f", "task.task=m:C"),
+            "sets both path and task, also if one comes from a file that it extends. Remove one.",
+        ),
         (PYTHON, "has no reward. Set task.reward to module:function or file.py:function"),
         ((*PYTHON, "task.reward=a:f", "task.rewards.b=b:g"), "task.reward and task.rewards are both set"),
         ((*PYTHON, "task.reward=a:f", "task.settings.x=1"), "task.settings are for the class of task.task"),

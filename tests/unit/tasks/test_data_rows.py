@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from betterhalf.config.schema import DataConfig, MathTask
-from betterhalf.errors import ConfigError, InputError
+from betterhalf.errors import ConfigError, InputError, MissingExtraError
 from betterhalf.tasks.build import build_task
 from betterhalf.tasks.data_fields import lookup, plain_fields
 from betterhalf.tasks.data_problems import DataProblems, build_problems
@@ -136,6 +136,16 @@ def test_a_missing_parquet_file_is_not_looked_for_on_the_hub() -> None:
         problems("org/rows.parquet")
 
 
+def test_a_folder_without_the_package_that_reads_it_is_called_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtraError, match="is a folder, and folders need the package datasets.*JSONL or Parquet"):
+        problems(str(tmp_path))
+    with pytest.raises(MissingExtraError, match=r"'org/name' is not a local file, and the hub needs the package"):
+        problems("org/name")
+
+
 def test_the_first_rows_are_read(tmp_path: Path) -> None:
     path = jsonl(tmp_path, *({"problem": str(i), "answer": i} for i in range(5)))
     assert [row.question for row in problems(path, max_rows=2).rows] == ["0", "1"]
@@ -251,6 +261,7 @@ def filters(tmp_path: Path) -> str:
         "def number(row): return row['level']\n"
         "def nothing(): return True\n"
         "def none(row): return False\n"
+        "def leave(row): raise SystemExit(0)\n"
     )
     return str(file)
 
@@ -280,6 +291,7 @@ def test_rows_that_the_filter_does_not_keep_are_left_out_and_counted(filters: st
     ("name", "values", "words"),
     [
         ("easy", (1, None), "row 2: the filter .*easy raises TypeError: "),
+        ("leave", (1, 2), "row 1: the filter .*leave raises SystemExit: 0"),
         ("number", (1, 2), r"row 1: the filter .*number returns '1' \(int\), not true or false"),
         ("none", (1, 2), "the filters leave out all 2 rows"),
     ],

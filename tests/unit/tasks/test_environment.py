@@ -290,12 +290,18 @@ def test_prompts_of_a_file_come_in_its_order(tmp_path: Path) -> None:
         ("TooFew", {}, "has the signature reward"),
         ("NoPrompts", {}, "has no method prompts, and task.path is absent"),
         ("EmptyPrompts", {}, "gives no prompts"),
+        ("EndlessPrompts", {}, "gives more than 1,000,000 prompts, and may never end. End it, or set task.max_rows"),
+        ("LeavingPrompts", {}, "the method prompts of LeavingPrompts fails with SystemExit: 0"),
         ("_DEEDS", {}, "is dict, which cannot be called"),
     ],
 )
 def test_a_class_that_cannot_be_used_is_refused_with_the_fix(name: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_task(config(name, **changes), Characters())
+
+
+def test_the_first_prompts_of_an_endless_generator_can_be_used() -> None:
+    assert len(build_task(config("EndlessPrompts", max_rows=3), Characters())) == 3
 
 
 def test_a_template_without_a_second_turn_is_refused() -> None:

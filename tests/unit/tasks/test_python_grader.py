@@ -221,7 +221,7 @@ def test_a_reward_of_a_table_is_named_by_its_key(grader: Graders, file: Path) ->
     [
         ("import no_such_module", "fails with ModuleNotFoundError: No module named 'no_such_module'"),
         ("def f(:", "SyntaxError"),
-        ("import sys; print('bye'); sys.exit(4)", "importing the reward raises SystemExit: 4"),
+        ("import sys; print('bye'); sys.exit(4)", "fails with SystemExit: 4"),
         ("import os; print('bye', flush=True); os._exit(4)", "exit status 4. It printed: bye"),
     ],
 )

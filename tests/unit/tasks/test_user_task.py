@@ -62,6 +62,9 @@ class Empty(Sums):
 class Fails(Sums):
     def __init__(self, settings, tokenizer): raise KeyError("depth")
 
+class Leaves(Sums):
+    def __init__(self, settings, tokenizer): raise SystemExit(0)
+
 class Wrong(Sums):
     def prompt(self, index): return index if index else {"question": "x"}
 
@@ -164,6 +167,7 @@ def test_closing_the_task_closes_the_object(file: Path) -> None:
         ("NoSettings", "Expected: class Mine: def __init__(self, settings, tokenizer)"),
         ("Empty", "has 0 prompts"),
         ("Fails", "with settings {} fails with KeyError: 'depth'"),
+        ("Leaves", "with settings {} fails with SystemExit: 0"),
     ],
 )
 def test_a_class_that_cannot_be_a_task_is_refused(file: Path, name: str, words: str) -> None:
