@@ -27,7 +27,7 @@ class EngineCapabilities:
     """True if `RolloutEngine.score` is implemented."""
     traces: bool
     """True if the built engine is a `rollout.tracing.TracedEngine`."""
-    reports_support: bool
+    reports_support: bool = False
     """True if completions come with the tokens that truncated sampling could draw, where a request asks for them."""
     shares_cores: bool
     """True if it keeps to the thread count of its process, so that several runs can share the cores of a CPU."""
