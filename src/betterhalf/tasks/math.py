@@ -30,5 +30,13 @@ def build_math(config: MathTask, tokenizer: Tokenizer) -> DatasetTask:
     )
 
 
-_REWARD_MODULES = ("math_markup", "math_answer", "math_equal", "math_exact", "math_units", "math_grader")
+_REWARD_MODULES = (
+    "math_markup",
+    "math_answer",
+    "math_equal",
+    "math_exact",
+    "math_units",
+    "math_grader",
+    "math_worker",
+)
 _REWARD_PACKAGES = ("math-verify", "latex2sympy2_extended", "sympy")
