@@ -231,11 +231,19 @@ def step_figures(arms: Sequence[Arm]) -> tuple[list[Figure], list[str]]:
 
 
 def _own_figures(arms: Sequence[Arm]) -> list[FigureSpec]:
-    """Return a figure for each reward and component that a task measures under `task/`, and one for its failures."""
-    specs = [_own_figure(name, number) for number, name in enumerate(_names(arms, _OWN_MEAN))]
+    """Return a figure for each reward and component that a task measures under `task/`, and one for its failures.
+
+    A single reward without weight or scale is the reward of the run, whose figure is there already.
+    """
+    names = [name for name in _names(arms, _OWN_MEAN) if not _repeats_reward(name, arms)]
+    specs = [_own_figure(name, number) for number, name in enumerate(names)]
     if any(value > 0 for arm in arms for value in arm.finite("task/errors")):
         specs.append(_FAILURES)
     return specs
+
+
+def _repeats_reward(name: str, arms: Sequence[Arm]) -> bool:
+    return all(arm.finite(name) == arm.finite("rollout/reward/mean") for arm in arms)
 
 
 def _loss_figures(arms: Sequence[Arm]) -> list[FigureSpec]:

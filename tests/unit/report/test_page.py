@@ -206,6 +206,15 @@ def test_a_task_s_own_rewards_have_a_figure_each_and_its_failures_one(tmp_path: 
     assert "Failed rewards" in render(load([run]))
 
 
+def test_a_single_reward_that_is_the_run_s_has_no_second_figure(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", resume=False)
+    for step in (1, 2):
+        own = {"task/reward/mean": 0.5 * step, "task/half/mean": 0.25 * step}
+        run.append_metrics({"step": step, "rollout/reward/mean": 0.5 * step, "task/errors": 0.0, **own})
+    page = render(load([run]))
+    assert "Reward half</" in page and "Reward reward</" not in page
+
+
 def test_metrics_of_a_loss_have_a_figure_each(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path / "run", resume=False)
     for step in (1, 2):
