@@ -1,0 +1,1 @@
+"""Adapters to other frameworks. Each imports its framework inside its own package only."""

@@ -1,0 +1,138 @@
+"""Run folder of a TRL run: the files that `betterhalf report` and `betterhalf compare` read."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from betterhalf.api.tensors import mismatch_profile
+from betterhalf.environment import environment
+from betterhalf.integrations.trl.batch import ScoredBatch
+from betterhalf.integrations.trl.checks import Sampler
+from betterhalf.integrations.trl.settings import run_settings
+from betterhalf.metrics.catalogue import check_known
+from betterhalf.metrics.metric import MetricValue
+from betterhalf.precision.contract import Contract
+from betterhalf.run_dir import RunDir, append_jsonl, read_jsonl, truncate_jsonl, write_json_atomic
+from betterhalf.run_lock import run_lock
+from betterhalf.runs.kept_rollouts import KeptRollout, rollout_row
+from betterhalf.types import Completion, Prompt, Rollout
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+
+class TrlRecord:
+    """Files of one run; only the main process has one."""
+
+    def __init__(self, run: RunDir, trainer: GRPOTrainer, sampler: Sampler, rollouts_per_step: int) -> None:
+        """Write nothing yet; keep `rollouts_per_step` rollouts of each step."""
+        self._run, self._trainer, self._sampler = run, trainer, sampler
+        self._rollouts_per_step = rollouts_per_step
+        self._open = ExitStack()
+        self._started = time.perf_counter()
+        self._settings: dict[str, Any] = {}
+
+    def begin(self, step: int, max_steps: int, *, resume: bool) -> int:
+        """Create the folder, or continue it after `step` steps, and return the policy version.
+
+        Args:
+            step: number of finished steps.
+            max_steps: number of optimizer steps of the whole run.
+            resume: TRL continues from a checkpoint.
+
+        Raises:
+            InputError: the folder holds a run and TRL starts a new one, or the other way round.
+        """
+        self._open.close()
+        RunDir.create(self._run.path, resume=resume)
+        self._open.enter_context(run_lock(self._run.path))
+        for path in (self._run.metrics, self._run.mismatch, self._run.rollouts):
+            truncate_jsonl(path, step)
+        self._run.summary.unlink(missing_ok=True)
+        self._settings = run_settings(self._trainer, self._sampler, max_steps)
+        write_json_atomic(self._run.config, self._settings)
+        write_json_atomic(self._run.environment, environment())
+        versions = [row["policy/version"] for row in read_jsonl(self._run.metrics) if "policy/version" in row]
+        return int(versions[-1]) if versions else 0
+
+    def write_contract(self, contract: Contract) -> None:
+        """Write the contract, and its formats into the settings."""
+        write_json_atomic(self._run.contract, contract.to_json())
+        compute = next(row for row in contract.rows if row.region == "compute")
+        roles = {"compute_dtype": compute.trainer, "rollout_dtype": compute.engine}
+        write_json_atomic(self._run.config, self._settings | {"precision": roles})
+
+    def write_rollouts(self, step: int, version: int, batch: ScoredBatch, output: Mapping[str, Any]) -> None:
+        """Write the mismatch by probability, position and completion, and a seeded sample of rollouts."""
+        both = batch.trainer_logprobs_BL, batch.behavior_logprobs_BL, batch.mask_BL
+        append_jsonl(self._run.mismatch, {"step": step, **asdict(mismatch_profile(*both))})
+        here = len(output["completion_ids"])
+        count = min(self._rollouts_per_step, here)
+        for index in sorted(random.Random(f"keep-{self._trainer.args.seed}-{step}").sample(range(here), count)):
+            kept = _kept(self._trainer, batch, output, index, version)
+            self._run.append_rollout(rollout_row(step, kept, self._trainer._tokenizer))
+
+    def write_step(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
+        """Write the row of a finished step."""
+        check_known(metrics)
+        self._run.append_metrics({"step": step, **metrics})
+
+    def end(self) -> None:
+        """Write the summary and release the folder."""
+        rows = read_jsonl(self._run.metrics)
+        write_json_atomic(self._run.summary, self._summary(rows))
+        self._open.close()
+
+    def _summary(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "verb": "trl",
+            "name": self._settings["name"],
+            "sampler": self._sampler,
+            "steps": len(rows),
+            **(_totals(rows) if rows else {}),
+            "seconds": time.perf_counter() - self._started,
+            "run_dir": str(self._run.path),
+        }
+
+
+def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    rewards = [reward for row in rows if (reward := row["rollout/reward/mean"]) is not None]
+    return {
+        "first_reward": rewards[0] if rewards else None,
+        "last_reward": statistics.fmean(rewards[-10:]) if rewards else None,
+        "mismatch_k3": statistics.fmean(row["mismatch/k3/mean"] for row in rows),
+        "mismatch_max_abs": max(abs(row[f"mismatch/prob_gap/{side}"]) for row in rows for side in ("max", "min")),
+        "skipped_steps": int(sum(row.get("optim/skipped", 0) for row in rows)),
+    }
+
+
+def _kept(trainer: GRPOTrainer, batch: ScoredBatch, output: Mapping[str, Any], index: int, version: int) -> KeptRollout:
+    """Return one of this process's rollouts; those of the main process come first in `batch`."""
+    tokenizer, inside = trainer._tokenizer, output["prompt_mask"][index].bool()
+    prompt_ids = output["prompt_ids"][index][inside].tolist()
+    width = output["completion_ids"].size(1)
+    sampled = batch.mask_BL[index, :width]
+    token_ids = output["completion_ids"][index][sampled].tolist()
+    completion = Completion(
+        token_ids=tuple(token_ids),
+        behavior_logprobs=tuple(batch.behavior_logprobs_BL[index, :width][sampled].tolist()),
+        finish_reason="length" if batch.truncated_B[index] else "stop",
+        policy_version=version,
+    )
+    text = tokenizer.decode(prompt_ids)
+    return KeptRollout(
+        rollout=Rollout(
+            prompt=Prompt(prompt_id=text, text=text, token_ids=tuple(prompt_ids), answer=""),
+            completion=completion,
+            text=tokenizer.decode(token_ids, skip_special_tokens=True),
+            reward=batch.rewards_B[index],
+        ),
+        advantage=batch.advantages_B[index],
+        trainer_logprobs=batch.trainer_logprobs_BL[index, :width][sampled].tolist(),
+    )
