@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from betterhalf.metrics.catalogue import CATALOGUE
-from betterhalf.report.canvas import Band
 from betterhalf.report.fields import number
+from betterhalf.report.marks import Band
 from betterhalf.report.markup import Figure, shown, table
 from betterhalf.report.plot import Plot, Series, draw_plot
 

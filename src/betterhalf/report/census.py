@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from betterhalf.report.axis import Axis, superscript
-from betterhalf.report.canvas import LEFT, RIGHT, svg
+from betterhalf.report.drawing import Drawing
 from betterhalf.report.fields import Point, mappings, number
+from betterhalf.report.marks import across, layer, layered, power_label
 from betterhalf.report.markup import Figure, legend, shown, table
+from betterhalf.report.numbers import superscript
 from betterhalf.report.plot import Plot, Series, draw_plot, whole_ticks
 
 KINDS = ("forward", "input", "backward", "weight", "gradient")
@@ -101,7 +102,7 @@ def window_figure(key: str, dtype: str, census: Mapping[str, Any]) -> Figure | N
         key=key,
         title=f"Safe loss scales, {dtype}",
         unit="loss scale, powers of two",
-        image=svg(key, f"Safe loss scales in {dtype}", words, _window(largest, used), height=112),
+        image=_window(key, dtype, words, largest, used),
         caption=f"{words} Gradients that are zero in {dtype} but not in FP32: {shown(with_scale, '.2%')} at the "
         f"largest safe scale, {shown(without, '.2%')} without a loss scale.",
         numbers=table(
@@ -159,10 +160,10 @@ def _places(rows: Sequence[Row]) -> list[float]:
     if not numbered:
         return [float(index) for index in range(len(rows))]
     seen, places = False, []
-    for layer in layers:
-        seen = seen or layer is not None
+    for place in layers:
+        seen = seen or place is not None
         outside = max(numbered) + 1.0 if seen else -1.0
-        places.append(outside if layer is None else float(layer))
+        places.append(outside if place is None else float(place))
     return places
 
 
@@ -182,22 +183,20 @@ def _scale(value: float) -> str:
     return f"2{superscript(math.frexp(value)[1] - 1)}" if exact else shown(value, ".3g")
 
 
-def _window(largest: float, used: float) -> str:
+def _window(key: str, dtype: str, words: str, largest: float, used: float) -> Drawing:
     """Return a bar of the safe scales on an axis of powers of two, and a vertical line at the loss scale in use."""
-    across = Axis(scale="log2", low=min(1.0, largest) / 4, high=max(_MAX_SCALE, largest), start=LEFT, end=RIGHT)
-    left, right = across.pixel(1.0), across.pixel(largest)
-    bar = f'<rect class="band" x="{left:.1f}" y="34" width="{max(0.0, right - left):.1f}" height="30"/>'
-    name = f'<text class="bandname" x="{left + 6:.1f}" y="53">{"safe" if right > left + 40 else ""}</text>'
-    ticks = "".join(
-        f'<line class="axis" x1="{across.pixel(t):.1f}" x2="{across.pixel(t):.1f}" y1="72" y2="76"/>'
-        f'<text class="tick" x="{across.pixel(t):.1f}" y="90" text-anchor="middle">{across.label(t)}</text>'
-        for t in across.ticks()
-    )
-    axis = f'<line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="72" y2="72"/>{ticks}'
-    return bar + name + axis + (_used(across, used) if used > 0 else "")
-
-
-def _used(across: Axis, used: float) -> str:
-    x = across.pixel(used)
-    text = f'<text class="rulename" x="{x:.1f}" y="20" text-anchor="middle">used: {across.label(used)}</text>'
-    return f'<line class="pole" x1="{x:.1f}" x2="{x:.1f}" y1="26" y2="72"/>{text}'
+    scale = {"type": "log", "base": 2, "domain": [min(1.0, largest) / 4, max(_MAX_SCALE, largest)], "nice": False}
+    place = {"x": across("loss scale", scale, {"labelExpr": power_label("log2"), "tickCount": 5})}
+    look = {"baseline": "middle", "color": "var(--edge)"}
+    layers = [
+        layer("bar", "safe", place | {"x2": {"field": "end"}}, color="var(--edge)", opacity=0.12, height=30),
+        layer("text", "safe", place | {"text": {"value": "safe"}}, align="left", dx=6, **look),
+        layer("rule", "used", place, color="var(--wait)", strokeWidth=2),
+        layer("text", "used", place | {"text": {"field": "text"}}, y=-8, color="var(--wait)"),
+    ]
+    tables = {
+        "safe": [{"a": 0, "x": [1.0], "end": [largest]}] if largest > 1 else [],
+        "used": [{"a": 0, "x": [used], "text": f"used: {_scale(used)}"}] if used > 0 else [],
+    }
+    title = f"Safe loss scales in {dtype}"
+    return Drawing(key=key, title=title, description=words, spec=layered(layers, height=50), tables=tables, names={})

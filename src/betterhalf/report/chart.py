@@ -1,42 +1,40 @@
-"""Line charts over steps as inline SVG: raw and smoothed lines, healthy band, events, names at the ends of lines.
+"""Line charts over steps: raw and smoothed lines, healthy band, events, names at the ends of lines.
 
-Series differ in dash and marker as well as in colour.
+Series differ in dash and marker as well as in colour. All charts of a section zoom together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 
-from betterhalf.report.axis import Axis, Scale, can_draw, fit, step_ticks, steps_axis
-from betterhalf.report.canvas import (
-    BOTTOM,
-    LEFT,
-    RIGHT,
-    TOP,
-    WIDE,
-    WIDE_RIGHT,
-    WIDTH,
+from betterhalf.report.drawing import HEIGHT, Drawing, Json, Table, series_columns
+from betterhalf.report.fields import Point
+from betterhalf.report.marks import (
     Band,
-    Point,
-    across_labels,
-    band_area,
-    band_label,
-    grid,
-    line_path,
-    marker,
-    rules,
-    spread,
-    style_class,
-    svg,
+    across,
+    band_layers,
+    coloured,
+    dashed,
+    expression,
+    layer,
+    layered,
+    reach_layers,
+    reached,
+    rule_layers,
+    shaped,
+    upright,
 )
+from betterhalf.report.numbers import Scale, can_draw, extent, points_of_line, smoothed, smoothing_window, spread, thin
+from betterhalf.report.places import free_place, share, value_at
 
-_LABEL_GAP = 14
-_COLUMN = 60
-"""Horizontal distance in pixels beyond which end labels cannot touch."""
+_LABEL_GAP = 14 / HEIGHT
+_COLUMN = 0.15
+"""Share of the width beyond which labels at the ends of lines cannot touch."""
 _MARKERS_PER_LINE = 4
+_CROSS = "M-1,-1L1,1M-1,1L1,-1"
+_FLAG = "M0,0L1.6,0.7L0,1.4Z"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +57,7 @@ class Line:
     tag: str
     """Written at the line's end; empty for no label."""
     name: str
-    """Full name, for the description."""
+    """Full name, for the description and the values on hover."""
     style: int
     """Index of the arm: colour, dash, marker."""
     steps: Sequence[int]
@@ -79,6 +77,8 @@ class Chart:
     title: str
     scale: Scale
     lines: tuple[Line, ...]
+    unit: str = ""
+    """Title of the vertical axis in a file of its own."""
     band: Band | None = None
     """Healthy range, shaded; None on a side means no bound there."""
     include: tuple[float, ...] = ()
@@ -88,127 +88,135 @@ class Chart:
     smooth: bool = False
     """Draw a moving average over the faint raw line."""
     wide: bool = False
-    """Draw across the page; a wide chart has no band and no rules."""
-
-    @property
-    def right(self) -> int:
-        """Right edge of the plot, in pixels."""
-        return WIDE_RIGHT if self.wide else RIGHT
+    """Draw across the page."""
 
 
-def draw(chart: Chart) -> str | None:
-    """Return the chart as an `<svg>` element, or None if no value can be drawn."""
-    values = [value for line in chart.lines for value in line.values]
-    axis = fit(values, scale=chart.scale, start=BOTTOM, end=TOP, include=chart.include)
-    if axis is None:
+def draw(chart: Chart) -> Drawing | None:
+    """Return the chart, or None if no value can be drawn."""
+    limit = points_of_line(len(chart.lines))
+    thinned = [thin(_points(chart, line), limit) for line in chart.lines]
+    bounds = [bound for bound in chart.band or () if bound is not None]
+    ends = extent([y for points in thinned for _, y in points], chart.scale, chart.include, bounds)
+    if ends is None:
         return None
-    across = steps_axis([step for line in chart.lines for step in line.steps], start=LEFT, end=chart.right)
-    parts = [band_area(chart.band, axis), grid(axis, chart.right), _step_labels(across)]
-    parts.append(rules(axis, chart.rules))
-    occupied = [axis.pixel(value) for value in values if can_draw(chart.scale, value)]
-    parts += [_series(chart, line, across, axis) for line in chart.lines]
-    parts += [_end_labels(chart, across, axis), band_label(chart.band, axis, occupied)]
-    width = WIDE if chart.wide else WIDTH
-    return svg(chart.key, chart.title, _description(chart), "".join(parts), width=width)
-
-
-def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """Return the mean of the finite values in a centred window, shorter at the ends; NaN where the value is missing."""
-    half = window // 2
-    means = []
-    for index, value in enumerate(values):
-        near = [v for v in values[max(0, index - half) : index + half + 1] if math.isfinite(v)]
-        means.append(sum(near) / len(near) if math.isfinite(value) else math.nan)
-    return means
-
-
-def smoothed(chart: Chart, line: Line) -> list[float]:
-    """Return the values of the bold line: a moving average, geometric on a logarithmic axis, to damp lone spikes."""
-    window = smoothing_window(len(line.values)) if chart.smooth else 1
-    if window == 1:
-        return list(line.values)
-    if chart.scale == "linear":
-        return moving_average(line.values, window)
-    logs = [math.log(value) if can_draw(chart.scale, value) else math.nan for value in line.values]
-    return [math.exp(mean) for mean in moving_average(logs, window)]
-
-
-def smoothing_window(count: int) -> int:
-    """Return an odd window of about a twelfth of `count` values; 1 (no smoothing) for short runs."""
-    return 1 if count < 15 else 2 * (count // 24) + 3
-
-
-def segments(line: Line, scale: Scale, across: Axis, axis: Axis, values: Sequence[float]) -> list[list[Point]]:
-    """Return the pixel positions of the unbroken stretches of a line."""
-    stretches: list[list[Point]] = [[]]
-    for step, value in zip(line.steps, values, strict=True):
-        if can_draw(scale, value):
-            stretches[-1].append((across.pixel(step), axis.pixel(value)))
-        elif stretches[-1]:
-            stretches.append([])
-    return [stretch for stretch in stretches if stretch]
-
-
-def _step_labels(across: Axis) -> str:
-    return across_labels([(across.pixel(step), str(step)) for step in step_ticks(across)], "step", across.end)
-
-
-def _series(chart: Chart, line: Line, across: Axis, axis: Axis) -> str:
-    shown = segments(line, axis.scale, across, axis, smoothed(chart, line))
-    parts = [_flag(mark, across) for mark in line.marks if mark.flag]
-    if chart.smooth and smoothing_window(len(line.values)) > 1:
-        parts += [line_path(points, "raw") for points in segments(line, axis.scale, across, axis, line.values)]
-    parts += [line_path(points, "line second" if line.second else "line") for points in shown]
-    parts += [marker(line.style, *point) for point in _marker_points(shown, line.style)]
-    parts += [_cross(mark, across, axis) for mark in line.marks if can_draw(axis.scale, mark.value)]
-    return f'<g class="{style_class(line.style)}">{"".join(parts)}</g>'
-
-
-def _marker_points(stretches: list[list[Point]], style: int) -> list[Point]:
-    """Return isolated points, the last point, and a few between, shifted by series to keep equal curves visible."""
-    lone = [stretch[0] for stretch in stretches if len(stretch) == 1]
-    path = [point for stretch in stretches for point in stretch]
-    if not path:
-        return []
-    every = len(path) / _MARKERS_PER_LINE
-    on_the_way = [path[int(every * (i + (0.25 + 0.25 * style) % 1))] for i in range(_MARKERS_PER_LINE)]
-    return list(dict.fromkeys([*lone, *(on_the_way if len(path) >= 2 * _MARKERS_PER_LINE else []), path[-1]]))
-
-
-def _cross(mark: Mark, across: Axis, axis: Axis) -> str:
-    x, y = across.pixel(mark.step), axis.pixel(mark.value)
-    arms = f"M{x - 4:.1f} {y - 4:.1f}l8 8m0 -8l-8 8"
-    return f'<g class="mark"><title>{escape(mark.text)}</title><path d="{arms}"/></g>'
-
-
-def _flag(mark: Mark, across: Axis) -> str:
-    """Return a vertical line at the step, with a small flag at its top."""
-    x = across.pixel(mark.step)
-    side = -9 if x > across.end - 12 else 9
-    shape = f"M{x:.1f} {BOTTOM}V{TOP - 6}l{side} 4l{-side} 4"
-    return f'<g class="flag"><title>{escape(mark.text)}</title><path d="{shape}"/></g>'
-
-
-def _end_labels(chart: Chart, across: Axis, axis: Axis) -> str:
-    ends = []
-    for line in chart.lines:
-        points = [p for stretch in segments(line, axis.scale, across, axis, smoothed(chart, line)) for p in stretch]
-        if line.tag and points:
-            ends.append((line, points[-1]))
-    return "".join(_label_column([end for end in ends if round(end[1][0] / _COLUMN) == c]) for c in _columns(ends))
-
-
-def _columns(ends: list[tuple[Line, Point]]) -> list[int]:
-    return sorted({round(point[0] / _COLUMN) for _, point in ends})
-
-
-def _label_column(ends: list[tuple[Line, Point]]) -> str:
-    """Return the labels of lines that end at about the same step, moved apart."""
-    heights = spread([point[1] for _, point in ends], _LABEL_GAP, TOP, BOTTOM)
-    return "".join(
-        f'<text class="end {style_class(line.style)}" x="{point[0] + 8:.1f}" y="{y + 4:.1f}">{escape(line.tag)}</text>'
-        for (line, point), y in zip(ends, heights, strict=True)
+    means = [_means(chart, line, limit) for line in chart.lines]
+    bold = [smooth or raw for smooth, raw in zip(means, thinned, strict=True)]
+    steps = [step for line in chart.lines for step in line.steps]
+    span = (min(steps), max(steps))
+    tables = {
+        "values": _table(chart, thinned),
+        "means": _table(chart, bold) if any(means) else [],
+        "markers": _table(chart, [_marker_points(b, line.style) for b, line in zip(bold, chart.lines, strict=True)]),
+        "ends": _ends(chart, bold, span, ends),
+        "events": [_event(line, mark) for line in chart.lines for mark in line.marks],
+    }
+    return Drawing(
+        key=chart.key,
+        title=chart.title,
+        unit=chart.unit,
+        description=_description(chart),
+        spec=_spec(chart, span, ends, tables),
+        tables=tables,
+        names={f"{line.style}.{part}": line.name for part, line in enumerate(chart.lines)},
+        wide=chart.wide,
     )
+
+
+def _points(chart: Chart, line: Line) -> list[Point]:
+    """Return step and value; NaN where the value cannot be drawn."""
+    drawable = [value if can_draw(chart.scale, value) else math.nan for value in line.values]
+    return list(zip(line.steps, drawable, strict=True))
+
+
+def _means(chart: Chart, line: Line, limit: int) -> list[Point]:
+    """Return the moving average; empty if the chart shows each step alone."""
+    wanted = chart.smooth and smoothing_window(len(line.values)) > 1
+    return smoothed(line.steps, line.values, chart.scale, limit) if wanted else []
+
+
+def _table(chart: Chart, points: Sequence[Sequence[Point]]) -> Table:
+    """Return the points of each line with its style `a`, its place `k` and its kind; no line without points."""
+    rows = enumerate(zip(chart.lines, points, strict=True))
+    return [series_columns(found, a=line.style, k=k, second=line.second) for k, (line, found) in rows if found]
+
+
+def _event(line: Line, mark: Mark) -> dict[str, object]:
+    return series_columns([(mark.step, mark.value)], a=line.style, text=mark.text, flag=mark.flag)
+
+
+def _spec(chart: Chart, steps: tuple[int, int], ends: tuple[float, float], tables: Mapping[str, Table]) -> Json:
+    """Return the layers of the chart, from back to front."""
+    styles = [line.style for line in chart.lines]
+    low, high = steps if steps[0] < steps[1] else (steps[0] - 1, steps[1] + 1)
+    limits = {"domainMin": {"expr": "from"}, "domainMax": {"expr": "to"}, "nice": False}
+    axis = {"tickMinStep": 1, "tickCount": {"expr": "ceil(width / 80)"}, "format": "d"}
+    drawn = [y for part in tables["values"] for y in part["y"] if y is not None]
+    place = {"x": across("step", limits, axis), "y": upright(chart.scale, ends)}
+    line = {**place, "color": coloured(styles), "detail": {"field": "k"}}
+    bold = "means" if tables["means"] else "values"
+    taken = [share(chart.scale, value, ends) for value in drawn]
+    marker = {**place, "fill": coloured(styles), "shape": shaped(styles)}
+    unzoomed = expression("from == full[0] && to == full[1] ? 1 : 0")
+    label = {**place, "color": coloured(styles), "text": {"field": "text"}, "opacity": unzoomed}
+    layers = [
+        *band_layers(chart.band, free_place(chart.scale, chart.band, ends, taken)),
+        *rule_layers(chart.rules),
+        *reach_layers(place, "y", reached(chart.scale, ends, chart.include, drawn)),
+        *([layer("line", "values", line, strokeWidth=1, opacity=0.35)] if tables["means"] else []),
+        *_line_layers(bold, line, {"strokeDash": dashed(styles)}, two=any(each.second for each in chart.lines)),
+        layer("point", "markers", marker, size=34, stroke="var(--card)", strokeWidth=1, opacity=1),
+        *(_event_layers(place) if tables["events"] else []),
+        layer("text", "ends", label, align="left", dx=8, fontWeight=600),
+    ]
+    return layered(layers, {"from": low, "to": high, "full": [low, high]})
+
+
+def _line_layers(table: str, line: Json, dash: Json, *, two: bool) -> list[Json]:
+    """Return the lines, and with `two` lines of a series the thin dotted ones."""
+    if not two:
+        return [layer("line", table, line | dash, strokeWidth=2)]
+    return [
+        layer("line", table, line | dash, "!datum.second", strokeWidth=2),
+        layer("line", table, line, "datum.second", strokeWidth=1.3, strokeDash=[1.5, 3.5]),
+    ]
+
+
+def _event_layers(place: Json) -> list[Json]:
+    """Return crosses on lines, and flags on poles from top to bottom."""
+    at_top = {"x": place["x"], "y": {"value": -4}}
+    pole = {"x": place["x"], "y": {"value": 0}, "y2": expression("height")}
+    cross = {"shape": _CROSS, "size": 70, "stroke": "var(--bad)", "strokeWidth": 2, "opacity": 1}
+    return [
+        layer("point", "events", place, "!datum.flag", **cross),
+        layer("rule", "events", pole, "datum.flag", color="var(--wait)", strokeWidth=1.2),
+        layer("point", "events", at_top, "datum.flag", shape=_FLAG, size=90, fill="var(--wait)", opacity=1),
+    ]
+
+
+def _marker_points(points: Sequence[Point], style: int) -> list[Point]:
+    """Return isolated points, the last point, and a few between, shifted by series to keep equal curves visible."""
+    gaps = [math.nan, *(y for _, y in points), math.nan]
+    drawn = [point for point in points if math.isfinite(point[1])]
+    if not drawn:
+        return []
+    lone = [p for i, p in enumerate(points) if not math.isnan(p[1]) and math.isnan(gaps[i]) and math.isnan(gaps[i + 2])]
+    every = len(drawn) / _MARKERS_PER_LINE
+    on_the_way = [drawn[int(every * (i + (0.25 + 0.25 * style) % 1))] for i in range(_MARKERS_PER_LINE)]
+    return list(dict.fromkeys([*lone, *(on_the_way if len(drawn) >= 2 * _MARKERS_PER_LINE else []), drawn[-1]]))
+
+
+def _ends(chart: Chart, bold: Sequence[list[Point]], span: tuple[int, int], ends: tuple[float, float]) -> Table:
+    """Return the labels at the ends of lines, moved apart where lines end at about the same step."""
+    columns: dict[int, list[tuple[Line, Point]]] = {}
+    for line, points in zip(chart.lines, bold, strict=True):
+        for point in [point for point in points if line.tag and math.isfinite(point[1])][-1:]:
+            columns.setdefault(round(point[0] / max(1, span[1] - span[0]) / _COLUMN), []).append((line, point))
+    rows = []
+    for column in columns.values():
+        places = spread([share(chart.scale, y, ends) for _, (_, y) in column], _LABEL_GAP, 0, 1)
+        for (line, (x, _)), place in zip(column, places, strict=True):
+            rows.append(series_columns([(x, value_at(chart.scale, place, ends))], a=line.style, text=line.tag))
+    return rows
 
 
 def _description(chart: Chart) -> str:

@@ -23,6 +23,7 @@ _COLUMNS = {
     "run": ("name", ""),
     "outcome": ("outcome", ""),
     "test": ("passed", ""),
+    "cluster": ("cluster", ""),
     "steps": ("steps", "d"),
     "first": ("first_reward", ".3f"),
     "final reward": ("final_reward", ".3f"),
@@ -34,7 +35,7 @@ _COLUMNS = {
 }
 """Heading -> (key of a row, format)."""
 
-_OPTIONAL = ("test", "accuracy")
+_OPTIONAL = ("test", "cluster", "accuracy")
 """Columns that are left out if no run has a value."""
 
 _SHARED = 12
@@ -46,7 +47,7 @@ def comparison_text(runs: Sequence[Row], differences: Differences) -> str:
     head, body = _cells(runs)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     for heading in head:
-        left = heading in ("run", "outcome", "test")
+        left = heading in ("run", "outcome", "test", "cluster")
         table.add_column(heading.replace(" ", "\n"), justify="left" if left else "right", no_wrap=True)
     for cells in body:
         table.add_row(*map(Text, cells))

@@ -41,15 +41,19 @@ class Arm:
     summary: dict[str, Any]
     evaluated: list[dict[str, Any]] = field(default_factory=list)
     """`evaluated_steps.jsonl`: evaluations during training, step 0 included."""
+    columns: dict[str, list[float]] = field(default_factory=dict, repr=False, compare=False)
+    """Values of the metrics that `values` has read: several figures and tables ask for the same."""
+    steps: list[int] = field(init=False, repr=False, compare=False)
+    """Step of each row."""
 
-    @property
-    def steps(self) -> list[int]:
-        """Step of each row."""
-        return [int(row["step"]) for row in self.rows if "step" in row]
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", [int(row["step"]) for row in self.rows if "step" in row])
 
     def values(self, name: str) -> list[float]:
         """Return the metric `name` at each of `steps`; NaN where it is missing, null or not a number."""
-        return [number(row.get(name)) for row in self.rows if "step" in row]
+        if name not in self.columns:
+            self.columns[name] = [number(row.get(name)) for row in self.rows if "step" in row]
+        return self.columns[name]
 
     def finite(self, name: str) -> list[float]:
         """Return the finite values of the metric `name`."""
@@ -137,8 +141,13 @@ def load(runs: Sequence[RunDir | Path | str]) -> ReportData:
         doctors=doctors,
         evaluations=evaluations,
         sweeps=sweeps,
-        environment=next((found for found in environments if found), {}),
+        environment=next((found for found in environments if found), {}) | _cluster(recorded),
     )
+
+
+def _cluster(environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the cluster of the first run that recorded one: that of an arm, if the folder is that of a sanity run."""
+    return next(({"cluster": found["cluster"]} for found in environments if found.get("cluster")), {})
 
 
 def _has_steps(run: RunDir) -> bool:

@@ -77,6 +77,8 @@ def _agreement(agrees: Mapping[str, Any]) -> str:
 def _config(result: Mapping[str, Any]) -> str:
     config, recommended = str(result.get("config") or ""), str(result.get("recommended") or "")
     lead = f"<p>Recommended precision: <b>{escape(recommended)}</b></p>" if recommended else ""
+    if why := result.get("not_trained"):
+        lead = notice(f"No precision is recommended: betterhalf cannot train this model. {why}")
     return lead + (f'<pre class=copy tabindex="0"><code>{escape(config.strip())}</code></pre>' if config else "")
 
 
@@ -115,6 +117,8 @@ def _islands(islands: Mapping[str, Any]) -> str:
 
 def _mismatch(prefix: str, result: Mapping[str, Any]) -> str:
     pairs = read_pairs(result, "mismatch")
+    if why := result.get("mismatch_not_measured"):
+        return notice(f"The mismatch of trainer and engine was not measured: {why}")
     if not pairs:
         return ""
     k3 = {pair.train: pair.k3 for pair in pairs if pair.train == pair.rollout and not pair.error}

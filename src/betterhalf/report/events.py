@@ -1,4 +1,4 @@
-"""Events of a run: actions of the watchdog, and restarts of the engine."""
+"""Events of a run: actions of the watchdog, and restarts of engines and of the trainer's ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from betterhalf.report.data import Arm
 from betterhalf.report.fields import mapping, mappings, number
 from betterhalf.report.markup import shown, table
 
-RESTARTS = "rollout/engine_restarts"
+RESTARTS = {
+    "rollout/engine_restarts": (
+        "engine restarted",
+        "the engine process ended; a new one loaded the current weights, and the step continued",
+    ),
+    "optim/rank_restarts": (
+        "ranks restarted",
+        "a rank ended; all started again, and repeated the steps since the last checkpoint",
+    ),
+}
+"""Metric that counts restarts -> (action, reason) of the event."""
 _FALLBACK = "mismatch/k3/mean"
 """Metric whose figure also marks the events of metrics without a figure."""
 
@@ -34,7 +44,7 @@ class Event:
 
 
 def events_of(arm: Arm) -> list[Event]:
-    """Return the watchdog's events and the engine's restarts, in step order; repetitions are merged."""
+    """Return the watchdog's events and restarts, in step order; repetitions are merged."""
     rows = sorted([*_watchdog(arm), *_restarts(arm)], key=lambda event: event.first)
     merged: list[Event] = []
     for event in rows:
@@ -89,14 +99,13 @@ def _watchdog(arm: Arm) -> list[Event]:
 
 
 def _restarts(arm: Arm) -> list[Event]:
-    return [_restart(step, count) for step, count in zip(arm.steps, arm.values(RESTARTS), strict=True) if count > 0]
-
-
-def _restart(step: int, count: float) -> Event:
-    reason = "the engine process ended; a new one loaded the current weights, and the step continued"
-    return Event(
-        first=step, last=step, metric=RESTARTS, action="engine restarted", value=count, bound=math.nan, reason=reason
-    )
+    return [
+        Event(first=step, last=step, metric=metric, action=action, value=count, bound=math.nan, reason=reason)
+        for metric, (action, reason) in RESTARTS.items()
+        if any(arm.values(metric))
+        for step, count in zip(arm.steps, arm.values(metric), strict=True)
+        if count > 0
+    ]
 
 
 def _continues(old: Event, new: Event) -> bool:

@@ -15,6 +15,8 @@ _LARGEST = 1e100
 
 def number(value: object) -> float:
     """Return `value` as a float; NaN if it is not a number (a boolean is not), or too large to be a measurement."""
+    if type(value) is float and -_LARGEST <= value <= _LARGEST:
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
         return math.nan
     return float(value)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
 from betterhalf.metrics.catalogue import CATALOGUE
-from betterhalf.report.axis import Scale
-from betterhalf.report.canvas import Band
-from betterhalf.report.chart import Chart, Line, Mark, draw, smoothing_window
+from betterhalf.report.chart import Chart, Line, Mark, draw
 from betterhalf.report.data import Arm
+from betterhalf.report.drawing import Drawing
 from betterhalf.report.events import RESTARTS, event_marks, watchdog_bounds
+from betterhalf.report.marks import Band
 from betterhalf.report.markup import Figure, header_row, scroll
+from betterhalf.report.numbers import Scale, points_of_line, smoothing_window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,7 @@ FIGURES = (
         include=(0.0, 1.0),
         smooth=True,
         wide=True,
-        events_of=(RESTARTS,),
+        events_of=tuple(RESTARTS),
         caption="Healthy: rises, then stays up. A fall without recovery is a collapse.",
     ),
     FigureSpec(
@@ -73,7 +74,7 @@ FIGURES = (
         title="Accidents of rounding",
         unit="share of tokens",
         metrics=("mismatch/accident_fraction", "mismatch/accident_fraction_above"),
-        include=(0.0,),
+        include=(0.0, 1e-3),
         smooth=True,
         show_band=True,
         second_dotted=True,
@@ -111,6 +112,17 @@ FIGURES = (
         show_band=True,
         caption="Largest difference between trainer (pi) and engine (mu) on any sampled token, in either direction. "
         "Healthy: small and symmetric.",
+    ),
+    FigureSpec(
+        key="lost-updates",
+        title="Updates lost in merging",
+        unit="share of the weights that adapters change",
+        metrics=("mismatch/lost_update_fraction",),
+        include=(0.0, 1.0),
+        show_band=True,
+        only_if_recorded=True,
+        caption="Weights that LoRA adapters change and that rounding to the engine's format leaves at the base's "
+        "value. It starts near 1, since adapters start at 0, and falls as they grow; slower in a coarser format.",
     ),
     FigureSpec(
         key="ess",
@@ -219,8 +231,13 @@ _FAILURES = FigureSpec(
 
 def step_figures(arms: Sequence[Arm]) -> tuple[list[Figure], list[str]]:
     """Return the figures over steps that have data, and the titles of those without."""
+    return draw_figures((*FIGURES[:1], *_own_figures(arms), *FIGURES[1:], *_loss_figures(arms)), arms)
+
+
+def draw_figures(specs: Iterable[FigureSpec], arms: Sequence[Arm]) -> tuple[list[Figure], list[str]]:
+    """Return those of the specified figures that have data, and the titles of those without."""
     drawn, missing = [], []
-    for spec in (*FIGURES[:1], *_own_figures(arms), *FIGURES[1:], *_loss_figures(arms)):
+    for spec in specs:
         image = draw(_chart(spec, arms))
         if image is None:
             if not spec.only_if_recorded:
@@ -263,8 +280,8 @@ def _loss_figures(arms: Sequence[Arm]) -> list[FigureSpec]:
 
 def _names(arms: Sequence[Arm], pattern: re.Pattern[str]) -> list[str]:
     """Return the first metrics whose names match, in order of appearance."""
-    names = dict.fromkeys(name for arm in arms for row in arm.rows for name in row if pattern.fullmatch(name))
-    return list(names)[:_MOST_OWN_FIGURES]
+    names = dict.fromkeys(name for arm in arms for row in arm.rows for name in row)
+    return [name for name in names if pattern.fullmatch(name)][:_MOST_OWN_FIGURES]
 
 
 def _own_figure(name: str, number: int) -> FigureSpec:
@@ -287,6 +304,7 @@ def _chart(spec: FigureSpec, arms: Sequence[Arm]) -> Chart:
     return Chart(
         key=spec.key,
         title=f"{spec.title} ({spec.unit})",
+        unit=spec.title,
         scale=spec.scale,
         lines=tuple(_line(spec, arm, index) for arm in named for index in range(len(spec.metrics))),
         band=_band(spec.metrics) if spec.show_band else None,
@@ -340,20 +358,21 @@ def _skips(arm: Arm, scales: Sequence[float]) -> tuple[Mark, ...]:
     )
 
 
-def _with_text(spec: FigureSpec, arms: Sequence[Arm], image: str) -> Figure:
+def _with_text(spec: FigureSpec, arms: Sequence[Arm], image: Drawing) -> Figure:
     longest = max(len(arm.steps) for arm in arms)
     window = smoothing_window(longest) if spec.smooth else 1
     mean = "mean" if spec.scale == "linear" else "geometric mean"
     smoothed = f" Bold: {mean} over {window} steps; faint: each step." if window > 1 else ""
-    flagged = " A flag marks an event; see Events." if 'class="flag"' in image else ""
+    flagged = " A flag marks an event; see Events." if any(row.get("flag") for row in image.tables["events"]) else ""
+    most = points_of_line(len(arms) * len(spec.metrics))
+    thinned = f" Of {longest} steps, the lowest and highest of each few are drawn." if longest > most else ""
     return Figure(
         key=spec.key,
         title=spec.title,
         unit=spec.unit,
         image=image,
-        caption=spec.caption + smoothed + flagged,
+        caption=spec.caption + smoothed + thinned + flagged,
         numbers=_numbers(spec, arms),
-        wide=_is_wide(spec, arms),
     )
 
 

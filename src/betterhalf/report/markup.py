@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from betterhalf.report.canvas import marker, style_class
+from betterhalf.report.drawing import STYLES, Drawing
+
+_MARKERS = ("M14 6a3 3 0 1 0 6 0a3 3 0 1 0-6 0z", "M14 3h6v6h-6z", "M17 2l4 7h-8z", "M17 2l4 4l-4 4l-4-4z")
+"""Shapes of the marks of series in a legend, as those of the figures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,16 +21,13 @@ class Figure:
     """Unique on the page."""
     title: str
     unit: str
-    image: str
-    """The `<svg>`."""
+    image: Drawing
     caption: str
     """Content of the figure, and what a healthy run looks like."""
     numbers: str
     """The data of the figure as an HTML table."""
     legend: str = ""
     """`legend` of its series, if the legend of the page does not apply."""
-    wide: bool = False
-    """Draw across the page."""
 
 
 def section(title: str, content: str) -> str:
@@ -50,22 +50,30 @@ def note(text: str) -> str:
     return f"<p class=note>{escape(text)}</p>" if text else ""
 
 
-def figures(drawn: Iterable[Figure]) -> str:
-    """Return the figures side by side, as many as fit; empty without figures."""
-    shown = "".join(map(_figure, drawn))
+def figures(drawn: Iterable[Figure], picture: Callable[[Drawing], str] = Drawing.html) -> str:
+    """Return the figures side by side, as many as fit; empty without figures. `picture` gives the HTML of a drawing."""
+    shown = "".join(_figure(figure, picture(figure.image)) for figure in drawn)
     return f"<div class=grid-of>{shown}</div>" if shown else ""
 
 
 def legend(entries: Iterable[tuple[int, str]]) -> str:
-    """Return the legend: colour, dash and marker of each (style, name); the name is already HTML."""
+    """Return the legend: colour, dash and marker of each (style, name); the name is already HTML.
+
+    The page's script makes each entry a switch of its series.
+    """
     items = []
     for style, name in entries:
         swatch = (
             f'<svg viewBox="0 0 34 12" class="{style_class(style)} swatch" aria-hidden="true">'
-            f'<path class="line" d="M0 6L34 6"/>{marker(style, 17, 6)}</svg>'
+            f'<path class="line" d="M0 6L34 6"/><path class="m" d="{_MARKERS[style % len(_MARKERS)]}"/></svg>'
         )
-        items.append(f"<li>{swatch}<span>{name}</span></li>")
+        items.append(f'<li data-style="{style}">{swatch}<span>{name}</span></li>')
     return f"<ul class=legend>{''.join(items)}</ul>"
+
+
+def style_class(index: int) -> str:
+    """Return the CSS class of the series at `index`."""
+    return f"s{index % STYLES}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numeric: bool = True) -> str:
@@ -95,11 +103,10 @@ def _row(cells: Sequence[str]) -> str:
     return f'<tr><th scope="row">{escape(cells[0])}</th>{values}</tr>'
 
 
-def _figure(figure: Figure) -> str:
-    wide = " class=wide" if figure.wide else ""
-    image = scroll(figure.image, figure.title) if figure.wide else figure.image
+def _figure(figure: Figure, picture: str) -> str:
+    wide = " class=wide" if figure.image.wide else ""
     return (
         f'<figure id="{figure.key}"{wide}><h3>{escape(figure.title)}</h3><p class=unit>{escape(figure.unit)}</p>'
-        f"{image}{figure.legend}<figcaption>{escape(figure.caption)}</figcaption>"
+        f"{picture}{figure.legend}<figcaption>{escape(figure.caption)}</figcaption>"
         f"<details><summary>Numbers</summary>{figure.numbers}</details></figure>"
     )

@@ -30,23 +30,23 @@ def mismatch_figures(arms: Sequence[Arm]) -> list[Figure]:
 
 def completions(arm: Arm) -> list[Point]:
     """Return (length, summed log_ratio) of each completion of the last quarter of the steps."""
-    measured = [point for row in _last_quarter(arm.mismatch) for point in points(row, "completions")]
+    measured = [point for row in last_quarter(arm.mismatch) for point in points(row, "completions")]
     if measured:
         return measured
-    ratios = [[d for _, _, d in _tokens(row)] for row in _last_quarter(arm.rollouts)]
+    ratios = [[d for _, _, d in _tokens(row)] for row in last_quarter(arm.rollouts)]
     return [(float(len(ds)), math.fsum(ds)) for ds in ratios if ds]
 
 
 def bins(arm: Arm, by: By) -> list[Bin]:
     """Return the bins of the last quarter of the steps, merged with token-weighted means."""
-    measured = pool(bin_row for row in _last_quarter(arm.mismatch) for bin_row in mappings(row, by))
+    measured = pool(bin_row for row in last_quarter(arm.mismatch) for bin_row in mappings(row, by))
     if measured:
         return measured
-    kept = [token for row in _last_quarter(arm.rollouts) for token in _tokens(row)]
+    kept = [token for row in last_quarter(arm.rollouts) for token in _tokens(row)]
     return pool(_bin_rows(kept, by))
 
 
-def _last_quarter(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def last_quarter(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the rows of the last quarter of the steps; at least those of the last step."""
     steps = [number(row.get("step")) for row in rows]
     finite = [step for step in steps if math.isfinite(step)]

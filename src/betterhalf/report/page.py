@@ -9,15 +9,19 @@ from pathlib import Path
 from betterhalf.errors import InputError
 from betterhalf.report.data import Arm, ReportData, Study, load
 from betterhalf.report.doctor_page import doctor_section
+from betterhalf.report.drawing import drawings_of, inert_json, theme, write_figures
 from betterhalf.report.emulated import emulated_sentence
 from betterhalf.report.evaluation_curve import evaluation_curves
 from betterhalf.report.evaluation_page import evaluation_section
 from betterhalf.report.events import events_table
+from betterhalf.report.experts import experts_section
 from betterhalf.report.fields import mapping
 from betterhalf.report.figures import step_figures
+from betterhalf.report.library import page_script, script_hash
 from betterhalf.report.markup import figures, note, notice, section
 from betterhalf.report.mismatch import mismatch_figures
 from betterhalf.report.probe_page import probe_section
+from betterhalf.report.staleness import staleness_section
 from betterhalf.report.style import STYLE
 from betterhalf.report.sweep_page import sweep_section
 from betterhalf.report.tables import config_differences, contracts, environment_line, legend, verdicts
@@ -28,12 +32,18 @@ from betterhalf.run_dir import RunDir, write_text_atomic
 
 _SETTINGS = ("Settings", "Settings that differ")
 
-# The page shows text that a model wrote, and may be opened anywhere: it must not run or load anything.
+# The page shows text that a model wrote, and may be opened anywhere: it runs its own script alone, and loads nothing.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_NO_SCRIPT = (
+    "<noscript><p class=notice>The figures need JavaScript. The numbers of each are in the table below it.</p>"
+    "</noscript>"
+)
 
 
-def write_report(runs: Sequence[RunDir | Path | str], out: Path) -> Path:
+def write_report(runs: Sequence[RunDir | Path | str], out: Path, figures_in: Path | None = None) -> Path:
     """Write the page of one or several runs to `out` and return its path; arms and runs are overlaid in every figure.
+
+    Each figure is also written to `figures_in`, if given, as SVG and PNG.
 
     A run that stopped early, or recorded only some metrics, gives a page that says so.
 
@@ -50,6 +60,8 @@ def write_report(runs: Sequence[RunDir | Path | str], out: Path) -> Path:
             f"{out.parent} cannot be made ({error.strerror}). Choose another folder with run_dir=PATH."
         ) from error
     write_text_atomic(out, text)
+    if figures_in is not None:
+        write_figures(drawings_of(text), figures_in)
     return out
 
 
@@ -74,12 +86,20 @@ def render(data: ReportData) -> str:
             "</main>",
         ]
     )
+    policy, scripts = _scripts() if "<figure" in body else (_POLICY, "")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)} - betterhalf report</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><style>{STYLE}</style></head>'
-        f"<body>{body}</body></html>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}</style></head>'
+        f"<body>{body}{scripts}</body></html>\n"
     )
+
+
+def _scripts() -> tuple[str, str]:
+    """Return the policy and the elements of a page that draws figures."""
+    script = page_script()
+    look = f'<script type="application/json" id=theme>{inert_json(theme())}</script>'
+    return f"{_POLICY}; script-src {script_hash(script)}", f"{_NO_SCRIPT}{look}<script>{script}</script>"
 
 
 def _runs(data: ReportData) -> str:
@@ -87,6 +107,8 @@ def _runs(data: ReportData) -> str:
     return (
         section("Verdict", verdicts(data) or _no_verdict(data.arms))
         + section("Figures", _figures(data.arms))
+        + staleness_section(data.arms)
+        + experts_section(data.arms)
         + section("Events", events_table(data.arms))
     )
 

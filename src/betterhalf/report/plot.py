@@ -1,41 +1,39 @@
-"""Plots of one quantity against another as inline SVG: point clouds with least-squares lines, and connected points.
+"""Plots of one quantity against another: point clouds with least-squares lines, and connected points.
 
 They show pi against mu, log-ratio against length, bins and layers.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
-from betterhalf.report.axis import Axis, Scale, can_draw, fit
-from betterhalf.report.canvas import (
-    BOTTOM,
-    LEFT,
-    RIGHT,
-    TOP,
+from betterhalf.report.drawing import Drawing, Json, series_columns
+from betterhalf.report.fields import Point
+from betterhalf.report.marks import (
     Band,
-    Point,
-    across_labels,
-    band_area,
-    band_label,
-    cloud,
-    grid,
-    line_path,
-    marker,
-    rules,
-    style_class,
-    svg,
+    across,
+    band_layers,
+    coloured,
+    constant,
+    dashed,
+    expression,
+    layer,
+    layered,
+    reach_layers,
+    reached,
+    rule_layers,
+    shaped,
+    upright,
 )
+from betterhalf.report.numbers import Scale, can_draw, extent
+from betterhalf.report.places import free_place, share
 
 _MAX_MARKERS = 40
 _WHOLE_TICKS = 8
-_TICK_GAP = 34
-"""Minimum distance in pixels between labels of the horizontal axis."""
-_LABEL_WIDTH = 125
-"""Maximum width of the band's label in pixels."""
+_WEDGE_PARTS = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +41,7 @@ class Series:
     """Points of one colour, dash and marker."""
 
     name: str
-    """Full name, for the description."""
+    """Full name, for the description and on hover."""
     style: int
     points: Sequence[Point]
     joined: bool = False
@@ -63,6 +61,8 @@ class Plot:
     """Series in the order of drawing: the widest cloud first, so that it does not hide the others."""
     across_name: str
     """Written at the end of the horizontal axis."""
+    unit: str = ""
+    """Title of the vertical axis in a file of its own."""
     scale: Scale = "linear"
     """Scale of the vertical axis."""
     include: tuple[float, ...] = ()
@@ -83,20 +83,28 @@ class Plot:
     """Dashed line on which every point of a healthy run would be."""
 
 
-def draw_plot(plot: Plot) -> str | None:
-    """Return the plot as an `<svg>` element, or None if no point can be drawn."""
-    kept = [point for series in plot.series for point in _drawable(series, plot.scale)]
-    axis = fit([y for _, y in kept], scale=plot.scale, start=BOTTOM, end=TOP, include=plot.include)
-    if axis is None:
+def draw_plot(plot: Plot) -> Drawing | None:
+    """Return the plot, or None if no point can be drawn."""
+    kept = [(one, points) for one in plot.series if (points := _drawable(one, plot.scale))]
+    bounds = [bound for bound in plot.band or () if bound is not None]
+    ends = extent([y for _, points in kept for _, y in points], plot.scale, plot.include, bounds)
+    if ends is None:
         return None
-    across = _across(plot, [x for x, _ in kept])
-    parts = [band_area(plot.band, axis), _wedge(plot.wedge, across, axis), grid(axis), _labels(plot, across)]
-    parts.append(rules(axis, plot.rules, outside=True))
-    parts += [_guide(plot.guide, across, axis)]
-    lone = len(plot.series) == 1
-    parts += [_series(series, across, axis, lone) for series in plot.series]
-    parts += [band_label(plot.band, axis, _occupied(plot, across, axis))]
-    return svg(plot.key, plot.title, _description(plot), "".join(parts))
+    named = [(series_columns(points, a=one.style, name=one.name), one.joined) for one, points in kept]
+    fits = [series_columns(_fit_ends(one, points), a=one.style) for one, points in kept]
+    return Drawing(
+        key=plot.key,
+        title=plot.title,
+        unit=plot.unit,
+        description=_description(plot),
+        spec=_spec(plot, kept, ends),
+        tables={
+            "joined": [table for table, joined in named if joined],
+            "clouds": [table for table, joined in named if not joined],
+            "fits": [table for table in fits if table["x"]],
+        },
+        names={str(one.style): one.name for one, _ in reversed(kept)},
+    )
 
 
 def whole_ticks(values: Iterable[int]) -> tuple[tuple[float, str], ...]:
@@ -105,109 +113,85 @@ def whole_ticks(values: Iterable[int]) -> tuple[tuple[float, str], ...]:
     return tuple((float(value), str(value)) for value in ordered[:: max(1, math.ceil(len(ordered) / _WHOLE_TICKS))])
 
 
-def least_squares(points: Sequence[Point]) -> tuple[float, float]:
-    """Return slope and intercept of y on x: through the origin if all x are equal, NaN without points or at x = 0."""
-    if not points:
-        return math.nan, math.nan
-    x_mean = math.fsum(x for x, _ in points) / len(points)
-    y_mean = math.fsum(y for _, y in points) / len(points)
-    spread = math.fsum((x - x_mean) ** 2 for x, _ in points)
-    if spread == 0.0:
-        return (y_mean / x_mean, 0.0) if x_mean else (math.nan, math.nan)
-    slope = math.fsum((x - x_mean) * (y - y_mean) for x, y in points) / spread
-    return slope, y_mean - slope * x_mean
-
-
 def _drawable(series: Series, scale: Scale) -> list[Point]:
     return [(x, y) for x, y in series.points if math.isfinite(x) and can_draw(scale, y)]
 
 
-def _occupied(plot: Plot, across: Axis, axis: Axis) -> list[float]:
-    """Return the heights in pixels of points and lines near the band's label; of all points if none are near."""
-    heights, everywhere = [], []
-    for series in plot.series:
-        pixels = [(across.pixel(x), axis.pixel(y)) for x, y in _drawable(series, axis.scale)]
-        everywhere += [y for _, y in pixels]
-        between = (
-            [_between(a, b, share / 8) for a, b in pairwise(pixels) for share in range(8)] if series.joined else []
-        )
-        heights += [y for x, y in (*pixels, *between) if x < LEFT + _LABEL_WIDTH]
-    return heights or everywhere
+def _spec(plot: Plot, kept: Sequence[tuple[Series, list[Point]]], ends: tuple[float, float]) -> Json:
+    """Return the layers of the plot, from back to front."""
+    styles = [one.style for one, _ in kept]
+    values = [y for _, points in kept for _, y in points]
+    up = upright(plot.scale, ends)
+    place = {"x": _across(plot), "y": up, "color": coloured(styles)}
+    dash, shape, hover = {"strokeDash": dashed(styles)}, {"shape": shaped(styles)}, {"tooltip": _hover(plot)}
+    lone = len(set(styles)) == 1
+    dot = {"shape": {"value": "circle"}} if lone else shape
+    few = all(len(points) <= _MAX_MARKERS for one, points in kept if one.joined)
+    taken = [share(plot.scale, value, ends) for value in values]
+    layers = [
+        *reach_layers(place, "x", plot.across_include if plot.across_range is None else ()),
+        *reach_layers(place, "y", reached(plot.scale, ends, plot.include, values)),
+        *band_layers(plot.band, free_place(plot.scale, plot.band, ends, taken)),
+        *_wedge(plot.wedge),
+        *rule_layers(plot.rules, beside=True),
+        *_guide(plot.guide),
+        layer("point", "clouds", place | dot | hover, size=14, opacity=0.6, strokeWidth=1, filled=lone),
+        layer("line", "fits", {"x": place["x"], "y": up, "detail": {"field": "a"}}, color="var(--card)", strokeWidth=5),
+        layer("line", "fits", place | dash, strokeWidth=2),
+        layer("line", "joined", place | dash, strokeWidth=2),
+        layer("point", "joined", place | shape, size=30, filled=True, opacity=1 if few else 0),
+        layer("point", "joined", place | hover, size=220, opacity=0, fill="transparent"),
+    ]
+    return layered(layers)
 
 
-def _between(start: Point, end: Point, share: float) -> Point:
-    return start[0] + share * (end[0] - start[0]), start[1] + share * (end[1] - start[1])
+def _hover(plot: Plot) -> list[Json]:
+    """Return the content of the box on hover."""
+    numbers = {"x": plot.across_name, "y": "value"}
+    return [{"field": "name", "type": "nominal", "title": " "}] + [
+        {"field": field, "type": "quantitative", "title": title, "format": ".4g"} for field, title in numbers.items()
+    ]
 
 
-def _across(plot: Plot, values: Sequence[float]) -> Axis:
-    if plot.across_range is None:
-        axis = fit(values, scale="linear", start=LEFT, end=RIGHT, include=plot.across_include)
-        assert axis is not None  # the caller has at least one point, and its coordinates are finite
-        return axis
-    low, high = plot.across_range
-    return Axis(scale="linear", low=low, high=high, start=LEFT, end=RIGHT)
+def _across(plot: Plot) -> Json:
+    """Return the horizontal axis."""
+    scale: Json = {"domain": list(plot.across_range), "nice": False} if plot.across_range else {}
+    if plot.across_ticks is None:
+        return across(plot.across_name, scale, {"tickCount": 5})
+    places, texts = [place for place, _ in plot.across_ticks], [text for _, text in plot.across_ticks]
+    words = f"({json.dumps(texts)})[indexof({json.dumps(places)}, datum.value)]"
+    return across(plot.across_name, scale, {"values": places, "labelExpr": words, "labelOverlap": "greedy"})
 
 
-def _labels(plot: Plot, across: Axis) -> str:
-    ticks = plot.across_ticks
-    if ticks is None:
-        ticks = tuple((tick, across.label(tick)) for tick in across.ticks())
-    placed = [(across.pixel(value), text) for value, text in ticks if across.low <= value <= across.high]
-    return across_labels(_apart(placed), plot.across_name)
-
-
-def _apart(ticks: list[tuple[float, str]]) -> list[tuple[float, str]]:
-    """Remove the texts of labels that would touch the previous one."""
-    kept, last = [], -math.inf
-    for x, text in ticks:
-        free = x - last >= max(_TICK_GAP, 7.5 * len(text))
-        kept.append((x, text if free else ""))
-        last = x if free else last
-    return kept
-
-
-def _wedge(slopes: Band | None, across: Axis, axis: Axis) -> str:
+def _wedge(slopes: Band | None) -> list[Json]:
     """Return the area between two straight lines through the origin, within the plot."""
     if slopes is None or None in slopes:
-        return ""
-    low, high = (float(slope or 0.0) for slope in slopes)
-    xs = [max(0.0, across.low) + share / 40 * (across.high - max(0.0, across.low)) for share in range(41)]
-    upper = [(across.pixel(x), axis.pixel(high * x)) for x in xs]
-    lower = [(across.pixel(x), axis.pixel(low * x)) for x in reversed(xs)]
-    corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in (*upper, *lower))
-    return f'<polygon class="band" points="{corners}"/>'
+        return []
+    start = "max(0, domain('x')[0])"
+    place = f"({start} + datum.p / {_WEDGE_PARTS} * (domain('x')[1] - {start}))"
+    low, high = (expression(f"clamp(scale('y', {slope!r} * {place}), 0, height)") for slope in slopes)
+    area = constant(
+        "area", {"x": expression(f"scale('x', {place})"), "y": high, "y2": low}, color="var(--edge)", opacity=0.12
+    )
+    return [area | {"data": {"sequence": {"start": 0, "stop": _WEDGE_PARTS + 1, "as": "p"}}}]
 
 
-def _guide(guide: tuple[Point, Point] | None, across: Axis, axis: Axis) -> str:
+def _guide(guide: tuple[Point, Point] | None) -> list[Json]:
     if guide is None:
-        return ""
-    (x0, y0), (x1, y1) = ((across.pixel(x), axis.pixel(y)) for x, y in guide)
-    return f'<line class="edge" x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}"/>'
+        return []
+    (x0, y0), (x1, y1) = guide
+    ends = {"x": f"scale('x', {x0})", "x2": f"scale('x', {x1})", "y": f"scale('y', {y0})", "y2": f"scale('y', {y1})"}
+    channels = {name: expression(place) for name, place in ends.items()}
+    return [constant("rule", channels, color="var(--edge)", strokeDash=[2, 3], strokeWidth=1.2)]
 
 
-def _series(series: Series, across: Axis, axis: Axis, lone: bool) -> str:
-    """Draw one series; a single cloud consists of dots, which show the most, and several clouds differ in shape."""
-    drawable = _drawable(series, axis.scale)
-    pixels = [(across.pixel(x), axis.pixel(y)) for x, y in drawable]
-    if not pixels:
-        return ""
-    if series.joined:
-        every = max(1, math.ceil(len(pixels) / _MAX_MARKERS))
-        body = line_path(pixels, "line") + "".join(marker(series.style, *pixel) for pixel in pixels[::every])
-    else:
-        body = cloud(pixels, 0 if lone else series.style) + _fit_line(series, drawable, across, axis)
-    return f'<g class="{style_class(series.style)}">{body}</g>'
-
-
-def _fit_line(series: Series, points: Sequence[Point], across: Axis, axis: Axis) -> str:
-    """Draw the fit from the first to the last x, or from 0 with only one; an outline separates it from the cloud."""
+def _fit_ends(series: Series, points: Sequence[Point]) -> list[Point]:
+    """Return the fit at the first and the last x, or from 0 with only one."""
     if series.fit is None or not all(map(math.isfinite, series.fit)):
-        return ""
+        return []
     slope, intercept = series.fit
     low, high = min(x for x, _ in points), max(x for x, _ in points)
-    ends = [low if low < high else max(0.0, across.low), high]
-    pixels = [(across.pixel(x), axis.pixel(intercept + slope * x)) for x in ends]
-    return line_path(pixels, "casing") + line_path(pixels, "line")
+    return [(x, intercept + slope * x) for x in (low if low < high else 0.0, high)]
 
 
 def _description(plot: Plot) -> str:

@@ -10,7 +10,8 @@ from html import escape
 from betterhalf.metrics.catalogue import CATALOGUE
 from betterhalf.report.fields import Point
 from betterhalf.report.markup import Figure, legend, shown, table
-from betterhalf.report.plot import Plot, Series, draw_plot, least_squares
+from betterhalf.report.numbers import least_squares
+from betterhalf.report.plot import Plot, Series, draw_plot
 
 _MAX_POINTS = 1000
 

@@ -1,13 +1,13 @@
 """The page's style sheet: light and dark, phone and desktop, no external resources."""
 
 STYLE = """
-:root{color-scheme:light dark;--bg:#ffffff;--card:#f7f8fa;--ink:#1b1f24;--soft:#59636e;--rule:#d9dee4;--band:#2da44e1f;
---edge:#1a7f37;--ok:#1a7f37;--bad:#c11f2d;--wait:#8a6100;--s0:#0064c8;--s1:#c2410c;--s2:#0b7d5d;--s3:#8b3fb8;--s4:#8a6100;
+:root{color-scheme:light dark;--bg:#ffffff;--card:#f7f8fa;--ink:#1b1f24;--soft:#59636e;--rule:#d9dee4;--edge:#1a7f37;
+--ok:#1a7f37;--bad:#c11f2d;--wait:#8a6100;--s0:#0064c8;--s1:#c2410c;--s2:#0b7d5d;--s3:#8b3fb8;--s4:#8a6100;
 --s5:#4b5563;--s6:#c2185b;--s7:#00727f;
 --p0:#0064c8;--p1:#8b3fb8;--p2:#c2410c;--p3:#0b7d5d;--p4:#9a6b00;--p5:#a3adb8;--q5:#1b1f24;--q:#ffffff;
 --heat:194,65,12;--h0:#e3f1e6;--h1:#eef3d8;--h2:#fdf0c8;--h3:#fbd3a6;--h4:#f5a48c}
 @media(prefers-color-scheme:dark){:root{--bg:#0f1318;--card:#171c23;--ink:#e6eaef;--soft:#9aa5b1;--rule:#2c343e;
---band:#3fb95026;--edge:#56d364;--ok:#56d364;--bad:#ff7b72;--wait:#e3b341;--s0:#58a6ff;--s1:#ff9a52;--s2:#3fcf9f;
+--edge:#56d364;--ok:#56d364;--bad:#ff7b72;--wait:#e3b341;--s0:#58a6ff;--s1:#ff9a52;--s2:#3fcf9f;
 --s3:#d2a8ff;--s4:#e3b341;--s5:#b1bac4;--s6:#ff7ab2;--s7:#4dd0e1;
 --p0:#58a6ff;--p1:#d2a8ff;--p2:#ff9a52;--p3:#3fcf9f;--p4:#e3b341;--p5:#6e7a87;
 --q5:#0f1318;--q:#0f1318;--heat:255,154,82;--h0:#123524;
@@ -62,37 +62,31 @@ overflow-x:auto;user-select:all}
 figure{margin:0;padding:14px 14px 10px;background:var(--card);border:1px solid var(--rule);border-radius:10px;
 display:flex;flex-direction:column;min-width:0}
 figure .legend{font-size:.85rem;margin:.4em 0 0}
-figure>svg{width:100%;height:auto;display:block}
-figure.wide{grid-column:1/-1}.wide svg{min-width:620px;max-width:1100px;width:100%;height:auto;display:block}
+figure.wide{grid-column:1/-1}
 .unit{font-size:.85rem;margin:0 0 .5em}
 figcaption{font-size:.85rem;line-height:1.4;margin-top:.4em}
 details{margin-top:auto;padding-top:.5em;font-size:.82rem;overflow-x:auto}summary{cursor:pointer;color:var(--soft)}
 details table{font-size:.78rem;margin-top:.4em}details td,details th{padding:.2em .7em .2em 0}
-svg text{font:13px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;fill:var(--ink)}
-svg .tick{fill:var(--soft);font-size:12.5px;font-variant-numeric:tabular-nums}
-svg .rulename{fill:var(--wait);font-size:12px}.rule{stroke:var(--wait);stroke-width:1.4;stroke-dasharray:8 3}
-.rulename{paint-order:stroke;stroke:var(--card);stroke-width:3px;stroke-linejoin:round}
-.pole{stroke:var(--wait);stroke-width:2}.flag path{fill:var(--wait);stroke:var(--wait);stroke-width:1.2}
-.casing{fill:none;stroke:var(--card);stroke-width:5;stroke-linecap:round}
-.grid{stroke:var(--rule);stroke-width:1}.zero,.axis{stroke:var(--soft)}.band{fill:var(--band)}
-svg .bandname{fill:var(--edge);font-size:12px}
-.end,.bandname{paint-order:stroke;stroke:var(--card);stroke-width:3px;stroke-linejoin:round}
+.chart{position:relative;min-height:1px;touch-action:pan-y pinch-zoom;user-select:none;-webkit-user-select:none}
+.chart svg{width:100%;height:auto;display:block;overflow:visible}
+.brush,.cross{position:absolute;top:0;bottom:0;pointer-events:none}.brush{width:0;background:var(--s0);opacity:.15}
+.cross{border-left:1px dashed var(--soft)}figure{overflow:clip}
+.tip{position:fixed;z-index:9;pointer-events:none;padding:.35em .7em;background:var(--bg);border:1px solid var(--soft);
+border-radius:6px;font-size:.82rem;font-variant-numeric:tabular-nums;max-width:min(92vw,44em);overflow-wrap:anywhere}
+.tip [class^=s]{color:var(--c);font-weight:600}
+.legend [role=button]{cursor:pointer;padding:.1em .3em;border-radius:6px}
+.legend [role=button]:hover{background:var(--card)}
+.legend [aria-pressed=false]{opacity:.45;text-decoration:line-through}
+.zoom{display:flex;flex-wrap:wrap;align-items:center;gap:.3em .5em;font-size:.88rem;margin:0 0 .8em}
+.zoom input{width:6.5em}.zoom input,.zoom button{font:inherit;color:inherit;background:var(--card);padding:.15em .5em;
+border:1px solid var(--rule);border-radius:6px}.zoom button{cursor:pointer}
 .contract td{white-space:normal;min-width:4em;max-width:32ch;overflow-wrap:anywhere}
-.edge{stroke:var(--edge);stroke-width:1.2;stroke-dasharray:2 3}
-.line,.raw{fill:none;stroke:var(--c);stroke-linejoin:round;stroke-linecap:round}.line{stroke-width:2}
-.raw{stroke-width:1;opacity:.35}.m{fill:var(--c);stroke:var(--card);stroke-width:1}
-.end{fill:var(--c)!important;font-weight:600!important}
-.mark path{fill:none;stroke:var(--bad);stroke-width:2}
-.cloud{fill:none;stroke:var(--c);opacity:.6;stroke-width:1}.dots{stroke-width:3;stroke-linecap:round}
+.line{fill:none;stroke:var(--c);stroke-width:2;stroke-linecap:round}.m{fill:var(--c);stroke:var(--card);stroke-width:1}
 .s0{--c:var(--s0)}.s1{--c:var(--s1)}.s2{--c:var(--s2)}.s3{--c:var(--s3)}.s4{--c:var(--s4)}.s5{--c:var(--s5)}
 .s6{--c:var(--s6)}.s7{--c:var(--s7)}
-.line.second{stroke-width:1.3;stroke-dasharray:1.5 3.5!important}
 .s1 .line{stroke-dasharray:7 3.5}.s2 .line{stroke-dasharray:2 4}.s3 .line{stroke-dasharray:9 3 2 3}
 .s4 .line{stroke-dasharray:14 4}.s5 .line{stroke-dasharray:5 3 1 3 1 3}
 .s6 .line{stroke-dasharray:12 3 3 3 3 3}.s7 .line{stroke-dasharray:4 4}
-.p0{fill:var(--p0)}.p1{fill:var(--p1)}.p2{fill:var(--p2)}.p3{fill:var(--p3)}.p4{fill:var(--p4)}.p5{fill:var(--p5)}
-svg .q0,svg .q1,svg .q2,svg .q3,svg .q4{fill:var(--q);font-weight:600}svg .q5{fill:var(--q5)}
-svg .barname{font-weight:600}
 .sample{margin:0 0 14px;padding:10px 14px;background:var(--card);border:1px solid var(--rule);
 border-left:4px solid var(--c);border-radius:6px}
 pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;
@@ -105,5 +99,6 @@ font:13.5px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 body{padding:14px 12px 40px}h1{font-size:1.3rem}.verdict{font-size:.88rem}.verdict th{white-space:normal}
 .verdict th,.verdict td{padding-right:.8em}.heat td{padding:.4em .2em;min-width:5em;white-space:normal}
 .heat th{padding:.3em .3em .3em 0}figure{padding:12px 10px 8px}}
-@media print{figure,.sample{break-inside:avoid}details{display:none}}
+@media print{.grid-of{grid-template-columns:1fr 1fr}
+figure,.sample{break-inside:avoid}details,.zoom,.tip,.cross{display:none}}
 """

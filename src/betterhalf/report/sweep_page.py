@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from betterhalf.report.axis import Scale
-from betterhalf.report.canvas import STYLES, Point
 from betterhalf.report.chart import Chart, Line, draw
 from betterhalf.report.comparison import changes_text
 from betterhalf.report.data import Sweep
+from betterhalf.report.drawing import STYLES
 from betterhalf.report.emulated import emulated_sentence
-from betterhalf.report.fields import mapping, mappings, number, texts
+from betterhalf.report.fields import Point, mapping, mappings, number, texts
 from betterhalf.report.markup import Figure, figures, legend, note, notice, section, table
+from betterhalf.report.numbers import Scale
 from betterhalf.report.plot import Plot, Series, draw_plot
 from betterhalf.report.sweep_table import (
     MEASURES,
@@ -28,6 +28,7 @@ from betterhalf.report.sweep_table import (
     outcome_text,
     table_text,
 )
+from betterhalf.words import counted
 
 REWARD = "rollout/reward/mean"
 
@@ -118,7 +119,7 @@ def _panel(sweep: Sweep, combination: Row, key: str) -> Figure | None:
         title=title,
         unit=f"{outcome_text(combination)}; mean reward of each step",
         image=image,
-        caption=f"{len(curves)} run{'' if len(curves) == 1 else 's'}, one line for each seed.",
+        caption=f"{counted(len(curves), 'run')}, one line for each seed.",
         numbers=table(["seed", "first", "last", "lowest", "highest"], [_ends(curve) for curve in curves]),
     )
 
@@ -175,6 +176,7 @@ def _along(
         include=include,
         across_ticks=_ticks(rows, axis, places),
     )
+    starred = any(text.endswith("*") for _, text in plot.across_ticks or ())
     image = draw_plot(plot)
     if image is None:
         return None
@@ -186,7 +188,7 @@ def _along(
         title=f"{heading} along {name}",
         unit="mean over seeds (line) and single runs (points)",
         image=image,
-        caption=f"One line for each combination of the other axes.{left_out}{_STAR if '*<' in image else ''}",
+        caption=f"One line for each combination of the other axes.{left_out}{_STAR if starred else ''}",
         numbers=_numbers(shown, name, measure),
         legend=legend((style, escape(group)) for style, (group, _) in enumerate(shown)) if len(shown) > 1 else "",
     )

@@ -11,6 +11,7 @@ from betterhalf.report.data import Arm, ReportData, Study, flatten
 from betterhalf.report.markup import header_row, note, scroll
 from betterhalf.report.markup import legend as series_legend
 from betterhalf.report.verdict import COLUMNS, changes_rows, threshold_line, verdict_rows, verdict_sentences
+from betterhalf.words import counted
 
 _KEY_SETTINGS = (
     "model.name",
@@ -26,6 +27,10 @@ _KEY_SETTINGS = (
     "training.group_size",
     "training.optimizer_steps",
     "sampling.max_tokens",
+    "cluster.backend",
+    "cluster.trainers",
+    "cluster.engines",
+    "cluster.placement",
     "seed",
 )
 
@@ -79,7 +84,9 @@ def config_differences(arms: Sequence[Arm | Study]) -> str:
     if not configs:
         return "<p>No configuration recorded.</p>"
     if len(configs) == 1:
-        rows = [(key, [_plain(configs[0][key])]) for key in _KEY_SETTINGS if configs[0].get(key) is not None]
+        local = configs[0].get("cluster.backend") == "local"
+        shown = [key for key in _KEY_SETTINGS if not (local and key.startswith("cluster."))]
+        rows = [(key, [_plain(configs[0][key])]) for key in shown if configs[0].get(key) is not None]
         return _table(["setting", names[0]], rows)
     keys = sorted({key for config in configs for key in config})
     rows = [(key, [_plain(config.get(key)) for config in configs]) for key in keys]
@@ -90,7 +97,7 @@ def config_differences(arms: Sequence[Arm | Study]) -> str:
 
 
 def environment_line(environment: Mapping[str, Any]) -> str:
-    """Return machine, versions and code state in one line."""
+    """Return machine, cluster, versions and code state in one line."""
     packages = environment.get("packages") or {}
     git = environment.get("git") or {}
     commit = str(git.get("commit") or "")[:10]
@@ -99,12 +106,24 @@ def environment_line(environment: Mapping[str, Any]) -> str:
         f"{environment['cores']} cores" if environment.get("cores") else "",
         f"{environment['memory_gib']} GiB" if environment.get("memory_gib") else "",
         *(str(gpu) for gpu in environment.get("gpus") or []),
+        _cluster_words(environment.get("cluster")),
         f"python {environment['python']}" if environment.get("python") else "",
         *(f"{name} {packages[name]}" for name in ("betterhalf", "torch", "transformers", "vllm") if name in packages),
         f"commit {commit}{' with uncommitted changes' if git.get('dirty') else ''}" if commit else "",
         str(environment.get("time") or ""),
     ]
     return escape(" \u00b7 ".join(part for part in parts if part)) or "No environment recorded."
+
+
+def _cluster_words(cluster: Any) -> str:
+    """Return the processes of a run on a cluster and their hosts; empty for one process."""
+    if not isinstance(cluster, Mapping) or cluster.get("backend") in (None, "local"):
+        return ""
+    hosts = cluster.get("hosts") or {}
+    placed = "; ".join(f"{host}: {', '.join(map(str, roles))}" for host, roles in hosts.items())
+    processes = f"{counted(cluster.get('ranks') or 0, 'rank')} and {counted(cluster.get('engines') or 0, 'engine')}"
+    own = "a Ray of its own" if cluster.get("address") is None else f"the Ray cluster at {cluster['address']}"
+    return f"{processes} ({cluster.get('placement')}) on {own}, ray {cluster.get('ray')} ({placed})"
 
 
 def legend(arms: Sequence[Arm]) -> str:
@@ -121,7 +140,7 @@ def _steps(arm: Arm) -> str:
     planned = (arm.config.get("training") or {}).get("steps")
     if isinstance(planned, int) and done < planned:
         return f"stopped after {done} of {planned} steps" if done else f"no step of {planned} recorded"
-    return f"{done} step{'s' if done > 1 else ''}" if done else "no steps recorded"
+    return counted(done, "step") if done else "no steps recorded"
 
 
 def _verdict(title: str, summary: Mapping[str, Any], several: bool) -> str:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
+from itertools import accumulate
 
-from betterhalf.report.axis import Axis, fit
-from betterhalf.report.canvas import svg
 from betterhalf.report.data import Arm
+from betterhalf.report.drawing import PAPER_WIDTH, Drawing, Json
+from betterhalf.report.marks import across, layer, layered
 from betterhalf.report.markup import Figure, table
 
 _PHASES = ("generate", "reward", "measure", "train", "sync")
 _NAMES = (*_PHASES, "other")
-_LEFT, _RIGHT = 12, 428
-_BAR, _PITCH = 24, 52
+_GAPS = {"paddingInner": 0.55, "paddingOuter": 0.5}
+_PITCH = 52
+"""Height of a bar with its name, in pixels."""
 _LETTER = 7.2
 """Upper estimate of the width of a letter in pixels."""
 
@@ -51,45 +52,48 @@ def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values) if values else 0.0
 
 
-def _draw(bars: list[tuple[Arm, dict[str, float]]]) -> str:
-    totals = [math.fsum(seconds.values()) for _, seconds in bars]
-    axis = fit(totals, scale="linear", start=_LEFT, end=_RIGHT, include=(0.0,))
-    assert axis is not None  # totals are finite and there is at least one
-    bottom = 14 + _PITCH * len(bars)
-    parts = [_axis(axis, bottom)]
-    for row, (arm, seconds) in enumerate(bars):
-        parts.append(_bar(arm, seconds, 30 + row * _PITCH, axis))
+def _draw(bars: list[tuple[Arm, dict[str, float]]]) -> Drawing:
+    """Return a bar for each arm, below its name and total, in segments that are labelled where there is room."""
     words = " ".join(f"{arm.name}: {_words(seconds)}." for arm, seconds in bars)
-    return svg("timing", "Time of a step by phase", words, "".join(parts), height=bottom + 26)
+    longest = max(math.fsum(seconds.values()) for _, seconds in bars)
+    return Drawing(
+        key="timing",
+        title="Time of a step by phase",
+        description=words,
+        spec=_spec(longest, len(bars)),
+        tables={"bars": [_segments(arm, seconds, longest) for arm, seconds in bars]},
+        names={},
+    )
 
 
-def _axis(axis: Axis, bottom: int) -> str:
-    parts = []
-    for tick in axis.ticks():
-        x = axis.pixel(tick)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="8" y2="{bottom}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{axis.label(tick)}</text>')
-    return "".join(parts)
+def _segments(arm: Arm, seconds: dict[str, float], longest: float) -> dict[str, object]:
+    """Return the segments of a bar: where each begins and ends, and its label if there is room."""
+    ends = list(accumulate(seconds.values()))
+    share = _LETTER / PAPER_WIDTH * longest
+    fits = [phase if share * (len(phase) + 1) < value else "" for phase, value in seconds.items()]
+    lead = f"{arm.name}: {ends[-1]:.2f} s"
+    said = [f"{value:.3f} s" for value in seconds.values()]
+    begins = [0.0, *ends[:-1]]
+    middles = [(begin + end) / 2 for begin, end in zip(begins, ends, strict=True)]
+    places = {"a": arm.index, "bar": lead, "x": begins, "end": ends, "middle": middles}
+    return places | {"phase": list(seconds), "label": fits, "seconds": said}
 
 
-def _bar(arm: Arm, seconds: dict[str, float], y: int, axis: Axis) -> str:
-    total = math.fsum(seconds.values())
-    parts = [f'<text class="barname" x="{_LEFT}" y="{y - 6}">{escape(arm.name)}: {total:.2f} s</text>']
-    begun = 0.0
-    for index, (phase, value) in enumerate(seconds.items()):
-        left, right = axis.pixel(begun), axis.pixel(begun + value)
-        begun += value
-        width = right - left - 1
-        if width <= 0:
-            continue
-        parts.append(
-            f'<rect class="p{index}" x="{left:.1f}" y="{y}" width="{width:.1f}" height="{_BAR}">'
-            f"<title>{phase}: {value:.3f} s</title></rect>"
-        )
-        if width > _LETTER * len(phase) + 6:
-            middle = (left + right) / 2
-            parts.append(f'<text class="q{index}" x="{middle:.1f}" y="{y + 16}" text-anchor="middle">{phase}</text>')
-    return "".join(parts)
+def _spec(longest: float, bars: int) -> Json:
+    row = {"field": "bar", "type": "nominal", "sort": None, "axis": None}
+    place = {"x": across("seconds", {"domain": [0, longest]}, {"grid": True}), "y": row | {"scale": _GAPS}}
+    phase = {"field": "phase", "type": "nominal", "legend": None}
+    fill = phase | {"scale": {"domain": list(_NAMES), "range": [f"var(--p{i})" for i in range(len(_NAMES))]}}
+    ink = {"color": {"value": "var(--q)", "condition": {"test": "datum.phase == 'other'", "value": "var(--q5)"}}}
+    hover = [phase | {"title": " "}, {"field": "seconds", "type": "nominal", "title": "mean"}]
+    middle = {"x": place["x"] | {"field": "middle"}, "y": place["y"]}
+    name = {"x": {"value": 0}, "y": place["y"], "text": {"field": "bar"}}
+    layers = [
+        layer("bar", "bars", place | {"x2": {"field": "end"}, "color": fill, "tooltip": hover}, stroke="var(--card)"),
+        layer("text", "bars", middle | ink | {"text": {"field": "label"}}, fontWeight=600),
+        layer("text", "bars", name, f"datum.phase == '{_NAMES[0]}'", align="left", dy=-21, fontWeight=600, fontSize=13),
+    ]
+    return layered(layers, height=_PITCH * bars)
 
 
 def _words(seconds: dict[str, float]) -> str:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from betterhalf.report.canvas import style_class
 from betterhalf.report.data import Arm
-from betterhalf.report.markup import Figure, table
+from betterhalf.report.drawing import Drawing
+from betterhalf.report.markup import Figure, style_class, table
 from betterhalf.report.plot import Plot, Series, draw_plot
 
 _POINTS_PER_CLOUD = 1000
@@ -131,7 +131,7 @@ def _series(clouds: Sequence[Cloud], *, gap: bool) -> tuple[Series, ...]:
 
 
 def _figure(
-    key: str, title: str, unit: str, image: str | None, caption: str, clouds: Sequence[Cloud], legend: str
+    key: str, title: str, unit: str, image: Drawing | None, caption: str, clouds: Sequence[Cloud], legend: str
 ) -> Figure | None:
     if image is None:
         return None

@@ -1,15 +1,18 @@
-"""Charts: the numbers in the SVG, gaps, bands, marks, labels, and text that tries to break out."""
+"""Figures as specifications: valid Vega-Lite, the right tables, and text that tries to break out."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from xml.etree import ElementTree
+from typing import Any
 
+import altair as alt
 import pytest
 
-from betterhalf.report.canvas import BOTTOM, LEFT, RIGHT, TOP, spread, thin
-from betterhalf.report.chart import Chart, Line, Mark, draw, moving_average, smoothed, smoothing_window
+from betterhalf.report.chart import Chart, Line, Mark, draw
+from betterhalf.report.drawing import Drawing, drawings_of, theme
+from betterhalf.report.plot import Plot, Series, draw_plot
 
 
 def line(values: list[float], style: int = 0, tag: str = "fp16", marks: tuple[Mark, ...] = ()) -> Line:
@@ -17,145 +20,122 @@ def line(values: list[float], style: int = 0, tag: str = "fp16", marks: tuple[Ma
     return Line(tag=tag, name=tag, style=style, steps=steps, values=values, marks=marks)
 
 
-def chart(*lines: Line, **choices: object) -> Chart:
-    defaults: dict[str, object] = {"key": "k", "title": "T", "scale": "linear", "include": (0.0, 1.0)}
-    return Chart(lines=lines, **(defaults | choices))  # type: ignore[arg-type]
-
-
-def drawn(*lines: Line, **choices: object) -> ElementTree.Element:
-    image = draw(chart(*lines, **choices))
+def drawn(*lines: Line, **choices: Any) -> Drawing:
+    image = draw(Chart(**({"key": "k", "title": "T", "scale": "linear", "include": (0.0, 1.0)} | choices), lines=lines))
     assert image is not None
-    return ElementTree.fromstring(image)
+    return image
 
 
-def paths(root: ElementTree.Element, kind: str) -> list[list[tuple[float, float]]]:
-    found = [element.get("d", "") for element in root.iter("path") if element.get("class") == kind]
-    return [[(float(x), float(y)) for x, y in re.findall(r"[ML]([\d.]+) ([\d.]+)", d)] for d in found]
+def plotted(*series: Series, **choices: Any) -> Drawing:
+    image = draw_plot(Plot(**({"key": "p", "title": "T", "across_name": "x"} | choices), series=series))
+    assert image is not None
+    return image
 
 
-def test_points_land_where_the_axes_say() -> None:
-    (points,) = paths(drawn(line([0.0, 0.25, 1.0])), "line")
-    height = BOTTOM - TOP
-    assert points == [(LEFT, BOTTOM), ((LEFT + RIGHT) / 2, BOTTOM - height / 4), (RIGHT, TOP)]
+def series(points: list[tuple[float, float]], style: int = 0, **choices: Any) -> Series:
+    return Series(name="fp16", style=style, points=points, **choices)
 
 
-def test_points_on_a_log_axis_land_where_the_logarithm_says() -> None:
-    (points,) = paths(drawn(line([1e-8, 1e-6, 1e-4]), scale="log10", include=()), "line")
-    assert [y for _, y in points] == pytest.approx([BOTTOM, (BOTTOM + TOP) / 2, TOP])
+EVENTS = (Mark(step=2, value=0.5, text="skipped"), Mark(step=3, text="stopped", flag=True))
+DRAWINGS = {
+    "chart": lambda: drawn(line([0.1, 0.9, 0.4], marks=EVENTS), band=(0.0, 0.5), rules=((0.3, "watchdog"),)),
+    "smooth": lambda: drawn(line([0.1, 0.9] * 20), line([0.5] * 40, 1), smooth=True, wide=True),
+    "log": lambda: drawn(line([1e-8, 1e-4]), scale="log10", include=(), band=(None, 1e-3)),
+    "powers": lambda: drawn(line([65536.0] * 3), scale="log2", include=()),
+    "cloud": lambda: plotted(series([(1.0, 1.0), (3.0, 2.0)], fit=(0.5, 0.5)), wedge=(-0.2, 0.2)),
+    "joined": lambda: plotted(
+        series([(0.0, 1.0)], joined=True), rules=((1.0, "x"),), across_ticks=((0.0, "a"),), guide=((0, 0), (1, 1))
+    ),
+}
 
 
-def test_nan_breaks_the_line_and_a_lone_point_gets_a_marker() -> None:
-    root = drawn(line([0.1, 0.2, math.nan, 0.3, math.nan, 0.4, 0.5]))
-    assert [len(points) for points in paths(root, "line")] == [2, 1, 2]
-    lone_x = LEFT + (RIGHT - LEFT) * 3 / 6
-    assert any(float(c.get("cx", "0")) == pytest.approx(lone_x, abs=0.05) for c in root.iter("circle"))
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_specifications_follow_the_schema(name: str) -> None:
+    text = json.dumps({**DRAWINGS[name]().spec, "config": theme()})
+    alt.LayerChart.from_dict(json.loads(re.sub(r"var\(--\w+\)", "#000000", text)))
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_figures_are_drawn_with_a_shape_for_each_layer(name: str) -> None:
+    svg = DRAWINGS[name]().svg()
+    assert svg.startswith("<svg")
+    assert "NaN" not in svg and "Infinity" not in svg
+
+
+def test_values_are_columns_and_nan_breaks_the_line() -> None:
+    values = drawn(line([0.1, math.nan, 0.3])).tables["values"]
+    assert values == [{"a": 0, "k": 0, "second": False, "x": [1, 2, 3], "y": [0.1, None, 0.3]}]
+
+
+def test_a_lone_point_gets_a_marker() -> None:
+    (markers,) = drawn(line([0.1, 0.2, math.nan, 0.3, math.nan, 0.4, 0.5])).tables["markers"]
+    assert 4 in markers["x"]
 
 
 def test_zero_has_no_place_on_a_log_axis() -> None:
-    root = drawn(line([1e-6, 0.0, 1e-4]), scale="log10", include=())
-    assert [len(points) for points in paths(root, "line")] == [1, 1]
+    (values,) = drawn(line([1e-6, 0.0, 1e-4]), scale="log10", include=()).tables["values"]
+    assert values["y"] == [1e-6, None, 1e-4]
 
 
 def test_nothing_to_draw_is_none() -> None:
-    assert draw(chart(line([math.nan, math.nan]))) is None
-    assert draw(chart(line([]))) is None
-    assert draw(chart()) is None
+    for lines in ((line([math.nan, math.nan]),), (line([]),), ()):
+        assert draw(Chart(key="k", title="T", scale="linear", include=(0.0,), lines=lines)) is None
+    assert draw_plot(Plot(key="k", title="T", series=(series([(1.0, 0.0)]),), across_name="x", scale="log10")) is None
+    assert draw_plot(Plot(key="k", title="T", series=(), across_name="x")) is None
+
+
+def test_an_axis_of_zeros_reaches_the_healthy_bound_and_nothing_below_zero() -> None:
+    image = drawn(line([0.0] * 5), include=(0.0,), band=(None, 1e-4))
+    reached = [layer["data"]["values"] for layer in image.spec["layer"] if layer["mark"].get("opacity") == 0]
+    assert reached == [[{"y": 0.0}, {"y": 1e-4}]]
 
 
 def test_the_band_covers_exactly_its_share_of_the_axis() -> None:
-    root = drawn(line([1e-4, 1e-2]), scale="log10", include=(), band=(None, 1e-3))
-    (band,) = [element for element in root.iter("rect") if element.get("class") == "band"]
-    middle = (TOP + BOTTOM) / 2
-    assert float(band.get("y", "")) == pytest.approx(middle)
-    assert float(band.get("y", "")) + float(band.get("height", "")) == pytest.approx(BOTTOM)
-    edges = [element.get("y1") for element in root.iter("line") if element.get("class") == "edge"]
-    assert edges == [f"{middle:.1f}"]
-    assert "healthy: at most 0.001" in "".join(root.itertext())
+    svg = drawn(line([1e-4, 1e-2]), scale="log10", include=(), band=(None, 1e-3)).svg()
+    (y, height) = re.findall(r'd="M0,([\d.]+)h420v([\d.]+)h-420Z" fill="#1a7f37"', svg)[0]
+    assert float(y) == pytest.approx(100, abs=0.5)
+    assert float(y) + float(height) == pytest.approx(200)
+    assert "healthy: at most 0.001" in svg
 
 
-def test_a_band_wider_than_the_data_fills_the_plot_without_an_edge() -> None:
-    root = drawn(line([1e-8, 1e-6]), scale="log10", include=(), band=(None, 1e-3))
-    (band,) = [element for element in root.iter("rect") if element.get("class") == "band"]
-    assert float(band.get("height", "")) == pytest.approx(BOTTOM - TOP)
-    assert not [element for element in root.iter("line") if element.get("class") == "edge"]
-
-
-def test_a_mark_is_a_cross_at_its_place_with_its_text() -> None:
-    root = drawn(
-        line([65536.0, 32768.0], marks=(Mark(step=2, value=32768.0, text="skipped"),)), scale="log2", include=()
-    )
-    (mark,) = [group for group in root.iter("g") if group.get("class") == "mark"]
-    assert mark.findtext("title") == "skipped"
-    (path,) = mark.iter("path")
-    (end,) = [points[-1] for points in paths(root, "line")]
-    assert path.get("d", "").startswith(f"M{end[0] - 4:.1f} {end[1] - 4:.1f}")
-
-
-def test_series_differ_by_class_marker_and_end_label() -> None:
-    root = drawn(line([0.5] * 3, 0, "fp16"), line([0.5] * 3, 1, "bf16"))
-    groups = [g.get("class") for g in root.iter("g")]
-    assert groups == ["s0", "s1"]
-    assert list(root.iter("circle"))
-    assert list(root.iter("polygon"))
-    labels = {e.text: float(e.get("y", "")) for e in root.iter("text") if "end" in e.get("class", "")}
-    assert set(labels) == {"fp16", "bf16"}
-    assert abs(labels["fp16"] - labels["bf16"]) >= 14
+def test_labels_at_the_ends_of_lines_are_apart() -> None:
+    ends = drawn(line([0.5] * 3, 0, "fp16"), line([0.5] * 3, 1, "bf16")).tables["ends"]
+    assert {end["text"] for end in ends} == {"fp16", "bf16"}
+    assert abs(ends[0]["y"][0] - ends[1]["y"][0]) == pytest.approx(14 / 200, abs=1e-4)
 
 
 def test_labels_of_lines_that_end_far_apart_do_not_push_each_other() -> None:
-    root = drawn(line([0.5] * 40, 0, "long"), line([0.5] * 3, 1, "short"))
-    labels = [float(e.get("y", "")) for e in root.iter("text") if "end" in e.get("class", "")]
-    assert labels[0] == labels[1]
-
-
-def test_the_figure_is_named_and_described_for_screen_readers() -> None:
-    root = drawn(line([0.25, 0.75]))
-    assert root.get("role") == "img"
-    assert root.get("aria-labelledby") == "k-t k-d"
-    ids = {e.get("id"): e.text for e in root if e.get("id")}
-    assert ids["k-t"] == "T"
-    assert ids["k-d"] == "fp16: 2 steps, first 0.25, last 0.75, lowest 0.25, highest 0.75."
-
-
-def test_hostile_names_stay_text() -> None:
-    evil = '</svg><script>alert("1")</script>'
-    root = drawn(line([0.1, 0.2], tag=evil, marks=(Mark(step=1, value=0.1, text=evil),)), title=evil)
-    assert not list(root.iter("script"))
-    assert evil in "".join(root.itertext())
-
-
-def test_the_moving_average_is_centred_and_shortened_at_the_ends() -> None:
-    assert moving_average([1.0, 2.0, 6.0, 3.0], 3) == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
-    assert moving_average([1.0, math.nan, 3.0], 3)[::2] == [1.0, 3.0]
-    assert math.isnan(moving_average([1.0, math.nan, 3.0], 3)[1])
-
-
-def test_smoothing_is_geometric_on_a_log_axis() -> None:
-    values = [1e-8] * 20
-    values[10] = 1e-5
-    means = smoothed(chart(line(values), scale="log10", smooth=True), line(values))
-    # Three steps: two of 1e-8 and one of 1e-5 multiply to 1e-21.
-    assert smoothing_window(20) == 3
-    assert means[10] == pytest.approx(1e-7)
+    ends = drawn(line([0.5] * 40, 0, "long"), line([0.5] * 3, 1, "short")).tables["ends"]
+    assert ends[0]["y"] == ends[1]["y"]
 
 
 def test_short_runs_are_not_smoothed() -> None:
-    assert smoothing_window(14) == 1
-    assert not paths(drawn(line([0.1, 0.9] * 5), smooth=True), "raw")
-    assert paths(drawn(line([0.1, 0.9] * 20), smooth=True), "raw")
+    assert drawn(line([0.1, 0.9] * 5), smooth=True).tables["means"] == []
+    assert drawn(line([0.1, 0.9] * 20), smooth=True).tables["means"]
 
 
-def test_thinning_keeps_every_extreme() -> None:
-    points = [(float(x), float(x % 7)) for x in range(10_000)]
-    points[5003] = (5003.0, 99.0)
-    points[777] = (777.0, -99.0)
-    kept = thin(points, 400)
-    assert len(kept) <= 400
-    assert (5003.0, 99.0) in kept
-    assert (777.0, -99.0) in kept
-    assert kept == sorted(kept)
+def test_the_figure_is_named_and_described_for_screen_readers() -> None:
+    image = drawn(line([0.25, 0.75]))
+    assert image.description == "fp16: 2 steps, first 0.25, last 0.75, lowest 0.25, highest 0.75."
+    assert 'role="img" aria-labelledby="k-t k-d"' in image.html()
 
 
-def test_spread_keeps_order_gap_and_bounds() -> None:
-    assert spread([50.0, 50.0, 90.0], 14, 0, 100) == [50.0, 64.0, 90.0]
-    assert spread([99.0, 100.0], 14, 0, 100) == [86.0, 100.0]
+def test_hostile_names_stay_text() -> None:
+    evil = '</script><script>alert("1")</script>'
+    image = drawn(line([0.1, 0.2], tag=evil, marks=(Mark(step=1, value=0.1, text=evil),)), title=evil)
+    assert image.html().count("<script") == 1
+    (again,) = drawings_of(image.html())
+    assert (again.title, again.tables["events"][0]["text"]) == (evil, evil)
+
+
+def test_a_fit_runs_from_the_first_to_the_last_x_or_from_the_origin() -> None:
+    (fit,) = plotted(series([(10.0, 1.0), (30.0, 3.0)], fit=(0.1, 0.0))).tables["fits"]
+    assert (fit["x"], fit["y"]) == ([10, 30], [1, 3])
+    (fit,) = plotted(series([(20.0, 1.0), (20.0, 3.0)], fit=(0.1, 0.0))).tables["fits"]
+    assert (fit["x"], fit["y"]) == ([0, 20], [0, 2])
+
+
+def test_what_has_no_place_is_left_out() -> None:
+    points = [(1.0, 1e-6), (2.0, 0.0), (math.nan, 1e-5), (3.0, 1e-4)]
+    (joined,) = plotted(series(points, joined=True), scale="log10").tables["joined"]
+    assert joined["x"] == [1, 3]

@@ -43,6 +43,18 @@ def test_a_restart_is_an_event_of_its_step(tmp_path: Path) -> None:
     ]
 
 
+def test_a_restart_of_the_ranks_is_another_event(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [], restarts=(1.0,))
+    append_jsonl(run.metrics, {"step": 2, "rollout/engine_restarts": 0.0, "optim/rank_restarts": 2.0})
+    (arm,) = load([run]).arms
+    found = [(event.first, event.action, event.metric, event.value) for event in events_of(arm)]
+    assert found == [
+        (1, "engine restarted", "rollout/engine_restarts", 1.0),
+        (2, "ranks restarted", "optim/rank_restarts", 2.0),
+    ]
+    assert "a rank ended; all started again" in events_table([arm])
+
+
 def test_an_event_is_flagged_on_its_figure_else_on_the_mismatch(tmp_path: Path) -> None:
     arm = arm_of(tmp_path / "run", [row(1), row(2, "budget/predicted_ess"), row(3, "rollout/unheard_of")])
     every = ["mismatch/k3/mean", "budget/predicted_ess"]
@@ -60,7 +72,7 @@ def test_bounds_come_from_the_configuration(tmp_path: Path) -> None:
 
 def test_the_page_flags_events_and_lists_them_as_text(tmp_path: Path) -> None:
     page = render(load([make_run(tmp_path / "run", [row(2)], restarts=(0.0, 0.0, 1.0))]))
-    assert page.count('class="flag"') == 1
+    assert page.count('"flag":true') == 1
     assert "A flag marks an event" in page
     assert "&lt;why&gt;" in page
     assert "engine restarted" in page

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
+import random
 import re
+import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.report.conftest import COLLAPSE, collapse_summary, fill_run
+from tests.unit.report.conftest import COLLAPSE, collapse_summary, config, fill_run, metrics_row
 
 from betterhalf.errors import InputError, RunError
 from betterhalf.report.data import load
+from betterhalf.report.drawing import drawings_of
 from betterhalf.report.figures import FIGURES
 from betterhalf.report.page import render, write_report
 from betterhalf.report.timing import phase_seconds
@@ -50,7 +55,7 @@ class Outline(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
+        if not {"style", "script", "noscript"} & set(self.open):
             self.text += f" {data}"
 
 
@@ -92,16 +97,34 @@ def test_a_sanity_page_has_verdict_figures_contract_differences_and_samples(make
     assert "Not recorded" not in page.text
 
 
-def test_the_page_loads_nothing_runs_nothing_and_has_unique_ids(make_sanity: MakeRun, tmp_path: Path) -> None:
+def scripts_of(page: str) -> list[tuple[str, str]]:
+    """Return attributes and text of each script."""
+    return re.findall(r"<script([^>]*)>(.*?)</script>", page, re.DOTALL)
+
+
+def test_the_page_loads_nothing_runs_its_own_script_alone_and_has_unique_ids(
+    make_sanity: MakeRun, tmp_path: Path
+) -> None:
     path = write_report([make_sanity()], tmp_path / "out" / "report.html")
     text = path.read_text()
     page = outline(text)
-    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert not {"link", "img", "iframe", "object"} & set(page.tags)
     assert not [pair for pair in page.attributes if pair[0] in ("src", "href", "onload", "onclick")]
-    assert not re.search(r"https?://|@import|url\(", text)
+    (script,) = [content for attributes, content in scripts_of(text) if "application/json" not in attributes]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'\"" in text
+    assert not re.search(r"https?://|@import|url\(", text.replace(script, ""))
     assert len(page.ids) == len(set(page.ids))
     assert "prefers-color-scheme:dark" in text
     assert "width=device-width" in text
+
+
+def test_a_page_without_figures_has_no_script(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", resume=False)
+    write_json_atomic(run.environment, {})
+    write_json_atomic(run.config, {"training": {"steps": 65}})
+    assert "<script" not in render(load([run]))
+    assert len(render(load([run]))) < 50_000
 
 
 def test_every_figure_names_a_title_and_a_description_that_exist(make_sanity: MakeRun) -> None:
@@ -109,6 +132,50 @@ def test_every_figure_names_a_title_and_a_description_that_exist(make_sanity: Ma
     named = [value.split() for name, value in page.attributes if name == "aria-labelledby"]
     assert len(named) == page.tags.count("figure") == 22
     assert all(identifier in page.ids for pair in named for identifier in pair)
+
+
+def long_run(path: Path, arms: tuple[str, ...], steps: int) -> RunDir:
+    """Write a run of many steps, with one accident in the first arm."""
+    run = RunDir.create(path, resume=False)
+    for name in arms:
+        arm, rng = RunDir.create(run.arm(name).path, resume=False), random.Random(name)
+        rows = [metrics_row(step, name, rng) | {"mismatch/accident_fraction": 0.0} for step in range(1, steps + 1)]
+        if name == arms[0]:
+            rows[steps // 3]["mismatch/accident_fraction"] = 0.0625
+        arm.metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        write_json_atomic(arm.config, config(name, steps))
+    return run
+
+
+def test_a_page_of_long_runs_is_small_fast_and_keeps_a_lone_accident(tmp_path: Path) -> None:
+    run = long_run(tmp_path / "long", ("fp16", "bf16", "fp32", "e8m2"), 5000)
+    begun = time.process_time()
+    page = render(load([run]))
+    assert time.process_time() - begun < 5.0
+    assert len(page.encode()) < 2_000_000
+    (accidents,) = [drawing for drawing in drawings_of(page) if drawing.key == "accidents"]
+    values = [y for part in accidents.tables["values"] for y in part["y"]]
+    assert max(values) == 0.0625
+    assert len(values) < 3000
+
+
+def test_figures_are_files_too(make_sanity: MakeRun, tmp_path: Path) -> None:
+    write_report([make_sanity(steps=20)], tmp_path / "report.html", tmp_path / "figures")
+    svg = (tmp_path / "figures" / "k3.svg").read_text()
+    assert all(word in svg for word in ("Mismatch k3", "fp16", "bf16", "step", "healthy: at most 0.001"))
+    assert "var(--" not in svg
+    assert (tmp_path / "figures" / "k3.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "report.html").read_text()
+    keys = re.findall(r'<figure id="([^"]+)"', page)
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(
+        f"{key}.{kind}" for key in keys for kind in ("svg", "png")
+    )
+
+
+def test_a_folder_for_figures_that_cannot_be_made_is_bad_input(make_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--figures DIR"):
+        write_report([make_run(steps=3)], tmp_path / "report.html", tmp_path / "file" / "figures")
 
 
 def test_the_distance_to_a_reference_policy_is_drawn_where_there_is_one(make_run: MakeRun) -> None:
@@ -141,7 +208,7 @@ def test_a_page_of_seven_arms_begins_with_the_reward_of_each_by_name(tmp_path: P
     first = text[text.index("<figure") : text.index("</figure>")]
     assert first.startswith('<figure id="reward" class=wide>')
     for index, name in enumerate(COLLAPSE):
-        assert re.search(rf'<text class="end s{index}" [^>]*>{name}</text>', first)
+        assert f'"a":{index},"text":"{name}"' in first
     assert "e8m2_aligned precision.preset=e8m2 (emulated), engine.rounding=aligned" in page.text
     assert "e8m2 0.000 \u2717 failed 0.000 \u2717 collapsed 2.50e-01" in page.text
     assert page.text.count("e8m2 is emulated: BF16 arithmetic on a CPU") == 1
@@ -188,10 +255,14 @@ def test_text_of_models_and_names_cannot_become_markup(tmp_path: Path) -> None:
     append_jsonl(run.metrics, {"step": 1, "rollout/reward/mean": 0.5, "optim/skipped": 1.0, "optim/loss_scale": 2.0})
     row = {"step": 1, "prompt": evil, "completion": evil, "reward": 1.0, "tokens": [evil]}
     append_jsonl(run.rollouts, row | {"trainer_logprobs": [-0.1], "behavior_logprobs": [-0.2]})
-    page = report(run)
-    assert not {"script", "img", "i"} & set(page.tags)
+    text = render(load([run]))
+    page = outline(text)
+    assert not {"img", "i"} & set(page.tags)
     assert "onerror" not in dict(page.attributes)
     assert "<script>alert(1)</script>" in page.text
+    assert [
+        content for attributes, content in scripts_of(text) if "alert" in content and "json" not in attributes
+    ] == []
 
 
 def test_a_task_s_own_rewards_have_a_figure_each_and_its_failures_one(tmp_path: Path) -> None:
@@ -260,6 +331,22 @@ def test_a_train_run_shows_its_summary_as_a_table(make_run: MakeRun) -> None:
     text = report(run).text
     assert "last_reward 0.8125" in text
     assert "precision.kv_dtype fp16" in text
+
+
+def test_a_run_on_a_cluster_shows_its_processes_and_hosts(make_run: MakeRun) -> None:
+    run = make_run("spread")
+    alone = report(run).text
+    assert "cluster.trainers" not in alone and "ranks" not in alone
+    config = json.loads(run.config.read_text())
+    write_json_atomic(run.config, config | {"cluster": {"backend": "ray", "trainers": 2, "engines": 1}})
+    record = {"backend": "ray", "ray": "2.60.0", "address": None, "ranks": 2, "engines": 1, "placement": "separate"}
+    hosts = {"first": ["engine 0", "rank 0"], "second": ["rank 1"]}
+    environment = json.loads(run.environment.read_text()) if run.environment.exists() else {}
+    write_json_atomic(run.environment, environment | {"cluster": record | {"hosts": hosts}})
+    text = report(run).text
+    words = "2 ranks and 1 engine (separate) on a Ray of its own, ray 2.60.0 (first: engine 0, rank 0; second: rank 1)"
+    assert words in text
+    assert re.search(r"cluster\.backend\s+ray\s+cluster\.trainers\s+2\s+cluster\.engines\s+1", text)
 
 
 def test_phases_add_up_to_the_step() -> None:
