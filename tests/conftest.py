@@ -52,7 +52,7 @@ def _cuda_available() -> bool:
     return torch.cuda.is_available()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_gguf() -> Callable[..., Path]:
     """Write a small GGUF file of a one-layer decoder: `_write_gguf`."""
     return _write_gguf
@@ -74,17 +74,19 @@ def _write_gguf(
     pre: str = "default",
     flags: Mapping[str, bool] | None = None,
     tensors: bool = True,
+    quantisation: str = "F32",
 ) -> Path:
-    """Write a GGUF file; without `tensors`, only its header."""
+    """Write a GGUF file; without `tensors`, only its header. Matrices have rows of 256 unless they are F32."""
     writer = pytest.importorskip("gguf").GGUFWriter(path, architecture)
     tokens = _sentencepiece(writer) if tokenizer == "llama" else _byte_level(writer)
     writer.add_tokenizer_pre(pre)
     for name, value in (flags or {}).items():
         writer.add_bool(f"tokenizer.ggml.{name}", value)
     writer.add_pad_token_id(0)
-    _sizes(writer, len(tokens))
+    size, width = (_SIZE, _WIDTH) if quantisation == "F32" else (256, 256)
+    _sizes(writer, len(tokens), size, width)
     if tensors:
-        _tensors(writer, len(tokens))
+        _tensors(writer, len(tokens), size, width, quantisation)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -114,36 +116,63 @@ def _byte_level(writer: Any) -> list[str]:
     return BYTE_LEVEL
 
 
-def _sizes(writer: Any, vocabulary: int) -> None:
+def _sizes(writer: Any, vocabulary: int, size: int, width: int) -> None:
     writer.add_context_length(64)
-    writer.add_embedding_length(_SIZE)
+    writer.add_embedding_length(size)
     writer.add_block_count(1)
-    writer.add_feed_forward_length(_WIDTH)
+    writer.add_feed_forward_length(width)
     writer.add_head_count(2)
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_dimension_count(_SIZE // 2)
+    writer.add_rope_dimension_count(size // 2)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(vocabulary)
 
 
-def _tensors(writer: Any, vocabulary: int) -> None:
+def _tensors(writer: Any, vocabulary: int, size: int, width: int, quantisation: str) -> None:
     import numpy as np
 
     draws = np.random.default_rng(0)
     shapes = {
-        "token_embd": (vocabulary, _SIZE),
-        "output": (vocabulary, _SIZE),
-        "output_norm": (_SIZE,),
-        "blk.0.attn_norm": (_SIZE,),
-        "blk.0.ffn_norm": (_SIZE,),
-        **{f"blk.0.attn_{name}": (_SIZE, _SIZE) for name in ("q", "k", "v", "output")},
-        "blk.0.ffn_gate": (_WIDTH, _SIZE),
-        "blk.0.ffn_up": (_WIDTH, _SIZE),
-        "blk.0.ffn_down": (_SIZE, _WIDTH),
+        "token_embd": (vocabulary, size),
+        "output": (vocabulary, size),
+        "output_norm": (size,),
+        "blk.0.attn_norm": (size,),
+        "blk.0.ffn_norm": (size,),
+        **{f"blk.0.attn_{name}": (size, size) for name in ("q", "k", "v", "output")},
+        "blk.0.ffn_gate": (width, size),
+        "blk.0.ffn_up": (width, size),
+        "blk.0.ffn_down": (size, width),
     }
     for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", (draws.standard_normal(shape) * 0.1).astype(np.float32))
+        values = (draws.standard_normal(shape) * 0.1).astype(np.float32)
+        if len(shape) == 1 or quantisation == "F32":
+            writer.add_tensor(f"{name}.weight", values)
+        else:
+            _add_quantised(writer, f"{name}.weight", values, quantisation)
+
+
+def _add_quantised(writer: Any, name: str, values: Any, quantisation: str) -> None:
+    """Add values in a quantisation; where gguf cannot quantise, add random blocks whose scales are 2^-6."""
+    import gguf
+    import numpy as np
+
+    kind = gguf.GGMLQuantizationType[quantisation]
+    try:
+        data = gguf.quantize(values, kind)
+    except NotImplementedError:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        draws = np.random.default_rng(1)
+        data = draws.integers(0, 256, (values.shape[0], values.shape[1] // block, block_bytes), dtype=np.uint8)
+        scale = np.frombuffer(np.float16(2.0**-6).tobytes(), np.uint8)
+        for place in _SCALES.get(quantisation, (0,)):
+            data[..., place : place + 2] = scale
+        data = data.reshape(values.shape[0], -1)
+    writer.add_tensor(name, data, raw_dtype=kind)
+
+
+_SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+"""Bytes of a block at which FP16 scales begin; 0 for the other kinds."""
 
 
 _interpret_triton()

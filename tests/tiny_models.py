@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from betterhalf.models.loading import LoadedModel
+from betterhalf.distributed.shard_range import ShardRange
+from betterhalf.models.loading import LoadedModel, SkeletonModel
+from betterhalf.models.skeleton import compute_buffers, skeleton
 
 Sizes = dict[str, Any]
 
@@ -53,7 +66,13 @@ _CONFIGS: dict[str, Any] = {
     "mixtral": MixtralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "olmoe": OlmoeConfig,
+    "qwen2_moe": Qwen2MoeConfig,
+    "qwen3_moe": Qwen3MoeConfig,
 }
+
+EXPERTS: Sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+"""Sizes of a mixture of experts, beside those above."""
 
 
 def tiny_config(family: str = "llama", sizes: Sizes = TINY, **changes: Any) -> Any:
@@ -97,3 +116,22 @@ def tiny_model(
 ) -> LoadedModel:
     """Return a small random decoder as a loaded model: `tiny_config`, `tiny_module` and `loaded_model` in one."""
     return loaded_model(tiny_module(tiny_config(family, sizes, **changes), seed=seed), stop_token_ids=stop_token_ids)
+
+
+class TensorRows:
+    """Weights in memory as a `RowSource`."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self.weights = weights
+
+    def rows(self, wanted: Mapping[str, ShardRange]) -> Iterator[tuple[str, Tensor]]:
+        for name, rows in wanted.items():
+            yield name, self.weights[name][rows.rows]
+
+
+def skeleton_model(model: LoadedModel) -> SkeletonModel:
+    """Return a model for a sharded trainer, with the weights of `model`."""
+    module = skeleton(model.hf_config).eval()
+    assert compute_buffers(module) == ()
+    weights = {name: parameter.detach() for name, parameter in model.module.named_parameters()}
+    return SkeletonModel(**model.fields(), module=module, weights=TensorRows(weights))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from betterhalf.api.verbs import compare as compare
     from betterhalf.api.verbs import doctor as doctor
     from betterhalf.api.verbs import evaluate as evaluate
+    from betterhalf.api.verbs import plan as plan
     from betterhalf.api.verbs import probe as probe
     from betterhalf.api.verbs import sanity as sanity
     from betterhalf.api.verbs import train as train
@@ -85,6 +86,7 @@ __all__ = [
     "load_run",
     "mismatch_metrics",
     "mismatch_profile",
+    "plan",
     "policy_loss",
     "policy_metrics",
     "predict_ess",
@@ -98,7 +100,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _MODULES = {
-    "betterhalf.api.verbs": ("train", "sanity", "probe", "doctor", "evaluate", "compare"),
+    "betterhalf.api.verbs": ("train", "sanity", "probe", "doctor", "evaluate", "plan", "compare"),
     "betterhalf.api.run": ("Run", "load_run"),
     "betterhalf.api.rows": ("Rows",),
     "betterhalf.runs.compare": ("Comparison",),

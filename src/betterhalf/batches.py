@@ -96,6 +96,9 @@ class MicroBatch(TokenTensors):
     rollout_index_S: tuple[int, ...]
     """[S]: position of each sequence among the step's rollouts (groups in order, siblings in order), followed by those
     that are left out of the step."""
+    experts_TLK: Tensor | None = None
+    """uint8 or int16 [T, L, K]: the engine's experts of each token in each layer that has any; None if it did not
+    report them. Siblings share those of their prompt."""
     support: PackedSupport | None = None
     """Sets to which sampling was truncated; None if it drew from the whole vocabulary."""
 

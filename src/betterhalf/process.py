@@ -21,6 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from betterhalf.words import counted
+
 SPIN_COUNT = 20_000
 """Value of `GOMP_SPINCOUNT` for spinning threads: turns of a busy loop before a waiting thread sleeps."""
 
@@ -30,6 +32,8 @@ SLOW_WAKE_MICROSECONDS = 5.0
 
 _ROUND_TRIPS = 200
 _LOAD_SECONDS = 0.1
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+"""Signals whose handlers raise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +53,7 @@ class Threads:
 
     def __str__(self) -> str:
         """Describe the choice in one line."""
-        plural = "" if self.count == 1 else "s"
-        return f"{self.count} thread{plural}, waiting: {self.waiting} ({self.reason})"
+        return f"{counted(self.count, 'thread')}, waiting: {self.waiting} ({self.reason})"
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields by name."""
@@ -252,7 +255,7 @@ def frozen_gc() -> Iterator[None]:
 
 
 def collect_garbage() -> None:
-    """Run a full garbage collection; Ctrl-C during it takes effect at its end.
+    """Run a full garbage collection; Ctrl-C or SIGTERM during it takes effect at its end.
 
     Python ignores an exception that is raised in a finaliser, and with it a KeyboardInterrupt.
     """
@@ -262,18 +265,49 @@ def collect_garbage() -> None:
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[None]:
-    """Handle a SIGINT that arrives in the block after it.
-
-    Only the main thread handles signals, and a handler that is not Python's cannot be put back.
-    """
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
-        yield
-        return
+    """Handle a SIGINT or SIGTERM that arrives in the block after it, if its handler is a Python function."""
     arrived: list[tuple[int, FrameType | None]] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: arrived.append((number, frame)))
+    handlers = {number: signal.getsignal(number) for number in _INTERRUPTS if _in_main_thread()}
+    deferred = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in deferred:
+        signal.signal(number, lambda number, frame: arrived.append((number, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-    if arrived and callable(handler):
-        handler(*arrived[-1])
+        for number, handler in deferred.items():
+            signal.signal(number, handler)
+    for last, frame in arrived[-1:]:
+        deferred[signal.Signals(last)](last, frame)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM asked this process to end: handled wherever Ctrl-C is, so what is finished stays and the rest ends."""
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM raise `Terminated` in the block, as Ctrl-C raises KeyboardInterrupt.
+
+    Later ones are ignored until the end of the block, so that they do not interrupt the end of what was started. A
+    handler of the caller stays, and so does the one of a thread that is not the main thread, which handles no signals.
+    """
+    if not _in_main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    arrived = False
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal arrived
+        if not arrived:
+            arrived = True
+            raise Terminated("ended by SIGTERM")
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -154,6 +154,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def tracking(self) -> Path:
+        """Folder with a record, for each tracker, of what it was sent."""
+        return self.path / "tracking"
+
+    @property
     def tensorboard(self) -> Path:
         """Folder of TensorBoard events."""
         return self.path / "tensorboard"

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from betterhalf.token_support import TokenSupport, TopTokens
 
 HardwareDtype = Literal["fp16", "bf16", "fp32"]
@@ -123,8 +125,41 @@ LearningOutcome = Literal["learned", "dips", "flat", "damaged", "collapsed", "sh
 DeviceName = Literal["auto", "cpu", "cuda"]
 """Devices of a run; `auto` takes a GPU if there is one."""
 
+BackendName = Literal["local", "ray"]
+"""Mechanisms that start the processes of a run: none, or Ray."""
+
+BestName = Literal["highest", "lowest"]
+"""Ends of a metric that can be its best value."""
+
+LoraMerge = Literal["weights", "adapter"]
+"""Forms of a LoRA adapter in the engine: merged into the weights, or served beside them."""
+
+PlacementName = Literal["separate", "colocated"]
+"""Placements of the engines: on devices of their own, or on those of the trainer's ranks."""
+
+TransferName = Literal["nccl", "ipc", "object_store"]
+"""Paths of weights from ranks to engines: a broadcast by rank 0, handles of GPU memory, or the object store."""
+
+TransferChoice = Literal["auto", "nccl", "ipc", "object_store"]
+"""Values of `cluster.transfer`; `auto` takes the fastest path that the placement allows."""
+
 ConsoleMode = Literal["auto", "live", "lines", "quiet"]
 """Forms of the terminal output that a configuration can choose."""
+
+TrackerName = Literal["wandb", "trackio", "mlflow", "tensorboard", "prometheus"]
+"""Names of the trackers that a run can be sent to."""
+
+TrackerMode = Literal["online", "offline", "disabled"]
+"""Modes of W&B: send the run, only write its files, or do neither."""
+
+JobKind = Literal["arm", "cell"]
+"""Kinds of runs that are parts of another: an arm of a sanity run, or a cell of a sweep."""
+
+RunKind = Literal["train", JobKind]
+"""Kinds of training runs: one of its own, or a part of another."""
+
+RunStatus = Literal["finished", "stopped", "failed", "interrupted"]
+"""Ways in which a run ends; `stopped` by the watchdog."""
 
 Reduction = Literal["sum", "mean", "max", "last"]
 """Ways to combine the values of several micro-batches, optimizer steps or ranks; see `reduction`."""
@@ -167,6 +202,8 @@ class GenerateRequest:
     """Name of the prompt in messages; empty if it has none."""
     with_support: bool = False
     """True if completions must come with their `support` where the sampling settings truncate the distribution."""
+    with_experts: bool = False
+    """True if completions of a mixture of experts must come with their `experts`."""
     first_sibling: int = 0
     """Index of the first completion among the siblings of the prompt."""
     first_position: int = 0
@@ -182,6 +219,16 @@ class GenerateRequest:
     def label(self, index: int) -> str:
         """Return the prompt's name for a message; without one, its index among the requests."""
         return f"prompt {self.prompt_id or index}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenExperts:
+    """Experts that the engine chose, in a mixture of experts, for each token that it read of a completion."""
+
+    experts_NLK: Tensor
+    """uint8 [N, L, K], or int16 beyond 256 experts, in host memory: indices of the K experts of each of the N tokens in
+    each of the L layers that have experts. The tokens are those of the prompt and all of the completion, observations
+    included, but its last one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +258,8 @@ class Completion:
     """Most likely tokens at each position, for `algorithm.score_centering`; None without it."""
     support: TokenSupport | None = None
     """Tokens that could be drawn in place of each sampled token; None if that is every token, or was not asked for."""
+    experts: TokenExperts | None = None
+    """Experts that computed its tokens; None if that was not asked for, or without experts."""
     observations: tuple[Observation, ...] = ()
     """Observations between its turns, in order; empty for a single turn."""
 

@@ -16,18 +16,19 @@ SRC = Path(__file__).parents[2] / "src"
 FILES = sorted((SRC / "betterhalf").rglob("*.py"))
 
 FLOORS = {
-    "__main__": 10,
-    "cli": 9,
+    "__main__": 11,
+    "cli": 10,
+    "integrations": 9,
     "api": 8,
     **dict.fromkeys(("runs", "examine"), 7),
-    "setup": 6,
+    **dict.fromkeys(("setup", "cluster"), 6),
     **dict.fromkeys(("rollout", "training"), 5),
-    **dict.fromkeys(("models", "algorithms", "diagnostics", "tasks", "report"), 4),
-    **dict.fromkeys(("precision", "metrics", "ops", "padded", "run_dir", "environment"), 3),
+    **dict.fromkeys(("models", "algorithms", "diagnostics", "tasks", "report", "tracking"), 4),
+    **dict.fromkeys(("precision", "metrics", "ops", "padded", "run_dir", "run_lock", "environment", "wire"), 3),
     "distributed": 2,
     **dict.fromkeys(("config", "reduction", "user_code"), 1),
     **dict.fromkeys(("types", "batches", "errors", "process", "kernels"), 0),
-    "token_support": -1,
+    **dict.fromkeys(("token_support", "words"), -1),
 }
 
 TORCH_FREE = (
@@ -38,15 +39,21 @@ TORCH_FREE = (
     "config",
     "metrics",
     "run_dir",
+    "run_lock",
     "user_code",
     "token_support",
+    "words",
     "environment",
     "report",
+    "tracking",
     "tasks",
     "cli",
     "__main__",
 )
-OPTIONAL = {"vllm", "ray", "trl", "wandb", "datasets", "gguf", "tensorboard", "pandas", "reasoning_gym"}
+OPTIONAL = {
+    *("vllm", "ray", "trl", "datasets", "gguf", "pandas", "reasoning_gym"),
+    *("wandb", "trackio", "mlflow", "tensorboard", "prometheus_client"),
+}
 HEAVY = OPTIONAL | {"torch", "transformers", "accelerate"}
 
 

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+from tests.paper_plans import FILES as PAPER
+from tests.paper_plans import paper_plan, sentence
 
 from betterhalf.config.grid import load_grid
 from betterhalf.config.load import arm_settings, config_difference, load_config, same_except
@@ -65,7 +67,10 @@ def test_mixed_precisions_run_what_their_name_says_and_differ_in_precision_only(
     assert same_except(config, load_config(file.with_name("grpo_fp16.toml")), "precision", "name")
 
 
-@pytest.mark.parametrize("algorithm_file", [f for f in FP16_TWINS if f.parent.parent.name == "ablation"], ids=relative)
+ABLATIONS = [f for f in FP16_TWINS if relative(f.parent) in ("ablation/demo", "paper/sanity")]
+
+
+@pytest.mark.parametrize("algorithm_file", ABLATIONS, ids=relative)
 def test_an_ablation_changes_one_axis_besides_precision(algorithm_file: Path) -> None:
     base = load_config(algorithm_file.with_name("grpo_fp16.toml"))
     config = load_config(algorithm_file)
@@ -116,3 +121,37 @@ def test_the_base_of_the_collapse_is_the_task_of_its_model() -> None:
     assert (config.model.name, config.task.type) == ("demo-small", "arithmetic")
     assert config.task == ArithmeticTask(terms=5)
     assert config.sampling.max_tokens > 20
+
+
+@pytest.mark.parametrize("folder", ["sanity", "lora", "octothinker_3b", "qwen3_14b", "qwen3_30b_a3b"])
+def test_the_paper_s_experiments_fit_their_cluster_and_their_rows_hold_the_plan(folder: str, tmp_path: Path) -> None:
+    """Plan one file of a folder: its others differ in the algorithm and in the precision, both halves of two bytes."""
+    files = [file for file in PAPER if file.parent.name == folder and "fp32" not in file.stem]
+    found = paper_plan(files[0], tmp_path)
+    assert found.fits and found.memory.devices[0].limit_bytes is not None
+    rows = (EXPERIMENTS / "README.md").read_text(encoding="utf-8").splitlines()
+    planned = [row for row in rows for file in files if row.startswith(f"| `{relative(file)}`")]
+    assert len(planned) == len(files) >= 2 and all(sentence(found) in row for row in planned)
+
+
+def test_the_paper_s_settings_are_those_of_its_runs() -> None:
+    """Numbers of arXiv 2510.26788: prompts, completions, optimizer steps, tokens, learning rate, bounds of ratios."""
+    expected = {
+        "sanity/grpo_token_tis_fp16": (64, 8, 4, 8192, 1e-6, 1.28, 3.0, 1e-15),
+        "lora/grpo_token_tis_fp16": (64, 8, 4, 3000, 4e-5, 1.2, 2.0, 1e-8),
+        "octothinker_3b/grpo_fp16": (128, 8, 8, 3000, 1e-6, 1.2, None, 1e-8),
+        "qwen3_14b/dapo_fp16": (512, 16, 16, 20480, 1e-6, 1.28, None, 1e-8),
+        "qwen3_30b_a3b/grpo_token_tis_fp16": (512, 16, 16, 20480, 1e-6, 1.28, 3.0, 1e-15),
+    }
+    for name, numbers in expected.items():
+        config = load_config(EXPERIMENTS / "paper" / f"{name}.toml")
+        algorithm, training, optimizer = config.algorithm, config.training, config.optimizer
+        assert (
+            *(training.prompts_per_step, training.group_size, training.optimizer_steps, config.sampling.max_tokens),
+            *(optimizer.learning_rate, algorithm.surrogate.upper, algorithm.correction.upper, optimizer.eps),
+        ) == numbers
+        assert config.lora.active == name.startswith("lora")
+
+
+def test_every_experiment_of_the_paper_names_its_cluster() -> None:
+    assert {load_config(file).cluster.needed_gpus for file in PAPER} == {8, 64}

@@ -16,8 +16,9 @@ from betterhalf.precision.loss_scaler import build_loss_scaler
 from betterhalf.precision.roles import build_precision
 from betterhalf.run_dir import RunDir, read_json, read_jsonl
 from betterhalf.runs.train import run_training
+from betterhalf.training.on_device import on_device
 from betterhalf.training.pack import pack_step
-from betterhalf.training.policy_trainer import PolicyTrainer, on_device
+from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import Completion, Prompt, Rollout
 
 pytestmark = [

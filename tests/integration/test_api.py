@@ -14,8 +14,7 @@ import pytest
 
 import betterhalf
 from betterhalf import cli
-from betterhalf.run_dir import RunDir
-from betterhalf.runs import train as run_train
+from betterhalf.runs.checkpoints import Checkpoints
 
 SETTINGS: dict[str, Any] = {
     "task": {"num_prompts": 64},
@@ -52,18 +51,19 @@ def test_an_interrupted_run_keeps_what_is_written_and_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {**SETTINGS, "training": {**SETTINGS["training"], "steps": 3, "checkpoint_every": 1}}
-    write = run_train.save_checkpoint
+    save = Checkpoints.save
 
-    def interrupted(parts: Any, run: RunDir, progress: Any) -> None:
-        write(parts, run, progress)
+    def interrupted(checkpoints: Checkpoints, progress: Any) -> None:
+        save(checkpoints, progress)
         if progress.step == 2:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(run_train, "save_checkpoint", interrupted)
+    monkeypatch.setattr(Checkpoints, "save", interrupted)
     with pytest.raises(KeyboardInterrupt, match="finished work is in"):
         betterhalf.train(BASE, run_dir=tmp_path / "r", **settings)
     assert len(betterhalf.load_run(tmp_path / "r").metrics) == 2
-    monkeypatch.setattr(run_train, "save_checkpoint", write)
+    assert [path.name for path in (tmp_path / "r" / "checkpoints").iterdir()] == ["step-000001", "step-000002"]
+    monkeypatch.setattr(Checkpoints, "save", save)
     done = betterhalf.train(tmp_path / "r", resume=True)
     assert [row["step"] for row in done.metrics] == [1, 2, 3]
 

@@ -263,11 +263,11 @@ def test_a_set_made_earlier_does_not_let_bad_settings_through_to_an_arm(ends: En
 
 
 def test_an_arm_that_its_precision_brings_down_has_failed_and_the_other_runs(ends: Ends, tmp_path: Path) -> None:
-    model = spoiled_demo(tmp_path / "large", lambda weights: weights[UP].view(-1)[5].fill_(1e6))
+    model = spoiled_demo(tmp_path / "large", lambda weights: weights[UP][5].fill_(6e4))
     bounds = ("sanity.lower=0", "sanity.upper=1", "arms=fp16,bf16", f"run_dir={tmp_path / 'run'}")
     ends(1, *SMALL_SANITY, f"model={model}", *bounds)
     summary = read_json(tmp_path / "run" / "summary.json")
-    assert UP in summary["reasons"]["fp16"]
+    assert "hidden states are not finite in fp16" in summary["reasons"]["fp16"]
     assert summary["arms"]["fp16"]["passed"] is False
     assert steps_in(tmp_path / "run" / "arms" / "bf16") == [1]
 
@@ -275,18 +275,18 @@ def test_an_arm_that_its_precision_brings_down_has_failed_and_the_other_runs(end
 # -- numbers that are not finite
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e6], ids=["NaN", "infinite", "beyond FP16"])
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["NaN", "infinite"])
 def test_a_weight_that_is_not_finite_stops_the_engine_by_name(value: float, train: Ends, tmp_path: Path) -> None:
     model = spoiled_demo(tmp_path / "spoiled", lambda weights: weights[UP].view(-1)[5].fill_(value))
     message = train(3, f"model={model}")
     assert "the engine's hidden states are not finite in fp16" in message
     assert f"the weight {UP} holds NaN or infinity" in message and "precision=bf16" in message
     assert not (tmp_path / "run").exists()
-    train(*((0, f"model={model}", "precision=bf16") if value == 1e6 else (0,)))
+    train(0)
 
 
 def test_trainer_numbers_that_are_not_finite_are_told_from_the_engine_s(train: Ends, tmp_path: Path) -> None:
-    model = spoiled_demo(tmp_path / "large", lambda weights: weights[UP].view(-1)[5].fill_(1e6))
+    model = spoiled_demo(tmp_path / "large", lambda weights: weights[UP][5].fill_(6e4))
     message = train(3, f"model={model}", "precision.rollout_dtype=fp32", "precision.allow_difference=true")
     assert "the trainer's hidden states are not finite in fp16" in message and "precision=bf16" in message
 

@@ -12,13 +12,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tests.integration.conftest import ONE_STEP, SMOKE
 
+from betterhalf import cli, run_dir
 from betterhalf.models import loading
-from betterhalf.run_dir import read_jsonl
+from betterhalf.run_dir import RunDir, read_jsonl
 from betterhalf.tasks.rewards import TextGrader
+from betterhalf.training import shards
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = Path(loading.__file__).parent / "demo"
@@ -49,13 +53,24 @@ def test_a_corrupted_checkpoint_is_named_with_the_older_one(two_checkpoints: Pat
         ends(2, "evaluate", two_checkpoints, f"run_dir={two_checkpoints.parent / 'evaluation'}"),
         ends(2, "export", two_checkpoints, two_checkpoints.parent / "exported"),
     ):
-        assert "step-000002 is corrupted (model.safetensors); delete that folder to resume from step-000001" in message
+        assert "step-000002 is corrupted (model.safetensors has another checksum than when it was written)" in message
+        assert "delete that folder to resume from step-000001" in message
     assert [path.name for path in two_checkpoints.parent.iterdir()] == ["run"]
     assert read_jsonl(two_checkpoints / "metrics.jsonl") == rows
 
     shutil.rmtree(weights.parent)
     train(0, *resume)
     assert weights.read_bytes() == whole
+
+
+def test_a_damaged_checkpoint_is_refused_before_weights_are_loaded(
+    train: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(0)
+    (weights,) = tmp_path.glob("run/checkpoints/*/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    monkeypatch.setattr("betterhalf.cluster.build.load_weights", lambda described: pytest.fail("too late"))
+    assert "model.safetensors" in train(2, "--resume")
 
 
 def test_files_that_were_tampered_with_are_named(two_checkpoints: Path, train: Ends, ends: Ends) -> None:
@@ -75,12 +90,33 @@ def test_files_that_were_tampered_with_are_named(two_checkpoints: Path, train: E
         assert "Did you mean 'training.steps'?" in message and "config.json" in message
 
 
-def test_a_checkpoint_of_another_model_is_refused(train: Ends, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["local", "ray"])
+def test_a_checkpoint_of_another_model_is_refused_with_both_shapes_before_weights_are_read(
+    backend: str, train: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = shutil.copytree(DEMO_MODEL, tmp_path / "model")
     train(0, f"model={model}")
     _shrink(model)
-    message = train(2, f"model={model}", "--resume")
-    assert "holds another shape of parameter" in message and "made by another model" in message
+    monkeypatch.setattr("betterhalf.cluster.build.load_weights", lambda described: pytest.fail("too late"))
+    monkeypatch.setattr("betterhalf.cluster.build.open_session", lambda cluster: pytest.fail("too late"))
+    message = train(2, f"model={model}", f"cluster.backend={backend}", "--resume")
+    size = json.loads((model / "config.json").read_text())
+    width, half = size["hidden_size"], size["intermediate_size"]
+    assert "step-000001 holds another shape of parameter 'model.layers.0.mlp.down_proj.weight' than model" in message
+    assert f"[{width}, {2 * half}] and [{width}, {half}] (" in message and "made by another model" in message
+
+
+@pytest.mark.parametrize("backend", ["local", "ray"])
+def test_a_run_with_another_configuration_is_refused_with_every_difference_before_anything_starts(
+    backend: str, train: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(0)
+    monkeypatch.setattr("betterhalf.runs.train.assemble", lambda *some, **more: pytest.fail("too late"))
+    settings = ("precision=bf16", "optimizer.learning_rate=0.5", f"cluster.backend={backend}")
+    message = train(2, *settings, "--resume")
+    assert "was started with another configuration" in message
+    assert 'precision.preset: "fp16" -> "bf16"' in message and "optimizer.learning_rate: 0.0002 -> 0.5" in message
+    assert "cluster" not in message
 
 
 def _shrink(model: Path) -> None:
@@ -98,6 +134,65 @@ def _shrink(model: Path) -> None:
 
 
 # -- the disk
+
+
+class FullDisk:
+    """A disk that is full at one write of a run, and has space again afterwards."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, full_at: int) -> None:
+        self.writes, self._full_at = 0, full_at
+        for module, name in ((run_dir, "_write_or_undo"), (run_dir, "_temporary_beside"), (shards, "write_file")):
+            monkeypatch.setattr(module, name, self._counted(getattr(module, name)))
+
+    def _counted(self, write: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            self.writes += 1
+            if self.writes == self._full_at:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(*arguments)
+
+        return call
+
+
+FEW = ("training.steps=2", "training.checkpoint_every=1")
+SOME_WRITES = (1, 6, 8, 11, 14)
+"""Writes of two steps that run by default: contract, metrics, completions, weights of a checkpoint, summary."""
+
+
+def _numbers(run: Path) -> list[dict[str, Any]]:
+    timed = ("time/", "system/")
+    return [{key: row[key] for key in row if not key.startswith(timed)} for row in read_jsonl(run / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], int]:
+    """Rows of a run on a disk with space, and the number of its writes."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        disk = FullDisk(patch, 0)
+        assert cli.main(["train", SMOKE, *ONE_STEP, *FEW, f"run_dir={folder}"]) == 0
+    return _numbers(folder), disk.writes
+
+
+@pytest.mark.parametrize(
+    "write", [pytest.param(n, marks=[] if n in SOME_WRITES else [pytest.mark.slow]) for n in range(1, 41)]
+)
+def test_a_disk_that_is_full_at_any_write_loses_nothing_and_resume_ends_alike(
+    write: int,
+    undisturbed: tuple[list[dict[str, Any]], int],
+    train: Ends,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected, writes = undisturbed
+    if write > writes:
+        pytest.skip(f"the run writes {writes} times")
+    with monkeypatch.context() as patch:
+        FullDisk(patch, write)
+        message = train(3, *FEW)
+    assert "disk" in message and "--resume" in message
+    train(0, *FEW, *(["--resume"] if RunDir(tmp_path / "run").holds_run else []))
+    assert _numbers(tmp_path / "run") == expected
 
 
 @contextmanager

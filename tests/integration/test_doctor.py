@@ -166,14 +166,9 @@ def test_an_engine_that_never_samples_leaves_the_census(examine: Examine, monkey
     assert result["verdicts"]["fp16"]["verdict"] == "unsafe"
 
 
-def test_bad_input_leaves_no_folder(examine: Examine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def refuses(*_: Any, **__: Any) -> Any:
-        raise InputError("not this format")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(NativeEngine, "load_weights", refuses)
-        with pytest.raises(InputError, match="not this format"):
-            examine()
+def test_bad_input_leaves_no_folder(examine: Examine, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="matches no module"):
+        examine(precision={"fp32_modules": ["model.layers.9"]})
     assert not (tmp_path / "run").exists()
     examine()
     assert (tmp_path / "run" / "config.json").is_file()

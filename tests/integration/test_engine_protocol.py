@@ -244,7 +244,7 @@ def test_completions_of_stale_weights_are_refused_and_not_measured_as_mismatch(s
     parts, engine = strict()
     first = loop.train_step(parts, Progress())
     engine.lag = 1
-    with pytest.raises(EngineError, match=r"16 of 16 .* stale weights, of policy version 1, .* holds version 2"):
+    with pytest.raises(EngineError, match=r"16 of 16 .* stale weights, of policy version 1, .* should hold version 2"):
         loop.train_step(parts, first.progress)
     with pytest.raises(EngineError, match="stale weights"):
         evaluate_prompts(parts, parts.task.prompts(0, 1, 0), 1, policy_version=2)
@@ -255,7 +255,7 @@ def test_a_restored_version_is_that_of_the_next_completions(strict: Strict) -> N
     parts, _ = strict()
     parts.trainer.load(replace(parts.trainer.state(), policy_version=7))
     resumed = Progress(policy_version=7)
-    with pytest.raises(EngineError, match="of policy version 0, where the trainer holds version 7"):
+    with pytest.raises(EngineError, match="of policy version 0, where the engine should hold version 7"):
         loop.train_step(parts, resumed)
     sync_weights(parts)
     assert loop.train_step(parts, resumed).metrics["policy/version"] == 9

@@ -182,7 +182,7 @@ def test_the_table_and_the_page_show_each_data_set(
 def test_bad_input_is_found_before_any_weights_are_loaded(
     settings: tuple[str, ...], message: str, ends: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("betterhalf.runs.assembly.load_weights", lambda described: pytest.fail("too late"))
+    monkeypatch.setattr("betterhalf.cluster.build.load_weights", lambda described: pytest.fail("too late"))
     run = tmp_path / "run"
     assert message in ends(2, "evaluate", "demo", *settings, f"run_dir={run}")
     assert not run.exists()

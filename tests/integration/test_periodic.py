@@ -118,7 +118,7 @@ class Scripted:
             self.step = step
             return real_after(parts, run, step, version)
 
-        monkeypatch.setattr("betterhalf.runs.train.evaluate_after", noted)
+        monkeypatch.setattr("betterhalf.runs.record.evaluate_after", noted)
 
     def evaluate_set(self, parts: Any, data: Any, indices: range, *, policy_version: int) -> list[PromptResult]:
         accuracy = self.accuracies[self.step][data.name == "own"]

@@ -15,10 +15,11 @@ import torch
 from betterhalf.config.schema import PerfectibleTask, RunConfig
 from betterhalf.errors import EngineError
 from betterhalf.models import loading
-from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
+from betterhalf.run_dir import RunDir, read_json, read_jsonl
 from betterhalf.runs.perfect import build_perfectible
 from betterhalf.setup import data
 from betterhalf.tasks.rewards import TextGrader
+from betterhalf.training.shards import read_manifest, write_file, write_manifest
 
 Ends = Callable[..., str]
 
@@ -209,12 +210,11 @@ def test_a_checkpoint_without_digests_goes_on_with_a_note(train: Ends, tmp_path:
 
 def rewrite_state(path: Path, values: dict[str, Any]) -> None:
     """Replace a checkpoint's state, and its digest in the manifest."""
-    from betterhalf.training import checkpoint
-
-    path.write_text(json.dumps(values))
-    manifest = read_json(path.parent / "manifest.json")
-    manifest["state.json"] = checkpoint._fingerprint(path)
-    write_json_atomic(path.parent / "manifest.json", manifest)
+    others = [file for file in read_manifest(path.parent) if file.name != path.name]
+    path.unlink()
+    (path.parent / "manifest.json").unlink()
+    state = write_file(path, iter([memoryview(json.dumps(values).encode())]))
+    write_manifest(path.parent, (*others, state))
 
 
 # -- evaluation

@@ -201,8 +201,8 @@ def test_an_arm_its_own_precision_brings_down_is_a_failed_arm_and_the_others_sti
 ) -> None:
     real = loop.measure
 
-    def broken_in_fp16(trainer: Trainer, batch: StepBatch, config: RunConfig, step: int) -> Measured:
-        measured = real(trainer, batch, config, step)
+    def broken_in_fp16(trainer: Trainer, batch: StepBatch, config: RunConfig, step: int, behind: int) -> Measured:
+        measured = real(trainer, batch, config, step, behind)
         if config.precision.roles().compute_dtype == "fp16" and step == 2:
             next(iter(measured.scores.values())).logprobs_C[0] = float("nan")
         return measured

@@ -18,10 +18,10 @@ from betterhalf.errors import ConfigError, InputError
 from betterhalf.models import loading
 from betterhalf.models.description import describe_model
 from betterhalf.models.loading import load_model
+from betterhalf.precision.device import choose_device
 from betterhalf.precision.roles import build_precision
 from betterhalf.rollout.build import build_engine
 from betterhalf.run_dir import read_json, read_jsonl
-from betterhalf.setup.device import choose_device
 
 SMOKE = str(Path(__file__).parents[2] / "experiments" / "smoke" / "demo.toml")
 ONE_STEP = ("training.steps=1", "training.prompts_per_step=2", "training.group_size=2", "training.optimizer_steps=1")

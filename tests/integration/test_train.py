@@ -63,7 +63,7 @@ def rows_without_times(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_leaves_everything_the_design_lists(small_config: Configured, tmp_path: Path) -> None:
-    summary = train(small_config(logging={"tensorboard": True}), str(tmp_path / "run"), resume=False)
+    summary = train(small_config(logging={"trackers": ["tensorboard"]}), str(tmp_path / "run"), resume=False)
     run = RunDir.open(tmp_path / "run")
     rows = read_jsonl(run.metrics)
     assert [row["step"] for row in rows] == [1, 2]

@@ -196,6 +196,16 @@ def test_levels_that_cannot_act_are_refused_before_anything_is_loaded(
     assert not (tmp_path / "sanity").exists()
 
 
+def test_a_level_whose_metric_is_not_measured_is_announced(
+    small_config: Configured, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    levels = [{"metric": "mismatch/k3/mean", "above": 1.0}, {"metric": "task/made_up", "above": 1.0}]
+    config = small_config(watchdog={"levels": levels}, logging={"console": "lines"})
+    run_training(config, RunDir.create(tmp_path / "run", resume=False), resume=False, label="x")
+    shown = capsys.readouterr().err
+    assert shown.count("cannot fire") == 1 and "watchdog.levels[1] (task/made_up) cannot fire" in shown
+
+
 def test_an_arm_that_the_watchdog_stops_has_failed_and_the_other_arm_runs(
     small_config: Configured, tmp_path: Path
 ) -> None:

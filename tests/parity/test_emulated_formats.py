@@ -70,8 +70,7 @@ def demo_parts(matmul: str, name: str, rounding: str) -> Parts:
     return replace(
         parts,
         precision=precision,
-        engine=engine,
-        trainer=PolicyTrainer(model, config=config, precision=precision),
+        sides=replace(parts.sides, engine=engine, trainer=PolicyTrainer(model, config=config, precision=precision)),
     )
 
 

@@ -35,7 +35,7 @@ def sides(config: RunConfig) -> tuple[PolicyTrainer, RolloutEngine]:
     roles = build_precision(config.precision, torch.device("cpu"), exact=config.exact)
     engine = build_engine(config, model.hf_config, model.stop_token_ids, roles)
     trainer = PolicyTrainer(model, config=config, precision=roles)
-    engine.load_weights(trainer.wire_weights().tensors, policy_version=0)
+    engine.load_weights(trainer.weight_stream(), policy_version=0)
     return trainer, engine
 
 

@@ -60,7 +60,7 @@ def wings(
     roles = build_precision(config.precision, torch.device("cpu"))
     engine = build_engine(config, model.hf_config, model.stop_token_ids, roles)
     trainer = PolicyTrainer(model, config=config, precision=roles)
-    engine.load_weights(trainer.wire_weights().tensors, policy_version=0)
+    engine.load_weights(trainer.weight_stream(), policy_version=0)
     assert isinstance(engine, NativeEngine)
     return trainer, engine, roles
 
@@ -292,6 +292,6 @@ def test_the_engine_follows_new_weights_of_an_island() -> None:
         for master in trainer.weights.masters.values():
             master.mul_(1.01)
     trainer.weights.publish()
-    engine.load_weights(trainer.wire_weights().tensors, policy_version=1)
+    engine.load_weights(trainer.weight_stream(), policy_version=1)
     assert engine.report().digests == trainer.report().digests
     assert k3(gaps(trainer, engine)) < 1e-5

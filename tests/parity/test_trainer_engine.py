@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_models import SMALL, loaded_model, tiny_config, tiny_module
+from tests.tiny_models import EXPERTS, SMALL, loaded_model, tiny_config, tiny_module
 
 from betterhalf.config.schema import ModelConfig, RunConfig
 from betterhalf.diagnostics.logprob_gap import mismatch_metrics
@@ -23,6 +23,7 @@ FAMILIES: dict[str, Any] = {
     "mistral": {"sliding_window": 7},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {},
+    "qwen3_moe": EXPERTS,
 }
 """Family -> changes to its configuration."""
 
@@ -42,10 +43,10 @@ def gap(model: LoadedModel, precision: str, prompts: list[tuple[int, ...]], **en
             "training": {"tokens_per_micro_batch": 300, "optimizer_steps": 1},
         }
     )
-    roles = build_precision(config.precision, torch.device("cpu"))
+    roles = build_precision(config.precision, torch.device("cpu"), exact=config.exact)
     native = build_engine(config, model.hf_config, model.stop_token_ids, roles)
     trainer = PolicyTrainer(model, config=config, precision=roles)
-    native.load_weights(trainer.wire_weights().tensors, policy_version=0)
+    native.load_weights(trainer.weight_stream(), policy_version=0)
     assert native.report().digests == trainer.report().digests
     requests = [GenerateRequest(token_ids=ids, group_size=4, key=(0, 1, k)) for k, ids in enumerate(prompts)]
     rollouts = [
@@ -83,7 +84,8 @@ def test_the_half_formats_are_ordered_by_their_mantissa(family: str) -> None:
     k3 = {name: gap(random_model(family), name, PROMPTS)["mismatch/k3/mean"] for name in ("fp32", "fp16", "bf16")}
     assert k3["fp32"] < k3["fp16"] / 100
     # Eight times the unit roundoff is 64 times the variance; short samples scatter, so a third of that is required.
-    assert k3["bf16"] > 20 * k3["fp16"]
+    # Tokens that choose other experts add gaps that do not follow it.
+    assert k3["bf16"] > (5 if family == "qwen3_moe" else 20) * k3["fp16"]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -179,3 +180,34 @@ def test_the_bits_of_a_run_are_those_of_its_own_precision_or_of_the_sweep(monkey
 
     assert bits(None, precision="bf16") == bits("bf16", steps="4") == 7
     assert bits("fp16", "e8m2", sides="e8m2-fp16") == 2 and bits(None, steps="4") == 23
+
+
+def test_the_page_on_scaling_holds_the_tables_that_plan_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = benchmark("plan_table", monkeypatch)
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert script.replaced(page, script.tables()) == page
+    assert script.replaced(page, "other") != page
+
+
+def test_the_controller_gives_every_pack_to_a_rank_that_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = benchmark("ranks", monkeypatch)
+    assert script.row(3, 6, 16, 0.0, 1).startswith("| 3 | 96 |")
+
+
+def test_the_controllers_share_and_the_possible_overlap_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 10 s of which 4 s are sampling can take 6 s; 2 of 40 s are the controller's."""
+    script = benchmark("ray_step", monkeypatch)
+    turn = script.Turn(seconds=(10.0, 10.0, 13.0), generate=(4.0, 4.0, 4.0), wall=20.0, controller=1.0)
+    assert script.possible_speed_up([turn]) == pytest.approx(10 / 6)
+    assert script.controller_share([turn, turn]) == pytest.approx(0.05)
+
+
+def test_a_turn_ends_after_its_steps_and_overlaps_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = benchmark("ray_step", monkeypatch)
+    config = script.configured("demo", "fp16", 2, 1, "native", (4, 8, 16))
+    assert (config.cluster.backend, config.cluster.trainers, config.training.group_size) == ("ray", 2, 8)
+    parts = types.SimpleNamespace(config=config)
+    monkeypatch.setattr(script, "replace", lambda parts, config: config)
+    found = script.overlapping(parts, 7, 1)
+    assert (found.training.steps, found.pipeline.max_staleness) == (7, 1)
+    assert script.overlapping(parts, 7, 0).pipeline.max_staleness == 0

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import tomllib
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from betterhalf import __version__, cli
-from betterhalf.config.load import load_config
+from betterhalf.config.load import flat, load_config, resolved_json
 from betterhalf.errors import ConfigError, EngineError
 
 SRC = Path(__file__).parents[2] / "src"
@@ -40,8 +41,8 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calls]:
     def put(module: str, name: str, outcome: object) -> Calls:
         calls: Calls = []
 
-        def recorder(*arguments: Any) -> object:
-            calls.append(arguments)
+        def recorder(*arguments: Any, **options: Any) -> object:
+            calls.append((*arguments, *([options] if options else [])))
             if isinstance(outcome, BaseException):
                 raise outcome
             return outcome
@@ -134,7 +135,7 @@ def test_evaluating_a_sanity_run_names_its_arms(tmp_path: Path, capsys: pytest.C
 def test_export_gets_run_and_directory(replace: Callable[..., Calls], capsys: pytest.CaptureFixture[str]) -> None:
     calls = replace("betterhalf.runs.export", "export", {"directory": "out", "loss": math.inf})
     assert cli.main(["export", "run", "out", "--json"]) == 0
-    assert calls == [("run", "out", "latest")]
+    assert calls == [("run", "out", "latest", {"merge": False})]
     assert last_line(capsys) == {"directory": "out", "loss": None}
 
 
@@ -151,9 +152,10 @@ def test_report_goes_to_the_run_or_to_run_dir(
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("")
     assert cli.main(["report", *words]) == 0
-    runs, path = calls[0]
+    runs, path, figures = calls[0]
     assert [str(run.path) for run in runs] == [word for word in words if "=" not in word]
     assert str(path) == out
+    assert figures is None
 
 
 def test_config_prints_toml_and_the_difference_of_two(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,7 +175,11 @@ def test_config_prints_toml_and_the_difference_of_two(capsys: pytest.CaptureFixt
     ("arguments", "words"),
     [
         (["trian", "x"], "unknown verb 'trian'. Did you mean train?"),
-        (["zzz"], "The verbs are sanity, train, doctor, probe, evaluate, sweep, report, compare, config, export, new."),
+        (
+            ["zzz"],
+            "The verbs are sanity, train, doctor, probe, evaluate, sweep, report, compare, config, plan, audit, "
+            "export, new, completion.",
+        ),
         (["--jsn"], "unknown option '--jsn'"),
         (["train", SMOKE, "--resum"], "unknown option '--resum'. Did you mean --resume?"),
         (["train", SMOKE, "--seed=3"], "Write a setting without dashes: seed=3."),
@@ -274,6 +280,13 @@ def test_config_refuses_an_algorithm_that_contradicts_itself(capsys: pytest.Capt
 def test_config_without_an_experiment_prints_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "--json"]) == 0
     assert last_line(capsys) == json.loads(json.dumps(load_config(None).model_dump(mode="json")))
+
+
+def test_config_prints_every_key_also_those_without_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config"]) == 0
+    shown = tomllib.loads(capsys.readouterr().out)
+    assert flat(shown).keys() >= {key for key, value in flat(resolved_json(load_config(None))).items() if value != []}
+    assert shown["cluster"]["address"] == shown["cluster"]["trainer"]["threads"] == "none"
 
 
 @pytest.mark.parametrize("words", [("export", "run", "folder"), ("config", SMOKE)])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from betterhalf import process
-from betterhalf.process import Threads, choose_threads, frozen_gc, variables
+from betterhalf.process import Terminated, Threads, choose_threads, frozen_gc, sigterm_interrupts, variables
 
 SRC = Path(__file__).parents[2] / "src"
 
@@ -121,38 +121,67 @@ def test_a_line_says_what_was_chosen() -> None:
     assert str(chosen) == "1 thread, waiting: sleep (because)"
 
 
-def test_existing_objects_are_frozen_and_unfrozen_once() -> None:
-    before = gc.get_freeze_count()
+def test_existing_objects_are_frozen_and_unfrozen_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Counts of frozen objects differ by what other tests' leftovers free meanwhile, so the calls are counted too.
+    calls: list[str] = []
+    freeze, unfreeze = gc.freeze, gc.unfreeze
+    monkeypatch.setattr(process.gc, "freeze", lambda: (calls.append("freeze"), freeze()))
+    monkeypatch.setattr(process.gc, "unfreeze", lambda: (calls.append("unfreeze"), unfreeze()))
+    assert gc.get_freeze_count() == 0
     with frozen_gc():
-        frozen = gc.get_freeze_count()
-        assert frozen > before
+        assert calls == ["freeze"] and gc.get_freeze_count() > 0
         with frozen_gc():
-            assert gc.get_freeze_count() == frozen
-        assert gc.get_freeze_count() == frozen
-    assert gc.get_freeze_count() == before == 0
+            pass
+        assert calls == ["freeze"] and gc.get_freeze_count() > 0
+    assert calls == ["freeze", "unfreeze"] and gc.get_freeze_count() == 0
 
 
 class InterruptsWhenCollected:
-    """Garbage, in a circle, whose finaliser receives a Ctrl-C."""
+    """Garbage, in a circle, whose finaliser receives a signal."""
 
-    def __init__(self) -> None:
-        self.circle = self
+    def __init__(self, number: int) -> None:
+        self.circle, self.number = self, number
 
     def __del__(self) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), self.number)
         # Handlers run between two instructions of Python, so within the finaliser.
         sum(1 for _ in range(1000))
 
 
-def test_an_interrupt_in_a_finaliser_is_not_lost() -> None:
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_an_interrupt_in_a_finaliser_is_not_lost(number: int, kind: type[BaseException]) -> None:
     gc.disable()  # an automatic collection would swallow the interrupt
     try:
-        InterruptsWhenCollected()
-        with pytest.raises(KeyboardInterrupt):
+        InterruptsWhenCollected(number)
+        with pytest.raises(kind), sigterm_interrupts():
             process.collect_garbage()
     finally:
         gc.enable()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_sigterm_ends_a_block_as_ctrl_c_does_and_later_ones_wait_for_its_end() -> None:
+    ended: list[str] = []
+    with pytest.raises(Terminated, match="ended by SIGTERM"), sigterm_interrupts():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended.append("what was started")
+    assert ended == ["what was started"]
+    assert issubclass(Terminated, KeyboardInterrupt)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_handler_of_the_caller_stays() -> None:
+    arrived: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
+    try:
+        with sigterm_interrupts():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert arrived == [signal.SIGTERM]
 
 
 def test_a_collection_without_an_interrupt_leaves_the_handler_alone() -> None:

@@ -200,7 +200,7 @@ def test_written_files_are_readable_by_others_as_the_umask_says(tmp_path: Path) 
 
 
 def test_run_dir_and_everything_that_shows_a_run_import_no_torch() -> None:
-    names = ("environment", "run_dir", "metrics.sinks", "metrics.console", "report.page")
+    names = ("environment", "run_dir", "metrics.metric", "metrics.console", "report.page")
     modules = ", ".join(f"betterhalf.{name}" for name in names)
     code = f"import sys, {modules}; betterhalf.environment.environment(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,8 +8,7 @@ the contract says so.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from betterhalf.errors import InputError
 from betterhalf.precision.contract import Contract, SideReport, compare, tensor_digest
-from betterhalf.precision.formats import HARDWARE, dtype_name, torch_dtype
+from betterhalf.precision.formats import HARDWARE, dtype_name, most_common_dtype, torch_dtype
 from betterhalf.types import DtypeName
 
 Weights = nn.Module | Mapping[str, Tensor]
@@ -50,7 +49,7 @@ def side_report(
     tensors = dict(_tensors(weights))
     if not tensors:
         raise InputError(f"the {side} has no floating-point weights. Pass a module, or tensors by name.")
-    held = _most_common(tensors)
+    held = _held(tensors.values())
     if side == "trainer":
         dtypes: dict[str, DtypeName] = {"weights": held, "compute": compute, "wire": compute}
         rounded = torch_dtype(compute)
@@ -95,12 +94,9 @@ def _tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor.detach()
 
 
-def _most_common(tensors: Mapping[str, Tensor]) -> DtypeName:
-    """Return the format that most numbers have."""
-    counts: Counter[torch.dtype] = Counter()
-    for tensor in tensors.values():
-        counts[tensor.dtype] += tensor.numel()
-    return _format(counts.most_common(1)[0][0], "weights")
+def _held(tensors: Iterable[Tensor]) -> DtypeName:
+    """Return the format that most numbers have; raise as `_format` does."""
+    return _format(most_common_dtype(tensors), "weights")
 
 
 def _format(given: str | torch.dtype, name: str) -> DtypeName:

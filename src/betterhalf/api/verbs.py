@@ -19,6 +19,7 @@ from betterhalf.errors import InputError
 from betterhalf.process import prepare_process
 
 if TYPE_CHECKING:
+    from betterhalf.examine.plan import RunPlan
     from betterhalf.runs.compare import Comparison
 
 Folder = str | Path | None
@@ -129,6 +130,23 @@ def evaluate(
     from betterhalf.runs.evaluate import evaluate as run_evaluate
 
     return _run(run_evaluate(str(target), chosen, _text(run_dir), resume, str(checkpoint)))
+
+
+def plan(config: ConfigSource = None, *, gpu_gib: float | None = None, **settings: Any) -> RunPlan:
+    """Compute memory, traffic and packing of a run on its `[cluster]`, without loading weights.
+
+    Args:
+        config: as for `train`.
+        gpu_gib: memory of one GPU to plan for, in GiB; by default that of this machine's.
+        **settings: further settings, which win.
+
+    Raises:
+        InputError: the model's configuration files or the data cannot be read.
+    """
+    chosen = _prepared(config, settings)
+    from betterhalf.examine.plan import plan as plan_run
+
+    return plan_run(chosen, gpu_gib)
 
 
 def compare(*runs: str | Path | Run) -> Comparison:

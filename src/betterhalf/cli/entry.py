@@ -1,7 +1,8 @@
 """`main`: run one verb, print its answer, and turn every failure into one message and an exit status.
 
-Exit status: 0 success, 1 failed verdict, 2 bad input, 3 failure while running, 130 interrupted. Results go to standard
-output, progress and errors to standard error. With --json, the last line of standard output is one JSON object.
+Exit status: 0 success, 1 failed verdict, 2 bad input, 3 failure while running, 130 interrupted, 143 ended by SIGTERM.
+Results go to standard output, progress and errors to standard error. With --json, the last line of standard output is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from typing import Any
 from betterhalf.cli.parse import parse, pick_verb, to_request
 from betterhalf.cli.verbs import VERBS
 from betterhalf.errors import BetterhalfError
-from betterhalf.process import prepare_process
+from betterhalf.process import Terminated, prepare_process, sigterm_interrupts
 
-EXIT_OK, EXIT_FAILED, EXIT_INPUT, EXIT_RUN, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+EXIT_OK, EXIT_FAILED, EXIT_INPUT, EXIT_RUN, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 3, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. Raises nothing; `--help` and `--version` exit the process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(arguments)
+        with sigterm_interrupts():
+            return _run(arguments)
+    except Terminated as terminated:
+        return _complain(str(terminated), EXIT_TERMINATED, arguments)
     except KeyboardInterrupt as interrupt:
         return _complain(str(interrupt) or "interrupted", EXIT_INTERRUPTED, arguments)
     except BetterhalfError as error:
@@ -74,7 +78,7 @@ def _disk_words(error: OSError) -> str:
 
 def _complain(message: str, status: int, arguments: Sequence[str]) -> int:
     """Print the message of an error, with --json also as the last line of standard output; return `status`."""
-    if os.environ.get("BETTERHALF_TRACEBACK") == "1" and status != EXIT_INTERRUPTED:
+    if os.environ.get("BETTERHALF_TRACEBACK") == "1" and status not in (EXIT_INTERRUPTED, EXIT_TERMINATED):
         traceback.print_exc()
     print(f"error: {message}", file=sys.stderr, flush=True)
     if "--json" in arguments:

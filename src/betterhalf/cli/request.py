@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from betterhalf.errors import InputError
+
 if TYPE_CHECKING:
     from betterhalf.config.schema import RunConfig
 
@@ -75,3 +77,15 @@ class Verb:
     """True if it runs a model; threads are then chosen before torch is imported."""
     options: tuple[Option, ...] = ()
     """Options besides --json."""
+
+
+def number(option: str, text: str) -> float:
+    """Return the value of an option that takes a number.
+
+    Raises:
+        InputError: the text is not a number; the message names the option.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{option} takes a number, but got {text!r}; write {option} 80") from None

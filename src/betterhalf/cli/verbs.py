@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from betterhalf.api.targets import DEMO, PROBE, run_config, run_to_resume
-from betterhalf.cli.request import Answer, Option, Request, Verb
+from betterhalf.cli.request import Answer, Option, Request, Verb, number
 from betterhalf.errors import InputError
 
 RESUME = Option(name="resume", help="continue the run in run_dir")
@@ -84,8 +84,9 @@ def _report(request: Request) -> Answer:
 
     runs = [RunDir.open(word) for word in request.words]
     folder = runs[0].path if len(runs) == 1 else default_run_dir("report", "comparison")
-    path = write_report(runs, RunDir(Path(request.run_dir or folder)).report)
-    result = {"verb": "report", "report": str(path)}
+    figures = request.options["figures"]
+    path = write_report(runs, RunDir(Path(request.run_dir or folder)).report, Path(figures) if figures else None)
+    result = {"verb": "report", "report": str(path)} | ({"figures": figures} if figures else {})
     return Answer(result=result, show=lambda: _show(result))
 
 
@@ -104,6 +105,15 @@ def _new(request: Request) -> Answer:
     return Answer(result={"verb": "new", **files}, show=lambda: _show(shown))
 
 
+def _completion(request: Request) -> Answer:
+    from betterhalf.cli.completion import completion_script
+
+    shell = request.words[0]
+    script = completion_script(VERBS, shell)
+    result = {"verb": "completion", "shell": shell, "script": script}
+    return Answer(result=result, show=lambda: print(script, end=""))
+
+
 def _config(request: Request) -> Answer:
     from betterhalf.algorithms.presets import resolve_algorithm
     from betterhalf.config.load import config_difference, resolved_json
@@ -120,12 +130,30 @@ def _config(request: Request) -> Answer:
     return Answer(result={"differences": rows}, show=lambda: print(*lines, sep="\n"))
 
 
+def _plan(request: Request) -> Answer:
+    config = request.config(request.words[0])
+    memory = request.options["gpu_gib"]
+    from betterhalf.examine.plan import plan
+    from betterhalf.examine.plan_text import show_plan
+
+    result = plan(config, None if memory is None else number("--gpu-gib", memory))
+    return Answer(result=result.to_json(), show=lambda: show_plan(result), passed=result.fits)
+
+
+def _audit(request: Request) -> Answer:
+    from betterhalf.integrations.audit.run import audit_file
+    from betterhalf.integrations.audit.text import show_audit, to_json
+
+    result = audit_file(Path(request.words[0]), request.options["framework"])
+    return Answer(result=to_json(result), show=lambda: show_audit(result), passed=result.passed)
+
+
 def _export(request: Request) -> Answer:
     run, directory = request.words
     run_config(run)
     from betterhalf.runs.export import export
 
-    result = export(run, directory, _checkpoint(request))
+    result = export(run, directory, _checkpoint(request), merge=request.options["merge"])
     return Answer(result=result, show=lambda: _show(result))
 
 
@@ -265,9 +293,10 @@ VERBS = {
         run=_report,
         words="RUN [RUN ...]",
         num_words=(1, sys.maxsize),
-        help="write one self-contained HTML page with plots from run folders",
+        help="write one self-contained HTML page with figures from run folders",
         settings=False,
         computes=False,
+        options=(Option(name="figures", value="DIR", help="write each figure to DIR too, as SVG and PNG"),),
     ),
     "compare": Verb(
         run=_compare,
@@ -286,6 +315,28 @@ VERBS = {
         run_dir=False,
         computes=False,
     ),
+    "plan": Verb(
+        run=_plan,
+        words="EXPERIMENT",
+        num_words=(1, 1),
+        help="compute memory, traffic and packing of a run on its [cluster], without loading weights",
+        run_dir=False,
+        options=(Option(name="gpu-gib", value="GIB", help="plan for GPUs of this memory; by default this machine's"),),
+    ),
+    "audit": Verb(
+        run=_audit,
+        words="CONFIG",
+        num_words=(1, 1),
+        help="say which dtypes another framework's configuration would really run, and what FP16 needs",
+        settings=False,
+        run_dir=False,
+        computes=False,
+        options=(
+            Option(
+                name="framework", value="NAME[==VERSION]", help="whose configuration it is, if its keys do not tell"
+            ),
+        ),
+    ),
     "export": Verb(
         run=_export,
         words="RUN DIR",
@@ -293,13 +344,25 @@ VERBS = {
         help="write a Hugging Face folder that transformers and vLLM load",
         settings=False,
         run_dir=False,
-        options=(CHECKPOINT,),
+        options=(
+            CHECKPOINT,
+            Option(name="merge", help="write the whole model of a LoRA run, not its adapter"),
+        ),
     ),
     "new": Verb(
         run=_new,
         words="NAME",
         num_words=(1, 1),
         help="write an experiment, a reward and data to start from: NAME.toml, NAME_reward.py, NAME.jsonl",
+        settings=False,
+        run_dir=False,
+        computes=False,
+    ),
+    "completion": Verb(
+        run=_completion,
+        words="SHELL",
+        num_words=(1, 1),
+        help='print the completion of bash or zsh; eval "$(betterhalf completion bash)" in ~/.bashrc switches it on',
         settings=False,
         run_dir=False,
         computes=False,

@@ -61,6 +61,10 @@ class AlgorithmConfig(Section):
     score_centering: int = Field(0, ge=0)
     """Cancel the drift towards the engine's distribution, computed from this number of its most likely tokens (Score
     Centering, arXiv 2609.20807, uses 128); 0 for no such term. Needs the native engine."""
+    routing_replay: bool = False
+    """Compute the trainer's passes over a mixture of experts with the experts that the engine chose when it sampled
+    (routing replay, arXiv 2510.11370); their weights, and the gradient of the router, come from the trainer's own
+    logits. Needs an engine that reports its choices."""
     loss: str | None = None
     """Import path of a loss of your own, `module:function` or `folder/file.py:function`; it replaces `surrogate`,
     `correction` and `aggregation`. docs/losses.md has an example."""

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from betterhalf.config.section import Section
 from betterhalf.types import HeadDtype, RoundingMode, SleepMode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheReservation:
+    """Memory that an engine reserves for its KV cache when it starts, whatever it samples later."""
+
+    gib: float
+    """On a CPU, in GiB."""
+    gpu_share: float
+    """Share of a GPU's memory, which includes the weights."""
 
 
 class NativeEngineConfig(Section):
@@ -27,6 +38,41 @@ class NativeEngineConfig(Section):
     def exact(self) -> bool:
         """True if it computes every bit as the trainer does."""
         return self.rounding == "exact"
+
+    @property
+    def devices(self) -> int:
+        """Number of GPUs that one engine uses, if it runs on GPUs."""
+        return 1
+
+    @property
+    def devices_key(self) -> str | None:
+        """None: the number of GPUs is fixed."""
+        return None
+
+    @property
+    def in_process(self) -> bool:
+        """True: without a cluster it runs in the process of the trainer."""
+        return True
+
+    @property
+    def takes_handles(self) -> bool:
+        """False: it cannot load weights from handles of GPU memory."""
+        return False
+
+    @property
+    def frees_device(self) -> bool:
+        """False: it keeps its memory while it sleeps."""
+        return False
+
+    @property
+    def widens_cache(self) -> bool:
+        """True: on a CPU, keys and values are FP32 numbers on the grid of the KV format."""
+        return True
+
+    @property
+    def reserved_cache(self) -> CacheReservation | None:
+        """None: the KV cache has room for the sequences of a call."""
+        return None
 
 
 class VllmEngineConfig(Section):
@@ -62,6 +108,94 @@ class VllmEngineConfig(Section):
         """False: its kernels are its own."""
         return False
 
+    @property
+    def devices(self) -> int:
+        """Number of GPUs that one engine uses, if it runs on GPUs."""
+        return self.tensor_parallel_size
+
+    @property
+    def devices_key(self) -> str | None:
+        """Key of the setting that chooses `devices`."""
+        return "engine.tensor_parallel_size"
+
+    @property
+    def in_process(self) -> bool:
+        """False: it runs in a process of its own."""
+        return False
+
+    @property
+    def takes_handles(self) -> bool:
+        """True if it loads weights from handles of GPU memory, on one GPU."""
+        return self.tensor_parallel_size == 1
+
+    @property
+    def frees_device(self) -> bool:
+        """True if it gives up its memory on a shared GPU while it sleeps."""
+        return self.sleep == "auto"
+
+    @property
+    def widens_cache(self) -> bool:
+        """False: keys and values are stored in the KV format."""
+        return False
+
+    @property
+    def reserved_cache(self) -> CacheReservation | None:
+        """Memory of the KV cache."""
+        return CacheReservation(gib=self.kv_cache_gib, gpu_share=self.gpu_memory_utilization)
+
+
+class PythonEngineConfig(Section):
+    """An engine of one's own, in the process of the run."""
+
+    type: Literal["python"] = "python"
+    kind: str
+    """Import path, `module:name` or `file.py:name`, of a `betterhalf.rollout.capabilities.EngineKind`: what the engine
+    can do, what it refuses, and how it is built."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings that the engine reads, as `config.engine.settings`."""
+    max_concurrent: int = Field(256, ge=1)
+    """Maximum number of sequences decoded at once, for `betterhalf plan`."""
+
+    @property
+    def exact(self) -> bool:
+        """False: its operations are its own."""
+        return False
+
+    @property
+    def devices(self) -> int:
+        """Number of GPUs that one engine uses, if it runs on GPUs."""
+        return 1
+
+    @property
+    def devices_key(self) -> str | None:
+        """None: the number of GPUs is fixed."""
+        return None
+
+    @property
+    def in_process(self) -> bool:
+        """True: without a cluster it runs in the process of the trainer."""
+        return True
+
+    @property
+    def takes_handles(self) -> bool:
+        """False: it cannot load weights from handles of GPU memory."""
+        return False
+
+    @property
+    def frees_device(self) -> bool:
+        """False: whether it gives up memory while it sleeps is not known beforehand."""
+        return False
+
+    @property
+    def widens_cache(self) -> bool:
+        """False: keys and values are taken to be stored in the KV format."""
+        return False
+
+    @property
+    def reserved_cache(self) -> CacheReservation | None:
+        """None: the KV cache is taken to have room for the sequences of a call."""
+        return None
+
 
 def _native_unless_named(given: Any) -> Any:
     """Choose the native engine if the settings name no `type`."""
@@ -69,6 +203,8 @@ def _native_unless_named(given: Any) -> Any:
 
 
 EngineConfig = Annotated[
-    NativeEngineConfig | VllmEngineConfig, Field(discriminator="type"), BeforeValidator(_native_unless_named)
+    NativeEngineConfig | VllmEngineConfig | PythonEngineConfig,
+    Field(discriminator="type"),
+    BeforeValidator(_native_unless_named),
 ]
 """The rollout engine; its key `type` chooses the class."""

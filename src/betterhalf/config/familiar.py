@@ -41,7 +41,7 @@ _SAME = {
     "precision.loss_scale.initial": ("initial_loss_scale", "init_scale", "initial_scale_power"),
     "precision.loss_scale.growth_interval": ("loss_scale_window",),
     "precision.loss_scale.floor": ("min_loss_scale",),
-    "engine.type": ("backend", "rollout_backend", "inference_engine"),
+    "engine.type": ("rollout_backend", "inference_engine"),
     "engine.gpu_memory_utilization": ("vllm_gpu_memory_utilization", "gpu_memory_util", "mem_fraction_static"),
     "engine.tensor_parallel_size": (
         *("vllm_tensor_parallel_size", "tensor_model_parallel_size", "tp_size", "tp", "rollout_num_gpus_per_engine"),
@@ -57,6 +57,7 @@ _SAME = {
     "training.activation_checkpointing": ("gradient_checkpointing", "enable_gradient_checkpointing"),
     "training.checkpoint_every": ("save_steps", "save_freq", "save_interval", "checkpoint_interval"),
     "training.keep_checkpoints": ("save_total_limit", "max_ckpt_num", "max_actor_ckpt_to_keep"),
+    "training.keep_best_metric": ("metric_for_best_model", "best_metric_name", "monitor"),
     "sampling.max_tokens": (
         *("max_new_tokens", "max_completion_length", "max_response_length", "rollout_max_response_len"),
         *("generate_max_len", "max_tokens_per_completion", "response_length"),
@@ -86,6 +87,10 @@ _SAME = {
     "task.max_rows": ("max_samples", "train_max_samples", "max_train_samples"),
     "task.reward_workers": ("num_workers", "reward_num_workers"),
     "logging.console": ("disable_tqdm", "log_level", "verbose"),
+    "logging.project": ("project_name", "wandb_project", "trackio_project", "tracker_project_name"),
+    "logging.group": ("wandb_group", "run_group", "group_name"),
+    "logging.tags": ("wandb_tags",),
+    "logging.mode": ("wandb_mode",),
     "logging.rollouts_per_step": ("log_completions", "num_completions_to_print"),
 }
 """Our key -> names of the same setting elsewhere."""
@@ -180,6 +185,10 @@ _OTHERWISE = {
         ("adam_beta1", "adam_beta2", "beta1", "beta2", "adam_betas"),
         "Write both, as in optimizer.betas=0.9,0.95.",
     ),
+    "training.keep_best_mode": (
+        ("greater_is_better",),
+        "It is highest or lowest.",
+    ),
     "optimizer.warmup_steps": (
         ("warmup_ratio", "lr_warmup_ratio", "lr_warmup_steps_ratio", "lr_warmup_fraction"),
         "It is a number of steps, not a share of them.",
@@ -188,7 +197,46 @@ _OTHERWISE = {
         ("reward_funcs", "reward_function", "reward_fn", "reward_model", "custom_reward_function", "rm_type"),
         "With task=python it names a function, as in task.reward=mine.py:reward; `betterhalf new NAME` writes one.",
     ),
-    "logging.tensorboard": (("report_to", "logger", "use_wandb", "use_tensorboard"), "It is true or false."),
+    "cluster.trainers": (
+        (
+            *("n_gpus_per_node", "num_gpus", "num_gpus_per_node", "actor_num_gpus_per_node", "gpus_per_node", "n_gpus"),
+            *(
+                "nnodes",
+                "num_nodes",
+                "actor_num_nodes",
+                "ranks",
+                "world_size",
+                "fsdp_size",
+                "num_trainers",
+                "nproc_per_node",
+            ),
+        ),
+        "It counts the ranks of all hosts together, each with cluster.trainer.gpus=1, and needs cluster.backend=ray.",
+    ),
+    "cluster.engines": (
+        ("vllm_num_engines", "rollout_num_gpus", "rollout_num_engines", "num_engines", "num_rollout_workers"),
+        "It counts engines, each with cluster.engine.gpus GPUs, and needs cluster.backend=ray.",
+    ),
+    "cluster.placement": (
+        ("colocate", "colocate_all_models", "colocate_actor_ref", "hybrid_engine", "vllm_colocate", "vllm_server_mode"),
+        "It is separate or colocated.",
+    ),
+    "cluster.address": (
+        ("ray_address", "master_addr", "head_address", "vllm_server_host"),
+        "HOST:PORT of a running Ray cluster, or auto; without it the run starts one.",
+    ),
+    "cluster.trainer.offload_optimizer": (
+        ("optimizer_offload", "adam_offload", "cpu_offload", "offload_policy", "param_offload"),
+        "It keeps masters, gradients and optimizer states in host memory.",
+    ),
+    "pipeline.max_staleness": (
+        ("async_train", "async_level", "max_async_level", "max_off_policy_steps", "async_queue_size"),
+        "It is 0 or 1: the number of steps by which sampling may be ahead of learning.",
+    ),
+    "logging.trackers": (
+        ("report_to", "logger", "use_wandb", "use_tensorboard", "tensorboard", "wandb", "trackio", "use_mlflow"),
+        "It is a list: logging.trackers=wandb,tensorboard.",
+    ),
 }
 """Our key -> (names elsewhere, sentence on the difference)."""
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from betterhalf.config.familiar import familiar
+from betterhalf.config.lora import ALL_LINEAR
 from betterhalf.config.schema import RunConfig, Section
 
 _RENAMED_VALUES = {("gradient", "score"): "logprob"}
@@ -142,36 +143,40 @@ def advice(wrong: str) -> str | None:
 
     A key that other frameworks use is answered with the key here, or with what to do instead.
     """
-    known = None if _close_key(wrong) else familiar(wrong)
+    close = _close_keys(wrong)
+    known = None if close else familiar(wrong)
     if known:
         return str(known)
-    hint = nearest_key(wrong)
-    return f"Did you mean {hint!r}?" if hint else None
+    hints = close or [hint for hint in (nearest_key(wrong),) if hint]
+    return f"Did you mean {' or '.join(map(repr, hints))}?" if hints else None
 
 
 def nearest_key(wrong: str) -> str | None:
     """Return the valid dotted key most similar to `wrong`; None if no key is similar.
 
-    A key of the same section that differs in a letter or two comes first, then a key of that name in another section,
-    then the key of another framework, then the most similar key overall. Names of sections count as keys, so that
-    `optimiser` finds one as well.
+    A key of the same section that differs in a letter or two, or that has the words of `wrong` and more, comes first,
+    then a key of that name in another section, then the key of another framework, then the most similar key overall.
+    Names of sections count as keys, so that `optimiser` finds one as well.
     """
     keys = all_keys()
-    if (near := _close_key(wrong)) is not None:
-        return near
+    if close := _close_keys(wrong):
+        return close[0]
     if (known := familiar(wrong)) is not None:
         return known.key
     return _nearest(wrong, [*keys, *_section_names()]) or _nearest_leaf(wrong.rpartition(".")[2], keys)
 
 
-def _close_key(wrong: str) -> str | None:
-    """Return the key of the same section that differs in a letter or two, or one of that name in another section."""
+def _close_keys(wrong: str) -> list[str]:
+    """Return the key of the same section that is close, and one of that name in another section unless it is a slip."""
     keys = all_keys()
     section, _, leaf = wrong.rpartition(".")
     beside = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
-    if (near := _nearest(leaf, list(beside), cutoff=0.85)) is not None:
-        return beside[near]
-    return next((key for key in keys if leaf == key.rpartition(".")[2] and key != wrong), None)
+    if (slip := _nearest(leaf, list(beside), cutoff=0.85)) is not None:
+        return [beside[slip]]
+    longer = [name for name in beside if section and set(leaf.split("_")) <= set(name.split("_"))]
+    fuller = _nearest(leaf, longer, cutoff=0.0)
+    elsewhere = next((key for key in keys if leaf == key.rpartition(".")[2] and key != wrong), None)
+    return [key for key in (beside.get(fuller or ""), elsewhere) if key]
 
 
 def nearest(wrong: object, allowed: Sequence[object]) -> str | None:
@@ -181,6 +186,8 @@ def nearest(wrong: object, allowed: Sequence[object]) -> str | None:
 
 def current_value(leaf: str, value: object) -> object:
     """Return the current name of a value that earlier runs call by another; any other value unchanged."""
+    if leaf == "target_modules" and value == []:
+        return [ALL_LINEAR]
     return _RENAMED_VALUES.get((leaf, value), value) if isinstance(value, str) else value
 
 

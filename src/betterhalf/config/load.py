@@ -20,6 +20,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from betterhalf.config import keys
+from betterhalf.config.adapter_folder import fill_from_adapter
 from betterhalf.config.algorithm import own_choices
 from betterhalf.config.explain import explain
 from betterhalf.config.overrides import SHORT_KEYS, expand, expand_table, merge, parse_overrides
@@ -219,7 +220,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {error}. Correct it there.") from error
     if not isinstance(layer, dict):
         raise ConfigError(f"{path} holds no settings. Name the config.json of a run, or a TOML file.")
-    return _sparse(_renamed(layer)) if path.suffix == ".json" else layer
+    return _sparse(_current(_renamed(layer))) if path.suffix == ".json" else layer
 
 
 def _renamed(resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,6 +229,16 @@ def _renamed(resolved: Mapping[str, Any]) -> dict[str, Any]:
         key: _renamed(value) if isinstance(value, Mapping) else keys.current_value(key, value)
         for key, value in resolved.items()
     }
+
+
+def _current(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a run with today's keys: `logging.tensorboard` came before `logging.trackers`."""
+    section = resolved.get("logging")
+    if not isinstance(section, Mapping) or "tensorboard" not in section:
+        return dict(resolved)
+    kept = {key: value for key, value in section.items() if key != "tensorboard"}
+    trackers = {"trackers": ["tensorboard"]} if section["tensorboard"] else {}
+    return {**resolved, "logging": {**kept, **trackers}}
 
 
 def _sparse(resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -308,8 +319,12 @@ def _with_type(value: Any, holders: Sequence[type[Section]], default: str) -> An
 
 def _validate(data: Mapping[str, Any], origins: Mapping[str, str]) -> RunConfig:
     """Validate strictly: "12" is not a number, true is not 1. Only the JSON mode accepts a list for a tuple."""
+    lora = data["lora"]
+    if isinstance(lora, Mapping):
+        lora = fill_from_adapter(lora, targets_given="lora.target_modules" in origins)
+    whole = {**data, "lora": lora}
     try:
-        return RunConfig.model_validate_json(json.dumps(data, default=str), strict=True)
+        return RunConfig.model_validate_json(json.dumps(whole, default=str), strict=True)
     except ValidationError as error:
         raise ConfigError(explain(error, origins)) from error
 

@@ -1,7 +1,7 @@
 """Configurations as TOML.
 
-A section is a table, a list of sections an array of tables. TOML has no null, so absent values are left out; in the
-ratios of an algorithm, where a missing bound means the preset's, an absent one is written as "none".
+A section is a table, a list of sections an array of tables. TOML has no null, so an absent value is written as "none",
+which every optional key accepts; in the tables of a list, it is left out.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from betterhalf.config.schema import RunConfig
 _ABSENT = "none"
 """Value that makes an optional key absent."""
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
-_OVER_A_PRESET = ("algorithm.surrogate", "algorithm.correction")
-"""Sections whose values replace those of a preset."""
 
 
 def toml_text(config: RunConfig) -> str:
@@ -48,9 +46,7 @@ def toml_key(key: str) -> str:
 def _lines(section: Mapping[str, Any], name: str) -> Iterator[str]:
     """Yield a section's header and plain values, then its inner sections; the root has no header."""
     inner = {key: value for key, value in section.items() if (isinstance(value, Mapping) and value) or _is_array(value)}
-    absent = _ABSENT if name in _OVER_A_PRESET or name.startswith("sanity.arm.") else None
-    values = {key: absent if value is None else value for key, value in section.items() if key not in inner}
-    plain = {key: value for key, value in values.items() if value is not None}
+    plain = {key: _ABSENT if value is None else value for key, value in section.items() if key not in inner}
     if name and plain:
         yield from ("", f"[{name}]")
     for key, value in plain.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from betterhalf.config.section import Section
+from betterhalf.types import BestName
 
 
 class TrainingConfig(Section):
@@ -32,4 +33,9 @@ class TrainingConfig(Section):
     checkpoint_every: int = Field(10, ge=0)
     """Number of steps between checkpoints; 0 saves only the last."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Number of checkpoints to keep; older ones are deleted."""
+    """Number of checkpoints to keep; older ones are deleted, once a new one is whole."""
+    keep_best_metric: str | None = None
+    """Name of a metric of each step, such as `rollout/reward/mean`: of the checkpoints that are written, the one with
+    its best value is kept as well. `evaluate.keep_best` does the same for evaluations."""
+    keep_best_mode: BestName = "highest"
+    """Best value of `keep_best_metric`: the highest, or the lowest."""

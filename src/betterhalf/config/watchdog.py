@@ -14,8 +14,8 @@ class WatchdogLevel(Section):
     """One rule: a metric, its bounds, and the action when it leaves them."""
 
     metric: str
-    """Metric to watch: `mismatch/...`, `budget/...` and `rollout/...` before the step's update, `policy/...` and
-    `optim/...` after it."""
+    """Metric to watch: `mismatch/...`, `budget/...`, `experts/...` and `rollout/...` before the step's update,
+    `policy/...` and `optim/...` after it."""
     below: float | None = None
     """Lower bound: the rule fires below this value."""
     above: float | None = None
@@ -36,13 +36,15 @@ class WatchdogLevel(Section):
 
 
 class WatchdogConfig(Section):
-    """Rules that each step checks: those on the mismatch and the rollouts before any update, the others after it."""
+    """Rules that each step checks: those on the mismatch, the experts and the rollouts before any update, the others
+    after it."""
 
     levels: tuple[WatchdogLevel, ...] = (
         WatchdogLevel(metric="budget/predicted_ess", below=0.5, action="warn"),
         WatchdogLevel(metric="mismatch/k3/mean", above=1e-2, action="warn"),
         WatchdogLevel(metric="mismatch/k3/mean", above=0.1, action="stop"),
         WatchdogLevel(metric="mismatch/accident_fraction", above=1e-3, action="warn"),
+        WatchdogLevel(metric="experts/change_fraction/mean", above=0.05, action="warn"),
         WatchdogLevel(metric="policy/ratio/max_negative", above=50, action="warn"),
     )
     """Rules, in order; the action of every rule that fires is taken."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from betterhalf import ops
+from betterhalf.diagnostics.experts import ExpertLayer
 from betterhalf.errors import EngineError, NumericsError, RunError
 
 _SERIES_BELOW = 0.02
@@ -56,7 +57,7 @@ class GapBin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GapProfile:
-    """Mismatch of a step by probability, by position and by completion, which means over all tokens hide."""
+    """Mismatch of a step by probability, position, completion and layer, which means over all tokens hide."""
 
     by_probability: tuple[GapBin, ...]
     """Bins of mu, with the edges `PROBABILITY_EDGES`."""
@@ -64,6 +65,8 @@ class GapProfile:
     """Bins of the position in the completion, with the edges `position_edges`."""
     completions: tuple[tuple[int, float], ...]
     """[S] (length, summed log-ratio) of each sequence with tokens."""
+    by_expert_layer: tuple[ExpertLayer, ...] = ()
+    """Routing in each layer with experts; empty without any."""
 
 
 def k3(log_ratio: Tensor) -> Tensor:

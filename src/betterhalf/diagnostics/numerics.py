@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from betterhalf.precision.formats import FORMATS, HARDWARE, FormatFacts
@@ -117,6 +119,9 @@ class Census:
     """Share of the same gradients that are zero at loss scale 1; None if the pass is not finite there."""
     zeroed_modules: tuple[str, ...] = ()
     """Modules that lose the most gradient entries to zero at the largest safe scale, worst first."""
+    predicted: str | None = None
+    """Reason why no pass could run in this precision, so that everything is predicted from the FP32 magnitudes; None if
+    passes ran."""
 
     @property
     def max(self) -> float:
@@ -131,22 +136,48 @@ class Census:
             "loss_scale": self.loss_scale,
             "zeroed_fraction": self.zeroed_fraction,
             "zeroed_fraction_unscaled": self.zeroed_fraction_unscaled,
+            "predicted": self.predicted,
         }
+
+
+_AT_ONCE = 2**20
+"""Values examined at once: their temporaries of 4 MiB stay in a CPU's cache, however large the tensor is."""
 
 
 def magnitudes(x: Tensor) -> Magnitudes:
     """Return the magnitudes of `x`: FP32, any shape, not empty."""
-    sizes = x.detach().abs()
-    largest, zeros = float(sizes.max()), int((sizes == 0).sum())
-    # NaN compares false with everything, so that it counts as neither.
-    zeroed = [int((sizes <= facts.min_subnormal / 2).sum()) - zeros for facts in (FORMATS[name] for name in HARDWARE)]
-    tiny = [int((sizes < facts.min_normal).sum()) - zeros for facts in (FORMATS[name] for name in HARDWARE)]
+    return reduce(together, map(_magnitudes, torch.split(x.detach().reshape(-1), _AT_ONCE)))
+
+
+def _magnitudes(x: Tensor) -> Magnitudes:
+    sizes = x.abs()
+    largest, nonzero = float(sizes.max()), _count(sizes)
+    zeros = sizes.numel() - nonzero
+    subnormal, zeroed, clear = [], [], 0.0
+    for facts in (FORMATS[name] for name in HARDWARE):
+        # NaN compares false with everything, so that it counts as neither.
+        tiny = _count(sizes < facts.min_normal) - zeros if facts.min_normal > clear else 0
+        if not tiny:
+            clear = max(clear, facts.min_normal)
+        lost = _count(sizes <= facts.min_subnormal / 2) - zeros if tiny else 0
+        subnormal.append(tiny - lost)
+        zeroed.append(lost)
     return Magnitudes(
         max_abs=largest if math.isfinite(largest) else math.inf,
-        nonzero=sizes.numel() - zeros,
-        subnormal=tuple(below - lost for below, lost in zip(tiny, zeroed, strict=True)),
+        nonzero=nonzero,
+        subnormal=tuple(subnormal),
         zeroed=tuple(zeroed),
     )
+
+
+def _count(x: Tensor) -> int:
+    """Return the number of values that are not zero; a sum of booleans takes four times as long."""
+    return int(torch.count_nonzero(x))
+
+
+def all_finite(x: Tensor) -> bool:
+    """Return whether no value is infinite or NaN; ten times as fast as `isfinite` of each."""
+    return not x.numel() or all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(x)).tolist())
 
 
 def together(first: Magnitudes, second: Magnitudes) -> Magnitudes:
@@ -212,7 +243,7 @@ def zeroed_gradients(nonzero: Mapping[str, Tensor], gradients: Iterable[tuple[st
         nonzero: parameter -> bool mask of the entries of its FP32 gradient that are not zero.
         gradients: (parameter, gradient) in the precision under test, the same shapes.
     """
-    lost = {name: int((nonzero[name] & (gradient == 0)).sum()) for name, gradient in gradients}
-    total = sum(int(nonzero[name].sum()) for name in lost)
+    lost = {name: _count(nonzero[name] & (gradient == 0)) for name, gradient in gradients}
+    total = sum(_count(nonzero[name]) for name in lost)
     worst = sorted((name for name in lost if lost[name]), key=lambda name: -lost[name])
     return Zeroed(fraction=sum(lost.values()) / max(1, total), worst=tuple(worst))

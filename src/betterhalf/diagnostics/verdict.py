@@ -108,10 +108,10 @@ def judge(census: Census, pair: PairFinding | None) -> Verdict:
     """Return the verdict on one precision, from its range census and, if measured, the mismatch of its matched pair."""
     unsafe = [*_overflow(census), *_no_loss_scale(census), *_failure(census, pair)]
     if unsafe:
-        return _verdict("unsafe", unsafe)
+        return _verdict("unsafe", [*unsafe, *_prediction(census)])
     watch = [*_headroom(census), *_mismatch(pair)]
     if watch:
-        return _verdict("watch", watch)
+        return _verdict("watch", [*watch, *_prediction(census)])
     return Verdict(verdict="ok", reasons=tuple(_all_well(census, pair)), modules=())
 
 
@@ -158,6 +158,11 @@ def cramped(census: Census) -> tuple[Spot, ...]:
     return tuple(row.spot for row in rows)
 
 
+def is_residual(spot: Spot) -> bool:
+    """Return whether a spot is the output of a decoder layer, or the sum in its middle (the second norm's input)."""
+    return bool(_RESIDUAL.search(spot.module)) or (spot.kind == "input" and "norm" in spot.module)
+
+
 # -- unsafe
 
 
@@ -169,7 +174,7 @@ def _overflow(census: Census) -> list[_Finding]:
     row = _row(census, first)
     reached = f" reaches {row.max_abs:.3g} in FP32 and" if row and math.isfinite(row.max_abs) else ""
     reason = (
-        f"In the forward pass, {first}{reached} is not finite in {census.dtype.upper()}, whose maximum is "
+        f"In the forward pass, {first}{reached} {_not_finite(census)} {census.dtype.upper()}, whose maximum is "
         f"{census.max:g}; it is the first such value."
     )
     return [_Finding(reason=reason, modules=tuple(spot.module for spot in overflowing(census)))]
@@ -195,11 +200,23 @@ def _gradient_overflow(census: Census, first: Spot) -> _Finding:
     row = _row(census, first)
     reached = f" reaches {row.max_abs:.3g} in FP32 and" if row and math.isfinite(row.max_abs) else ""
     reason = (
-        f"In the backward pass, {first}{reached} is not finite in {census.dtype.upper()}, whose maximum is "
+        f"In the backward pass, {first}{reached} {_not_finite(census)} {census.dtype.upper()}, whose maximum is "
         f"{census.max:g}, although every forward value is finite: no loss scale of 1 or more keeps the gradients "
         "finite."
     )
     return _Finding(reason=reason, modules=tuple(spot.module for spot in overflowing(census)))
+
+
+def _not_finite(census: Census) -> str:
+    return "does not fit into" if census.predicted else "is not finite in"
+
+
+def _prediction(census: Census) -> list[_Finding]:
+    """Return the finding that no pass ran in this precision."""
+    if census.predicted is None:
+        return []
+    reason = f"No pass ran in {census.dtype.upper()}; its range is predicted from FP32 magnitudes: {census.predicted}."
+    return [_Finding(reason=reason)]
 
 
 def _failure(census: Census, pair: PairFinding | None) -> list[_Finding]:
@@ -259,7 +276,8 @@ def _all_well(census: Census, pair: PairFinding | None) -> list[str]:
         f"In the forward pass, {worst.spot} comes closest to the {census.dtype.upper()} maximum: {worst.max_abs:.3g}, "
         f"{worst.headroom_bits:.1f} bits of headroom."
     ]
-    if census.loss_scale > 1.0 or census.zeroed_fraction_unscaled:
+    reasons += [finding.reason for finding in _prediction(census)]
+    if not census.predicted and (census.loss_scale > 1.0 or census.zeroed_fraction_unscaled):
         reasons.append(
             "In the backward pass, gradients stay finite up to a loss scale of "
             f"{_power(census.largest_safe_loss_scale)}, where {census.zeroed_fraction or 0.0:.2%} of them round to "
@@ -291,17 +309,12 @@ def _tight(census: Census, bits: float, *, backward: bool) -> list[ModuleRange]:
     a branch does.
     """
     low = [row for row in census.ranges if row.headroom_bits < bits and _is_backward(row) == backward]
-    branches = [row for row in low if backward or not _is_residual(row.spot)]
+    branches = [row for row in low if backward or not is_residual(row.spot)]
     return sorted(branches or low, key=lambda row: row.headroom_bits)
 
 
 def _is_backward(row: ModuleRange) -> bool:
     return row.spot.kind in BACKWARD_KINDS
-
-
-def _is_residual(spot: Spot) -> bool:
-    """Return whether a spot is the output of a decoder layer, or the sum in its middle (the second norm's input)."""
-    return bool(_RESIDUAL.search(spot.module)) or (spot.kind == "input" and "norm" in spot.module)
 
 
 def _power(scale: float | None) -> str:

@@ -30,6 +30,16 @@ class Collective(Protocol):
     each entry counts once, so `sum_` adds up the shards of one replica, and with whole replicas does nothing.
     """
 
+    @property
+    def rank(self) -> int:
+        """Place of this process, from 0 to `world_size` - 1."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        ...
+
     def max_(self, values: Tensor) -> None:
         """Replace `values`, float64 [N], by their maximum over all ranks."""
         ...
@@ -45,6 +55,9 @@ class Collective(Protocol):
 
 class SingleProcess:
     """The only rank of a trainer in one process."""
+
+    rank = 0
+    world_size = 1
 
     def max_(self, values: Tensor) -> None:
         """Leave `values` as they are: the maximum over one rank."""

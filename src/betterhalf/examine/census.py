@@ -2,6 +2,8 @@
 
 One pass of an FP32 trainer gives the reference magnitudes of every module. Real passes in the precision under test then
 show where the first value overflows, which loss scales keep the gradients finite, and which gradients become zero.
+For a model that the trainer refuses, the FP32 pass is that of the transformers module, and the rest is predicted from
+its magnitudes.
 
 The batch stands for training: it has the loss of the configured algorithm with the denominators of a train batch of the
 configured size. Advantages are +1 and -1, since the rewards of one batch say little about those of the next.
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from betterhalf.diagnostics.numerics import (
     Magnitudes,
     Spot,
     Zeroed,
+    all_finite,
     magnitudes,
     module_range,
     predicted_loss_scale,
@@ -34,10 +37,13 @@ from betterhalf.diagnostics.numerics import (
     together,
     zeroed_gradients,
 )
+from betterhalf.errors import InputError
 from betterhalf.examine.module_hooks import See, observe_module
+from betterhalf.examine.plain_model import PlainModel
 from betterhalf.examine.scoring import in_one_batch
 from betterhalf.examine.subject import Subject, trainer_in
 from betterhalf.precision.formats import FORMATS, dtype_name
+from betterhalf.precision.loss_scaler import build_loss_scaler
 from betterhalf.process import collect_garbage
 from betterhalf.training.pack import pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
@@ -65,6 +71,8 @@ class CensusBatch:
 def census_batch(subject: Subject, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]) -> CensusBatch:
     """Pack siblings, one of each prompt in turn, up to `CENSUS_TOKENS`; advantages alternate between +1 and -1.
 
+    Every sequence of a model that cannot be packed gets a pack of its own.
+
     Args:
         subject: model and settings; these have the sizes of a train batch.
         prompts: [P].
@@ -79,7 +87,11 @@ def census_batch(subject: Subject, prompts: Sequence[Prompt], groups: Sequence[S
                 rollouts.append(Rollout(prompt=prompt, completion=group[sibling], text="", reward=0.0))
                 room -= length
     advantages = [1.0 if index % 2 == 0 else -1.0 for index in range(len(rollouts))]
-    step = pack_step(rollouts, advantages, in_one_batch(subject.config), 0)
+    config = in_one_batch(subject.config)
+    if subject.model.unpackable:
+        training = config.training.model_copy(update={"tokens_per_micro_batch": 1})
+        config = config.model_copy(update={"training": training})
+    step = pack_step(rollouts, advantages, config, 0)
     (batch,) = step.train_batches
     return CensusBatch(
         micro_batches=tuple(step.chosen(batch.micro_batches)),
@@ -104,6 +116,8 @@ class Reference:
 
     sizes: dict[Spot, Magnitudes]
     """Magnitudes in model order, kinds in the order of `KINDS`."""
+    order: tuple[Spot, ...]
+    """Places of `sizes` in the order of computation."""
     nonzero: dict[str, Tensor]
     """Parameter name -> bool mask of the non-zero entries of its summed gradient."""
     first_forward: Spot | None
@@ -125,7 +139,7 @@ class _Sizes:
 
 def reference(subject: Subject, batch: CensusBatch) -> Reference:
     """Return the FP32 trainer's magnitudes of one forward and backward pass over the batch, without a loss scale."""
-    trainer = _trainer(subject, "fp32")
+    trainer = PlainModel(subject) if subject.model.unpackable else _trainer(subject, "fp32")
     sizes, finite = _Sizes(), _Finiteness()
 
     def see(name: str, kind: Kind, x: Tensor) -> None:
@@ -140,6 +154,7 @@ def reference(subject: Subject, batch: CensusBatch) -> Reference:
     _backward(trainer, batch, proximal, 1.0, see_backward)
     return Reference(
         sizes=_in_model_order(trainer.module, sizes.rows),
+        order=tuple(sizes.rows),
         nonzero={name: gradient != 0 for name, gradient in trainer.weights.gradients()},
         first_forward=finite.first_forward,
         first_backward=finite.first_backward,
@@ -173,7 +188,7 @@ class _Finiteness:
         spot = Spot(module=name, kind=kind)
         if dtype_name(x.dtype) == "fp32":
             self.wide.add(spot)
-        if bool(x.isfinite().all()):
+        if all_finite(x):
             return
         self.broken.add(spot)
         if kind in BACKWARD_KINDS:
@@ -182,15 +197,26 @@ class _Finiteness:
             self.first_forward = self.first_forward or spot
 
 
-def _forward(trainer: PolicyTrainer, batch: CensusBatch, see: See) -> list[Tensor]:
+def _forward(trainer: PolicyTrainer | PlainModel, batch: CensusBatch, see: See) -> list[Tensor]:
     """Show `see` the weights and the values of forward passes; return the logprobs of each micro-batch."""
-    for name, weight in trainer.weights.computing():
-        see(name.rpartition(".")[0], "weight", weight)
+    modules = {name for name, _ in trainer.module.named_modules()}
+    for name, weight in trainer.outgoing.computing():
+        see(_holder(name, modules), "weight", weight)
     with observe_module(trainer.module, see):
         return [scores.logprobs_C for scores in trainer.measure(batch.micro_batches)]
 
 
-def _backward(trainer: PolicyTrainer, batch: CensusBatch, proximal: Sequence[Tensor], scale: float, see: See) -> None:
+def _holder(parameter: str, modules: Collection[str]) -> str:
+    """Return the module that holds a parameter of this Hugging Face name; experts have no modules of their own."""
+    holder = parameter.rpartition(".")[0]
+    while holder not in modules:
+        holder = holder.rpartition(".")[0]
+    return holder
+
+
+def _backward(
+    trainer: PolicyTrainer | PlainModel, batch: CensusBatch, proximal: Sequence[Tensor], scale: float, see: See
+) -> None:
     """Run forward and backward passes with a loss scale, and show `see` their values.
 
     The gradients stay in the trainer, still scaled. The trainer's own logprobs replace the engine's, so that no token
@@ -228,7 +254,7 @@ def _real_pass(
     gradients = dict(trainer.weights.gradients())
     for name, gradient in gradients.items():
         owner = Spot(module=name.rpartition(".")[0], kind="gradient")
-        if owner not in seen.broken and not bool(gradient.isfinite().all()):
+        if owner not in seen.broken and not all_finite(gradient):
             # A head tied to the embedding adds its gradient, the first of the pass, where no parameter's hook sees it.
             seen.first_backward = Spot(module="lm_head", kind="gradient")
             seen.broken.add(owner)
@@ -236,15 +262,33 @@ def _real_pass(
     return _Pass(seen=seen, zeroed=zeroed_gradients(truth.nonzero, gradients.items()) if finite else None)
 
 
-def take_census(subject: Subject, dtype: DtypeName, batch: CensusBatch, truth: Reference) -> Census:
+def take_census(
+    subject: Subject,
+    dtype: DtypeName,
+    batch: CensusBatch,
+    truth: Reference,
+    superseded: Callable[[Census], bool] = lambda _: False,
+) -> Census:
     """Run forward and backward passes of a trainer in `dtype`, and compare them with the FP32 reference.
 
     FP32 islands of the subject's configuration apply. For a format with a loss scale, the largest safe one is searched:
-    from the largest that the reference magnitudes allow, halved until the pass is finite.
+    from the largest that the reference magnitudes allow, halved until the pass is finite. If the trainer cannot compute
+    the model in this format, the census is predicted.
+
+    Args:
+        subject: model and settings.
+        dtype: the precision under test.
+        batch: tokens of the census.
+        truth: FP32 magnitudes of the batch.
+        superseded: True of a census, finite at loss scale 1, after which another one is taken: no scale is then
+            searched, and the census has that of 1.
     """
     if dtype == "fp32":
         return _true_census(truth)
-    trainer = _trainer(subject, dtype)
+    try:
+        trainer = _trainer(subject, dtype)
+    except InputError as error:
+        return _predicted_census(subject, dtype, truth, str(error))
     seen = _Finiteness()
     proximal = _forward(trainer, batch, seen.see)
     if seen.first_forward is not None:
@@ -258,6 +302,9 @@ def take_census(subject: Subject, dtype: DtypeName, batch: CensusBatch, truth: R
     if "scale" not in trainer.scaler.state_dict():
         return _census(dtype, truth, seen, plain=plain, best=plain, safe=allowed)
     best, safe = plain, 1.0
+    unsearched = _census(dtype, truth, seen, plain=plain, best=best, safe=safe)
+    if superseded(unsearched):
+        return unsearched
     while allowed > safe:
         tried = _real_pass(trainer, batch, proximal, truth, allowed)
         if tried.zeroed is not None:
@@ -278,6 +325,23 @@ def _true_census(truth: Reference) -> Census:
     exact = _Pass(seen=seen, zeroed=Zeroed(fraction=0.0, worst=()))
     safe = _allowed_scale("fp32", truth, set())
     return _census("fp32", truth, seen, plain=exact, best=exact, safe=safe)
+
+
+def _predicted_census(subject: Subject, dtype: DtypeName, truth: Reference, why: str) -> Census:
+    """Return the census of a format in which no pass can run: values above its maximum would be infinite.
+
+    Gradients that become zero are predicted at loss scale 1 alone.
+    """
+    beyond = [spot for spot in truth.order if truth.sizes[spot].max_abs > FORMATS[dtype].max]
+    seen = _Finiteness(
+        first_forward=next((spot for spot in beyond if spot.kind not in BACKWARD_KINDS), None),
+        first_backward=next((spot for spot in beyond if spot.kind in BACKWARD_KINDS), None),
+        broken=set(beyond),
+    )
+    scaled = "scale" in build_loss_scaler(subject.config.precision.loss_scale, dtype).state_dict()
+    safe = None if seen.first_forward else _allowed_scale(dtype, truth, set())
+    start = starting_loss_scale(safe) if scaled else 1.0
+    return dataclasses.replace(_census(dtype, truth, seen, safe=safe, start=start), predicted=why)
 
 
 def _allowed_scale(dtype: DtypeName, truth: Reference, wide: set[Spot]) -> float:

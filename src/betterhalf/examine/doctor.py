@@ -5,6 +5,8 @@
 3. Measure the mismatch of every matched pair on the same completions.
 4. Give a verdict for each precision, propose FP32 islands if FP16 lacks range, and write a configuration.
 
+Where the engine does not know the model, the census reads greedy completions, and the mismatch is not measured.
+
 `doctor.json` is rewritten after each of these, so that a later failure does not lose what has been measured.
 """
 
@@ -37,6 +39,7 @@ from betterhalf.diagnostics.verdict import (
 from betterhalf.environment import environment
 from betterhalf.errors import BetterhalfError, ConfigError, InputError, MissingExtraError
 from betterhalf.examine.census import CensusBatch, Reference, census_batch, reference, take_census
+from betterhalf.examine.greedy import greedy_completions
 from betterhalf.examine.islands import Islands, find_islands
 from betterhalf.examine.pairs import Recorder, Sample, sample_dtypes, score_pairs, write_rollouts
 from betterhalf.examine.recommendation import config_text
@@ -48,13 +51,10 @@ from betterhalf.report.page import write_report
 from betterhalf.rollout.build import check_engine
 from betterhalf.run_dir import RunDir, write_json_atomic
 from betterhalf.setup.folder import run_folder
-from betterhalf.types import Completion, DtypeName, Prompt
+from betterhalf.types import DtypeName, Prompt
 
 _PAIRS: tuple[tuple[DtypeName, DtypeName], ...] = (("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16"))
 """Matched pairs. FP32 is first: the census uses its completions, and its mismatch shows bugs rather than rounding."""
-
-_PHASES = 2 * len(_PAIRS) + 1 + len(PREFERENCE)
-"""Steps of the progress bar: rollouts and pairs, the FP32 reference, and the censuses."""
 
 Samples = Mapping[str, Sample | BetterhalfError]
 """Rollout dtype -> what was sampled, or the error that prevented it."""
@@ -75,7 +75,8 @@ def doctor(target: str, config: RunConfig, run_dir: str | None) -> dict[str, Any
         is not unsafe.
 
     Raises:
-        InputError: the model, its prompts or the configuration cannot be used.
+        InputError: the model, its prompts or the configuration cannot be used. That the engine does not know the model
+            is no such error: its mismatch is then not measured.
         MissingExtraError: a package is not installed.
     """
     started = time.perf_counter()
@@ -83,13 +84,19 @@ def doctor(target: str, config: RunConfig, run_dir: str | None) -> dict[str, Any
     _require_hardware_format(target, config)
     resolve_algorithm(config.algorithm)  # refuses a loss that is missing, before the census needs it
     with run_folder(run_dir, "doctor", Path(target).name) as run, _opened(target, config) as subject:
-        with show_progress("doctor", _PHASES, mode=config.logging.console) as bar:
+        with show_progress("doctor", _phases(subject), mode=config.logging.console) as bar:
             result = _examine(_Examination(run=run, subject=subject, bar=bar, started=started))
         write_json_atomic(
             run.summary, {key: value for key, value in result.items() if key not in ("census", "mismatch")}
         )
         write_report([run], run.report)
         return result
+
+
+def _phases(subject: Subject) -> int:
+    """Return the number of steps of the progress bar: texts, the FP32 reference, the censuses, and the pairs."""
+    sampled = 2 * len(_PAIRS) if subject.unsampled is None else subject.config.doctor.prompts
+    return sampled + 1 + len(PREFERENCE)
 
 
 def _require_hardware_format(target: str, config: RunConfig) -> None:
@@ -122,6 +129,8 @@ class _Examination:
     bar: PhaseProgress
     started: float
     """Start of the examination, in seconds of `time.perf_counter`."""
+    not_measured: str | None = None
+    """Reason why the mismatch is not measured; None if it is."""
     censuses: dict[DtypeName, Census] = field(default_factory=dict)
     reports: list[PairReport] = field(default_factory=list)
     """Mismatch of the matched pairs."""
@@ -147,10 +156,12 @@ class _Examination:
             "target": self.subject.target,
             "verdicts": {name: verdict.to_json() for name, verdict in verdicts.items()},
             "recommended": recommended,
+            "not_trained": self.subject.model.unpackable,
             "config": config_text(self.subject, recommended, verdicts, self.censuses, self.islands),
             "census": {name: census.to_json() for name, census in self.censuses.items()},
             "islands": self.islands.to_json() if self.islands else None,
             "mismatch": [report.to_json() for report in self.reports],
+            "mismatch_not_measured": self.not_measured,
             "engine_agrees": self.agreement.to_json() if self.agreement else None,
             "passed": agrees and asked is not None and asked.verdict != "unsafe",
             "seconds": time.perf_counter() - self.started,
@@ -188,55 +199,60 @@ class _Record(Recorder):
 
 def _examine(known: _Examination) -> dict[str, Any]:
     prompts = known.subject.prompts(known.subject.config.doctor.prompts)
-    samples = _sample(_sampling(known.subject), _PAIRS, prompts, _Record(known))
-    batch = _census_batch(known.subject, prompts, samples)
+    samples = _sample(known, prompts)
+    batch = _census_batch(known, prompts, samples)
     truth = reference(known.subject, batch)
     known.bar.advance()
     for dtype in PREFERENCE:
         known.censuses[dtype] = take_census(known.subject, dtype, batch, truth)
         known.bar.advance()
         known.write()
-    known.reports = score_pairs(_sampling(known.subject), _PAIRS, samples, _Record(known))
-    known.write()
-    known.agreement = engine_agreement(known.finding("fp32"))
+    if known.not_measured is None:
+        known.reports = score_pairs(_sampling(known.subject), _PAIRS, samples, _Record(known))
+        known.write()
+        known.agreement = engine_agreement(known.finding("fp32"))
     known.verdicts = {dtype: judge(known.censuses[dtype], known.finding(dtype)) for dtype in PREFERENCE}
-    known.recommended = recommend(known.verdicts)
+    known.recommended = _recommended(known)
     known.write()
-    if overflowing(known.censuses["fp16"]) or cramped(known.censuses["fp16"]):
+    half = known.censuses["fp16"]
+    if half.predicted is None and (overflowing(half) or cramped(half)):
         known.islands = _islands(known, batch, truth, prompts)
         known.recommended = _recommended_with_islands(known)
         known.write()
     return known.result()
 
 
-def _sample(
-    subject: Subject, pairs: Sequence[tuple[DtypeName, DtypeName]], prompts: Sequence[Prompt], record: Recorder
-) -> Samples:
-    """Return rollouts by dtype, or the error that prevented them; bad input and missing packages are raised."""
+def _sample(known: _Examination, prompts: Sequence[Prompt]) -> Samples:
+    """Return rollouts by dtype, or the error that prevented them; none if the engine refuses the model.
+
+    Raises:
+        MissingExtraError: the engine's package is not installed.
+    """
+    known.not_measured = known.subject.unsampled
+    if known.not_measured is not None:
+        return {}
     try:
-        return sample_dtypes(subject, pairs, prompts, subject.config.doctor.group_size, record)
-    except (InputError, MissingExtraError):
+        return sample_dtypes(
+            _sampling(known.subject), _PAIRS, prompts, known.subject.config.doctor.group_size, _Record(known)
+        )
+    except MissingExtraError:
         raise
+    except InputError as error:
+        # Some engines tell only at their start that they cannot run a model.
+        known.not_measured = str(error)
+        return {}
     except BetterhalfError as error:
-        return {rollout: error.with_traceback(None) for _, rollout in pairs}
+        return {rollout: error.with_traceback(None) for _, rollout in _PAIRS}
 
 
-def _census_batch(subject: Subject, prompts: Sequence[Prompt], samples: Samples) -> CensusBatch:
-    """Pack the completions of the first precision that could sample; without any, the second halves of the prompts."""
-    sampled = (sample for sample in samples.values() if isinstance(sample, Sample))
-    first = next(sampled, None)
-    groups = [group for _, group in first.groups] if first else [(_half_of(prompt),) for prompt in prompts]
-    shown = prompts if first else [_first_half(prompt) for prompt in prompts]
-    return census_batch(subject, shown, groups)
-
-
-def _first_half(prompt: Prompt) -> Prompt:
-    return dataclasses.replace(prompt, token_ids=prompt.token_ids[: (len(prompt.token_ids) + 1) // 2])
-
-
-def _half_of(prompt: Prompt) -> Completion:
-    rest = prompt.token_ids[(len(prompt.token_ids) + 1) // 2 :] or prompt.token_ids
-    return Completion(token_ids=rest, behavior_logprobs=(0.0,) * len(rest), finish_reason="length", policy_version=0)
+def _census_batch(known: _Examination, prompts: Sequence[Prompt], samples: Samples) -> CensusBatch:
+    """Pack the completions of the first precision that could sample; without any, greedy ones."""
+    subject = known.subject
+    first = next((sample for sample in samples.values() if isinstance(sample, Sample)), None)
+    if first is not None:
+        return census_batch(subject, prompts, [group for _, group in first.groups])
+    advance = known.bar.advance if subject.unsampled is not None else lambda: None
+    return census_batch(subject, prompts, [(one,) for one in greedy_completions(_sampling(subject), prompts, advance)])
 
 
 def _islands(known: _Examination, batch: CensusBatch, truth: Reference, prompts: Sequence[Prompt]) -> Islands:
@@ -244,6 +260,8 @@ def _islands(known: _Examination, batch: CensusBatch, truth: Reference, prompts:
         """Judge by the same rules as without islands; measure the pair only if the census alone is not unsafe."""
         alone = judge(census, None)
         if alone.verdict == "unsafe":
+            return alone
+        if known.not_measured is not None:
             return alone
         report = _pair_of(_sampling(subject), census.dtype, prompts)
         return judge(census, _finding(report, subject.config.sampling.max_tokens))
@@ -259,6 +277,13 @@ def _pair_of(subject: Subject, dtype: DtypeName, prompts: Sequence[Prompt]) -> P
         return score_pairs(subject, pairs, samples, Recorder())[0]
     except BetterhalfError as error:
         return failed_pair(dtype, dtype, str(error))
+
+
+def _recommended(known: _Examination) -> DtypeName | None:
+    """Return the recommendation among the formats that the trainer computes the model in; None if there is none."""
+    if known.subject.model.unpackable:
+        return None
+    return recommend({dtype: known.verdicts[dtype] for dtype in PREFERENCE if not known.censuses[dtype].predicted})
 
 
 def _recommended_with_islands(known: _Examination) -> DtypeName | None:
@@ -297,6 +322,6 @@ def _sampling(subject: Subject) -> Subject:
 @contextmanager
 def _opened(target: str, config: RunConfig) -> Iterator[Subject]:
     """Open the subject with training's length limit, but require context only for the doctor's shorter completions."""
-    with open_subject(target, _shortened(_plain(config)), prompts=config.doctor.prompts) as opened:
+    with open_subject(target, _shortened(_plain(config)), prompts=config.doctor.prompts, any_decoder=True) as opened:
         restored = opened.config.model_copy(update={"sampling": config.sampling})
         yield dataclasses.replace(opened, config=restored)

@@ -37,12 +37,18 @@ def show_doctor(result: Mapping[str, Any], stream: TextIO | None = None, *, widt
     _print_verdicts(out, result.get("verdicts") or {})
     _print_census(out, result.get("census") or {})
     _print_mismatch(out, result.get("mismatch") or [])
+    if why := result.get("mismatch_not_measured"):
+        out.print(Text("\nThe mismatch of trainer and engine was not measured:"))
+        _print_indented(out, why)
+        out.print()
     islands = result.get("islands")
     if islands:
         word = "solve the problem" if islands["cures"] else "do not solve the problem"
         out.print(Text(f"FP32 islands {word}:"))
         _print_indented(out, islands["reason"])
-    if result.get("recommended"):
+    if result.get("not_trained"):
+        out.print(Text("\nNo precision is recommended: betterhalf cannot train this model.", style="bold"))
+    elif result.get("recommended"):
         out.print(Text(f"\nRecommended: {result['recommended']}", style="bold"))
         # Not wrapped: the text is for pasting.
         print(result.get("config", ""), file=out.file)

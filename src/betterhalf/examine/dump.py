@@ -12,23 +12,24 @@ Each line is one completion:
     rollout_dtype, trainer_dtype   optional: fp16, bf16 or fp32
     response_mask      [0, 1]   optional: 1 for the tokens that the engine sampled; other names in `dump_masks`
 
-A bad line is reported with its number and the reason; the others are kept. TRL's names and shapes are recognised
-(`trl_dump`).
+A bad line is reported with its number and the reason; the others are kept. The names and shapes of TRL, verl, OpenRLHF
+and prime-rl are recognised (`dump_shapes`), and tensors that `torch.save` wrote are read, too (`dump_files`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from betterhalf.errors import InputError
+from betterhalf.examine.dump_files import Record, records
 from betterhalf.examine.dump_masks import Kept, read_masks, refuse_unknown_masks
+from betterhalf.examine.dump_shapes import shape_of
 from betterhalf.examine.scoring import Item
-from betterhalf.examine.trl_dump import is_trl, trl_line, trl_rows
 from betterhalf.run_dir import write_text_atomic
 from betterhalf.types import Completion, DtypeName
 
@@ -117,13 +118,13 @@ def read_dump(path: Path) -> Dump:
     """Read and check a file; reject lines that are not a completion, and ignore blank ones.
 
     Raises:
-        InputError: the file cannot be read, is in Parquet format, or holds no usable line.
+        InputError: the file cannot be read, has a format that is not read, or holds no usable line.
     """
     lines: list[DumpLine] = []
     rejected: list[Rejection] = []
-    for number, text in _text_lines(path):
+    for number, record in records(path):
         try:
-            for found in _completions(number, text):
+            for found in _completions(number, record):
                 (lines if isinstance(found, DumpLine) else rejected).append(found)  # type: ignore[arg-type]
         except ValueError as error:
             rejected.append(Rejection(line=number, reason=str(error)))
@@ -180,46 +181,27 @@ def lacks_trainer_logprobs(line: DumpLine) -> str | None:
     return None if line.trainer_logprobs is not None else "no trainer_logprobs, and no MODEL is named to score with"
 
 
-def _text_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, line), without blank lines."""
-    try:
-        with path.open("rb") as file:
-            for number, text in enumerate(file, start=1):
-                if number == 1 and text.startswith(b"PAR1"):
-                    raise InputError(
-                        f"{path} is a Parquet file, but --from-dump reads JSON lines. The completions that TRL logs as "
-                        "Parquet hold only text, no token ids and no logprobs; docs/probe.md shows how to write both."
-                    )
-                if text.strip():
-                    yield number, text
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}). Give --from-dump a file of JSON lines.") from error
-
-
-def _completions(number: int, text: bytes) -> Iterator[DumpLine | Rejection]:
-    """Yield the completions of one line; a framework that writes batches puts several on a line.
+def _completions(number: int, record: Record) -> Iterator[DumpLine | Rejection]:
+    """Yield the completions of one record; a framework that writes batches puts several into it.
 
     Raises:
-        ValueError: the line as a whole cannot be used.
+        ValueError: the record as a whole cannot be used.
     """
-    try:
-        record = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
+    if isinstance(record, ValueError):
+        raise record
+    shape = shape_of(record)
     refuse_unknown_masks(record)
-    if not is_trl(record):
+    if shape is None:
         yield _parsed(number, record)
         return
-    for place, row in enumerate(trl_rows(record), start=1):
+    for place, row in enumerate(shape.rows(record), start=1):
         try:
-            yield _parsed(number, trl_line(row))
+            yield _parsed(number, shape.line(row))
         except ValueError as error:
             yield Rejection(line=number, reason=f"completion {place}: {error}")
 
 
-def _parsed(number: int, record: dict[str, Any]) -> DumpLine:
+def _parsed(number: int, record: Mapping[str, Any]) -> DumpLine:
     prompt, token_ids = _list(record, "prompt_token_ids"), _list(record, "token_ids")
     kept = read_masks(record, prompt, token_ids)
     count = len(kept.scored)
@@ -254,7 +236,7 @@ def _with_prompt_ids(lines: Sequence[DumpLine]) -> tuple[DumpLine, ...]:
     )
 
 
-def _list(record: dict[str, Any], key: str) -> list[Any]:
+def _list(record: Mapping[str, Any], key: str) -> list[Any]:
     values = record.get(key)
     if values is None:
         raise ValueError(f"{key} is missing")
@@ -274,7 +256,7 @@ def _token_ids(key: str, values: Sequence[Any], places: range) -> tuple[int, ...
     return tuple(values[places.start : places.stop])
 
 
-def _logprobs(record: dict[str, Any], key: str, count: int, kept: Kept) -> tuple[float, ...]:
+def _logprobs(record: Mapping[str, Any], key: str, count: int, kept: Kept) -> tuple[float, ...]:
     """Return the logprobs of the tokens that are scored; 0 for the others, whatever placeholder they have."""
     values = record.get(key)
     if values is None:
@@ -302,7 +284,7 @@ def _temperature(value: Any) -> float | None:
     return float(value)
 
 
-def _dtype(record: dict[str, Any], key: str) -> str:
+def _dtype(record: Mapping[str, Any], key: str) -> str:
     value = record.get(key)
     if value is None or value == UNKNOWN:
         return UNKNOWN
@@ -311,7 +293,7 @@ def _dtype(record: dict[str, Any], key: str) -> str:
     return cast(str, value)
 
 
-def _other_name(record: dict[str, Any]) -> str:
+def _other_name(record: Mapping[str, Any]) -> str:
     for name, owner in OTHER_NAMES.items():
         if name in record:
             return f"; if {name} ({owner}) is log mu from the engine, rename it"

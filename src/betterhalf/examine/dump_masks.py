@@ -32,8 +32,8 @@ KNOWN_MASKS = {
 }
 """Name of each mask that is read -> frameworks that write it."""
 
-OTHER_MASKS = frozenset({"pixel_attention_mask"})
-"""Masks of other things than tokens; they are ignored."""
+OTHER_MASKS = frozenset({"pixel_attention_mask", "is_masked", "is_masked_low", "is_masked_high"})
+"""Masks of other things than sampled tokens, such as prime-rl's record of what its loss dropped; they are ignored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,7 +64,7 @@ class _Recorder:
 def whole_trace(decoder: Decoder, token_ids: tuple[int, ...], *, forced: Trace | None = None) -> Trace:
     """Run all tokens of one sequence in one pass."""
     decoder.reserve(len(token_ids))
-    tokens = torch.tensor(token_ids, device=decoder.inv_freq.device)
+    tokens = torch.tensor(token_ids, device=decoder.device)
     with _recording(decoder, forced) as recorder:
         recorder.aim(slice(0, len(token_ids)), 0)
         decoder.hidden_rows(tokens, (len(token_ids),))
@@ -82,7 +82,7 @@ def decoded_trace(
     """
     slot, length = batch // 2, len(token_ids)
     decoder.reserve(length)
-    tokens = torch.tensor(token_ids, device=decoder.inv_freq.device)
+    tokens = torch.tensor(token_ids, device=decoder.device)
     tokens_BT = torch.stack([tokens.roll(index - slot) for index in range(batch)])
     cache = _cache(decoder, batch, length)
     with _recording(decoder, forced) as recorder:
@@ -99,7 +99,7 @@ def decoded_trace(
 
 def _cache(decoder: Decoder, slots: int, length: int) -> KVCache:
     """Allocate a cache as the engine does: lengths in multiples of 16, and FP32 storage on a CPU."""
-    device = decoder.inv_freq.device
+    device = decoder.device
     dtype = torch.float32 if device.type == "cpu" else decoder.rounding.kv_dtype
     length = -(-length // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
     tiled = decoder.rounding.tiled

@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from betterhalf.diagnostics.numerics import Census, Spot
-from betterhalf.diagnostics.verdict import Verdict, cramped, overflowing
+from betterhalf.diagnostics.verdict import Verdict, cramped, is_residual, overflowing
 from betterhalf.examine.census import CensusBatch, Reference, take_census
 from betterhalf.examine.subject import Subject
+from betterhalf.precision.islands import has_post_norms
 
 MAX_ROUNDS = 8
 """Number of times that islands are added before the search gives up."""
 
 _PLACE = re.compile(r"(?P<layer>.*?\.layers\.\d+)(\.((?P<part>self_attn|mlp)(\.(?P<leaf>.+))?|.+))?")
+_WRITERS = {
+    "": "post_feedforward_layernorm",
+    ".post_feedforward_layernorm": "post_feedforward_layernorm",
+    ".pre_feedforward_layernorm": "post_attention_layernorm",
+    ".post_attention_layernorm": "post_attention_layernorm",
+}
+"""Place in a layer with four norms -> norm that writes its values to the residual stream."""
 _NARROW = ("down_proj", "o_proj")
 """Projections that can be islands alone: they write to the residual stream."""
 
@@ -51,16 +59,19 @@ def with_islands(subject: Subject, modules: tuple[str, ...]) -> Subject:
     return dataclasses.replace(subject, config=subject.config.model_copy(update={"precision": precision}))
 
 
-def islands_for(spot: Spot) -> Iterator[str]:
+def islands_for(spot: Spot, *, post_norms: bool = False) -> Iterator[str]:
     """Yield the islands that cover a place, the narrowest first.
 
     There are none for a place outside the layers, nor for a weight that overflows: weights of an island are rounded to
-    half, too.
+    half, too. With `post_norms` (`has_post_norms` of the model), the norm of a branch's result is an island, which
+    makes the residual stream FP32 from there on.
     """
     place = _PLACE.fullmatch(spot.module)
     if place is None or spot.kind == "weight":
         return
     layer, part, leaf = place["layer"], place["part"], place["leaf"]
+    if post_norms and spot.kind in ("input", "forward") and (writer := _WRITERS.get(spot.module.removeprefix(layer))):
+        yield f"{layer}.{writer}"
     if leaf in _NARROW and spot.kind != "input":
         yield f"{layer}.{part}.{leaf}"
     if part:
@@ -89,12 +100,19 @@ def find_islands(
     modules = tuple(subject.config.precision.fp32_modules)
     most = max(1, subject.model.hf_config.num_hidden_layers // 2)
     accepted = ("ok", "watch") if overflowing(census) else ("ok",)
-    for _ in range(MAX_ROUNDS):
-        grown = _grown(modules, overflowing(census) or cramped(census))
-        if grown == modules or _layers(grown) > most:
+    post_norms = has_post_norms(subject.model.hf_config)
+
+    def wider(found: Census) -> tuple[str, ...] | None:
+        grown = _grown(modules, _spots(found), post_norms=post_norms)
+        return None if found.predicted or grown == modules or _layers(grown) > most else grown
+
+    for left in reversed(range(MAX_ROUNDS)):
+        grown = wider(census)
+        if grown is None:
             break
         modules = grown
-        census = take_census(with_islands(subject, modules), census.dtype, batch, reference)
+        superseded = (lambda found: wider(found) is not None) if left else (lambda _: False)
+        census = take_census(with_islands(subject, modules), census.dtype, batch, reference, superseded)
     verdict = judge(with_islands(subject, modules), census)
     sufficient = verdict.verdict in accepted
     name = census.dtype.upper()
@@ -102,13 +120,33 @@ def find_islands(
     return Islands(modules=modules, cures=sufficient, reason=reason, verdict=verdict, census=census)
 
 
-def _grown(modules: tuple[str, ...], spots: tuple[Spot, ...]) -> tuple[str, ...]:
+def _spots(census: Census) -> tuple[Spot, ...]:
+    """Return the places to cover: those that overflow, else those with too little headroom.
+
+    The residual stream is FP32 from its first island on, so of its places only the first one needs an island.
+    """
+    cramped_spots = cramped(census)
+    spots = overflowing(census) or cramped_spots
+    stream = {spot for spot in (*spots, *cramped_spots) if is_residual(spot)}
+    if not stream.intersection(spots):
+        return spots
+    first = min(stream, key=_stream_place)
+    return (first, *(spot for spot in spots if spot not in stream))
+
+
+def _stream_place(spot: Spot) -> tuple[int, bool]:
+    """Return (layer, False before its MLP or True after it) of a place in the residual stream."""
+    place = re.search(r"\.layers\.(\d+)(\..+)?$", spot.module)
+    return (int(place[1]), place[2] is None) if place else (-1, False)
+
+
+def _grown(modules: tuple[str, ...], spots: Sequence[Spot], *, post_norms: bool = False) -> tuple[str, ...]:
     """Add one island, or a wider one, for each place; drop islands inside another."""
     chosen = dict.fromkeys(modules)
     for spot in spots:
         # A place that overflows inside an island of an earlier round needs a wider one. An island of this round that
         # covers the place has not been tried yet, so it may be enough.
-        wider = (island for island in islands_for(spot) if not _covered(modules, island))
+        wider = (one for one in islands_for(spot, post_norms=post_norms) if not _covered(modules, one))
         island = next(wider, None)
         if island is not None and not _covered(chosen, island):
             chosen[island] = None

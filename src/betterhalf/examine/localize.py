@@ -34,7 +34,9 @@ from betterhalf.examine.engine_trace import decoded_trace, whole_trace
 from betterhalf.examine.subject import Subject, config_in, precision_in, rounded_weights, trainer_in
 from betterhalf.examine.trainer_trace import trainer_logits, trainer_trace
 from betterhalf.rollout.build import build_traced_engine, capabilities
+from betterhalf.rollout.native.config import decoder_config
 from betterhalf.rollout.native.decoder import Decoder
+from betterhalf.rollout.native.families import LayerNorms
 from betterhalf.rollout.tracing import TracedEngine
 from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import DtypeName
@@ -50,6 +52,22 @@ _MAX_LOGITS = 2**23
 """Maximum number of logits compared (64 MiB in FP64 on each side)."""
 
 _OVERFLOW = "a value left the range of the format: `betterhalf doctor` names the modules and the fix"
+
+
+def require_traced(hf_config: Any) -> None:
+    """Refuse a model whose operations are not those of Llama's layer, which the traces of both sides name.
+
+    Raises:
+        InputError: the native engine does not know the architecture, or its layers have other norms, fused projections,
+            scaled branches or experts.
+    """
+    config = decoder_config(hf_config)
+    other_norms = config.norms != LayerNorms() or config.head_norm == "row"
+    if other_norms or config.fused_names or config.residual_scale != 1.0 or config.mixture is not None:
+        raise InputError(
+            f"--localize compares the operations of a layer like Llama's, and architecture {config.architecture!r} has "
+            "others; leave --localize out, or use a model such as llama, qwen3 or smollm3"
+        )
 
 
 def localize(subject: Subject, token_ids: Sequence[int], prompt_length: int, *, dtype: DtypeName) -> dict[str, Any]:
@@ -132,7 +150,7 @@ def _engine_unchecked(subject: Subject, dtype: DtypeName) -> TracedEngine:
     """Return an engine with the subject's weights on which nothing has run: overflow is what the caller looks for."""
     model, precision = subject.model, precision_in(subject, dtype)
     engine = build_traced_engine(config_in(subject, dtype), model.hf_config, model.stop_token_ids, precision)
-    engine.load_weights(rounded_weights(model, precision.roles.wire_dtype), policy_version=0)
+    engine.load_weights(rounded_weights(model, precision.roles.wire_dtype, subject.config.lora.merge), policy_version=0)
     return engine
 
 
@@ -159,7 +177,7 @@ def _yardstick(decoder: Decoder, dtype: DtypeName, tokens: int, *, trainer: bool
         attended=tokens + config.head_dim,
     )
     sides = (mode, "trainer" if trainer else mode)
-    return Yardstick(dtype=dtype, sides=sides, sizes=sizes, head_norms=config.qk_norm)
+    return Yardstick(dtype=dtype, sides=sides, sizes=sizes, head_norms=config.head_norm is not None)
 
 
 @torch.no_grad()

@@ -32,8 +32,8 @@ def observe_module(module: nn.Module, see: See) -> Iterator[None]:
 
     The hooks only read, so numbers stay the same bit for bit. FP32 gradients of weights are the exception: with a hook
     they are computed first and added afterwards, not added in place (`precision.products.direct_sum`). Leaf modules
-    without parameters, such as activations, are included. Values that are not floating-point tensors, such as token ids
-    or rope's pair of tables, are not.
+    without parameters, such as activations, are included, those that return their input are not. Values that are not
+    floating-point tensors, such as token ids or rope's pair of tables, are left out.
     """
     observer = _Observer(see)
     handles = [handle for name, part in module.named_modules() for handle in observer.hooks(name, part)]
@@ -56,7 +56,7 @@ class _Observer:
         """Install the hooks of one module; containers other than decoder layers get none."""
         if _LAYER.search(name):
             return [part.register_forward_hook(partial(self._after, name))]
-        if name == "" or any(part.children()):
+        if name == "" or any(part.children()) or isinstance(part, nn.Identity):
             return []
         # Prepended, to see the half input before an FP32 island's own hook widens it.
         before = part.register_forward_pre_hook(partial(self._before, name), prepend=True)

@@ -118,6 +118,11 @@ def _probe_model(
         _open_short(target, config, grades=gradient) as subject,
     ):
         load_seconds = time.perf_counter() - started
+        if localize:
+            # Imported here, as below: it loads the native engine.
+            from betterhalf.examine.localize import require_traced
+
+            require_traced(subject.model.hf_config)
         prompts = subject.prompts(config.probe.prompts)
         subject = _with_room(subject, prompts, config.sampling.max_tokens)
         total = len({rollout for _, rollout in pairs}) + len(pairs) + gradient + localize

@@ -20,9 +20,10 @@ def config_text(
     censuses: Mapping[DtypeName, Census],
     islands: Islands | None,
 ) -> str:
-    """Return the settings of model, precision, FP32 islands and loss scale; empty without a recommendation.
+    """Return the settings of model, precision, FP32 islands and loss scale.
 
-    `betterhalf train` accepts the file as it is, or as the base of another experiment.
+    `betterhalf train` accepts the file as it is, or as the base of another experiment. The text is empty without a
+    recommendation, as for a model that the trainer refuses.
     """
     if recommended is None:
         return ""

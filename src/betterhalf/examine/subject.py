@@ -16,21 +16,23 @@ from torch import Tensor
 
 from betterhalf.config.sampling import require_whole_distribution
 from betterhalf.config.schema import RunConfig
+from betterhalf.errors import InputError
+from betterhalf.models.adapters import add_adapters, plain_weights
 from betterhalf.models.description import describe_model
+from betterhalf.models.expert_names import unfused
 from betterhalf.models.loading import LoadedModel, load_weights
 from betterhalf.precision.contract import verify_sync, weights_digests
-from betterhalf.precision.emulation import to_format
+from betterhalf.precision.device import choose_device
 from betterhalf.precision.roles import Precision, build_precision
-from betterhalf.rollout.build import build_engine, require_engine
+from betterhalf.rollout.build import build_engine, reports_experts, require_engine
 from betterhalf.rollout.engine import RolloutEngine, require_version
 from betterhalf.run_dir import RunDir
 from betterhalf.setup.data import load_task
-from betterhalf.setup.device import choose_device
-from betterhalf.setup.model_checks import check_model, show_notes
+from betterhalf.setup.model_checks import check_model, show_notes, why_not_sampled
 from betterhalf.setup.trained_policy import load_policy
 from betterhalf.tasks.task import Task
 from betterhalf.training.policy_trainer import PolicyTrainer
-from betterhalf.types import Completion, DtypeName, GenerateRequest, Prompt
+from betterhalf.types import Completion, DtypeName, GenerateRequest, LoraMerge, Prompt
 
 POLICY_VERSION = 0
 """Policy version of the examined weights; it never changes, since nothing is trained."""
@@ -48,6 +50,8 @@ class Subject:
     """Model with FP32 weights, which are never changed."""
     task: Task
     """Source of prompts and, for gradients, of rewards."""
+    unsampled: str | None = None
+    """Reason why the engine cannot sample from the model; None if it can, or if no engine is wanted."""
 
     def close(self) -> None:
         """End the task's worker processes."""
@@ -60,7 +64,13 @@ class Subject:
 
 @contextmanager
 def open_subject(
-    target: str, config: RunConfig, *, prompts: int | None = None, samples: bool = True, grades: bool = False
+    target: str,
+    config: RunConfig,
+    *,
+    prompts: int | None = None,
+    samples: bool = True,
+    grades: bool = False,
+    any_decoder: bool = False,
 ) -> Iterator[Subject]:
     """Load a model, or the newest checkpoint of a run (then `config` is the run's own).
 
@@ -70,6 +80,7 @@ def open_subject(
         prompts: number of prompts of the task that will be used; None for all.
         samples: True if the engine will sample; else it need not support the model.
         grades: True if completions will be graded; else the grader's worker processes need not start.
+        any_decoder: True to accept a model that trainer or engine cannot run; `Subject.unsampled` then says why.
 
     Raises:
         InputError: truncated sampling, an unknown or damaged model, no tokenizer, a row of the data that cannot be
@@ -78,9 +89,13 @@ def open_subject(
     """
     require_whole_distribution(config.sampling)
     is_run = RunDir(Path(target)).configured
-    if not is_run:
+    if is_run:
+        config = config.model_copy(update={"lora": config.lora.without_start()})
+    else:
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": target})})
-    described = describe_model(config.model)
+    described = describe_model(config.model, packed=not any_decoder)
+    unsampled = why_not_sampled(described, config) if any_decoder and samples else None
+    samples = samples and unsampled is None
     check_model(described, config, samples=samples)
     task = load_task(described, config, rows=prompts, will_grade=grades)
     try:
@@ -90,9 +105,10 @@ def open_subject(
         trained = load_policy(target) if is_run else None
         model = load_weights(described)
         show_notes(model, config.logging.console)
+        add_adapters(model.module, config.lora, config.seed)
         if trained is not None:
             trained.copy_into(model.module)
-        yield Subject(target=target, config=config, model=model, task=task)
+        yield Subject(target=target, config=config, model=model, task=task, unsampled=unsampled)
     finally:
         task.close()
 
@@ -114,7 +130,12 @@ def trainer_in(subject: Subject, dtype: DtypeName, *, hooked: bool = False) -> P
     """Build a trainer in `dtype` with its own copy of the weights.
 
     Set `hooked` if modules will get hooks: compiled layers would not call them, so layers are then not compiled.
+
+    Raises:
+        InputError: the trainer cannot compute the model in this format.
     """
+    if subject.model.unpackable:
+        raise InputError(subject.model.unpackable)
     config = config_in(subject, dtype)
     if hooked:
         config = config.model_copy(update={"training": config.training.model_copy(update={"compile_layers": False})})
@@ -134,8 +155,9 @@ def engine_in(subject: Subject, dtype: DtypeName) -> Iterator[RolloutEngine]:
     model = subject.model
     engine = build_engine(config_in(subject, dtype), model.hf_config, model.stop_token_ids, precision)
     try:
-        engine.load_weights(rounded_weights(model, precision.roles.wire_dtype), policy_version=POLICY_VERSION)
-        sent = rounded_weights(model, precision.roles.rollout_dtype)
+        merge = subject.config.lora.merge
+        engine.load_weights(rounded_weights(model, precision.roles.wire_dtype, merge), policy_version=POLICY_VERSION)
+        sent = rounded_weights(model, precision.roles.rollout_dtype, merge)
         verify_sync(weights_digests(sent), engine.digests())
         yield engine
     finally:
@@ -152,6 +174,7 @@ def sample_groups_of(
             group_size=group_size,
             key=(subject.config.seed, 0, index),
             prompt_id=prompt.prompt_id,
+            with_experts=reports_experts(subject.config, subject.model),
         )
         for index, prompt in enumerate(prompts)
     ]
@@ -160,7 +183,9 @@ def sample_groups_of(
     return siblings
 
 
-def rounded_weights(model: LoadedModel, name: DtypeName) -> Iterable[tuple[str, Tensor]]:
-    """Yield (unfused Hugging Face name, FP32 weight rounded to a format), one at a time."""
-    for parameter_name, parameter in model.module.named_parameters():
-        yield parameter_name, to_format(parameter.detach(), name)
+def rounded_weights(model: LoadedModel, name: DtypeName, merge: LoraMerge = "weights") -> Iterable[tuple[str, Tensor]]:
+    """Yield (unfused Hugging Face name, FP32 weight rounded to a format, adapters merged or beside), one at a time.
+
+    The base of adapters is rounded first, as in a trainer that computes in that format.
+    """
+    return unfused(plain_weights(model.module, name, name, merge))

@@ -17,16 +17,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from betterhalf.examine.dump_masks import KNOWN_MASKS, read_masks
+from betterhalf.examine.dump_masks import read_masks
+from betterhalf.examine.dump_rows import PASSED_ON, batch_rows
 
 _BEHAVIOR = ("sampling_per_token_logps", "logprobs")
 """Names of the behavior logprobs, in order of preference."""
-_PASSED_ON = ("prompt_id", "finish_reason", "temperature", "rollout_dtype", "trainer_dtype", *KNOWN_MASKS)
-"""Keys that have the same name and meaning in a dump."""
 
 _COLUMNS = {
     *("prompt_ids", "completion_ids", "logprob_token_ids", "old_per_token_logps"),
-    *(*_BEHAVIOR, *_PASSED_ON),
+    *(*_BEHAVIOR, *PASSED_ON),
 }
 """Keys of a batch that are read; others, such as images and rewards, are ignored and may have any shape."""
 
@@ -45,16 +44,7 @@ def trl_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     Raises:
         ValueError: the columns of the batch have different lengths.
     """
-    completions = record["completion_ids"]
-    if not isinstance(completions, list):
-        raise ValueError("completion_ids is not a list")
-    if not (completions and isinstance(completions[0], list)):
-        return [dict(record)]
-    count = len(completions)
-    columns = {
-        key: _column(key, value, count) for key, value in record.items() if key in _COLUMNS and value is not None
-    }
-    return [{key: column[index] for key, column in columns.items()} for index in range(count)]
+    return batch_rows(record, "completion_ids", _COLUMNS, for_prompts=("prompt_ids", "prompt_mask"))
 
 
 def trl_line(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,7 +53,7 @@ def trl_line(row: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: logprobs, candidates or masks do not match the completion.
     """
-    line = {name: row[name] for name in _PASSED_ON if row.get(name) is not None}
+    line = {name: row[name] for name in PASSED_ON if row.get(name) is not None}
     line["prompt_token_ids"] = row.get("prompt_ids", [])
     line["token_ids"] = row["completion_ids"]
     behavior = next((row[name] for name in _BEHAVIOR if row.get(name) is not None), None)
@@ -72,17 +62,6 @@ def trl_line(row: Mapping[str, Any]) -> dict[str, Any]:
     if row.get("old_per_token_logps") is not None:
         line["trainer_logprobs"] = row["old_per_token_logps"]
     return line
-
-
-def _column(key: str, value: Any, count: int) -> list[Any]:
-    """Return a value for each completion from a list of such values, one value for all, or one for each prompt."""
-    if not isinstance(value, list):
-        return [value] * count
-    if len(value) == count:
-        return value
-    if key in ("prompt_ids", "prompt_mask") and value and count % len(value) == 0:
-        return [row for row in value for _ in range(count // len(value))]
-    raise ValueError(f"{key} has {len(value)} rows for {count} completion_ids")
 
 
 def _sampled(logprobs: Any, row: Mapping[str, Any]) -> Any:

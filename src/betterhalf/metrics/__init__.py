@@ -1,1 +1,1 @@
-"""Metrics of a run: their catalogue, the sinks that keep them, and the views that show them."""
+"""Metrics of a run: their catalogue, and the views that show them."""

@@ -11,8 +11,12 @@ from difflib import get_close_matches
 
 from betterhalf.errors import InputError
 from betterhalf.metrics.evaluation import MEANING, TEMPLATES, is_evaluation
+from betterhalf.metrics.experts import EXPERTS
+from betterhalf.metrics.lora import LORA
 from betterhalf.metrics.metric import FREE_AREAS, Band, Metric
 from betterhalf.metrics.regularisation import REGULARISATION
+from betterhalf.metrics.restarts import ENGINE_RESTARTS, RANK_RESTARTS
+from betterhalf.metrics.staleness import STALENESS
 from betterhalf.metrics.support import SUPPORT
 from betterhalf.metrics.time_and_system import SYSTEM, TIME
 from betterhalf.metrics.turn_metrics import TURNS
@@ -201,6 +205,7 @@ _OPTIM = (
         "has no band: 1 is common, in every format, once a policy is sure of nearly all tokens.",
         reduction="max",
     ),
+    RANK_RESTARTS,
     Metric("optim/learning_rate", "1", "Learning rate of the last optimizer step.", reduction="last"),
     Metric(
         "optim/subnormal_fraction",
@@ -237,9 +242,9 @@ _POLICY = (
     Metric(
         "policy/ratio/max_negative",
         "1",
-        "Largest ratio pi/pi' of a single token, current to before the first update of the step, among the tokens with "
-        "a negative advantage; at most e^20. PPO's clip does not bound their gradient, dual clip does. 1 without such "
-        "tokens, and in the first optimizer step.",
+        "Largest ratio pi/pi' of a single token, current to before the first update of the step (to the weights that "
+        "sampled, if the step was sampled ahead), among the tokens with a negative advantage; at most e^20. PPO's clip "
+        "does not bound their gradient, dual clip does. 1 without such tokens, and in the first optimizer step.",
         (None, 50.0),
         _NEGATIVE_RATIO,
         reduction="max",
@@ -295,13 +300,7 @@ _ROLLOUT = (
         "groups",
         "Groups with different rewards that dynamic sampling sampled after the step was full.",
     ),
-    Metric(
-        "rollout/engine_restarts",
-        "restarts",
-        "Crashes of the engine's process in the step; each time, a new process sampled the same completions.",
-        (None, 0.0),
-        "by definition: a healthy engine does not crash",
-    ),
+    ENGINE_RESTARTS,
     *SUPPORT,
     Metric("rollout/kept/reward/mean", "reward", "Mean reward of the rollouts that the step trains on."),
     Metric(
@@ -326,13 +325,17 @@ _ROLLOUT = (
 
 CATALOGUE: dict[str, Metric] = {
     metric.name: metric
-    for area in (_MISMATCH, _BUDGET, _OPTIM, _POLICY, REGULARISATION, _ROLLOUT, TURNS, TIME, SYSTEM)
+    for area in (
+        *(_MISMATCH, EXPERTS, LORA, STALENESS, _BUDGET, _OPTIM, _POLICY, REGULARISATION, _ROLLOUT, TURNS, TIME, SYSTEM),
+    )
     for metric in area
 }
 """Every metric by name."""
 
 _AREAS = {
     "mismatch": "Trainer (pi) against engine (mu) at equal weights, before any update; log_ratio is log pi - log mu.",
+    "experts": "Routing of a mixture of experts: choices of trainer and engine compared, and the balance of load.",
+    "staleness": "Trainer before the update (q) against trainer at the weights that sampled (p); log_ratio is log q/p.",
     "budget": "Effective sample size that the mismatch leaves at a given length: predicted from tokens, and observed.",
     "optim": "The optimizer, and the health of half-precision gradients.",
     "policy": "The policy and its loss, over the tokens that the step trains on.",

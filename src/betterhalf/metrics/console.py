@@ -26,7 +26,7 @@ from rich.text import Text
 from betterhalf.metrics.catalogue import CATALOGUE
 from betterhalf.metrics.events import emit
 from betterhalf.metrics.events import wanted as events_wanted
-from betterhalf.metrics.sinks import MetricValue
+from betterhalf.metrics.metric import MetricValue
 from betterhalf.types import ConsoleMode
 
 OutputMode = ConsoleMode | Literal["events"]

@@ -9,6 +9,9 @@ from betterhalf.types import Reduction
 
 Band = tuple[float | None, float | None]
 
+MetricValue = float | str | None
+"""A number; a name, such as that of a parameter; or None for what a step could not measure."""
+
 
 FREE_AREAS = ("task", "loss")
 """Areas of metrics that the user's own rewards and losses return; their names are in no catalogue."""

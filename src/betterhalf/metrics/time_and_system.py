@@ -6,7 +6,17 @@ from betterhalf.metrics.metric import Metric
 
 TIME = (
     Metric("time/step_seconds", "s", "Wall-clock time of the whole step."),
-    Metric("time/generate_seconds", "s", "Sampling completions."),
+    Metric(
+        "time/generate_seconds",
+        "s",
+        "Sampling completions; with `pipeline.max_staleness = 1`, the part that the step waited for.",
+    ),
+    Metric(
+        "time/ahead_seconds",
+        "s",
+        "Sampling and grading this step's completions while the step before was learned, 0 if the step waited for all "
+        "of it; only with `pipeline.max_staleness = 1`, and not part of the step.",
+    ),
     Metric("time/reward_seconds", "s", "Grading completions."),
     Metric("time/measure_seconds", "s", "Computing trainer logprobs before any update."),
     Metric("time/train_seconds", "s", "Forward, backward and optimizer steps."),

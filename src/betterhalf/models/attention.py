@@ -3,8 +3,8 @@
 `attention_name` chooses one of four implementations:
 
     betterhalf_packed            in the tensors' own dtype: softmax(Q K^T) in FP32, probabilities rounded before the
-                                 product with V, as in fused kernels; in blocks on a CPU, elsewhere by torch's
-                                 scaled_dot_product_attention
+                                 product with V, as in fused kernels; in blocks on a CPU and with a soft-cap,
+                                 elsewhere by torch's scaled_dot_product_attention
     betterhalf_packed_fp32_sums  half tensors widened to FP32, softmax(Q K^T) V in FP32, the result rounded once (CPU)
     betterhalf_packed_exact      the same in tiles of fixed shape: a query's bits depend on its own sequence alone (CPU)
     betterhalf_packed_varlen     one fused kernel over all segments: torch.nn.attention.varlen (CUDA only)
@@ -15,7 +15,7 @@ themselves. Adjacent segments of equal lengths share one call, so a pack sorted 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from inspect import signature
@@ -29,7 +29,7 @@ from transformers import AttentionInterface
 
 from betterhalf.batches import PackedSegment
 from betterhalf.errors import InputError
-from betterhalf.models.blocked_attention import blocked_attention
+from betterhalf.models.blocked_attention import ScoreRule, blocked_attention
 from betterhalf.models.tiled_attention import tiled_attention
 from betterhalf.precision.island_hooks import round_through
 from betterhalf.precision.products import has_native_matmul
@@ -49,10 +49,6 @@ class PackLayout:
     """Segments of the pack, in order."""
 
 
-_ATTENTION_TYPES = {"full_attention", "sliding_attention"}
-"""Layer types whose only exchange between positions goes through the registered attention function."""
-
-
 def attention_name(device: torch.device, head_dim: int, *, fp32_sums: bool, exact: bool) -> str:
     """Return the name of the implementation for the trainer's attention on this device.
 
@@ -64,37 +60,6 @@ def attention_name(device: torch.device, head_dim: int, *, fp32_sums: bool, exac
     if exact:
         return "betterhalf_packed_exact"
     return "betterhalf_packed_fp32_sums" if fp32_sums else "betterhalf_packed"
-
-
-def require_packable(module: Any) -> None:
-    """Refuse a model whose positions exchange information outside the registered attention, or that changes its logits.
-
-    Raises:
-        InputError: the model has state-space, convolutional or unknown mixers, attention sinks, or post-processed
-            logits.
-    """
-    config = module.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if not module._supports_attention_backend or not kinds <= _ATTENTION_TYPES or _has_convolution(module):
-        raise InputError(
-            f"architecture {config.model_type!r} mixes positions outside attention ({', '.join(sorted(kinds))}), so "
-            "packed sequences would leak into each other; use a decoder such as llama, mistral, qwen2 or qwen3"
-        )
-    if any(name.endswith(".sinks") for name, _ in module.named_parameters()):
-        raise InputError(
-            f"architecture {config.model_type!r} has attention sinks, which attention over packed sequences does not "
-            "support; use a decoder such as llama, mistral, qwen2 or qwen3"
-        )
-    for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config, key, None) not in (None, 1, 1.0):
-            raise InputError(
-                f"architecture {config.model_type!r} post-processes its logits ({key}={getattr(config, key)}), which "
-                "the chunked logprobs do not support; use a decoder such as llama, mistral, qwen2 or qwen3"
-            )
-
-
-def _has_convolution(module: torch.nn.Module) -> bool:
-    return any(isinstance(part, torch.nn.Conv1d | torch.nn.Conv2d) for part in module.modules())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,29 +98,27 @@ def _prefix_length(segments: Segments, segment: PackedSegment) -> int:
     return 0 if segment.prefix is None else segments[segment.prefix].length
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule) -> Tensor:
     """Causal attention of N segments: q [N, heads, L, D], k and v [N, kv_heads, P + L, D] -> [N, heads, L, D].
 
     The last query is at the position of the last key. A mask is built only for a prefix, or if a sliding window is
-    shorter than the keys.
+    shorter than the keys. torch's kernels have no soft-cap.
     """
-    queries, keys = q.shape[-2], k.shape[-2]
-    grouped = q.shape[1] != k.shape[1]
+    queries, keys, window = q.shape[-2], k.shape[-2], rule.window
+    options: dict[str, Any] = {"scale": rule.scale, "enable_gqa": q.shape[1] != k.shape[1]}
     if queries == keys and (window is None or keys <= window):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
     places = torch.arange(keys, device=q.device)
     distance = places[keys - queries :, None] - places[None, :]
     visible = (distance >= 0) & (distance < (window or keys))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, **options)
 
 
-_Attend = Callable[[Tensor, Tensor, Tensor, float, int | None], Tensor]
-"""(q [N, heads, L, D], k, v [N, kv_heads, P + L, D], scale, window) -> [N, heads, L, D]."""
+_Attend = Callable[[Tensor, Tensor, Tensor, ScoreRule], Tensor]
+"""(q [N, heads, L, D], k, v [N, kv_heads, P + L, D], rule) -> [N, heads, L, D]."""
 
 
-def _by_batch(
-    attend: _Attend, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None
-) -> Tensor:
+def _by_batch(attend: _Attend, q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:
     """Call `attend` for each batch of segments: q [1, heads, T, D], k and v [1, kv_heads, T, D] -> [1, T, heads, D]."""
     batches = segment_batches(segments)
     queries, keys, values = (
@@ -165,7 +128,7 @@ def _by_batch(
     )
     parts = []
     for fold_q, fold_k, fold_v in zip(queries, keys, values, strict=True):
-        out = attend(fold_q, fold_k, fold_v, scale, window)
+        out = attend(fold_q, fold_k, fold_v, rule)
         parts.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts).unsqueeze(0)
 
@@ -191,43 +154,41 @@ def _after_prefixes(folded: list[Tensor], batches: tuple[SegmentBatch, ...]) -> 
     ]
 
 
-def _own_dtype(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
-    """Attention in the query's dtype; formats that a CPU cannot multiply natively are left to torch's kernel."""
-    if q.is_cuda or not has_native_matmul(q.dtype):
-        return _by_batch(_fused, q, k, v, segments, scale, window)
-    return _blocked(q, k, v, segments, scale, window, q.dtype)
+def _own_dtype(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:
+    """Attention in the query's dtype; what torch's kernel computes faster, or alone, is left to it."""
+    if rule.cap is None and (q.is_cuda or not has_native_matmul(q.dtype)):
+        return _by_batch(_fused, q, k, v, segments, rule)
+    return _blocked(q, k, v, segments, rule, q.dtype)
 
 
-def _widened(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
+def _widened(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:
     """Attention on operands widened to FP32; the result is rounded once to the query's dtype."""
-    return _blocked(q, k, v, segments, scale, window, torch.float32)
+    return _blocked(q, k, v, segments, rule, torch.float32)
 
 
-def _exact(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
+def _exact(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:
     """Attention on operands widened to FP32, independent of the pack; the result is rounded once."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        return tiled_attention(q, k, v, scale=scale, window=window)
+    def attend(q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule) -> Tensor:
+        return tiled_attention(q, k, v, rule)
 
-    return _by_batch(attend, q.float(), k.float(), v.float(), segments, scale, window).to(q.dtype)
+    return _by_batch(attend, q.float(), k.float(), v.float(), segments, rule).to(q.dtype)
 
 
-def _blocked(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None, operands: torch.dtype
-) -> Tensor:
+def _blocked(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule, operands: torch.dtype) -> Tensor:
     """Attention by `blocked_attention`, batch by batch."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        return blocked_attention(q, k, v, scale=scale, window=window, operands=operands)
+    def attend(q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule) -> Tensor:
+        return blocked_attention(q, k, v, rule, operands=operands)
 
     # Widened before siblings share their prompt, so that the prompt's gradients are added in FP32.
-    return _by_batch(attend, q.float(), k.float(), v.float(), segments, scale, window).to(q.dtype)
+    return _by_batch(attend, q.float(), k.float(), v.float(), segments, rule).to(q.dtype)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
-    """Attention in one call of torch's variable-length flash attention; FP32 tensors go batch by batch."""
-    if q.dtype == torch.float32:
-        return _by_batch(_fused, q, k, v, segments, scale, window)
+def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:
+    """Attention in one call of torch's variable-length flash attention; FP32 and soft-caps go batch by batch."""
+    if q.dtype == torch.float32 or rule.cap is not None:
+        return _own_dtype(q, k, v, segments, rule)
     # Imported here: the module loads CUDA kernels.
     from torch.nn.attention.varlen import varlen_attn
 
@@ -236,8 +197,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, w
     k, v = (repeat_prefixes(x, segments) for x in (k, v))
     grouped: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if _asks_for_groups(varlen_attn) else {}
     # With more keys than queries, the kernel aligns the causal mask and the window to the last key, as `_fused` does.
-    ends = (window - 1 if window else -1, 0)
-    out = varlen_attn(q, k, v, *spans.offsets, *spans.longest, scale=scale, window_size=ends, **grouped)
+    ends = (rule.window - 1 if rule.window else -1, 0)
+    out = varlen_attn(q, k, v, *spans.offsets, *spans.longest, scale=rule.scale, window_size=ends, **grouped)
     assert isinstance(out, Tensor)
     return out.unsqueeze(0)
 
@@ -279,12 +240,12 @@ def repeat_prefixes(x: Tensor, segments: Segments) -> Tensor:
 AttentionFunction = Callable[..., tuple[Tensor, None]]
 
 
-def _for_transformers(kernel: Callable[..., Tensor]) -> AttentionFunction:
+def for_transformers(kernel: Callable[..., Tensor]) -> AttentionFunction:
     """Give a kernel the signature that transformers calls: query [1, heads, T, D], key and value [1, kv_heads, T, D].
 
     Besides transformers' own keywords the function takes `layout`, which arrives through the model's forward call, and
     `cached_as` from an FP32 island: the dtype of the engine's cache, to which keys and values are rounded. It returns
-    [1, T, heads, D], and raises InputError if the model asks for attention dropout.
+    [1, T, heads, D], and raises InputError if the model asks for anything else, such as dropout or sinks.
     """
 
     def attend(
@@ -295,28 +256,67 @@ def _for_transformers(kernel: Callable[..., Tensor]) -> AttentionFunction:
         attention_mask: Tensor | None,
         *,
         scaling: float,
-        layout: PackLayout,
+        layout: PackLayout | None = None,
         dropout: float = 0.0,
         sliding_window: int | None = None,
+        softcap: float | None = None,
         cached_as: torch.dtype | None = None,
-        **_: Any,
+        **others: Any,
     ) -> tuple[Tensor, None]:
         if dropout:
             raise InputError(
                 f"attention_dropout={dropout} would make the trainer's logprobs random; set it to 0 in the model's "
                 "configuration"
             )
+        _require_understood(attention_mask, others)
+        if getattr(module, "is_causal", True) is False:
+            raise InputError("the model's attention is not causal, and attention over packed sequences is")
+        if layout is None:
+            raise InputError(
+                "the model's layers do not pass keywords on to attention, which then lacks the pack's layout"
+            )
         if cached_as is not None:
             key, value = round_through(key, cached_as), round_through(value, cached_as)
-        return kernel(query, key, value, layout.segments, scaling, sliding_window), None
+        rule = ScoreRule(scale=scaling, window=sliding_window, cap=softcap)
+        return kernel(query, key, value, layout.segments, rule), None
 
     return attend
 
 
-packed_attention = _for_transformers(_own_dtype)
-packed_attention_fp32_sums = _for_transformers(_widened)
-packed_attention_exact = _for_transformers(_exact)
-packed_attention_varlen = _for_transformers(_varlen)
+_WITHOUT_EFFECT = frozenset(
+    (
+        *("position_ids", "position_embeddings", "cache_position", "use_cache"),
+        *("output_attentions", "output_hidden_states", "output_router_logits"),
+    )
+)
+"""Keywords that models pass on to attention, and that do not change its result."""
+
+_MEANINGS = {"s_aux": "attention sinks"}
+"""Keyword of an attention function -> words for a message."""
+
+
+def _require_understood(mask: Tensor | None, others: Mapping[str, Any]) -> None:
+    """Refuse whatever else a model asks of its attention, instead of ignoring it.
+
+    Raises:
+        InputError: there is a mask, or a keyword whose effect is not implemented; the message names it.
+    """
+    asked = [name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT]
+    if others.get("is_causal") is True:
+        asked.remove("is_causal")
+    if mask is not None:
+        asked.append("a mask of its own")
+    if asked:
+        raise InputError(
+            f"the model's attention has {', '.join(_MEANINGS.get(name, name) for name in asked)}, which attention over "
+            "packed sequences does not compute"
+        )
+
+
+packed_attention = for_transformers(_own_dtype)
+packed_attention_fp32_sums = for_transformers(_widened)
+packed_attention_exact = for_transformers(_exact)
+packed_attention_varlen = for_transformers(_varlen)
 
 _IMPLEMENTATIONS: dict[str, AttentionFunction] = {
     "betterhalf_packed": packed_attention,

@@ -1,8 +1,9 @@
 """Regional compilation: torch.compile fuses the operations between the matrix products of each decoder layer.
 
-A layer is compiled once, for packs of any size, and all layers share the code. Attention is not compiled, nor is
-`CpuLinear`, whose cached FP32 weights torch would have to trace. The compiler is told to keep every rounding to half
-that the module's operations make; it may change the order of sums.
+A layer is compiled once, for packs of any size, and all layers share the code. Attention is not compiled, nor are
+`CpuLinear`, whose cached FP32 weights torch would have to trace, and the layers of a mixture of experts, whose shapes
+depend on the tokens. The compiler is told to keep every rounding to half that the module's operations make; it may
+change the order of sums.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from betterhalf.errors import InputError
 from betterhalf.precision.cpu_linear import CpuLinear
+from betterhalf.precision.experts import Experts, Router
 
 
 def compile_layers(decoder: Any, device: torch.device) -> None:
@@ -25,7 +27,7 @@ def compile_layers(decoder: Any, device: torch.device) -> None:
         _require_compiler()
     for layer in decoder.layers:
         for part in layer.modules():
-            if isinstance(part, CpuLinear):
+            if isinstance(part, CpuLinear | Experts | Router):
                 part.forward = torch.compiler.disable(part.forward)  # type: ignore[method-assign, no-untyped-call]
         layer.compile(dynamic=True, options={"emulate_precision_casts": True})
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from betterhalf.config.schema import ModelConfig
 from betterhalf.errors import InputError
-from betterhalf.models.attention import require_packable
+from betterhalf.models.context import context_length, context_notes
 from betterhalf.models.files import ModelSource, explained, find_model, quiet
-from betterhalf.models.generation import read_generation, why_not_saved
+from betterhalf.models.generation import read_generation, sampling_notes, why_not_saved
 from betterhalf.models.gguf import tokenizer_flags
+from betterhalf.models.packability import require_packable
+from betterhalf.models.padding import known_tokens, padding_notes
+from betterhalf.models.skeleton import skeleton
 from betterhalf.models.stop_tokens import (
     StopToken,
     TurnEnd,
@@ -24,6 +26,11 @@ from betterhalf.models.stop_tokens import (
 
 _LENGTH_WARNING = "sequence-length-is-longer-than-the-specified-maximum"
 """Key with which transformers records that it has warned of a long text."""
+
+
+def is_mixture(hf_config: Any) -> bool:
+    """Return whether a transformers configuration is that of a mixture of experts."""
+    return any(getattr(hf_config, key, 0) for key in ("num_experts", "num_local_experts"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +51,21 @@ class ModelFacts:
     """Token with which the chat template ends the assistant's turn; None if it shows none."""
     notes: tuple[str, ...] = ()
     """Notes on the files for the user."""
+    unpackable: str | None = None
+    """Reason why the trainer cannot keep packed sequences of this model apart; None if it can."""
+
+    @property
+    def has_experts(self) -> bool:
+        """True for a mixture of experts."""
+        return is_mixture(self.hf_config)
+
+    def facts(self) -> ModelFacts:
+        """Return these facts alone, without what a loaded or described model has besides."""
+        return ModelFacts(**self.fields())
+
+    def fields(self) -> dict[str, Any]:
+        """Return name and value of each of these facts."""
+        return {field.name: getattr(self, field.name) for field in fields(ModelFacts)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +76,14 @@ class ModelDescription(ModelFacts):
     """Location of the model's files."""
     stop_tokens: tuple[StopToken, ...]
     """Tokens of `stop_token_ids`, each with the setting or file that declares it."""
+    file_vocabulary: int
+    """Rows of the embedding in the files; the first `hf_config.vocab_size` of them have a token."""
 
 
-def describe_model(config: ModelConfig) -> ModelDescription:
+def describe_model(config: ModelConfig, *, packed: bool = True) -> ModelDescription:
     """Read configuration, tokenizer and stop tokens; refuse a model that they show cannot be trained.
+
+    Set `packed` to False to accept a decoder whose sequences cannot be packed, which `unpackable` then explains.
 
     Raises:
         InputError: there is no such model, its files cannot be read, it is not a decoder whose sequences can be packed,
@@ -69,7 +95,9 @@ def describe_model(config: ModelConfig) -> ModelDescription:
     with quiet(), explained(config.name):
         hf_config = AutoConfig.from_pretrained(source.location, **source.arguments)
         _require_plain_weights(config.name, hf_config)
-        require_packable(_skeleton(hf_config))
+        unpackable = _why_unpackable(hf_config)
+        if unpackable and packed:
+            raise InputError(unpackable)
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments, **flags)
         generation = read_generation(source)
     # Tasks refuse prompts that exceed the context, so the tokenizer's own warning is not needed.
@@ -78,6 +106,7 @@ def describe_model(config: ModelConfig) -> ModelDescription:
     stops = chosen_stop_tokens(config.stop_tokens, tokenizer) or declared_stop_tokens(
         source, hf_config, generation, tokenizer
     )
+    rows, hf_config.vocab_size = hf_config.vocab_size, known_tokens(hf_config, tokenizer, stops)
     why = why_not_saved(hf_config)
     return ModelDescription(
         name=config.name,
@@ -86,16 +115,25 @@ def describe_model(config: ModelConfig) -> ModelDescription:
         stop_token_ids=tuple(stop.token_id for stop in stops),
         stop_tokens=stops,
         turn_end=turn_end(tokenizer),
-        context_length=int(hf_config.max_position_embeddings),
-        notes=() if why is None else (f"model {config.name!r} could not be exported after training: {why}",),
+        context_length=context_length(hf_config),
+        notes=(
+            *(() if why is None else (f"model {config.name!r} could not be exported after training: {why}",)),
+            *context_notes(config.name, hf_config),
+            *padding_notes(config.name, rows, hf_config.vocab_size),
+            *sampling_notes(config.name, generation),
+        ),
+        file_vocabulary=rows,
+        unpackable=unpackable,
         source=source,
     )
 
 
-def _skeleton(hf_config: Any) -> Any:
-    """Return the transformers module on the meta device: names and shapes without data."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+def _why_unpackable(hf_config: Any) -> str | None:
+    try:
+        require_packable(skeleton(hf_config))
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _require_plain_weights(name: str, hf_config: Any) -> None:

@@ -15,8 +15,10 @@ from typing import Any
 from transformers import modeling_gguf_pytorch_utils
 from transformers.utils import logging as hf_logging
 
+from betterhalf.config.adapter_folder import SETTINGS_FILE, is_adapter
 from betterhalf.config.schema import ModelConfig
 from betterhalf.errors import BetterhalfError, InputError, MissingExtraError
+from betterhalf.models.gguf import read_once
 from betterhalf.run_dir import RunDir
 
 _IN_PACKAGE = {"demo": "demo", "demo-small": "demo_small"}
@@ -52,8 +54,12 @@ class ModelSource:
         return name if self.gguf is None else self.gguf.name
 
 
-def find_model(config: ModelConfig) -> ModelSource:
+def find_model(config: ModelConfig, *, tokenizer: bool = True) -> ModelSource:
     """Map the user's name to files; refuse a name that cannot exist before anything is read.
+
+    Args:
+        config: gives the name.
+        tokenizer: True to refuse a folder without one.
 
     Raises:
         InputError: there is no such model, or its folder has no configuration or no tokenizer.
@@ -65,7 +71,7 @@ def find_model(config: ModelConfig) -> ModelSource:
         return _smollm2()
     path = Path(config.name).expanduser()
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, tokenizer=tokenizer)
     if path.suffix == ".gguf":
         return _gguf(path)
     if _looks_like_path(config.name):
@@ -73,6 +79,17 @@ def find_model(config: ModelConfig) -> ModelSource:
     if "/" not in config.name:
         raise InputError(f"unknown model {config.name!r}. {_alternatives(config.name)}")
     return ModelSource(location=config.name, arguments={"revision": config.revision} if config.revision else {})
+
+
+def lasting_name(config: ModelConfig) -> str:
+    """Return the name by which other programs find a model, from any folder: a full path, or its name on the hub.
+
+    Raises:
+        InputError, MissingExtraError: as `find_model`.
+    """
+    source = find_model(config, tokenizer=False)
+    path = source.gguf or Path(source.location)
+    return str(path.resolve()) if path.exists() else source.location
 
 
 def _smollm2() -> ModelSource:
@@ -96,7 +113,19 @@ def _gguf(path: Path) -> ModelSource:
     return ModelSource(location=str(path.parent), arguments={"gguf_file": path.name})
 
 
-def _folder(path: Path) -> ModelSource:
+def has_tokenizer(location: str) -> bool:
+    """Return True if a model has the files of a tokenizer; one on the hub is taken to have them."""
+    path = Path(location)
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    return not path.is_dir() or any((path / name).is_file() for name in names)
+
+
+def _folder(path: Path, *, tokenizer: bool) -> ModelSource:
+    if is_adapter(path) and not (path / "config.json").is_file():
+        raise InputError(
+            f"folder {str(path)!r} is an adapter, not a model; name the model that it was trained on "
+            f"(base_model_name_or_path in its {SETTINGS_FILE}), and set lora.adapter={path}"
+        )
     if not (path / "config.json").is_file():
         raise InputError(f"folder {str(path)!r} holds no config.json; use a model folder in transformers format")
     if RunDir(path).configured:
@@ -104,8 +133,7 @@ def _folder(path: Path) -> ModelSource:
             f"folder {str(path)!r} is a run, not a model; write its model to a folder with `betterhalf export {path} "
             "DIR`"
         )
-    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if not any((path / name).is_file() for name in tokenizers):
+    if tokenizer and not has_tokenizer(str(path)):
         raise InputError(
             f"folder {str(path)!r} holds no tokenizer; save the model's tokenizer there with save_pretrained"
         )
@@ -165,7 +193,7 @@ def quiet() -> Iterator[None]:
     level = gguf_logger.level
     gguf_logger.setLevel(logging.ERROR)
     try:
-        with _no_gguf_bar():
+        with _no_gguf_bar(), read_once():
             yield
     finally:
         gguf_logger.setLevel(level)

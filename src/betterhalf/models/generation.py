@@ -13,6 +13,9 @@ from betterhalf.models.files import ModelSource, first_line, quiet
 FILE = "generation_config.json"
 """Name of the generation configuration in a model folder."""
 
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size")
+"""Settings that change the distribution that `generate` samples from."""
+
 _FIRST = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample")
 """Settings that take precedence where settings exclude each other."""
 
@@ -37,6 +40,20 @@ def read_generation(source: ModelSource) -> GenerationConfig | None:
             return None
         raise
     return found
+
+
+def sampling_notes(name: str, generation: GenerationConfig | None) -> tuple[str, ...]:
+    """Return a note on settings of sampling in `generation_config.json`, which are never applied."""
+    if generation is None:
+        return ()
+    given = generation.to_diff_dict()
+    found = [f"{key}={given[key]:g}" for key in _SAMPLING if isinstance(given.get(key), int | float)]
+    if not found:
+        return ()
+    return (
+        f"{FILE} of model {name!r} asks for {', '.join(found)}, which is not applied: the section [sampling] alone "
+        "decides how completions are sampled, by every engine",
+    )
 
 
 def can_be_saved(generation: GenerationConfig) -> bool:

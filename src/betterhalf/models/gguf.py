@@ -1,4 +1,4 @@
-"""Tokenizer settings of a GGUF file that transformers ignores.
+"""Metadata of a GGUF file: read once for transformers, and the tokenizer's settings that transformers ignores.
 
 A GGUF file begins with its metadata, a list of keys and values, followed by the table of tensors and the tensors:
 
@@ -9,10 +9,17 @@ A GGUF file begins with its metadata, a list of keys and values, followed by the
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import numpy as np
 
 from betterhalf.errors import InputError
 
@@ -24,6 +31,53 @@ _PREFIX = "tokenizer.ggml."
 _FLAGS = ("add_bos_token", "add_eos_token")
 _LLAMA_3 = ("llama3", "llama-v3", "llama-bpe")
 """Names under which files declare Llama 3's way of splitting text before byte-level BPE."""
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Let transformers read configuration, tokenizer and weights of a GGUF file with one reader instead of three.
+
+    A reader is a view of a file that does not change, and making one takes seconds for a large vocabulary. The last one
+    is kept until `forget_reader`.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        yield
+        return
+    library: Any = importlib.import_module("gguf")
+    before, library.GGUFReader = library.GGUFReader, _reader
+    try:
+        yield
+    finally:
+        library.GGUFReader = before
+
+
+def forget_reader() -> None:
+    """Free the reader that `read_once` keeps; call it once the weights are loaded."""
+    _made.cache_clear()
+
+
+def _reader(path: str | Path) -> Any:
+    """Return a reader of the file as it is now."""
+    found = Path(path).stat()
+    return _made(str(path), found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=1)
+def _made(path: str, _changed: int, _size: int) -> Any:
+    from gguf.gguf_reader import GGUFReader  # an extra
+
+    class Reader(GGUFReader):  # type: ignore[misc, unused-ignore]
+        """Reader that cuts its parts out of a plain array: from a memory map each of them costs three times as much."""
+
+        @property
+        def data(self) -> Any:
+            return self._plain
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._plain: Any = mapped.view(np.ndarray)
+
+    return Reader(path)
 
 
 def tokenizer_flags(path: Path) -> dict[str, bool]:

@@ -1,19 +1,28 @@
-"""Load a decoder in FP32, with its tokenizer, from the hub, a local folder, a GGUF file or a built-in name."""
+"""Load a decoder in FP32, with its tokenizer, from the hub, a local folder, a GGUF file or a built-in name.
+
+`load_weights` loads it whole. `open_weights` reads no weight: each rank of a sharded trainer then reads its own rows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from betterhalf.config.schema import ModelConfig
 from betterhalf.errors import InputError
 from betterhalf.models.description import ModelDescription, ModelFacts, describe_model
 from betterhalf.models.files import explained, quiet
-from betterhalf.models.generation import repaired
+from betterhalf.models.generation import read_generation, repaired
+from betterhalf.models.gguf import forget_reader
+from betterhalf.models.row_source import RowSource
+from betterhalf.models.skeleton import compute_buffers, skeleton
+from betterhalf.models.weight_files import WeightFiles, weight_paths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +35,15 @@ class LoadedModel(ModelFacts):
     generation_left_out: tuple[str, ...] = ()
     """Settings removed from its generation configuration, since it could not be saved with them."""
 
-    def facts(self) -> ModelFacts:
-        """Return everything but the weights."""
-        return ModelFacts(**{field.name: getattr(self, field.name) for field in fields(ModelFacts)})
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkeletonModel(ModelFacts):
+    """Decoder whose parameters have no storage yet, with the source of their values."""
+
+    module: Any
+    """transformers causal language model with FP32 parameters on the meta device and computed buffers on the CPU."""
+    weights: RowSource
+    """Values of the parameters."""
 
 
 def load_model(config: ModelConfig) -> LoadedModel:
@@ -52,28 +67,98 @@ def load_weights(described: ModelDescription) -> LoadedModel:
     with quiet(), explained(described.name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.location,
-            config=described.hf_config,
+            config=_as_in_files(described),
             dtype=torch.float32,
             output_loading_info=True,
             **source.arguments,
         )
+    forget_reader()
     module, info = loaded
     _require_whole(described, info["missing_keys"])
+    if described.file_vocabulary != described.hf_config.vocab_size:
+        module.resize_token_embeddings(described.hf_config.vocab_size, mean_resizing=False)
     _forget_quantization(module)
     head_notes = _settle_head(described, module)
     module.eval()
     module.generation_config, left_out = repaired(module.generation_config)
-    return LoadedModel(
-        name=described.name,
-        module=module,
-        hf_config=module.config,
-        tokenizer=described.tokenizer,
-        stop_token_ids=described.stop_token_ids,
-        turn_end=described.turn_end,
-        context_length=described.context_length,
-        notes=(*described.notes, *head_notes, *_generation_notes(described.name, left_out)),
-        generation_left_out=left_out,
-    )
+    notes = (*described.notes, *head_notes, *_generation_notes(described.name, left_out))
+    return LoadedModel(**_facts(described, module, notes), module=module, generation_left_out=left_out)
+
+
+def open_weights(described: ModelDescription) -> SkeletonModel | None:
+    """Check a model's weights in the headers of its files, without reading them.
+
+    Returns:
+        The model without its weights. None if rows of them cannot be read: for GGUF and `.bin` files, and for tensors
+        that transformers converts by other rules than stacking experts. `load_weights` loads such a model.
+
+    Raises:
+        InputError: weights are missing or have another shape, or a file is damaged.
+    """
+    with quiet(), explained(described.name):
+        paths = weight_paths(described.source)
+        if paths is None:
+            return None
+        module = skeleton(deepcopy(described.hf_config))
+        files = None if compute_buffers(module) else WeightFiles.open(paths, module)
+        if files is None:
+            return None
+        _tie_as_stored(module, files)
+    expected = dict(module.named_parameters())
+    _require_whole(described, expected.keys() - files.names)
+    with explained(described.name):
+        _require_shapes(described, module, files)
+    head_notes = _settle_head(described, module)
+    module.eval()
+    _, left_out = repaired(read_generation(described.source) or module.generation_config)
+    notes = (*described.notes, *head_notes, *_generation_notes(described.name, left_out))
+    return SkeletonModel(**_facts(described, module, notes), module=module, weights=files)
+
+
+def _facts(described: ModelDescription, module: Any, notes: tuple[str, ...]) -> dict[str, Any]:
+    """Return the fields of `ModelFacts`, true to the weights."""
+    return described.fields() | {"hf_config": module.config, "notes": notes}
+
+
+def _tie_as_stored(module: Any, files: WeightFiles) -> None:
+    """Tie or untie head and embedding of a skeleton as `from_pretrained` does.
+
+    A tied pair may be stored under either name. It is untied if both are stored and differ.
+    """
+    head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
+    if head.weight is not embedding.weight:
+        return
+    (tied,) = (name for name, parameter in module.named_parameters() if parameter is head.weight)
+    every = module.named_parameters(remove_duplicate=False)
+    for other in [name for name, parameter in every if parameter is head.weight and name != tied]:
+        if other not in files.names:
+            continue
+        if tied not in files.names:
+            files.alias(tied, other)
+        elif not files.equal(tied, other):
+            head.weight = nn.Parameter(torch.empty_like(head.weight))
+
+
+def _require_shapes(described: ModelDescription, module: Any, files: WeightFiles) -> None:
+    padded = {part.weight for part in (module.get_input_embeddings(), module.get_output_embeddings())}
+    for name, parameter in module.named_parameters():
+        found, shape = files.shape(name), tuple(parameter.shape)
+        if parameter in padded:
+            shape = (described.file_vocabulary, *shape[1:])
+        if found != shape:
+            raise InputError(
+                f"the files of model {described.name!r} hold {name!r} in shape {found}, and its config.json asks for "
+                f"{shape}; restore its files, or use another model"
+            )
+
+
+def _as_in_files(described: ModelDescription) -> Any:
+    """Return the configuration with the vocabulary of the files, padding included."""
+    if described.file_vocabulary == described.hf_config.vocab_size:
+        return described.hf_config
+    config = deepcopy(described.hf_config)
+    config.vocab_size = described.file_vocabulary
+    return config
 
 
 def _forget_quantization(module: Any) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from betterhalf.errors import InputError
-from betterhalf.models.blocked_attention import BlockedAttention, by_head, by_key_head, flat
+from betterhalf.models.blocked_attention import BlockedAttention, ScoreRule, by_head, by_key_head, flat
+from betterhalf.ops import bound_
 from betterhalf.precision.products import batched_product
 
 KEYS = 64
@@ -32,24 +33,22 @@ _MAX_SCORES = 2**20
 """Maximum number of scores of a block, all heads together; 4 MiB."""
 
 
-def tiled_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None) -> Tensor:
-    """Return softmax(q k^T * scale) v with a causal mask, differentiable; see `blocked_attention`.
+def tiled_attention(q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule) -> Tensor:
+    """Return softmax(scores) v with a causal mask, differentiable; see `blocked_attention`.
 
     The gradients are those of `blocked_attention`.
     """
-    out = _TiledAttention.apply(q, k, v, scale, window, torch.float32)  # type: ignore[no-untyped-call]
+    out = _TiledAttention.apply(q, k, v, rule, torch.float32)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
     return out
 
 
 class _TiledAttention(BlockedAttention):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, operands: torch.dtype
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule, operands: torch.dtype) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.scale, ctx.window, ctx.operands = scale, window, operands
-        queries, group = by_key_head(q, k.shape[1], scale), q.shape[1] // k.shape[1]
+        ctx.rule, ctx.operands = rule, operands
+        queries, group, window = by_key_head(q, k.shape[1], rule.scale), q.shape[1] // k.shape[1], rule.window
         keys, values = (_whole_tiles(flat(x)) for x in (k, v))
         out, before = torch.empty_like(queries), k.shape[2] - q.shape[2]
         for rows in _row_blocks(queries.shape[1], queries.shape[2]):
@@ -59,11 +58,11 @@ class _TiledAttention(BlockedAttention):
             hidden = _hidden(rows.start, rows.stop, group, before, seen.start, seen.stop, window)
             for heads in _head_blocks(queries.shape[0], (rows.stop - rows.start) * (seen.stop - seen.start)):
                 block = queries[heads, rows]
-                out[heads, rows] = _attend(block, keys[heads, seen], values[heads, seen], hidden)
+                out[heads, rows] = _attend(block, keys[heads, seen], values[heads, seen], hidden, rule.cap)
         return by_head(out, q.shape)
 
 
-def decode_tiles(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
+def decode_tiles(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, cap: float | None = None) -> Tensor:
     """Attend from one position of each of B key heads; not differentiable.
 
     Args:
@@ -71,12 +70,13 @@ def decode_tiles(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Ten
         keys: float32 [B, J * KEYS, D]; those that are hidden must be finite.
         values: float32 [B, J * KEYS, D]; those that are hidden must be finite.
         hidden: bool [J, B, 1, KEYS], True for keys that a head does not see.
+        cap: soft-cap of the scores; None without one.
 
     Returns:
         float32 [B, group, D].
     """
     blocks = _row_blocks(q.shape[1], q.shape[2])
-    parts = [_attend(q[:, rows], keys, values, hidden) for rows in blocks]
+    parts = [_attend(q[:, rows], keys, values, hidden, cap) for rows in blocks]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
@@ -85,7 +85,7 @@ def by_tile(hidden: Tensor) -> Tensor:
     return hidden.view(hidden.shape[0], -1, 1, KEYS).transpose(0, 1)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
+def _attend(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, cap: float | None) -> Tensor:
     """Attend to whole tiles: q [B, R, D], keys and values [B, J * KEYS, D], hidden [J, 1 or B, 1 or R, KEYS]."""
     _, rows, dim = q.shape
     missing = _block_size(rows, dim) - rows
@@ -95,7 +95,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
         q = F.pad(q, (0, 0, 0, missing))
         hidden = hidden if hidden.shape[2] == 1 else F.pad(hidden, (0, 0, 0, missing))
     scores = torch.stack([batched_product(q, tile.transpose(1, 2)) for tile in torch.split(keys, KEYS, 1)])
-    scores.masked_fill_(hidden, float("-inf"))
+    bound_(scores, cap).masked_fill_(hidden, float("-inf"))
     weights = scores.sub_(scores.amax((0, 3), keepdim=True)).exp_()
     total, mixed = torch.zeros_like(q[..., 0]), torch.zeros_like(q)
     for weight, tile in zip(weights, torch.split(values, KEYS, 1), strict=True):

@@ -7,9 +7,10 @@ remains.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from betterhalf.errors import ContractError, WeightSyncError
+from betterhalf.precision.emulation import to_format
 from betterhalf.precision.islands import NONE
 from betterhalf.types import DtypeName
 
@@ -315,3 +317,79 @@ def _mix(words: Tensor, keys: Tensor, offset: int, mixed: Tensor, shifted: Tenso
 def _signed(value: int) -> int:
     """Return the int64 with the same lowest 64 bits."""
     return (value + 2**63) % 2**64 - 2**63
+
+
+class NotedWeights:
+    """A stream of weights that notes the digest of each one as it passes; implements `wire.WeightStream`."""
+
+    def __init__(
+        self,
+        read: Callable[[Collection[str]], Iterator[tuple[str, Tensor]]],
+        *,
+        policy_version: int,
+        rollout_dtype: DtypeName,
+        unchanging: Collection[str] = (),
+        known: dict[str, str] | None = None,
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            read: starts at the first weight; gives (name, tensor in the wire dtype) of all but the names that it is
+                given, the same in every call.
+            policy_version: number of applied updates in these weights.
+            rollout_dtype: format in which the engine holds them, and in which digests are taken.
+            unchanging: names of weights that are the same in every version.
+            known: digests of those that have passed in any version, which is updated.
+        """
+        self.policy_version = policy_version
+        self._read = read
+        self._rollout_dtype = rollout_dtype
+        self._unchanging = frozenset(unchanging)
+        self._known = {} if known is None else known
+        self._whole: NotedWeights | None = None
+        self._digests: dict[str, str] = {}
+        self._bytes: dict[str, int] = {}
+        self._complete = False
+        """True once the stream was read to its end."""
+
+    def changed(self) -> NotedWeights | None:
+        """Return the stream without the unchanging weights; see `wire.WeightStream.changed`."""
+        if not self._unchanging or self._whole is not None:
+            return self._whole and self
+        part = copy.copy(self)
+        part._whole, part._digests, part._bytes, part._complete = self, {}, {}, False
+        return part
+
+    def whole(self) -> NotedWeights:
+        """See `wire.WeightStream.whole`."""
+        return self._whole or self
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weights of this stream; reads it if nobody has read it to its end."""
+        self._read_once()
+        return sum(self._bytes.values())
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) from the first weight on."""
+        for name, tensor in self._read(self._unchanging if self._whole else ()):
+            self._bytes[name] = tensor.numel() * tensor.element_size()
+            self._digests[name] = tensor_digest(to_format(tensor, self._rollout_dtype))
+            if name in self._unchanging:
+                self._known[name] = self._digests[name]
+            yield name, tensor
+        self._complete = True
+
+    def digests(self) -> dict[str, str]:
+        """Return name -> digest of each weight; reads the stream if nobody has read it to its end."""
+        self._read_once()
+        if self._whole is None:
+            return dict(self._digests)
+        if not self._unchanging <= self._known.keys():
+            self._whole._read_once()
+        return {name: self._known[name] for name in sorted(self._unchanging)} | self._digests
+
+    def _read_once(self) -> None:
+        if not self._complete:
+            for _ in self:
+                pass

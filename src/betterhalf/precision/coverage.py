@@ -1,23 +1,26 @@
 """Check that the precision rules cover a model's linear operations, and test whether those sum in FP32.
 
-The rules are written for `nn.Linear` and `nn.Embedding`. Weights used in any other way (a subclass, a Conv1D, experts
-in one 3-D parameter, `F.linear` on another module's weight) would silently round and sum by other rules.
+The rules are written for `nn.Linear`, `nn.Embedding`, and the routers and experts of `precision.experts`. Weights used
+in any other way (a subclass, a Conv1D, experts of another layout, `F.linear` on another module's weight) would silently
+round and sum by other rules. Structure shows most of them before anything runs, and a short forward pass the rest.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from betterhalf.errors import InputError
-from betterhalf.precision.cpu_embedding import CpuEmbedding
+from betterhalf.precision.covered_products import half_products, uncovered_products
+from betterhalf.precision.cpu_embedding import CpuEmbedding, has_rule
 from betterhalf.precision.cpu_linear import CpuLinear
+from betterhalf.precision.experts import Experts, Projection, Router
 from betterhalf.precision.roles import Precision
 
 # -- coverage
@@ -26,8 +29,8 @@ from betterhalf.precision.roles import Precision
 def require_covered(module: nn.Module, precision: Precision) -> None:
     """Refuse weights outside the layers that have a precision rule; FP32 needs no rule and passes.
 
-    Call it after the parameters have the compute dtype and `use_cpu_linear` and `use_cpu_embedding` have replaced
-    their layers.
+    Call it after `use_cpu_linear`, `use_cpu_embedding` and `use_experts` have replaced their layers. FSDP2 changes the
+    classes of modules, so call it before that.
 
     Raises:
         InputError: a module outside those layers holds a parameter of two or more axes; the message names it.
@@ -49,9 +52,13 @@ def _covered(part: nn.Module, precision: Precision) -> bool:
     sums = precision.fp32_sums(precision.roles.compute_dtype)
     if type(part) is nn.Linear:
         return part.weight.dtype == torch.float32 or not sums
-    if type(part) is nn.Embedding:
+    if has_rule(part):
         return precision.device.type != "cpu" or part.weight.dtype == torch.float32
-    return type(part) in (CpuLinear, CpuEmbedding)
+    return type(part) in _LAYERS
+
+
+_LAYERS = (nn.Linear, nn.Embedding, CpuLinear, CpuEmbedding, Router, Experts)
+"""Layers with a precision rule."""
 
 
 def _uncovered(names: Sequence[str], precision: Precision) -> str:
@@ -63,61 +70,76 @@ def _uncovered(names: Sequence[str], precision: Precision) -> str:
     )
 
 
-def require_no_half_products(module: nn.Module, precision: Precision, run: Callable[[], object]) -> None:
-    """Refuse a model that multiplies half tensors outside its covered layers although products must have FP32 sums.
+def require_covered_products(module: nn.Module, precision: Precision, run: Callable[[], object]) -> None:
+    """Refuse a model that multiplies by parameters outside its covered layers; FP32 needs no rule and passes.
+
+    Where products must have FP32 sums on a CPU, any product of half tensors is refused as well.
 
     Args:
         module: model; the message names its parameters.
-        precision: where it does not ask for FP32 sums on a CPU, half products are native and nothing is checked.
+        precision: of the run.
         run: performs a forward pass of `module`.
 
     Raises:
-        InputError: a product has half operands; the message names those that are parameters.
+        InputError: a product is not covered; the message names the parameters among its operands.
     """
-    if not precision.fp32_sums(precision.roles.compute_dtype):
+    compute = precision.roles.compute_dtype
+    if compute == "fp32":
         return
-    with torch.no_grad(), _HalfProducts() as seen:
-        run()
-    if seen.operands:
+    found = uncovered_products(module, lambda part: type(part) in _LAYERS or has_rule(part), run)
+    if found:
+        raise InputError(_uncovered(found, precision))
+    if precision.fp32_sums(compute) and (operands := half_products(run)):
         names = {parameter.data_ptr(): name for name, parameter in module.named_parameters()}
-        found = {names.get(operand.data_ptr(), "") for operand in seen.operands} - {""}
-        raise InputError(_uncovered(sorted(found) or ["other operations"], precision))
-
-
-_PRODUCTS = {
-    *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addbmm", "aten::linear", "aten::matmul"),
-    *("aten::mv", "aten::addmv", "aten::dot", "aten::vdot", "aten::convolution", "aten::bilinear", "aten::_trilinear"),
-    *("aten::_grouped_mm", "aten::_scaled_mm", "aten::mkldnn_linear", "mkldnn::_linear_pointwise"),
-    *("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_attention_math"),
-}
-"""Dispatcher names of the operations that multiply and add."""
-
-
-class _HalfProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Record the operands of every product of half tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.operands: list[Tensor] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name().partition(".")[0] in _PRODUCTS:
-            self.operands += [x for x in args if isinstance(x, Tensor) and x.is_floating_point() and x.itemsize < 4]
-        return func(*args, **(kwargs or {}))
+        known = {names.get(operand.data_ptr(), "") for operand in operands} - {""}
+        raise InputError(_uncovered(sorted(known) or ["other operations"], precision))
 
 
 # -- sums
 
 
-def linear_layers(module: nn.Module, head: nn.Module | None) -> list[nn.Linear | CpuLinear]:
-    """Return the covered linear layers of a model, each once, without the LM head."""
-    parts = (part for part in module.modules() if isinstance(part, nn.Linear | CpuLinear) and part is not head)
-    return [part for part in parts if type(part) in (nn.Linear, CpuLinear)]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearLayer:
+    """A covered linear layer, and the dtype in which it computes."""
+
+    layer: nn.Linear | CpuLinear | Projection
+    dtype: torch.dtype
+    """Dtype of its weight in a pass; a sharded weight has another one between passes."""
+
+    @property
+    def kind(self) -> LayerKind:
+        """Kind of its products."""
+        if self.dtype == torch.float32:
+            return "fp32"
+        widened = self.layer.widens if isinstance(self.layer, Projection) else isinstance(self.layer, CpuLinear)
+        return "widened" if widened else "native"
 
 
-def described(layers: Sequence[nn.Linear | CpuLinear]) -> str:
+def linear_layers(module: nn.Module, head: nn.Module | None) -> dict[str, nn.Linear | CpuLinear]:
+    """Return name -> covered linear layer of a model, each once, without the LM head; see `require_covered`."""
+    kinds = (nn.Linear, CpuLinear)
+    return {name: part for name, part in module.named_modules() if type(part) in kinds and part is not head}
+
+
+def expert_layers(module: nn.Module, computing_dtype: Callable[[str], torch.dtype]) -> list[LinearLayer]:
+    """Return every matrix of a model's routers and experts as a linear layer, which no `linear_layers` holds.
+
+    Args:
+        module: model.
+        computing_dtype: name of a parameter -> its dtype in a pass.
+    """
+    return [
+        LinearLayer(layer=matrix, dtype=torch.float32 if matrix.always_fp32 else computing_dtype(f"{path}.{name}"))
+        for path, part in module.named_modules()
+        if isinstance(part, Router | Experts)
+        for name, matrices in part.projections().items()
+        for matrix in matrices
+    ]
+
+
+def described(layers: Sequence[LinearLayer]) -> str:
     """Return the number of layers of each kind in words, for the contract."""
-    return in_words("fp32" if _is_fp32(x) else "widened" if isinstance(x, CpuLinear) else "native" for x in layers)
+    return in_words(layer.kind for layer in layers)
 
 
 LayerKind = Literal["widened", "native", "fp32"]
@@ -133,16 +155,12 @@ def in_words(kinds: Iterable[LayerKind]) -> str:
     return ", ".join(f"{counts[kind]} {words}" for kind, words in _KINDS.items() if counts[kind]) or "none"
 
 
-def _is_fp32(layer: nn.Linear | CpuLinear) -> bool:
-    return layer.weight.dtype == torch.float32
-
-
-def layers_sum(layers: Sequence[nn.Linear | CpuLinear]) -> str:
+def layers_sum(layers: Sequence[LinearLayer]) -> str:
     """Return the format of the sums in a model's layers, forward and backward, for the contract.
 
     One layer of each kind and shape is run.
     """
-    kinds = {(type(x), x.weight.shape, x.weight.dtype, x.bias is None): x for x in reversed(layers)}
+    kinds = {(type(x.layer), x.layer.weight.shape, x.dtype, x.layer.bias is None): x for x in reversed(layers)}
     return sums_in_words([_sums_in_fp32(layer) for layer in kinds.values()])
 
 
@@ -166,12 +184,13 @@ def sums_in_fp32(multiply: Callable[[Tensor, Tensor], Tensor], weight: Tensor) -
     return _exact(multiply(_ones(_ROWS, inputs, weight), _terms(min(outputs, _RESULTS), inputs, weight)), weight)
 
 
-def _sums_in_fp32(layer: nn.Linear | CpuLinear) -> bool:
+def _sums_in_fp32(found: LinearLayer) -> bool:
     """Return whether the layer sums in FP32 in its results and in its gradients of inputs and of weights.
 
     It is run with weights and inputs that make each of these a sum of `_terms`.
     """
-    weight = layer.weight.detach()
+    layer = found.layer
+    weight = torch.empty(layer.weight.shape, dtype=found.dtype, device=layer.weight.device)
     outputs, inputs = weight.shape
     few_outputs, few_inputs = min(outputs, _RESULTS), min(inputs, _RESULTS)
     rows, columns = _ones(_ROWS, few_inputs, weight), _terms(few_inputs, outputs, weight).t()
@@ -184,7 +203,7 @@ def _sums_in_fp32(layer: nn.Linear | CpuLinear) -> bool:
 
 
 @torch.enable_grad()
-def _pass(layer: nn.Linear | CpuLinear, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _pass(layer: nn.Linear | CpuLinear | Projection, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the result, and the gradients of x and weight for a gradient of 1 in every result."""
     x, weight = (t.contiguous().requires_grad_() for t in (x, weight))
     others = {} if layer.bias is None else {"bias": torch.zeros_like(weight[:, 0])}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from betterhalf.precision.formats import dtype_name
+from betterhalf.precision.islands import NO_ISLANDS, Islands
 from betterhalf.precision.products import add_product, direct_sum, packed, product
 from betterhalf.precision.roles import Precision
 from betterhalf.precision.tiled_products import block_sizes, tiled_product
@@ -49,7 +50,8 @@ class Widened:
     """FP32 copy of a half tensor, refreshed only when the tensor has changed.
 
     Changes are detected by torch's version counter and the tensor's address. Writing through `.data` in place
-    (`p.data.copy_(x)`) does not move the counter: use `p.copy_(x)` under `torch.no_grad()`.
+    (`p.data.copy_(x)`) does not move the counter: use `p.copy_(x)` under `torch.no_grad()`. FSDP2 writes gathered
+    weights without moving it, often to the same address: call `forget` after that.
     """
 
     def __init__(self, source: Tensor) -> None:
@@ -66,8 +68,13 @@ class Widened:
         assert self._wide is not None
         return self._wide
 
+    def forget(self) -> None:
+        """Copy the source again in the next call, whatever the version counter says."""
+        self._seen = None
+
     def _stale(self) -> bool:
-        assert self._seen is not None
+        if self._seen is None:
+            return True
         moved = self._seen.data_ptr() != self.source.data_ptr() or self._seen.shape != self.source.shape
         return moved or self._version != self.source._version
 
@@ -93,15 +100,16 @@ class _CpuLinearFunction(torch.autograd.Function):
         weight_wide: Tensor,
         bias_wide: Tensor | None,
         tiled: bool,
+        dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(x, weight_wide)
         ctx.weight = weight
-        return widened_linear(x, weight_wide, bias_wide, weight.dtype, tiled=tiled)
+        return widened_linear(x, weight_wide, bias_wide, dtype, tiled=tiled)
 
     @staticmethod
     def backward(
         ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:
         x, weight_wide = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad = grad_outputs[0].reshape(-1, weight_wide.shape[0]).float()
@@ -113,7 +121,7 @@ class _CpuLinearFunction(torch.autograd.Function):
             need_weight = False
         grad_weight = product(grad.t(), rows.t()).to(x.dtype) if need_weight else None
         grad_bias = grad.sum(0).to(x.dtype) if need_bias else None
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 def cpu_linear(
@@ -124,6 +132,7 @@ def cpu_linear(
     bias_wide: Tensor | None,
     *,
     tiled: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return `x @ weight^T + bias`, differentiable; result and each gradient are FP32 sums rounded once.
 
@@ -134,12 +143,14 @@ def cpu_linear(
         weight_wide: `weight` in FP32.
         bias_wide: `bias` in FP32, or None.
         tiled: compute each row of the result independently of the others; the gradients are the same.
+        dtype: format of the result; by default that of the weight.
 
     Returns:
-        [..., out] in the same dtype.
+        [..., out] in `dtype`.
     """
     assert x.dtype == weight.dtype, f"input is {x.dtype}, weight is {weight.dtype}"
-    out = _CpuLinearFunction.apply(x, weight, bias, weight_wide, bias_wide, tiled)  # type: ignore[no-untyped-call]
+    kind = weight.dtype if dtype is None else dtype
+    out = _CpuLinearFunction.apply(x, weight, bias, weight_wide, bias_wide, tiled, kind)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
     return out
 
@@ -181,6 +192,12 @@ class CpuLinear(nn.Module):
             self._bias_wide = Widened(self.bias)
         return self._bias_wide()
 
+    def forget(self) -> None:
+        """Widen weight and bias again in the next call; see `Widened.forget`."""
+        for wide in (self._weight_wide, self._bias_wide):
+            if wide is not None:
+                wide.forget()
+
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out], both in the weight's dtype."""
         return cpu_linear(x, self.weight, self.bias, self.weight_wide(), self.bias_wide(), tiled=self.tiled)
@@ -191,11 +208,17 @@ class CpuLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kind}"
 
 
-def use_cpu_linear(module: nn.Module, precision: Precision) -> int:
-    """Replace, in place, every `nn.Linear` inside `module` that holds the compute dtype, if that sums in FP32 on a CPU.
+def use_cpu_linear(module: nn.Module, precision: Precision, islands: Islands = NO_ISLANDS) -> int:
+    """Replace, in place, every `nn.Linear` inside `module` but those of FP32 islands, if products sum in FP32 on a CPU.
 
-    With `Precision.exact` those of FP32 islands are replaced too. A linear layer that occurs twice stays one layer.
-    State dict and parameters are unchanged.
+    The parameters may still be FP32: they get the compute dtype later, or in each pass. With `Precision.exact`
+    layers of FP32 islands are replaced too. A linear layer that occurs twice stays one layer. State dict and parameters
+    are unchanged.
+
+    Args:
+        module: its modules are named as `islands` names them.
+        precision: compute dtype, device and kind of half products.
+        islands: modules that will compute in FP32.
 
     Raises:
         InputError: rows must be independent (`Precision.exact`), and this processor's are not.
@@ -206,10 +229,10 @@ def use_cpu_linear(module: nn.Module, precision: Precision) -> int:
     compute = precision.roles.compute_dtype
     if precision.device.type != "cpu" or not (compute == "fp32" or precision.fp32_sums(compute)):
         return 0
-    held = {precision.compute_dtype, torch.float32} if precision.exact else {precision.compute_dtype}
     replaced: dict[nn.Module, CpuLinear] = {}
-    for parent in list(module.modules()):
+    for prefix, parent in list(module.named_modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.Linear and child.weight.dtype in held:
+            held = islands.hold(f"{prefix}.{name}.weight" if prefix else f"{name}.weight")
+            if type(child) is nn.Linear and (precision.exact or not held):
                 setattr(parent, name, replaced.setdefault(child, CpuLinear(child, tiled=precision.exact)))
     return len(replaced)

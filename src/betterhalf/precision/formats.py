@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import get_args
@@ -41,6 +42,14 @@ def dtype_name(dtype: torch.dtype) -> DtypeName:
         KeyError: the dtype is none of FP16, BF16 and FP32.
     """
     return _NAMES[dtype]
+
+
+def most_common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """Return the dtype that most numbers have; there is at least one tensor."""
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        counts[tensor.dtype] += tensor.numel()
+    return counts.most_common(1)[0][0]
 
 
 def dtype_keyword(name: DtypeName) -> str:

@@ -8,6 +8,7 @@ is rounded once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 from betterhalf.errors import InputError
 from betterhalf.precision.islands import Islands, LayerIslands
 
-_CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-"""Children of a pre-norm decoder layer; with other norms, other tensors would have to be widened."""
+_PRE_NORM = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+"""Children of a decoder layer with norms before attention and MLP."""
+
+_FOUR_NORMS = _PRE_NORM | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+"""Children of a decoder layer with norms before and after attention and MLP, such as Gemma 3's."""
 
 
 def use_islands(module: Any, islands: Islands, half: torch.dtype) -> None:
@@ -29,7 +33,8 @@ def use_islands(module: Any, islands: Islands, half: torch.dtype) -> None:
         half: compute dtype of everything else.
 
     Raises:
-        InputError: the architecture has no such modules, or its layers are not pre-norm decoder layers.
+        InputError: the architecture has no such modules, or its layers have other norms, with which other tensors would
+            have to be widened.
     """
     if not islands:
         return
@@ -38,6 +43,8 @@ def use_islands(module: Any, islands: Islands, half: torch.dtype) -> None:
         _require_island(module, name)
     for layer, wide in zip(decoder.layers, islands.layers, strict=True):
         _hook_layer(layer, wide, decoder.rotary_emb, half)
+        if _children(layer) == _FOUR_NORMS:
+            _hook_post_norms(layer, wide)
     if islands.stream_out:
         _round_result(decoder.norm, half)
 
@@ -46,7 +53,7 @@ def _require_island(module: Any, name: str) -> None:
     try:
         module.get_submodule(name)
         layer = module.get_submodule(".".join(name.split(".")[:3]))
-        known = {child for child, _ in layer.named_children()} == _CHILDREN
+        known = _children(layer) in (_PRE_NORM, _FOUR_NORMS)
     except AttributeError:
         known = False
     if not known:
@@ -56,37 +63,55 @@ def _require_island(module: Any, name: str) -> None:
         )
 
 
+def _children(layer: nn.Module) -> set[str]:
+    return {name for name, child in layer.named_children() if type(child) is not nn.Dropout}
+
+
 def _hook_layer(layer: Any, wide: LayerIslands, rotary: nn.Module, half: torch.dtype) -> None:
     widened = (
         (layer, wide.stream_in),
         (layer.self_attn.o_proj, wide.output),
         (layer.mlp, wide.mlp),
-        (layer.mlp.down_proj, wide.down),
+        # Experts have no down projection of their own: their layer's MLP is an island as a whole.
+        (getattr(layer.mlp, "down_proj", None), wide.down),
     )
     for part, is_wide in widened:
-        if is_wide:
+        if is_wide and part is not None:
             part.register_forward_pre_hook(_widen_input)
     if wide.attention:
-        layer.self_attn.register_forward_pre_hook(_widen_attention(rotary, half), with_kwargs=True)
+        layer.self_attn.register_forward_pre_hook(_widen_attention(layer, rotary, half), with_kwargs=True)
     if wide.stream_in and not wide.attention:
         _round_result(layer.input_layernorm, half)
     if wide.stream_mid and not wide.mlp:
-        _round_result(layer.post_attention_layernorm, half)
+        _round_result(getattr(layer, "pre_feedforward_layernorm", layer.post_attention_layernorm), half)
+
+
+def _hook_post_norms(layer: Any, wide: LayerIslands) -> None:
+    """Widen the inputs of norms whose results the residual stream reads in FP32."""
+    norms = ((layer.post_attention_layernorm, wide.attention_norm), (layer.post_feedforward_layernorm, wide.mlp_norm))
+    for norm, is_wide in norms:
+        if is_wide:
+            norm.register_forward_pre_hook(_widen_input)
 
 
 def _widen_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (args[0].float(), *args[1:])
 
 
-def _widen_attention(rotary: nn.Module, half: torch.dtype) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+def _widen_attention(
+    layer: Any, rotary: nn.Module, half: torch.dtype
+) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
     """Return a hook that gives attention FP32 hidden states and rope tables, and the dtype of the engine's cache.
 
     Attention rounds keys and values to that dtype, as the engine does.
     """
 
+    # Some models have a table for each type of layer.
+    kind = {"layer_type": layer.self_attn.layer_type} if "layer_type" in signature(rotary.forward).parameters else {}
+
     def widen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = kwargs["hidden_states"].float()
-        tables = rotary(hidden, position_ids=kwargs["position_ids"])
+        tables = rotary(hidden, position_ids=kwargs["position_ids"], **kind)
         return args, kwargs | {"hidden_states": hidden, "position_embeddings": tables, "cached_as": half}
 
     return widen

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -88,8 +89,10 @@ def direct_sum(leaf: Tensor) -> Tensor | None:
     """Return the leaf's FP32 gradient if a backward pass may add to it in place; None if autograd has to add.
 
     The gradient must exist already, on a CPU, and the leaf must have no hooks, which would not see what is added.
-    `torch.autograd.grad` does not see it either.
+    `torch.autograd.grad` does not see it either. A tensor that is no leaf, such as a view of one, has no gradient.
     """
+    if not leaf.is_leaf:
+        return None
     grad = leaf.grad
     hooked = leaf._backward_hooks or leaf._post_accumulate_grad_hooks
     return grad if grad is not None and grad.is_cpu and grad.dtype == torch.float32 and not hooked else None
@@ -156,16 +159,21 @@ def _bmm_by_onednn(left: Tensor, right: Tensor) -> Tensor:
         return torch.bmm(left, right)
 
 
+_one_switch = Lock()
+
+
 @contextmanager
 def _onednn_gets_batches() -> Iterator[None]:
-    # torch hands FP32 batches to oneDNN only if oneDNN may round their operands to BF16.
+    # torch hands FP32 batches to oneDNN only if oneDNN may round their operands to BF16. The setting is the whole
+    # process's: with two threads that change it at once, the later one could keep the other's value for good.
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = _LESSER_PRECISION
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+    with _one_switch:
+        before = settings.fp32_precision
+        settings.fp32_precision = _LESSER_PRECISION
+        try:
+            yield
+        finally:
+            settings.fp32_precision = before
 
 
 def _batched_by_onednn() -> bool:

@@ -49,13 +49,15 @@ class Precision:
         """Dtype of the engine's cached keys and values."""
         return torch_dtype(self.roles.kv_dtype)
 
-    def islands(self, num_layers: int, name: DtypeName) -> Islands:
+    def islands(self, num_layers: int, name: DtypeName, *, post_norms: bool = False) -> Islands:
         """Return the FP32 islands of a model with `num_layers` layers that computes in `name`; none if that is `fp32`.
+
+        Set `post_norms` to `has_post_norms` of the model.
 
         Raises:
             InputError: a pattern matches no module that can be an island; `fp32` is checked too.
         """
-        found = resolve_islands(self.fp32_modules, num_layers)
+        found = resolve_islands(self.fp32_modules, num_layers, post_norms=post_norms)
         return found if name != "fp32" else resolve_islands((), num_layers)
 
     def fp32_sums(self, name: DtypeName) -> bool:

@@ -9,8 +9,10 @@ from typing import Any, Protocol
 import torch
 
 from betterhalf.config.schema import PrecisionRoles, RunConfig, SamplingConfig
+from betterhalf.distributed.group import Membership
 from betterhalf.precision.roles import Precision
 from betterhalf.rollout.engine import RolloutEngine
+from betterhalf.rollout.weight_group import GroupReceiver, GroupSender, Layout, WeightReceiver, WeightSender
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +31,12 @@ class EngineCapabilities:
     """True if the built engine is a `rollout.tracing.TracedEngine`."""
     reports_support: bool = False
     """True if completions come with the tokens that truncated sampling could draw, where a request asks for them."""
+    reports_experts: bool = False
+    """True if completions of a mixture of experts come with the experts that computed them, where a request asks."""
     shares_cores: bool
     """True if it keeps to the thread count of its process, so that several runs can share the cores of a CPU."""
+    serves_adapters: bool = False
+    """True if it computes with LoRA adapters beside the weights, for `lora.merge=adapter`."""
     reports_top_tokens: bool = False
     """True if completions come with the most likely tokens at each position, for `algorithm.score_centering`."""
 
@@ -62,9 +68,16 @@ class EngineKind:
     """Check that raises ConfigError for sampling settings that the engine cannot apply."""
     check_roles: Callable[[PrecisionRoles], None]
     """Check that raises ConfigError for dtype roles that the engine cannot apply."""
-    check_architecture: Callable[[Any], None]
-    """Check that raises InputError for a transformers configuration of these families that it cannot compute."""
+    check_architecture: Callable[[RunConfig, Any], None]
+    """Check that raises InputError for a transformers configuration of these families that it cannot compute as
+    configured."""
     require_installed: Callable[[torch.device], None]
     """Check that raises InputError or MissingExtraError if a package that it needs on this device is missing."""
     build: EngineBuilder
     """Builder of the engine without weights."""
+    mixtures: tuple[str, ...] = ()
+    """Mixtures of experts among `families` that are known to work; no message recommends the engine for others."""
+    sender: Callable[[Membership, torch.device, Layout], WeightSender] = GroupSender
+    """End of a weight group in rank 0; joins when it is made."""
+    receiver: Callable[[Any, torch.device], WeightReceiver] = GroupReceiver
+    """End of a weight group in the process of the engine, made of the engine and its device; joins later."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -29,7 +29,8 @@ class RolloutEngine(Protocol):
 
         Each completion carries the `policy_version` loaded last; the caller refuses any other (`require_version`).
         Where `sampling` truncates the distribution and a request asks for it (`with_support`), completions carry their
-        `support`, if the engine declares `EngineCapabilities.reports_support`.
+        `support`, if the engine declares `EngineCapabilities.reports_support`. Those of a mixture of experts carry
+        their `experts` if a request asks for them (`with_experts`) and the engine declares `reports_experts`.
 
         Raises:
             InputError: a prompt is empty, leaves no room for one more token in the model's context, or holds a token
@@ -58,12 +59,17 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
-        """Replace all weights in place.
+    def load_weights(
+        self, weights: Iterable[tuple[str, Tensor]], *, policy_version: int, partial: bool = False
+    ) -> None:
+        """Replace all weights in place, or some of them.
 
         Args:
             weights: (unfused Hugging Face name, tensor in the wire dtype), every weight once.
             policy_version: version of these weights, for `Completion.policy_version`.
+            partial: some weights are left out, as `wire.WeightStream.changed` does; they stay as the last load, a whole
+                one or a part, has left them. Layers that engines fuse, such as those of queries, keys and values,
+                arrive together.
 
         Raises:
             EngineError: a name is unknown, missing or repeated, or a tensor has the wrong shape.
@@ -108,6 +114,23 @@ class RolloutEngine(Protocol):
         ...
 
 
+@runtime_checkable
+class SelfRestarting(Protocol):
+    """Engine that restarts its own processes; `EngineCapabilities.max_restarts` is then 0."""
+
+    def take_restarts(self) -> int:
+        """Return the number of restarts since the last call."""
+        ...
+
+
+def take_restarts(engine: RolloutEngine) -> int:
+    """Return the number of times that the engine restarted its processes by itself since the last call.
+
+    Call it once in each step: the limit on restarts starts again.
+    """
+    return engine.take_restarts() if isinstance(engine, SelfRestarting) else 0
+
+
 def require_version(groups: Iterable[Iterable[Completion]], policy_version: int) -> None:
     """Refuse completions sampled by other weights than those they are compared with.
 
@@ -119,7 +142,7 @@ def require_version(groups: Iterable[Iterable[Completion]], policy_version: int)
     if stale:
         raise EngineError(
             f"{len(stale)} of {len(versions)} completions were sampled by stale weights, of policy version {stale[0]}, "
-            f"where the trainer holds version {policy_version}: the engine did not take the last weight sync; check "
+            f"where the engine should hold version {policy_version}: it did not take the last weight sync; check "
             "that load_weights returns only when the new weights sample, then continue with --resume"
         )
 
@@ -140,3 +163,25 @@ def require_supports(groups: Iterable[Iterable[Completion]], sampling: SamplingC
                 "of them, so the trainer cannot score the distribution that was sampled; fill Completion.support in "
                 "the engine, or sample with engine=native"
             )
+
+
+def require_experts(requests: Iterable[GenerateRequest], groups: Iterable[Iterable[Completion]]) -> None:
+    """Refuse completions without the experts that the trainer is to replay.
+
+    Args:
+        requests: with `with_experts`.
+        groups: the completions of each request.
+
+    Raises:
+        EngineError: a completion has no experts, or not those of each token but its last.
+    """
+    for request, group in zip(requests, groups, strict=True):
+        for completion in group:
+            wanted = len(request.token_ids) + len(completion.token_ids) - 1
+            count = 0 if completion.experts is None else int(completion.experts.experts_NLK.shape[0])
+            if count != wanted:
+                raise EngineError(
+                    f"a completion names the experts of {count} tokens, and {wanted} were computed, so the trainer "
+                    "cannot replay them; fill Completion.experts in the engine, sample with engine=native, or set "
+                    "algorithm.routing_replay=false"
+                )

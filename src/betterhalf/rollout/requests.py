@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from betterhalf.errors import EngineError, InputError
-from betterhalf.types import GenerateRequest
+from betterhalf.precision.formats import FORMATS
+from betterhalf.types import DtypeName, GenerateRequest
 
 
 def stop_ids(token_ids: Iterable[int], vocabulary: int) -> tuple[int, ...]:
@@ -81,6 +82,26 @@ def require_finite_scores(scores: Iterable[Sequence[float]], dtype: str, explain
     for index, logprobs in enumerate(scores):
         if not all(map(math.isfinite, logprobs)):
             raise EngineError(f"sequence {index}: its logprobs are not finite in {dtype}: {explain()}")
+
+
+_ROUNDOFFS, _RELATIVE = 64, 16
+"""Tolerance in unit roundoffs of the coarser format: absolute, and relative to the mean logprob, since rounding
+errors grow with it. Rounding alone causes up to about a tenth of it (docs/engines.md has the measurements)."""
+_FLOOR = 1e-3
+"""Smallest tolerance, in nats: even in fine formats, other orders of summation differ."""
+
+
+def score_tolerance(formats: Iterable[DtypeName], mean_logprob: float) -> float:
+    """Return the mean absolute difference of logprobs of the same tokens, in nats, that rounding may cause.
+
+    It is the largest of 1e-3, 64 unit roundoffs, and 16 unit roundoffs times the mean absolute logprob.
+
+    Args:
+        formats: formats that the compared sides compute in; the coarsest counts.
+        mean_logprob: mean logprob of the tokens, in nats.
+    """
+    roundoff = max(FORMATS[name].unit_roundoff for name in formats)
+    return max(_FLOOR, roundoff * max(_ROUNDOFFS, _RELATIVE * abs(mean_logprob)))
 
 
 def _check_vocabulary(label: str, token_ids: Sequence[int], vocabulary: int) -> None:

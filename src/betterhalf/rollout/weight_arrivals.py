@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from betterhalf.errors import EngineError
+
+
+class Shaped(Protocol):
+    """A tensor, or the description of one."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its sizes."""
+        ...
+
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Unfused Hugging Face name -> shape of the whole tensor."""
@@ -15,12 +24,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 class WeightArrivals:
     """Check of the weights of one sync: each name once, in the engine's shape."""
 
-    def __init__(self, shapes: Shapes) -> None:
-        """Expect the weights of `shapes`."""
+    def __init__(self, shapes: Shapes, *, held: bool = False) -> None:
+        """Expect the weights of `shapes`: all of them, or some of them if the engine holds the others already."""
         self._shapes = shapes
+        self._held = held
         self._missing = set(shapes)
 
-    def check(self, name: str, tensor: Tensor) -> None:
+    def check(self, name: str, tensor: Shaped) -> None:
         """Check one weight and mark it as arrived.
 
         Raises:
@@ -39,13 +49,13 @@ class WeightArrivals:
         self._missing.discard(name)
 
     def finish(self) -> None:
-        """Require that every weight has arrived.
+        """Require that every weight has arrived, or is held from a sync before.
 
         Raises:
             EngineError: some are missing.
         """
-        if self._missing:
+        if self._missing and not self._held:
             raise EngineError(
                 f"{len(self._missing)} weights did not arrive at the engine, {min(self._missing)!r} among them; "
-                "send every weight on each sync"
+                "send every weight on the first sync after a start"
             )

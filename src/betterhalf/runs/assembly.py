@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from betterhalf.algorithms.advantage import check_dynamic_sampling, check_group_size, check_overlong_buffer
 from betterhalf.algorithms.own_loss import try_own_loss
 from betterhalf.algorithms.presets import Algorithm, resolve_algorithm
+from betterhalf.cluster.build import Sides, backend_of
+from betterhalf.cluster.trained import LoadTrained
 from betterhalf.config.schema import RunConfig
-from betterhalf.errors import ConfigError, MissingExtraError
-from betterhalf.metrics.sinks import TENSORBOARD_MISSING
+from betterhalf.errors import ConfigError
 from betterhalf.models.description import ModelDescription, ModelFacts, describe_model
-from betterhalf.models.loading import LoadedModel, load_weights
+from betterhalf.precision.device import choose_device
 from betterhalf.precision.roles import Precision, build_precision
-from betterhalf.rollout.build import (
-    build_engine,
-    capabilities,
-    check_engine,
-    check_training_sampling,
-    require_engine,
-)
+from betterhalf.rollout.build import capabilities, check_engine, check_replay, check_training_sampling, require_engine
 from betterhalf.rollout.engine import RolloutEngine
 from betterhalf.setup.data import load_task
-from betterhalf.setup.device import choose_device
 from betterhalf.setup.evaluation import EvaluationSet, evaluation_config, load_evaluation_sets
 from betterhalf.setup.model_checks import check_model, check_roles, require_stop_token, show_notes
-from betterhalf.setup.trained_policy import TrainedPolicy
 from betterhalf.tasks.fingerprint import DataRecord
 from betterhalf.tasks.task import Task
-from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.training.trainer import Trainer
 
 
@@ -45,24 +38,34 @@ class Parts:
     algorithm: Algorithm
     model: ModelFacts
     """Tokenizer, vocabulary, context and stop tokens."""
-    parameters: int
-    """Number of the model's parameters; a tied head counts once."""
     task: Task
     data: DataRecord
     """Digests of the task's rows and of its reward."""
-    trainer: Trainer
-    """Trainer, which holds the policy pi."""
-    engine: RolloutEngine
-    """Engine, which samples from mu; it holds no weights before the first sync."""
+    sides: Sides
+    """Trainer and engine, and what they run on."""
     evaluation: tuple[EvaluationSet, ...] = ()
     """Data sets to evaluate; empty without evaluations."""
+
+    @property
+    def trainer(self) -> Trainer:
+        """Trainer, which holds the policy pi."""
+        return self.sides.trainer
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """Engine, which samples from mu; it holds no weights before the first sync."""
+        return self.sides.engine
+
+    @property
+    def parameters(self) -> int:
+        """Number of the model's parameters; a tied head counts once."""
+        return self.sides.parameters
 
     def close(self) -> None:
         """End worker processes, the engine and the trainer."""
         for task in unique_tasks(self):
             task.close()
-        self.trainer.close()
-        self.engine.close()
+        self.sides.close()
 
 
 def assemble(
@@ -71,53 +74,57 @@ def assemble(
     rows: int | None = None,
     evaluating: bool = False,
     sets: bool = False,
-    trained: Callable[[], TrainedPolicy] | None = None,
+    trained: LoadTrained | None = None,
+    folder: Path | None = None,
+    restores: bool = False,
 ) -> Parts:
-    """Load the model once, and build trainer, engine and task around it.
+    """Load the data, and build trainer and engine where `cluster.backend` puts them.
 
     Errors are raised in the same order on every machine, the cheapest check first: the configuration, the model's own
-    configuration, the data, the machine, and last the weights.
+    configuration, the data, the machine or cluster, and last the weights.
 
     Args:
         config: the configuration of the run.
         rows: number of rows of the task to use, from the first on; all by default.
-        evaluating: True if the engine only samples: any engine may then truncate its distribution, because its
-            logprobs are not compared with the trainer's.
+        evaluating: True if the engine only samples: it may then truncate, since its logprobs are not compared.
         sets: True to load the data sets of `[evaluate]` in place of the task, which is then the first of them. A run
             with evaluations during training loads them besides its task.
         trained: loads weights that replace the model's own.
+        folder: run folder, which every process that writes a part of a checkpoint must see; None if none is written.
+        restores: True if the caller restores a checkpoint before it uses the trainer.
 
     Raises:
         CheckpointError: the trained weights are of another model.
         InputError: the model, the data set or the combination of settings cannot work.
     """
     algorithm = checked_algorithm(config, evaluating=evaluating)
-    described = _checked_model(config)
+    described = _checked_model(config, starts=trained is None)
     task, evaluation = _data(described, config, rows, sets=sets, evaluating=evaluating)
     try:
-        device = choose_device(config)
-        require_logging(config)
-        require_engine(config, device)
-        model = load_weights(described)
-        show_notes(model, config.logging.console)
-        precision = build_precision(config.precision, device, exact=config.exact)
-        engine = build_engine(config, model.hf_config, model.stop_token_ids, precision)
-        parameters = sum(parameter.numel() for parameter in model.module.parameters())
-        trainer = _trainer(model, config, precision, trained, algorithm.reads_reference and not evaluating)
+        precision = build_precision(config.precision, checked_machine(config, described), exact=config.exact)
+        keep_reference = algorithm.reads_reference and not evaluating
+        sides = backend_of(config).build(
+            config,
+            described,
+            precision,
+            keep_reference=keep_reference,
+            trained=trained,
+            folder=folder,
+            restores=restores,
+        )
     except BaseException:
         for loaded in (task, *(data.task for data in evaluation)):
             loaded.close()
         raise
+    show_notes(sides.model, config.logging.console, config.lora)
     return Parts(
         config=config,
         precision=precision,
         algorithm=algorithm,
-        model=model.facts(),
-        parameters=parameters,
+        model=sides.model,
         task=task,
         data=task.record(),
-        trainer=trainer,
-        engine=engine,
+        sides=sides,
         evaluation=evaluation,
     )
 
@@ -151,8 +158,21 @@ def check_before_weights(config: RunConfig) -> None:
         InputError: the settings contradict each other, or the model or the machine cannot run them.
     """
     checked_algorithm(config, evaluating=False)
-    _checked_model(config)
-    require_engine(config, choose_device(config))
+    checked_machine(config, _checked_model(config))
+
+
+def checked_machine(config: RunConfig, described: ModelDescription) -> torch.device:
+    """Return the device of this process, after every check of the machine and of the cluster.
+
+    Raises:
+        InputError: the engine cannot run on the device, or the cluster cannot be used.
+        MissingExtraError: a package is missing.
+    """
+    backend = backend_of(config)
+    device = choose_device(config) if backend.computes_here else torch.device("cpu")
+    require_engine(config, device)
+    backend.check(config, described)
+    return device
 
 
 def checked_algorithm(config: RunConfig, *, evaluating: bool) -> Algorithm:
@@ -160,6 +180,7 @@ def checked_algorithm(config: RunConfig, *, evaluating: bool) -> Algorithm:
     algorithm = resolve_algorithm(config.algorithm, with_loss=not evaluating)
     if not evaluating:
         check_training_sampling(config)
+        check_replay(config)
         check_group_size(algorithm.advantage, config.training.group_size)
         check_dynamic_sampling(algorithm, config.training.group_size)
         check_overlong_buffer(algorithm.overlong_tokens(config.sampling.max_tokens), config.sampling.max_tokens)
@@ -192,37 +213,29 @@ def _check_centering(config: RunConfig) -> None:
         )
 
 
-def _checked_model(config: RunConfig) -> ModelDescription:
-    """Read the model's configuration files, and check them against the run's."""
+def _checked_model(config: RunConfig, *, starts: bool = True) -> ModelDescription:
+    """Read the model's configuration files, and check them against the run's.
+
+    Set `starts` to False if trained weights replace the model's own.
+    """
     described = describe_model(config.model)
-    check_model(described, config)
+    check_model(described, config, starts=starts)
+    _check_experts(described, config)
     require_stop_token(described, config.model)
     return described
 
 
-def _trainer(
-    model: LoadedModel,
-    config: RunConfig,
-    precision: Precision,
-    trained: Callable[[], TrainedPolicy] | None,
-    keep_reference: bool,
-) -> PolicyTrainer:
-    """Build the trainer on the model's weights, or on those that `trained` loads in their place."""
-    if trained is None:
-        return PolicyTrainer(model, config=config, precision=precision, keep_reference=keep_reference)
-    policy = trained()
-    policy.copy_into(model.module)
-    return PolicyTrainer(model, config=config, precision=precision, policy_version=policy.policy_version)
-
-
-def require_logging(config: RunConfig) -> None:
-    """Refuse TensorBoard events if the package is missing, before the run writes anything to disk.
+def _check_experts(described: ModelDescription, config: RunConfig) -> None:
+    """Refuse routing replay for a model without experts.
 
     Raises:
-        MissingExtraError: `tensorboard` is not installed.
+        ConfigError: the message says what to set.
     """
-    if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise MissingExtraError(TENSORBOARD_MISSING)
+    if config.algorithm.routing_replay and not described.has_experts:
+        raise ConfigError(
+            f"algorithm.routing_replay=true is for a mixture of experts, and model {described.name!r} "
+            f"({described.hf_config.model_type}) has none; set algorithm.routing_replay=false"
+        )
 
 
 def algorithm_record(algorithm: Algorithm) -> dict[str, Any]:

@@ -1,57 +1,178 @@
-"""Checkpoints of a run: written after a step, and restored by `--resume`."""
+"""Checkpoints of a run: written in the background after a step, and restored by `--resume`."""
 
 from __future__ import annotations
 
-from betterhalf.errors import InputError
+import contextlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from betterhalf.config.schema import RunConfig
+from betterhalf.errors import CheckpointError, ConfigError, InputError, TrainerDiedError
+from betterhalf.metrics.catalogue import CATALOGUE
 from betterhalf.metrics.console import show_note
+from betterhalf.metrics.evaluation import is_evaluation
+from betterhalf.metrics.metric import FREE_AREAS
+from betterhalf.models.description import describe_model
+from betterhalf.models.skeleton import skeleton
 from betterhalf.run_dir import RunDir, read_jsonl, truncate_jsonl
 from betterhalf.runs.assembly import Parts
 from betterhalf.runs.data_check import require_same_data
 from betterhalf.runs.progress import Progress
 from betterhalf.runs.watchdog import WatchState
-from betterhalf.setup.trained_policy import best_evaluation
+from betterhalf.setup.trained_policy import best_steps
 from betterhalf.training import checkpoint
+from betterhalf.training.shards import read_shapes
+from betterhalf.words import counted
 
 
-def save_checkpoint(parts: Parts, run: RunDir, progress: Progress) -> None:
-    """Write everything that the next step depends on.
+class Checkpoints:
+    """Writer of a run's checkpoints, in the background; one at a time.
 
-    Sampling, shuffling and data order are functions of (seed, step, position), so no generator has state to save.
+    A checkpoint costs the step that it follows a copy of the state to host memory. Its files are written, completed and
+    renamed while the next steps run. A failed write is raised by the next call.
+    """
+
+    def __init__(self, parts: Parts, run: RunDir) -> None:
+        """Write the state of `parts.trainer` below `run`."""
+        self._parts = parts
+        self._run = run
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._writing: Future[None] | None = None
+
+    def save(self, progress: Progress) -> None:
+        """Copy everything that the next step depends on, and start to write it; the metrics of the step are written.
+
+        Sampling, shuffling and data order are functions of (seed, step, position), so no generator has state to save.
+
+        Raises:
+            RunError: this checkpoint cannot be begun, or the one before could not be written; earlier ones are
+                untouched.
+        """
+        self.wait()
+        partial = checkpoint.begin(self._run.checkpoints, progress.step)
+        try:
+            written = self._parts.trainer.write_state(partial)
+        except BaseException:
+            checkpoint.discard(partial)
+            raise
+        saved = checkpoint.Checkpoint(
+            path=checkpoint.step_folder(self._run.checkpoints, progress.step),
+            step=progress.step,
+            written=written,
+            values=self._values(progress),
+        )
+        best = best_steps(self._run, self._parts.config, progress.step)
+        self._writing = self._thread.submit(self._finish, partial, saved, best)
+
+    def check(self) -> None:
+        """Raise the failure of a checkpoint that is no longer being written; never waits.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is whole.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def drop(self) -> None:
+        """Wait for the last checkpoint, and forget it if a rank that wrote it has ended."""
+        with contextlib.suppress(TrainerDiedError):
+            self.wait()
+
+    def _values(self, progress: Progress) -> dict[str, Any]:
+        """Return the JSON values of the run, apart from the trainer's."""
+        return {
+            "position": progress.position,
+            "watch": progress.watch.to_json(),
+            "data": self._parts.data.to_json(),
+            "evaluation_data": {data.name: data.data.to_json() for data in self._parts.evaluation},
+        }
+
+    def _finish(self, partial: Path, saved: checkpoint.Checkpoint, best: set[int]) -> None:
+        """Complete a checkpoint once all ranks have written their files."""
+        try:
+            files = self._parts.trainer.wait_written()
+            checkpoint.finish(partial, files, saved, keep=self._parts.config.training.keep_checkpoints, best=best)
+        except BaseException:
+            checkpoint.discard(partial)
+            raise
+
+
+def require_known_metric(config: RunConfig) -> None:
+    """Refuse a `training.keep_best_metric` that no step has, before anything is loaded.
 
     Raises:
-        RunError: the checkpoint cannot be written; earlier checkpoints are untouched.
+        ConfigError: the message names the nearest metric.
     """
-    values = {
-        "position": progress.position,
-        "watch": progress.watch.to_json(),
-        "data": parts.data.to_json(),
-        "evaluation_data": {data.name: data.data.to_json() for data in parts.evaluation},
-    }
-    saved = checkpoint.Checkpoint(step=progress.step, trainer=parts.trainer.state(), values=values)
-    best = best_evaluation(run, progress.step) if parts.config.evaluate.keep_best else None
-    keep = parts.config.training.keep_checkpoints
-    checkpoint.save(run.checkpoints, saved, keep=keep, best=best.step if best else None)
+    metric = config.training.keep_best_metric
+    if metric is None or metric in CATALOGUE or metric.partition("/")[0] in FREE_AREAS or is_evaluation(metric):
+        return
+    near = get_close_matches(metric, CATALOGUE, n=1, cutoff=0.0)[0]
+    raise ConfigError(
+        f"training.keep_best_metric = {metric!r} is not a metric. Did you mean {near!r}? docs/metrics.md lists all."
+    )
 
 
-def restore(parts: Parts, run: RunDir) -> Progress:
-    """Load the newest checkpoint into the trainer, and drop the rows that were logged after it.
+def newest(run: RunDir) -> checkpoint.Checkpoint | None:
+    """Check the files of the newest checkpoint and return it without its tensors; None if the run has none yet.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or altered.
+    """
+    checkpoint.tidy(run.checkpoints)
+    path = checkpoint.latest(run.checkpoints)
+    return None if path is None else checkpoint.load(path)
+
+
+def require_same_model(saved: checkpoint.Checkpoint, config: RunConfig) -> None:
+    """Compare the shapes in a checkpoint with those of the model, before any weights are read.
+
+    Raises:
+        CheckpointError: a parameter has another shape; the message shows both.
+        InputError: see `describe_model`.
+    """
+    module = skeleton(describe_model(config.model).hf_config)
+    expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    found = read_shapes(saved.path, "model")
+    different = [name for name in found if found[name] != expected.get(name, found[name])]
+    if different:
+        name = different[0]
+        more = f" ({counted(len(different) - 1, 'other parameter')} as well)" if len(different) > 1 else ""
+        raise CheckpointError(
+            f"{saved.source} holds another shape of parameter {name!r} than model {config.model.name!r}: "
+            f"{list(found[name])} and {list(expected[name])}{more}. It was made by another model; name that model, or "
+            "start again in another run_dir"
+        )
+
+
+def restore(parts: Parts, run: RunDir, saved: checkpoint.Checkpoint | None) -> Progress:
+    """Load a checkpoint into the trainer, and drop the rows that were logged after it.
 
     Without a checkpoint the run starts again at step 1.
 
     Raises:
-        CheckpointError: the checkpoint is corrupted, or of another model.
+        CheckpointError: the checkpoint is of another model.
         InputError: the data has changed, or logged steps before the checkpoint are missing.
     """
-    path = checkpoint.latest(run.checkpoints)
     progress = Progress()
-    if path is not None:
-        saved = checkpoint.load(path)
-        parts.trainer.load(saved.trainer)
+    if saved is not None:
+        parts.trainer.read_state(saved.path, saved.written, saved.source)
         _require_same_data(parts, saved)
         progress = Progress(
             step=saved.step,
             position=int(saved.values["position"]),
-            policy_version=saved.trainer.policy_version,
+            policy_version=saved.written.policy_version,
             watch=WatchState.from_json(saved.values.get("watch", {})),
         )
     _drop_rows_after(run, progress.step)
@@ -60,7 +181,7 @@ def restore(parts: Parts, run: RunDir) -> Progress:
 
 def _require_same_data(parts: Parts, saved: checkpoint.Checkpoint) -> None:
     """Compare the rows of the task, and of the data sets to evaluate, with those of the checkpoint."""
-    source, config = saved.trainer.source, parts.config
+    source, config = saved.source, parts.config
     notes = [require_same_data(source, saved.values.get("data"), parts.data, parts.task.place, config)]
     records = saved.values.get("evaluation_data", {})
     for data in parts.evaluation:

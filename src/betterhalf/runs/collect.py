@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from betterhalf.metrics.console import show_note
-from betterhalf.rollout.engine import require_supports, require_version
+from betterhalf.rollout.build import reports_experts
+from betterhalf.rollout.engine import require_experts, require_supports, require_version, take_restarts
+from betterhalf.rollout.restarts import Restarts
 from betterhalf.runs.assembly import Parts
 from betterhalf.runs.progress import Progress
-from betterhalf.runs.recovery import Restarts, restarts_of, retry_on_engine_death
+from betterhalf.runs.recovery import restarts_of, retry_on_engine_death
 from betterhalf.runs.stopwatch import Stopwatch
 from betterhalf.runs.turns import Player
 from betterhalf.runs.weight_sync import revive
@@ -40,6 +42,11 @@ class Collected:
     """The task's own metrics of this step, under `task/`."""
     environment_failures: int | None = None
     """Number of calls of the environment in this step that failed; None without an environment."""
+    policy_version: int = 0
+    """Version of the weights that sampled."""
+    ahead_seconds: float | None = None
+    """Seconds of sampling and grading in the background, 0 if the step waited for all of it; None if a run never
+    samples ahead."""
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -87,7 +94,7 @@ def _tokens(rollouts: Sequence[Rollout]) -> int:
 
 
 def collect_groups(parts: Parts, progress: Progress, clock: Stopwatch) -> Collected:
-    """Sample and grade the groups of the step after `progress`.
+    """Sample and grade the groups of the step after `progress`, with the weights of its policy version.
 
     With `dynamic_sampling` (arXiv 2503.14476), groups whose rewards are all equal are replaced by groups of fresh
     prompts, for at most `max_sampling_rounds` rounds. If groups are still missing then, groups of equal rewards fill
@@ -129,9 +136,10 @@ def collect_groups(parts: Parts, progress: Progress, clock: Stopwatch) -> Collec
         position=position,
         timeouts=parts.task.timeouts - timeouts_before,
         unparsed_answers=parts.task.unparsed_answers - unparsed_before,
-        restarts=restarts.count,
+        restarts=restarts.count + take_restarts(parts.engine),
         task_metrics=_task_metrics(parts),
         environment_failures=turns.failures - failures_before if turns else None,
+        policy_version=progress.policy_version,
     )
 
 
@@ -168,7 +176,7 @@ def sample_groups(
         prompts: one for each group.
         group_size: number of completions of each prompt.
         step: step in the random key.
-        policy_version: version that the completions must have: that of the trainer's weights.
+        policy_version: version that the completions must have: that of the last weight sync.
         first_index: index of the first prompt in the random key.
         clock: records the seconds of `generate` and `reward`.
         restarts: counts and limits the restarts of the engine; by default, in this call alone.
@@ -186,6 +194,8 @@ def sample_groups(
             siblings = _generate(parts, requests, policy_version, counted)
             if trains:
                 require_supports(siblings, parts.config.sampling)
+            if trains and parts.config.algorithm.routing_replay:
+                require_experts(requests, siblings)
             return siblings
 
     requests = [
@@ -195,6 +205,7 @@ def sample_groups(
             key=(parts.config.seed, step, first_index + index),
             prompt_id=prompt.prompt_id,
             with_support=trains,
+            with_experts=trains and reports_experts(parts.config, parts.model),
         )
         for index, prompt in enumerate(prompts)
     ]

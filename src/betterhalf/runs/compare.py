@@ -33,6 +33,8 @@ class ComparedRun:
     """Course of the reward in a word (`learned`, `collapsed`, ...), `stopped`, or `unfinished`."""
     passed: bool | None
     """Verdict of an arm."""
+    cluster: str | None
+    """Backend with its numbers of ranks and engines, such as `ray 2+1`; None for one process."""
     steps: int
     """Number of recorded steps."""
     first_reward: float | None
@@ -132,6 +134,7 @@ def _compared(run: RunDir, name: str) -> ComparedRun:
         verb=str(summary["verb"]) if "verb" in summary else None,
         outcome=_outcome(summary, course.outcome if course else None),
         passed=verdict if isinstance(verdict := summary.get("passed"), bool) else None,
+        cluster=_cluster(_optional(run.config).get("cluster")),
         steps=len(rows),
         first_reward=course.first if course else None,
         final_reward=course.final if course else None,
@@ -141,6 +144,12 @@ def _compared(run: RunDir, name: str) -> ComparedRun:
         skipped=int(sum(skipped)) if skipped else None,
         seconds=_finite(summary.get("seconds")),
     )
+
+
+def _cluster(settings: Any) -> str | None:
+    if not isinstance(settings, Mapping) or settings.get("backend") in (None, "local"):
+        return None
+    return f"{settings['backend']} {settings.get('trainers')}+{settings.get('engines')}"
 
 
 def _outcome(summary: Mapping[str, Any], course: str | None) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def _evaluate_in(run: RunDir, config: RunConfig, target: str, checkpoint: str) -
     emulated = emulated_names((roles.rollout_dtype, roles.kv_dtype))
     if emulated:
         show_note(emulated_sentence(emulated), mode=config.logging.console)
-    trained = (lambda: load_policy(target, checkpoint)) if is_run else None
+    trained = partial(load_policy, target, checkpoint) if is_run else None
     parts = assemble(config, evaluating=True, sets=True, trained=trained)
     try:
         synced = first_sync(parts)
@@ -138,7 +139,7 @@ def _require_same_subject(run: RunDir, parts: Parts) -> None:
 
 def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:
     """Record what is evaluated; the configuration is written last, so a folder that has it is complete."""
-    write_json_atomic(run.environment, environment())
+    write_json_atomic(run.environment, environment() | {"cluster": parts.sides.cluster()})
     write_json_atomic(run.contract, contract.to_json())
     write_left_out(run, *unique_tasks(parts))
     digests = {data.name: data.data.to_json() for data in parts.evaluation}

@@ -12,6 +12,7 @@ from betterhalf.config.schema import EvaluateConfig
 from betterhalf.diagnostics.accuracy import majority_at, pass_at
 from betterhalf.diagnostics.deployment_gap import DeploymentGap, deployment_gap
 from betterhalf.diagnostics.estimates import Estimate, mean_estimates
+from betterhalf.rollout.engine import take_restarts
 from betterhalf.runs.assembly import Parts
 from betterhalf.runs.collect import sample_groups
 from betterhalf.runs.stopwatch import Stopwatch
@@ -102,6 +103,7 @@ def evaluate_prompts(
             first_index=first_index + start,
             clock=clock,
         )
+        take_restarts(parts.engine)  # each block may restart engines as often as a step
         found = [_result(group, extract) for group in groups]
         if score:
             ratios = _log_ratios(parts, groups)

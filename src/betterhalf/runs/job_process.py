@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from betterhalf import errors
 from betterhalf.errors import BetterhalfError
 from betterhalf.metrics.events import emit
-from betterhalf.process import end_with_parent, prepare_process
+from betterhalf.process import Terminated, end_with_parent, prepare_process, sigterm_interrupts
 
 
 def public_name(error: BetterhalfError) -> str:
@@ -67,9 +67,12 @@ def main() -> int:
     end_with_parent(int(sys.argv[1]))
     prepare_process()
     try:
-        with _own_input() as jobs:
+        # The process that started this one ends it by SIGTERM; what a job has started ends with it.
+        with sigterm_interrupts(), _own_input() as jobs:
             for line in jobs:
                 emit(sys.stderr, outcome(json.loads(line)))
+    except Terminated:
+        return 143
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130

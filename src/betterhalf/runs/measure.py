@@ -1,18 +1,24 @@
-"""Trainer logprobs of a step before any update: the mismatch to the engine, and the proximal anchor of the loss."""
+"""Trainer logprobs of a step before any update: the mismatch to the engine, and the proximal anchor of the loss.
+
+All are computed at the weights that sampled the step. Where the trainer has been updated since, with
+`pipeline.max_staleness = 1`, it has kept those weights; its logprobs at the newest ones serve the staleness alone.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from betterhalf.algorithms.presets import Algorithm
-from betterhalf.batches import StepBatch
+from betterhalf.batches import MicroBatch, StepBatch
 from betterhalf.config.schema import RunConfig
+from betterhalf.diagnostics import experts
 from betterhalf.diagnostics.budget import budget_metrics, fit_budget
 from betterhalf.diagnostics.logprob_gap import GapProfile, gap_profile, mismatch_metrics
+from betterhalf.diagnostics.staleness import staleness_metrics
 from betterhalf.training.trainer import TokenScores, Trainer
 
 
@@ -24,6 +30,10 @@ class Measured:
     """Index of a pack -> its scores, for the packs in `sample` and for others that the loss needs."""
     sample: tuple[int, ...]
     """Indices of the packs over which the mismatch is computed: all, or a seeded sample; ascending."""
+    behind: int = 0
+    """Number of applied updates between the weights that sampled and the trainer's newest."""
+    newest: Mapping[int, TokenScores] = field(default_factory=dict)
+    """Index of each pack in `sample` -> its scores at the newest weights; empty if the run never samples ahead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,25 +41,37 @@ class Gap:
     """Mismatch between trainer and engine at the same weights."""
 
     metrics: dict[str, float]
-    """`mismatch/*`, `budget/*` and the entropy, over all measured tokens."""
+    """`mismatch/*`, `budget/*`, the entropy, and `staleness/*` if the run samples ahead, over all measured tokens."""
     profile: GapProfile
     """The mismatch by probability, position and completion."""
 
 
-def measure(trainer: Trainer, batch: StepBatch, config: RunConfig, step: int) -> Measured:
+def measure(trainer: Trainer, batch: StepBatch, config: RunConfig, step: int, behind: int = 0) -> Measured:
     """Score a seeded sample of the step's packs (all by default), as they are packed for training.
 
     In half precision another packing would round differently, and the first importance ratio would not be 1.
+
+    Args:
+        trainer: has kept the weights that sampled, if it has been updated since.
+        batch: packs of the step.
+        config: share of packs to score, seed, and whether the run samples ahead.
+        step: seeds the draw.
+        behind: number of applied updates between the weights that sampled and the trainer's newest.
     """
     count = max(1, round(config.mismatch.sample_fraction * len(batch.packs)))
     chosen = random.Random(f"measure-{config.seed}-{step}").sample(range(len(batch.packs)), count)
-    return measure_also(trainer, batch, Measured(scores={}, sample=tuple(sorted(chosen))), chosen)
+    measured = measure_also(trainer, batch, Measured(scores={}, sample=tuple(sorted(chosen)), behind=behind), chosen)
+    if not config.pipeline.max_staleness:
+        return measured
+    newest = trainer.measure(batch.chosen(measured.sample)) if behind else measured.scores.values()
+    return replace(measured, newest=dict(zip(measured.sample, newest, strict=True)))
 
 
 def measure_also(trainer: Trainer, batch: StepBatch, measured: Measured, packs: Iterable[int]) -> Measured:
     """Score those `packs` that have no scores yet; the mismatch ignores them, or trained packs would bias it."""
     missing = sorted(set(packs) - measured.scores.keys())
-    found = trainer.measure(batch.chosen(missing)) if missing else []
+    score = trainer.measure_kept if measured.behind else trainer.measure
+    found = score(batch.chosen(missing)) if missing else []
     return replace(measured, scores={**measured.scores, **dict(zip(missing, found, strict=True))})
 
 
@@ -72,7 +94,7 @@ def anchored(batch: StepBatch, measured: Measured) -> StepBatch:
 
 
 def mismatch(batch: StepBatch, measured: Measured, max_tokens: int) -> Gap:
-    """Compare trainer and engine over all measured tokens.
+    """Compare trainer and engine over all measured tokens, and the trainer with itself if the run samples ahead.
 
     Args:
         batch: packs of the step.
@@ -90,7 +112,36 @@ def mismatch(batch: StepBatch, measured: Measured, max_tokens: int) -> Gap:
     metrics = mismatch_metrics(trainer_C, behavior_C, index_C, sequences)
     budget = fit_budget(trainer_C.double() - behavior_C.double(), index_C, sequences)
     entropy = float(entropies_C.double().mean())
+    routed, layers = _routing(packs, [measured.scores[index] for index in measured.sample])
+    stale: dict[str, float] = {}
+    if measured.newest:
+        newest_C = torch.cat([measured.newest[index].logprobs_C for index in measured.sample])
+        stale = staleness_metrics(newest_C, trainer_C, index_C, sequences, measured.behind)
     return Gap(
-        metrics={**metrics, **budget_metrics(budget), "policy/entropy/mean": entropy},
-        profile=gap_profile(trainer_C, behavior_C, index_C, sequences, max_tokens),
+        metrics={**metrics, **budget_metrics(budget), "policy/entropy/mean": entropy, **routed, **stale},
+        profile=replace(gap_profile(trainer_C, behavior_C, index_C, sequences, max_tokens), by_expert_layer=layers),
     )
+
+
+def _routing(
+    packs: Sequence[MicroBatch], scores: Sequence[TokenScores]
+) -> tuple[dict[str, float], tuple[experts.ExpertLayer, ...]]:
+    """Return `experts/*`, and the same by layer: the load, and the changes if the engine reports its experts.
+
+    Both are empty without experts.
+    """
+    pairs = [
+        (score.experts_TLK, pack.experts_TLK)
+        for pack, score in zip(packs, scores, strict=True)
+        if score.experts_TLK is not None
+    ]
+    if not pairs:
+        return {}, ()
+    trainer_TLK = experts.joined([own for own, _ in pairs])
+    counts_LE = experts.expert_counts(trainer_TLK, scores[0].num_experts)
+    load = experts.load_metrics(counts_LE)
+    engine = [given for _, given in pairs if given is not None]
+    if len(engine) < len(pairs):
+        return load, experts.expert_layers(counts_LE, None)
+    changed_TL = experts.changed_tokens(trainer_TLK, experts.joined(engine))
+    return {**experts.change_metrics(changed_TL), **load}, experts.expert_layers(counts_LE, changed_TL)

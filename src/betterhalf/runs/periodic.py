@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from betterhalf.config.schema import RunConfig
 from betterhalf.diagnostics.estimates import Estimate
 from betterhalf.metrics.evaluation import metric_name
 from betterhalf.run_dir import RunDir, append_jsonl, read_jsonl
@@ -33,12 +32,6 @@ class PeriodicResult:
     """True if it is better than that of every earlier step with a checkpoint."""
     text: str
     """The result in one line."""
-
-
-def evaluation_due(config: RunConfig, step: int) -> bool:
-    """Return whether the policy is evaluated after `step`, or before the first step for 0."""
-    every = config.evaluate.every
-    return every > 0 and (step % every == 0 or step == config.training.steps)
 
 
 def evaluated(run: RunDir, step: int) -> bool:

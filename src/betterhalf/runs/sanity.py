@@ -31,6 +31,7 @@ from betterhalf.metrics.several import SeveralRuns
 from betterhalf.report.emulated import emulated_names
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
+from betterhalf.run_lock import run_lock
 from betterhalf.runs.assembly import Parts, check_before_weights
 from betterhalf.runs.data_check import without_permission
 from betterhalf.runs.evaluation import average_reward, evaluate_prompts
@@ -39,8 +40,9 @@ from betterhalf.runs.progress import Progress
 from betterhalf.runs.side_by_side import Job, plan_runs, run_jobs
 from betterhalf.runs.train import recorded_threads, require_same_config, run_training, summarise
 from betterhalf.runs.watchdog import require_sound_levels
-from betterhalf.setup.folder import locked, run_folder
+from betterhalf.setup.folder import run_folder
 from betterhalf.setup.model_checks import check_roles
+from betterhalf.tracking.kinds import require_trackers
 
 ARM_KEYS = ("passed", "final_accuracy", "mismatch_k3", "mismatch_max_abs", "skipped_steps", "seconds")
 """Keys of an arm's summary that the run's summary repeats."""
@@ -63,6 +65,7 @@ def sanity(config: RunConfig, run_dir: str | None, resume: bool = False) -> dict
     """
     require_sound_arms(config)
     require_sound_levels(config)
+    require_trackers(config.logging)
     with run_folder(run_dir, "sanity", config.name, resume=resume) as run:
         return _sanity_in(run, config)
 
@@ -235,8 +238,8 @@ def run_arm(config: RunConfig, name: str, arm: RunDir) -> dict[str, Any]:
     try:
         resume = arm.holds_run
         RunDir.create(arm.path, resume=resume)
-        with locked(arm.path):
-            return run_training(config, arm, resume=resume, label=name, after=final_accuracy)
+        with run_lock(arm.path):
+            return run_training(config, arm, resume=resume, label=name, kind="arm", after=final_accuracy)
     except (LossScaleError, EngineError, NumericsError, WatchdogError) as error:
         failed = {"passed": False, "final_accuracy": None, "reason": str(error)}
         measured = summarise(arm, config) if arm.metrics.exists() else {}

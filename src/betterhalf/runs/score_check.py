@@ -12,28 +12,18 @@ import torch
 
 from betterhalf.errors import WeightSyncError
 from betterhalf.models.description import ModelFacts
-from betterhalf.precision.formats import FORMATS
 from betterhalf.precision.roles import Precision
 from betterhalf.rollout.engine import RolloutEngine
+from betterhalf.rollout.requests import score_tolerance
 from betterhalf.training.pack import pack_sequence
 from betterhalf.training.trainer import Trainer
 
 _TOKENS = 32
-_ROUNDOFFS, _RELATIVE = 64, 16
-"""Tolerance in unit roundoffs of the coarser format: absolute, and relative to the mean logprob, since rounding
-errors grow with it. Rounding alone causes up to about a tenth of it (docs/engines.md has the measurements)."""
-_FLOOR = 1e-3
-"""Smallest tolerance, in nats: even in fine formats, other orders of summation differ."""
 
 
 def tolerance(precision: Precision, mean_logprob: float) -> float:
-    """Return the mean absolute difference of logprobs, in nats, that rounding may cause.
-
-    It is the largest of 1e-3, 64 unit roundoffs, and 16 unit roundoffs times the mean absolute logprob.
-    """
-    formats = (precision.roles.compute_dtype, precision.roles.rollout_dtype)
-    roundoff = max(FORMATS[name].unit_roundoff for name in formats)
-    return max(_FLOOR, roundoff * max(_ROUNDOFFS, _RELATIVE * abs(mean_logprob)))
+    """Return the mean absolute difference of trainer and engine logprobs that rounding may cause, in nats."""
+    return score_tolerance((precision.roles.compute_dtype, precision.roles.rollout_dtype), mean_logprob)
 
 
 def score_difference(trainer: Trainer, engine: RolloutEngine, model: ModelFacts) -> tuple[float, float]:

@@ -20,16 +20,19 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from betterhalf import errors
+from betterhalf.cluster.build import backend_of
 from betterhalf.config.load import resolved_json
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import BetterhalfError, RunError
 from betterhalf.metrics import events
+from betterhalf.precision.device import choose_device
 from betterhalf.process import chosen_threads, usable_cores
 from betterhalf.rollout.build import capabilities
-from betterhalf.setup.device import choose_device
+from betterhalf.types import JobKind
+from betterhalf.words import counted
 
 BYTES_PER_PARAMETER = 32
 """Estimated memory of a run on a CPU for each parameter: FP32 masters, two Adam states and gradients (16), widened
@@ -37,9 +40,6 @@ weights of trainer and engine (8), and temporary tensors of a sync and an optimi
 
 BYTES_BESIDE = 2 * 2**30
 """Estimated memory of a run for libraries, activations, logits and cache."""
-
-JobKind = Literal["arm", "cell"]
-"""Kinds of jobs; `job_process` has the function of each."""
 
 _Lines = queue.SimpleQueue[tuple["_Worker", str | None]]
 """(a worker, line of its output); None in place of the line at the end of the output."""
@@ -55,7 +55,8 @@ _JOBS_PER_PROCESS = 10
 """Number of jobs after which a worker is replaced: the allocator keeps some 50 MB more after each run of the demo."""
 
 _LINES_KEPT = 15
-_GRACE_SECONDS = 10.0
+_GRACE_SECONDS = 30.0
+"""Time in which a worker ends what its job has started, such as a Ray of its own; an idle one ends at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,7 @@ class Plan:
         at_once = min(self.at_once, len(names))
         how = f"{at_once} side by side" if at_once > 1 else "sequentially" if len(names) > 1 else "alone"
         each = " each" if len(names) > 1 else ""
-        return f"{runs}: {how}, {self.threads} thread{'' if self.threads == 1 else 's'}{each} ({self.reason})"
+        return f"{runs}: {how}, {counted(self.threads, 'thread')}{each} ({self.reason})"
 
 
 def plan_runs(config: RunConfig, count: int, parameters: int, *, wanted: int, key: str) -> Plan:
@@ -93,13 +94,15 @@ def plan_runs(config: RunConfig, count: int, parameters: int, *, wanted: int, ke
     threads = chosen.count if (chosen := chosen_threads()) else usable_cores()
     if wanted:
         return _plan(min(wanted, count), threads, f"{key}={wanted}")
+    if not backend_of(config).computes_here:
+        return _plan(1, threads, "each has the whole cluster")
     if choose_device(config).type != "cpu":
         return _plan(1, threads, "they share a GPU")
     if not capabilities(config).shares_cores:
         return _plan(1, threads, f"engine.type={config.engine.type} takes all cores")
     if (fit := _fit_in_memory(parameters)) < min(count, threads):
         return _plan(max(1, fit), threads, "as many as fit into memory")
-    return _plan(min(count, threads), threads, f"{threads} thread{'' if threads == 1 else 's'} in all")
+    return _plan(min(count, threads), threads, f"{counted(threads, 'thread')} in all")
 
 
 def _plan(at_once: int, threads: int, reason: str) -> Plan:
@@ -196,6 +199,8 @@ def _all_ended(running: Sequence[_Worker]) -> Iterator[None]:
     try:
         yield
     finally:
+        for worker in running:
+            worker.ask_to_end()
         for worker in running:
             worker.end()
 
@@ -298,12 +303,18 @@ class _Worker:
         )
         return {"error": "RunError", "message": message}
 
+    def ask_to_end(self) -> None:
+        """Send SIGTERM to the process, without waiting; it ends what it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+
     def end(self) -> None:
-        """End the process and its group, by SIGTERM and then by SIGKILL; harmless if it has ended."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            self._signal(number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_GRACE_SECONDS)
+        """Ask the process to end, wait for it, and end what is left of its group by SIGKILL."""
+        self.ask_to_end()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_GRACE_SECONDS)
+        self._signal(signal.SIGKILL)
+        self._process.wait()
         self._close_input()
 
     def _signal(self, number: signal.Signals) -> None:

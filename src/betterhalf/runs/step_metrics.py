@@ -118,8 +118,9 @@ def learning_metrics(learned: Sequence[Learned], rate: float) -> dict[str, float
 
 
 def system_metrics(collected: Collected, seconds: float, device: torch.device) -> dict[str, float]:
-    """Return `system/*` of a step that took `seconds` seconds."""
+    """Return `system/*` of a step that took `seconds` seconds, and what was sampled ahead of it in `time/`."""
     return {
+        **({} if collected.ahead_seconds is None else {"time/ahead_seconds": collected.ahead_seconds}),
         "system/tokens_per_second": collected.tokens / seconds,
         "system/kept_tokens_per_second": collected.kept_tokens / seconds,
         "system/peak_memory_gib": peak_memory_gib(device),

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import shutil
 import time
+from functools import partial
 from typing import Any
 
 from betterhalf.config.load import load_config
 from betterhalf.config.schema import ArithmeticTask, PrecisionConfig, RunConfig, TaskConfig
 from betterhalf.errors import EngineError, LossScaleError, NumericsError, WatchdogError
 from betterhalf.run_dir import RunDir, read_json, write_json_atomic
+from betterhalf.run_lock import run_lock
 from betterhalf.runs.assembly import Parts, assemble
 from betterhalf.runs.evaluation import average_reward, evaluate_prompts
 from betterhalf.runs.progress import Progress
 from betterhalf.runs.train import run_training, summarise
 from betterhalf.runs.weight_sync import first_sync
-from betterhalf.setup.folder import locked
 from betterhalf.setup.trained_policy import load_policy
 
 _FRESH_SEED = 1_000_003
@@ -35,8 +36,8 @@ def run_cell(config: RunConfig, label: str, run: RunDir) -> None:
 
     try:
         RunDir.create(run.path, resume=resume)
-        with locked(run.path):
-            run_training(config, run, resume=resume, label=label, after=final_accuracy)
+        with run_lock(run.path):
+            run_training(config, run, resume=resume, label=label, kind="cell", after=final_accuracy)
     except (LossScaleError, EngineError, NumericsError, WatchdogError) as error:
         stopped = isinstance(error, WatchdogError)
         measured = read_json(run.summary) if stopped else summarise(run, config) if run.metrics.exists() else {}
@@ -61,7 +62,7 @@ def evaluate_masters(config: RunConfig, run: RunDir) -> float:
     The checkpoint holds FP32 masters, so an engine in FP32 samples from exactly the trained policy.
     """
     settings, prompts = evaluation_config(config), config.sweep.evaluation_prompts
-    parts = assemble(settings, rows=prompts, evaluating=True, trained=lambda: load_policy(str(run.path)))
+    parts = assemble(settings, rows=prompts, evaluating=True, trained=partial(load_policy, str(run.path)))
     try:
         version = first_sync(parts).policy_version
         shown = [parts.task.prompt(index) for index in range(min(prompts, len(parts.task)))]

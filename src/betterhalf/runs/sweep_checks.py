@@ -18,15 +18,14 @@ from betterhalf.errors import InputError, MissingExtraError
 from betterhalf.metrics.catalogue import CATALOGUE
 from betterhalf.metrics.metric import FREE_AREAS
 from betterhalf.models.description import ModelDescription, describe_model
-from betterhalf.rollout.build import require_engine
 from betterhalf.run_dir import RunDir
-from betterhalf.runs.assembly import checked_algorithm, require_logging
+from betterhalf.runs.assembly import checked_algorithm, checked_machine
 from betterhalf.runs.sweep_cell import evaluation_config
 from betterhalf.runs.train import require_same_config
 from betterhalf.runs.watchdog import require_sound_levels
 from betterhalf.setup.data import load_task
-from betterhalf.setup.device import choose_device
 from betterhalf.setup.model_checks import check_model, require_stop_token
+from betterhalf.tracking.kinds import require_trackers
 
 
 @dataclass(slots=True)
@@ -54,6 +53,7 @@ def check_cells(cells: Sequence[Cell]) -> int:
 
 def _check(config: RunConfig, seen: _Seen) -> None:
     """Run the checks of `assemble` in its order, without reading weights."""
+    require_trackers(config.logging)
     require_sound_levels(config)
     checked_algorithm(config, evaluating=False)
     sections = resolved_json(config)
@@ -67,8 +67,7 @@ def _check(config: RunConfig, seen: _Seen) -> None:
     if task not in seen.tasks:
         load_task(described, config).close()
         seen.tasks.add(task)
-    require_logging(config)
-    require_engine(config, choose_device(config))
+    checked_machine(config, described)
     if config.sweep.evaluate is not None:
         _check_evaluation(config, described)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from betterhalf.algorithms.presets import resolve_algorithm
@@ -14,25 +13,28 @@ from betterhalf.config.schema import RunConfig
 from betterhalf.environment import environment
 from betterhalf.errors import InputError, WatchdogError
 from betterhalf.metrics.console import Console
-from betterhalf.metrics.sinks import JsonlSink, MetricSink, Sinks, TensorBoardSink
 from betterhalf.precision.contract import Contract
 from betterhalf.process import chosen_threads
 from betterhalf.report.emulated import emulated_names, emulated_sentence, precision_words
 from betterhalf.report.page import write_report
-from betterhalf.run_dir import RunDir, append_jsonl, read_json, read_jsonl, write_json_atomic
+from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
 from betterhalf.runs.assembly import Parts, algorithm_record, assemble, unique_tasks
-from betterhalf.runs.checkpoints import restore, save_checkpoint
+from betterhalf.runs.checkpoints import newest, require_known_metric, require_same_model, restore
 from betterhalf.runs.data_check import RESUMABLE_KEYS, without_permission
-from betterhalf.runs.kept_rollouts import rollout_row
-from betterhalf.runs.loop import StepResult, train_steps
-from betterhalf.runs.periodic import PeriodicResult, evaluate_after, evaluated, evaluation_due
+from betterhalf.runs.loop import train_steps
 from betterhalf.runs.progress import Progress
+from betterhalf.runs.record import StepRecorder
+from betterhalf.runs.track import tracked
+from betterhalf.runs.trainer_recovery import TrainerRestarts, retry_on_trainer_death
 from betterhalf.runs.watchdog import Alarm, Stopped, require_sound_levels
 from betterhalf.runs.weight_sync import first_sync
 from betterhalf.setup.data import write_left_out
 from betterhalf.setup.folder import run_folder
 from betterhalf.setup.trained_policy import best_evaluation
+from betterhalf.tracking.kinds import require_trackers
+from betterhalf.tracking.tracking import Tracking
 from betterhalf.training.checkpoint import step_folder
+from betterhalf.types import RunKind
 
 
 def train(config: RunConfig, run_dir: str | None, resume: bool) -> dict[str, Any]:
@@ -64,21 +66,30 @@ def run_training(
     *,
     resume: bool,
     label: str,
+    kind: RunKind = "train",
     after: Callable[[Parts, Progress], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Train in `run`; `after` may evaluate the trained policy and add to the summary (an arm's final accuracy)."""
     started = time.perf_counter()
     require_sound_levels(config)
+    require_known_metric(config)
+    require_trackers(config.logging)
     if run.config.exists():
         require_same_config(run, config)
         require_same_loss(run, config)
+    saved = newest(run) if resume else None
+    if saved is not None:
+        require_same_model(saved, config)
     threads = _threads_note(run)
-    parts = assemble(config)
+    parts = assemble(config, folder=run.path, restores=saved is not None)
     try:
-        progress = restore(parts, run) if resume else Progress()
+        progress = restore(parts, run, saved) if resume else Progress()
         contract = first_sync(parts).contract
         if not run.config.exists():
             _write_head(run, parts, contract)
+        # A resumed run may be on another cluster, which changes no setting of the algorithm.
+        recorded = read_json(run.environment) if run.environment.exists() else {}
+        write_json_atomic(run.environment, recorded | {"cluster": parts.sides.cluster()})
         write_left_out(run, *unique_tasks(parts))
         # A resumed run may have other watchdog levels; its own configuration must name those in force.
         write_json_atomic(run.config, resolved_json(without_permission(config)))
@@ -86,18 +97,16 @@ def run_training(
         run.summary.unlink(missing_ok=True)
         emulated = emulated_sentence(parts.precision.roles.model_dump().values())
         shown = f"{label}: {_formats(config)}" if emulated else label
-        with Console(config.logging.console, total_steps=config.training.steps, label=shown) as console:
-            if threads:
-                console.note(threads)
-            if emulated:
-                console.note(emulated)
-            console.note(contract.table())
-            progress = _train_and_record(parts, run, progress, console)
-        extra = after(parts, progress) if after else {}
+        with tracked(config, run, label, kind) as tracking:
+            with Console(config.logging.console, total_steps=config.training.steps, label=shown) as console:
+                for note in filter(None, (threads, emulated, contract.table())):
+                    console.note(note)
+                progress = _train_and_record(parts, run, progress, console, tracking)
+            extra = after(parts, progress) if after else {}
+            summary = summarise(run, config) | extra | {"seconds": time.perf_counter() - started}
+            write_json_atomic(run.summary, summary)
     finally:
         parts.close()
-    summary = summarise(run, config) | extra | {"seconds": time.perf_counter() - started}
-    write_json_atomic(run.summary, summary)
     return summary
 
 
@@ -133,7 +142,8 @@ def require_same_config(run: RunDir, config: RunConfig, *, how: str = "") -> Non
     The watchdog's levels may change, because a stopped run must be able to continue; their effects so far are in the
     checkpoint. The settings for bad or changed rows may change, because the need for them shows during a run; the data
     itself is compared row by row. `sanity.arms_at_once` may change, because a resumed arm keeps its threads, and
-    `logging` may, because it changes no number.
+    `logging` and the number of checkpoints may, because they change no number. `cluster` may change, because any number
+    of ranks reads a checkpoint of any other.
 
     Args:
         run: folder of the run.
@@ -179,7 +189,10 @@ def _may_change(key: str) -> bool:
         return rest.removeprefix("base.") in RESUMABLE_KEYS
     if key.startswith("evaluate.data."):
         return key.rpartition(".")[2] in RESUMABLE_KEYS
-    return section in ("watchdog", "logging") or key in ("sanity.arms_at_once", "sweep.keep_checkpoints")
+    if section in ("watchdog", "logging", "cluster"):
+        return True
+    # Retention of checkpoints changes no number.
+    return key in ("sanity.arms_at_once", "sweep.keep_checkpoints") or key.startswith("training.keep_")
 
 
 def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:
@@ -188,54 +201,37 @@ def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:
     write_json_atomic(run.environment, environment() | {"algorithm": algorithm_record(parts.algorithm)})
 
 
-def _train_and_record(parts: Parts, run: RunDir, progress: Progress, console: Console) -> Progress:
-    """Run the loop, and record each step on disk and on the terminal."""
-    extras: list[MetricSink] = [TensorBoardSink(run.tensorboard)] if parts.config.logging.tensorboard else []
-    sinks = Sinks(JsonlSink(run.append_metrics), extras, warn=console.note)
-    finished = progress
+def _train_and_record(parts: Parts, run: RunDir, progress: Progress, console: Console, tracking: Tracking) -> Progress:
+    """Run the loop, and record each step; if the trainer dies, start it again and repeat the steps that it lost."""
+    restarts = TrainerRestarts(parts.config.cluster.max_restarts, console.note)
+    recorder = StepRecorder(parts, run, console, restarts, tracking)
 
-    def evaluate(step: int, policy_version: int) -> PeriodicResult | None:
-        if not evaluation_due(parts.config, step) or evaluated(run, step):
-            return None
-        found = evaluate_after(parts, run, step, policy_version)
-        console.note(found.text)
+    def train_from(progress: Progress) -> Progress:
+        recorder.begin(progress)
+        finished = train_steps(parts, progress, recorder.record)
+        recorder.checkpoints.wait()
+        return finished
+
+    def begin_again() -> Progress:
+        recorder.checkpoints.drop()
+        parts.trainer.restart()
+        found = restore(parts, run, newest(run))
+        first_sync(parts)
         return found
 
-    def record(result: StepResult) -> None:
-        nonlocal finished
-        finished, step = result.progress, result.progress.step
-        found = evaluate(step, finished.policy_version)
-        sinks.write(step, {**result.metrics, **(found.metrics if found else {})})
-        append_jsonl(run.mismatch, {"step": step, **asdict(result.profile)})
-        for kept in result.kept:
-            run.append_rollout(rollout_row(step, kept, parts.model.tokenizer))
-        console.update(step, result.metrics)
-        _record_alarms(run, console, result.alarms)
-        if result.metrics["optim/first_offender"]:
-            console.note(_skip_note(step, result))
-        if result.truncation:
-            console.note(f"step {step}: {result.truncation}")
-        if _checkpoint_due(parts.config, step) or (found and found.improved and parts.config.evaluate.keep_best):
-            save_checkpoint(parts, run, result.progress)
+    def step() -> int:
+        # After the last step, what is left belongs to it: its checkpoint.
+        return min(recorder.finished.step + 1, parts.config.training.steps)
 
     try:
-        if progress.step == 0:
-            evaluate(0, progress.policy_version)
-        return train_steps(parts, progress, record)
+        return retry_on_trainer_death(train_from, progress, begin_again, step, restarts)
     except Stopped as stopped:
-        _record_alarms(run, console, stopped.watch.alarms, measured=stopped.measured)
-        save_checkpoint(parts, run, finished)
+        recorder.record_alarms(stopped.watch.alarms, measured=stopped.measured)
+        recorder.checkpoints.save(recorder.finished)
+        recorder.checkpoints.wait()
         raise _stop(parts, run, stopped.stop) from stopped
     finally:
-        sinks.close()
-
-
-def _record_alarms(run: RunDir, console: Console, alarms: tuple[Alarm, ...], **more: Any) -> None:
-    """Write a row for each alarm, with `more` for a stop, and show a note for each fresh one."""
-    for alarm in alarms:
-        append_jsonl(run.watchdog, asdict(alarm) | (more if alarm.action == "stop" else {}))
-        if alarm.fresh:
-            console.note(f"step {alarm.step}: watchdog ({alarm.action}): {alarm.reason}")
+        recorder.close()
 
 
 def _stop(parts: Parts, run: RunDir, stop: Alarm) -> WatchdogError:
@@ -252,19 +248,6 @@ def _stop(parts: Parts, run: RunDir, stop: Alarm) -> WatchdogError:
     )
 
 
-def _skip_note(step: int, result: StepResult) -> str:
-    metrics = result.metrics
-    return (
-        f"step {step}: {metrics['optim/skipped']:.0f} optimizer step(s) skipped, gradients overflowed first in "
-        f"{metrics['optim/first_offender']}; loss scale is now {metrics['optim/loss_scale']:g}"
-    )
-
-
-def _checkpoint_due(config: RunConfig, step: int) -> bool:
-    every = config.training.checkpoint_every
-    return step == config.training.steps or (every > 0 and step % every == 0)
-
-
 def summarise(run: RunDir, config: RunConfig) -> dict[str, Any]:
     """Return the run in a few numbers, over all its steps, those before a resume included."""
     rows = read_jsonl(run.metrics)
@@ -274,6 +257,7 @@ def summarise(run: RunDir, config: RunConfig) -> dict[str, Any]:
         "precision": (roles := config.precision.roles().model_dump()),
         "emulated": emulated_names(roles.values()),
         "algorithm": config.algorithm.preset,
+        **({} if config.cluster.described is None else {"cluster": config.cluster.described}),
         "steps": len(rows),
         "rows_left_out": len(read_jsonl(run.bad_rows)),
         **(_totals(rows) if rows else {}),

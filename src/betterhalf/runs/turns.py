@@ -29,6 +29,7 @@ from betterhalf.types import (
     Prompt,
     Rollout,
     RolloutGroup,
+    TokenExperts,
 )
 
 
@@ -47,13 +48,22 @@ def _join_support(first: TokenSupport | None, second: TokenSupport | None) -> To
     return token_support.joined((first, second))
 
 
+def _join_experts(first: TokenExperts | None, second: TokenExperts | None) -> TokenExperts | None:
+    """Return the experts with which each token was computed first: the second turn reads the first one again."""
+    if first is None or second is None:
+        return None
+    read, again = first.experts_NLK, second.experts_NLK
+    return TokenExperts(experts_NLK=torch.cat([read, again[read.shape[0] :]]))
+
+
 COLUMNS: dict[str, Callable[[Any, Any], Any]] = {
     "token_ids": operator.add,
     "behavior_logprobs": operator.add,
     "top": _join_top,
     "support": _join_support,
+    "experts": _join_experts,
 }
-"""Fields of a completion with a value for each sampled token -> the function that joins those of two turns."""
+"""Fields of a completion with a value for each token -> the function that joins those of two turns."""
 
 
 @dataclass(slots=True, kw_only=True)

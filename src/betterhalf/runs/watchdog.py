@@ -5,8 +5,8 @@
     halve_learning_rate     from this step on, each time the rule fires
     stop                    the step is not trained on; the run saves a checkpoint and ends
 
-Rules on the mismatch, the budget and the rollouts are checked before the step's update, the others after it, when it is
-too late to stop: their mask or learning rate acts from the next step on.
+Rules on the mismatch, the budget, the experts and the rollouts are checked before the step's update, the others after
+it, when it is too late to stop: their mask or learning rate acts from the next step on.
 
 `check` is a pure function of the rules, the state, and the step's measurements. The state is kept in the loop's
 `Progress` and in the checkpoint, so that a resumed run acts like an uninterrupted one.
@@ -32,7 +32,9 @@ MASK = PRESETS["icepop"].correction
 Source: arXiv 2510.18855.
 """
 
-BEFORE = frozenset(name for name in CATALOGUE if name.startswith(("mismatch/", "budget/", "rollout/")))
+_MEASURED = ("mismatch/", "budget/", "experts/", "rollout/")
+
+BEFORE = frozenset(name for name in CATALOGUE if name.startswith(_MEASURED))
 """Metrics that are checked before a step's update, with all that a task measures of its own under `task/`."""
 
 AFTER = frozenset(name for name in CATALOGUE if name.startswith(("policy/", "optim/"))) - {"optim/first_offender"}
@@ -154,6 +156,24 @@ def broken_bound(level: WatchdogLevel, value: float) -> float | None:
     return None
 
 
+def unmeasured(levels: Sequence[WatchdogLevel], measured: Collection[str]) -> str | None:
+    """Return a note on the levels whose metrics are not among those of a step; None without such a level.
+
+    Only a run tells: many metrics belong to one kind of model, task or setting.
+    """
+    absent = [
+        f"watchdog.levels[{number}] ({level.metric})"
+        for number, level in enumerate(levels)
+        if level.metric not in measured
+    ]
+    if not absent:
+        return None
+    return (
+        f"{', '.join(absent)} cannot fire: this run does not measure {'it' if len(absent) == 1 else 'them'}; "
+        "docs/metrics.md says when a metric is measured"
+    )
+
+
 def level_name(level: WatchdogLevel) -> str:
     """Return the name of a level in the checkpoint; a level that a resumed run changes counts from 0 again."""
     return f"{level.metric} below {level.below} above {level.above} for {level.steps}: {level.action}"
@@ -177,10 +197,11 @@ _WORDS: dict[WatchdogAction, str] = {
 
 
 _MEANINGS = {
+    "experts/change_fraction/mean": "share of tokens for which trainer and engine choose different experts",
     "mismatch/accident_fraction": "share of tokens that the trainer finds 20 times less likely than the engine did",
     "policy/ratio/max_negative": "largest current/proximal ratio with a negative advantage: not bounded by PPO's clip",
 }
-"""Meaning of the metrics that docs/mismatch.md explains as steps of a collapse."""
+"""Meaning of metrics that docs/mismatch.md explains."""
 
 
 def _alarm(level: WatchdogLevel, state: WatchState, step: int, value: float, bound: float, consecutive: int) -> Alarm:
@@ -213,13 +234,19 @@ def require_sound_levels(config: RunConfig) -> None:
     """Refuse levels that cannot take effect, before anything is loaded.
 
     Raises:
-        ConfigError: a metric is unknown, or cannot be watched; `stop` is set for one that is known only after the
-            update; or `mask` for an algorithm that does not support it, or has a correction already.
+        ConfigError: a metric is unknown, or cannot be watched; a level needs more steps than the run has; `stop` is set
+            for a metric that is known only after the update; or `mask` for an algorithm that does not support it, or
+            has a correction already.
     """
     for number, level in enumerate(config.watchdog.levels):
         key = f"watchdog.levels[{number}]"
         if not (_is_watched(level.metric, BEFORE) or _is_watched(level.metric, AFTER)):
             raise ConfigError(f"{key}.metric = {level.metric!r} {_why_not_watched(level.metric)}")
+        if level.steps > config.training.steps:
+            raise ConfigError(
+                f"{key}.steps={level.steps} is more than training.steps={config.training.steps}, so the level would "
+                f"never fire. Set {key}.steps={config.training.steps} or less, or leave the level out."
+            )
         if level.action == "stop" and _is_watched(level.metric, AFTER):
             raise ConfigError(
                 f'{key}.action = "stop" cannot be used with {level.metric}, which is known only after the update that '
@@ -231,7 +258,7 @@ def require_sound_levels(config: RunConfig) -> None:
 
 def _why_not_watched(metric: str) -> str:
     if metric in CATALOGUE:
-        return "is not watched. Choose one of mismatch/*, budget/*, rollout/*, policy/* and optim/*."
+        return "is not watched. Choose one of mismatch/*, budget/*, experts/*, rollout/*, policy/* and optim/*."
     near = get_close_matches(metric, sorted(BEFORE | AFTER), n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]!r}?" if near else "docs/metrics.md lists mismatch/*, budget/*, policy/* and others."
     return f"is not a metric that can be watched. {hint}"

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from betterhalf.metrics.console import show_note
-from betterhalf.precision.contract import Contract, compare, enforce, tensor_digest, verify_sync
-from betterhalf.precision.emulation import to_format
+from betterhalf.precision.contract import Contract, compare, enforce, verify_sync
 from betterhalf.rollout.build import capabilities
 from betterhalf.runs.assembly import Parts
 from betterhalf.runs.recovery import restarts_of, retry_on_engine_death
 from betterhalf.runs.score_check import check_scores
-from betterhalf.types import DtypeName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +35,7 @@ def first_sync(parts: Parts) -> FirstSync:
 def sync_weights(parts: Parts) -> None:
     """Send the FP32 masters to the engine, rounded once to the wire dtype, and check that it holds and uses them.
 
+    Weights that are the same in every version, such as the base of LoRA adapters, are sent once to each engine.
     Digests are compared for every tensor, and logprobs for a fixed prompt if the engine can score. An engine that
     crashed since it was last used is restarted.
 
@@ -47,7 +43,23 @@ def sync_weights(parts: Parts) -> None:
         WeightSyncError: the engine holds other tensors than were sent, or does not compute with them.
         EngineDiedError: the engine crashed more often than it may be restarted.
     """
-    retry_on_engine_death(lambda: _sync(parts), parts.engine.restart, restarts_of(parts.config))
+    whole = False
+
+    def restart() -> None:
+        nonlocal whole
+        parts.engine.restart()
+        whole = True
+
+    retry_on_engine_death(lambda: _sync(parts, whole=whole), restart, restarts_of(parts.config))
+
+
+def merge_metrics(parts: Parts) -> dict[str, float]:
+    """Return the share of updates that rounding lost in the weights that the engine holds; empty without adapters."""
+    if not parts.config.lora.active:
+        return {}
+    count = parts.trainer.merge_count()
+    lost = None if count is None else count.lost_fraction
+    return {} if lost is None else {"mismatch/lost_update_fraction": lost}
 
 
 def revive(parts: Parts) -> None:
@@ -57,12 +69,12 @@ def revive(parts: Parts) -> None:
         EngineDiedError: it crashed again.
     """
     parts.engine.restart()
-    _sync(parts)
+    _sync(parts, whole=True)
 
 
 def _first(parts: Parts) -> FirstSync:
     # The contract is checked before the scores, because it says more about a difference.
-    version = _send(parts)
+    version = _send(parts, whole=True)
     # The engine reports first: it names a weight that is not finite, which the trainer does not.
     held = parts.engine.report()
     contract = compare(parts.trainer.report(), held, allow_difference=parts.config.precision.allow_difference)
@@ -78,8 +90,8 @@ _ONLY_DIGESTS = (
 )
 
 
-def _sync(parts: Parts) -> None:
-    _send(parts)
+def _sync(parts: Parts, *, whole: bool) -> None:
+    _send(parts, whole=whole)
     _compare_scores(parts)
 
 
@@ -89,22 +101,18 @@ def _compare_scores(parts: Parts) -> None:
         check_scores(parts.trainer, parts.engine, parts.model, parts.precision)
 
 
-def _send(parts: Parts) -> int:
-    """Send the weights, compare the digest of each tensor as sent and as held, and return their version."""
+def _send(parts: Parts, *, whole: bool) -> int:
+    """Send the weights, compare the digest of each tensor as sent and as held, and return their version.
+
+    Set `whole` unless the engine holds those of an earlier version.
+    """
     trainer, engine = parts.trainer, parts.engine
     engine.wake()
-    sent: dict[str, str] = {}
-    wire = trainer.wire_weights()
-    tensors = _noting(wire.tensors, parts.precision.roles.rollout_dtype, sent)
-    engine.load_weights(tensors, policy_version=wire.policy_version)
-    verify_sync(sent, engine.digests())
-    return wire.policy_version
-
-
-def _noting(
-    weights: Iterable[tuple[str, Tensor]], rollout_dtype: DtypeName, digests: dict[str, str]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights, and put the digest of each in the rollout dtype into `digests`."""
-    for name, tensor in weights:
-        digests[name] = tensor_digest(to_format(tensor, rollout_dtype))
-        yield name, tensor
+    weights = trainer.weight_stream()
+    changed = None if whole else weights.changed()
+    if changed is None:
+        engine.load_weights(weights, policy_version=weights.policy_version)
+    else:
+        engine.load_weights(changed, policy_version=weights.policy_version, partial=True)
+    verify_sync((changed or weights).digests(), engine.digests())
+    return weights.policy_version

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from betterhalf.config.schema import ModelConfig, RunConfig
+from betterhalf.config.adapter_folder import read_adapter_folder
+from betterhalf.config.schema import LoraConfig, ModelConfig, RunConfig
 from betterhalf.errors import ConfigError, ContractError, InputError
 from betterhalf.metrics.console import OutputMode, show_note
+from betterhalf.models.adapters import check_adapters
 from betterhalf.models.description import ModelDescription, ModelFacts
 from betterhalf.models.stop_tokens import require_in_vocabulary
+from betterhalf.precision.device import choose_device
 from betterhalf.precision.formats import is_emulated
-from betterhalf.precision.islands import resolve_islands
-from betterhalf.rollout.build import capabilities, check_architecture, check_engine_roles
-from betterhalf.setup.device import choose_device
+from betterhalf.precision.islands import has_post_norms, resolve_islands
+from betterhalf.rollout.build import capabilities, check_adapters_served, check_architecture, check_engine_roles
 from betterhalf.training.model_limits import require_no_dropout
 from betterhalf.types import DtypeName
 
@@ -39,6 +41,7 @@ def check_roles(config: RunConfig) -> None:
             "precision.*_dtype settings, or set precision.allow_difference=true if this ablation is intended"
         )
     check_engine_roles(config)
+    check_adapters_served(config)
     check_emulation(config, used.values())
 
 
@@ -60,24 +63,45 @@ def check_emulation(config: RunConfig, names: Iterable[DtypeName]) -> None:
             raise ConfigError(f"{emulated} is an emulated format, and {problem}; set {fix}, or use precision=bf16")
 
 
-def check_model(model: ModelDescription, config: RunConfig, *, samples: bool = True) -> None:
+def check_model(model: ModelDescription, config: RunConfig, *, samples: bool = True, starts: bool = True) -> None:
     """Refuse a model that the run's engine or trainer cannot compute as configured.
 
     Args:
         model: the model's configuration files.
         config: configuration of engine and precision.
         samples: True if the engine will run; otherwise it need not know the model.
+        starts: False if a trained adapter replaces the one to start from, which need not exist then.
 
     Raises:
         InputError: the engine does not know the architecture, the model has dropout, a stop token is not in its
-            vocabulary, or the model lacks an FP32 island of the configuration.
+            vocabulary, the model lacks an FP32 island or a LoRA target of the configuration, or `lora.adapter` does not
+            fit it.
+        MissingExtraError: `lora.rank` is set, and PEFT is not installed.
     """
     if samples:
         check_architecture(config, model.hf_config)
     check_islands(model, config)
+    lora = config.lora if starts else config.lora.without_start()
+    check_adapters(model.hf_config, lora, config.model)
+    if lora.adapter is not None:
+        _note_dropout(lora.adapter, config.logging.console)
     require_no_dropout(model.hf_config)
     if samples:
         require_in_vocabulary(model.name, model.stop_tokens, model.hf_config.vocab_size)
+
+
+def why_not_sampled(model: ModelDescription, config: RunConfig) -> str | None:
+    """Return the reason why the configured engine cannot sample from a model for this trainer; None if it can.
+
+    For an architecture that the engine does not know, the reason names the engines that may know it.
+    """
+    if model.unpackable:
+        return model.unpackable
+    try:
+        check_architecture(config, model.hf_config)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def check_islands(model: ModelFacts, config: RunConfig) -> None:
@@ -86,7 +110,8 @@ def check_islands(model: ModelFacts, config: RunConfig) -> None:
     Raises:
         InputError: the message names the nearest module, or the engine.
     """
-    islands = resolve_islands(config.precision.fp32_modules, model.hf_config.num_hidden_layers)
+    hf_config, patterns = model.hf_config, config.precision.fp32_modules
+    islands = resolve_islands(patterns, hf_config.num_hidden_layers, post_norms=has_post_norms(hf_config))
     if islands and not capabilities(config).fp32_islands and not config.precision.allow_difference:
         raise InputError(
             f"engine.type={config.engine.type} computes every module in the rollout dtype, so it has no FP32 islands "
@@ -111,16 +136,35 @@ def require_stop_token(model: ModelFacts, config: ModelConfig) -> None:
     )
 
 
-def show_notes(model: ModelFacts, mode: OutputMode = "auto") -> None:
-    """Show the notes on a model to the user, each once in a process."""
-    for note in (*model.notes, *_stop_notes(model)):
-        if note not in _shown:
-            _shown.add(note)
-            show_note(f"note: {note}", mode=mode)
+def _note_dropout(adapter: str, mode: OutputMode) -> None:
+    """Tell that the dropout of an adapter is left out, once in a process."""
+    dropout = read_adapter_folder(adapter).dropout
+    if dropout:
+        _show_once(f"lora.adapter={adapter} was trained with dropout {dropout:g}; it is continued without", mode)
+
+
+def show_notes(model: ModelFacts, mode: OutputMode = "auto", lora: LoraConfig | None = None) -> None:
+    """Show the notes on a model, and on its adapters, to the user, each once in a process."""
+    for note in (*model.notes, *_stop_notes(model), *_adapter_notes(model, lora)):
+        _show_once(note, mode)
+
+
+def _show_once(note: str, mode: OutputMode) -> None:
+    if note not in _shown:
+        _shown.add(note)
+        show_note(f"note: {note}", mode=mode)
 
 
 _shown: set[str] = set()
 """Notes already shown: the arms of a sanity run load one model several times."""
+
+
+def _adapter_notes(model: ModelFacts, lora: LoraConfig | None) -> tuple[str, ...]:
+    if lora is None or not lora.active or not model.has_experts:
+        return ()
+    return (
+        f"experts and routers of model {model.name!r} have no adapters and stay as they are; only linear layers do",
+    )
 
 
 def _stop_notes(model: ModelFacts) -> tuple[str, ...]:

@@ -1,72 +1,153 @@
 """Checkpoints that are complete or absent: safetensors and JSON, with a digest of each file.
 
     checkpoints/step-000012/
-        model.safetensors       FP32 masters by Hugging Face name
+        model.safetensors       FP32 masters by the module's name: of all weights, or of LoRA adapters
         optimizer.safetensors   AdamW states, `<state>/<name>`
         reference.safetensors   reference policy in the compute dtype, if it has been refreshed
-        state.json              step, loss scaler, policy version, data position, random states
+        state.json              step, loss scaler, policy version, data position
         manifest.json           size and SHA-256 of the others; written last
 
-A checkpoint is written under a temporary name and then renamed, so a folder named `step-...` is complete.
+Several ranks write files of their rows (see `shards`). A checkpoint is written under a temporary name and then renamed,
+so a folder named `step-...` is complete.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from betterhalf.errors import CheckpointError
+from betterhalf.training.shards import (
+    ShardFile,
+    partial_folder,
+    verify_files,
+    write_file,
+    write_manifest,
+    writing,
+)
+from betterhalf.training.state_files import KINDS
+from betterhalf.training.trainer import WrittenState
 
-from betterhalf.errors import CheckpointError, RunError
-from betterhalf.run_dir import disk_full
-from betterhalf.training.trainer import TrainerState
-
-_TENSOR_FILES = ("model", "optimizer")
-_REFERENCE = "reference"
-"""Name of a file that only some checkpoints have."""
+_STATE = "state.json"
 _NAME = re.compile(r"step-(\d{6,})")
+_HIDDEN = re.compile(r"\.(step-\d{6,})\.(partial|replaced|deleted)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Everything a run needs to continue as if it had never stopped."""
+    """A checkpoint on the disk; its tensors are read from its files."""
 
+    path: Path
     step: int
     """Last finished step; 0 before the first."""
-    trainer: TrainerState
-    """Weights, optimizer, loss scaler, policy version and reference policy."""
+    written: WrittenState
+    """Loss scaler, policy version and digests of the reference policy and of the adapters' base."""
     values: dict[str, Any]
     """JSON values of the run: data position, watchdog, digests of the data."""
 
+    @property
+    def source(self) -> str:
+        """Name for messages."""
+        return f"checkpoint {self.path}"
 
-def save(folder: Path, checkpoint: Checkpoint, *, keep: int, best: int | None = None) -> Path:
-    """Write a checkpoint, then delete all but the newest `keep` and that of the step `best`.
+
+def begin(folder: Path, step: int) -> Path:
+    """Create an empty folder for the files of the checkpoint after `step`, and return it; no other is being written.
 
     Raises:
-        RunError: the checkpoint cannot be written, for example on a full disk; earlier checkpoints are untouched.
+        RunError: it cannot be created, for example on a full disk.
     """
-    final = step_folder(folder, checkpoint.step)
-    partial = folder / f".{final.name}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial = partial_folder(step_folder(folder, step))
+    tidy(folder)
+    with writing(partial):
         partial.mkdir(parents=True)
-        _write_files(partial, checkpoint)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-    except Exception as error:  # safetensors raises its own class for errors of the disk
-        shutil.rmtree(partial, ignore_errors=True)
-        fix = "free disk space" if disk_full(error) else "check permissions, quota and file size limit of its folder"
-        raise RunError(f"checkpoint {final} cannot be written ({error}); {fix}, then continue with --resume") from error
-    for old in _complete(folder)[:-keep]:
-        if best is None or old != step_folder(folder, best):
-            shutil.rmtree(old, ignore_errors=True)
-    return final
+    return partial
+
+
+def finish(
+    partial: Path, files: tuple[ShardFile, ...], checkpoint: Checkpoint, *, keep: int, best: Collection[int]
+) -> None:
+    """Complete a checkpoint, then delete all but the newest `keep` and those of the steps `best`.
+
+    Args:
+        partial: the folder that `begin` returned.
+        files: its files, on the disk.
+        checkpoint: everything else, and the final path.
+        keep: number of checkpoints to keep.
+        best: steps whose checkpoints are kept as well.
+
+    Raises:
+        RunError: it cannot be written, for example on a full disk; earlier checkpoints are untouched.
+    """
+    state = {"step": checkpoint.step, "trainer": asdict(checkpoint.written), **checkpoint.values}
+    final = checkpoint.path
+    with writing(partial):
+        last = write_file(partial / _STATE, iter([memoryview(json.dumps(state, indent=1).encode())]))
+        write_manifest(partial, (*files, last))
+        _sync(partial)
+        _put_in_place(partial, final)
+        _sync(final.parent)
+    best_folders = [step_folder(final.parent, step) for step in best]
+    for old in _complete(final.parent)[:-keep]:
+        if old not in best_folders:
+            _delete(old)
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    """Give the folder its name. A checkpoint that has it already is set aside, so that one of both always exists."""
+    if not final.exists():
+        os.rename(partial, final)
+        return
+    aside = final.with_name(f".{final.name}.replaced")
+    os.rename(final, aside)
+    try:
+        os.rename(partial, final)
+    except OSError:
+        os.rename(aside, final)
+        raise
+    _delete(aside)
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint, which loses its name first: no part of it is ever taken for a checkpoint."""
+    deleted = path.with_name(f".{path.name.strip('.').removesuffix('.replaced')}.deleted")
+    with contextlib.suppress(OSError):
+        os.rename(path, deleted)
+        shutil.rmtree(deleted, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Flush the names in a folder to the disk, so that a renamed checkpoint is complete even after a power loss."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a process that was killed has left behind; no checkpoint is being written."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = _HIDDEN.fullmatch(path.name)
+        if match is None:
+            continue
+        if match[2] == "replaced" and not (folder / match[1]).exists():
+            # Killed between the two renames of `_put_in_place`.
+            os.rename(path, folder / match[1])
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def discard(partial: Path) -> None:
+    """Remove the files of a checkpoint that was not finished."""
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -79,50 +160,12 @@ def steps(folder: Path) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in _complete(folder)]
 
 
-def _write_files(partial: Path, checkpoint: Checkpoint) -> None:
-    trainer = checkpoint.trainer
-    kept = {"model": trainer.model, "optimizer": trainer.optimizer}
-    if trainer.reference:
-        kept[_REFERENCE] = trainer.reference
-    for name, held in kept.items():
-        tensors = {key: tensor.contiguous().cpu() for key, tensor in held.items()}
-        save_file(tensors, partial / f"{name}.safetensors", metadata={"format": "pt"})
-    scalars = {
-        "loss_scaler": trainer.loss_scaler,
-        "policy_version": trainer.policy_version,
-        "reference_digest": trainer.reference_digest,
-    }
-    state = {"step": checkpoint.step, "trainer": scalars, **checkpoint.values}
-    (partial / "state.json").write_text(json.dumps(state, indent=1))
-    for path in partial.iterdir():
-        _sync(path)
-    manifest = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
-    _write_synced(partial / "manifest.json", json.dumps(manifest, indent=1))
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    """Flush a finished file to the disk, so that a renamed checkpoint is complete even after a power loss."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def _complete(folder: Path) -> list[Path]:
     """Return the checkpoints by step, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def latest(folder: Path) -> Path | None:
@@ -132,41 +175,29 @@ def latest(folder: Path) -> Path | None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint, after checking every file against its digest.
+    """Read a checkpoint without its tensors, after checking every file against its checksum.
 
     Raises:
         CheckpointError: a file is missing, truncated or altered; the message says which folder to delete.
     """
-    _verify(path)
-    values = json.loads((path / "state.json").read_text())
-    scalars = values.pop("trainer")
-    reference = path / f"{_REFERENCE}.safetensors"
-    trainer = TrainerState(
-        model=load_file(path / "model.safetensors"),
-        optimizer=load_file(path / "optimizer.safetensors"),
-        loss_scaler=scalars["loss_scaler"],
-        policy_version=int(scalars["policy_version"]),
-        reference=load_file(reference) if reference.exists() else {},
-        reference_digest=scalars.get("reference_digest", ""),
-        source=f"checkpoint {path}",
-    )
-    return Checkpoint(step=int(values.pop("step")), trainer=trainer, values=values)
-
-
-def _verify(path: Path) -> None:
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        damaged = [name for name, expected in manifest.items() if _fingerprint(path / name) != expected]
-        expected_names = {f"{name}.safetensors" for name in _TENSOR_FILES} | {"state.json"}
-        damaged += sorted(expected_names - set(manifest))
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {path} is incomplete ({error}); {_fix_for(path)}") from error
-    if damaged:
-        raise CheckpointError(f"checkpoint {path} is corrupted ({', '.join(damaged)}); {_fix_for(path)}")
+        verify_files(path, frozenset({*KINDS, _STATE}))
+        values = json.loads((path / _STATE).read_text())
+        scalars = values.pop("trainer")
+        written = WrittenState(
+            loss_scaler=scalars["loss_scaler"],
+            policy_version=int(scalars["policy_version"]),
+            reference_digest=scalars.get("reference_digest", ""),
+            base_digest=scalars.get("base_digest", ""),
+        )
+        return Checkpoint(path=path, step=int(values.pop("step")), written=written, values=values)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_fix_for(path)}") from error
 
 
 def _fix_for(path: Path) -> str:
-    older = [other.name for other in _complete(path.parent) if other.name < path.name]
+    found = _complete(path.parent)
+    older = found[: found.index(path)] if path in found else []
     if older:
-        return f"delete that folder to resume from {older[-1]}"
+        return f"delete that folder to resume from {older[-1].name}"
     return "delete that folder to start the run again from step 1"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from betterhalf.errors import InputError
+
+_DROPOUT = re.compile(r"^(?!classifier|summary|adapter).*(dropout|dropout_prob|pdrop|layerdrop)$")
+"""Keys of transformers configurations that drop activations of a decoder; other heads than the LM head do not count."""
 
 
 def head_dim_of(hf_config: Any) -> int:
@@ -19,9 +23,9 @@ def require_no_dropout(hf_config: Any) -> None:
     Raises:
         InputError: the model has dropout; the message names the key.
     """
-    for key in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        if getattr(hf_config, key, 0):
+    for key, value in hf_config.to_dict().items():
+        if _DROPOUT.search(key) and isinstance(value, int | float) and value:
             raise InputError(
-                f"the model has {key}={getattr(hf_config, key)}, which would make the trained policy random; "
-                f"set {key} to 0 in its config.json"
+                f"the model has {key}={value}, which would make the trained policy random; set {key} to 0 in its "
+                "config.json"
             )

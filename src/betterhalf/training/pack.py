@@ -17,7 +17,7 @@ import torch
 from betterhalf.batches import Denominators, MicroBatch, PackedSegment, StepBatch, TrainBatch
 from betterhalf.config.schema import RunConfig
 from betterhalf.token_support import PackedSupport, TokenSupport, TopTokens, joined
-from betterhalf.types import Rollout
+from betterhalf.types import Rollout, TokenExperts
 
 TokenIds = tuple[int, ...]
 
@@ -46,26 +46,25 @@ def pack_step(
 
     Returns:
         `config.training.optimizer_steps` train batches. Their denominators count zero-advantage rollouts too, so
-        leaving those out of the backward pass changes nothing.
+        leaving those out of the backward pass changes nothing. A train batch has a pack for each of
+        `config.cluster.trainers` ranks at least, if it has that many rollouts to train on.
     """
-    order = list(range(len(rollouts)))
-    random.Random(f"pack-{config.seed}-{step}{f'-{epoch}' if epoch else ''}").shuffle(order)
-    shares = _split_evenly(order, config.training.optimizer_steps)
+    shares = _shares(len(rollouts), config, step, epoch)
     budget = config.training.tokens_per_micro_batch
     packer = _Packer([*rollouts, *left_out], [*advantages, *[0.0] * len(left_out)], budget)
     masked = {i for i, r in enumerate(rollouts) if config.algorithm.mask_truncated and r.completion.truncated}
     trained = {i for i, advantage in enumerate(advantages) if train_all or advantage != 0.0} - masked
     packs: list[MicroBatch] = []
 
-    def added(indices: Sequence[int]) -> tuple[int, ...]:
+    def added(indices: Sequence[int], fewest: int = 1) -> tuple[int, ...]:
         """Pack some rollouts, and return the indices of their packs."""
         first = len(packs)
-        packs.extend(packer.micro_batches(indices))
+        packs.extend(packer.micro_batches(indices, fewest))
         return tuple(range(first, len(packs)))
 
     train_batches = tuple(
         TrainBatch(
-            micro_batches=added([i for i in share if i in trained]),
+            micro_batches=added([i for i in share if i in trained], config.cluster.trainers),
             measure_only=added([i for i in share if i not in trained | masked]),
             masked=added([i for i in share if i in masked]),
             denominators=_denominators([rollouts[i] for i in share], config.sampling.max_tokens),
@@ -74,6 +73,13 @@ def pack_step(
     )
     left_out_packs = added(range(len(rollouts), len(rollouts) + len(left_out)))
     return StepBatch(packs=tuple(packs), train_batches=train_batches, left_out=left_out_packs)
+
+
+def packs_of(rollouts: Sequence[Rollout], config: RunConfig, step: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Return the rollout indices of each pack of each train batch, if every rollout is trained on; see `pack_step`."""
+    packer = _Packer(rollouts, [1.0] * len(rollouts), config.training.tokens_per_micro_batch)
+    shares = _shares(len(rollouts), config, step, epoch=0)
+    return tuple(tuple(map(tuple, packer.packs(share, config.cluster.trainers))) for share in shares)
 
 
 def with_advantages(batch: StepBatch, advantages: Sequence[float]) -> StepBatch:
@@ -124,6 +130,13 @@ def pack_sequence(token_ids: Sequence[int]) -> MicroBatch:
     )
 
 
+def _shares(rollouts: int, config: RunConfig, step: int, epoch: int) -> list[list[int]]:
+    """Return the rollout indices of each train batch, shuffled."""
+    order = list(range(rollouts))
+    random.Random(f"pack-{config.seed}-{step}{f'-{epoch}' if epoch else ''}").shuffle(order)
+    return _split_evenly(order, config.training.optimizer_steps)
+
+
 def _split_evenly(items: list[int], parts: int) -> list[list[int]]:
     """Split into contiguous shares whose sizes differ by at most one."""
     edges = [round(k * len(items) / parts) for k in range(parts + 1)]
@@ -148,11 +161,36 @@ class _Packer:
         rollout = self.rollouts[index]
         return len(rollout.prompt.token_ids) + len(rollout.completion.with_observations())
 
-    def micro_batches(self, indices: Sequence[int]) -> tuple[MicroBatch, ...]:
+    def micro_batches(self, indices: Sequence[int], fewest: int = 1) -> tuple[MicroBatch, ...]:
         """Fill packs up to the budget, in the given order but with siblings next to each other.
 
-        A prompt counts once in each pack. A sequence longer than the budget gets its own pack.
+        A prompt counts once in each pack. A sequence longer than the budget gets its own pack. If that makes fewer than
+        `fewest` packs, the budget is lowered until there are as many, or one for each sequence.
         """
+        return tuple(self.micro_batch(sorted(pack, key=self.length)) for pack in self.packs(indices, fewest))
+
+    def packs(self, indices: Sequence[int], fewest: int) -> list[list[int]]:
+        """Return the rollout indices of each pack of `micro_batches`."""
+        packs = self._filled(indices, self.budget)
+        if len(packs) < min(fewest, len(indices)):
+            packs = self._spread(indices, min(fewest, len(indices)))
+        return packs
+
+    def _spread(self, indices: Sequence[int], fewest: int) -> list[list[int]]:
+        """Fill at least `fewest` packs; exactly that number, of similar length, if an equal share and up to half of it
+        more hold them: each further pack would be one more pass, in which the other ranks wait."""
+        share = -(-sum(map(self.length, indices)) // fewest)
+        budgets = [share + share * eighths // 8 for eighths in range(5)]
+        exact = (packs for budget in budgets if len(packs := self._filled(indices, budget)) == fewest)
+        found = next(exact, None)
+        while found is None:
+            share = share * 7 // 8
+            packs = self._filled(indices, share)
+            found = packs if len(packs) >= fewest else None
+        return found
+
+    def _filled(self, indices: Sequence[int], budget: int) -> list[list[int]]:
+        """Return the rollout indices of each pack."""
         packs: list[list[int]] = []
         room = 0
         for prompt, siblings in _by_prompt(self.rollouts, indices).items():
@@ -162,11 +200,11 @@ class _Packer:
                 needed = own if held else len(prompt) + own
                 if not packs or needed > room:
                     packs.append([])
-                    room, needed = self.budget, len(prompt) + own
+                    room, needed = budget, len(prompt) + own
                 packs[-1].append(index)
                 room -= needed
                 held = True
-        return tuple(self.micro_batch(sorted(pack, key=self.length)) for pack in packs)
+        return packs
 
     def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
         """Build one pack; S follows the order of `indices`, T that of the layout."""
@@ -183,6 +221,7 @@ class _Packer:
             advantages_S=_floats([self.advantages[i] for i in indices]),
             rollout_index_S=tuple(indices),
             **_top([r.completion.top for r in chosen]),
+            experts_TLK=_packed_experts([r.completion.experts for r in chosen], layout.rows),
             support=_packed_support([r.completion.support for r in chosen]),
         )
 
@@ -200,6 +239,8 @@ class _Layout:
         self.segments: list[PackedSegment] = []
         self.loss_rows: list[list[int]] = [[] for _ in chosen]
         """Row before each completion token, for each sequence."""
+        self.rows: list[tuple[int, slice]] = []
+        """For each segment, the sequence whose tokens it has, and their positions in it."""
         self.inputs = [_inputs(rollout) for rollout in chosen]
         self.predictors = [_predictors(rollout) for rollout in chosen]
         groups = sorted(_by_prompt(chosen, range(len(chosen))).items(), key=self._head_length)
@@ -230,15 +271,16 @@ class _Layout:
             (k,) = siblings
             alone = self.inputs[k]
             self.loss_rows[k].extend(last + 1 + place for place in self.predictors[k])
-        self._add((*prompt, *alone), 0, None)
+        self._add((*prompt, *alone), 0, None, siblings[0])
 
     def _add_tail(self, k: int, prefix: int, prompt_length: int) -> None:
         """Add the completion of one of several siblings."""
         start = len(self.token_ids)
         self.loss_rows[k].extend(start + place for place in self.predictors[k])
-        self._add(self.inputs[k], prompt_length, prefix)
+        self._add(self.inputs[k], prompt_length, prefix, k)
 
-    def _add(self, token_ids: TokenIds, first_position: int, prefix: int | None) -> None:
+    def _add(self, token_ids: TokenIds, first_position: int, prefix: int | None, sequence: int) -> None:
+        self.rows.append((sequence, slice(first_position, first_position + len(token_ids))))
         self.token_ids.extend(token_ids)
         self.positions.extend(range(first_position, first_position + len(token_ids)))
         self.segments.append(PackedSegment(length=len(token_ids), prefix=prefix))
@@ -253,6 +295,14 @@ def _top(tops: Sequence[TopTokens | None]) -> dict[str, torch.Tensor]:
         "top_ids_CK": torch.cat([top.token_ids_CK for top in present]),
         "behavior_top_logprobs_CK": torch.cat([top.logprobs_CK for top in present]),
     }
+
+
+def _packed_experts(experts: Sequence[TokenExperts | None], rows: Sequence[tuple[int, slice]]) -> torch.Tensor | None:
+    """Return the experts of a pack's tokens; None unless all completions have them."""
+    present = [one.experts_NLK for one in experts if one is not None]
+    if not present or len(present) < len(experts):
+        return None
+    return torch.cat([present[sequence][positions] for sequence, positions in rows])
 
 
 def _packed_support(supports: Sequence[TokenSupport | None]) -> PackedSupport | None:

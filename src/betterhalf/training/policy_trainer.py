@@ -1,13 +1,11 @@
-"""The trainer of one process: scores tokens, accumulates gradients, takes optimizer steps."""
+"""The trainer of one process, alone or as one of several ranks: scores, accumulates gradients, takes steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import Any
+from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,25 +15,26 @@ from betterhalf.algorithms.presets import Algorithm
 from betterhalf.batches import Denominators, LossInputs, MicroBatch, PackedSegment
 from betterhalf.config.schema import RunConfig
 from betterhalf.distributed.world import ONE_RANK, Collective
-from betterhalf.errors import NumericsError
-from betterhalf.models import tiled_attention
-from betterhalf.models.attention import PackLayout, attention_name, use_packed_attention
+from betterhalf.errors import NumericsError, RunError
+from betterhalf.models.attention import PackLayout
 from betterhalf.models.compiled_layers import compile_layers
-from betterhalf.models.loading import LoadedModel
-from betterhalf.precision import coverage, tiled_products
-from betterhalf.precision.contract import SideReport, weights_digests
-from betterhalf.precision.cpu_embedding import use_cpu_embedding
-from betterhalf.precision.cpu_linear import Widened, use_cpu_linear
-from betterhalf.precision.cpu_silu import use_cpu_silu
-from betterhalf.precision.emulation import emulation_facts, rounding_results
-from betterhalf.precision.formats import held_format, narrowest_format
-from betterhalf.precision.island_hooks import use_islands
+from betterhalf.models.loading import LoadedModel, SkeletonModel
+from betterhalf.models.logits import logit_transform
+from betterhalf.models.skeleton import to_device
+from betterhalf.precision import coverage
+from betterhalf.precision.contract import SideReport
+from betterhalf.precision.cpu_linear import Widened
+from betterhalf.precision.emulation import rounding_results
+from betterhalf.precision.islands import has_post_norms
 from betterhalf.precision.loss_scaler import LossScaler, build_loss_scaler
+from betterhalf.precision.merge import MergeCount
 from betterhalf.precision.products import has_native_matmul, packed
 from betterhalf.precision.roles import Precision
-from betterhalf.token_support import PackedSupport
-from betterhalf.training.model_limits import head_dim_of, require_no_dropout
+from betterhalf.training.on_device import on_device
 from betterhalf.training.reference import ReferencePolicy
+from betterhalf.training.routing import Routing
+from betterhalf.training.shards import ShardFile
+from betterhalf.training.state_files import StateFiles, read_state, require_base
 from betterhalf.training.support import SupportMask
 from betterhalf.training.token_scores import (
     Head,
@@ -45,9 +44,13 @@ from betterhalf.training.token_scores import (
     token_logprobs,
 )
 from betterhalf.training.top_scores import top_logprobs
-from betterhalf.training.trainer import OptimReport, TokenScores, TrainerState, WireWeights
+from betterhalf.training.trainer import OptimReport, TokenScores, TrainerState, WrittenState
+from betterhalf.training.trainer_build import prepare_module
+from betterhalf.training.trainer_report import side_report
+from betterhalf.training.weights.outgoing import OutgoingWeights
 from betterhalf.training.weights.replicated import ReplicatedWeights
 from betterhalf.training.weights.store import StoreFactory
+from betterhalf.wire import WeightStream
 
 
 class PolicyTrainer:
@@ -55,7 +58,7 @@ class PolicyTrainer:
 
     def __init__(
         self,
-        model: LoadedModel,
+        model: LoadedModel | SkeletonModel,
         *,
         config: RunConfig,
         precision: Precision,
@@ -66,7 +69,9 @@ class PolicyTrainer:
     ) -> None:
         """Take over `model.module`, whose parameters change dtype, and build optimizer and loss scaler.
 
-        With `keep_reference`, a copy of the weights is kept as the reference policy.
+        The parameters of a `SkeletonModel` get their values from the store that `sharded_over` makes. With
+        `keep_reference`, a copy of the weights is kept as the reference policy. As a rank, every method is called on
+        all ranks at the same time, with an equal number of packs (`training.split.empty_pack` fills up).
 
         Raises:
             InputError: the model has dropout, which would make pi random; it lacks an FP32 island of the
@@ -77,27 +82,19 @@ class PolicyTrainer:
         self.precision = precision
         self.collective = collective
         self.policy_version = policy_version
-        self.module = model.module.to(precision.device)
-        require_no_dropout(self.module.config)
+        self.module = to_device(model.module, precision.device)
         self._results = rounding_results(precision.roles.compute_dtype)
-        self.islands = precision.islands(self.module.config.num_hidden_layers, precision.roles.compute_dtype)
+        hf_config, post_norms = self.module.config, has_post_norms(self.module.config)
+        self.islands = precision.islands(
+            hf_config.num_hidden_layers, precision.roles.compute_dtype, post_norms=post_norms
+        )
+        prepared = prepare_module(self.module, config, precision, self.islands)
+        self.attention, self._layers = prepared.attention, prepared.layers
+        experts = getattr(self.module.config, "num_experts", 0)
+        self._routing = Routing(prepared.routing, experts, replays=config.algorithm.routing_replay)
         self.weights = store(self.module, precision.roles.compute_dtype, self.islands)
-        use_cpu_linear(self.module, precision)
-        use_cpu_embedding(self.module, precision)
-        if precision.exact:
-            use_cpu_silu(self.module)
-            self._require_exact()
-        # After the replacements, which would lose the hooks of an island's linear layer.
-        use_islands(self.module, self.islands, precision.compute_dtype)
-        coverage.require_covered(self.module, precision)
-        sums = precision.fp32_sums(precision.roles.compute_dtype)
-        head_dim = head_dim_of(self.module.config)
-        self.attention = attention_name(precision.device, head_dim, fp32_sums=sums, exact=precision.exact)
-        use_packed_attention(self.module, self.attention, compiled=config.training.compile_layers)
-        if config.training.activation_checkpointing:
-            self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            self.module.train()
-        coverage.require_no_half_products(self.module, precision, lambda: self._few_hidden(2))
+        self.outgoing = OutgoingWeights(self.module, self.weights, precision.roles.compute_dtype, config.lora)
+        coverage.require_covered_products(self.module, precision, lambda: self._few_hidden(2))
         if config.training.compile_layers:
             compile_layers(self.module.get_decoder(), precision.device)
         self.scaler: LossScaler = build_loss_scaler(config.precision.loss_scale, precision.roles.compute_dtype)
@@ -105,17 +102,9 @@ class PolicyTrainer:
         self._head_parameter = self._make_head_parameter()
         self._head_wide = Widened(self._head_parameter)
         self._reference = ReferencePolicy(self.weights) if keep_reference else None
+        self._kept: ReferencePolicy | None = None
+        self._files = StateFiles(collective.rank, collective.world_size)
         self._workspace = LogitsWorkspace(logits=config.training.logits_mib * 2**18)
-
-    def _require_exact(self) -> None:
-        """Check that this processor computes head and attention independently of the batch, as `CpuLinear` does.
-
-        Raises:
-            InputError: it does not.
-        """
-        vocabulary, hidden = self.module.get_output_embeddings().weight.shape
-        tiled_products.block_sizes(vocabulary, hidden, torch.get_num_threads())
-        tiled_attention.block_sizes(head_dim_of(self.module.config), torch.get_num_threads())
 
     def _build_optimizer(self) -> torch.optim.AdamW:
         settings = self.config.optimizer
@@ -161,6 +150,7 @@ class PolicyTrainer:
             logits_weight=wide,
             grad_weight=weight if native else wide,
             tiled_weight=tiled,
+            transform=logit_transform(self.module.config),
         )
 
     @torch.no_grad()
@@ -169,7 +159,7 @@ class PolicyTrainer:
         temperature = self.config.sampling.temperature if temperature is None else temperature
         with self._results:
             measured = [self._measure(micro, temperature) for micro in self._on_device(packs)]
-        return [TokenScores(logprobs_C=logprobs.cpu(), entropies_C=entropies.cpu()) for logprobs, entropies in measured]
+        return [scores.on_host() for scores in measured]
 
     def measure_reference(self, packs: Sequence[MicroBatch]) -> list[TokenScores]:
         """See `Trainer.measure_reference`."""
@@ -182,24 +172,43 @@ class PolicyTrainer:
         assert self._reference is not None, "the trainer was built without a reference policy"
         self._reference.refresh()
 
+    def keep_version(self) -> None:
+        """See `Trainer.keep_version`; the copy is made at the first call."""
+        if self._kept is None:
+            self._kept = ReferencePolicy(self.weights)
+        else:
+            self._kept.refresh()
+
+    def measure_kept(self, packs: Sequence[MicroBatch]) -> list[TokenScores]:
+        """See `Trainer.measure_kept`."""
+        assert self._kept is not None, "keep_version() comes first"
+        with self._kept.in_place():
+            return self.measure(packs)
+
     def _on_device(self, packs: Sequence[MicroBatch]) -> list[MicroBatch]:
         # All before the first pass: a copy from host memory waits for the passes launched before it.
         return [on_device(pack, self.precision.device) for pack in packs]
 
-    def _measure(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        """Return logprobs and entropies, float32 [C], on the device."""
+    def _measure(self, micro: MicroBatch, temperature: float) -> TokenScores:
+        """Return the scores of a pack, on the device."""
         # Without gradients, compiled layers would be different code, with other rounding points.
-        with torch.set_grad_enabled(self.config.training.compile_layers):
+        gradients = self.config.training.compile_layers
+        with torch.set_grad_enabled(gradients), self._routing.of(micro), self._routing.recording() as found:
             hidden = self._hidden_rows(micro).detach()
-        support = SupportMask.of(micro.support)
-        return measure_tokens(hidden, self.head(), micro.target_ids_C, temperature, self._workspace, support)
+        none = hidden.new_zeros(0).float()
+        if not hidden.shape[0]:
+            return TokenScores(logprobs_C=none, entropies_C=none)
+        support, head = SupportMask.of(micro.support), self.head()
+        logprobs, entropies = measure_tokens(hidden, head, micro.target_ids_C, temperature, self._workspace, support)
+        experts, count = self._routing.chosen(found), self._routing.num_experts
+        return TokenScores(logprobs_C=logprobs, entropies_C=entropies, experts_TLK=experts, num_experts=count)
 
     def score(self, micro: MicroBatch) -> Tensor:
         """Return the logprobs of each completion token, float32 [C], with a graph, for a pack on the device.
 
         They equal those of `measure` bit for bit.
         """
-        with self._results:
+        with self._results, self._routing.of(micro):
             return self._score(self._hidden_rows(micro), micro)
 
     def _score(self, hidden_CH: Tensor, micro: MicroBatch) -> Tensor:
@@ -217,14 +226,24 @@ class PolicyTrainer:
         stats = LossStats.empty()
         with self._results:
             for micro in self._on_device(packs):
-                hidden_CH = self._hidden_rows(micro)
-                # Keeps the gradient, as large as the hidden states themselves, until the end of the backward pass.
-                hidden_CH.retain_grad()
-                output = policy_loss(algorithm, self._loss_inputs(hidden_CH, micro, algorithm), denominators)
-                self.scaler.scale_loss(output.loss).backward()  # type: ignore[no-untyped-call]
-                assert hidden_CH.grad is not None
-                stats += output.stats.with_gradient(hidden_CH.grad)
+                # The backward pass repeats the forward pass with `activation_checkpointing`.
+                with self._routing.of(micro):
+                    stats += self._accumulate(micro, algorithm, denominators)
         return stats
+
+    def _accumulate(self, micro: MicroBatch, algorithm: Algorithm, denominators: Denominators) -> LossStats:
+        """Add the gradient of one pack to the sum, and return its statistics."""
+        hidden_CH = self._hidden_rows(micro)
+        if not hidden_CH.shape[0]:
+            # An empty pass: only joins the collectives of the other ranks, in both directions.
+            hidden_CH.float().sum().backward()  # type: ignore[no-untyped-call]
+            return LossStats.empty()
+        # Keeps the gradient, as large as the hidden states themselves, until the end of the backward pass.
+        hidden_CH.retain_grad()
+        output = policy_loss(algorithm, self._loss_inputs(hidden_CH, micro, algorithm), denominators)
+        self.scaler.scale_loss(output.loss).backward()  # type: ignore[no-untyped-call]
+        assert hidden_CH.grad is not None
+        return output.stats.with_gradient(hidden_CH.grad)
 
     def _loss_inputs(self, hidden_CH: Tensor, micro: MicroBatch, algorithm: Algorithm) -> LossInputs:
         """Add to a pack the current logprobs of its tokens, and what else the loss reads."""
@@ -265,12 +284,13 @@ class PolicyTrainer:
             policy_version=self.policy_version,
         )
 
-    # -- weights for the engine, and the report
+    def weight_stream(self) -> WeightStream:
+        """See `Trainer.weight_stream`; read it before the next update, which changes the masters that it rounds."""
+        return self.outgoing.stream(self.precision.roles, self.policy_version)
 
-    def wire_weights(self) -> WireWeights:
-        """See `Trainer.wire_weights`."""
-        tensors = self.weights.on_the_wire(self.precision.roles.wire_dtype)
-        return WireWeights(policy_version=self.policy_version, tensors=tensors)
+    def merge_count(self) -> MergeCount | None:
+        """See `Trainer.merge_count`."""
+        return self.outgoing.count
 
     def report(self) -> SideReport:
         """Report what the trainer really runs, read from its live tensors and a forward pass over a few tokens.
@@ -279,40 +299,21 @@ class PolicyTrainer:
             NumericsError: the forward pass gives NaN or infinity, which are on no format's grid.
         """
         hidden, logits = self._probe()
-        layers = coverage.linear_layers(self.module, self.module.get_output_embeddings())
-        computing = dict(self.weights.computing())
-        _, wired = next(self.wire_weights().tensors)
-        _, gradient = next(self.weights.gradients())
-        _, master = next(self.weights.trainable())
-        norms = [value for name, value in computing.items() if "norm" in name]
-        buffers = [value for name, value in self.module.named_buffers() if "inv_freq" in name]
-        compute, wire = self.precision.roles.compute_dtype, self.precision.roles.wire_dtype
-        kinds: dict[str, Tensor] = {
-            "weights": next(iter(computing.values())),
-            "compute": hidden,
-            "lm_head": logits,
-            "rope": buffers[0] if buffers else hidden,
-            "norm": norms[0] if norms else hidden,
-            "master": master,
-            "gradients": gradient,
-            "optimizer": next((state["exp_avg"] for state in self.optimizer.state.values()), master),
-        }
-        return SideReport(
-            side="trainer",
-            dtypes={region: held_format(tensor, compute) for region, tensor in kinds.items()}
-            | {"compute": narrowest_format(hidden), "wire": held_format(wired, wire)},
+        return side_report(
+            module=self.module,
+            weights=self.weights,
+            outgoing=self.outgoing,
+            precision=self.precision,
+            optimizer=self.optimizer,
+            layers=self._layers,
+            hidden=hidden,
+            logits=logits,
             facts={
                 "attention": self.attention,
-                "linear_layers": coverage.described(layers),
-                "matmul_sums": coverage.layers_sum(layers),
                 "rounding": self._rounding(),
-                **emulation_facts(compute),
                 "fp32_modules": self.islands.described(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "device": str(self.precision.device),
+                **self.outgoing.facts(),
             },
-            digests=weights_digests(self.weights.computing()),
         )
 
     def _rounding(self) -> str:
@@ -342,10 +343,8 @@ class PolicyTrainer:
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
-    # -- state
-
     def state(self) -> TrainerState:
-        """See `Trainer.state`."""
+        """See `Trainer.state`; a trainer of several ranks returns the rows of this rank."""
         optimizer: dict[str, Tensor] = {}
         for name, master in self.weights.trainable():
             for key, value in self.optimizer.state.get(master, {}).items():
@@ -357,10 +356,12 @@ class PolicyTrainer:
             policy_version=self.policy_version,
             reference=self._reference.state() if self._reference else {},
             reference_digest=self._reference.digest() if self._reference else "",
+            base_digest=self.outgoing.base_digest(),
         )
 
     def load(self, state: TrainerState) -> None:
         """See `Trainer.load`."""
+        require_base(state, self.outgoing.base_digest())
         if self._reference is not None:
             self._reference.load(state.reference, state.reference_digest, state.source)
         self.weights.load(state.model, state.source)
@@ -378,21 +379,21 @@ class PolicyTrainer:
         self.scaler.load_state_dict(state.loss_scaler)
         self.policy_version = state.policy_version
 
+    def write_state(self, folder: Path) -> WrittenState:
+        """See `Trainer.write_state`."""
+        return self._files.write(folder, self.state(), self.weights.ranges())
+
+    def wait_written(self) -> tuple[ShardFile, ...]:
+        """See `Trainer.wait_written`."""
+        return self._files.wait()
+
+    def read_state(self, folder: Path, written: WrittenState, source: str) -> None:
+        """See `Trainer.read_state`."""
+        self.load(read_state(folder, written, self.weights.ranges(), source))
+
+    def restart(self) -> None:
+        """Refuse: this trainer runs in the process of the run."""
+        raise RunError("the trainer has no process of its own to restart; resume from a checkpoint")
+
     def close(self) -> None:
         """Do nothing: the memory is freed with the object."""
-
-
-def on_device(pack: MicroBatch, device: torch.device) -> MicroBatch:
-    """Return the pack with its tensors on `device`; the same object if they are there already."""
-    if pack.token_ids_T.device == device:
-        return pack
-    moved = replace(pack, **_tensors_on(pack, device))
-    if pack.support is not None:
-        moved = replace(moved, support=replace(pack.support, **_tensors_on(pack.support, device)))
-    return moved
-
-
-def _tensors_on(record: MicroBatch | PackedSupport, device: torch.device) -> dict[str, Any]:
-    """Return the tensor fields of a record, moved to the device."""
-    values = {field.name: getattr(record, field.name) for field in fields(record)}
-    return {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}

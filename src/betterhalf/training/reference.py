@@ -24,7 +24,7 @@ class ReferencePolicy:
     def __init__(self, weights: WeightStore) -> None:
         """Copy the computing weights of `weights`."""
         self._weights = weights
-        self._held = {name: computing.clone() for name, computing in weights.computing()}
+        self._held = weights.held()
         self._refreshed = False
         self._digest: str | None = None
 
@@ -37,11 +37,10 @@ class ReferencePolicy:
         finally:
             self._weights.exchange(self._held)
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Make the current policy the reference."""
-        for name, computing in self._weights.computing():
-            self._held[name].copy_(computing)
+        self._held = {}  # frees the copy before another is made
+        self._held = self._weights.held()
         self._refreshed, self._digest = True, None
 
     def state(self) -> dict[str, Tensor]:
@@ -51,7 +50,9 @@ class ReferencePolicy:
     def digest(self) -> str:
         """Return a checksum of the weights."""
         if self._digest is None:
-            text = "\n".join(f"{name} {digest}" for name, digest in weights_digests(self._held.items()).items())
+            text = "\n".join(
+                f"{name} {digest}" for name, digest in weights_digests(self._weights.whole(self._held)).items()
+            )
             self._digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._digest
 

@@ -49,12 +49,14 @@ class Head:
     """Operand of the gradient's products: FP32, or half where the hardware multiplies half numbers."""
     tiled_weight: Tensor | None = None
     """`logits_weight` as `packed`, if the logits of a row must not depend on the other rows; else None."""
+    transform: ops.LogitTransform = ops.PLAIN_LOGITS
+    """Function of the model that follows the product."""
 
     def logits(self, hidden_CH: Tensor) -> Tensor:
         """Compute the FP32 logits of some rows, as `token_logprobs` does."""
         if self.tiled_weight is not None:
-            return tiled_product(hidden_CH.float(), self.tiled_weight)
-        return head_logits(hidden_CH, self.logits_weight)
+            return self.transform.apply_(tiled_product(hidden_CH.float(), self.tiled_weight))
+        return self.transform.apply_(head_logits(hidden_CH, self.logits_weight))
 
 
 class LogitsWorkspace:
@@ -72,9 +74,18 @@ class LogitsWorkspace:
         self._memory = torch.empty(0)
         self._gradient = torch.empty(0)
 
-    def multiply(self, hidden_CH: Tensor, weight_VH: Tensor, tiled_VH: Tensor | None = None) -> Tensor:
+    def multiply(
+        self,
+        hidden_CH: Tensor,
+        weight_VH: Tensor,
+        tiled_VH: Tensor | None = None,
+        transform: ops.LogitTransform = ops.PLAIN_LOGITS,
+    ) -> Tensor:
         """Compute `Head.logits` of a chunk; on a CPU the result is valid until the next use."""
         self.uses += 1
+        return transform.apply_(self._multiplied(hidden_CH, weight_VH, tiled_VH))
+
+    def _multiplied(self, hidden_CH: Tensor, weight_VH: Tensor, tiled_VH: Tensor | None) -> Tensor:
         if tiled_VH is not None:
             return tiled_product(hidden_CH.float(), tiled_VH)
         if not hidden_CH.is_cpu:
@@ -129,20 +140,21 @@ class _TokenScores(torch.autograd.Function):
         workspace: LogitsWorkspace,
         entropies: bool,
         support: SupportMask | None,
+        transform: ops.LogitTransform,
     ) -> tuple[Tensor, ...]:
         rows, parts = workspace.rows(logits_weight_VH.shape[0]), []
         with_entropies = partial(ops.scores, truncated=support is not None)
         score: Callable[..., tuple[Tensor, ...]] = with_entropies if entropies else ops.normalised
         chunks = zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True)
         for index, (hidden, targets) in enumerate(chunks):
-            logits = workspace.multiply(hidden, logits_weight_VH, tiled_weight_VH)
+            logits = workspace.multiply(hidden, logits_weight_VH, tiled_weight_VH, transform)
             if support is not None:
                 support.restrict(logits, row=index * rows)
             parts.append(score(logits, targets, temperature))
         logprobs_C, normaliser_C, *entropies_C = (torch.cat(columns) for columns in zip(*parts, strict=True))
         ctx.save_for_backward(hidden_CH, logits_weight_VH, grad_weight_VH, targets_C, normaliser_C, *entropies_C)
         ctx.weight_VH = weight_VH
-        ctx.temperature, ctx.workspace, ctx.support = temperature, workspace, support
+        ctx.temperature, ctx.workspace, ctx.support, ctx.transform = temperature, workspace, support, transform
         ctx.logits_CV, ctx.use = (logits if len(parts) == 1 else None), workspace.uses
         return logprobs_C, *entropies_C
 
@@ -161,18 +173,30 @@ class _TokenScores(torch.autograd.Function):
             grad_outputs = tuple(grad.masked_fill(ctx.support.single_C, 0.0) for grad in grad_outputs)
         for start in range(0, grad_weight_VH.shape[0], columns):
             part = slice(start, start + columns)
-            logits = head_logits(hidden_CH, logits_weight_VH[part]) if kept is None else kept[:, part]
-            if kept is None and ctx.support is not None:
-                ctx.support.restrict(logits, column=start)
+            logits = _again(ctx, hidden_CH, logits_weight_VH[part], start) if kept is None else kept[:, part]
             grad_logits = _grad_logits(
-                logits, targets_C - start, tuple(rows), grad_outputs, ctx.temperature, grad_weight_VH.dtype
+                logits,
+                targets_C - start,
+                tuple(rows),
+                grad_outputs,
+                ctx.temperature,
+                grad_weight_VH.dtype,
+                ctx.transform,
             )
             grad_hidden += _product(grad_logits, grad_weight_VH[part])
             if total is not None:
                 add_product(total[part], grad_logits.t(), operand.t())
             elif grad_VH is not None:
                 grad_VH[part] = ctx.workspace.multiply_back(grad_logits.t(), operand)
-        return grad_hidden.to(hidden_CH.dtype), grad_VH, None, None, None, None, None, None, None, None
+        return grad_hidden.to(hidden_CH.dtype), grad_VH, *(None,) * 9
+
+
+def _again(ctx: Any, hidden_CH: Tensor, logits_weight_VH: Tensor, start: int) -> Tensor:
+    """Compute the logits of part of the vocabulary, from token `start`, again in a backward pass."""
+    logits: Tensor = ctx.transform.apply_(head_logits(hidden_CH, logits_weight_VH))
+    if ctx.support is not None:
+        ctx.support.restrict(logits, column=start)
+    return logits
 
 
 def head_logits(hidden_CH: Tensor, wide_VH: Tensor) -> Tensor:
@@ -196,13 +220,17 @@ def _grad_logits(
     grads: tuple[Tensor, ...],
     temperature: float,
     dtype: torch.dtype,
+    transform: ops.LogitTransform,
 ) -> Tensor:
-    """Gradient of the targets' logprobs, and of the entropies, with respect to the logits, rounded once.
+    """Gradient of the targets' logprobs, and of the entropies, with respect to the head's product, rounded once.
 
     It is (onehot - softmax) * grad / temperature. `targets_C` are relative to the first of these logits; a target may
     be outside them. `rows` has the normalisers, [C], and the entropies H, [C], if there is a gradient of them too: it
     adds -softmax * (log softmax + H) * grad / temperature.
     """
+    if not transform.identity:
+        plain = _grad_logits(logits_CV, targets_C, rows, grads, temperature, torch.float32, ops.PLAIN_LOGITS)
+        return transform.backward(plain, logits_CV).to(dtype)
     normaliser_C, grad_C = rows[0], grads[0]
     if len(rows) > 1:
         return _grad_with_entropies(logits_CV, targets_C, rows, grads, temperature).to(dtype)
@@ -294,6 +322,7 @@ def _apply(
         workspace,
         entropies,
         support,
+        head.transform,
     )  # type: ignore[no-untyped-call]
     assert isinstance(out, tuple)
     return out
@@ -315,7 +344,7 @@ def measure_tokens(
     rows, logprobs, entropies = workspace.rows(head.logits_weight.shape[0]), [], []
     chunks = zip(torch.split(hidden_CH, rows), torch.split(targets_C, rows), strict=True)
     for index, (hidden, targets) in enumerate(chunks):
-        logits = workspace.multiply(hidden, head.logits_weight, head.tiled_weight)
+        logits = workspace.multiply(hidden, head.logits_weight, head.tiled_weight, head.transform)
         if support is not None:
             support.restrict(logits, row=index * rows)
         found = ops.logprobs_and_entropy(logits, targets, temperature, truncated=support is not None)

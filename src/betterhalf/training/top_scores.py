@@ -31,13 +31,14 @@ class _TopLogprobs(torch.autograd.Function):
     ) -> Tensor:
         rows, parts = workspace.rows(head.logits_weight.shape[0]), []
         for hidden, ids in zip(torch.split(hidden_CH, rows), torch.split(top_ids_CK, rows), strict=True):
-            logits = workspace.multiply(hidden, head.logits_weight, head.tiled_weight)
+            logits = workspace.multiply(hidden, head.logits_weight, head.tiled_weight, head.transform)
             _, normaliser = ops.normalised(logits, ids[:, 0], temperature)
             top = logits.gather(-1, ids)
             parts.append(((top if temperature == 1.0 else top / temperature) - normaliser.unsqueeze(-1), normaliser))
         top_CK, normaliser_C = (torch.cat(columns) for columns in zip(*parts, strict=True))
         ctx.save_for_backward(hidden_CH, head.logits_weight, head.grad_weight, top_ids_CK, normaliser_C)
         ctx.weight_VH, ctx.temperature, ctx.workspace = weight_VH, temperature, workspace
+        ctx.transform = head.transform
         return top_CK
 
     @staticmethod
@@ -51,9 +52,10 @@ class _TopLogprobs(torch.autograd.Function):
         grad_CK, operand = grad_outputs[0] / ctx.temperature, hidden_CH.to(grad_weight_VH.dtype)
         for start in range(0, grad_weight_VH.shape[0], columns):
             part = slice(start, start + columns)
-            scaled = head_logits(hidden_CH, logits_weight_VH[part])
-            scaled = scaled if ctx.temperature == 1.0 else scaled / ctx.temperature
-            grad_logits = _grad_logits(scaled, top_ids_CK - start, normaliser_C, grad_CK).to(grad_weight_VH.dtype)
+            logits = ctx.transform.apply_(head_logits(hidden_CH, logits_weight_VH[part]))
+            scaled = logits if ctx.temperature == 1.0 else logits / ctx.temperature
+            grad_logits = _grad_logits(scaled, top_ids_CK - start, normaliser_C, grad_CK)
+            grad_logits = ctx.transform.backward(grad_logits, logits).to(grad_weight_VH.dtype)
             grad_hidden += _product(grad_logits, grad_weight_VH[part])
             if total is not None:
                 add_product(total[part], grad_logits.t(), operand.t())

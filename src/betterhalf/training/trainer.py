@@ -6,8 +6,9 @@ stay on the trainer's device until they are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -16,6 +17,9 @@ from betterhalf.algorithms.loss_stats import LossStats
 from betterhalf.algorithms.presets import Algorithm
 from betterhalf.batches import Denominators, MicroBatch
 from betterhalf.precision.contract import SideReport
+from betterhalf.precision.merge import MergeCount
+from betterhalf.training.shards import ShardFile
+from betterhalf.wire import WeightStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +30,15 @@ class TokenScores:
     """float32 [C], host: log pi of each completion token, in nats."""
     entropies_C: Tensor
     """float32 [C], host, in nats."""
+    experts_TLK: Tensor | None = None
+    """uint8 or int16 [T, L, K], host: experts that the trainer's own routers choose for each token of the pack, also
+    if those of the engine compute; None without experts."""
+    num_experts: int = 0
+    """Number of experts in a layer."""
+
+    def on_host(self) -> TokenScores:
+        """Return the scores in host memory."""
+        return replace(self, logprobs_C=self.logprobs_C.cpu(), entropies_C=self.entropies_C.cpu())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,16 +64,6 @@ class OptimReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WireWeights:
-    """Weights for an engine, and their policy version."""
-
-    policy_version: int
-    """Number of applied updates in these weights."""
-    tensors: Iterator[tuple[str, Tensor]]
-    """(unfused Hugging Face name, master rounded once to the wire dtype), one tensor at a time."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerState:
     """Everything a trainer needs to continue bit for bit."""
 
@@ -77,8 +80,20 @@ class TrainerState:
     none."""
     reference_digest: str = ""
     """Checksum of the reference policy; empty without one."""
+    base_digest: str = ""
+    """Checksum of the frozen base of LoRA adapters; empty without adapters."""
     source: str = "the trainer's state"
     """Name of its origin, for messages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenState:
+    """State of a trainer without its tensors, which are in files: the numbers of `TrainerState`."""
+
+    loss_scaler: dict[str, float]
+    policy_version: int
+    reference_digest: str
+    base_digest: str = ""
 
 
 class Trainer(Protocol):
@@ -108,6 +123,18 @@ class Trainer(Protocol):
         """Make the current policy the reference policy."""
         ...
 
+    def keep_version(self) -> None:
+        """Keep a copy of the weights that compute, for `measure_kept`; replaces the copy before."""
+        ...
+
+    def measure_kept(self, packs: Sequence[MicroBatch]) -> list[TokenScores]:
+        """Score the completion tokens of each pack at the weights of the last `keep_version`.
+
+        The passes are those of `measure`, at the run's sampling temperature: the logprobs are those that `measure` gave
+        then, bit for bit.
+        """
+        ...
+
     def forward_backward(
         self, packs: Sequence[MicroBatch], algorithm: Algorithm, denominators: Denominators
     ) -> LossStats:
@@ -132,8 +159,12 @@ class Trainer(Protocol):
         """
         ...
 
-    def wire_weights(self) -> WireWeights:
-        """Return the current weights in the wire dtype, as a stream that is read once."""
+    def weight_stream(self) -> WeightStream:
+        """Return the current weights, rounded once to the wire dtype, with the digest of each in the rollout dtype."""
+        ...
+
+    def merge_count(self) -> MergeCount | None:
+        """Return the counts of the last weight stream that was read to its end; None if it merged no adapters."""
         ...
 
     def report(self) -> SideReport:
@@ -152,8 +183,47 @@ class Trainer(Protocol):
         """Continue from `state()` of a trainer of the same model; gradients accumulated so far are discarded.
 
         Raises:
-            CheckpointError: the state is of another model, of another kind of loss scaler, or of a run with another
-                reference policy.
+            CheckpointError: the state is of another model, of adapters of another base, of another kind of loss scaler,
+                or of a run with another reference policy.
+        """
+        ...
+
+    def write_state(self, folder: Path) -> WrittenState:
+        """Write every tensor of the state below `folder`, each rank its own shards, and return what describes them.
+
+        The tensors are copied to host memory before this returns; the files are written in the background and
+        complete once `wait_written` returns.
+
+        Raises:
+            RunError: an earlier write failed, for example on a full disk.
+        """
+        ...
+
+    def wait_written(self) -> tuple[ShardFile, ...]:
+        """Wait for the files of the last `write_state`, and return those of all ranks, in rank order.
+
+        It is called from another thread than the other methods, which may run meanwhile. When it returns or raises, no
+        rank writes any more.
+
+        Raises:
+            RunError: a file cannot be written.
+        """
+        ...
+
+    def read_state(self, folder: Path, written: WrittenState, source: str) -> None:
+        """Continue from the files of a trainer with any number of ranks; each rank reads its own rows.
+
+        Raises:
+            CheckpointError: the state is of another model or another kind of loss scaler.
+        """
+        ...
+
+    def restart(self) -> None:
+        """Replace the processes of the trainer after a `TrainerDiedError` by new ones, with the model's own weights.
+
+        Raises:
+            RunError: the trainer has no process of its own.
+            TrainerDiedError: they cannot be started.
         """
         ...
 

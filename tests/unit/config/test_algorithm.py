@@ -153,6 +153,15 @@ def test_a_config_json_of_an_earlier_run_means_the_same(tmp_path: Path, preset: 
     assert load_config(tmp_path) == config
 
 
+def test_a_config_json_of_an_earlier_run_with_adapters_on_all_layers_means_the_same(tmp_path: Path) -> None:
+    """It lists no target."""
+    config = load_config(None, ["lora.rank=4"])
+    text = json.dumps(resolved_json(config))
+    write(tmp_path, "config.json", text.replace('["all-linear"]', "[]"))
+    assert '"target_modules": []' in (tmp_path / "config.json").read_text(encoding="utf-8")
+    assert load_config(tmp_path) == config
+
+
 def test_an_old_name_of_a_value_is_answered_with_the_current_one() -> None:
     with pytest.raises(ConfigError, match=r'gradient = "score" is not one of ratio, logprob. Did you mean logprob\?'):
         load_config(None, ["algorithm=cispo", "algorithm.surrogate.gradient=score"])

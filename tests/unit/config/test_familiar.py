@@ -111,4 +111,24 @@ def test_a_setting_without_a_counterpart_is_answered_with_what_to_do() -> None:
 def test_a_typing_error_still_finds_the_key_of_its_own_section() -> None:
     assert keys.nearest_key("optimizer.bets") == "optimizer.betas"
     assert keys.advice("training.stpes") == "Did you mean 'training.steps'?"
+    assert keys.nearest_key("sede") == "seed"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        ("evaluate.prompts", "'evaluate.max_prompts' or 'probe.prompts'"),
+        ("training.compile", "'training.compile_layers' or 'engine.compile'"),
+        ("optimizer.steps", "'optimizer.warmup_steps' or 'training.steps'"),
+        ("sampling.p", "'sampling.top_p'"),
+        ("sampling.max", "'sampling.max_tokens'"),
+        ("lora.targets", "'lora.target_modules'"),
+        ("training.learning_rate", "'optimizer.learning_rate'"),
+    ],
+)
+def test_a_key_of_the_named_section_comes_before_one_of_that_name_elsewhere(wrong: str, hint: str) -> None:
+    assert keys.advice(wrong) == f"Did you mean {hint}?"
+
+
+def test_a_word_that_resembles_no_key_gets_no_hint() -> None:
     assert keys.advice("zzz") is None

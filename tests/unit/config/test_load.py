@@ -134,7 +134,8 @@ def test_json_that_is_not_an_object_is_refused(tmp_path: Path) -> None:
         ("arms=bf16", "sanity.arms", ["bf16"]),
         ("arms=fp16, bf16,fp32", "sanity.arms", ["fp16", "bf16", "fp32"]),
         ("sanity.arms=fp32", "sanity.arms", ["fp32"]),
-        ("logging.tensorboard=True", "logging.tensorboard", True),
+        ("evaluate.keep_best=True", "evaluate.keep_best", True),
+        ("logging.trackers=wandb, tensorboard", "logging.trackers", ["wandb", "tensorboard"]),
         ("training.steps=1_000", "training.steps", 1000),
         ("evaluate.max_prompts=12", "evaluate.max_prompts", 12),
         ("task.terms=4", "task.terms", 4),
@@ -236,7 +237,18 @@ def test_the_task_inside_a_task_may_leave_its_type_out() -> None:
         ("optimizer.eps=nan", "optimizer.eps = nan must be a finite number."),
         ("precision.loss_scale.backoff_factor=1", "must be below 1."),
         ("sanity.upper=1.5", "sanity.upper = 1.5 must be at most 1."),
-        ("logging.tensorboard=maybe", 'logging.tensorboard = "maybe" must be true or false.'),
+        ("evaluate.keep_best=maybe", 'evaluate.keep_best = "maybe" must be true or false.'),
+        (
+            "logging.trackers=tensorboard,wanbd",
+            'logging.trackers = "wanbd" is not one of wandb, trackio, mlflow, tensorboard, prometheus. '
+            "Did you mean wandb?",
+        ),
+        ("logging.trackers=wandb,wandb", "logging.trackers=wandb,wandb names a tracker twice. Name each once."),
+        (
+            "logging.tensorboard=true",
+            "Did you mean 'logging.trackers'? It is a list: logging.trackers=wandb,tensorboard.",
+        ),
+        ("trainer.project_name=x", "Did you mean 'logging.project'?"),
         (
             "precision=fp61",
             'precision.preset = "fp61" is not one of ' + FORMATS + ". Did you mean fp16?",
@@ -273,7 +285,7 @@ def test_the_task_inside_a_task_may_leave_its_type_out() -> None:
         ("precision.pairs=mathced", "precision.pairs = 'mathced' is not full, matched or a list"),
         ("precision.pairs=fp32/bf61", "Write a list such as precision.pairs=fp16/fp16,bf16/bf16."),
         ("precision.pairs=[]", "precision.pairs is empty, so there is nothing to measure"),
-        ("engine=vlm", 'engine.type = "vlm" is not one of native, vllm. Did you mean vllm?'),
+        ("engine=vlm", 'engine.type = "vlm" is not one of native, vllm, python. Did you mean vllm?'),
         ("engine.kv_cache_gib=3", "engine.kv_cache_gib is not a key of the chosen engine.type."),
         ("engine.rounding=exactly", "is not one of engine, aligned, exact. Did you mean exact?"),
         ("watchdog.level=[]", "unknown key 'watchdog.level'. Did you mean 'watchdog.levels'?"),
@@ -349,6 +361,7 @@ def test_a_difference_in_a_list_of_sections_shows_both() -> None:
     (change,) = config_difference(load_config(None), load_config(None, ["watchdog.levels=[]"]))
     assert change.key == "watchdog.levels"
     assert str(change).endswith(
+        '{ metric = "experts/change_fraction/mean", above = 0.05, steps = 1, action = "warn" }, '
         '{ metric = "policy/ratio/max_negative", above = 50.0, steps = 1, action = "warn" }] -> []'
     )
 

@@ -11,6 +11,7 @@ from betterhalf.diagnostics.numerics import (
     MAX_LOSS_SCALE,
     Magnitudes,
     Spot,
+    all_finite,
     headroom_bits,
     magnitudes,
     module_range,
@@ -50,6 +51,15 @@ def test_counts_are_those_of_the_real_rounding(place: int, dtype: torch.dtype) -
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_counts_as_infinite(bad: float) -> None:
     assert magnitudes(torch.tensor([1.0, bad])).max_abs == math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_value_that_is_not_finite_is_found_in_every_format(dtype: torch.dtype) -> None:
+    x = torch.randn(5, 7, dtype=dtype)
+    assert all_finite(x) and all_finite(x[:0]) and all_finite(torch.full((3,), 65504.0, dtype=dtype))
+    for bad in (math.nan, math.inf, -math.inf):
+        x[2, 3] = bad
+        assert not all_finite(x) and not all_finite(x.t())
 
 
 def test_sizes_add_up_to_those_of_the_whole() -> None:

@@ -15,6 +15,7 @@ from betterhalf.algorithms.presets import PRESETS
 from betterhalf.batches import MicroBatch
 from betterhalf.config.schema import RunConfig
 from betterhalf.diagnostics.numerics import BACKWARD_KINDS, Kind, Spot
+from betterhalf.examine import census as census_module
 from betterhalf.examine.census import (
     CENSUS_TOKENS,
     CensusBatch,
@@ -239,6 +240,18 @@ def test_the_largest_safe_scale_is_finite_and_the_next_is_not(
         with observe_module(trainer.module, lambda name, kind, x, found=places: found.append(bool(x.isfinite().all()))):
             gradients_and_loss(trainer, batch)
         assert all(places) == finite
+
+
+def test_no_scale_is_searched_for_a_census_that_another_follows(
+    subject: Subject, batch: CensusBatch, truth: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, scales = census_module._real_pass, []
+    monkeypatch.setattr(census_module, "_real_pass", lambda *given: (scales.append(given[-1]), real(*given))[1])
+    first = take_census(subject, "fp16", batch, truth, lambda found: found.first_backward is None)
+    assert scales == [1.0] and first.largest_safe_loss_scale == 1.0
+    last = take_census(subject, "fp16", batch, truth, lambda _: False)
+    assert len(scales) > 2 and last.ranges == first.ranges
+    assert last.zeroed_fraction_unscaled == first.zeroed_fraction_unscaled == first.zeroed_fraction
 
 
 def test_a_loss_scale_saves_gradients_from_underflow(subject: Subject, batch: CensusBatch, truth: Reference) -> None:

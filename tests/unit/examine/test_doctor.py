@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from betterhalf.config.load import load_config
 from betterhalf.config.schema import RunConfig
-from betterhalf.diagnostics.numerics import Census, Kind, Spot
+from betterhalf.diagnostics.numerics import Census, Kind, ModuleRange, Spot
 from betterhalf.diagnostics.verdict import Verdict
 from betterhalf.examine.doctor import doctor_json
-from betterhalf.examine.islands import Islands, _grown, islands_for
+from betterhalf.examine.islands import Islands, _grown, _spots, islands_for
 from betterhalf.examine.recommendation import config_text
 from betterhalf.examine.subject import Subject, open_subject
 from betterhalf.types import DtypeName
@@ -68,6 +70,42 @@ def loaded(text: str, tmp_path: Path) -> RunConfig:
 )
 def test_a_place_is_covered_by_the_narrowest_island_that_helps(module: str, kind: Kind, islands: list[str]) -> None:
     assert list(islands_for(Spot(module=module, kind=kind))) == islands
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "islands"),
+    [
+        (LAYER, "forward", [f"{LAYER}.post_feedforward_layernorm", LAYER]),
+        (f"{LAYER}.post_feedforward_layernorm", "forward", [f"{LAYER}.post_feedforward_layernorm", LAYER]),
+        (f"{LAYER}.pre_feedforward_layernorm", "input", [f"{LAYER}.post_attention_layernorm", LAYER]),
+        (f"{LAYER}.mlp.down_proj", "forward", [f"{LAYER}.mlp.down_proj", f"{LAYER}.mlp", LAYER]),
+        (f"{LAYER}.post_feedforward_layernorm", "backward", [LAYER]),
+    ],
+)
+def test_in_a_block_with_four_norms_the_norm_that_writes_to_the_stream_is_tried_first(
+    module: str, kind: Kind, islands: list[str]
+) -> None:
+    assert list(islands_for(Spot(module=module, kind=kind), post_norms=True)) == islands
+
+
+def test_only_the_first_place_of_an_overflowing_residual_stream_needs_an_island() -> None:
+    """Stream of layers 1 to 3: 30000 has too little headroom, 70000 and 90000 overflow."""
+    sizes = {"model.layers.1": 3e4, "model.layers.2": 7e4, "model.layers.3": 9e4}
+    spots = {name: Spot(module=name, kind="forward") for name in sizes}
+    rows = tuple(
+        ModuleRange(
+            spot=spots[name],
+            max_abs=size,
+            headroom_bits=math.log2(65504 / size),
+            subnormal_fraction=0.0,
+            zero_fraction=0.0,
+            finite=size < 65504,
+        )
+        for name, size in sizes.items()
+    )
+    overflow = replace(census("fp16"), ranges=rows, first_forward=spots["model.layers.2"])
+    assert _spots(overflow) == (spots["model.layers.1"],)
+    assert _grown((), _spots(overflow), post_norms=True) == ("model.layers.1.post_feedforward_layernorm",)
 
 
 def test_islands_grow_only_where_they_were_tried() -> None:

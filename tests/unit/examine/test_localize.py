@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from tests import tiny_families
 from tests.tiny_models import SMALL, loaded_model, tiny_config, tiny_module
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,7 +24,7 @@ from betterhalf.batches import PackedSegment
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import InputError
 from betterhalf.examine.engine_trace import decoded_trace, whole_trace
-from betterhalf.examine.localize import localize, localize_pair
+from betterhalf.examine.localize import localize, localize_pair, require_traced
 from betterhalf.examine.localize_text import show_localize
 from betterhalf.examine.subject import Subject, engine_in, trainer_in
 from betterhalf.examine.trainer_trace import trainer_trace
@@ -32,6 +33,7 @@ from betterhalf.models.loading import LoadedModel, load_model
 from betterhalf.rollout.native import decoder as decoder_module
 from betterhalf.rollout.native.decoder import OPERATIONS, Decoder
 from betterhalf.rollout.native.engine import NativeEngine
+from betterhalf.rollout.native.families import Activation
 from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.native.rounding import Rounding, layer_roundings
 from betterhalf.types import DtypeName, GenerateRequest
@@ -134,15 +136,15 @@ def test_fp32_islands_differ_by_rounding_only(island: str, dtype: DtypeName) -> 
 class Scaled(Rounding):
     """Rounding whose SwiGLU is 1% too large."""
 
-    def swiglu(self, gate_up: Tensor) -> Tensor:
-        return super().swiglu(gate_up) * 1.01
+    def swiglu(self, gate_up: Tensor, activation: Activation = "silu") -> Tensor:
+        return super().swiglu(gate_up, activation) * 1.01
 
 
 class Unscaled(Rounding):
     """Rounding whose residual sum halves the branch."""
 
-    def add(self, residual: Tensor, branch: Tensor) -> Tensor:
-        return super().add(residual, branch * 0.5)
+    def add(self, residual: Tensor, branch: Tensor, scale: float = 1.0) -> Tensor:
+        return super().add(residual, branch * 0.5, scale)
 
 
 def with_rounding(kind: type[Rounding]) -> Fault:
@@ -162,7 +164,7 @@ def scale(decoder: Decoder, name: str, factor: float, row: int | None = None) ->
 
 
 def rope_off(decoder: Decoder) -> None:
-    decoder.inv_freq *= 1.01
+    decoder.inv_freqs[0] *= 1.01
 
 
 def epsilon_off(decoder: Decoder) -> None:
@@ -416,3 +418,10 @@ def test_the_text_shows_every_layer_of_a_small_model_and_the_last_of_a_large_one
     found["growth"] = [row | {"layer": layer} for layer in range(30)]
     shown = [line.split()[0] for line in printed(found).splitlines() if line.split()[:1] and line.split()[0].isdigit()]
     assert shown[-1] == "29" and len(shown) <= 12
+
+
+def test_other_layers_than_llamas_are_refused() -> None:
+    require_traced(tiny_config("qwen3"))
+    for name in ("gemma3_text", "olmo2", "phi3", "granite"):
+        with pytest.raises(InputError, match=f"'{name}' has others; leave --localize out"):
+            require_traced(tiny_families.family_config(tiny_families.FAMILIES[name]))

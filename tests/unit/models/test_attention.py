@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from betterhalf.batches import PackedSegment
 from betterhalf.errors import InputError
 from betterhalf.models.attention import (
+    AttentionFunction,
     PackLayout,
     packed_attention,
+    packed_attention_exact,
     packed_attention_fp32_sums,
     packed_attention_varlen,
     repeat_prefixes,
-    require_packable,
     segment_batches,
 )
 
@@ -39,7 +40,7 @@ def qkv(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int | None, cap: float | None = None) -> Tensor:
     """Return float64 attention with an explicit mask over the whole pack: [T, heads, D]."""
     owner = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     prefix = torch.tensor([-1 if p is None else p for p in PREFIXES])[owner]
@@ -51,8 +52,9 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         visible &= distance < window
     q, k, v = (x[0].double() for x in (q, k, v))
     k, v = (x.repeat_interleave(2, dim=0) for x in (k, v))
-    qk = (q @ k.transpose(1, 2) * 8**-0.5).masked_fill(~visible, float("-inf"))
-    return (qk.softmax(-1) @ v).transpose(0, 1)
+    qk = q @ k.transpose(1, 2) * 8**-0.5
+    qk = qk if cap is None else cap * (qk / cap).tanh()
+    return (qk.masked_fill(~visible, float("-inf")).softmax(-1) @ v).transpose(0, 1)
 
 
 def test_segments_of_a_batch_have_equal_lengths_and_prefix_lengths() -> None:
@@ -79,6 +81,14 @@ def test_equals_float64_attention_with_an_explicit_mask(window: int | None) -> N
     q, k, v = qkv()
     out, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=8**-0.5, layout=LAYOUT, sliding_window=window)
     torch.testing.assert_close(out[0].double(), by_hand(q, k, v, window), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [packed_attention, packed_attention_exact, packed_attention_fp32_sums])
+def test_every_kernel_of_a_cpu_honours_a_soft_cap(kernel: AttentionFunction) -> None:
+    q, k, v = qkv()
+    out, _ = kernel(nn.Identity(), q, k, v, None, scaling=8**-0.5, layout=LAYOUT, sliding_window=4, softcap=0.5)
+    torch.testing.assert_close(out[0].double(), by_hand(q, k, v, 4, 0.5), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(out[0].double(), by_hand(q, k, v, 4), rtol=1e-3)
 
 
 @pytest.mark.parametrize("window", [None, 2, 4])
@@ -149,26 +159,53 @@ def test_the_flash_kernel_is_given_each_prefix_as_keys(monkeypatch: pytest.Monke
     torch.testing.assert_close(out[0], by_hand(q, k, v, window), rtol=1e-9, atol=1e-9)
 
 
+def test_soft_capped_scores_do_not_go_to_the_flash_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace())  # type: ignore[arg-type]
+    q, k, v = qkv(torch.bfloat16)
+    out, _ = packed_attention_varlen(nn.Identity(), q, k, v, None, scaling=8**-0.5, layout=LAYOUT, softcap=0.5)
+    torch.testing.assert_close(out[0].double(), by_hand(q, k, v, None, 0.5), rtol=0.02, atol=0.02)
+
+
+def test_blocks_stay_on_the_device_of_their_operands() -> None:
+    """Tensors of the meta device stand for those of a GPU: one made on the CPU would not meet them."""
+    q, k, v = (x.to("meta").requires_grad_() for x in qkv(torch.bfloat16))
+    out, _ = packed_attention_fp32_sums(
+        nn.Identity(), q, k, v, None, scaling=8**-0.5, layout=LAYOUT, sliding_window=2, softcap=0.5
+    )
+    out.sum().backward()
+    assert out.is_meta and q.grad is not None and q.grad.is_meta
+
+
 def test_dropout_is_refused() -> None:
     q, k, v = qkv()
     with pytest.raises(InputError, match="attention_dropout=0.1.*set it to 0"):
         packed_attention(nn.Identity(), q, k, v, None, scaling=1.0, layout=LAYOUT, dropout=0.1)
 
 
-def model(**config: Any) -> Any:
-    module = nn.Linear(1, 1)
-    module.config = SimpleNamespace(model_type="odd", **config)
-    module._supports_attention_backend = True
-    return module
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"s_aux": torch.zeros(4)}, "attention sinks"),
+        ({"position_bias": torch.zeros(1)}, "position_bias"),
+        ({"is_causal": False}, "is_causal"),
+    ],
+)
+def test_what_attention_does_not_compute_is_refused_by_name(asked: dict[str, Any], words: str) -> None:
+    q, k, v = qkv()
+    with pytest.raises(InputError, match=words):
+        packed_attention(nn.Identity(), q, k, v, None, scaling=1.0, layout=LAYOUT, **asked)
 
 
-def test_decoders_that_would_leak_across_packed_sequences_are_refused() -> None:
-    require_packable(model(layer_types=["full_attention", "sliding_attention"]))
-    with pytest.raises(InputError, match="linear_attention.*llama, mistral, qwen2 or qwen3"):
-        require_packable(model(layer_types=["full_attention", "linear_attention"]))
-    convolution = model()
-    convolution.mixer = nn.Conv1d(1, 1, 4)
-    with pytest.raises(InputError, match="mixes positions outside attention"):
-        require_packable(convolution)
-    with pytest.raises(InputError, match="final_logit_softcapping=30"):
-        require_packable(model(final_logit_softcapping=30.0))
+def test_keywords_without_effect_are_accepted() -> None:
+    q, k, v = qkv()
+    harmless = {"softcap": None, "is_causal": True, "use_cache": False, "position_ids": torch.zeros(1)}
+    out, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=8**-0.5, layout=LAYOUT, **harmless)
+    torch.testing.assert_close(out[0].double(), by_hand(q, k, v, None), rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_of_the_model_and_a_missing_layout_are_refused() -> None:
+    q, k, v = qkv()
+    with pytest.raises(InputError, match="a mask of its own"):
+        packed_attention(nn.Identity(), q, k, v, torch.zeros(1), scaling=1.0, layout=LAYOUT)
+    with pytest.raises(InputError, match="do not pass keywords on"):
+        packed_attention(nn.Identity(), q, k, v, None, scaling=1.0)

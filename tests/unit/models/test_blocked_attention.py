@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from betterhalf.models import blocked_attention as module
-from betterhalf.models.blocked_attention import blocked_attention
+from betterhalf.models.blocked_attention import ScoreRule, blocked_attention
 
 N, HEADS, KV_HEADS, D = 3, 4, 2, 8
 
@@ -29,22 +29,26 @@ def problem(queries: int, keys: int, dtype: torch.dtype = torch.float32) -> tupl
     return draw(HEADS, queries), draw(KV_HEADS, keys), draw(KV_HEADS, keys), draw(HEADS, queries)
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, cap: float | None = None) -> Tensor:
     """Return attention with an explicit mask, in the dtype of the operands."""
     group, queries, keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
     visible = (distance >= 0) & (distance < (window or keys))
-    return (q @ k.transpose(2, 3) * scale).masked_fill(~visible, -torch.inf).softmax(-1) @ v
+    scores = q @ k.transpose(2, 3) * scale
+    scores = scores if cap is None else cap * (scores / cap).tanh()
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
 
 
+@pytest.mark.parametrize("cap", [None, 0.5, 50.0])
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 100])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (7, 7), (8, 13), (1, 9)])
-def test_results_and_gradients_equal_float64(queries: int, keys: int, window: int | None) -> None:
+def test_results_and_gradients_equal_float64(queries: int, keys: int, window: int | None, cap: float | None) -> None:
     *operands, upstream = problem(queries, keys)
     ours = [x.requires_grad_() for x in operands]
     wide = [x.detach().double().requires_grad_() for x in operands]
-    out, expected = blocked_attention(*ours, scale=0.3, window=window), exact(*wide, 0.3, window)
+    out = blocked_attention(*ours, ScoreRule(scale=0.3, window=window, cap=cap))
+    expected = exact(*wide, 0.3, window, cap)
     (out * upstream).sum().backward()
     (expected * upstream).sum().backward()
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
@@ -57,8 +61,8 @@ def test_probabilities_are_rounded_before_they_meet_the_values() -> None:
     q = torch.tensor([1.0]).view(1, 1, 1, 1)
     k = torch.tensor([0.0, 2.0]).log().clamp(min=0).view(1, 1, 2, 1)
     v = torch.tensor([1.0, 0.0]).view(1, 1, 2, 1)
-    unrounded = float(blocked_attention(q, k, v, scale=1.0))
-    rounded = float(blocked_attention(q, k, v, scale=1.0, operands=torch.bfloat16))
+    unrounded = float(blocked_attention(q, k, v, ScoreRule(scale=1.0)))
+    rounded = float(blocked_attention(q, k, v, ScoreRule(scale=1.0), operands=torch.bfloat16))
     assert unrounded == pytest.approx(1 / 3, abs=1e-7)
     assert rounded == 0.333984375  # 171 / 512, the nearest BF16
 
@@ -68,7 +72,7 @@ def test_bf16_operands_cost_bf16_rounding_and_no_more(window: int | None) -> Non
     *operands, upstream = problem(8, 13, torch.bfloat16)
     ours = [x.requires_grad_() for x in operands]
     wide = [x.detach().double().requires_grad_() for x in operands]
-    out = blocked_attention(*ours, scale=0.3, window=window, operands=torch.bfloat16)
+    out = blocked_attention(*ours, ScoreRule(scale=0.3, window=window), operands=torch.bfloat16)
     expected = exact(*wide, 0.3, window)
     (out * upstream).sum().backward()
     (expected * upstream).sum().backward()
@@ -87,12 +91,12 @@ def test_no_quadratic_tensor_is_saved_for_the_backward_pass() -> None:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        blocked_attention(q, k, v, scale=0.3)
+        blocked_attention(q, k, v, ScoreRule(scale=0.3))
     assert sorted(kept) == sorted(x.numel() for x in (q, k, v))
 
 
 def test_the_same_operands_give_the_same_bits_with_and_without_gradients() -> None:
     q, k, v, _ = problem(8, 13)
     with torch.inference_mode():
-        plain = blocked_attention(q, k, v, scale=0.3).clone()
-    assert torch.equal(blocked_attention(q.requires_grad_(), k, v, scale=0.3), plain)
+        plain = blocked_attention(q, k, v, ScoreRule(scale=0.3)).clone()
+    assert torch.equal(blocked_attention(q.requires_grad_(), k, v, ScoreRule(scale=0.3)), plain)

@@ -142,7 +142,8 @@ def test_slips_change_the_last_digit_of_a_total_and_are_carried_on(script: Modul
 def test_the_script_makes_the_tokenizer_and_the_shape_in_the_package(
     script: ModuleType, demo: LoadedModel, small: LoadedModel, tmp_path: Path
 ) -> None:
-    for folder, model, recipe in zip((FOLDER, SMALL_FOLDER), (demo, small), script.RECIPES.values(), strict=True):
+    packaged = [recipe for recipe in script.RECIPES.values() if not recipe.experts]
+    for folder, model, recipe in zip((FOLDER, SMALL_FOLDER), (demo, small), packaged, strict=True):
         script.make_tokenizer(recipe).save_pretrained(tmp_path)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             assert (tmp_path / name).read_text() == (folder / name).read_text()

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from betterhalf.config.schema import ModelConfig
 from betterhalf.models.description import describe_model
-from betterhalf.models.gguf import tokenizer_flags
+from betterhalf.models.gguf import read_once, tokenizer_flags
 from betterhalf.models.loading import load_model
 from betterhalf.tasks.prompting import encode, plain_draft, templated_draft
 
@@ -62,3 +64,31 @@ def test_a_folder_made_of_the_file_gives_the_same_prompts(
     for text in ("ab", "a b", "b"):
         assert folder.tokenizer.encode(text) == model.tokenizer.encode(text)
         assert model.tokenizer.encode(text)[0] == IDS[tokenizer][0]
+
+
+def test_a_file_is_parsed_once_for_configuration_tokenizer_and_weights(
+    tmp_path: Path, write_gguf: WriteGguf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = pytest.importorskip("gguf.gguf_reader").GGUFReader
+    parsed: list[Path] = []
+    real = reader.__init__
+    monkeypatch.setattr(reader, "__init__", lambda self, path, *rest: (parsed.append(Path(path)), real(self, path))[1])
+    path = write_gguf(tmp_path / "model.gguf", quantisation="Q4_0")
+    model = load_model(ModelConfig(name=str(path)))
+    assert parsed == [path]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    assert len(parsed) > 2, "transformers alone should parse it for each part"
+    for (name, ours), (_, theirs) in zip(model.module.named_parameters(), plain.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_file_that_changed_is_parsed_again(tmp_path: Path, write_gguf: WriteGguf) -> None:
+    gguf = pytest.importorskip("gguf")
+    path = write_gguf(tmp_path / "model.gguf", tokenizer="llama")
+    with read_once():
+        first = gguf.GGUFReader(path)
+        assert gguf.GGUFReader(path) is first
+        write_gguf(path, tokenizer="gpt2")
+        again = gguf.GGUFReader(path)
+    assert again.get_field("tokenizer.ggml.model").contents() == "gpt2"
+    assert isinstance(gguf.GGUFReader, type), "the library's own class is back"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from betterhalf.errors import InputError
 from betterhalf.models import tiled_attention as module
-from betterhalf.models.blocked_attention import blocked_attention
+from betterhalf.models.blocked_attention import ScoreRule, blocked_attention
 from betterhalf.models.tiled_attention import KEYS, by_tile, decode_tiles, tiled_attention
 
 LENGTH, SCALE = 150, 0.3
@@ -33,29 +33,34 @@ def problem(heads: tuple[int, int, int], count: int = 3, length: int = LENGTH) -
     )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    return tiled_attention(q, k, v, scale=SCALE, window=window)
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, cap: float | None = None) -> Tensor:
+    return tiled_attention(q, k, v, ScoreRule(scale=SCALE, window=window, cap=cap))
 
 
+@pytest.mark.parametrize("cap", [None, 0.5])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("heads", HEADS)
-def test_results_equal_float64(heads: tuple[int, int, int], window: int | None) -> None:
+def test_results_equal_float64(heads: tuple[int, int, int], window: int | None, cap: float | None) -> None:
     q, k, v = problem(heads)
     group, distance = heads[0] // heads[1], torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
     wide_k, wide_v = (x.double().repeat_interleave(group, 1) for x in (k, v))
     scores = q.double() @ wide_k.transpose(2, 3) * SCALE
+    scores = scores if cap is None else cap * (scores / cap).tanh()
     hidden = (distance < 0) | (distance >= (window or LENGTH))
     expected = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ wide_v
-    torch.testing.assert_close(attend(q, k, v, window).double(), expected, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(attend(q, k, v, window, cap).double(), expected, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("cap", [None, 0.5])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("heads", HEADS)
-def test_gradients_equal_those_of_blocked_attention(heads: tuple[int, int, int], window: int | None) -> None:
+def test_gradients_equal_those_of_blocked_attention(
+    heads: tuple[int, int, int], window: int | None, cap: float | None
+) -> None:
     upstream, found = torch.randn_like(problem(heads)[0]), []
     for function in (tiled_attention, blocked_attention):
         operands = [x.clone().requires_grad_() for x in problem(heads)]
-        (function(*operands, scale=SCALE, window=window) * upstream).sum().backward()
+        (function(*operands, ScoreRule(scale=SCALE, window=window, cap=cap)) * upstream).sum().backward()
         found.append([x.grad for x in operands])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))  # type: ignore[arg-type]
 
@@ -74,17 +79,20 @@ def test_a_query_has_the_same_bits_in_a_prompt_after_a_prefix_and_alone(
 
 
 @pytest.mark.parametrize(
-    ("heads", "window", "threads"),
-    [*((heads, window, 1) for heads in HEADS for window in WINDOWS), ((9, 3, 64), 70, 2), ((4, 4, 8), None, 2)],
+    ("heads", "window", "threads", "cap"),
+    [
+        *((heads, window, 1, None) for heads in HEADS for window in WINDOWS),
+        *(((9, 3, 64), 70, 2, None), ((4, 4, 8), None, 2, None), ((4, 2, 16), 7, 1, 0.5)),
+    ],
 )
 def test_a_decode_step_has_the_bits_of_the_prompt(
-    heads: tuple[int, int, int], window: int | None, threads: int
+    heads: tuple[int, int, int], window: int | None, threads: int, cap: float | None
 ) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         q, k, v = problem(heads)
-        whole, lengths = attend(q, k, v, window), torch.tensor([149, 3, 64])
+        whole, lengths = attend(q, k, v, window, cap), torch.tensor([149, 3, 64])
         cache = [torch.randn(3, heads[1], 4 * KEYS, heads[2]) for _ in range(2)]
         for held, x in zip(cache, (k, v), strict=True):
             held[:, :, :LENGTH] = x
@@ -94,7 +102,7 @@ def test_a_decode_step_has_the_bits_of_the_prompt(
             mask = by_tile(hidden.repeat_interleave(heads[1], 0))
             rows = torch.stack([q[n, :, length] for n, length in enumerate(lengths.tolist())])
             folded = (rows * SCALE).reshape(3 * heads[1], -1, heads[2])
-            found = decode_tiles(folded, *(x.flatten(0, 1)[:, :attended] for x in cache), mask)
+            found = decode_tiles(folded, *(x.flatten(0, 1)[:, :attended] for x in cache), mask, cap)
             wanted = torch.stack([whole[n, :, length] for n, length in enumerate(lengths.tolist())])
             assert torch.equal(found.reshape(3, -1, heads[2]), wanted)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from betterhalf.errors import ContractError, WeightSyncError
 from betterhalf.precision import contract as subject
 from betterhalf.precision.contract import (
+    NotedWeights,
     SideReport,
     compare,
     enforce,
@@ -301,3 +303,21 @@ def test_a_faithful_sync_passes() -> None:
 def test_an_unfaithful_sync_names_the_first_parameter(held: dict[str, str], name: str) -> None:
     with pytest.raises(WeightSyncError, match=f"the first is {name} "):
         verify_sync({"a": "1", "b": "2", "c": "3"}, held)
+
+
+def test_a_stream_notes_what_passes_and_reads_itself_if_nobody_does() -> None:
+    weights = {"a": random_tensor(3, torch.float32), "b": random_tensor(5, torch.float32)}
+    reads: list[int] = []
+
+    def read(leave_out: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        reads.append(1)
+        yield from weights.items()
+
+    stream = NotedWeights(read, policy_version=4, rollout_dtype="fp16")
+    assert stream.policy_version == 4 and not reads
+    first = next(iter(stream))
+    assert first[0] == "a"
+    # a stream that was abandoned is not whole
+    assert stream.digests() == {name: tensor_digest(weight.half()) for name, weight in weights.items()}
+    assert len(reads) == 2 and stream.num_bytes == 4 * (3 + 5) and len(reads) == 2
+    assert [name for name, _ in stream] == ["a", "b"] and len(reads) == 3

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_models import loaded_model, tiny_config, tiny_module
+from tests.tiny_models import EXPERTS, loaded_model, tiny_config, tiny_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -69,6 +69,18 @@ class Experts(nn.Module):
         return (self.weights @ x.unsqueeze(-3).transpose(-1, -2)).sum(-3).transpose(-1, -2)
 
 
+class Convolved(nn.Module):
+    """Projection as a convolution of width 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taps = nn.Conv1d(48, 32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.taps(x.transpose(-1, -2)).transpose(-1, -2)
+        return out
+
+
 class Squared(nn.Module):
     """Bilinear form of the input with itself."""
 
@@ -86,6 +98,7 @@ OUTSIDE: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: OwnLinear(48, 32), r"model\.layers\.1\.mlp\.down_proj \(OwnLinear\)"),
     (OnParameters, r"model\.layers\.1\.mlp\.down_proj \(OnParameters\)"),
     (Experts, r"model\.layers\.1\.mlp\.down_proj \(Experts\)"),
+    (Convolved, r"model\.layers\.1\.mlp\.down_proj\.taps \(Conv1d\)"),
     (Squared, r"model\.layers\.1\.mlp\.down_proj\.form \(Bilinear\)"),
 ]
 
@@ -128,12 +141,53 @@ class WithoutCalling(nn.Module):
         return F.linear(x, weight)
 
 
-def test_a_covered_layer_whose_weight_is_multiplied_elsewhere_is_refused_where_sums_must_be_fp32() -> None:
+@pytest.mark.parametrize("precision", HALVES)
+def test_a_covered_layer_whose_weight_is_multiplied_elsewhere_is_refused(precision: dict[str, Any]) -> None:
     module = tiny()
     mlp = module.model.layers[1].mlp
     mlp.down_proj = WithoutCalling(mlp.down_proj)
     with pytest.raises(InputError, match=r"weights in model\.layers\.1\.mlp\.down_proj\.owner\.weight"):
-        trainer_of(module, {"preset": "fp16"})
+        trainer_of(module, precision)
+
+
+class Calling(nn.Module):
+    """Layer that is called, and whose weight then takes part in a product of another kind as well."""
+
+    def __init__(self, owner: nn.Linear, multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.owner, self.multiply = owner, multiply
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.owner(x) + 0 * self.multiply(x, self.owner.weight)
+        return out
+
+
+PRODUCTS: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda x, w: torch.matmul(x, w.t()),
+    lambda x, w: torch.einsum("bti,oi->bto", x, w),
+    lambda x, w: torch.bmm(x, w.t()[None]),
+    lambda x, w: x @ w.t().contiguous(),
+    lambda x, w: (x.float() @ w.float().t()).to(x.dtype),
+    lambda x, w: (x.unsqueeze(-2) @ w[[0] * 32].unsqueeze(0)[..., :32]).sum() + 0 * x[..., :1],
+    lambda x, w: F.conv1d(x.transpose(1, 2), w[..., None]).transpose(1, 2),
+    lambda x, w: torch.tensordot(x, w, dims=([2], [1])),
+    lambda x, w: torch.nn.functional.grouped_mm(x[0], w.t()[None], offs=torch.tensor([x.shape[1]], dtype=torch.int32)),
+]
+
+
+NAMES = ["matmul", "einsum", "bmm", "copy", "widened", "lookup", "conv1d", "tensordot", "grouped"]
+
+
+@pytest.mark.parametrize("precision", HALVES)
+@pytest.mark.parametrize("multiply", PRODUCTS, ids=NAMES)
+def test_every_kind_of_product_with_a_weight_outside_its_layer_is_refused(
+    multiply: Callable[[Tensor, Tensor], Tensor], precision: dict[str, Any]
+) -> None:
+    module = tiny()
+    layer = module.model.layers[0].self_attn
+    layer.o_proj = Calling(layer.o_proj, multiply)
+    with pytest.raises(InputError, match=r"weights in model\.layers\.0\.self_attn\.o_proj\.owner\.weight"):
+        trainer_of(module, precision)
 
 
 class Gram(nn.Module):
@@ -159,6 +213,15 @@ def test_sound_decoders_are_covered(family: str, tied: bool, precision: dict[str
     assert facts["matmul_sums"] == "fp32"
 
 
+@pytest.mark.parametrize("precision", [*HALVES, {"preset": "fp16", "fp32_modules": ["model.layers.1.mlp"]}])
+def test_routers_and_experts_are_covered_and_counted_one_by_one(precision: dict[str, Any]) -> None:
+    facts = trainer_of(tiny("qwen3_moe", **EXPERTS), precision).report().facts
+    # Attention 4, router 1, and three matrices of eight experts, in two layers.
+    assert sum(int(number) for number in re.findall(r"\d+(?= )", facts["linear_layers"])) == 2 * (4 + 1 + 24)
+    assert facts["matmul_sums"] == "fp32"
+    assert ("26 in fp32" if "fp32_modules" in precision else "2 in fp32") in facts["linear_layers"]
+
+
 # -- reports
 
 
@@ -176,7 +239,7 @@ def test_sound_decoders_are_covered(family: str, tied: bool, precision: dict[str
 def test_both_sides_report_the_same_layers_and_fp32_sums(precision: dict[str, Any], layers: str, bias: bool) -> None:
     trainer = trainer_of(tiny(mlp_bias=bias), precision)
     engine = build_engine(configured(precision), trainer.module.config, (0,), trainer.precision)
-    engine.load_weights(trainer.wire_weights().tensors, policy_version=0)
+    engine.load_weights(trainer.weight_stream(), policy_version=0)
     for report in (trainer.report(), engine.report()):
         assert (report.facts["linear_layers"], report.facts["matmul_sums"]) == (layers, "fp32")
 
@@ -199,7 +262,7 @@ def in_half(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
 def test_sums_in_half_are_reported_whatever_the_configuration_says(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(tiny(), {"preset": "fp16"})
     engine = build_engine(configured({"preset": "fp16"}), trainer.module.config, (0,), trainer.precision)
-    engine.load_weights(trainer.wire_weights().tensors, policy_version=0)
+    engine.load_weights(trainer.weight_stream(), policy_version=0)
     monkeypatch.setattr(cpu_linear, "product", in_half)
     assert trainer.report().facts["matmul_sums"] == "less than fp32"
     assert engine.report().facts["matmul_sums"] == "fp32"

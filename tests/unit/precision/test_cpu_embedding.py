@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from betterhalf.config.schema import PrecisionConfig
 from betterhalf.precision.cpu_embedding import CpuEmbedding, use_cpu_embedding
@@ -37,6 +38,22 @@ def test_gradient_equals_float64_rounded_once_and_leaves_padding_alone() -> None
     assert torch.equal(layer(ids), torch.nn.functional.embedding(ids, layer.weight))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_scaled_embedding_equals_that_of_transformers_forward_and_backward(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    theirs = Gemma3TextScaledWordEmbedding(5, 4, 0, embed_scale=640**0.5)
+    theirs.weight.data = theirs.weight.data.to(dtype)
+    ours = CpuEmbedding(nn.Embedding(5, 4, 0, _weight=theirs.weight.detach().clone()))
+    ours.scale = CpuEmbedding(theirs).scale
+    ids = torch.tensor([1, 4, 2, 3])
+    upstream = torch.randn(4, 4).to(dtype)
+    assert torch.equal(ours(ids), theirs(ids))
+    for layer in (ours, theirs):
+        layer(ids).backward(upstream)
+    assert ours.weight.grad is not None and theirs.weight.grad is not None
+    assert torch.equal(ours.weight.grad.to_dense(), theirs.weight.grad)
+
+
 @pytest.mark.parametrize("preset", ["fp16", "bf16", "fp32"])
 def test_embeddings_are_replaced_and_keep_their_names(preset: str) -> None:
     precision = build_precision(PrecisionConfig.model_validate({"preset": preset}), torch.device("cpu"))
@@ -46,3 +63,16 @@ def test_embeddings_are_replaced_and_keep_their_names(preset: str) -> None:
     names = set(model.state_dict())
     assert use_cpu_embedding(model, precision) == 1
     assert set(model.state_dict()) == names
+
+
+def test_a_dense_gradient_holds_the_rows_of_the_sparse_one() -> None:
+    ids = torch.tensor([[1, 4, 1], [2, 1, 0]])
+    upstream = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0)).half()
+    gradients = []
+    for sparse in (True, False):
+        layer = CpuEmbedding(nn.Embedding(6, 3, padding_idx=2, _weight=torch.ones(6, 3).half()))
+        layer.sparse = sparse
+        (layer(ids) * upstream).sum().backward()
+        assert layer.weight.grad is not None and layer.weight.grad.is_sparse == sparse
+        gradients.append(layer.weight.grad.to_dense())
+    assert torch.equal(*gradients) and not gradients[1][[2, 3, 5]].any()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from betterhalf.config.schema import PrecisionConfig
 from betterhalf.precision.cpu_linear import CpuLinear, Widened, cpu_linear, use_cpu_linear, widened_linear
+from betterhalf.precision.islands import Islands
 from betterhalf.precision.products import has_native_matmul
 from betterhalf.precision.roles import build_precision
 
@@ -302,7 +303,8 @@ def test_every_linear_layer_of_the_compute_dtype_is_replaced_once() -> None:
         (torch.bfloat16, {"preset": "bf16", "half_matmul": "fp32_sums"}, 2),
         (torch.float16, {"preset": "fp16", "half_matmul": "native"}, 0),
         (torch.float32, {"preset": "fp32"}, 2),
-        (torch.float32, {"preset": "fp16"}, 0),
+        # FP32 masters, which are rounded when they are gathered
+        (torch.float32, {"preset": "fp16"}, 2),
     ],
 )
 def test_layers_are_replaced_only_where_the_precision_asks_for_fp32_sums(
@@ -330,3 +332,26 @@ def test_fp32_gradients_add_up_over_passes_with_and_without_a_hook(hooked: bool)
         expected += upstream.double().t() @ x.double()
     torch.testing.assert_close(layer.weight.grad.double(), expected, rtol=1e-5, atol=1e-5)
     assert len(seen) == (3 if hooked else 0)
+
+
+def test_a_write_that_moves_no_version_counter_is_seen_after_forget() -> None:
+    layer = half_module(4, 3, dtype=torch.float16)
+    layer.weight_wide(), layer.bias_wide()
+    for tensor in (layer.weight, layer.bias):
+        assert tensor is not None
+        # as FSDP2 writes a gathered weight
+        with torch.autograd._unsafe_preserve_version_counter(tensor), torch.no_grad():
+            tensor.fill_(2.0)
+    assert not torch.equal(layer.weight_wide(), layer.weight.float()), "forget() would not be needed"
+    layer.forget()
+    assert torch.equal(layer.weight_wide(), torch.full((3, 4), 2.0))
+    assert torch.equal(layer.bias_wide(), torch.full((3,), 2.0))  # type: ignore[arg-type]
+
+
+def test_layers_of_islands_are_left_alone_unless_rows_must_be_independent() -> None:
+    islands = Islands(names=("1",), layers=())
+    precision = build_precision(PrecisionConfig(preset="fp16"), torch.device("cpu"))
+    stack = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    assert use_cpu_linear(stack, precision, islands) == 1
+    assert isinstance(stack[0], CpuLinear) and type(stack[1][0]) is nn.Linear
+    assert use_cpu_linear(stack, precision) == 1

@@ -7,16 +7,16 @@ import torch
 
 from betterhalf.config.schema import PrecisionConfig
 from betterhalf.errors import InputError
-from betterhalf.precision.island_hooks import round_through
-from betterhalf.precision.islands import resolve_islands
+from betterhalf.precision.island_hooks import round_through, use_islands
+from betterhalf.precision.islands import has_post_norms, resolve_islands
 from betterhalf.precision.roles import build_precision
 
-FLAGS = ("stream_in", "attention", "output", "stream_mid", "mlp", "down", "stream_out")
+FLAGS = ("stream_in", "attention", "output", "attention_norm", "stream_mid", "mlp", "down", "mlp_norm", "stream_out")
 
 
-def wide(patterns: list[str], num_layers: int = 3) -> list[set[str]]:
+def wide(patterns: list[str], num_layers: int = 3, *, post_norms: bool = False) -> list[set[str]]:
     """Return the parts that are FP32, for each layer."""
-    islands = resolve_islands(patterns, num_layers)
+    islands = resolve_islands(patterns, num_layers, post_norms=post_norms)
     return [{flag for flag in FLAGS if getattr(layer, flag)} for layer in islands.layers]
 
 
@@ -31,10 +31,10 @@ def test_without_patterns_nothing_is_fp32() -> None:
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("model.layers.1.mlp.down_proj", {"down", "stream_out"}),
-        ("model.layers.1.mlp", {"mlp", "down", "stream_out"}),
-        ("model.layers.1.self_attn.o_proj", {"output", "stream_mid", "stream_out"}),
-        ("model.layers.1.self_attn", {"attention", "output", "stream_mid", "stream_out"}),
+        ("model.layers.1.mlp.down_proj", {"down", "mlp_norm", "stream_out"}),
+        ("model.layers.1.mlp", {"mlp", "down", "mlp_norm", "stream_out"}),
+        ("model.layers.1.self_attn.o_proj", {"output", "attention_norm", "stream_mid", "stream_out"}),
+        ("model.layers.1.self_attn", {"attention", "output", "attention_norm", "stream_mid", "stream_out"}),
         ("model.layers.1", set(FLAGS)),
     ],
 )
@@ -43,6 +43,19 @@ def test_the_stream_is_fp32_from_the_island_on_and_nothing_before_it(name: str, 
     islands = resolve_islands([name], 3)
     assert islands.described() == name and islands.stream_out
     assert islands.attention == ("attention" in parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("model.layers.1.post_attention_layernorm", {"attention_norm", "stream_mid", "stream_out"}),
+        ("model.layers.1.post_feedforward_layernorm", {"mlp_norm", "stream_out"}),
+    ],
+)
+def test_the_norm_of_a_branch_s_result_is_an_island_in_blocks_that_have_one(name: str, parts: set[str]) -> None:
+    assert wide([name], post_norms=True) == [set(), parts, {"stream_in", "stream_mid", "stream_out"}]
+    with pytest.raises(InputError, match=r"did you mean|matches no module"):
+        resolve_islands([name], 3)
 
 
 def test_patterns_select_every_layer_and_names_stay_in_the_model_s_order() -> None:
@@ -101,3 +114,27 @@ def test_rounding_through_rounds_values_and_passes_gradients_unchanged() -> None
     assert out.dtype == torch.float32 and out.tolist() == [1.0, float("inf"), -3.0]
     out.backward(torch.tensor([1 + 2.0**-12, 1e6, 1e-9]))
     assert x.grad is not None and torch.equal(x.grad, torch.tensor([1 + 2.0**-12, 1e6, 1e-9]))
+
+
+def test_post_norms_make_the_residual_stream_of_a_four_norm_block_fp32() -> None:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = Gemma3TextConfig(vocab_size=32, head_dim=8, num_key_value_heads=2, **sizes)
+    torch.manual_seed(0)
+    module = Gemma3ForCausalLM(config).eval()
+    islands = resolve_islands(["model.layers.1.post_feedforward_layernorm"], 3, post_norms=has_post_norms(config))
+    for name, parameter in module.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if islands.hold(name) else torch.bfloat16)
+    use_islands(module, islands, torch.bfloat16)
+    seen: dict[str, torch.dtype] = {}
+    for name, part in module.named_modules():
+        if "layers." in name and isinstance(part, torch.nn.Module):
+            part.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: getattr(out, "dtype", None)}))
+    module(torch.arange(6).unsqueeze(0))
+    stream = [seen[f"model.layers.{layer}"] for layer in range(3)]
+    assert stream == [torch.bfloat16, torch.float32, torch.float32]
+    assert seen["model.layers.1.mlp.down_proj"] == seen["model.layers.2.mlp.down_proj"] == torch.bfloat16
+    assert seen["model.layers.1.post_feedforward_layernorm"] == torch.float32
+    assert seen["model.layers.2.post_feedforward_layernorm"] == torch.bfloat16
+    assert seen["model.layers.2.input_layernorm"] == seen["model.layers.2.pre_feedforward_layernorm"] == torch.bfloat16

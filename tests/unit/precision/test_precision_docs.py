@@ -58,7 +58,7 @@ def test_rounding_twice_differs_from_once_for_the_share_of_numbers_that_the_page
 
 
 def test_the_example_table_is_what_the_code_prints() -> None:
-    assert f"```\n{ablation(False).table()}\n```" in PAGE
+    assert f"```text\n{ablation(False).table()}\n```" in PAGE
     assert ablation(False).table().replace("differs\n", "differs, allowed\n") == ablation(True).table()
 
 

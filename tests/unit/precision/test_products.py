@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 
@@ -231,3 +232,23 @@ def test_a_backward_pass_may_add_to_an_fp32_gradient_without_hooks() -> None:
     half = torch.nn.Parameter(torch.zeros(2, dtype=torch.float16))
     half.grad = torch.zeros(2, dtype=torch.float16)
     assert direct_sum(half) is None
+
+
+def test_two_threads_leave_the_setting_of_the_process_as_it_was() -> None:
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, inside, left = settings.fp32_precision, threading.Event(), threading.Event()
+
+    def second() -> None:
+        inside.wait(5)
+        with products._onednn_gets_batches():
+            left.wait(5)
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with products._onednn_gets_batches():
+        assert settings.fp32_precision != before
+        inside.set()
+        thread.join(0.2)
+    left.set()
+    thread.join(5)
+    assert settings.fp32_precision == before

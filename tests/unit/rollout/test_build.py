@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MixtralConfig, OlmoeConfig
 
 import betterhalf
 from betterhalf.config.schema import RunConfig
@@ -50,7 +51,8 @@ def test_engines_declare_what_they_can_do() -> None:
 
 def test_no_module_outside_an_engine_asks_which_engine_it_is() -> None:
     own = {SRC / "rollout" / name for name in ENGINES}
-    files = [file for file in SRC.rglob("*.py") if not own & set(file.parents)]
+    table = SRC / "rollout" / "build.py"  # it finds the kind of an engine, also one of the user's own
+    files = [file for file in SRC.rglob("*.py") if not own & set(file.parents) and file != table]
     asking = [str(file) for file in files if ASKS.search(file.read_text(encoding="utf-8"))]
     assert not asking, "ask `rollout.build.capabilities`"
     assert any(ASKS.search((folder / "kind.py").read_text(encoding="utf-8")) for folder in own)
@@ -73,6 +75,13 @@ def test_an_architecture_is_known_to_one_engine_and_not_to_the_other(module: Any
         check_architecture(config({"type": "native"}), other)
 
 
+@pytest.mark.parametrize("experts", [MixtralConfig, OlmoeConfig])
+def test_no_engine_is_hinted_for_a_mixture_that_it_is_not_known_to_run(experts: Any) -> None:
+    with pytest.raises(InputError, match="does not know architecture") as caught:
+        check_architecture(config({"type": "native"}), experts())
+    assert "engine=vllm" not in str(caught.value)
+
+
 def test_only_an_engine_that_traces_is_built_to_be_traced(module: Any) -> None:
     precision = build_precision(config({}).precision, torch.device("cpu"))
     traced = build_traced_engine(config({"type": "native"}), module.config, (), precision)
@@ -84,5 +93,7 @@ def test_only_an_engine_that_traces_is_built_to_be_traced(module: Any) -> None:
 def test_arms_run_at_once_where_engines_share_the_cores() -> None:
     shared = plan_runs(config({"type": "native"}, device="cpu"), 2, 1000, wanted=0, key="")
     assert "takes all cores" not in shared.reason
+    spread = RunConfig.model_validate({"cluster": {"backend": "ray"}})
+    assert plan_runs(spread, 2, 1000, wanted=0, key="").at_once == 1
     alone = plan_runs(config({"type": "vllm"}, device="cpu"), 2, 1000, wanted=0, key="")
     assert (alone.at_once, alone.reason) == (1, "engine.type=vllm takes all cores")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.tiny_families import FAMILIES, WINDOW, family_config
 from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from betterhalf.errors import InputError
+from betterhalf.ops import LogitTransform
 from betterhalf.rollout.native.config import decoder_config
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
@@ -30,9 +32,9 @@ ROPES = {
 def test_rope_frequencies_equal_transformers(kind):
     hf = LlamaConfig(**SIZES, max_position_embeddings=256, rope_parameters=ROPES[kind])
     reference = LlamaRotaryEmbedding(hf)
-    found = decoder_config(hf)
+    (found,) = decoder_config(hf).ropes
     assert found.inv_freq == tuple(reference.inv_freq.tolist())
-    assert found.rope_scaling == reference.attention_scaling
+    assert found.scaling == reference.attention_scaling
 
 
 def test_which_projections_have_biases():
@@ -61,8 +63,53 @@ def test_head_size_may_differ_from_its_share_of_the_hidden_size():
     assert decoder_config(LlamaConfig(**SIZES)).query_size == 64
 
 
+def of(name):
+    return decoder_config(family_config(FAMILIES[name]))
+
+
+def test_gemma_3_has_a_rope_and_a_window_by_layer_type():
+    config = of("gemma3_text")
+    assert config.windows == (WINDOW, None) * 2
+    assert config.layer_ropes == (0, 1) * 2
+    local, whole = config.ropes
+    assert local.inv_freq[1] == pytest.approx(10_000 ** (-2 / 32)) and whole.inv_freq[1] == pytest.approx(
+        1e6 ** (-2 / 32)
+    )
+    assert config.attention_scale == 24**-0.5 and config.embedding_scale == 8.0 and config.rounds_embedding_scale
+
+
+def test_layers_without_positions_have_no_rope():
+    assert of("smollm3").layer_ropes == (0, 0, None, 0)
+    assert of("exaone4").layer_ropes == (0, None) * 2
+
+
+def test_rope_may_cover_a_part_of_a_head_and_be_scaled_by_longrope():
+    config = of("phi3, partial rope, longrope")
+    assert len(config.ropes[0].inv_freq) == 12 and config.head_dim == 32
+    short = [1 / ((1 + 0.1 * k) * 1e4 ** (2 * k / 24)) for k in range(12)]
+    assert config.ropes[0].inv_freq == pytest.approx(short)
+    assert config.max_positions == 47
+    assert config.fused_names
+
+
+def test_granite_multiplies_and_divides():
+    config = of("granite")
+    assert (config.embedding_scale, config.residual_scale, config.attention_scale) == (3.0, 0.3, 0.1)
+    assert config.logits == LogitTransform(scale=1 / 1.5) and not config.rounds_embedding_scale
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "ministral", "qwen2", "qwen3", "phi3", "seed_oss", "cwm"])
+def test_the_kernels_of_a_gpu_compute_llamas_block(name):
+    assert of(name).has_kernels
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma3_text", "olmo2", "olmo3", "smollm3", "granite", "exaone4"])
+def test_other_blocks_take_torch_operations(name):
+    assert not of(name).has_kernels
+
+
 def test_an_unknown_architecture_is_refused_with_those_that_are_known():
-    with pytest.raises(InputError, match="'gpt2'; use a model of one of llama, mistral, qwen2, qwen3"):
+    with pytest.raises(InputError, match="'gpt2'; use a model of one of llama, mistral, .*gemma3_text"):
         decoder_config(GPT2Config())
 
 
@@ -78,5 +125,5 @@ def test_rope_that_depends_on_the_sequence_is_refused():
 
 
 def test_inverse_frequencies_are_fp32_values():
-    found = torch.tensor(decoder_config(LlamaConfig(**SIZES)).inv_freq, dtype=torch.float64)
+    found = torch.tensor(decoder_config(LlamaConfig(**SIZES)).ropes[0].inv_freq, dtype=torch.float64)
     assert torch.equal(found, found.float().double())

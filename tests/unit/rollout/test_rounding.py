@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers.activations import GELUTanh
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3TextScaledWordEmbedding
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb as rotate_in_fp32
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as rotate_a_part
 
 from betterhalf.precision.formats import dtype_name
 from betterhalf.rollout.native.rounding import Rounding
@@ -147,3 +152,72 @@ def test_cached_values_are_on_the_cache_grid(container_is_wide):
     assert found.dtype == x.dtype
     assert torch.equal(found.float(), x.bfloat16().float())
     assert make("engine", torch.float16, kv_dtype=torch.float32).to_kv(x) is x
+
+
+# -- other families
+
+
+@pytest.mark.parametrize("widened", [True, False])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("kind", "module"), [("one_plus", Gemma3RMSNorm), ("once", Olmo2RMSNorm)])
+def test_aligned_norms_of_other_kinds_equal_transformers_bit_for_bit(kind, module, dtype, widened):
+    norm = module(64, eps=EPS)
+    norm.weight.data = half(64, dtype=dtype, seed=1)
+    x = half(50, 64, dtype=dtype, scale=3)
+    rounding = make("aligned", dtype, widened=widened)
+    found = rounding.rms_norm(x.to(rounding.container), norm.weight.data.float(), EPS, kind)
+    assert torch.equal(found.to(dtype), norm(x).detach())
+    assert not torch.equal(found, rounding.rms_norm(x.to(rounding.container), norm.weight.data.float(), EPS))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_engine_norm_of_gemma_adds_one_to_the_weight_and_is_rounded_once(dtype):
+    x, weight = half(50, 64, dtype=dtype, scale=3), half(64, dtype=dtype, seed=1)
+    found = make("engine", dtype).rms_norm(x.float(), weight.float(), EPS, "one_plus")
+    wide = x.double()
+    exact = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * (1 + weight.double())
+    assert_within_one_ulp(found, exact, dtype)
+
+
+@pytest.mark.parametrize("widened", [True, False])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_aligned_rope_over_a_part_of_a_head_equals_transformers(dtype, widened):
+    rounding = make("aligned", dtype, widened=widened)
+    cos, sin = rounding.rope_table(angles(40, 24), 1.0)
+    both = torch.cat((angles(40, 24),) * 2, -1)
+    q = half(1, 4, 40, 32, dtype=dtype)
+    expected, _ = rotate_a_part(q, q, both.cos().to(dtype)[None], both.sin().to(dtype)[None])
+    found = rounding.rope(q[0].transpose(0, 1).to(rounding.container), cos.unsqueeze(1), sin.unsqueeze(1))
+    assert torch.equal(found.to(dtype).transpose(0, 1), expected[0])
+
+
+@pytest.mark.parametrize("widened", [True, False])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_aligned_rope_in_fp32_equals_transformers(dtype, widened):
+    rounding = make("aligned", dtype, widened=widened)
+    cos, sin = rounding.rope_table(angles(40, 32), 1.0, in_fp32=True)
+    both = torch.cat((angles(40, 32),) * 2, -1)
+    q = half(1, 4, 40, 32, dtype=dtype)
+    expected, _ = rotate_in_fp32(q, q, both.cos()[None], both.sin()[None])
+    heads = q[0].transpose(0, 1).to(rounding.container)
+    found = rounding.rope(heads, cos.unsqueeze(1), sin.unsqueeze(1), in_fp32=True)
+    assert torch.equal(found.to(dtype).transpose(0, 1), expected[0])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_aligned_geglu_equals_transformers_bit_for_bit(dtype):
+    gate, up = half(30, 48, dtype=dtype, scale=3), half(30, 48, dtype=dtype, seed=1)
+    found = make("aligned", dtype).swiglu(torch.cat((gate, up), -1).float(), "gelu_tanh")
+    assert torch.equal(found.to(dtype), GELUTanh()(gate) * up)
+
+
+@pytest.mark.parametrize("mode", ["engine", "aligned"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_scaled_embedding_and_a_scaled_branch_round_as_transformers(mode, dtype):
+    table = Gemma3TextScaledWordEmbedding(7, 16, 0, embed_scale=640**0.5)
+    table.weight.data = half(7, 16, dtype=dtype)
+    rounding = make(mode, dtype)
+    found = rounding.embedding(table.weight.detach(), 640**0.5, rounds_scale=True)
+    assert torch.equal(found.to(dtype), table(torch.arange(7)).detach())
+    residual, branch = half(7, 16, dtype=dtype, seed=1), half(7, 16, dtype=dtype, seed=2)
+    assert torch.equal(rounding.add(residual.float(), branch.float(), 0.22).to(dtype), residual + branch * 0.22)

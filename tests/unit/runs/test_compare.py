@@ -44,6 +44,15 @@ def test_each_run_is_reduced_to_the_numbers_computed_by_hand(tmp_path: Path) -> 
     assert (second.outcome, second.steps, second.seconds, second.accuracy) == ("unfinished", 2, None, None)
 
 
+def test_ranks_and_engines_are_compared_where_a_run_had_any(tmp_path: Path) -> None:
+    alone = write_run(tmp_path / "a", [0.5])
+    spread = write_run(tmp_path / "b", [0.5], cluster={"backend": "ray", "trainers": 2})
+    assert [run.cluster for run in compare_runs([alone, spread]).runs] == [None, "ray 2+1"]
+    assert "ray 2+1" in str(compare_runs([alone, spread]))
+    assert "cluster" not in str(compare_runs([alone])).splitlines()[0]
+    assert compare_runs([alone, spread]).differences["cluster.trainers"] == (1, 2)
+
+
 def test_a_run_that_collapsed_or_stopped_says_so(tmp_path: Path) -> None:
     collapsed = write_run(tmp_path / "a", [0.8] * 30 + [0.05] * 30, summary={"verb": "train"})
     stopped = write_run(tmp_path / "b", [0.8] * 30, summary={"verb": "train", "stopped": "step 31: k3 above 1"})

@@ -6,7 +6,8 @@ import pytest
 
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import EngineDiedError, EngineError
-from betterhalf.runs.recovery import Restarts, restarts_of, retry_on_engine_death
+from betterhalf.rollout.restarts import Restarts
+from betterhalf.runs.recovery import restarts_of, retry_on_engine_death
 
 
 class Engine:
@@ -54,6 +55,11 @@ def test_a_death_while_it_is_revived_counts_as_well() -> None:
     engine = Engine(1, bad_starts=1)
     assert run(engine, 2)[2] == 2
     assert engine.calls == ["work", "revive", "revive", "work"]
+
+
+def test_without_any_restart_the_error_is_raised_as_it_is() -> None:
+    with pytest.raises(EngineDiedError, match="^killed$"):
+        run(Engine(1), 0)
 
 
 def test_it_gives_up_beyond_the_limit() -> None:

@@ -32,9 +32,7 @@ def test_rounding_stays_within_a_third_of_the_tolerance(parts: Parts) -> None:
 
 
 def test_an_engine_that_computes_with_other_weights_is_refused(parts: Parts) -> None:
-    stale = [
-        (name, torch.zeros_like(w) if "lm_head" in name else w) for name, w in parts.trainer.wire_weights().tensors
-    ]
+    stale = [(name, torch.zeros_like(w) if "lm_head" in name else w) for name, w in parts.trainer.weight_stream()]
     parts.engine.load_weights(stale, policy_version=1)
     with pytest.raises(WeightSyncError, match="stale copies or a stale cache"):
         check_scores(parts.trainer, parts.engine, parts.model, parts.precision)

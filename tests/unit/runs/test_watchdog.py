@@ -15,10 +15,20 @@ from betterhalf.algorithms.loss_stats import policy_metrics
 from betterhalf.algorithms.policy_loss import policy_loss
 from betterhalf.algorithms.presets import PRESETS, resolve_algorithm
 from betterhalf.batches import Denominators, LossInputs
-from betterhalf.config.schema import AlgorithmConfig, RunConfig, WatchdogConfig, WatchdogLevel
+from betterhalf.config.schema import AlgorithmConfig, RunConfig, TrainingConfig, WatchdogConfig, WatchdogLevel
 from betterhalf.diagnostics.logprob_gap import mismatch_metrics
 from betterhalf.errors import ConfigError
-from betterhalf.runs.watchdog import AFTER, BEFORE, Stopped, Watch, WatchState, check, masked, require_sound_levels
+from betterhalf.runs.watchdog import (
+    AFTER,
+    BEFORE,
+    Stopped,
+    Watch,
+    WatchState,
+    check,
+    masked,
+    require_sound_levels,
+    unmeasured,
+)
 
 K3 = "mismatch/k3/mean"
 
@@ -57,6 +67,16 @@ def config(*levels: WatchdogLevel, **algorithm: Any) -> RunConfig:
 def test_a_level_fires_outside_its_bounds_only(bounds: dict[str, Any], value: float, bound: float | None) -> None:
     (watch,) = run([level(**bounds)], [value])
     assert [alarm.bound for alarm in watch.alarms] == ([] if bound is None else [bound])
+
+
+def test_changed_experts_are_checked_before_the_update_and_warn_by_default() -> None:
+    name = "experts/change_fraction/mean"
+    assert name in BEFORE
+    levels = WatchdogConfig().levels
+    assert not check(levels, WatchState(), 1, {name: 0.05}).alarms
+    (alarm,) = check(levels, WatchState(), 1, {name: 0.06}).alarms
+    assert (alarm.metric, alarm.action, alarm.bound) == (name, "warn", 0.05)
+    assert "choose different experts" in alarm.reason
 
 
 def test_consecutive_steps_are_counted_and_a_good_one_resets_the_count() -> None:
@@ -152,7 +172,7 @@ def test_metrics_that_cannot_be_watched_are_refused_with_their_place(metric: str
 
 
 def test_what_is_watched_before_the_update_and_after_it() -> None:
-    assert {name.partition("/")[0] for name in BEFORE} == {"mismatch", "budget", "rollout"}
+    assert {name.partition("/")[0] for name in BEFORE} == {"mismatch", "budget", "experts", "rollout"}
     assert {name.partition("/")[0] for name in AFTER} == {"policy", "optim"}
 
 
@@ -206,6 +226,23 @@ def test_mask_and_learning_rate_of_the_late_check_act_from_the_next_step_on() ->
 def test_a_stop_after_the_update_is_refused() -> None:
     with pytest.raises(ConfigError, match=rf"levels\[0\].action = .stop. cannot be used with {RATIO}.*Use warn"):
         require_sound_levels(config(level(metric=RATIO, action="stop")))
+
+
+def test_a_level_that_needs_more_steps_than_the_run_has_is_refused() -> None:
+    short = config(level(), level(steps=20)).model_copy(update={"training": TrainingConfig(steps=10)})
+    with pytest.raises(ConfigError, match=r"levels\[1\].steps=20 is more than training.steps=10.*steps=10 or less"):
+        require_sound_levels(short)
+    require_sound_levels(short.model_copy(update={"training": TrainingConfig(steps=20)}))
+
+
+def test_levels_on_metrics_that_the_run_does_not_measure_are_named() -> None:
+    levels = [level(), level(metric="staleness/k3/mean"), level(metric="task/turns/mean")]
+    assert unmeasured(levels[:1], {K3: None}) is None, "a metric may have no value in one step"
+    assert unmeasured(levels[:2], {K3: 0.0}) == (
+        "watchdog.levels[1] (staleness/k3/mean) cannot fire: this run does not measure it; docs/metrics.md says when a "
+        "metric is measured"
+    )
+    assert "levels[1] (staleness/k3/mean), watchdog.levels[2] (task/turns/mean) cannot" in str(unmeasured(levels, [K3]))
 
 
 def defaults(changes: dict[str, float]) -> list[str]:

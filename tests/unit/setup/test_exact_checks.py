@@ -7,7 +7,7 @@ import torch
 
 from betterhalf.config.load import load_config
 from betterhalf.errors import ConfigError
-from betterhalf.setup.device import choose_device
+from betterhalf.precision.device import choose_device
 from betterhalf.setup.model_checks import check_roles
 
 EXACT = "engine.rounding=exact"

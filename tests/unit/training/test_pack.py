@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from betterhalf.batches import MicroBatch, PackedSegment
-from betterhalf.config.schema import RunConfig
+from betterhalf.config.schema import ClusterConfig, RunConfig
 from betterhalf.token_support import encode
+from betterhalf.training.on_device import on_device
 from betterhalf.training.pack import by_rollout, pack_step, with_advantages
-from betterhalf.training.policy_trainer import on_device
 from betterhalf.types import Completion, FinishReason, Prompt, Rollout
 
 CPU = torch.device("cpu")
@@ -258,3 +258,42 @@ def test_supports_of_whole_vocabularies_take_no_words() -> None:
     one = replace(one, completion=replace(one.completion, support=encode([range(40)], [1.0], 40)))
     (pack,) = pack_step([one], [1.0], config(), step=1).packs
     assert pack.support is not None and pack.support.words_K.shape == (0,)
+
+
+def _ranks(trainers: int, **changes: Any) -> RunConfig:
+    return config(**changes).model_copy(
+        update={"cluster": ClusterConfig(backend="ray", trainers=trainers)},
+    )
+
+
+def test_a_train_batch_has_a_pack_of_similar_length_for_every_rank() -> None:
+    rollouts = [rollout([k], [1] * (2 + k % 3)) for k in range(12)]
+    advantages = [1.0] * 12
+    (whole,) = pack_step(rollouts, advantages, config(), step=1).packs
+    for trainers in (2, 3, 4):
+        packs = pack_step(rollouts, advantages, _ranks(trainers), step=1).packs
+        assert len(packs) == trainers
+        assert max(pack.num_tokens for pack in packs) <= 1.5 * whole.num_tokens / trainers + 4
+        assert sorted(i for pack in packs for i in pack.rollout_index_S) == list(range(12))
+
+
+def test_siblings_are_spread_over_ranks_down_to_one_for_each() -> None:
+    rollouts = [rollout([7, 8], [1]) for _ in range(3)]
+    assert len(pack_step(rollouts, [1.0] * 3, config(), step=1).packs) == 1
+    assert len(pack_step(rollouts, [1.0] * 3, _ranks(3), step=1).packs) == 3
+    # more ranks than sequences: the others run empty passes
+    assert len(pack_step(rollouts, [1.0] * 3, _ranks(5), step=1).packs) == 3
+
+
+def test_enough_packs_are_left_as_they_are() -> None:
+    rollouts = [rollout([k], [1, 2, 3]) for k in range(9)]
+    cut = [
+        pack_step(rollouts, [1.0] * 9, make(budget=7), step=1).packs for make in (config, lambda **k: _ranks(2, **k))
+    ]
+    assert [pack.rollout_index_S for pack in cut[0]] == [pack.rollout_index_S for pack in cut[1]] and len(cut[0]) == 5
+
+
+def test_rollouts_that_are_only_measured_need_no_pack_for_every_rank() -> None:
+    rollouts = [rollout([k], [1]) for k in range(6)]
+    (train,) = pack_step(rollouts, [1.0] * 4 + [0.0] * 2, _ranks(2), step=1).train_batches
+    assert len(train.micro_batches) == 2 and len(train.measure_only) == 1

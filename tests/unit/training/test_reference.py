@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny_models
+from tests.written_checkpoints import load, save
 
 from betterhalf.algorithms.presets import PRESETS
 from betterhalf.batches import Denominators, MicroBatch
@@ -17,9 +18,9 @@ from betterhalf.errors import CheckpointError
 from betterhalf.precision.contract import weights_digests
 from betterhalf.precision.roles import build_precision
 from betterhalf.training import checkpoint
-from betterhalf.training.checkpoint import Checkpoint
 from betterhalf.training.pack import pack_step
 from betterhalf.training.policy_trainer import PolicyTrainer
+from betterhalf.training.trainer import TrainerState
 from betterhalf.types import Completion, Prompt, Rollout
 
 ALGORITHM = PRESETS["reinforce"]
@@ -71,7 +72,7 @@ def update(trainer: PolicyTrainer, times: int = 1) -> None:
 
 
 def logprobs(trainer: PolicyTrainer, which: str) -> torch.Tensor:
-    score = {"policy": trainer.measure, "reference": trainer.measure_reference}[which]
+    score = {"policy": trainer.measure, "reference": trainer.measure_reference, "kept": trainer.measure_kept}[which]
     return torch.cat([scores.logprobs_C for scores in score(packs(trainer.config))])
 
 
@@ -110,7 +111,7 @@ def test_scoring_the_reference_changes_nothing_in_the_training(name: str) -> Non
         disturbed.optim_step(1e-2)
         update(plain)
     assert weights_digests(disturbed.weights.computing()) == weights_digests(plain.weights.computing())
-    assert weights_digests(disturbed.wire_weights().tensors) == weights_digests(plain.wire_weights().tensors)
+    assert weights_digests(disturbed.weight_stream()) == weights_digests(plain.weight_stream())
 
 
 def test_the_weights_come_back_when_scoring_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,8 +151,8 @@ def test_a_refresh_makes_the_current_policy_the_reference(name: str) -> None:
 # -- state
 
 
-def saved(trainer: PolicyTrainer, folder: Path) -> Checkpoint:
-    return checkpoint.load(checkpoint.save(folder, Checkpoint(step=1, trainer=trainer.state(), values={}), keep=1))
+def saved(trainer: PolicyTrainer, folder: Path) -> TrainerState:
+    return load(save(folder, 1, trainer.state(), keep=1))
 
 
 @pytest.mark.parametrize("refreshed", [False, True])
@@ -165,10 +166,10 @@ def test_a_checkpoint_restores_the_reference_bit_for_bit(name: str, refreshed: b
         update(trainer)
     back = saved(trainer, tmp_path)
     assert (tmp_path / "step-000001" / "reference.safetensors").exists() is refreshed
-    resumed.load(back.trainer)
+    resumed.load(back)
     for which in ("policy", "reference"):
         assert torch.equal(logprobs(resumed, which), logprobs(trainer, which))
-    assert saved(resumed, tmp_path / "again").trainer.reference_digest == back.trainer.reference_digest
+    assert saved(resumed, tmp_path / "again").reference_digest == back.reference_digest
 
 
 def test_a_starting_policy_that_has_changed_is_refused(tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ def test_a_starting_policy_that_has_changed_is_refused(tmp_path: Path) -> None:
     trainer, other = trainer_for(config), trainer_for(config, seed=1)
     update(trainer)
     with pytest.raises(CheckpointError, match="reference policy of checkpoint .* is not the model that this run loads"):
-        other.load(saved(trainer, tmp_path).trainer)
+        other.load(saved(trainer, tmp_path))
 
 
 def test_damage_to_the_reference_is_found(tmp_path: Path) -> None:
@@ -187,10 +188,10 @@ def test_damage_to_the_reference_is_found(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"corrupted \(reference.safetensors\)"):
+    with pytest.raises(CheckpointError, match=r"corrupted \(reference.safetensors has another checksum"):
         checkpoint.load(path.parent)
     path.unlink()
-    with pytest.raises(CheckpointError, match="incomplete"):
+    with pytest.raises(CheckpointError, match="reference.safetensors: No such file"):
         checkpoint.load(path.parent)
 
 
@@ -234,3 +235,41 @@ def test_an_entropy_bonus_alone_raises_the_entropy() -> None:
         trainer.forward_backward(flat, algorithm, OF)
         trainer.optim_step(1e-3)
     assert entropies == sorted(entropies) and entropies[-1] > entropies[0] + 1e-3
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_a_kept_version_scores_as_it_did_when_it_was_the_newest(name: str, tied: bool) -> None:
+    precision, changes = PRECISIONS[name]
+    trainer = trainer_for(config_of(precision, **changes), tied=tied, keep_reference=False)
+    for _ in range(2):
+        sampled = logprobs(trainer, "policy")
+        trainer.keep_version()
+        assert torch.equal(logprobs(trainer, "kept"), sampled)
+        update(trainer, times=2)
+        moved = logprobs(trainer, "policy")
+        assert not torch.equal(moved, sampled)
+        assert torch.equal(logprobs(trainer, "kept"), sampled)
+        assert torch.equal(logprobs(trainer, "policy"), moved)
+
+
+@pytest.mark.parametrize("name", ["fp16", "fp32", "islands"])
+def test_a_kept_version_changes_nothing_in_the_training_and_is_no_reference(name: str) -> None:
+    config = config_of(PRECISIONS[name][0])
+    keeping, plain = trainer_for(config), trainer_for(config)
+    start = logprobs(plain, "reference")
+    for trainer in (keeping, plain):
+        for _ in range(3):
+            if trainer is keeping:
+                trainer.keep_version()
+            trainer.forward_backward(packs(config), ALGORITHM, OF)
+            if trainer is keeping:
+                trainer.measure_kept(packs(config))
+            trainer.optim_step(1e-2)
+    assert torch.equal(logprobs(keeping, "policy"), logprobs(plain, "policy"))
+    assert torch.equal(logprobs(keeping, "reference"), start)
+    kept, expected = keeping.state(), plain.state()
+    for which in ("model", "optimizer"):
+        held, wanted = getattr(kept, which), getattr(expected, which)
+        assert held.keys() == wanted.keys()
+        assert all(torch.equal(held[key], wanted[key]) for key in held)

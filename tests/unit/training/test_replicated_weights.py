@@ -12,7 +12,7 @@ from betterhalf.precision.contract import weights_digests
 from betterhalf.precision.cpu_embedding import CpuEmbedding
 from betterhalf.precision.formats import dtype_name
 from betterhalf.precision.islands import resolve_islands
-from betterhalf.training.weights import replicated
+from betterhalf.training.weights import sums
 from betterhalf.training.weights.replicated import ReplicatedWeights
 
 
@@ -46,7 +46,7 @@ def test_a_stale_gradient_is_neither_added_to_nor_reported(dtype: torch.dtype) -
 
 @pytest.mark.parametrize("shape", [(7, 3), (7,), (1, 40)])
 def test_gradients_are_added_in_parts_of_any_size(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicated, "_CACHED", 8)
+    monkeypatch.setattr(sums, "_CACHED", 8)
     module = nn.ParameterDict({"w": nn.Parameter(torch.zeros(shape))})
     weights, factors = (
         ReplicatedWeights(module, "fp16"),

@@ -54,7 +54,7 @@ def episodes(trainer: PolicyTrainer) -> list[RolloutGroup]:
     """Sample two turns of three siblings with an observation between them, from the trainer's weights."""
     model = loaded_model(plain_model(), stop_token_ids=(1,))
     engine = build_engine(CONFIG, model.hf_config, model.stop_token_ids, trainer.precision)
-    engine.load_weights(trainer.wire_weights().tensors, policy_version=0)
+    engine.load_weights(trainer.weight_stream(), policy_version=0)
     groups = []
     for number, ids in enumerate(PROMPTS):
         first = GenerateRequest(token_ids=ids, group_size=3, key=(0, 1, number), with_support=True, max_tokens=3)

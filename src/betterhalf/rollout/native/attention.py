@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from betterhalf.models.blocked_attention import ScoreRule
 from betterhalf.models.tiled_attention import KEYS, by_tile, decode_tiles, tiled_attention
+from betterhalf.ops import bound_
 from betterhalf.rollout.native.config import DecoderConfig
 from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.native.rounding import Rounding
@@ -88,14 +90,14 @@ def decode_attention(config: DecoderConfig, rounding: Rounding, layer: int, q: T
     Returns:
         Rounded results [B, heads * D].
     """
-    (keys, values), window = plan.held[layer], config.windows[layer]
+    (keys, values), rule = plan.held[layer], config.score_rule(layer)
     if q.is_cuda:
-        return gpu_attention(config, q.contiguous(), (keys, values), plan.lengths, window)
-    folded, scale = q.float().reshape(-1, config.group, config.head_dim), config.head_dim**-0.5
+        return gpu_attention(config, q.contiguous(), (keys, values), plan.lengths, rule.window)
+    folded, mask = q.float().reshape(-1, config.group, config.head_dim), plan.masks[rule.window]
     if rounding.tiled:
-        mixed = decode_tiles(folded * scale, keys, values, plan.masks[window])
+        mixed = decode_tiles(folded * rule.scale, keys, values, mask, rule.cap)
     else:
-        mixed = _attend(rounding, folded, keys, values, plan.masks[window], scale)
+        mixed = _attend(rounding, folded, keys, values, mask, rule)
     return rounding.round(mixed.reshape(q.shape[0], -1))
 
 
@@ -117,12 +119,12 @@ def gpu_attention(
     # Imported here because it needs Triton, which only a GPU requires.
     from betterhalf.kernels.attention import attend
 
-    return attend(q, held, lengths, kv_heads=config.num_kv_heads, scale=config.head_dim**-0.5, window=window)
+    return attend(q, held, lengths, kv_heads=config.num_kv_heads, scale=config.attention_scale, window=window)
 
 
-def _attend(rounding: Rounding, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Compute softmax(q keys^T * scale + mask) values in FP32: [N, M, D] x [N, L, D] -> [N, M, D]."""
-    scores = torch.bmm(q * scale, keys.transpose(1, 2)).add_(mask)
+def _attend(rounding: Rounding, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, rule: ScoreRule) -> Tensor:
+    """Compute softmax(scores + mask) values in FP32: [N, M, D] x [N, L, D] -> [N, M, D]."""
+    scores = bound_(torch.bmm(q * rule.scale, keys.transpose(1, 2)), rule.cap).add_(mask)
     return torch.bmm(rounding.probabilities(scores.softmax(-1)), values)
 
 
@@ -133,7 +135,7 @@ def prompt_attention(
     k: Tensor,
     v: Tensor,
     lengths: tuple[int, ...],
-    window: int | None,
+    layer: int,
 ) -> Tensor:
     """Attend causally within each prompt; neighbours of equal length share one call.
 
@@ -144,17 +146,17 @@ def prompt_attention(
         k: keys [T, kv_heads, D].
         v: values [T, kv_heads, D].
         lengths: tokens of each prompt; they sum to T.
-        window: sliding window; None without one.
+        layer: index of the layer.
 
     Returns:
         Rounded results [T, heads * D].
     """
     run = _fused_prompts if q.is_cuda else _tiled_prompts if rounding.tiled else _blocked_prompts
-    parts = []
+    parts, rule = [], config.score_rule(layer)
     for start, stop, length in _equal_runs(lengths):
         # [T, heads, D] -> [N, heads, length, D]
         q_N, k_N, v_N = (x[start:stop].view(-1, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        parts.append(run(config, rounding, q_N, k_N, v_N, window).transpose(1, 2).flatten(0, 1).flatten(1))
+        parts.append(run(rounding, q_N, k_N, v_N, rule).transpose(1, 2).flatten(0, 1).flatten(1))
     return rounding.round(torch.cat(parts))
 
 
@@ -167,21 +169,17 @@ def _equal_runs(lengths: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
         start = stop
 
 
-def _fused_prompts(
-    config: DecoderConfig, rounding: Rounding, q: Tensor, k: Tensor, v: Tensor, window: int | None
-) -> Tensor:
-    scale, length = config.head_dim**-0.5, q.shape[2]
-    if config.group > 1:
-        k, v = (x.repeat_interleave(config.group, 1) for x in (k, v))
+def _fused_prompts(_rounding: Rounding, q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule) -> Tensor:
+    scale, window, length = rule.scale, rule.window, q.shape[2]
+    if q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     if window is None or window >= length:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=_causal(0, length, window, q.device), scale=scale)
 
 
-def _tiled_prompts(
-    config: DecoderConfig, rounding: Rounding, q: Tensor, k: Tensor, v: Tensor, window: int | None
-) -> Tensor:
-    return tiled_attention(q.float(), k.float(), v.float(), scale=config.head_dim**-0.5, window=window)
+def _tiled_prompts(_rounding: Rounding, q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule) -> Tensor:
+    return tiled_attention(q.float(), k.float(), v.float(), rule)
 
 
 def _causal(start: int, stop: int, window: int | None, device: torch.device) -> Tensor:
@@ -192,9 +190,7 @@ def _causal(start: int, stop: int, window: int | None, device: torch.device) -> 
     return visible if window is None else visible & (key > query - window)
 
 
-def _blocked_prompts(
-    config: DecoderConfig, rounding: Rounding, q: Tensor, k: Tensor, v: Tensor, window: int | None
-) -> Tensor:
+def _blocked_prompts(rounding: Rounding, q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule) -> Tensor:
     """Attend in FP32, [N, heads, L, D] -> same, in blocks of queries whose scores fit in `_MAX_SCORES`."""
     count, heads, length, dim = q.shape
     keys, values = (x.float().reshape(-1, length, dim) for x in (k, v))
@@ -203,7 +199,8 @@ def _blocked_prompts(
     for start in range(0, length, block):
         stop = min(start + block, length)
         folded = q[:, :, start:stop].float().reshape(keys.shape[0], -1, dim)
-        mask = torch.zeros(stop - start, stop).masked_fill_(~_causal(start, stop, window, q.device), float("-inf"))
-        out = _attend(rounding, folded, keys[:, :stop], values[:, :stop], mask.repeat(config.group, 1), dim**-0.5)
+        mask = torch.zeros(stop - start, stop).masked_fill_(~_causal(start, stop, rule.window, q.device), float("-inf"))
+        mask = mask.repeat(heads // k.shape[1], 1)
+        out = _attend(rounding, folded, keys[:, :stop], values[:, :stop], mask, rule)
         parts.append(out.view(count, heads, stop - start, dim))
     return torch.cat(parts, 2)

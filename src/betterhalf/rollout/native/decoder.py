@@ -6,6 +6,7 @@ T packed tokens, B slots.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,13 @@ from torch import Tensor
 from betterhalf.kernels import fused
 from betterhalf.precision.islands import Islands, resolve_islands
 from betterhalf.precision.products import product
+from betterhalf.precision.routing import RoutingTape
 from betterhalf.precision.tiled_products import tiled_product
 from betterhalf.rollout.native.attention import decode_attention, decode_plan, gpu_attention, prompt_attention
 from betterhalf.rollout.native.config import DecoderConfig
-from betterhalf.rollout.native.fused_parameter import Operand
+from betterhalf.rollout.native.fused_parameter import Adapted, Operand
 from betterhalf.rollout.native.kv_cache import KVCache
+from betterhalf.rollout.native.mixture import ExpertWeights, mix_experts
 from betterhalf.rollout.native.rounding import LayerRounding, Rounding, layer_roundings
 from betterhalf.rollout.native.weights import DecoderWeights, LayerWeights
 
@@ -74,29 +77,40 @@ class Decoder:
         """Rounding of everything outside FP32 islands."""
         self.islands = islands or resolve_islands((), config.num_layers)
         self._layers = layer_roundings(rounding, self.islands)
-        self.inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32, device=weights.norm.device)
-        self.rope_tables: tuple[_RopeTable, _RopeTable] = ((torch.empty(0),) * 2,) * 2
-        """Tables for attention in half and in an FP32 island: cosine and sine, [positions, 1, D] each."""
+        self.device: torch.device = weights.norm.device
+        """Device of all tensors."""
+        self.inv_freqs = [torch.tensor(rope.inv_freq, dtype=torch.float32, device=self.device) for rope in config.ropes]
+        """Inverse frequencies of each rope."""
+        self.rope_tables: tuple[tuple[_RopeTable, _RopeTable], ...] = (((torch.empty(0),) * 2,) * 2,)
+        """For each rope, tables for attention in half and in an FP32 island: cosine and sine, [positions, 1, D] each,
+        with D dimensions that are rotated."""
+        self.tape = RoutingTape()
+        """Choices of experts."""
         self.tap: Tap | None = None
         """Function that receives, and may replace, the result of every operation; None in normal use."""
 
     def reserve(self, max_length: int) -> None:
         """Make rope tables for positions below `max_length`, unless the present ones are long enough."""
-        if self.rope_tables[0][0].shape[0] >= max_length:
+        if self.rope_tables[0][0][0].shape[0] >= max_length:
             return
-        positions = torch.arange(max_length, device=self.inv_freq.device)
-        angles = positions[:, None].float() * self.inv_freq
-        half = self._rope_table(self.rounding, angles)
-        self.rope_tables = half, self._rope_table(self.rounding.in_fp32(), angles) if self.islands.attention else half
+        positions = torch.arange(max_length, device=self.device)
+        self.rope_tables = tuple(
+            self._rope_tables(positions[:, None].float() * inv_freq, rope.scaling)
+            for inv_freq, rope in zip(self.inv_freqs, self.config.ropes, strict=True)
+        )
 
-    def _rope_table(self, rounding: Rounding, angles: Tensor) -> _RopeTable:
-        cos, sin = rounding.rope_table(angles, self.config.rope_scaling)
+    def _rope_tables(self, angles: Tensor, scaling: float) -> tuple[_RopeTable, _RopeTable]:
+        half = self._rope_table(self.rounding, angles, scaling)
+        return half, self._rope_table(self.rounding.in_fp32(), angles, scaling) if self.islands.attention else half
+
+    def _rope_table(self, rounding: Rounding, angles: Tensor, scaling: float) -> _RopeTable:
+        cos, sin = rounding.rope_table(angles, scaling, in_fp32=self.config.rope_in_fp32)
         return cos.unsqueeze(1), sin.unsqueeze(1)
 
     @property
     def rope_dtype(self) -> torch.dtype:
         """dtype of the frequencies from which rope's angles are computed."""
-        return self.inv_freq.dtype
+        return self.inv_freqs[0].dtype
 
     def prefill(self, token_ids: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Run N packed prompts.
@@ -116,7 +130,7 @@ class Decoder:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             saved[layer, 0], saved[layer, 1] = k, v
-            return prompt_attention(config, self._layers[layer].attention, q, k, v, lengths, config.windows[layer])
+            return prompt_attention(config, self._layers[layer].attention, q, k, v, lengths, layer)
 
         stream = self._forward(token_ids, self._rotating(_positions(lengths, device), attend))
         last = torch.tensor(lengths, device=device).cumsum(0) - 1
@@ -127,7 +141,7 @@ class Decoder:
         config = self.config
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return prompt_attention(config, self._layers[layer].attention, q, k, v, lengths, config.windows[layer])
+            return prompt_attention(config, self._layers[layer].attention, q, k, v, lengths, layer)
 
         mix = self._rotating(_positions(lengths, token_ids.device), attend)
         return self._final_norm(self._forward(token_ids, mix))
@@ -144,7 +158,7 @@ class Decoder:
         Returns:
             Final hidden states [B, hidden].
         """
-        if fused(token_ids) and self.tap is None:
+        if self._uses_kernels(token_ids):
             return self._final_norm(self._forward(token_ids, self._rotating_in_cache(lengths, cache)))
         plan = decode_plan(self.config, self.rounding, cache, lengths, attended)
 
@@ -156,6 +170,9 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return FP32 logits [B, V]: operands on the half grid, products and sums in FP32, never rounded to half."""
+        return self.config.logits.apply_(self._head_product(hidden))
+
+    def _head_product(self, hidden: Tensor) -> Tensor:
         head = self.weights.head
         if head.is_cuda and not self.rounding.exact:
             return torch.mm(hidden, head.t(), out_dtype=torch.float32)
@@ -164,7 +181,9 @@ class Decoder:
         return product(hidden.float(), head)
 
     def _forward(self, token_ids: Tensor, mix: _Mix) -> _Stream:
-        embedded = self._tapped("embedding", None, self.weights.embedding[token_ids].to(self.rounding.container))
+        rows, config = self.weights.embedding[token_ids], self.config
+        rows = self.rounding.embedding(rows, config.embedding_scale, rounds_scale=config.rounds_embedding_scale)
+        embedded = self._tapped("embedding", None, rows)
         stream = _Stream(embedded, None, self.rounding, ("embedding", None))
         for index, layer in enumerate(self.weights.layers):
             stream = self._attention(index, layer, stream, mix)
@@ -178,41 +197,73 @@ class Decoder:
         heads = linear(part.attention, normed, layer.qkv, layer.qkv_bias).view(-1, self._heads, self.config.head_dim)
         attended = self._tapped("attention", index, mix(index, heads))
         output = linear(part.output, attended, layer.output, layer.output_bias)
-        output = self._tapped("attention_output", index, output)
+        output = self._after(part.attention_norm, self._tapped("attention_output", index, output), layer.attention_norm)
         return _Stream(hidden, output, part.stream_mid, ("attention_residual", index))
 
     def _mlp(self, index: int, layer: LayerWeights, stream: _Stream) -> _Stream:
         part, tap = self._layers[index], self._tapped
         hidden, normed = self._normed(stream, part.stream_mid, part.mlp, layer.mlp_norm)
         normed = tap("mlp_norm", index, normed)
+        if layer.experts is not None:
+            down = tap("down", index, self._mix_experts(index, layer.experts, normed))
+            return _Stream(hidden, down, part.stream_out, ("mlp_residual", index))
         gate_up = tap("gate_up", index, linear(part.mlp, normed, layer.gate_up, layer.gate_up_bias))
-        activated = tap("swiglu", index, part.mlp.swiglu(gate_up))
-        if self._adds_parts(part, activated, layer):
+        activated = tap("swiglu", index, part.mlp.swiglu(gate_up, self.config.activation))
+        if isinstance(layer.down, Tensor) and self._adds_parts(part, activated, layer, layer.down):
             down = _in_parts(activated, layer.down)
         else:
             down = tap("down", index, linear(part.down, activated, layer.down, layer.down_bias))
+            down = self._after(part.mlp_norm, down, layer.down_norm)
         return _Stream(hidden, down, part.stream_out, ("mlp_residual", index))
 
-    def _adds_parts(self, part: LayerRounding, activated: Tensor, layer: LayerWeights) -> bool:
+    def _mix_experts(self, index: int, weights: ExpertWeights, normed: Tensor) -> Tensor:
+        mixture, rounding = self.config.mixture, self._layers[index].mlp
+        assert mixture is not None, "a layer has experts, and the decoder has none"
+        place = mixture.layers[index]
+        assert place is not None, f"layer {index} has no experts"
+        return mix_experts(
+            normed,
+            weights,
+            mixture,
+            place,
+            rounding=rounding,
+            project=partial(linear, rounding, bias=None),
+            activate=partial(rounding.swiglu, activation=self.config.activation),
+            tape=self.tape,
+        )
+
+    def _adds_parts(self, part: LayerRounding, activated: Tensor, layer: LayerWeights, down: Tensor) -> bool:
         """Return whether the down projection may leave partial sums for the next norm; not at an island's edge."""
         plain = part.down is part.stream_out is self.rounding and not self.rounding.exact and layer.down_bias is None
-        return plain and self.tap is None and _few_tiles(activated, layer.down)
+        return plain and self._uses_kernels(activated) and _few_tiles(activated, down)
+
+    def _uses_kernels(self, x: Tensor) -> bool:
+        """Return whether the fused kernels of a GPU compute what follows `x`."""
+        return fused(x) and self.tap is None and self.config.has_kernels
+
+    def _after(self, rounding: Rounding, branch: Tensor, weight: Tensor | None) -> Tensor:
+        """Apply the norm of a branch, if there is one."""
+        return branch if weight is None else self._rms_norm(rounding, branch, weight)
+
+    def _rms_norm(self, rounding: Rounding, x: Tensor, weight: Tensor) -> Tensor:
+        return rounding.rms_norm(x, weight, self.config.rms_eps, self.config.norm_kind)
 
     def _final_norm(self, stream: _Stream) -> Tensor:
         _, normed = self._normed(stream, self._layers[-1].stream_out, self.rounding, self.weights.norm)
         return self._tapped("final_norm", None, normed)
 
-    def _normed(self, stream: _Stream, rounding: Rounding, reader: Rounding, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the residual stream with its branch added, and the norm of that sum.
+    def _normed(
+        self, stream: _Stream, rounding: Rounding, reader: Rounding, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the residual stream with its branch added, and the norm of that sum; the sum itself without a norm.
 
         A half norm is widened for a reader in an FP32 island; an FP32 norm is rounded once for a reader in half.
         """
-        eps = self.config.rms_eps
-        if fused(stream.hidden) and self.tap is None:
-            parts = stream.hidden, stream.branch
+        if weight is not None and self._uses_kernels(stream.hidden):
+            parts, eps = (stream.hidden, stream.branch), self.config.rms_eps
             return rounding.norm_of_sum_on_gpu(*parts, weight, eps, adder=stream.rounding, reader=reader)
         hidden = self._added(stream)
-        normed = rounding.rms_norm(hidden, weight, eps)
+        normed = hidden if weight is None else self._rms_norm(rounding, hidden, weight)
         return hidden, normed if rounding is reader else reader.round(normed)
 
     def _added(self, stream: _Stream) -> Tensor:
@@ -220,7 +271,7 @@ class Decoder:
         if branch is None:
             return hidden
         whole = branch if branch.dim() == hidden.dim() else rounding.round(branch.sum(0))
-        return self._tapped(*operation, rounding.add(hidden, whole))
+        return self._tapped(*operation, rounding.add(hidden, whole, self.config.residual_scale))
 
     @property
     def _heads(self) -> int:
@@ -235,16 +286,24 @@ class Decoder:
             rounding, layer = self._layers[index].attention, self.weights.layers[index]
             qk, v = heads.split_with_sizes([config.num_heads + config.num_kv_heads, config.num_kv_heads], dim=1)
             qk, v = self._tapped_heads(("queries", "keys"), index, qk), self._tapped("values", index, v)
-            if layer.q_norm is not None and layer.k_norm is not None:
-                weights, parts = (layer.q_norm, layer.k_norm), self._apart(qk)
-                qk = torch.cat(
-                    [rounding.rms_norm(x, w, config.rms_eps) for x, w in zip(parts, weights, strict=True)], 1
-                )
-            rotated = rounding.rope(qk, *rope[self.islands.layers[index].attention])
-            q, k = self._apart(self._tapped_heads(("rotated_queries", "rotated_keys"), index, rotated))
+            qk = self._head_normed(rounding, layer, qk)
+            which = config.layer_ropes[index]
+            if which is not None:
+                cos, sin = rope[which][self.islands.layers[index].attention]
+                qk = rounding.rope(qk, cos, sin, in_fp32=config.rope_in_fp32)
+            q, k = self._apart(self._tapped_heads(("rotated_queries", "rotated_keys"), index, qk))
             return attend(index, q, rounding.to_kv(k), rounding.to_kv(v))
 
         return mix
+
+    def _head_normed(self, rounding: Rounding, layer: LayerWeights, qk: Tensor) -> Tensor:
+        """Norm queries and keys [T, heads + kv_heads, D], each head or all heads of a token; nothing without norms."""
+        if layer.q_norm is None or layer.k_norm is None:
+            return qk
+        whole = self.config.head_norm == "row"
+        parts = zip(self._apart(qk), (layer.q_norm, layer.k_norm), strict=True)
+        normed = [self._rms_norm(rounding, x.flatten(1) if whole else x, weight).view(x.shape) for x, weight in parts]
+        return torch.cat(normed, 1)
 
     def _rotating_in_cache(self, lengths: Tensor, cache: KVCache) -> _Mix:
         """Return the same for one new token of each slot on a GPU: one kernel rotates keys and writes the cache."""
@@ -258,7 +317,7 @@ class Decoder:
             norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
             queries = rotate_and_append(
                 heads,
-                self.rope_tables[self.islands.layers[index].attention],
+                self.rope_tables[0][self.islands.layers[index].attention],
                 lengths,
                 norms,
                 cache.rows(index),
@@ -270,11 +329,13 @@ class Decoder:
 
         return mix
 
-    def _rope_at(self, positions: Tensor) -> tuple[_RopeTable, _RopeTable]:
+    def _rope_at(self, positions: Tensor) -> list[tuple[_RopeTable, _RopeTable]]:
         """Select the rows of `rope_tables` at these positions, [T, 1, D] each."""
-        (cos, sin), (cos_wide, sin_wide) = self.rope_tables
-        half = cos[positions], sin[positions]
-        return half, (cos_wide[positions], sin_wide[positions]) if self.islands.attention else half
+        selected = []
+        for half, wide in self.rope_tables:
+            rows = _rows(half, positions)
+            selected.append((rows, rows if wide is half else _rows(wide, positions)))
+        return selected
 
     def _tapped(self, operation: str, layer: int | None, value: Tensor) -> Tensor:
         return value if self.tap is None else self.tap(operation, layer, value)
@@ -289,6 +350,11 @@ class Decoder:
             return qk
         both = zip(operations, self._apart(qk), strict=True)
         return torch.cat([self._tapped(operation, layer, x) for operation, x in both], 1)
+
+
+def _rows(table: _RopeTable, positions: Tensor) -> _RopeTable:
+    cos, sin = table
+    return cos[positions], sin[positions]
 
 
 def _positions(lengths: tuple[int, ...], device: torch.device) -> Tensor:
@@ -320,6 +386,9 @@ def _in_parts(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear(rounding: Rounding, x: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:
     """Project `x` and round the result, in the half kernel or after FP32 sums; an FP32 island does not round."""
+    if isinstance(weight, Adapted):
+        base = linear(rounding, x, weight.weight, bias)
+        return weight.adapters.add(rounding, x, base, lambda rows, right: linear(rounding, rows, right, None))
     if rounding.tiled:
         parts = weight if isinstance(weight, tuple) else (weight,)
         out = torch.cat([tiled_product(x.float(), part) for part in parts], 1)

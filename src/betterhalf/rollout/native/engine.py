@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from betterhalf import ops
-from betterhalf.config.schema import NativeEngineConfig, SamplingConfig
+from betterhalf.config.schema import LoraConfig, NativeEngineConfig, SamplingConfig
 from betterhalf.errors import EngineError, InputError
 from betterhalf.kernels import has_triton
 from betterhalf.precision.contract import SideReport, weights_digests
+from betterhalf.precision.islands import has_post_norms
 from betterhalf.precision.roles import Precision
 from betterhalf.rollout import sampler
-from betterhalf.rollout.native.config import decoder_config
+from betterhalf.rollout.native.config import DecoderConfig, decoder_config
 from betterhalf.rollout.native.cuda_graphs import DecodeGraphs, batch_bucket
 from betterhalf.rollout.native.decoder import Decoder
+from betterhalf.rollout.native.expert_log import ExpertLog
 from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.native.queue import PromptQueue
 from betterhalf.rollout.native.report import engine_report
@@ -44,6 +46,7 @@ class NativeEngine:
         config: NativeEngineConfig,
         stop_token_ids: Iterable[int],
         top_tokens: int = 0,
+        lora: LoraConfig | None = None,
     ) -> None:
         """Allocate weights for the architecture of a transformers configuration; `load_weights` fills them.
 
@@ -53,6 +56,7 @@ class NativeEngine:
             config: configuration of the engine.
             stop_token_ids: tokens that end a completion.
             top_tokens: number of most likely tokens that completions report at each position.
+            lora: adapters to serve beside the weights; none by default.
 
         Raises:
             InputError: the engine does not compute the architecture, or the model lacks an FP32 island of the
@@ -63,10 +67,12 @@ class NativeEngine:
         self._precision = precision
         self._config = config
         self._shape = decoder_config(hf_config)
+        _require_computed_on(precision.device, self._shape)
         self._top_tokens = min(top_tokens, self._shape.vocab_size)
         self._rounding = _rounding(precision, config)
-        islands = precision.islands(self._shape.num_layers, precision.roles.rollout_dtype)
-        self._weights = DecoderWeights(self._shape, _storage(precision), islands)
+        post_norms = has_post_norms(hf_config)
+        islands = precision.islands(self._shape.num_layers, precision.roles.rollout_dtype, post_norms=post_norms)
+        self._weights = DecoderWeights(self._shape, _storage(precision), islands, lora)
         self._decoder = Decoder(self._shape, self._weights, self._rounding, islands)
         self._stop_lookup = torch.zeros(self._shape.vocab_size, dtype=torch.bool, device=precision.device)
         self._stop_lookup[list(stop_ids(stop_token_ids, self._shape.vocab_size))] = True
@@ -80,10 +86,12 @@ class NativeEngine:
         return self._decoder
 
     @torch.no_grad()
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
-        """Replace all weights in place; see `RolloutEngine.load_weights`."""
-        self._policy_version = None
-        self._weights.load(weights)
+    def load_weights(
+        self, weights: Iterable[tuple[str, Tensor]], *, policy_version: int, partial: bool = False
+    ) -> None:
+        """Replace weights in place; see `RolloutEngine.load_weights`."""
+        held, self._policy_version = self._policy_version is not None, None
+        self._weights.load(weights, held=partial and held)
         self._policy_version = policy_version
 
     @torch.inference_mode()
@@ -135,7 +143,9 @@ class NativeEngine:
         if not any(request.group_size for request in requests):
             return [() for _ in requests]
         with_support = any(request.with_support for request in requests)
-        scheduler = self.scheduler(sampling, Capacity.of(requests, limits), with_support=with_support)
+        with_experts = any(request.with_experts for request in requests)
+        capacity = Capacity.of(requests, limits)
+        scheduler = self.scheduler(sampling, capacity, with_support=with_support, with_experts=with_experts)
         for request in requests:
             scheduler.add(request)
         found: list[Sampled] = []
@@ -144,13 +154,16 @@ class NativeEngine:
         return self._completions(requests, found, version)
 
     @torch.inference_mode()
-    def scheduler(self, sampling: SamplingConfig, capacity: Capacity, *, with_support: bool = False) -> Scheduler:
+    def scheduler(
+        self, sampling: SamplingConfig, capacity: Capacity, *, with_support: bool = False, with_experts: bool = False
+    ) -> Scheduler:
         """Return an empty scheduler that samples step by step, in place of any earlier one.
 
         Args:
             sampling: distribution and length limit of all its completions.
             capacity: room to reserve; a request that needs more is refused when it is added.
             with_support: record the tokens that could be drawn, if `sampling` truncates the distribution.
+            with_experts: record the experts that are chosen, if the model has any.
 
         Raises:
             EngineError: the engine holds no weights.
@@ -158,8 +171,10 @@ class NativeEngine:
         self._require_weights("scheduler")
         table = self._reserve(capacity)
         wanted = _distribution(sampling, self._top_tokens, with_support=with_support)
-        batch = RunningBatch(self._decoder, table, self._graphs, wanted)
-        queue = PromptQueue(self._decoder, self._precision.device)
+        mixture = self._shape.mixture
+        log = ExpertLog(mixture, self._decoder.tape) if with_experts and mixture is not None else None
+        batch = RunningBatch(self._decoder, table, self._graphs, wanted, log)
+        queue = PromptQueue(self._decoder, self._precision.device, log)
         return Scheduler(batch, queue, self._limits(sampling), abandon=self.close)
 
     def _limits(self, sampling: SamplingConfig) -> Limits:
@@ -238,6 +253,21 @@ def require_kernels(device: torch.device) -> None:
         raise InputError(
             "the native engine computes on a GPU with Triton, which is not installed; pip install triton, or sample "
             "with engine=vllm"
+        )
+
+
+def _require_computed_on(device: torch.device, shape: DecoderConfig) -> None:
+    """Refuse parts of a model that this engine computes on a CPU only.
+
+    Raises:
+        InputError: the device is a GPU, and the model has experts or soft-capped scores.
+    """
+    parts = {"experts": shape.mixture is not None, "soft-capped scores of attention": shape.attention_cap is not None}
+    found = [part for part, present in parts.items() if present]
+    if found and device.type != "cpu":
+        raise InputError(
+            f"the native engine computes {' and '.join(found)} on a CPU only, and the model ({shape.architecture}) has "
+            "them; set engine=vllm, or device=cpu"
         )
 
 

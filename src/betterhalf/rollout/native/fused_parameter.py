@@ -7,15 +7,28 @@ use. Everything else is a plain tensor that never moves, because CUDA graphs kee
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from betterhalf.config.schema import LoraConfig
+from betterhalf.errors import EngineError
 from betterhalf.precision.products import packed, unpacked
+from betterhalf.rollout.native.adapters import Adapters, zero_adapters
 
-Operand = Tensor | tuple[Tensor, ...]
-"""Right side of a product: one tensor, or one for each parameter, whose results are concatenated."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapted:
+    """Right side of a product with LoRA adapters beside it."""
+
+    weight: Tensor
+    adapters: Adapters
+
+
+Operand = Tensor | tuple[Tensor, ...] | Adapted
+"""Right side of a product: one tensor, one for each parameter, whose results are concatenated, or one with adapters."""
 
 
 class FusedParameter:
@@ -49,6 +62,7 @@ class FusedParameter:
         self._awaited: set[str] = set()
         self._shape = (stops[-1],) if width is None else (stops[-1], width)
         self._dtype, self._device = dtype, device
+        self._adapters: Adapters | None = None
         self._pieces = self._cut(torch.zeros(self._shape, dtype=dtype, device=device))
 
     def _cut(self, whole: Tensor) -> tuple[Tensor, ...]:
@@ -63,21 +77,35 @@ class FusedParameter:
     @property
     def operand(self) -> Operand:
         """The right side of products."""
+        if self._adapters is not None:
+            return Adapted(weight=self.tensor, adapters=self._adapters)
         return self._pieces if self._apart else self.tensor
+
+    def adapt(self, lora: LoraConfig) -> None:
+        """Put adapters beside those of its parameters that are targets."""
+        if len(self._shape) > 1:
+            self._adapters = zero_adapters(self._rows, self._shape[1], lora, self._dtype, self._device)
+
+    def _beside(self) -> dict[str, Tensor]:
+        """Return name -> tensor of each adapter."""
+        each = () if self._adapters is None else self._adapters.each
+        return {name: tensor for adapter in each for name, tensor in adapter.tensors()}
 
     @property
     def operands(self) -> Iterator[tuple[tuple[str, ...], Tensor]]:
         """Names of the parameters that share a product, and its right side, for each product."""
-        groups = [(name,) for name in self._rows] if self._apart else [self.names]
+        groups = [(name,) for name in self._rows] if self._apart else [tuple(self._rows)]
         return zip(groups, self._pieces, strict=True)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of its parameters, in order."""
-        return tuple(self._rows)
+        """Names of its parameters, in order, and of their adapters."""
+        return (*self._rows, *self._beside())
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of one parameter."""
+        if name not in self._rows:
+            return tuple(self._beside()[name].shape)
         rows = self._rows[name]
         return (rows.stop - rows.start, *self._shape[1:])
 
@@ -87,6 +115,9 @@ class FusedParameter:
 
     def write(self, name: str, values: Tensor) -> None:
         """Write one parameter; a packed tensor changes only when the last of its parameters has been written."""
+        if name not in self._rows:
+            self._beside()[name].copy_(values)
+            return
         if not self._packs:
             self.tensor[self._rows[name]].copy_(values)
             return
@@ -98,9 +129,23 @@ class FusedParameter:
             self._pieces = tuple(packed(piece) for piece in self._cut(self._arriving))
             self._arriving = None
 
+    def finish(self) -> None:
+        """Require that all parameters of a packed tensor have arrived, or none.
+
+        Raises:
+            EngineError: some are missing.
+        """
+        if self._arriving is not None:
+            raise EngineError(
+                f"{min(self._awaited)!r} did not arrive with the parameters that the engine fuses with it; send all of "
+                f"{', '.join(self._rows)}"
+            )
+
     def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Return (name, values) of each parameter: views, or copies if the tensor is packed."""
+        """Yield (name, values) of each parameter: views, or copies if the tensor is packed; then of their adapters."""
         if self._apart:
-            return ((name, unpacked(piece)) for name, piece in zip(self._rows, self._pieces, strict=True))
-        plain = unpacked(self.tensor)
-        return ((name, plain[rows]) for name, rows in self._rows.items())
+            yield from ((name, unpacked(piece)) for name, piece in zip(self._rows, self._pieces, strict=True))
+        else:
+            plain = unpacked(self.tensor)
+            yield from ((name, plain[rows]) for name, rows in self._rows.items())
+        yield from self._beside().items()

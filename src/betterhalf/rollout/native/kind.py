@@ -21,6 +21,8 @@ def _capabilities(_config: RunConfig) -> EngineCapabilities:
         shares_cores=True,
         reports_top_tokens=True,
         reports_support=True,
+        serves_adapters=True,
+        reports_experts=True,
     )
 
 
@@ -32,7 +34,7 @@ def _check_roles(_roles: PrecisionRoles) -> None:
     """Accept all roles."""
 
 
-def _check_architecture(hf_config: Any) -> None:
+def _check_architecture(_config: RunConfig, hf_config: Any) -> None:
     decoder_config(hf_config)
 
 
@@ -44,11 +46,13 @@ def _build(config: RunConfig, hf_config: Any, stop_token_ids: tuple[int, ...], p
         config=config.engine,
         stop_token_ids=stop_token_ids,
         top_tokens=config.algorithm.score_centering,
+        lora=config.lora if config.lora.active and config.lora.merge == "adapter" else None,
     )
 
 
 NATIVE = EngineKind(
     families=SUPPORTED_ARCHITECTURES,
+    mixtures=("qwen3_moe",),
     capabilities=_capabilities,
     check_sampling=_check_sampling,
     check_roles=_check_roles,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from betterhalf.rollout.native.decoder import Decoder
+from betterhalf.rollout.native.expert_log import ExpertLog
 from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.native.slots import ActiveSequence
 
@@ -25,13 +27,23 @@ class Prefix:
     """Its keys and values [layers, 2, length, kv_heads, D]."""
     hidden: Tensor
     """Final hidden state of its last token [hidden]."""
+    experts: Tensor | None
+    """Experts of its tokens [length, L, K], as in `TokenExperts`; None if they are not recorded."""
 
 
 class PromptQueue:
     """Queue of sequences, first in, first out; siblings in order."""
 
-    def __init__(self, decoder: Decoder, device: torch.device) -> None:
+    def __init__(self, decoder: Decoder, device: torch.device, experts: ExpertLog | None = None) -> None:
+        """Create an empty queue.
+
+        Args:
+            decoder: runs the prompts.
+            device: of the decoder.
+            experts: records the experts that it chooses for them; None for no record.
+        """
         self._decoder = decoder
+        self._experts = experts
         self._device = device
         self._waiting: deque[ActiveSequence] = deque()
         self._unrun: dict[int, tuple[int, ...]] = {}
@@ -62,9 +74,11 @@ class PromptQueue:
         taken = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
         hidden, slot = [], first_slot
         for request, siblings in groupby(taken, key=lambda s: s.request):
-            number = sum(1 for _ in siblings)
-            prefix = self._prefix(request)
+            joining, prefix = list(siblings), self._prefix(request)
+            number = len(joining)
             cache.fill(slot, slot + number, prefix.saved)
+            if self._experts is not None and prefix.experts is not None:
+                self._experts.open(joining, prefix.experts)
             hidden.append(prefix.hidden.expand(number, -1))
             slot += number
         self._release({s.request for s in taken})
@@ -86,10 +100,20 @@ class PromptQueue:
         prompts = sorted(self._next_prompts(), key=lambda prompt: len(prompt[1]))
         lengths = tuple(len(token_ids) for _, token_ids in prompts)
         tokens = torch.tensor([token for _, token_ids in prompts for token in token_ids], device=self._device)
-        hidden, saved = self._decoder.prefill(tokens, lengths)
+        hidden, saved, experts = self._prefill(tokens, lengths)
         parts = torch.split(saved, list(lengths), dim=2)
-        for row, ((request, _), part) in enumerate(zip(prompts, parts, strict=True)):
-            self._prefixes[request] = Prefix(saved=part, hidden=hidden[row])
+        for row, ((request, _), part, chosen) in enumerate(zip(prompts, parts, experts, strict=True)):
+            self._prefixes[request] = Prefix(saved=part, hidden=hidden[row], experts=chosen)
+
+    def _prefill(
+        self, tokens: Tensor, lengths: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor] | Sequence[None]]:
+        """Return the results of `Decoder.prefill`, and the experts of each prompt."""
+        if self._experts is None:
+            return *self._decoder.prefill(tokens, lengths), [None] * len(lengths)
+        with self._experts.prompts() as found:
+            hidden, saved = self._decoder.prefill(tokens, lengths)
+        return hidden, saved, torch.split(self._experts.rows(found), list(lengths))
 
     def _next_prompts(self) -> list[tuple[int, tuple[int, ...]]]:
         """Remove and return (request, prompt) of the next prompts that fit in one pass, at least one."""

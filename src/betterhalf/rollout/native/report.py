@@ -14,6 +14,7 @@ from betterhalf.precision.formats import dtype_name, narrowest_format
 from betterhalf.precision.products import packed
 from betterhalf.precision.roles import Precision
 from betterhalf.rollout.native.decoder import Decoder, linear
+from betterhalf.rollout.native.mixture import is_router
 from betterhalf.rollout.native.rounding import Rounding
 
 
@@ -79,7 +80,7 @@ def _linear_layers(decoder: Decoder) -> dict[str, str]:
     half, islands, shapes = decoder.rounding, decoder.islands, {}
     kinds: list[coverage.LayerKind] = []
     for names, held in decoder.weights.projections():
-        rounding = half.in_fp32() if islands.hold(names[0]) else half
+        rounding = half.in_fp32() if islands.hold(names[0]) or is_router(names[0]) else half
         kinds += ["fp32" if rounding.exact else "widened" if rounding.widened else "native"] * len(names)
         shapes[held.shape, rounding.dtype, held.dtype] = rounding
     exact = [_sums_in_fp32(decoder, rounding, *key[::2]) for key, rounding in shapes.items()]

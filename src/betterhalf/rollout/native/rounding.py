@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from betterhalf.kernels import fused
-from betterhalf.precision.cpu_silu import silu
+from betterhalf.precision.cpu_activations import gelu_tanh, silu
 from betterhalf.precision.emulation import to_format
 from betterhalf.precision.formats import is_emulated, torch_dtype
 from betterhalf.precision.islands import Islands, LayerIslands
+from betterhalf.rollout.native.families import Activation, NormKind
 from betterhalf.types import DtypeName, RoundingMode
 
 
@@ -94,62 +95,89 @@ class Rounding:
             return x
         return to_format(x, self.kv_format).to(x.dtype)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def embedding(self, rows: Tensor, scale: float, *, rounds_scale: bool) -> Tensor:
+        """Multiply embeddings [..., H] by a number, and round once; `rounds_scale` rounds the number before."""
+        x = rows.to(self.container)
+        if scale == 1.0:
+            return x
+        if rounds_scale:
+            scale = float(to_format(torch.tensor(scale), self.format))
+        return self.round(x.float() * scale)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, kind: NormKind = "llama") -> Tensor:
         """Apply RMSNorm over the last axis; `weight` is FP32.
 
-        engine: rounded once. aligned: rounded before and after the weight.
+        engine: rounded once. aligned: rounded before and after the weight, or once, as `kind` says.
         """
         wide = x.float()
+        factor = weight + 1 if kind == "one_plus" else weight
         if self.mode == "engine" and not self.exact:
-            return self.round(F.rms_norm(wide, weight.shape, weight, eps))
+            return self.round(F.rms_norm(wide, factor.shape, factor, eps))
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        return self.round(weight * self.round(normed))
+        return self.round(factor * (self.round(normed) if kind == "llama" else normed))
 
-    def rope_table(self, angles: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    def rope_table(self, angles: Tensor, scaling: float, *, in_fp32: bool = False) -> tuple[Tensor, Tensor]:
         """Return FP32 cosine and sine of FP32 angles, [..., D/2] -> two of [..., D].
 
-        engine: not rounded. aligned: rounded to the grid.
+        engine: not rounded. aligned: rounded to the grid, unless the trainer rotates `in_fp32`.
         The first half of the sine is negated, so that a rotation is `x * cos + swapped(x) * sin`.
         """
         cos, sin = angles.cos() * scaling, angles.sin() * scaling
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        if self.aligned:
+        if self.aligned and not in_fp32:
             return to_format(cos, self.format, cos.dtype), to_format(sin, self.format, sin.dtype)
         return cos, sin
 
-    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate heads: x [..., heads, D], cos and sin [..., 1, D].
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor, *, in_fp32: bool = False) -> Tensor:
+        """Rotate the first D dimensions of heads: x [..., heads, D or more], cos and sin [..., 1, D].
 
-        engine: rounded once. aligned: both products and their sum are rounded.
+        engine: rounded once. aligned: both products and their sum are rounded, unless the trainer rotates `in_fp32`.
         """
+        width = cos.shape[-1]
+        if width < x.shape[-1]:
+            rotated = self.rope(x[..., :width], cos, sin, in_fp32=in_fp32)
+            return torch.cat((rotated, x[..., width:]), -1)
         first, second = x.chunk(2, -1)
         swapped = torch.cat((second, first), -1)
-        if self.mode != "engine":
-            return self.round(self.round(x * cos) + self.round(swapped * sin))
-        return self.round((x * cos).addcmul_(swapped, sin))
+        if self.mode == "engine":
+            return self.round((x * cos).addcmul_(swapped, sin))
+        if in_fp32:
+            return self.round(x * cos + swapped * sin)
+        return self.round(self.round(x * cos) + self.round(swapped * sin))
 
-    def swiglu(self, gate_up: Tensor) -> Tensor:
-        """Compute silu(gate) * up from [..., 2 * width].
+    def swiglu(self, gate_up: Tensor, activation: Activation = "silu") -> Tensor:
+        """Compute activation(gate) * up from [..., 2 * width].
 
-        engine: in FP32, rounded once. aligned: silu and product are both rounded.
+        engine: in FP32, rounded once. aligned: activation and product are both rounded.
         """
-        if fused(gate_up):
+        if fused(gate_up) and activation == "silu":
             # Imported here, as below, because it needs Triton, which only a GPU requires.
             from betterhalf.kernels import decoding
 
             return decoding.swiglu(gate_up, aligned=self.aligned)
         gate, up = gate_up.chunk(2, -1)
-        if self.mode != "engine":
-            activated = silu(gate) if self.tiled else F.silu(gate.float())
-            return self.round(self.round(activated) * up.float())
-        return self.round(F.silu(gate.float()) * up)
+        activated = self._activated(gate, activation)
+        if self.mode == "engine":
+            return self.round(activated * up)
+        return self.round(self.round(activated) * up.float())
+
+    def _activated(self, gate: Tensor, activation: Activation) -> Tensor:
+        """Return the activation, in FP32 or rounded already; independent of neighbours where the mode asks for it."""
+        if activation == "silu":
+            return silu(gate) if self.tiled else F.silu(gate.float())
+        if self.tiled:
+            return gelu_tanh(gate)
+        # Below -4 the result is what cancellation leaves, so that torch's half kernel is the trainer's only equal.
+        return F.gelu(gate.to(self.dtype) if self.aligned else gate.float(), approximate="tanh")
 
     def probabilities(self, p: Tensor) -> Tensor:
         """Round FP32 softmax probabilities before their product with V, if the mode says so; the result is FP32."""
         return to_format(p, self.format, p.dtype) if self.rounds_probabilities else p
 
-    def add(self, residual: Tensor, branch: Tensor) -> Tensor:
-        """Add a branch to the residual stream; the sum is rounded once in both modes."""
+    def add(self, residual: Tensor, branch: Tensor, scale: float = 1.0) -> Tensor:
+        """Add a branch, times a number, to the residual stream; product and sum are rounded once each in all modes."""
+        if scale != 1.0:
+            branch = self.round(branch.float() * scale)
         return self.round(residual + branch)
 
     def norm_of_sum_on_gpu(
@@ -181,9 +209,11 @@ class LayerRounding:
     stream_in: Rounding
     attention: Rounding
     output: Rounding
+    attention_norm: Rounding
     stream_mid: Rounding
     mlp: Rounding
     down: Rounding
+    mlp_norm: Rounding
     stream_out: Rounding
 
 

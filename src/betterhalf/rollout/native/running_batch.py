@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from betterhalf.errors import EngineError
 from betterhalf.rollout import sampler
 from betterhalf.rollout.native.cuda_graphs import DecodeGraphs
 from betterhalf.rollout.native.decoder import Decoder
+from betterhalf.rollout.native.expert_log import ExpertLog
 from betterhalf.rollout.native.pending_step import PendingStep, StepOutput
 from betterhalf.rollout.native.queue import PromptQueue
 from betterhalf.rollout.native.slots import ActiveSequence, Sampled, SlotTable
@@ -28,12 +30,18 @@ class RunningBatch:
     """Batch of running sequences: a decoder over a slot table, sampled from one distribution."""
 
     def __init__(
-        self, decoder: Decoder, table: SlotTable, graphs: DecodeGraphs | None, wanted: sampler.Distribution
+        self,
+        decoder: Decoder,
+        table: SlotTable,
+        graphs: DecodeGraphs | None,
+        wanted: sampler.Distribution,
+        experts: ExpertLog | None = None,
     ) -> None:
         self._decoder = decoder
         self._graphs = graphs
         self._wanted = wanted
         self._log = SupportLog(decoder.config.vocab_size)
+        self._experts = experts
         self.table = table
         """State of the slots."""
 
@@ -58,7 +66,8 @@ class RunningBatch:
             output = self._graphs.run(self._decode, self._wanted)
         else:
             attended = min(table.longest + 1, table.cache.max_length)
-            output = self._decode(table, table.active, attended, self._wanted)
+            with nullcontext() if self._experts is None else self._experts.pass_of(table.sequences):
+                output = self._decode(table, table.active, attended, self._wanted)
         table.advance()
         return PendingStep(output, list(table.sequences))
 
@@ -76,6 +85,8 @@ class RunningBatch:
     def retire(self, sequences: list[ActiveSequence]) -> Sampled:
         """Take sequences out of their slots."""
         sampled = self.table.retire(sequences)
+        if self._experts is not None:
+            sampled = replace(sampled, experts=self._experts.close(sampled.sequences))
         if not self._wanted.reports_support:
             return sampled
         return replace(sampled, supports=self._log.close(sampled.sequences))

@@ -11,7 +11,7 @@ from torch import Tensor
 from betterhalf.rollout.native.kv_cache import KVCache
 from betterhalf.rollout.sampler import Draw
 from betterhalf.token_support import TokenSupport, TopTokens
-from betterhalf.types import Completion
+from betterhalf.types import Completion, TokenExperts
 
 ENDED, BROKEN = 1, 2
 """Events of a step for a sequence; 0 if it goes on."""
@@ -52,6 +52,9 @@ class Sampled:
     supports: list[TokenSupport] | None = None
     """Tokens that each sequence could have drawn, on the host; None if the distribution does not report them."""
 
+    experts: list[TokenExperts] | None = None
+    """Experts of the tokens of each sequence, on the host; None if they were not recorded."""
+
     def completions(self, stops: Container[int], policy_version: int) -> list[Completion]:
         """Return the completion of each sequence; waits for the device.
 
@@ -60,6 +63,7 @@ class Sampled:
             policy_version: version of the weights that sampled.
         """
         supports: Sequence[TokenSupport | None] = self.supports or [None] * len(self.sequences)
+        experts: Sequence[TokenExperts | None] = self.experts or [None] * len(self.sequences)
         rows = zip(self.counts.tolist(), self.token_ids.tolist(), self.logprobs.tolist(), strict=True)
         return [
             Completion(
@@ -69,8 +73,11 @@ class Sampled:
                 policy_version=policy_version,
                 top=top,
                 support=support,
+                experts=chosen,
             )
-            for (count, token_ids, logprobs), top, support in zip(rows, self._tops(), supports, strict=True)
+            for (count, token_ids, logprobs), top, support, chosen in zip(
+                rows, self._tops(), supports, experts, strict=True
+            )
         ]
 
     def _tops(self) -> list[TopTokens | None]:
@@ -92,6 +99,7 @@ class Sampled:
             logprobs=self.logprobs[kept],
             top=None if self.top is None else (self.top[0][kept], self.top[1][kept]),
             supports=self.supports and [self.supports[row] for row in kept],
+            experts=self.experts and [self.experts[row] for row in kept],
         )
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from betterhalf.config.schema import LoraConfig
 from betterhalf.errors import EngineError
 from betterhalf.precision.emulation import to_format
 from betterhalf.precision.formats import dtype_name, held_format, is_on_grid, torch_dtype
 from betterhalf.precision.islands import Islands, LayerIslands, resolve_islands
 from betterhalf.rollout.native.config import DecoderConfig
 from betterhalf.rollout.native.fused_parameter import FusedParameter, Operand
+from betterhalf.rollout.native.mixture import ExpertWeights, expert_operands, expert_parameters
 from betterhalf.rollout.weight_arrivals import WeightArrivals
 from betterhalf.types import DtypeName
 
@@ -30,30 +33,36 @@ class LayerWeights:
     (`precision.products`). Biases have the dtype of their projection.
     """
 
-    input_norm: Tensor
-    """Norm before attention [hidden]."""
+    input_norm: Tensor | None
+    """Norm before attention [hidden]; None without one, here as below."""
     qkv: Operand
     """Query, key and value projections [query_size + 2 * kv_size, hidden]."""
     qkv_bias: Tensor | None
-    """Bias of `qkv` [query_size + 2 * kv_size]; None without one."""
+    """Bias of `qkv` [query_size + 2 * kv_size]."""
     q_norm: Tensor | None
-    """Norm of each query head [head_dim]; None without one."""
+    """Norm of each query head [head_dim], or of all of them [query_size]."""
     k_norm: Tensor | None
-    """Norm of each key head [head_dim]; None without one."""
-    output: Tensor
+    """Norm of each key head [head_dim], or of all of them [kv_size]."""
+    output: Operand
     """Output projection of attention [hidden, query_size]."""
     output_bias: Tensor | None
-    """Bias of `output` [hidden]; None without one."""
-    mlp_norm: Tensor
+    """Bias of `output` [hidden]."""
+    attention_norm: Tensor | None
+    """Norm of attention's result [hidden]."""
+    mlp_norm: Tensor | None
     """Norm before the MLP [hidden]."""
+    experts: ExpertWeights | None
+    """Router and experts; None in a layer with an ordinary MLP."""
     gate_up: Operand
     """Gate and up projections [2 * intermediate, hidden]."""
     gate_up_bias: Tensor | None
-    """Bias of `gate_up` [2 * intermediate]; None without one."""
-    down: Tensor
+    """Bias of `gate_up` [2 * intermediate]."""
+    down: Operand
     """Down projection [hidden, intermediate]."""
     down_bias: Tensor | None
-    """Bias of `down` [hidden]; None without one."""
+    """Bias of `down` [hidden]."""
+    down_norm: Tensor | None
+    """Norm of the MLP's result [hidden]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +100,10 @@ class Storage:
         """Allocate concatenated matrices that are the right side of one product."""
         return FusedParameter(parts, width, dtype=dtype, device=self.device, packs=self.packs, apart=self.apart)
 
+    def experts(self, parts: Mapping[str, int], width: int, dtype: torch.dtype) -> FusedParameter:
+        """Allocate matrices of an expert, or of a router, which are never multiplied one by one."""
+        return FusedParameter(parts, width, dtype=dtype, device=self.device, packs=self.packs)
+
     def bias(self, parts: Mapping[str, int], dtype: torch.dtype) -> FusedParameter:
         """Allocate concatenated biases."""
         return FusedParameter(parts, None, dtype=dtype, device=self.device, packs=False)
@@ -99,7 +112,13 @@ class Storage:
 class DecoderWeights:
     """All weights of a decoder, zero until `load`."""
 
-    def __init__(self, config: DecoderConfig, storage: Storage, islands: Islands | None = None) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        storage: Storage,
+        islands: Islands | None = None,
+        lora: LoraConfig | None = None,
+    ) -> None:
         islands = islands or resolve_islands((), config.num_layers)
         self.storage = storage
         self.wire_format = storage.wire
@@ -110,11 +129,11 @@ class DecoderWeights:
         head = {_EMBEDDING if config.tied_head else _HEAD: vocabulary}
         self._head = self._table if self._shares else storage.matrix(head, hidden, storage.head)
         self._norm = storage.plain(_NORM, hidden, None, torch.float32)
-        self._layers = [
-            _layer_parameters(config, storage, f"model.layers.{index}.", layer)
-            for index, layer in enumerate(islands.layers)
-        ]
+        self._layers = [_layer_parameters(config, storage, index, layer) for index, layer in enumerate(islands.layers)]
         between = [parameter for layer in self._layers for parameter in layer.values()]
+        for parameter in between if lora else ():
+            assert lora is not None
+            parameter.adapt(lora)
         self._parameters = [self._table, *between, self._norm, *([] if self._shares else [self._head])]
         self._publish()
 
@@ -138,14 +157,17 @@ class DecoderWeights:
         return holders
 
     @torch.no_grad()
-    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, weights: Iterable[tuple[str, Tensor]], *, held: bool = False) -> None:
         """Write every weight, rounded to the rollout grid. A tied head arrives under the embedding's name.
+
+        With `held`, weights may be left out, which stay.
 
         Raises:
             EngineError: a name is unknown, repeated or missing, or a tensor has the wrong shape.
         """
         holders = self._holders()
-        arrivals = WeightArrivals({name: held[0].shape(name) for name, held in holders.items()})
+        shapes = {name: found[0].shape(name) for name, found in holders.items()}
+        arrivals = WeightArrivals(shapes, held=held)
         for parameter in self._parameters:
             parameter.begin()
         arrived: set[DtypeName] = set()
@@ -158,6 +180,8 @@ class DecoderWeights:
                 parameter.write(name, on_grid)
             arrived.add(held_format(tensor, self.storage.wire))
         arrivals.finish()
+        for parameter in self._parameters:
+            parameter.finish()
         self.wire_format = next((name for name in arrived if name != self.storage.wire), self.storage.wire)
         self._publish()
 
@@ -210,35 +234,63 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _layer_parameters(
-    config: DecoderConfig, storage: Storage, prefix: str, islands: LayerIslands
+    config: DecoderConfig, storage: Storage, index: int, islands: LayerIslands
 ) -> dict[str, FusedParameter]:
     """Return field of `LayerWeights` -> its fused parameter, in the module's order, without those that the
     architecture lacks."""
+    prefix = f"model.layers.{index}."
     hidden, wide = config.hidden_size, torch.float32
-    qkv_rows = dict(zip("qkv", (config.query_size, config.kv_size, config.kv_size), strict=True))
-    qkv = {f"{prefix}self_attn.{x}_proj": rows for x, rows in qkv_rows.items()}
-    gate_up = {f"{prefix}mlp.{x}_proj": config.intermediate_size for x in ("gate", "up")}
+    qkv, gate_up = _fused_rows(config, prefix)
     output, down = {f"{prefix}self_attn.o_proj": hidden}, {f"{prefix}mlp.down_proj": hidden}
-    projections = (
+    projections = [
         ("qkv", qkv, hidden, islands.attention, config.qkv_bias),
         ("output", output, config.query_size, islands.output, config.output_bias),
         ("gate_up", gate_up, hidden, islands.mlp, config.mlp_bias),
         ("down", down, config.intermediate_size, islands.down, config.mlp_bias),
-    )
+    ]
     parameters: dict[str, FusedParameter] = {}
+    if config.mixture is not None and config.mixture.layers[index] is not None:
+        projections = projections[:2]
+        experts = partial(storage.experts, dtype=wide if islands.mlp else storage.linear)
+        router = partial(storage.experts, dtype=wide)
+        parameters = expert_parameters(config.mixture, f"{prefix}mlp.", hidden, experts, router)
     for field, parts, width, island, has_bias in projections:
         dtype = wide if island else storage.linear
         parameters[field] = storage.matrix({f"{name}.weight": rows for name, rows in parts.items()}, width, dtype)
         if has_bias:
             parameters[f"{field}_bias"] = storage.bias({f"{name}.bias": rows for name, rows in parts.items()}, dtype)
-    norms = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    for field, name in norms.items():
-        parameters[field] = storage.plain(f"{prefix}{name}.weight", hidden, None, wide)
-    for field in ("q_norm", "k_norm") if config.qk_norm else ():
-        parameters[field] = storage.plain(f"{prefix}self_attn.{field}.weight", config.head_dim, None, wide)
+    for field, name, width in _norm_widths(config):
+        parameters[field] = storage.plain(f"{prefix}{name}.weight", width, None, wide)
     return parameters
+
+
+def _fused_rows(config: DecoderConfig, prefix: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Return name -> rows of the parameters of queries, keys and values, and of those of gate and up."""
+    if config.fused_names:
+        qkv = {f"{prefix}self_attn.qkv_proj": config.query_size + 2 * config.kv_size}
+        return qkv, {f"{prefix}mlp.gate_up_proj": 2 * config.intermediate_size}
+    rows = zip("qkv", (config.query_size, config.kv_size, config.kv_size), strict=True)
+    gate_up = {f"{prefix}mlp.{x}_proj": config.intermediate_size for x in ("gate", "up")}
+    return {f"{prefix}self_attn.{x}_proj": count for x, count in rows}, gate_up
+
+
+def _norm_widths(config: DecoderConfig) -> Iterator[tuple[str, str, int]]:
+    """Yield (field of `LayerWeights`, name in the layer, width) of a layer's norms."""
+    norms, hidden = config.norms, config.hidden_size
+    places = {
+        "input_norm": norms.before_attention,
+        "attention_norm": norms.after_attention,
+        "mlp_norm": norms.before_mlp,
+        "down_norm": norms.after_mlp,
+    }
+    yield from ((field, name, hidden) for field, name in places.items() if name is not None)
+    if config.head_norm is not None:
+        each = config.head_norm == "head"
+        yield "q_norm", "self_attn.q_norm", config.head_dim if each else config.query_size
+        yield "k_norm", "self_attn.k_norm", config.head_dim if each else config.kv_size
 
 
 def _layer_weights(parameters: Mapping[str, FusedParameter]) -> LayerWeights:
     held = {name: parameter.operand for name, parameter in parameters.items()}
-    return LayerWeights(**{field.name: held.get(field.name) for field in fields(LayerWeights)})  # type: ignore[arg-type]
+    plain = {field.name: held.get(field.name) for field in fields(LayerWeights) if field.name != "experts"}
+    return LayerWeights(**plain, experts=expert_operands(held))  # type: ignore[arg-type]

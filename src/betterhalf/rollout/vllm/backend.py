@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from betterhalf.rollout.vllm.adapters import Served
 from betterhalf.rollout.vllm.refusals import start_error
 
-Sampled = tuple[tuple[int, ...], tuple[float, ...], bool]
-"""(token ids, their logprobs, True if a stop token ended them)."""
+Sampled = tuple[tuple[int, ...], tuple[float, ...], bool, Any]
+"""(token ids, their logprobs, True if a stop token ended them, experts as a NumPy array [N, L, K] or None)."""
 
 
 class VllmBackend:
@@ -19,6 +20,8 @@ class VllmBackend:
 
     def __init__(self) -> None:
         self._llm: Any = None
+        self._adapter: Any = None
+        """vLLM's `LoRARequest` of the adapter that samples; None without one."""
 
     def handlers(self) -> dict[str, Callable[..., Any]]:
         """Return verb -> method."""
@@ -27,6 +30,9 @@ class VllmBackend:
             "generate": self.generate,
             "score": self.score,
             "load_file": self.load_file,
+            "join_group": self.join_group,
+            "leave_group": self.leave_group,
+            "load_adapter": self.load_adapter,
             "begin_update": self.begin_update,
             "update": self.update,
             "finish_update": self.finish_update,
@@ -45,7 +51,7 @@ class VllmBackend:
         except Exception as error:
             raise start_error(error) from error
         shapes: dict[str, tuple[int, ...]] = self._llm.collective_rpc("betterhalf_shapes")[0]
-        if options.get("weight_transfer_config"):
+        if options.get("weight_transfer_config") == {"backend": "ipc"}:
             self._llm.init_weight_transfer_engine({"init_info": {"packed": False}})
         return shapes
 
@@ -54,11 +60,13 @@ class VllmBackend:
         requests: Sequence[tuple[tuple[int, ...], int, int]],
         distribution: dict[str, Any],
         stop_token_ids: Sequence[int],
+        with_experts: bool = False,
     ) -> list[Sampled]:
-        """Sample one completion for each (prompt, length limit, seed).
+        """Sample one completion for each (prompt, length limit, seed); with the experts of each token if wanted.
 
         The prefix cache is emptied first: entries of an earlier call would change the shapes of products, and so
-        rounding. Within the call, siblings share their prompt.
+        rounding. Within the call, siblings share their prompt; not if experts are wanted, since a token that is
+        read from the cache chooses none.
         """
         from vllm import SamplingParams
 
@@ -72,11 +80,21 @@ class VllmBackend:
                 ignore_eos=True,
                 logprobs=0,
                 detokenize=False,
+                skip_reading_prefix_cache=True if with_experts else None,
             )
             for _, max_tokens, seed in requests
         ]
-        outputs = self._run([token_ids for token_ids, _, _ in requests], params)
-        return [_sampled(output.outputs[0]) for output in outputs]
+        prompts = [token_ids for token_ids, _, _ in requests]
+        if not with_experts:
+            return [_sampled(output) for output in self._run(prompts, params)]
+        self._llm.collective_rpc("betterhalf_record_experts")
+        try:
+            outputs = self._run(prompts, params)
+        finally:
+            experts: dict[str, Any] = self._llm.collective_rpc("betterhalf_experts")[0]
+        # vLLM appends a random part to the ids of requests.
+        known = {**experts, **{name.rpartition("-")[0]: rows for name, rows in experts.items()}}
+        return [_sampled(output, known[output.request_id]) for output in outputs]
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
         """Return the logprob of each token but the first, at temperature 1."""
@@ -89,7 +107,7 @@ class VllmBackend:
 
     def _run(self, prompts: Sequence[tuple[int, ...]], params: Sequence[Any]) -> list[Any]:
         inputs = [{"prompt_token_ids": list(token_ids)} for token_ids in prompts]
-        outputs: list[Any] = self._llm.generate(inputs, list(params), use_tqdm=False)
+        outputs: list[Any] = self._llm.generate(inputs, list(params), use_tqdm=False, lora_request=self._adapter)
         return outputs
 
     def load_file(self, path: str) -> None:
@@ -97,12 +115,31 @@ class VllmBackend:
         self._llm.collective_rpc("betterhalf_load", args=(path,))
         self._llm.reset_prefix_cache()
 
+    def load_adapter(self, path: str, served: Served) -> None:
+        """Replace the adapter, and sample with it from now on."""
+        from vllm.lora.request import LoRARequest
+
+        new = LoRARequest("policy", 1, path, load_inplace=True)
+        self._llm.llm_engine.add_lora(new)
+        # Without `load_inplace`: each request would load it again.
+        self._adapter = LoRARequest("policy", 1, path)
+        self._llm.collective_rpc("betterhalf_serve", args=(served,))
+        self._llm.reset_prefix_cache()
+
+    def join_group(self, info: dict[str, Any]) -> None:
+        """Let every worker join the group of a weight transfer."""
+        self._llm.init_weight_transfer_engine({"init_info": info})
+
+    def leave_group(self) -> None:
+        """Let every worker leave it."""
+        self._llm.shutdown_weight_transfer_engine()
+
     def begin_update(self) -> None:
         """Begin a weight transfer."""
         self._llm.start_weight_update()
 
     def update(self, info: dict[str, Any]) -> None:
-        """Load a part of the weights, given as handles of GPU memory."""
+        """Load a part of the weights: given as handles of GPU memory, or received in the group."""
         self._llm.update_weights({"update_info": info})
 
     def finish_update(self) -> None:
@@ -147,10 +184,14 @@ def _version() -> str:
     return str(vllm.__version__)
 
 
-def _sampled(output: Any) -> Sampled:
+def _sampled(request: Any, experts: Any = None) -> Sampled:
+    output = request.outputs[0]
     token_ids = tuple(output.token_ids)
     logprobs = tuple(row[token].logprob for row, token in zip(output.logprobs, token_ids, strict=True))
-    return token_ids, logprobs, output.finish_reason == "stop"
+    if experts is not None:
+        # A step may be scheduled before the end of a sequence is known.
+        experts = experts[: len(request.prompt_token_ids) + len(token_ids) - 1]
+    return token_ids, logprobs, output.finish_reason == "stop", experts
 
 
 def _prompt_logprobs(output: Any) -> tuple[float, ...]:

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from betterhalf.config.schema import SamplingConfig, VllmEngineConfig
+from betterhalf.config.schema import LoraConfig, SamplingConfig, VllmEngineConfig
+from betterhalf.distributed.group import Membership
 from betterhalf.errors import EngineDiedError, EngineError
+from betterhalf.models.context import context_length
 from betterhalf.precision.contract import SideReport
 from betterhalf.precision.formats import dtype_name
 from betterhalf.precision.roles import Precision
 from betterhalf.rollout.requests import check_requests, check_sequences, require_finite_scores, stop_ids
 from betterhalf.rollout.sampler import sequence_key
-from betterhalf.rollout.vllm import options, transfer
+from betterhalf.rollout.vllm import adapters, nccl, options, transfer
 from betterhalf.rollout.vllm.process import ServerProcess
-from betterhalf.types import Completion, GenerateRequest
+from betterhalf.rollout.weight_group import Layout
+from betterhalf.types import Completion, GenerateRequest, TokenExperts, TransferName
 
 _PROBE_TOKENS = 8
 
@@ -44,6 +47,9 @@ class VllmEngine:
         config: VllmEngineConfig,
         stop_token_ids: Iterable[int],
         seed: int = 0,
+        lora: LoraConfig | None = None,
+        transfer: TransferName = "object_store",
+        shares_device: bool = True,
         module: str = "betterhalf.rollout.vllm.server",
     ) -> None:
         """Check everything that can be checked without starting vLLM.
@@ -54,6 +60,9 @@ class VllmEngine:
             config: configuration of the engine.
             stop_token_ids: tokens that end a completion.
             seed: vLLM's own seed; draws depend on the keys of the requests alone.
+            lora: adapters to serve beside the weights; none by default.
+            transfer: path of the weights from other processes than this one.
+            shares_device: True if the trainer uses the same GPU.
             module: module that the child process runs.
 
         Raises:
@@ -62,10 +71,15 @@ class VllmEngine:
         """
         options.check_supported(precision)
         options.check_installed()
+        if lora is not None:
+            adapters.check_served(lora, config)
+        self._lora = lora
         self._hf_config, self._precision, self._config, self._seed = hf_config, precision, config, seed
         self._stops = stop_ids(stop_token_ids, hf_config.vocab_size)
+        self._transfer: TransferName = transfer
+        self._shares_device = shares_device
         self._module = module
-        self._context = options.context_length(hf_config)
+        self._context = context_length(hf_config)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._process: ServerProcess | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -92,7 +106,16 @@ class VllmEngine:
                 options.write_model(folder, self._hf_config)
                 variables = options.environment(self._config, self._precision)
                 self._process = ServerProcess(self._module, variables, folder / "vllm.log")
-                llm = options.llm_options(folder, self._hf_config, self._config, self._precision, self._seed)
+                llm = options.llm_options(
+                    folder,
+                    self._hf_config,
+                    self._config,
+                    self._precision,
+                    self._seed,
+                    transfer=self._transfer,
+                    shares_device=self._shares_device,
+                    adapters=None if self._lora is None else adapters.llm_options(self._lora),
+                )
                 self._shapes = self._ask_started("start", seconds=self._config.start_seconds, options=llm)
             except EngineDiedError as error:
                 # A restart would not help: the cause that ends one start ends the next.
@@ -149,6 +172,7 @@ class VllmEngine:
             requests=[self._wanted(requests[index], sibling, sampling.max_tokens) for index, sibling in places],
             distribution=options.distribution(sampling),
             stop_token_ids=self._stops,
+            with_experts=any(request.with_experts for request in requests),
         )
         found = {
             place: self._completion(requests[place[0]], *place, one, version)
@@ -169,10 +193,10 @@ class VllmEngine:
         request: GenerateRequest,
         index: int,
         sibling: int,
-        sampled: tuple[tuple[int, ...], tuple[float, ...], bool],
+        sampled: tuple[tuple[int, ...], tuple[float, ...], bool, Any],
         version: int,
     ) -> Completion:
-        token_ids, logprobs, stopped = sampled
+        token_ids, logprobs, stopped, experts = sampled
         bad = next((i for i, logprob in enumerate(logprobs) if not math.isfinite(logprob)), None)
         if bad is not None or not token_ids:
             raise EngineError(
@@ -184,6 +208,7 @@ class VllmEngine:
             behavior_logprobs=logprobs,
             finish_reason="stop" if stopped else "length",
             policy_version=version,
+            experts=None if experts is None else TokenExperts(experts_NLK=torch.from_numpy(experts)),
         )
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
@@ -207,17 +232,94 @@ class VllmEngine:
     # -- weights
 
     @torch.no_grad()
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
-        """Replace all weights in place; see `RolloutEngine.load_weights`."""
+    def load_weights(
+        self, weights: Iterable[tuple[str, Tensor]], *, policy_version: int, partial: bool = False
+    ) -> None:
+        """Replace weights in place; see `RolloutEngine.load_weights`."""
         self._start()
         self.wake()
-        self._policy_version = None
-        arriving = transfer.checked(weights, self._shapes)
-        if options.transfers_by_handle(self._config, self._precision):
+        held, self._policy_version = self._policy_version is not None, None
+        arriving = self._without_adapters(transfer.checked(weights, self._expected(), held=partial and held))
+        by_handle = options.transfer_backend(self._config, self._precision, self._transfer) == "ipc"
+        if by_handle and self._lora is None:
             self._wire = transfer.send_handles(self._ask, arriving, self._precision.device)
         else:
-            self._wire = transfer.send_file(self._ask, arriving)
+            self._wire = transfer.send_file(self._ask, arriving) or self._wire
+        if self._lora is not None:
+            adapters.send_adapter(self._ask, self._arrived_adapters, self._lora)
         self._policy_version = policy_version
+
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        """Return name -> shape of the weights, and of the adapters that are served beside them."""
+        return self._shapes | ({} if self._lora is None else adapters.adapter_shapes(self._shapes, self._lora))
+
+    def _without_adapters(self, arriving: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights, and set the adapters aside."""
+        self._arrived_adapters: dict[str, Tensor] = {}
+        for name, tensor in arriving:
+            if name in self._shapes:
+                yield name, tensor
+            else:
+                self._arrived_adapters[name] = tensor
+
+    # -- weights from other processes; see `rollout.weight_group.WeightReceiver`
+
+    def prepare(self, layout: Layout) -> None:
+        """Start vLLM, and check names and shapes; see `WeightReceiver.prepare`."""
+        self._start()
+        self.wake()
+        transfer.check_layout(layout, self._shapes)
+
+    def join(self, membership: Membership) -> None:
+        """Let every worker join the group; see `WeightReceiver.join`."""
+        self._update("join_group", info=nccl.init_info(membership))
+
+    def receive(self, layout: Layout, *, policy_version: int) -> None:
+        """Receive in every worker, and load; see `WeightReceiver.receive`."""
+        self.begin_update()
+        self.update(nccl.update_info(layout))
+        self.finish_update(layout[0].dtype, policy_version=policy_version)
+
+    def begin_update(self) -> None:
+        """Begin an update, whose parts come by `update`."""
+        self.wake()
+        self._policy_version = None
+        self._update("begin_update")
+
+    def update(self, info: dict[str, Any]) -> None:
+        """Load a part: an update info of vLLM's weight-transfer API."""
+        self._update("update", info=info)
+
+    def finish_update(self, wire_dtype: torch.dtype, *, policy_version: int) -> None:
+        """End an update, in which every weight has come."""
+        self._update("finish_update")
+        self._wire, self._policy_version = wire_dtype, policy_version
+
+    def abandon_update(self) -> None:
+        """End vLLM, whose model is in pieces in the middle of an update; the next load starts it again."""
+        self.close()
+
+    def _update(self, verb: str, **values: Any) -> None:
+        """Ask for a part of an update, and end vLLM if it fails: its model may be in pieces, or a worker may hang."""
+        try:
+            self._ask(verb, **values)
+        except BaseException as error:
+            self.close()
+            self._died = None
+            if isinstance(error, EngineDiedError):
+                raise EngineError(str(error)) from error
+            raise
+
+    def leave(self) -> None:
+        """See `WeightReceiver.leave`."""
+        if self._process is not None:
+            self._update("leave_group")
+
+    def give_up(self) -> None:
+        """End vLLM, which nothing else takes out of NCCL; see `WeightReceiver.give_up`."""
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def digests(self) -> dict[str, str]:
         """Return the digest of each weight that vLLM multiplies by; see `RolloutEngine.digests`."""
@@ -246,7 +348,7 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """Move weights to the host and drop the cache, on a GPU shared with the trainer; do nothing on a CPU."""
-        shared = self._precision.device.type == "cuda" and self._config.sleep == "auto"
+        shared = self._precision.device.type == "cuda" and self._shares_device and self._config.sleep == "auto"
         if shared and self._process is not None and not self._asleep and self._died is None:
             self._ask("sleep")
             self._asleep = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from betterhalf.config.schema import PrecisionRoles, SamplingConfig, VllmEngineConfig
 from betterhalf.errors import ConfigError, InputError, MissingExtraError
+from betterhalf.models.context import context_length
 from betterhalf.precision.formats import dtype_keyword
 from betterhalf.precision.roles import Precision
 from betterhalf.rollout.vllm.refusals import INSTALL
+from betterhalf.types import TransferName
 
 _GIB = 2**30
 _BLOCK = 128
@@ -62,6 +65,20 @@ def check_cache_dtype(roles: PrecisionRoles) -> None:
         )
 
 
+def check_experts(hf_config: Any, tensor_parallel_size: int) -> None:
+    """Refuse experts that do not divide among the devices.
+
+    Raises:
+        InputError: the width of an expert is no multiple of the number of devices.
+    """
+    width = getattr(hf_config, "moe_intermediate_size", None)
+    if width is not None and width % tensor_parallel_size:
+        raise InputError(
+            f"engine.tensor_parallel_size={tensor_parallel_size} does not divide the width of the model's experts "
+            f"({width}, moe_intermediate_size in config.json); set it to a divisor, such as 1"
+        )
+
+
 def check_sampling(sampling: SamplingConfig) -> None:
     """Refuse a temperature that vLLM would replace by another without reporting it to the trainer.
 
@@ -106,9 +123,28 @@ def architectures(hf_config: Any) -> list[str]:
 
 
 def llm_options(
-    folder: Path, hf_config: Any, config: VllmEngineConfig, precision: Precision, seed: int
+    folder: Path,
+    hf_config: Any,
+    config: VllmEngineConfig,
+    precision: Precision,
+    seed: int,
+    *,
+    transfer: TransferName = "object_store",
+    shares_device: bool = True,
+    adapters: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the keyword arguments of `vllm.LLM`, as plain values that can be sent to the child."""
+    """Return the keyword arguments of `vllm.LLM`, as plain values that can be sent to the child.
+
+    Args:
+        folder: holds the model's configuration.
+        hf_config: transformers configuration.
+        config: configuration of the engine.
+        precision: dtype roles and device.
+        seed: vLLM's own seed.
+        transfer: path of the weights from other processes.
+        shares_device: True if the trainer uses the same GPU, so that vLLM has to be able to sleep.
+        adapters: keyword arguments that make room for LoRA adapters.
+    """
     on_cpu = precision.device.type == "cpu"
     options: dict[str, Any] = {
         "model": str(folder),
@@ -131,14 +167,16 @@ def llm_options(
         "disable_log_stats": True,
         "worker_extension_cls": "betterhalf.rollout.vllm.worker.BetterhalfWorker",
     }
+    options |= adapters or {}
     if config.head_dtype == "fp32":
         options["hf_overrides"] = {"head_dtype": dtype_keyword("fp32")}
     if on_cpu:
         return options | {"kv_cache_memory_bytes": _cache_bytes(hf_config, config, precision)}
     options["gpu_memory_utilization"] = config.gpu_memory_utilization
-    options["enable_sleep_mode"] = config.sleep == "auto"
-    if transfers_by_handle(config, precision):
-        options["weight_transfer_config"] = {"backend": "ipc"}
+    options["enable_sleep_mode"] = config.sleep == "auto" and shares_device
+    backend = transfer_backend(config, precision, transfer)
+    if backend is not None:
+        options["weight_transfer_config"] = {"backend": backend}
     return options
 
 
@@ -147,15 +185,13 @@ def uses_compile(config: VllmEngineConfig, precision: Precision) -> bool:
     return precision.device.type != "cpu" if config.compile is None else config.compile
 
 
-def transfers_by_handle(config: VllmEngineConfig, precision: Precision) -> bool:
-    """Return whether weights go through vLLM's weight-transfer API (CUDA IPC, on a shared GPU) instead of a file."""
-    return precision.device.type == "cuda" and config.tensor_parallel_size == 1
-
-
-def context_length(hf_config: Any) -> int:
-    """Return the number of positions that the model can attend over."""
-    length: int = hf_config.max_position_embeddings
-    return length
+def transfer_backend(config: VllmEngineConfig, precision: Precision, transfer: TransferName) -> str | None:
+    """Return the backend of vLLM's weight-transfer API, `nccl` or `ipc`; None if weights are loaded from files."""
+    if precision.device.type != "cuda":
+        return None
+    if transfer == "nccl":
+        return "nccl"
+    return "ipc" if config.takes_handles else None
 
 
 def _cache_bytes(hf_config: Any, config: VllmEngineConfig, precision: Precision) -> int:

@@ -131,6 +131,10 @@ class ServerProcess:
         lines = [line for line in raw.splitlines() if line.strip()][-_LOG_LINES:]
         return "\n".join(f"  {line}" for line in lines) or "  (empty)"
 
+    def kill(self) -> None:
+        """Kill the process and its children at once; a request in progress in another thread then fails."""
+        self._signal(signal.SIGKILL)
+
     def close(self, grace: float = _GRACE_SECONDS) -> None:
         """Close the socket, which tells the process to end; wait; then end its group. Harmless when repeated."""
         self._connection.close()

@@ -1,4 +1,7 @@
-"""Transfer of weights to the child: by a file in shared memory, or by handles of GPU memory."""
+"""Transfer of weights to the child: by a file in shared memory, or by handles of GPU memory.
+
+Handles may also come from a rank on the same GPU; see `rollout.handles`.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,28 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.multiprocessing.reductions import reduce_tensor
 
+from betterhalf.rollout.handles import handles_of, parts_of
 from betterhalf.rollout.weight_arrivals import Shapes, WeightArrivals
+from betterhalf.rollout.weight_group import Layout
 
 Ask = Callable[..., Any]
 """`ServerProcess.ask`."""
 
 _SHARED_MEMORY = Path("/dev/shm")
-_AT_ONCE = 2**30
-"""Bytes of weights that the handles of one call refer to."""
 
 
-def checked(weights: Iterable[tuple[str, Tensor]], shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
+def checked(
+    weights: Iterable[tuple[str, Tensor]], shapes: Shapes, *, held: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights as they come, after a check; a tied head that arrives beside its embedding is left out.
+
+    Set `held` if the engine holds weights, so that some may be left out.
 
     Raises:
         EngineError: a name is unknown, missing or repeated, or a shape is wrong.
     """
-    arrivals = WeightArrivals(shapes)
+    arrivals = WeightArrivals(shapes, held=held)
     for name, tensor in weights:
         if name == "lm_head.weight" and name not in shapes:
             continue
@@ -38,13 +44,28 @@ def checked(weights: Iterable[tuple[str, Tensor]], shapes: Shapes) -> Iterator[t
     arrivals.finish()
 
 
-def send_file(ask: Ask, weights: Iterable[tuple[str, Tensor]]) -> torch.dtype:
+def check_layout(layout: Layout, shapes: Shapes) -> None:
+    """Check names and shapes of weights that are yet to come; a tied head may come beside its embedding.
+
+    Raises:
+        EngineError: a name is unknown, missing or repeated, or a shape is wrong.
+    """
+    arrivals = WeightArrivals(shapes)
+    for one in layout:
+        if one.name != "lm_head.weight" or one.name in shapes:
+            arrivals.check(one.name, one)
+    arrivals.finish()
+
+
+def send_file(ask: Ask, weights: Iterable[tuple[str, Tensor]]) -> torch.dtype | None:
     """Send weights by one file in shared memory, or, without room there, in the temporary folder.
 
     Returns:
-        The wire dtype.
+        The wire dtype; None without any weights.
     """
     tensors = {name: tensor.cpu().contiguous() for name, tensor in weights}
+    if not tensors:
+        return None
     size = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
     with tempfile.TemporaryDirectory(prefix="betterhalf-weights-", dir=_folder_for(size)) as folder:
         path = Path(folder) / "weights.safetensors"
@@ -68,35 +89,11 @@ def send_handles(ask: Ask, weights: Iterable[tuple[str, Tensor]], device: torch.
     Returns:
         The wire dtype.
     """
-    gpu = str(torch.cuda.get_device_properties(device).uuid)
     dtype = torch.get_default_dtype()
     ask("begin_update")
-    for part in _parts(weights):
-        ask("update", info=_handles(part, gpu))
+    for part in parts_of(weights):
+        ask("update", info=handles_of(part, device))
         dtype = part[0][1].dtype
     ask("finish_update")
     torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
     return dtype
-
-
-def _parts(weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
-    part: list[tuple[str, Tensor]] = []
-    size = 0
-    for name, tensor in weights:
-        part.append((name, tensor.contiguous()))
-        size += tensor.numel() * tensor.itemsize
-        if size >= _AT_ONCE:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
-
-
-def _handles(part: list[tuple[str, Tensor]], gpu: str) -> dict[str, Any]:
-    """Return vLLM's `IPCWeightTransferUpdateInfo` as a dictionary."""
-    return {
-        "names": [name for name, _ in part],
-        "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in part],
-        "shapes": [list(tensor.shape) for _, tensor in part],
-        "ipc_handles": [{gpu: reduce_tensor(tensor)[1]} for _, tensor in part],  # type: ignore[no-untyped-call]
-    }

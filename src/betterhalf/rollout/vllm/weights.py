@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from betterhalf.rollout.vllm import experts
+
 _EMBEDDINGS = ("VocabParallelEmbedding", "ParallelLMHead")
 _COLUMNS = ("ColumnParallelLinear", "MergedColumnParallelLinear", "QKVParallelLinear")
 _ROWS = ("RowParallelLinear",)
@@ -45,7 +47,7 @@ class Part:
 
 
 def parts_of(model: Any) -> list[Part]:
-    """Return every Hugging Face tensor of a vLLM model, except a head tied to the embedding.
+    """Return every Hugging Face tensor of a vLLM model, except experts and a head tied to the embedding.
 
     Raises:
         UnknownLayer: a layer of an unknown class has parameters.
@@ -54,7 +56,7 @@ def parts_of(model: Any) -> list[Part]:
     found: list[Part] = []
     for path, layer in model.named_modules():
         own = [name for name, value in layer._parameters.items() if value is not None]
-        if own and layer is not tied:
+        if own and layer is not tied and not experts.is_experts(layer):
             found += _parts_in(model, path, layer, own)
     return found
 
@@ -66,7 +68,8 @@ def _parts_in(model: Any, path: str, layer: Any, own: list[str]) -> list[Part]:
             f"the weights of {path} ({type(layer).__name__}: {', '.join(own)}) have no Hugging Face names that "
             "betterhalf knows; use a model of the Llama, Mistral, Qwen2 or Qwen3 family"
         )
-    parent, _, leaf = path.rpartition(".")
+    # vLLM wraps a layer that may have an adapter.
+    parent, _, leaf = path.removesuffix(".base_layer").rpartition(".")
     prefix = f"{parent}." if parent else ""
     names = getattr(model, "packed_modules_mapping", {}).get(leaf, [leaf])
     sizes = _row_counts(layer, kind, len(names))
@@ -102,7 +105,14 @@ def _row_counts(layer: Any, kind: str, count: int) -> list[int]:
 
 def expected_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     """Return Hugging Face name -> shape of the whole tensor, over all ranks."""
-    return {part.name: _shape(part) for part in parts_of(model)}
+    shapes = {part.name: _shape(part) for part in parts_of(model)}
+    for path, layer in _expert_layers(model):
+        shapes |= experts.expert_shapes(path, layer)
+    return shapes
+
+
+def _expert_layers(model: Any) -> list[tuple[str, Any]]:
+    return [(path, layer) for path, layer in model.named_modules() if experts.is_experts(layer)]
 
 
 def _shape(part: Part) -> tuple[int, ...]:
@@ -130,6 +140,8 @@ def held(model: Any) -> Iterator[tuple[str, Tensor]]:
         if last is None or last[0] is not part.layer or last[1] != part.parameter:
             last = (part.layer, part.parameter, _read(part.layer, part.parameter))
         yield part.name, _gathered(part, last[2][part.start : part.start + part.rows])
+    for path, layer in _expert_layers(model):
+        yield from experts.held_experts(path, layer, _of_ranks)
     head = tied_head(model)
     if head is not None and not _head_is_current(head):
         yield "lm_head.weight", _multiplied(head)
@@ -147,7 +159,8 @@ def _read(layer: Any, parameter: str) -> Tensor:
 def _multiplied(layer: Any) -> Tensor:
     """Return a packed weight, [rows, columns]: each column is the product with one unit vector, a single exact term."""
     weight = layer.weight
-    columns = getattr(layer, "input_size_per_partition", None) or layer.embedding_dim
+    sizes = (getattr(layer, name, None) for name in ("input_size_per_partition", "input_size", "embedding_dim"))
+    columns = next(filter(None, sizes))
     identity = torch.eye(columns, dtype=weight.dtype, device=weight.device)
     product: Tensor = layer.cpu_linear(identity, weight, None)
     return product.t().contiguous()
@@ -166,7 +179,11 @@ def _gathered(part: Part, mine: Tensor) -> Tensor:
 
 def _over_ranks(layer: Any, mine: Tensor) -> list[Tensor]:
     """Return this tensor of every tensor-parallel rank."""
-    if getattr(layer, "tp_size", 1) == 1:
+    return _of_ranks(getattr(layer, "tp_size", 1), mine)
+
+
+def _of_ranks(ranks: int, mine: Tensor) -> list[Tensor]:
+    if ranks == 1:
         return [mine]
     from vllm.distributed import get_tp_group
 
@@ -187,6 +204,14 @@ def tied_head(model: Any) -> Any | None:
         elif kind == "ParallelLMHead" and embedding is not None and layer.weight is embedding.weight:
             return layer
     return None
+
+
+def after_load(model: Any, names: Collection[str] | None, *, routes_in_fp32: bool) -> None:
+    """Update vLLM's own copies of weights after a load of some names, None for all, and those of the routers."""
+    repack_tied_head(model)
+    experts.pack(model, names)
+    if routes_in_fp32:
+        experts.route_in_fp32(model, _read)
 
 
 def repack_tied_head(model: Any) -> None:
@@ -234,6 +259,12 @@ def rope_table(model: Any) -> Tensor | None:
     """Return the table of cosines and sines; None without one."""
     tables = (getattr(layer, "cos_sin_cache", None) for layer in model.modules())
     return next((table for table in tables if isinstance(table, Tensor)), None)
+
+
+def attention_layer(vllm_config: Any) -> Any:
+    """Return the first layer with a cache of keys and values."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    return next(layer for layer in layers if isinstance(getattr(layer, "kv_cache", None), Tensor))
 
 
 def product_names(model: Any) -> str:

@@ -5,6 +5,7 @@ Runs inside vLLM, once on each rank. vLLM mixes this class into its worker, so i
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from betterhalf.precision.contract import weights_digests
 from betterhalf.precision.formats import dtype_name, narrowest_format
-from betterhalf.rollout.vllm import weights
+from betterhalf.rollout.vllm import adapters, experts, weights
+from betterhalf.rollout.vllm.routes import RouteRecorder
 
 
 class BetterhalfWorker:
@@ -21,6 +23,7 @@ class BetterhalfWorker:
 
     vllm_config: Any
     model_runner: Any
+    betterhalf_served: adapters.Served | None = None
 
     def betterhalf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return Hugging Face name -> shape of every weight, over all ranks."""
@@ -29,13 +32,22 @@ class BetterhalfWorker:
     def betterhalf_load(self, path: str) -> None:
         """Load every weight of a safetensors file in place."""
         with safe_open(path, framework="pt") as file:
+            names = frozenset(file.keys())
             pairs = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (not a dictionary)
             self.reload_weights(weights_iterator=pairs)  # type: ignore[attr-defined]
-        self.betterhalf_loaded()
+        self.betterhalf_loaded(names)
 
-    def betterhalf_loaded(self) -> None:
-        """Update vLLM's own copies of weights after a load."""
-        weights.repack_tied_head(self._betterhalf_model())
+    def betterhalf_loaded(self, names: frozenset[str] | None = None) -> None:
+        """Update vLLM's own copies of weights after a load of these names; None for all."""
+        weights.after_load(self._betterhalf_model(), names, routes_in_fp32=self._betterhalf_eager())
+
+    def betterhalf_record_experts(self) -> None:
+        """Record the experts of every token from now on."""
+        self._betterhalf_routes = RouteRecorder(self.model_runner, self._betterhalf_model())
+
+    def betterhalf_experts(self) -> dict[str, Any]:
+        """Stop that record, and return request -> its experts; see `RouteRecorder.stop`."""
+        return self._betterhalf_routes.stop()
 
     def betterhalf_watch(self) -> None:
         """Record the hidden states and logits of the next forward passes, for `betterhalf_report`."""
@@ -76,12 +88,21 @@ class BetterhalfWorker:
 
     def betterhalf_digests(self) -> dict[str, str]:
         """Return Hugging Face name -> digest of the weight as held."""
-        return weights_digests(weights.held(self._betterhalf_model()))
+        model, served = self._betterhalf_model(), self.betterhalf_served
+        beside = () if served is None else adapters.held_adapters(model, served)
+        return weights_digests(chain(weights.held(model), beside))
+
+    def betterhalf_serve(self, served: adapters.Served) -> None:
+        """Note which adapter has been loaded, to read it back."""
+        self.betterhalf_served = served
 
     def _betterhalf_facts(self, attention: Any) -> dict[str, str]:
         config = self.vllm_config
         cache = config.cache_config
+        routers = experts.routers(self._betterhalf_model())
+        fp32 = self._betterhalf_eager()
         return {
+            **({"router": dtype_name(torch.float32 if fp32 else routers[0].weight.dtype)} if routers else {}),
             "attention": f"vLLM {attention.attn_backend.get_name()}",
             "matmul": weights.product_names(self._betterhalf_model()),
             "logprobs": config.model_config.logprobs_mode,
@@ -92,9 +113,12 @@ class BetterhalfWorker:
             "device": str(next(self._betterhalf_model().parameters()).device),
         }
 
+    def _betterhalf_eager(self) -> bool:
+        """Return whether passes run as they are, so that a layer's `forward` may be replaced."""
+        return bool(self.vllm_config.compilation_config.mode.name == "NONE")
+
     def _betterhalf_model(self) -> Any:
         return self.model_runner.get_model()
 
     def _betterhalf_attention(self) -> Any:
-        layers = self.vllm_config.compilation_config.static_forward_context.values()
-        return next(layer for layer in layers if isinstance(getattr(layer, "kv_cache", None), Tensor))
+        return weights.attention_layer(self.vllm_config)

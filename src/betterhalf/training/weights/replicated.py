@@ -10,6 +10,8 @@ compute dtype: the weights sent to the engine, and every digest, are the same as
 
 Parameters are cast by name. Casting the module would round rope's inverse frequencies too, which alone raises the
 mismatch a hundredfold.
+
+Parameters that need no gradient are frozen, such as the base of LoRA adapters: they compute, and have no master.
 """
 
 from __future__ import annotations
@@ -19,25 +21,24 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from betterhalf.kernels import fused
+from betterhalf.distributed.shard_range import ShardRange
+from betterhalf.models.expert_names import unfused
 from betterhalf.precision.emulation import to_format
 from betterhalf.precision.formats import is_emulated
 from betterhalf.precision.islands import Islands
 from betterhalf.training.weights.store import require_parameters
+from betterhalf.training.weights.sums import collect_into
 from betterhalf.types import DtypeName
-
-_CACHED = 2**19
-"""Number of gradient entries added at a time on a CPU: 2 MiB in FP32."""
 
 
 class ReplicatedWeights:
     """All masters of one module in this process; implements `WeightStore`."""
 
     def __init__(self, module: nn.Module, compute_dtype: DtypeName, islands: Islands | None = None) -> None:
-        """Keep the module's FP32 parameters as masters, and convert those that compute to `compute_dtype`.
+        """Keep the module's trained FP32 parameters as masters, and convert those that compute to `compute_dtype`.
 
         Args:
-            module: its parameters are FP32, on their final device.
+            module: its parameters are FP32, on their final device; those without `requires_grad` are frozen.
             compute_dtype: format of forward and backward.
             islands: modules whose parameters hold values of `compute_dtype` in FP32 tensors; none by default.
         """
@@ -52,28 +53,16 @@ class ReplicatedWeights:
         for name, parameter in self._compute.items():
             assert parameter.dtype == torch.float32, f"{name} is not FP32 before casting"
             if self.shared:
-                self.masters[name] = parameter
-            else:
+                if parameter.requires_grad:
+                    self.masters[name] = parameter
+                continue
+            if parameter.requires_grad:
                 self.masters[name] = nn.Parameter(parameter.detach().clone())
-                rounded = to_format(parameter.data, compute_dtype)
-                parameter.data = rounded.float() if islands and islands.hold(name) else rounded
-                parameter.register_post_accumulate_grad_hook(self._collector(name))  # type: ignore[no-untyped-call]
+            rounded = to_format(parameter.data, compute_dtype)
+            parameter.data = rounded.float() if islands and islands.hold(name) else rounded
+            if parameter.requires_grad:
+                collect_into(_gradient_of(self.masters[name]), parameter, name, self._collected)
         self.zero_grad()
-
-    def _collector(self, name: str) -> Callable[[Tensor], None]:
-        # Without `self`: a hook that refers to its own parameter is a cycle through C++, which is never collected.
-        master, collected = self.masters[name], self._collected
-
-        def collect(parameter: Tensor) -> None:
-            assert parameter.grad is not None and master.grad is not None
-            if parameter.grad.is_sparse:
-                _add_rows(master.grad, parameter.grad, empty=name not in collected)
-            else:
-                _add(master.grad, parameter.grad, empty=name not in collected)
-            collected.add(name)
-            parameter.grad = None
-
-        return collect
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name, FP32 master)."""
@@ -84,15 +73,17 @@ class ReplicatedWeights:
 
         For a parameter used twice (an embedding tied to the head), autograd would add the half gradients in half,
         before they can be widened; and it would allocate memory to add the embedding's sparse gradient to the head's
-        dense one.
+        dense one. A frozen parameter has no gradient, and is returned itself.
         """
+        if not parameter.requires_grad:
+            return parameter
         if self.shared:
             alias = nn.Parameter(parameter.detach())
             alias.grad = parameter.grad
             return alias
         (name,) = [name for name, own in self._compute.items() if own is parameter]
         alias = nn.Parameter(parameter.detach())
-        alias.register_post_accumulate_grad_hook(self._collector(name))  # type: ignore[no-untyped-call]
+        collect_into(_gradient_of(self.masters[name]), alias, name, self._collected)
         return alias
 
     def zero_grad(self) -> None:
@@ -118,27 +109,58 @@ class ReplicatedWeights:
     def publish(self) -> None:
         """Copy the masters to the parameters that compute, rounded once to the compute dtype."""
         if not self.shared:
-            for name, parameter in self._compute.items():
-                master = self.masters[name]
+            for name, master in self.masters.items():
+                parameter = self._compute[name]
                 casts = self._casts and parameter.dtype != master.dtype
                 # `copy_` counts as a change of the parameter, which a kernel's writes would not.
                 parameter.copy_(master if casts else to_format(master, self._compute_dtype))
 
     @torch.no_grad()
     def on_the_wire(self, wire_dtype: DtypeName) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, master rounded once to the wire dtype), one tensor at a time."""
-        for name, master in self.masters.items():
-            yield name, to_format(master.detach(), wire_dtype)
+        """Yield (name, master or frozen parameter rounded once to the wire dtype), one tensor at a time."""
+        for name in self._compute:
+            yield from unfused([(name, to_format(self.local(name), wire_dtype))])
+
+    def local(self, name: str) -> Tensor:
+        """Return the FP32 master of a parameter, or a frozen parameter, in the compute dtype."""
+        return self.masters.get(name, self._compute[name]).detach()
+
+    def from_rows(self, name: str, rows: Tensor) -> Tensor:
+        """Return `rows`, which are whole already."""
+        return rows
+
+    def add_over_ranks(self, counts: Tensor) -> Tensor:
+        """Return `counts`: there is one process."""
+        return counts
 
     def computing(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, computing parameter, in the compute dtype); that cast is exact for FP32 islands too."""
         for name, parameter in self._compute.items():
             yield name, to_format(parameter.detach(), self._compute_dtype)
 
+    def computing_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a parameter's tensor while the module computes."""
+        return self._compute[name].dtype
+
+    def held(self) -> dict[str, Tensor]:
+        """Return copies of the trained parameters in the compute dtype, for `exchange`."""
+        return {name: computing.clone() for name, computing in self._trained()}
+
+    def _trained(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, computing) for name, computing in self.computing() if name in self.masters)
+
+    def whole(self, held: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of `held`, which are whole already."""
+        yield from held.items()
+
+    def ranges(self) -> dict[str, ShardRange]:
+        """Return no rows: every tensor is whole."""
+        return {}
+
     @torch.no_grad()
     def exchange(self, held: Mapping[str, Tensor]) -> None:
         """See `WeightStore.exchange`; with an FP32 compute dtype the masters are the parameters and change too."""
-        for name, computing in self.computing():
+        for name, computing in self._trained():
             own = computing.clone()
             # `copy_` counts as a change of the parameter, by which widened copies are refreshed.
             self._compute[name].copy_(held[name])
@@ -157,26 +179,9 @@ class ReplicatedWeights:
         self.publish()
 
 
-def _add(total: Tensor, half: Tensor, *, empty: bool) -> None:
-    """Add a gradient to the FP32 `total`; with `empty`, the content of `total` is stale and is overwritten."""
-    if fused(half) and half.is_contiguous() and total.is_contiguous():
-        # Imported only on a GPU, because it needs Triton.
-        from betterhalf.kernels import gradients
+def _gradient_of(master: nn.Parameter) -> Callable[[], Tensor]:
+    def gradient() -> Tensor:
+        assert master.grad is not None
+        return master.grad
 
-        gradients.accumulate(total, half, empty=empty)
-        return
-    if empty:
-        total.copy_(half)
-        return
-    # torch widens the whole operand first; a part at a time, the result stays in the CPU's cache.
-    rows = max(1, _CACHED * total.shape[0] // max(1, total.numel())) if total.is_cpu else total.shape[0]
-    for part, share in zip(torch.split(total, rows), torch.split(half, rows), strict=True):
-        part.add_(share)
-
-
-def _add_rows(total: Tensor, sparse: Tensor, *, empty: bool) -> None:
-    """Add a sparse gradient to the FP32 `total`; with `empty`, the content of `total` is stale and is discarded."""
-    if empty:
-        total.zero_()
-    rows = sparse.coalesce()
-    total.index_add_(0, rows.indices()[0], rows.values().float())
+    return gradient

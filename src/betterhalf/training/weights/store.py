@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
+from betterhalf.distributed.shard_range import ShardRange
 from betterhalf.errors import CheckpointError
 from betterhalf.precision.islands import Islands
 from betterhalf.types import DtypeName
 
 NamedTensors = Iterator[tuple[str, Tensor]]
-"""(unfused Hugging Face name, tensor), in the module's order."""
+"""(name in the transformers module, tensor), in the module's order."""
 
 
 class WeightStore(Protocol):
-    """FP32 masters of one module, their FP32 gradients, and the module's parameters in the compute dtype."""
+    """FP32 masters of one module, their FP32 gradients, and the module's parameters in the compute dtype.
+
+    A parameter without `requires_grad` is frozen: it computes, in the compute dtype, and has no master or gradient.
+
+    In a trainer of several ranks, each has a store. Masters and gradients are then the rows of this rank, and every
+    member that yields tensors is collective: all ranks read it to its end, or its first tensor alone.
+    """
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name, FP32 master): the parameters of the optimizer."""
@@ -43,21 +51,53 @@ class WeightStore(Protocol):
         ...
 
     def on_the_wire(self, wire_dtype: DtypeName) -> NamedTensors:
-        """Yield (name, master rounded once to `wire_dtype`), one tensor at a time."""
+        """Yield (unfused Hugging Face name, master rounded once to `wire_dtype`), one parameter at a time.
+
+        The names are those of the model's files, which hold experts one by one; see `models.expert_names`. Of a frozen
+        parameter, the values that compute are rounded.
+        """
+        ...
+
+    def local(self, name: str) -> Tensor:
+        """Return this process's rows of a parameter: of the FP32 master, or of a frozen parameter that computes."""
+        ...
+
+    def from_rows(self, name: str, rows: Tensor) -> Tensor:
+        """Return the whole tensor that consists of every process's rows of a parameter, in their dtype."""
+        ...
+
+    def add_over_ranks(self, counts: Tensor) -> Tensor:
+        """Return the sum of every process's counts, int64."""
         ...
 
     def computing(self) -> NamedTensors:
-        """Yield (name, computing parameter, in the compute dtype)."""
+        """Yield (name, computing parameter, in the compute dtype) of every parameter."""
+        ...
+
+    def computing_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a parameter's tensor while the module computes: FP32 for an FP32 island."""
+        ...
+
+    def held(self) -> dict[str, Tensor]:
+        """Return copies, in the compute dtype, of this process's part of the trained parameters, for `exchange`."""
+        ...
+
+    def whole(self, held: Mapping[str, Tensor]) -> NamedTensors:
+        """Yield (name, whole tensor) for each tensor of a result of `held`, one at a time."""
         ...
 
     def exchange(self, held: Mapping[str, Tensor]) -> None:
-        """Swap the values of the computing parameters with those of `held`, bit for bit; the masters stay.
+        """Swap the values of the trained computing parameters with those of `held`, bit for bit; the masters stay.
 
         Doing it twice restores both. Between the two calls the module computes with other weights than the masters.
 
         Args:
-            held: copies of what `computing` yields, by name.
+            held: a result of `held`.
         """
+        ...
+
+    def ranges(self) -> dict[str, ShardRange]:
+        """Return name -> rows in `state`, `held` and the optimizer's states; empty if tensors are whole."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -78,7 +118,8 @@ class WeightStore(Protocol):
 
 
 StoreFactory = Callable[[nn.Module, DtypeName, Islands], WeightStore]
-"""(module with FP32 parameters on their final device, compute dtype, FP32 islands) -> its store."""
+"""(module with FP32 parameters on their final device, or on the meta device for a sharded store; compute dtype; FP32
+islands) -> its store."""
 
 
 def require_parameters(expected: Iterable[tuple[str, Tensor]], found: Mapping[str, Tensor], source: str) -> None:

@@ -24,12 +24,12 @@ def start(options):
         raise Refusal("no such dtype")
     return {"model.embed_tokens.weight": (23, 4), "model.norm.weight": (4,)}
 
-def generate(requests, distribution, stop_token_ids):
+def generate(requests, distribution, stop_token_ids, with_experts=False):
     if os.environ.get("FAKE_DIES_IN") == "generate" and not os.path.exists(os.environ["FAKE_MARK"]):
         open(os.environ["FAKE_MARK"], "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
     logprob = float(os.environ.get("FAKE_LOGPROB", "-0.5"))
-    return [((seed % 23, limit % 23), (-0.25, logprob), limit % 2 == 0) for _, limit, seed in requests]
+    return [((seed % 23, limit % 23), (-0.25, logprob), limit % 2 == 0, None) for _, limit, seed in requests]
 
 def score(sequences):
     return [tuple(-1.0 for _ in ids[1:]) for ids in sequences]
@@ -58,10 +58,18 @@ def die(how):
 def nap():
     time.sleep(60)
 
+def join_group(info):
+    if info["world_size"] == 99:
+        nap()
+
+def update(info):
+    raise RuntimeError("out of NCCL")
+
 server.main({
     "start": start, "generate": generate, "score": score, "load_file": load_file, "seen": lambda: SEEN,
     "fail": fail, "refuse": refuse, "missing": missing, "die": die, "nap": nap, "echo": lambda **values: values,
     "sleep": note("sleep"), "wake": note("wake"),
+    "join_group": join_group, "begin_update": note("begin"), "update": update,
     "setting": lambda name: os.environ.get(name),
 })
 """

@@ -50,7 +50,7 @@ def test_a_gpu_gets_handles_sleep_and_compilation_a_cpu_none_of_them() -> None:
 
 def test_two_gpus_load_from_a_file() -> None:
     config = VllmEngineConfig(tensor_parallel_size=2)
-    assert not options.transfers_by_handle(config, precision(device="cuda"))
+    assert options.transfer_backend(config, precision(device="cuda"), "object_store") is None
     assert "weight_transfer_config" not in options.llm_options(Path("m"), CONFIG, config, precision(device="cuda"), 0)
 
 

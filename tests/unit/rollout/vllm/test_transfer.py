@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from betterhalf.errors import EngineError
+from betterhalf.rollout import handles
 from betterhalf.rollout.vllm import transfer
 
 SHAPES = {"a.weight": (2, 3), "b.bias": (3,)}
@@ -67,8 +68,8 @@ class Gpu:
 
 def test_handles_travel_in_parts_between_begin_and_finish(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, dict[str, Any]]] = []
-    monkeypatch.setattr(transfer, "_AT_ONCE", 16)
-    monkeypatch.setattr(transfer, "reduce_tensor", lambda tensor: (None, ("handle", tuple(tensor.shape))))
+    monkeypatch.setattr(handles, "_AT_ONCE", 16)
+    monkeypatch.setattr(handles, "reduce_tensor", lambda tensor: (None, ("handle", tuple(tensor.shape))))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Gpu())
     monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: asked.append(("collect", {})))
     dtype = transfer.send_handles(
@@ -90,9 +91,9 @@ def test_a_handle_opens_in_another_process() -> None:
     import multiprocessing
 
     tensor = torch.arange(8.0, device="cuda")
-    info = transfer._handles([("a", tensor)], "gpu")
+    ((handle,),) = (one.values() for one in handles.handles_of([("a", tensor)], tensor.device)["ipc_handles"])
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(_rebuilt_sum, (info["ipc_handles"][0]["gpu"],)) == 28.0
+        assert pool.apply(_rebuilt_sum, (handle,)) == 28.0
 
 
 def _rebuilt_sum(arguments: tuple[Any, ...]) -> float:
