@@ -16,8 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from demo_figure import BOTTOM, HEIGHT, INK, WIDTH, Panel, axes, line, paint, text, values
 
-from betterhalf.report.canvas import spread
-from betterhalf.report.chart import moving_average
+from betterhalf.report.numbers import moving_average, spread
 
 ARMS = {
     "fp16": ("FP16", "#1d4ed8"),

@@ -211,7 +211,7 @@ def time_steps(args: argparse.Namespace, trainer: PolicyTrainer) -> float:
 def time_tokens(args: argparse.Namespace, trainer: PolicyTrainer) -> float:
     """Return the median seconds per decoded token of all sequences."""
     engine = build_engine(trainer.config, trainer.module.config, (), trainer.precision)
-    engine.load_weights(trainer.wire_weights().tensors, policy_version=0)
+    engine.load_weights(trainer.weight_stream(), policy_version=0)
     ids = random_ids(trainer.module.config.vocab_size, args.sequences // SIBLINGS, args.prompt).tolist()
     requests = [
         GenerateRequest(token_ids=tuple(row), group_size=SIBLINGS, key=(0, 0, index)) for index, row in enumerate(ids)

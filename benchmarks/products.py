@@ -20,7 +20,7 @@ from side_by_side import Action, Row, Table, parser, take_turns
 from torch import Tensor
 from torch.nn import functional as F
 
-from betterhalf.models.blocked_attention import blocked_attention
+from betterhalf.models.blocked_attention import ScoreRule, blocked_attention
 from betterhalf.precision.formats import torch_dtype
 from betterhalf.precision.products import batched_product, packed, product
 from betterhalf.types import DtypeName
@@ -70,7 +70,7 @@ def attention(sequences: int, length: int, dtype: torch.dtype) -> tuple[Action, 
         q.grad = k.grad = v.grad = None
 
     def ours() -> None:
-        learn(blocked_attention(q.float(), k.float(), v.float(), scale=scale, operands=dtype).to(dtype))
+        learn(blocked_attention(q.float(), k.float(), v.float(), ScoreRule(scale=scale), operands=dtype).to(dtype))
 
     return ours, lambda: learn(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
 

@@ -147,45 +147,46 @@ def trl_trainer(args: argparse.Namespace, dtype: DtypeName, size: Size, task: Ta
     return trainer
 
 
-def trl_config(config: RunConfig, size: Size, steps: int, folder: str) -> Any:
-    """Return our settings under TRL's names."""
+def trl_config(config: RunConfig, size: Size, steps: int, folder: str, **changes: Any) -> Any:
+    """Return our settings under TRL's names, with `changes`."""
     from trl import GRPOConfig
 
     optimizer = config.optimizer
-    return GRPOConfig(
-        output_dir=folder,
-        max_steps=UPDATES * steps,
-        per_device_train_batch_size=size.rollouts // UPDATES,
-        gradient_accumulation_steps=1,
-        steps_per_generation=UPDATES,
-        num_generations=size.siblings,
-        max_completion_length=size.tokens,
-        temperature=config.sampling.temperature,
-        loss_type="dr_grpo",
-        scale_rewards="none",
-        beta=0.0,
-        epsilon=0.2,
-        epsilon_high=0.28,
-        learning_rate=optimizer.learning_rate,
-        lr_scheduler_type="constant",
-        adam_beta1=optimizer.betas[0],
-        adam_beta2=optimizer.betas[1],
-        adam_epsilon=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        max_grad_norm=optimizer.max_grad_norm,
-        optim="adamw_torch_fused",
-        bf16=False,
-        fp16=False,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        gradient_checkpointing=False,
-        shuffle_dataset=False,
-        seed=config.seed,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-    )
+    settings = {
+        "output_dir": folder,
+        "max_steps": UPDATES * steps,
+        "per_device_train_batch_size": size.rollouts // UPDATES,
+        "gradient_accumulation_steps": 1,
+        "steps_per_generation": UPDATES,
+        "num_generations": size.siblings,
+        "max_completion_length": size.tokens,
+        "temperature": config.sampling.temperature,
+        "loss_type": "dr_grpo",
+        "scale_rewards": "none",
+        "beta": 0.0,
+        "epsilon": 0.2,
+        "epsilon_high": 0.28,
+        "learning_rate": optimizer.learning_rate,
+        "lr_scheduler_type": "constant",
+        "adam_beta1": optimizer.betas[0],
+        "adam_beta2": optimizer.betas[1],
+        "adam_epsilon": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "optim": "adamw_torch_fused",
+        "bf16": False,
+        "fp16": False,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "gradient_checkpointing": False,
+        "shuffle_dataset": False,
+        "seed": config.seed,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return GRPOConfig(**settings | changes)
 
 
 def in_dtype(module: Any, dtype: DtypeName) -> Any:

@@ -78,7 +78,7 @@ def open_parts(config: RunConfig, reward: Reward = "spread", equal_share: float 
     parts = assemble(config)
     parts.engine.close()
     engine = build_engine(config, parts.model.hf_config, (), parts.precision)
-    parts = replace(parts, engine=engine)
+    parts = replace(parts, sides=replace(parts.sides, engine=engine))
     if reward == "spread":
         parts = with_rewards(parts, equal_share)
     sync_weights(parts)
