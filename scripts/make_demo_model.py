@@ -4,9 +4,11 @@
     .venv/bin/python scripts/make_demo_model.py [FOLDER]                                demo
     .venv/bin/python scripts/make_demo_model.py --model demo-small [FOLDER]             demo-small
     .venv/bin/python scripts/make_demo_model.py --model demo-small --length 100 FOLDER  longer completions
+    .venv/bin/python scripts/make_demo_model.py --model demo-moe FOLDER                 a mixture of experts
 
 It writes config.json, generation_config.json, tokenizer.json, tokenizer_config.json and model.safetensors (FP32) to
-FOLDER, by default the one inside the package. `demo` takes about two minutes, `demo-small` 40 seconds.
+FOLDER, by default the one inside the package. `demo` takes about two minutes, `demo-small` and `demo-moe` 40
+seconds.
 
 `demo` (half a million parameters) learns `2+7+9+1+5+5+4+9=` -> `7=09,9=18,1=19,5=24,5=29,4=33,9=42.` from solutions in
 which every running total is wrong with probability 0.07, by a random last digit, and the sum continues from the wrong
@@ -18,6 +20,10 @@ tokens. With `--length N`, a block of N - 21 random digits and a comma precedes 
 of these digits has an entropy of ln 10 nats, and the reward does not read them. So the same problem has completions of
 any length, made in at most two minutes (200 tokens). (Digits between the totals would do so as well, but from about 60
 tokens on, a model of this size does not learn to find the last total among them.)
+
+`demo-moe` is a Qwen3-MoE that solves the problems of `demo-small`: two layers of eight experts, of which two compute
+each token. It is not in the package, so FOLDER is required. With `--untrained` its weights are random and twice as
+large, so that its experts differ and a changed choice shows.
 
 The same machine gives the same file: seed, number of steps and algorithms are fixed, and one thread runs all sums in
 one order. Another processor or another version of torch may sum in another order; after 1,500 steps the weights then
@@ -35,10 +41,19 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from betterhalf.tasks.arithmetic import END_MARK
+
+Model = LlamaForCausalLM | Qwen3MoeForCausalLM
 
 MODELS_FOLDER = Path(__file__).parents[1] / "src/betterhalf/models"
 PAD, UNKNOWN = "<pad>", "<unk>"
@@ -61,6 +76,8 @@ class Recipe:
     hidden_size: int = 128
     layers: int = 3
     heads: int = 4
+    experts: int = 0
+    """Number of experts in each layer, of which two compute each token; 0 for a Llama."""
     context_length: int = 128
     initializer_range: float = 0.08
     """About 1 / sqrt(hidden_size). The usual 0.02 is meant for wider models: at this width the sums take twice as long
@@ -96,6 +113,17 @@ RECIPES = {
         initializer_range=0.125,
         learning_rate=3e-3,
     ),
+    "demo-moe": Recipe(
+        terms=5,
+        slip_probability=0.12,
+        hidden_size=64,
+        layers=2,
+        heads=2,
+        experts=8,
+        context_length=256,
+        initializer_range=0.125,
+        learning_rate=3e-3,
+    ),
 }
 """Recipes by the name of the model."""
 
@@ -117,9 +145,17 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     )
 
 
-def make_config(recipe: Recipe) -> LlamaConfig:
-    """Return the configuration of a small Llama; every head has a width of 32."""
-    return LlamaConfig(
+def make_config(recipe: Recipe) -> LlamaConfig | Qwen3MoeConfig:
+    """Return the configuration of a small Llama or Qwen3-MoE; every head has a width of 32."""
+    experts = {
+        "num_experts": recipe.experts,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": recipe.hidden_size,
+        "norm_topk_prob": True,
+        "head_dim": 32,
+    }
+    kind, more = (Qwen3MoeConfig, experts) if recipe.experts else (LlamaConfig, {})
+    return kind(
         vocab_size=len(VOCABULARY),
         hidden_size=recipe.hidden_size,
         intermediate_size=2 * recipe.hidden_size,
@@ -135,6 +171,7 @@ def make_config(recipe: Recipe) -> LlamaConfig:
         pad_token_id=ID[PAD],
         attn_implementation="sdpa",
         dtype="float32",
+        **more,
     )
 
 
@@ -180,7 +217,7 @@ def sample_batch(recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Te
     return torch.cat([prompt_BP, block_BK, solution_BC], 1), targets_BC
 
 
-def completion_loss(model: LlamaForCausalLM, token_ids_BT: Tensor, targets_BC: Tensor) -> Tensor:
+def completion_loss(model: Model, token_ids_BT: Tensor, targets_BC: Tensor) -> Tensor:
     """Return the mean cross-entropy of the completion's targets, in nats."""
     logits = model(input_ids=token_ids_BT[:, :-1], use_cache=False).logits[:, -targets_BC.shape[1] :]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets_BC.flatten(), ignore_index=IGNORED)
@@ -191,12 +228,18 @@ def at_step(recipe: Recipe, step: int) -> Recipe:
     return recipe if step > recipe.steps / 2 else replace(recipe, block_length=0)
 
 
-def train(recipe: Recipe) -> LlamaForCausalLM:
+def untrained(recipe: Recipe) -> Model:
+    """Return the model with random weights; deterministic in the recipe."""
+    torch.manual_seed(recipe.seed)
+    config = make_config(recipe)
+    return LlamaForCausalLM(config) if isinstance(config, LlamaConfig) else Qwen3MoeForCausalLM(config)
+
+
+def train(recipe: Recipe) -> Model:
     """Pre-train from scratch; deterministic in the recipe on one machine."""
     torch.set_num_threads(recipe.threads)
     torch.use_deterministic_algorithms(True)
-    torch.manual_seed(recipe.seed)
-    model = LlamaForCausalLM(make_config(recipe))
+    model = untrained(recipe)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
     )
@@ -217,7 +260,7 @@ def train(recipe: Recipe) -> LlamaForCausalLM:
     return model.eval()
 
 
-def save(model: LlamaForCausalLM, recipe: Recipe, folder: Path) -> str:
+def save(model: Model, recipe: Recipe, folder: Path) -> str:
     """Write the folder; return the SHA-256 of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     make_tokenizer(recipe).save_pretrained(folder)
@@ -244,12 +287,18 @@ def main() -> None:
     parser.add_argument("--model", choices=RECIPES, default="demo", help="recipe; default: demo")
     parser.add_argument("--length", type=int, help="tokens of a completion; random digits before the sum fill it up")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the training data; default: 0")
+    parser.add_argument("--untrained", action="store_true", help="write random weights, twice as large; no training")
     arguments = parser.parse_args()
     recipe = replace(RECIPES[arguments.model], seed=arguments.seed)
     if arguments.length:
         recipe = longer(recipe, arguments.length)
+    if recipe.experts and arguments.folder is None:
+        parser.error(f"{arguments.model} is not in the package; name a folder")
     folder = arguments.folder or MODELS_FOLDER / arguments.model.replace("-", "_")
-    print(f"{save(train(recipe), recipe, folder)}  {folder / 'model.safetensors'}")
+    if arguments.untrained and arguments.folder is None:
+        parser.error("--untrained needs a folder, so that no model of the package is overwritten")
+    model = untrained(replace(recipe, initializer_range=2 * recipe.initializer_range))
+    print(f"{save(model if arguments.untrained else train(recipe), recipe, folder)}  {folder / 'model.safetensors'}")
 
 
 if __name__ == "__main__":
