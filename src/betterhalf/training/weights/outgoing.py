@@ -53,7 +53,9 @@ class OutgoingWeights:
         closed = with_fused(changing)
         self._constant = {key for key, name in self._frozen.items() if name not in closed}
         """Parameters that are the same in every version."""
-        constant = ((self._frozen[key], module.get_parameter(key)) for key in self._names if key in self._constant)
+        # For their names, whole shapes are enough; a shard of experts cannot be taken apart into its experts.
+        shapes = {key: module.get_parameter(key).shape for key in self._names if key in self._constant}
+        constant = ((self._frozen[key], torch.empty(shape, device="meta")) for key, shape in shapes.items())
         self.unchanging = frozenset(name for name, _ in unfused(constant))
         """Names of weights that are the same in every version."""
         self._known: dict[str, str] = {}
