@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import queue
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -36,7 +39,7 @@ def run_ranks(body: Callable[..., Result], world_size: int, *arguments: Any) -> 
     for process in processes:
         process.start()
     try:
-        found = dict(results.get(timeout=LIMIT) for _ in processes)
+        found = dict(_next(results, processes) for _ in processes)
     finally:
         for process in processes:
             process.join(5)
@@ -44,6 +47,22 @@ def run_ranks(body: Callable[..., Result], world_size: int, *arguments: Any) -> 
     failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in sorted(found.items()) if not ok]
     assert not failed, "\n".join(failed)
     return [pickle.loads(found[rank][1]) for rank in range(world_size)]
+
+
+def _next(results: Any, processes: list[Any]) -> tuple[int, tuple[bool, Any]]:
+    """Return a rank and its answer.
+
+    Raises:
+        AssertionError: a process ended with an error and no answer, or `LIMIT` has passed.
+    """
+    end = time.monotonic() + LIMIT
+    while time.monotonic() < end:
+        with contextlib.suppress(queue.Empty):
+            answer: tuple[int, tuple[bool, Any]] = results.get(timeout=1.0)
+            return answer
+        codes = [process.exitcode for process in processes]
+        assert not any(codes), f"a rank ended without an answer; exit codes: {codes}"
+    raise AssertionError(f"no rank answered in {LIMIT:g} s")
 
 
 def _run(results: Any, member: Membership, body: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

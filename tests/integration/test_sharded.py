@@ -237,15 +237,24 @@ def run_all(ranks: GroupCollective, cases: list[Case]) -> list[Found]:
 
 
 @cache
-def _of_ranks(count: int) -> dict[Case, list[Found]]:
-    """Run all cases of a number of ranks in the same processes, whose start takes longer than the cases."""
+def _of_ranks(count: int) -> dict[Case, list[Found]] | AssertionError:
+    """Run all cases of a number of ranks in the same processes, whose start takes longer than the cases.
+
+    An error is returned, so that it is kept too: each test would run all cases again.
+    """
     cases = [case for case in CASES if case.ranks == count]
-    found = run_ranks(run_all, count, cases)
+    try:
+        found = run_ranks(run_all, count, cases)
+    except AssertionError as error:
+        return error
     return {case: [results[place] for results in found] for place, case in enumerate(cases)}
 
 
 def together(case: Case) -> list[Found]:
-    return _of_ranks(case.ranks)[case]
+    found = _of_ranks(case.ranks)
+    if isinstance(found, AssertionError):
+        raise found
+    return found[case]
 
 
 def joined(parts: list[dict[int, Tensor]]) -> Tensor:
