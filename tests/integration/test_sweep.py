@@ -136,7 +136,8 @@ def test_a_failing_cell_and_a_stopped_one_are_results_and_the_others_run(
     broken.metrics.unlink()
     before = run.cell("case=stops").summary.stat().st_mtime_ns
     result = sweep(load_grid(file), str(run.path), resume=True)
-    assert (result["finished"], result["failed"]) == (3, {})
+    assert result["failed"] == {}
+    assert result["finished"] == 3
     assert run.cell("case=stops").summary.stat().st_mtime_ns == before
 
 

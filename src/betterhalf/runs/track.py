@@ -63,6 +63,6 @@ def describe(config: RunConfig, run: RunDir, label: str, kind: RunKind) -> Track
         prometheus_port=settings.prometheus_port,
         steps=config.training.steps,
         config=resolved_json(config),
-        contract=read_json(run.contract),
+        contract=read_json(run.contract) if run.contract.exists() else {},
         environment=read_json(run.environment) if run.environment.exists() else {},
     )

@@ -66,7 +66,9 @@ def prepare_module(module: Any, config: RunConfig, precision: Precision, islands
     attention = attention_name(precision.device, head_dim_of(module.config), fp32_sums=sums, exact=precision.exact)
     use_packed_attention(module, attention, compiled=config.training.compile_layers)
     if config.training.activation_checkpointing:
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # the new name of transformers 5.24, or the old one
+        enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         module.train()
     layers = coverage.linear_layers(module, module.get_output_embeddings())
     return Prepared(attention=attention, layers=layers, routing=routing)
