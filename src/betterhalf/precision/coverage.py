@@ -192,7 +192,7 @@ def _sums_in_fp32(found: LinearLayer) -> bool:
     layer = found.layer
     weight = torch.empty(layer.weight.shape, dtype=found.dtype, device=layer.weight.device)
     outputs, inputs = weight.shape
-    few_outputs, few_inputs = min(outputs, _RESULTS), min(inputs, _RESULTS)
+    few_outputs, few_inputs = (max(_FEWEST, min(size, _RESULTS)) for size in (outputs, inputs))
     rows, columns = _ones(_ROWS, few_inputs, weight), _terms(few_inputs, outputs, weight).t()
     x, other = _terms(few_inputs, _ROWS, weight).t(), _ones(few_outputs, few_inputs, weight)
     return (

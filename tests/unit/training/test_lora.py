@@ -229,6 +229,17 @@ def test_the_native_engine_serves_adapters_unmerged(preset: str, targets: list[s
     assert trainer.merge_count() is None and "unmerged" in trainer.report().facts["lora"]
 
 
+@pytest.mark.parametrize("preset", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_the_smallest_ranks_have_reports_of_their_sums(rank: int, preset: str) -> None:
+    """A sum of one or two terms cannot show its format, so the test products are wider than such an adapter."""
+    config = config_of(preset, lora={"rank": rank, "merge": "adapter"})
+    trainer = trainer_of(config)
+    engine = build_engine(config, trainer.module.config, [0], trainer.precision)
+    engine.load_weights(trainer.weight_stream(), policy_version=0)
+    assert trainer.report().facts["matmul_sums"] == engine.report().facts["matmul_sums"] == "fp32"
+
+
 @pytest.mark.parametrize("form", ["weights", "adapter"])
 def test_adapters_of_the_attention_of_a_mixture_of_experts_are_served(form: str) -> None:
     config = config_of("fp32", lora=RANK | {"merge": form})
