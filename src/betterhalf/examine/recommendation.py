@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from betterhalf.config.render import toml_value
+from betterhalf.config.schema import LoraConfig
 from betterhalf.diagnostics.numerics import Census
 from betterhalf.diagnostics.verdict import Verdict
 from betterhalf.examine.islands import Islands
@@ -20,7 +21,7 @@ def config_text(
     censuses: Mapping[DtypeName, Census],
     islands: Islands | None,
 ) -> str:
-    """Return the settings of model, precision, FP32 islands and loss scale.
+    """Return the settings of model, adapters, precision, FP32 islands and loss scale.
 
     `betterhalf train` accepts the file as it is, or as the base of another experiment. The text is empty without a
     recommendation, as for a model that the trainer refuses.
@@ -46,6 +47,10 @@ def _lines(
     if config.model.revision:
         yield _line("revision", config.model.revision, "its revision")
     yield ""
+    if config.lora.active:
+        yield "[lora]"
+        yield from _adapter_lines(config.lora)
+        yield ""
     yield "[precision]"
     verdict = islands.verdict if islands else verdicts[recommended]
     yield _line("preset", recommended, f"{verdict.verdict}: {verdict.reasons[0]}")
@@ -59,6 +64,13 @@ def _lines(
         yield "[precision.loss_scale]"
         why = f"the largest that kept every gradient finite is 2^{math.log2(safe):.0f}; the rest is headroom"
         yield _line("initial", census.loss_scale, why)
+
+
+def _adapter_lines(lora: LoraConfig) -> Iterator[str]:
+    """Yield the settings of the adapters; an adapter to start from says its own rank, scale and targets."""
+    given = {"adapter", "merge"} if lora.adapter else set(LoraConfig.model_fields)
+    for key, value in lora.model_dump(mode="json", include=given, exclude_defaults=True).items():
+        yield _line(key, value, "as examined")
 
 
 def _line(key: str, value: object, why: str) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from betterhalf.config.load import load_config
-from betterhalf.config.schema import RunConfig
+from betterhalf.config.load import configuration_of, load_config
+from betterhalf.config.schema import LoraConfig, RunConfig
 from betterhalf.diagnostics.numerics import Census, Kind, ModuleRange, Spot
 from betterhalf.diagnostics.verdict import Verdict
 from betterhalf.examine.doctor import doctor_json
@@ -151,6 +154,31 @@ def test_other_formats_get_no_loss_scale(subject: Subject, tmp_path: Path) -> No
     assert config.precision.preset == "bf16"
     assert config.precision.fp32_modules == ()
     assert "loss_scale" not in text
+
+
+def test_adapters_are_in_the_configuration_as_they_were_examined(subject: Subject, tmp_path: Path) -> None:
+    lora = LoraConfig(rank=4, alpha=6, target_modules=("q_proj", "v_proj"), merge="adapter")
+    adapted = replace(subject, config=subject.config.model_copy(update={"lora": lora}))
+    text = config_text(adapted, "fp16", {"fp16": verdict("ok")}, {"fp16": census("fp16")}, None)
+    assert loaded(text, tmp_path).lora == lora
+    assert "[lora]" not in config_text(subject, "fp16", {"fp16": verdict("ok")}, {"fp16": census("fp16")}, None)
+
+
+def test_an_adapter_to_start_from_says_the_rest_itself(subject: Subject, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(
+            {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 5, "target_modules": ["q_proj"]}
+        )
+    )
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file(
+        {f"{layer}.lora_{part}.weight": torch.ones(3, 3) for part in "AB"}, tmp_path / "adapter_model.safetensors"
+    )
+    lora = configuration_of({"lora": {"adapter": str(tmp_path)}}).lora
+    adapted = replace(subject, config=subject.config.model_copy(update={"lora": lora}))
+    text = config_text(adapted, "fp16", {"fp16": verdict("ok")}, {"fp16": census("fp16")}, None)
+    assert tomllib.loads(text)["lora"] == {"adapter": str(tmp_path)}
+    assert loaded(text, tmp_path).lora == lora and lora.rank == 3
 
 
 def test_before_a_recommendation_there_is_no_configuration(subject: Subject) -> None:
