@@ -9,7 +9,7 @@ LORA = (
         "mismatch/lost_update_fraction",
         "share",
         "Weights that LoRA adapters change and that rounding leaves at the base's value in the engine. Only with "
-        "`lora.merge=weights`, and once an adapter is not 0.",
+        "`lora.merge=weights`; without a value as long as all adapters are 0.",
         (None, 0.5),
         "by definition: above it, rounding keeps most of the changed weights from the engine; every run starts near 1, "
         "since adapters start at 0",

@@ -21,7 +21,7 @@ from difflib import get_close_matches
 from typing import Any, Self
 
 from betterhalf.algorithms.presets import PRESETS, Algorithm, resolve_algorithm
-from betterhalf.config.schema import RunConfig, WatchdogLevel
+from betterhalf.config.schema import RunConfig, WatchdogConfig, WatchdogLevel
 from betterhalf.errors import ConfigError, WatchdogError
 from betterhalf.metrics.catalogue import CATALOGUE
 from betterhalf.types import WatchdogAction
@@ -39,6 +39,9 @@ BEFORE = frozenset(name for name in CATALOGUE if name.startswith(_MEASURED))
 
 AFTER = frozenset(name for name in CATALOGUE if name.startswith(("policy/", "optim/"))) - {"optim/first_offender"}
 """Metrics that are checked after a step's update, with all under `loss/`; the first offender is a name."""
+
+_DEFAULTS = WatchdogConfig().levels
+"""Levels of a run that sets none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,12 +162,13 @@ def broken_bound(level: WatchdogLevel, value: float) -> float | None:
 def unmeasured(levels: Sequence[WatchdogLevel], measured: Collection[str]) -> str | None:
     """Return a note on the levels whose metrics are not among those of a step; None without such a level.
 
-    Only a run tells: many metrics belong to one kind of model, task or setting.
+    Only a run tells: many metrics belong to one kind of model, task or setting. The default levels are for all of
+    them, so that one that cannot fire is no news.
     """
     absent = [
         f"watchdog.levels[{number}] ({level.metric})"
         for number, level in enumerate(levels)
-        if level.metric not in measured
+        if level.metric not in measured and level not in _DEFAULTS
     ]
     if not absent:
         return None

@@ -53,13 +53,13 @@ def sync_weights(parts: Parts) -> None:
     retry_on_engine_death(lambda: _sync(parts, whole=whole), restart, restarts_of(parts.config))
 
 
-def merge_metrics(parts: Parts) -> dict[str, float]:
-    """Return the share of updates that rounding lost in the weights that the engine holds; empty without adapters."""
-    if not parts.config.lora.active:
-        return {}
-    count = parts.trainer.merge_count()
-    lost = None if count is None else count.lost_fraction
-    return {} if lost is None else {"mismatch/lost_update_fraction": lost}
+def merge_metrics(parts: Parts) -> dict[str, float | None]:
+    """Return the share of updates that rounding lost in the weights that the engine holds; None before the first.
+
+    The result is empty without adapters, and if the engine gets them unmerged.
+    """
+    count = parts.trainer.merge_count() if parts.config.lora.active else None
+    return {} if count is None else {"mismatch/lost_update_fraction": count.lost_fraction}
 
 
 def revive(parts: Parts) -> None:

@@ -242,6 +242,7 @@ def test_levels_on_metrics_that_the_run_does_not_measure_are_named() -> None:
         "watchdog.levels[1] (staleness/k3/mean) cannot fire: this run does not measure it; docs/metrics.md says when a "
         "metric is measured"
     )
+    assert unmeasured(RunConfig().watchdog.levels, {K3: 0.0}) is None, "nobody asked for the default levels"
     assert "levels[1] (staleness/k3/mean), watchdog.levels[2] (task/turns/mean) cannot" in str(unmeasured(levels, [K3]))
 
 
