@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tiny_models import EXPERTS, tiny_config
+from tests.adapter_folders import peft_adapter
+from tests.tiny_models import EXPERTS, tiny_config, tiny_model
 
 import betterhalf
 from betterhalf import cli
@@ -140,6 +141,28 @@ def test_the_text_names_the_rank_of_adapters_and_what_is_trained() -> None:
     assert found.to_json()["lora_rank"] == 4
     show_plan(plan_model(described(), tiny_config(), PROMPTS, Machine(gpu=False, memory_bytes=None), "tiny"), stream)
     assert stream.getvalue().count("LoRA") == 1
+
+
+@pytest.mark.parametrize("from_folder", [False, True])
+def test_the_optimizer_of_adapters_has_their_size(from_folder: bool, tmp_path: Path) -> None:
+    """By hand: rank 3 on q (32 x 32) and v (32 to 16) of two layers is 3 x (64 + 48) x 2 = 672 parameters."""
+    if from_folder:
+        pytest.importorskip("peft", reason="needs PEFT; pip install betterhalf[lora]")
+        peft_adapter(tiny_model(seed=0).module, tmp_path, r=3, target_modules=["q_proj", "v_proj"])
+    of_a_file = {"lora.adapter": str(tmp_path)} if from_folder else {"lora.rank": 3}
+    targets = {} if from_folder else {"lora.target_modules": ["q_proj", "v_proj"]}
+    machine = Machine(gpu=False, memory_bytes=None)
+    kl = {"algorithm.kl.coefficient": 0.1}
+    found = plan_model(described(**of_a_file, **targets, **kl), tiny_config(), PROMPTS, machine, "tiny")
+    sizes = {item.name: item.num_bytes for item in found.memory.processes[0].items}
+    assert (found.lora_rank, found.sizes.adapters) == (3, 672)
+    assert sizes["masters (FP32)"] == sizes["gradients (FP32)"] == 4 * 672
+    assert sizes["AdamW states (FP32)"] == 8 * 672
+    assert sizes["reference policy"] == 2 * 672
+    full = plan_model(described(**kl), tiny_config(), PROMPTS, machine, "tiny")
+    whole = {item.name: item.num_bytes for item in full.memory.processes[0].items}
+    assert whole["AdamW states (FP32)"] == 8 * full.sizes.parameters > 20 * sizes["AdamW states (FP32)"]
+    assert whole["reference policy"] == 2 * full.sizes.parameters
 
 
 def test_planned_tokens_are_those_of_the_packs_that_training_makes() -> None:
