@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from betterhalf.config.schema import PrecisionRoles, SamplingConfig, VllmEngineConfig
 from betterhalf.errors import ConfigError, InputError, MissingExtraError
 from betterhalf.models.context import context_length
+from betterhalf.models.description import is_mixture
 from betterhalf.precision.formats import dtype_keyword
 from betterhalf.precision.roles import Precision
 from betterhalf.rollout.vllm.refusals import INSTALL
@@ -21,6 +22,9 @@ from betterhalf.types import TransferName
 _GIB = 2**30
 _BLOCK = 128
 """Tokens in a block of vLLM's CPU cache, the largest block of any platform."""
+
+_MIXTURES = ("qwen3_moe", "qwen2_moe", "olmoe")
+"""Mixtures of experts whose weights have the names of `models.expert_names` in vLLM; tests.family_matrix runs each."""
 
 _MIN_TEMPERATURE = 0.01
 """Lowest temperature that vLLM applies; it replaces a lower one by this."""
@@ -66,11 +70,18 @@ def check_cache_dtype(roles: PrecisionRoles) -> None:
 
 
 def check_experts(hf_config: Any, tensor_parallel_size: int) -> None:
-    """Refuse experts that do not divide among the devices.
+    """Refuse experts that vLLM holds under other names, and experts that do not divide among the devices.
 
     Raises:
-        InputError: the width of an expert is no multiple of the number of devices.
+        InputError: the first weight sync would fail, or the width of an expert is no multiple of the number of devices.
     """
+    if is_mixture(hf_config) and hf_config.model_type not in _MIXTURES:
+        raise InputError(
+            f"engine=vllm is not known to hold the experts of architecture {hf_config.model_type!r} under the "
+            "trainer's names, so that the first weight sync would fail; use a mixture of one of "
+            f"{', '.join(_MIXTURES)}, or an engine of your own (engine.type=python). betterhalf doctor examines the "
+            "model without an engine"
+        )
     width = getattr(hf_config, "moe_intermediate_size", None)
     if width is not None and width % tensor_parallel_size:
         raise InputError(

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_families import FAMILIES, family_config
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 
+from betterhalf.config.schema import RunConfig
 from betterhalf.errors import InputError
+from betterhalf.rollout.build import check_architecture
 from betterhalf.rollout.vllm import experts, options
 from betterhalf.rollout.vllm.routes import RouteRecorder
 
@@ -133,6 +136,15 @@ def test_choices_are_assigned_to_requests_and_positions() -> None:
     assert found["a"][:, 0, 0].tolist() == [1, 2, 3, 7] and found["b"][:, 0, 0].tolist() == [4, 5, 6, 2]
     assert found["a"].shape == (4, 2, 1) and found["a"].dtype == "uint8" and set(found["a"][:, 1, 0]) == {1}
     assert routers[0].capture is None and "execute_model" not in vars(runner)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
+def test_a_mixture_whose_experts_have_other_names_is_refused_before_it_is_loaded(family: str) -> None:
+    config = RunConfig.model_validate({"engine": {"type": "vllm"}})
+    with pytest.raises(InputError, match=f"experts of architecture '{family}' .*; use a mixture of one of qwen3_moe"):
+        check_architecture(config, family_config(FAMILIES[family]))
+    for name in ("qwen3_moe", "qwen2_moe", "olmoe", "llama"):
+        check_architecture(config, family_config(FAMILIES[name]))
 
 
 def test_experts_that_do_not_divide_among_devices_are_refused() -> None:
