@@ -24,7 +24,7 @@ from betterhalf.models.context import context_length
 from betterhalf.models.estimated_tokens import describe_for_plan
 from betterhalf.models.files import find_model
 from betterhalf.models.skeleton import skeleton
-from betterhalf.models.weight_files import needs_whole
+from betterhalf.models.weight_files import WholeReason, whole_reason
 from betterhalf.precision.experts import is_replaced
 from betterhalf.precision.formats import torch_dtype
 from betterhalf.precision.products import has_native_matmul
@@ -122,8 +122,10 @@ def plan(config: RunConfig, gpu_gib: float | None = None) -> RunPlan:
         prompts = task.prompts(0, config.training.prompts_per_step, config.seed)
     finally:
         task.close()
-    machine, by_rows = this_machine(config, gpu_gib), not needs_whole(find_model(config.model, tokenizer=False))
-    found = plan_model(config, described.hf_config, prompts, machine, name=described.name, reads_rows=by_rows)
+    machine = this_machine(config, gpu_gib)
+    source = find_model(config.model, tokenizer=False)
+    whole = whole_reason(source, described.hf_config) if is_sharded(config) else None
+    found = plan_model(config, described.hf_config, prompts, machine, name=described.name, whole=whole)
     return replace(found, notes=(*found.notes, *described.notes))
 
 
@@ -134,7 +136,7 @@ def plan_model(
     machine: Machine,
     name: str,
     *,
-    reads_rows: bool = True,
+    whole: WholeReason | None = None,
 ) -> RunPlan:
     """Plan a run of a model that is described by its transformers configuration alone.
 
@@ -144,18 +146,18 @@ def plan_model(
         prompts: those of one step.
         machine: where it runs.
         name: name of the model, for people.
-        reads_rows: False if the model's files cannot be read in parts.
+        whole: reason why the ranks cannot read the model's files in parts; None if they can.
     """
     module = skeleton(hf_config)
     sizes = model_sizes(hf_config, module, config.lora)
     room = context_length(hf_config) - max(len(prompt.token_ids) for prompt in prompts)
     longest = min(config.sampling.max_tokens, room)
     packings = _packings(config, prompts, longest)
-    whole = packings[0]
+    longest_packing = packings[0]
     step = StepSizes(
         pack_tokens=max(packing.largest_pack for packing in packings),
         loss_tokens=max(packing.largest_loss for packing in packings),
-        train_passes=whole.passes,
+        train_passes=longest_packing.passes,
         sequences=len(prompts) * config.training.group_size,
         sequence_tokens=longest + max(len(prompt.token_ids) for prompt in prompts),
     )
@@ -166,7 +168,7 @@ def plan_model(
         step=step,
         machine=machine,
         keeps_reference=reads_reference,
-        reads_rows=reads_rows,
+        reads_rows=whole is None,
     )
     return RunPlan(
         model=name,
@@ -176,7 +178,7 @@ def plan_model(
         memory=plan_memory(setting),
         packings=packings,
         misfits=misfits(setting),
-        notes=(*_refusals(config, module), *_whole_files(config, sizes, reads_rows=reads_rows)),
+        notes=(*_refusals(config, module), *_whole_files(config, sizes, whole)),
     )
 
 
@@ -272,15 +274,33 @@ def _refusals(config: RunConfig, module: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _whole_files(config: RunConfig, sizes: ModelSizes, *, reads_rows: bool) -> tuple[str, ...]:
+_WHOLE: dict[WholeReason, tuple[str, str]] = {
+    "format": (
+        "the model's files cannot be read in parts",
+        ". If that is too much, convert them once to safetensors: load the model with transformers' from_pretrained, "
+        "and write it with save_pretrained",
+    ),
+    "conversion": (
+        "transformers makes other tensors of those in the model's safetensors files, which cannot be read in parts",
+        ". If that is too much, convert them once: load the model with transformers' from_pretrained, and write it "
+        "with save_pretrained(..., save_original_format=False)",
+    ),
+    "buffers": (
+        "the model has buffers whose values only a whole load sets, so its files cannot be read in parts",
+        ". No conversion changes that; rank 0 needs a host with room for them",
+    ),
+}
+"""Reason for loading files whole -> beginning and end of the note on it; the end names the way out."""
+
+
+def _whole_files(config: RunConfig, sizes: ModelSizes, whole: WholeReason | None) -> tuple[str, ...]:
     """Return a note on files that one rank has to load whole."""
-    if reads_rows or not is_sharded(config):
+    if whole is None or not is_sharded(config):
         return ()
+    problem, fix = _WHOLE[whole]
     return (
-        "the model's files cannot be read in parts: while the ranks start, rank 0 holds all "
-        f"{4 * sizes.parameters / GIB:.1f} GiB of FP32 weights in its host's memory, and sends the others their rows. "
-        "If that is too much, convert them once to safetensors: load the model with transformers' from_pretrained, and "
-        "write it with save_pretrained",
+        f"{problem}: while the ranks start, rank 0 holds all {4 * sizes.parameters / GIB:.1f} GiB of FP32 weights in "
+        f"its host's memory, and sends the others their rows{fix}",
     )
 
 

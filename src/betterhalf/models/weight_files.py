@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -32,6 +32,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from betterhalf.distributed.shard_range import ShardRange
 from betterhalf.models.files import ModelSource
+from betterhalf.models.skeleton import compute_buffers, skeleton
 
 _CHUNK = 1024
 """Rows of two weights that are compared at a time."""
@@ -57,13 +58,30 @@ def weight_paths(source: ModelSource) -> tuple[str, ...] | None:
     return tuple(paths)
 
 
-def needs_whole(source: ModelSource) -> bool:
-    """Return whether this host has a model's weights in a format that cannot be read by rows; downloads nothing."""
+WholeReason = Literal["format", "conversion", "buffers"]
+"""Reason why a model has to be loaded whole: files that are not safetensors, tensors that transformers converts by
+other rules than stacking experts, or buffers whose values only the files hold."""
+
+
+def whole_reason(source: ModelSource, hf_config: Any) -> WholeReason | None:
+    """Return why this host cannot read a model by rows; None if it can, or if its files are not here or not whole.
+
+    Downloads nothing, and reads the headers of the files alone.
+    """
     if source.gguf is not None:
-        return True
+        return "format"
     formats = ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME))
     by_rows, whole = (any(source.holds(name) for name in names) for names in formats)
-    return whole and not by_rows
+    if not by_rows:
+        return "format" if whole else None
+    module = skeleton(deepcopy(hf_config))
+    if compute_buffers(module):
+        return "buffers"
+    try:
+        paths = weight_paths(source)
+        return "conversion" if paths and WeightFiles.open(paths, module) is None else None
+    except (OSError, ValueError, SafetensorError):  # a plan needs no weights; loading them tells what is wrong
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ from betterhalf.examine.plan import plan, plan_model, this_machine
 from betterhalf.examine.plan_text import show_plan
 from betterhalf.models.description import describe_model
 from betterhalf.models.estimated_tokens import EstimatedTokens
+from betterhalf.models.weight_files import WholeReason
 from betterhalf.training.pack import pack_step
 from betterhalf.types import Completion, Prompt, Rollout
 
@@ -141,6 +142,23 @@ def test_the_text_names_the_rank_of_adapters_and_what_is_trained() -> None:
     assert found.to_json()["lora_rank"] == 4
     show_plan(plan_model(described(), tiny_config(), PROMPTS, Machine(gpu=False, memory_bytes=None), "tiny"), stream)
     assert stream.getvalue().count("LoRA") == 1
+
+
+@pytest.mark.parametrize(
+    ("whole", "words"),
+    [
+        ("format", "convert them once to safetensors"),
+        ("conversion", "save_pretrained(..., save_original_format=False)"),
+        ("buffers", "No conversion changes that"),
+    ],
+)
+def test_files_that_a_rank_loads_whole_are_noted_with_the_way_out(whole: WholeReason, words: str) -> None:
+    machine = Machine(gpu=True, memory_bytes=80 * GIB)
+    ranks, alone = described(**RANKS, **{"cluster.trainer.gpus": 1, "cluster.engine.gpus": 1}), described()
+    (note,) = plan_model(ranks, tiny_config(), PROMPTS, machine, "tiny", whole=whole).notes
+    assert "rank 0 holds all 0.0 GiB of FP32 weights" in note and words in note
+    assert plan_model(ranks, tiny_config(), PROMPTS, machine, "tiny").notes == ()
+    assert plan_model(alone, tiny_config(), PROMPTS, machine, "tiny", whole=whole).notes == (), "one process has all"
 
 
 @pytest.mark.parametrize("from_folder", [False, True])

@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 from tests.model_folders import VOCABULARY, as_bin, rewrite, tensors_of, write_model
+from tests.tiny_families import FAMILIES, family_config, family_module
 from torch import Tensor
 
 from betterhalf.config.schema import ModelConfig
 from betterhalf.errors import InputError
+from betterhalf.models import weight_files
 from betterhalf.models.description import describe_model
+from betterhalf.models.files import ModelSource
 from betterhalf.models.loading import LoadedModel, SkeletonModel, load_weights, open_weights
+from betterhalf.models.weight_files import whole_reason
 from betterhalf.training.weights.rows import rows_of
 
 
@@ -179,6 +183,49 @@ def test_a_truncated_file_and_a_lost_one_are_refused(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(InputError, match="cannot be loaded"):
         open_weights(described)
+
+
+def reason_of(folder: Path) -> str | None:
+    """Return the reason of `whole_reason`, which must be there exactly if `open_weights` declines the model."""
+    described = describe_model(ModelConfig(name=str(folder)))
+    found = whole_reason(described.source, described.hf_config)
+    assert (found is None) == (open_weights(described) is not None)
+    return found
+
+
+def test_the_reason_for_loading_a_model_whole_is_known_without_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = write_model(tmp_path / "experts", "qwen3_moe", num_experts=12, moe_intermediate_size=16)
+    assert reason_of(experts) is None
+    module = load_weights(describe_model(ModelConfig(name=str(experts)))).module
+    # A rule that makes other tensors of those in the files; none of the decoders that are trained has one yet.
+    monkeypatch.setattr(weight_files, "_keeps_rows", lambda rule: False)
+    assert reason_of(experts) == "conversion"
+    for file in experts.glob("*.safetensors*"):
+        file.unlink()
+    module.save_pretrained(experts, save_original_format=False)
+    assert reason_of(experts) is None, "the fix that `plan` names"
+    assert reason_of(as_bin(write_model(tmp_path / "bin"))) == "format"
+
+
+def test_buffers_that_only_the_files_hold_are_a_reason(tmp_path: Path) -> None:
+    module = family_module(family_config(FAMILIES["apertus"]))
+    module.save_pretrained(tmp_path)
+    source = ModelSource(location=str(tmp_path), arguments={})
+    assert whole_reason(source, module.config) == "buffers"
+
+
+def test_files_that_are_damaged_or_not_here_are_no_reason(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    source = ModelSource(location=str(folder), arguments={})
+    hf_config = describe_model(ModelConfig(name=str(folder))).hf_config
+    path = max(folder.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:10])
+    assert whole_reason(source, hf_config) is None
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    assert whole_reason(source, hf_config) is None
 
 
 def test_other_formats_have_to_be_loaded_whole(tmp_path: Path) -> None:
