@@ -162,7 +162,7 @@ def test_a_resumed_run_refuses_an_adapter_that_has_changed_since(
 
 EXAMINED = {
     "task": {"type": "arithmetic", "num_prompts": 8},
-    "doctor": {"prompts": 2, "group_size": 2, "max_tokens": 24},
+    "doctor": {"prompts": 2, "group_size": 1, "max_tokens": 12},
     "probe": {"bootstrap": 20},
     "logging": {"console": "quiet"},
 }
@@ -231,7 +231,7 @@ def test_sanity_selects_prompts_and_trains_every_arm_from_the_adapter(
     ends: Ends, adapter: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "sanity"
-    sizes = ("sanity.candidates=24", "sanity.samples=10", "sanity.evaluation_samples=4", "sanity.pass_accuracy=0.1")
+    sizes = ("sanity.candidates=12", "sanity.samples=5", "sanity.evaluation_samples=2", "sanity.pass_accuracy=0.1")
     command = ("sanity", SMOKE, *SMALL, *sizes)
     ends(0, *command, f"lora.adapter={adapter}", f"run_dir={run}")
     assert read_json(run / "summary.json")["arms"].keys() == {"fp16", "bf16"}
@@ -241,4 +241,4 @@ def test_sanity_selects_prompts_and_trains_every_arm_from_the_adapter(
     # With this adapter the policy is noise, so that it solves no prompt.
     noise = scaled(Path(shutil.copytree(adapter, tmp_path / "adapter")), "", 1e3)
     said = ends(2, *command, f"lora.adapter={noise}", "sampling.max_tokens=36", f"run_dir={tmp_path / 'noise'}")
-    assert "none of 24 prompts is perfectible: 0 too easy (solved over 80% of the time), 24 too hard" in said
+    assert "none of 12 prompts is perfectible: 0 too easy (solved over 80% of the time), 12 too hard" in said
