@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from betterhalf import process
-from betterhalf.process import Terminated, Threads, choose_threads, frozen_gc, sigterm_interrupts, variables
+from betterhalf.process import (
+    Terminated,
+    Threads,
+    choose_threads,
+    freed_memory_kept,
+    frozen_gc,
+    sigterm_interrupts,
+    variables,
+)
 
 SRC = Path(__file__).parents[2] / "src"
 
@@ -119,6 +127,38 @@ def test_nothing_changes_after_torch_is_imported(monkeypatch: pytest.MonkeyPatch
 def test_a_line_says_what_was_chosen() -> None:
     chosen = Threads(count=1, waiting="sleep", wake_microseconds=None, idle_cores=None, reason="because")
     assert str(chosen) == "1 thread, waiting: sleep (because)"
+
+
+_FAULTS = """
+import resource
+from contextlib import nullcontext
+import torch
+from betterhalf.process import freed_memory_kept
+
+def faults(block):
+    with block:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            torch.ones(2**24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults(nullcontext()), faults(freed_memory_kept()), faults(nullcontext()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_freed_memory_is_used_again_within_the_block_alone() -> None:
+    """Twenty tensors of 64 MiB, one after the other, need the pages of one or two; outside the block those of all."""
+    environment = {**os.environ, "PYTHONPATH": str(SRC), "THP_MEM_ALLOC_ENABLE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, env=environment, check=True)
+    before, within, after = map(int, done.stdout.split())
+    assert within < 0.3 * before and after > 0.9 * before
+
+
+def test_without_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda name: object())
+    with freed_memory_kept():
+        pass
 
 
 def test_existing_objects_are_frozen_and_unfrozen_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from betterhalf.models.loading import LoadedModel, load_weights
 from betterhalf.precision.contract import verify_sync, weights_digests
 from betterhalf.precision.device import choose_device
 from betterhalf.precision.roles import Precision, build_precision
+from betterhalf.process import freed_memory_kept
 from betterhalf.rollout.build import build_engine, reports_experts, require_engine
 from betterhalf.rollout.engine import RolloutEngine, require_version
 from betterhalf.run_dir import RunDir
@@ -87,6 +88,13 @@ def open_subject(
             used, or FP32 islands that the model does not have.
         MissingExtraError: the model or the data needs a package that is not installed.
     """
+    with freed_memory_kept():
+        yield from _open(target, config, prompts=prompts, samples=samples, grades=grades, any_decoder=any_decoder)
+
+
+def _open(
+    target: str, config: RunConfig, *, prompts: int | None, samples: bool, grades: bool, any_decoder: bool
+) -> Iterator[Subject]:
     require_whole_distribution(config.sampling)
     is_run = RunDir(Path(target)).configured
     if is_run:
@@ -104,7 +112,7 @@ def open_subject(
             require_engine(config, device)
         trained = load_policy(target) if is_run else None
         model = load_weights(described)
-        show_notes(model, config.logging.console)
+        show_notes(model, config.logging.console, config.lora)
         add_adapters(model.module, config.lora, config.seed)
         if trained is not None:
             trained.copy_into(model.module)
