@@ -22,7 +22,7 @@ class CacheReservation:
 
 
 class EngineSection(Section):
-    """What the rest of the configuration asks of an engine; as it is, an engine in the process of the trainer."""
+    """Answers of an engine to the rest of the configuration; by default those of one in the trainer's process."""
 
     @property
     def exact(self) -> bool:
