@@ -14,7 +14,7 @@ from betterhalf.report.fields import Point, mappings, number
 from betterhalf.report.marks import across, layer, layered, power_label
 from betterhalf.report.markup import Figure, legend, shown, table
 from betterhalf.report.numbers import superscript
-from betterhalf.report.plot import Plot, Series, draw_plot, whole_ticks
+from betterhalf.report.plot import Plot, Series, draw_plot
 
 KINDS = ("forward", "input", "backward", "weight", "gradient")
 """Kinds of values measured at a module; also the order of styles."""
@@ -60,7 +60,7 @@ def headroom_figure(key: str, dtype: str, rows: Sequence[Row]) -> Figure | None:
             series=series,
             across_name="layer",
             across_range=_layer_range(rows),
-            across_ticks=whole_ticks(layer for row in rows if (layer := _layer(row.module)) is not None),
+            across_ticks=tuple((float(n), str(n)) for row in rows if (n := _layer(row.module)) is not None),
             include=(0.0, 4.0),
             rules=((_WATCH_BITS, "watch"), (0.0, "limit")),
         )
@@ -187,16 +187,15 @@ def _window(key: str, dtype: str, words: str, largest: float, used: float) -> Dr
     """Return a bar of the safe scales on an axis of powers of two, and a vertical line at the loss scale in use."""
     scale = {"type": "log", "base": 2, "domain": [min(1.0, largest) / 4, max(_MAX_SCALE, largest)], "nice": False}
     place = {"x": across("loss scale", scale, {"labelExpr": power_label("log2"), "tickCount": 5})}
-    look = {"baseline": "middle", "color": "var(--edge)"}
     layers = [
-        layer("bar", "safe", place | {"x2": {"field": "end"}}, color="var(--edge)", opacity=0.12, height=30),
-        layer("text", "safe", place | {"text": {"value": "safe"}}, align="left", dx=6, **look),
-        layer("rule", "used", place, color="var(--wait)", strokeWidth=2),
-        layer("text", "used", place | {"text": {"field": "text"}}, y=-8, color="var(--wait)"),
+        layer("bar", "safe", {"x2": {"field": "end"}}, color="var(--edge)", opacity=0.12, height=30),
+        layer("text", "safe", {"text": {"value": "safe"}}, align="left", dx=6, color="var(--edge)"),
+        layer("rule", "used", {}, color="var(--wait)", strokeWidth=2),
+        layer("text", "used", {"text": {"field": "text"}}, y=-8, color="var(--wait)"),
     ]
     tables = {
         "safe": [{"a": 0, "x": [1.0], "end": [largest]}] if largest > 1 else [],
         "used": [{"a": 0, "x": [used], "text": f"used: {_scale(used)}"}] if used > 0 else [],
     }
     title = f"Safe loss scales in {dtype}"
-    return Drawing(key=key, title=title, description=words, spec=layered(layers, height=50), tables=tables, names={})
+    return Drawing(key=key, title=title, description=words, spec=layered(place, layers, height=50), tables=tables)

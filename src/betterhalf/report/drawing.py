@@ -6,7 +6,6 @@ paper gets the light ones. Data travel as columns, which are a third of the size
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from betterhalf.errors import InputError
+from betterhalf.report.numbers import superscript
 from betterhalf.report.style import STYLE
 
 STYLES = 8
@@ -26,12 +26,14 @@ HEIGHT = 200
 """Height of the plot area in pixels."""
 PAPER_WIDTH, PAPER_WIDE = 420, 760
 """Width in pixels of a figure in a file of its own, and of one that is drawn across the page."""
+RAISED = "raised"
+"""Parameter of every figure: exponent -> its superscript characters."""
 
 _PNG_SCALE = 3.0
 _FONT = "system-ui, Helvetica, Arial, sans-serif"
 
 _OPENED = '<script type="application/json" class=figure>'
-_ON_PAGE = ("key", "title", "unit", "spec", "tables", "names", "wide")
+_ON_PAGE = ("key", "title", "spec", "tables", "wide")
 """Fields of a drawing that the page's script and `drawings_of` read."""
 
 Json = dict[str, Any]
@@ -52,14 +54,10 @@ class Drawing:
     """Name for screen readers."""
     description: str
     """The figure in words, for screen readers."""
-    unit: str = ""
-    """Title of the vertical axis in a file of its own; the page says it above the figure."""
     spec: Json
     """Vega-Lite specification without data."""
     tables: Mapping[str, Table]
     """Name of each table in `spec` -> its data."""
-    names: Mapping[str, str]
-    """Series, as `style` or `style.part` -> its name: on hover, and in the legend of a file of its own."""
     wide: bool = False
     """Draw across the page."""
 
@@ -83,58 +81,55 @@ class Drawing:
         """Return the figure as PNG on a white ground, three pixels for one of the SVG."""
         import vl_convert
 
-        whole = self._whole(paper=True) | {"background": "#ffffff"}
-        return bytes(vl_convert.vegalite_to_png(whole, scale=_PNG_SCALE))
+        return bytes(vl_convert.vegalite_to_png(self._whole(background="#ffffff"), scale=_PNG_SCALE))
 
-    def _whole(self, *, paper: bool) -> dict[str, Any]:
-        """Return the specification with data, width and theme."""
-        width = PAPER_WIDE if self.wide else PAPER_WIDTH
-        whole = {**copy.deepcopy(self.spec), "config": theme(), "width": width, "autosize": {"type": "pad"}}
-        if paper:
-            _name_within(whole, self.unit, {int(float(key)): name for key, name in reversed(list(self.names.items()))})
+    def _whole(self, *, paper: bool = True, background: str = "transparent") -> str:
+        """Return the specification with data, width and theme, as JSON."""
+        width = {"width": PAPER_WIDE if self.wide else PAPER_WIDTH, "autosize": {"type": "pad"}}
+        data = {"datasets": {name: _rows(table) for name, table in self.tables.items()}}
+        whole = {**self.spec, **width, **data, "config": theme(paper=paper), "background": background}
+        if not paper:
+            return re.sub(r'"legend": {.*?}', '"legend": null', json.dumps(whole, allow_nan=False))
+        whole["title"] = {"text": self.title, "subtitle": self.spec.get("title", "")}
         text = json.dumps(whole, allow_nan=False)
-        colored = re.sub(r"var\(--(\w+)\)", lambda found: _light()[found[1]], text) if paper else text
-        found: Json = json.loads(colored)
-        return found | {"datasets": {name: _rows(table) for name, table in self.tables.items()}}
+        return re.sub(r"var\(--(\w+)\)", lambda found: _light().get(found[1], found[0]), text)
 
 
-def theme() -> Json:
-    """Return Vega's configuration."""
-    text = {"font": _FONT, "fontSize": 12}
-    label = {"labelColor": "var(--soft)", "labelFont": _FONT, "labelFontSize": 12}
+def theme(*, paper: bool = False) -> Json:
+    """Return Vega's configuration; in a figure for a paper the words of a healthy range are a subtitle."""
+    font = {"font": _FONT, "fontSize": 12}
+    label = {"labelColor": "var(--soft)", "labelFont": _FONT, "labelFontSize": 12, "labelOverlap": True}
     title = {"titleColor": "var(--soft)", "titleFont": _FONT, "titleFontSize": 12, "titleFontWeight": "normal"}
     lines = {"domainColor": "var(--soft)", "tickColor": "var(--soft)", "gridColor": "var(--rule)"}
     legend = {"labelFont": _FONT, "labelFontSize": 12, "labelColor": "var(--ink)", "labelLimit": 0, "title": None}
+    heading = {"color": "var(--ink)" if paper else "var(--edge)", "fontWeight": 600 if paper else "normal"}
+    below = {"subtitleColor": "var(--edge)", "subtitleFont": _FONT, "subtitleFontSize": 12}
     return {
+        "params": [{"name": RAISED, "value": {str(power): superscript(power) for power in range(-99, 100)}}],
         "mark": {"aria": False},
         "background": "transparent",
         "view": {"stroke": None},
-        "axis": {**label, **title, **lines, "labelOverlap": True, "aria": False},
+        "axis": {**label, **title, **lines, "aria": False},
         "axisX": {"grid": False, "titleAnchor": "end"},
         "axisY": {"domain": False, "ticks": False, "labelPadding": 7},
-        "legend": {**legend, "orient": "bottom", "columns": 4, "symbolType": "stroke", "symbolStrokeWidth": 2},
-        "text": {"color": "var(--ink)", **text},
+        "legend": {
+            **legend,
+            "orient": "bottom",
+            "columns": 2,
+            "symbolType": "stroke",
+            "disable": not paper,
+            "symbolOpacity": 1,
+        },
+        "line": {"strokeCap": "round"},
+        "text": {"color": "var(--ink)", "baseline": "middle", **font},
+        "title": {"anchor": "start", "frame": "group", "offset": 8, **heading, **below, **font},
     }
-
-
-def _name_within(whole: Json, unit: str, names: Mapping[int, str]) -> None:
-    """Give the specification of a paper's figure what the page says around it: the unit, and a legend of series."""
-    for each in whole["layer"]:
-        channels = each["encoding"]
-        if channels.get("y", {}).get("field") == "y":
-            channels["y"]["title"] = unit
-        color = channels.get("color", {})
-        if color.get("field") == "a" and len(color["scale"]["domain"]) > 1:
-            shown = [names.get(style, "") for style in color["scale"]["domain"]]
-            place = f"indexof({color['scale']['domain']}, datum.value)"
-            color["legend"] = {"labelExpr": f"({json.dumps(shown)})[{place}]"}
 
 
 def series_columns(points: Iterable[tuple[float, float]], **constants: object) -> dict[str, Any]:
     """Return the columns `x` and `y` of points, to five digits; a missing number is null, which breaks a line."""
     pairs = list(points)
-    columns = {"x": [_short(x) for x, _ in pairs], "y": [_short(y) for _, y in pairs]}
-    return {**constants, **columns}
+    return {**constants, "x": [_short(x) for x, _ in pairs], "y": [_short(y) for _, y in pairs]}
 
 
 def inert_json(content: object) -> str:
@@ -175,16 +170,15 @@ def _rows(table: Table) -> list[dict[str, object]]:
     rows = []
     for part in table:
         lists = {key: value for key, value in part.items() if isinstance(value, list)}
-        constants = {key: value for key, value in part.items() if key not in lists}
-        rows += [{**constants, **dict(zip(lists, cells, strict=True))} for cells in zip(*lists.values(), strict=True)]
+        rows += [{**part, **dict(zip(lists, cells, strict=True))} for cells in zip(*lists.values(), strict=True)]
     return rows
 
 
 def _short(value: float) -> float | int | None:
+    """Return a whole number as it is, another one to five digits."""
     if not math.isfinite(value):
         return None
-    short = float(f"{value:.5g}") if abs(value) < 1e5 or not float(value).is_integer() else value
-    return int(short) if float(short).is_integer() and abs(short) < 1e15 else short
+    return int(value) if abs(value) < 1e15 and value == int(value) else float(f"{value:.5g}")
 
 
 @cache

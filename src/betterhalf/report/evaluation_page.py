@@ -11,7 +11,7 @@ from betterhalf.report.data import Study
 from betterhalf.report.evaluation_table import evaluation_rows, k_of, measures, sets_of
 from betterhalf.report.fields import mapping, number, points
 from betterhalf.report.markup import Figure, figures, legend, note, notice, part, section, shown, table
-from betterhalf.report.plot import Plot, Series, draw_plot, whole_ticks
+from betterhalf.report.plot import Plot, Series, draw_plot
 
 _ABOUT = (
     "avg@k: mean reward of all completions. pass@k: chance that one of k completions solves a prompt. maj@k: chance "
@@ -70,7 +70,7 @@ def _figure(study: Study, kind: str, title: str, caption: str) -> Figure | None:
             title=f"{title} (share of prompts)",
             series=tuple(_series(name, style, one, names) for style, (name, one) in enumerate(found.items())),
             across_name="k, doubling",
-            across_ticks=tuple((math.log2(value), text) for value, text in whole_ticks(map(k_of, names))),
+            across_ticks=tuple((math.log2(k), str(k)) for k in map(k_of, names)),
             include=(0.0, 1.0),
         )
     )

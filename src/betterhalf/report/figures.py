@@ -304,7 +304,6 @@ def _chart(spec: FigureSpec, arms: Sequence[Arm]) -> Chart:
     return Chart(
         key=spec.key,
         title=f"{spec.title} ({spec.unit})",
-        unit=spec.title,
         scale=spec.scale,
         lines=tuple(_line(spec, arm, index) for arm in named for index in range(len(spec.metrics))),
         band=_band(spec.metrics) if spec.show_band else None,

@@ -9,7 +9,7 @@ from typing import Any
 
 from betterhalf.report.fields import mapping, mappings, number
 from betterhalf.report.markup import Figure, figures, legend, notice, shown, table
-from betterhalf.report.plot import Plot, Series, draw_plot, whole_ticks
+from betterhalf.report.plot import Plot, Series, draw_plot
 
 COMPARISONS = {
     "trainer_engine": "trainer against engine",
@@ -72,7 +72,7 @@ def _growth(prefix: str, rows: Sequence[Mapping[str, Any]]) -> Figure | None:
             title="Growth of the difference by layer (relative)",
             series=series,
             across_name="layer",
-            across_ticks=whole_ticks(int(layer) for layer in layers if math.isfinite(layer)),
+            across_ticks=tuple((layer, f"{layer:g}") for layer in layers if math.isfinite(layer)),
             scale="log10",
         )
     )

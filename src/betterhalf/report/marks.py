@@ -1,29 +1,86 @@
-"""Layers of Vega-Lite that figures share: axes, healthy band, bounds; colours, dashes and shapes of series.
+"""Parts of Vega-Lite that figures share: axes, looks of series, healthy band and bounds.
 
-A series has a style `a`, its place in the legend. The script of the page leaves out the rows of series that are
-switched off and of steps that are not shown, since Vega's interpreter of filters is slow; the parameters `from` and
-`to` are the steps to show.
+A series has a place `k` in its figure, and a style: its place in the legend, which the page's switches know. The
+parameters of a specification are `names` of the series, and `shown`: ends of the vertical axis, which the page's script
+fits to the steps that it shows.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from betterhalf.report.drawing import HEIGHT, STYLES, Json
-from betterhalf.report.numbers import Scale, can_draw
+from betterhalf.report.drawing import HEIGHT, RAISED, STYLES, Json
+from betterhalf.report.numbers import Scale, can_draw, extent
 
 Band = tuple[float | None, float | None]
 
 _DASHES = ([1, 0], [7, 3.5], [2, 4], [9, 3, 2, 3], [14, 4], [5, 3, 1, 3, 1, 3], [12, 3, 3, 3, 3, 3], [4, 4])
 """Dash of each style, so that lines differ without colour too."""
 _SHAPES = ("circle", "square", "triangle-up", "diamond")
-_SCALES: Mapping[Scale, Json] = {
-    "linear": {"type": "linear", "zero": False},
-    "log10": {"type": "log", "base": 10},
-    "log2": {"type": "log", "base": 2, "nice": False},
-}
-_TICKS = 6
+_DOTTED = [1.5, 3.5]
+_SCALES: dict[Scale, Json] = {"linear": {"zero": False}, "log10": {"type": "log"}, "log2": {"type": "log", "base": 2}}
+X, Y = ({"field": name, "type": "quantitative"} for name in ("x", "y"))
+HEALTHY_AREA = {"color": "var(--edge)", "opacity": 0.12}
+HEALTHY_LINE = {"color": "var(--edge)", "strokeDash": [2, 3], "strokeWidth": 1.2}
+_DECADES = "log(datum.value) / LN10"
+_GRID = {"condition": {"test": f"abs({_DECADES} - round({_DECADES})) < 1e-9", "value": 1}, "value": 0}
+"""Grid lines of a decimal logarithmic axis: at powers of ten alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axes:
+    """Everything in a figure but its series and its horizontal axis."""
+
+    key: str
+    """Unique on the page; part of element ids."""
+    title: str
+    """Name for screen readers, and heading in a file of its own."""
+    scale: Scale = "linear"
+    """Scale of the vertical axis."""
+    include: tuple[float, ...] = ()
+    """Values that the vertical axis must reach."""
+    band: Band | None = None
+    """Healthy range, shaded; None on a side means no bound there."""
+    rules: tuple[tuple[float, str], ...] = ()
+    """Bounds and their names, drawn where the axis reaches them."""
+
+    def ends(self, values: Iterable[float]) -> tuple[float, float] | None:
+        """Return the ends of the vertical axis; None if no value can be drawn."""
+        ends = extent(values, self.scale, self.include, self.band or ())
+        if ends is None or self.scale != "log10":
+            return ends
+        return 10.0 ** math.floor(math.log10(ends[0])), 10.0 ** math.ceil(math.log10(ends[1]))
+
+    def specification(
+        self, across: Json, layers: Sequence[Json], behind: Sequence[Json] = (), **parameters: object
+    ) -> Json:
+        """Return the figure with these layers, in front of constant ones and of its own band and bounds."""
+        words = {"title": band_words(self.band)} if self.band else {}
+        place = {"x": across, "y": self._upright()}
+        return words | layered(place, layers, behind=[*self._background(), *behind], parameters=parameters)
+
+    def _upright(self) -> Json:
+        """Return the channel of the vertical axis."""
+        axis: Json = {"tickCount": 5, "grid": True}
+        if self.scale != "linear":
+            axis |= {"labelExpr": power_label(self.scale)} | ({"gridOpacity": _GRID} if self.scale == "log10" else {})
+        scale = _SCALES[self.scale] | {"domain": {"expr": "shown"}, "nice": True}
+        return {**Y, "title": None, "scale": scale, "axis": axis}
+
+    def _background(self) -> list[Json]:
+        """Return the healthy range with dashed edges, and bounds with their names."""
+        edges = [edge for edge in self.band or () if edge is not None and can_draw(self.scale, edge)]
+        sides = [*({"datum": edge} for edge in edges), {"value": 0 if self.band and self.band[1] is None else "height"}]
+        name = {"x": {"value": "width"}, "y": Y, "text": {"field": "text"}}
+        bounds = [{"y": value, "text": text} for value, text in self.rules]
+        return [
+            constant("rect", [{}] if edges else [], dict(zip(("y", "y2"), sides, strict=False)), **HEALTHY_AREA),
+            constant("rule", [{"y": edge} for edge in edges], {"y": Y}, **HEALTHY_LINE),
+            constant("rule", bounds, {"y": Y}, color="var(--wait)", strokeDash=[8, 3], strokeWidth=1.4),
+            constant("text", bounds, name, color="var(--wait)", align="right", dx=-4, dy=-7),
+        ]
 
 
 def layer(mark: str, table: str, encoding: Json, *filters: str, **look: object) -> Json:
@@ -32,80 +89,53 @@ def layer(mark: str, table: str, encoding: Json, *filters: str, **look: object) 
     return {"data": {"name": table}, **passed, "mark": {"type": mark, **look}, "encoding": encoding}
 
 
-def constant(mark: str, encoding: Json, **look: object) -> Json:
-    """Return a layer of one mark, whose channels are expressions or constants: it does not widen the axes."""
-    channels = {name: value if isinstance(value, dict) else {"value": value} for name, value in encoding.items()}
-    return {"data": {"values": [{}]}, "mark": {"type": mark, **look}, "encoding": channels}
-
-
-def expression(text: str) -> Json:
-    """Return a channel whose value is computed when the figure is drawn."""
-    return {"value": {"expr": text}}
+def constant(mark: str, rows: Sequence[Json], encoding: Json, **look: object) -> Json:
+    """Return a layer of marks for rows of its own, clipped to the plot."""
+    return {"data": {"values": rows}, "mark": {"type": mark, "clip": True, **look}, "encoding": encoding}
 
 
 def across(title: str, scale: Json, axis: Json) -> Json:
     """Return the channel of the horizontal axis."""
-    whole = scale if scale.get("type") == "log" else {"zero": False, **scale}
-    return {"field": "x", "type": "quantitative", "title": title, "scale": whole, "axis": axis}
+    return {**X, "title": title, "scale": scale if scale.get("type") else {"zero": False, **scale}, "axis": axis}
 
 
-def upright(scale: Scale, ends: tuple[float, float]) -> Json:
-    """Return the channel of the vertical axis, which fits the values shown; `ends` are those of all values."""
-    axis: Json = {"tickCount": 5}
-    if scale != "linear":
-        axis = {"values": {"expr": _tick_values(scale, ends)}, "labelExpr": power_label(scale)}
-    return {"field": "y", "type": "quantitative", "title": None, "scale": _SCALES[scale], "axis": axis}
+def layered(
+    place: Json,
+    layers: Sequence[Json],
+    *,
+    behind: Sequence[Json] = (),
+    parameters: Mapping[str, object] | None = None,
+    height: int = HEIGHT,
+) -> Json:
+    """Return the specification of layers from back to front, as wide as their place on the page.
+
+    Those in front share the channels `place`; what is constant stays apart, since channels of both would be merged.
+    """
+    return {
+        "params": [{"name": name, "value": value} for name, value in (parameters or {}).items()],
+        "width": "container",
+        "height": height,
+        "autosize": {"type": "fit-x", "contains": "padding"},
+        "layer": [*behind, {"encoding": place, "layer": list(layers)}],
+    }
 
 
-def reach_layers(place: Mapping[str, Json], channel: str, values: Iterable[float]) -> list[Json]:
-    """Return an invisible layer that makes an axis reach values; none without values."""
-    rows = [{channel: value} for value in values]
-    other = {"x": "y", "y": "x"}[channel]
-    encoding = {channel: place[channel], other: {"value": 0}}
-    return [{"data": {"values": rows}, "mark": {"type": "point", "opacity": 0}, "encoding": encoding}] if rows else []
+def coloured(styles: Sequence[int], channel: str = "color") -> Json:
+    """Return the channel of the colours of series: `color` has a legend, which only files of their own show."""
+    return {channel: _by_series([f"var(--s{style % STYLES})" for style in styles], legend=channel == "color")}
 
 
-def reached(scale: Scale, ends: tuple[float, float], include: Sequence[float], values: Iterable[float]) -> list[float]:
-    """Return what a vertical axis must reach: `include`, or the `ends` of the range around equal values."""
-    equal = len({*values, *include}) == 1
-    return list(ends) if equal else [value for value in include if can_draw(scale, value)]
+def dashed(styles: Sequence[int], seconds: Sequence[bool] = ()) -> Json:
+    """Return the channels of the dashes and widths of lines: `seconds` are thin and dotted."""
+    dotted = [*seconds, *[False] * len(styles)]
+    dashes = [_DOTTED if second else _DASHES[style % STYLES] for style, second in zip(styles, dotted, strict=False)]
+    widths = [1.3 if second else 2 for second in dotted[: len(styles)]]
+    return {"strokeDash": _by_series(dashes, legend=True), "strokeWidth": _by_series(widths) | {"type": "ordinal"}}
 
 
-def coloured(styles: Iterable[int]) -> Json:
-    """Return the channel of the colours of series."""
-    return _by_style(styles, [f"var(--s{style})" for style in range(STYLES)])
-
-
-def dashed(styles: Iterable[int]) -> Json:
-    """Return the channel of the dashes of lines."""
-    return _by_style(styles, _DASHES)
-
-
-def shaped(styles: Iterable[int]) -> Json:
+def shaped(styles: Sequence[int]) -> Json:
     """Return the channel of the shapes of markers."""
-    return _by_style(styles, _SHAPES)
-
-
-def band_layers(band: Band | None, words_at: float | None) -> list[Json]:
-    """Return the shaded healthy range with dashed edges, and its words at a value; it does not widen the axis."""
-    if band is None:
-        return []
-    low, high = band
-    top = expression("0") if high is None else _inside(high)
-    bottom = expression("height") if low is None else _inside(low)
-    area = constant(
-        "rect", {"x": 0, "x2": expression("width"), "y": top, "y2": bottom}, color="var(--edge)", opacity=0.12
-    )
-    edges = [_level(bound, "var(--edge)", [2, 3], 1.2) for bound in band if bound is not None]
-    words = [] if words_at is None else [_words(words_at, band_words(band), "var(--edge)", "6", "left")]
-    return [area, *edges, *words]
-
-
-def rule_layers(rules: Sequence[tuple[float, str]], *, beside: bool = False) -> list[Json]:
-    """Return horizontal lines where the axis reaches them, with names above, or (`beside`) to the right."""
-    place, align, dy = ("width + 4", "left", 0) if beside else ("width - 4", "right", -7)
-    lines = [_level(value, "var(--wait)", [8, 3], 1.4) for value, _ in rules]
-    return [*lines, *(_words(value, text, "var(--wait)", place, align, dy) for value, text in rules)]
+    return {"shape": _by_series([_SHAPES[style % len(_SHAPES)] for style in styles])}
 
 
 def band_words(band: Band) -> str:
@@ -117,73 +147,27 @@ def band_words(band: Band) -> str:
     return "" if bound is None else f"healthy: {'at most' if low is None else 'at least'} {bound:g}"
 
 
-def layered(layers: Sequence[Json], parameters: Mapping[str, object] | None = None, height: int = HEIGHT) -> Json:
-    """Return the specification of layers, from back to front, as wide as their place on the page."""
-    return {
-        "params": [{"name": name, "value": value} for name, value in (parameters or {}).items()],
-        "width": "container",
-        "height": height,
-        "autosize": {"type": "fit-x", "contains": "padding"},
-        "layer": list(layers),
-    }
-
-
 def power_label(scale: Scale) -> str:
     """Return the expression of the label of a power of two, or of a decimal number from 0.001 to 1,000 or a power."""
-    base, natural = ("2", "LN2") if scale == "log2" else ("10", "LN10")
-    exponent = f"floor(log(datum.value) / {natural} + 1e-9)"
-    digits = "'\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079'"
-    size = f"format(abs({exponent}), 'd')"
-    raised = "".join(
-        f" + (length({size}) > {place} ? substring({digits}, toNumber(substring({size}, {place}, {place} + 1)), "
-        f"toNumber(substring({size}, {place}, {place} + 1)) + 1) : '')"
-        for place in range(3)
-    )
-    power = f"'{base}' + ({exponent} < 0 ? '\u207b' : ''){raised}"
     if scale == "log2":
-        return power
-    mantissa = f"round(datum.value / pow(10, {exponent}))"
-    long = f"({mantissa} == 1 ? '' : {mantissa} + '\u00b7') + {power}"
-    return f"abs({exponent}) <= 3 ? format(datum.value, '~g') : {long}"
+        return f"'2' + {RAISED}[round(log(datum.value) / LN2)]"
+    digits, power = (f"split(format(datum.value, '~e'), 'e')[{part}]" for part in (0, 1))
+    long = f"({digits} == '1' ? '' : {digits} + '\u00b7') + '10' + {RAISED}[toNumber({power})]"
+    return f"!datum.label ? '' : abs({_DECADES}) < 3.1 ? format(datum.value, '~g') : {long}"
 
 
-def _by_style(styles: Iterable[int], looks: Sequence[object]) -> Json:
-    shown = sorted(set(styles))
-    scale = {"domain": shown, "range": [looks[style % len(looks)] for style in shown]}
-    return {"field": "a", "type": "nominal", "scale": scale, "legend": None}
+def described(name: str, values: Sequence[float], things: str) -> str:
+    """Return a sentence on a series for screen readers; empty without a finite value."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return ""
+    ends = f"first {finite[0]:.4g}, last {finite[-1]:.4g}, lowest {min(finite):.4g}, highest {max(finite):.4g}"
+    return f"{name}: {len(finite)} {things}, {ends}."
 
 
-def _tick_values(scale: Scale, ends: tuple[float, float]) -> str:
-    """Return the expression of the ticks: whole powers, and 2 and 5 times them on an axis of less than two decades."""
-    base = 2 if scale == "log2" else 10
-    first, last = math.floor(math.log(ends[0], base)) - 1, math.ceil(math.log(ends[1], base)) + 1
-    stride = max(1, math.ceil((last - first) / _TICKS))
-    powers = [float(base) ** power for power in range(first, last + 1) if power % stride == 0]
-    if scale == "log2":
-        return str(powers)
-    fine = [m * 10.0**power for power in range(first, last + 1) for m in (1, 2, 5)]
-    return f"domain('y')[1] < 100 * domain('y')[0] ? {fine} : {powers}"
-
-
-def _level(value: float, color: str, dash: Sequence[float], width: float) -> Json:
-    places = {"x": 0, "x2": expression("width"), "y": _inside(value), "opacity": expression(_within(value))}
-    return constant("rule", places, color=color, strokeDash=dash, strokeWidth=width)
-
-
-def _words(value: float, text: str, color: str, x: str, align: str, dy: float = 0) -> Json:
-    places = {"x": expression(x), "y": _inside(value), "opacity": expression(_within(value)), "text": text}
-    return constant("text", places, color=color, align=align, dy=dy, baseline="middle")
-
-
-def _y(value: float) -> str:
-    return f"scale('y', {value!r})"
-
-
-def _inside(value: float) -> Json:
-    """Return the channel of a height, at most at the edge of the plot: what is beyond would widen the figure."""
-    return expression(f"clamp({_y(value)}, 0, height)")
-
-
-def _within(value: float) -> str:
-    """Return the expression that is 1 where the axis reaches `value`, and 0 elsewhere."""
-    return f"inrange({_y(value)}, [-0.5, height + 0.5]) ? 1 : 0"
+def _by_series(looks: Sequence[object], *, legend: bool = False) -> Json:
+    """Return a look for each series. Without a legend its domain differs, or it would remove those of others."""
+    more = [] if legend else looks[:1]
+    scale = {"domain": list(range(len(looks) + len(more))), "range": [*looks, *more]}
+    named = {"labelExpr": "names[datum.value]", "symbolType": "stroke"} if legend and len(looks) > 1 else None
+    return {"field": "k", "type": "nominal", "scale": scale, "legend": named}

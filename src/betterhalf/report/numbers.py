@@ -27,7 +27,7 @@ def can_draw(scale: Scale, value: float) -> bool:
 
 
 def points_of_line(lines: int) -> int:
-    """Return the most points of each line of a figure, which keeps a page of long runs below 2 MB."""
+    """Return the most points of each line of a figure."""
     return min(_MOST, max(_FEWEST, _POINTS_PER_FIGURE // max(1, lines)))
 
 
@@ -47,36 +47,22 @@ def thin(points: Sequence[Point], limit: int) -> list[Point]:
     return kept
 
 
-def moving_average(values: Sequence[float], window: int, every: int = 1) -> list[float]:
-    """Return the means of the finite values in a centred window, shorter at the ends, at each `every`-th value.
-
-    NaN where the value is missing.
-    """
-    found = np.asarray(values, dtype=np.float64)
-    finite = np.isfinite(found)
-    filled, half = np.where(finite, found, 0.0), window // 2
-    means = []
-    for index in range(0, len(found), every):
-        near = slice(max(0, index - half), index + half + 1)
-        means.append(float(filled[near].sum() / finite[near].sum()) if finite[index] else math.nan)
-    return means
-
-
 def smoothing_window(count: int) -> int:
     """Return an odd window of about a twelfth of `count` values; 1 (no smoothing) for short runs."""
     return 1 if count < 15 else 2 * (count // 24) + 3
 
 
-def smoothed(steps: Sequence[float], values: Sequence[float], scale: Scale, limit: int) -> list[Point]:
-    """Return points of the moving average, which is geometric on a logarithmic axis, to damp lone spikes."""
-    every = math.ceil(2 * len(values) / limit) if len(values) > limit else 1
-    window = smoothing_window(len(values))
-    drawable = [value if can_draw(scale, value) else math.nan for value in values]
-    if scale == "linear":
-        means = moving_average(drawable, window, every)
-    else:
-        means = [math.exp(mean) for mean in moving_average([math.log(value) for value in drawable], window, every)]
-    return list(zip(steps[::every], means, strict=True))
+def smoothed(values: Sequence[float], window: int, scale: Scale = "linear") -> list[float]:
+    """Return the means of the values that can be drawn, in a centred window that is shorter at the ends.
+
+    They are geometric on a logarithmic axis, to damp lone spikes; NaN where the value is missing.
+    """
+    known = np.array([can_draw(scale, value) for value in values], dtype=bool)
+    filled = np.where(known, values, 1.0)
+    found = np.where(known, filled if scale == "linear" else np.log(filled), 0.0)
+    sums, counts = (np.convolve(each, np.ones(window), "same") for each in (found, known))
+    means = sums / np.maximum(counts, 1)
+    return [float(mean) for mean in np.where(known, means if scale == "linear" else np.exp(means), math.nan)]
 
 
 def least_squares(points: Sequence[Point]) -> tuple[float, float]:
@@ -93,7 +79,7 @@ def least_squares(points: Sequence[Point]) -> tuple[float, float]:
 
 
 def extent(
-    values: Iterable[float], scale: Scale, include: Iterable[float] = (), bounds: Iterable[float] = ()
+    values: Iterable[float], scale: Scale, include: Iterable[float] = (), bounds: Iterable[float | None] = ()
 ) -> tuple[float, float] | None:
     """Return the range that an axis must show: the drawable values and `include`; None without a drawable value.
 
@@ -103,30 +89,37 @@ def extent(
     drawable = [value for value in values if can_draw(scale, value)]
     if not drawable:
         return None
-    low, high = min(*drawable, *include, drawable[0]), max(*drawable, *include, drawable[0])
+    drawable += include
+    low, high = min(drawable), max(drawable)
     if low < high:
         return low, high
-    near = [bound for bound in bounds if can_draw(scale, bound)]
+    near = [bound for bound in bounds if bound is not None and bound != low and scale == "linear"]
     if scale != "linear":
-        return low / 2, high * 2
-    if any(bound != low for bound in near):
-        return min(low, *near), max(high, *near)
-    return (low, 1.0) if low == 0 else tuple(sorted((0.9 * low, 1.1 * low)))  # type: ignore[return-value]
+        near = [low / 2, high * 2]
+    elif not near:
+        near = [0.9 * low, 1.1 * low] if low else [1.0]
+    return min(low, *near), max(high, *near)
 
 
-def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Move `positions` until they are `gap` apart within [low, high]; their order is kept."""
-    order = sorted(range(len(positions)), key=lambda i: positions[i])
-    placed = list(positions)
-    floor = low
-    for index in order:
-        placed[index] = max(placed[index], floor)
-        floor = placed[index] + gap
-    ceiling = high
-    for index in reversed(order):
-        placed[index] = min(placed[index], ceiling)
-        ceiling = placed[index] - gap
-    return placed
+def share(scale: Scale, value: float, ends: tuple[float, float]) -> float:
+    """Return the place of a value between the ends of the axis, from 0 to 1."""
+    low, high, at = (value if scale == "linear" else math.log(value) for value in (*ends, value))
+    return (at - low) / (high - low)
+
+
+def value_at(scale: Scale, place: float, ends: tuple[float, float]) -> float:
+    """Return the value at a share of the axis."""
+    low, high = ends
+    return low + place * (high - low) if scale == "linear" else low * (high / low) ** place
+
+
+def spread(positions: Sequence[float], gap: float, high: float) -> list[float]:
+    """Move `positions` until they are `gap` apart and at most `high`; their order is kept."""
+    order, gaps = np.argsort(positions, kind="stable"), gap * np.arange(len(positions))
+    apart = np.maximum.accumulate(np.asarray(positions)[order] - gaps)
+    placed = np.empty(len(positions))
+    placed[order] = np.minimum(apart, high - gaps[-1:]) + gaps
+    return [float(place) for place in placed]
 
 
 def superscript(exponent: int) -> str:

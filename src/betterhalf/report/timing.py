@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
 
 from betterhalf.report.data import Arm
 from betterhalf.report.drawing import PAPER_WIDTH, Drawing, Json
-from betterhalf.report.marks import across, layer, layered
+from betterhalf.report.marks import layer, layered
 from betterhalf.report.markup import Figure, table
 
 _PHASES = ("generate", "reward", "measure", "train", "sync")
@@ -54,46 +53,42 @@ def _mean(values: list[float]) -> float:
 
 def _draw(bars: list[tuple[Arm, dict[str, float]]]) -> Drawing:
     """Return a bar for each arm, below its name and total, in segments that are labelled where there is room."""
-    words = " ".join(f"{arm.name}: {_words(seconds)}." for arm, seconds in bars)
-    longest = max(math.fsum(seconds.values()) for _, seconds in bars)
+    room = max(math.fsum(seconds.values()) for _, seconds in bars) * _LETTER / PAPER_WIDTH
     return Drawing(
         key="timing",
         title="Time of a step by phase",
-        description=words,
-        spec=_spec(longest, len(bars)),
-        tables={"bars": [_segments(arm, seconds, longest) for arm, seconds in bars]},
-        names={},
+        description=" ".join(f"{arm.name}: {_words(seconds)}." for arm, seconds in bars),
+        spec=_spec(len(bars)),
+        tables={"bars": [_segments(arm, seconds, room) for arm, seconds in bars]},
     )
 
 
-def _segments(arm: Arm, seconds: dict[str, float], longest: float) -> dict[str, object]:
-    """Return the segments of a bar: where each begins and ends, and its label if there is room."""
-    ends = list(accumulate(seconds.values()))
-    share = _LETTER / PAPER_WIDTH * longest
-    fits = [phase if share * (len(phase) + 1) < value else "" for phase, value in seconds.items()]
-    lead = f"{arm.name}: {ends[-1]:.2f} s"
-    said = [f"{value:.3f} s" for value in seconds.values()]
-    begins = [0.0, *ends[:-1]]
-    middles = [(begin + end) / 2 for begin, end in zip(begins, ends, strict=True)]
-    places = {"a": arm.index, "bar": lead, "x": begins, "end": ends, "middle": middles}
-    return places | {"phase": list(seconds), "label": fits, "seconds": said}
+def _segments(arm: Arm, seconds: dict[str, float], room: float) -> dict[str, object]:
+    """Return the columns of a bar; `room` is the length of a letter in seconds."""
+    fits = [phase if room * (len(phase) + 1) < value else "" for phase, value in seconds.items()]
+    bar = f"{arm.name}: {math.fsum(seconds.values()):.2f} s"
+    columns = {"n": list(range(len(seconds))), "phase": list(seconds), "label": fits}
+    return {"a": arm.index, "bar": bar, **columns, "seconds": list(seconds.values())}
 
 
-def _spec(longest: float, bars: int) -> Json:
-    row = {"field": "bar", "type": "nominal", "sort": None, "axis": None}
-    place = {"x": across("seconds", {"domain": [0, longest]}, {"grid": True}), "y": row | {"scale": _GAPS}}
-    phase = {"field": "phase", "type": "nominal", "legend": None}
-    fill = phase | {"scale": {"domain": list(_NAMES), "range": [f"var(--p{i})" for i in range(len(_NAMES))]}}
-    ink = {"color": {"value": "var(--q)", "condition": {"test": "datum.phase == 'other'", "value": "var(--q5)"}}}
-    hover = [phase | {"title": " "}, {"field": "seconds", "type": "nominal", "title": "mean"}]
-    middle = {"x": place["x"] | {"field": "middle"}, "y": place["y"]}
-    name = {"x": {"value": 0}, "y": place["y"], "text": {"field": "bar"}}
+def _spec(bars: int) -> Json:
+    """Return bars with the name of each above it, and the names of segments."""
+    name = {"labelAlign": "left", "labelPadding": 0, "labelOffset": -22, "labelLimit": 0, "labelFontWeight": 600}
+    place: Json = {
+        "x": {"field": "seconds", "type": "quantitative", "stack": "zero", "axis": {"grid": True}},
+        "y": {"field": "bar", "type": "nominal", "sort": None, "scale": _GAPS, "title": "", "axis": name},
+        "order": {"field": "n"},
+    }
+    fill = {"domain": list(_NAMES), "range": [f"var(--p{place})" for place in range(len(_NAMES))]}
+    hover = {"value": {"expr": "datum.phase + ': mean ' + format(datum.seconds, '.3f') + ' s'"}}
+    color = {"field": "phase", "type": "nominal", "legend": None, "scale": fill}
+    ink = {"value": "var(--q)", "condition": {"test": "datum.phase == 'other'", "value": "var(--q5)"}}
+    middle = {"x": place["x"] | {"bandPosition": 0.5}, "detail": {"field": "phase"}}
     layers = [
-        layer("bar", "bars", place | {"x2": {"field": "end"}, "color": fill, "tooltip": hover}, stroke="var(--card)"),
-        layer("text", "bars", middle | ink | {"text": {"field": "label"}}, fontWeight=600),
-        layer("text", "bars", name, f"datum.phase == '{_NAMES[0]}'", align="left", dy=-21, fontWeight=600, fontSize=13),
+        layer("bar", "bars", {"color": color, "tooltip": hover}, stroke="var(--card)"),
+        layer("text", "bars", middle | {"text": {"field": "label"}, "color": ink}, fontWeight=600),
     ]
-    return layered(layers, height=_PITCH * bars)
+    return layered(place, layers, height=_PITCH * bars)
 
 
 def _words(seconds: dict[str, float]) -> str:

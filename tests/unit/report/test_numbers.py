@@ -9,15 +9,15 @@ import pytest
 from betterhalf.report.numbers import (
     extent,
     least_squares,
-    moving_average,
     points_of_line,
+    share,
     smoothed,
     smoothing_window,
     spread,
     superscript,
     thin,
+    value_at,
 )
-from betterhalf.report.places import free_place, share, value_at
 
 
 def test_thinning_keeps_every_extreme() -> None:
@@ -42,10 +42,9 @@ def test_the_points_of_a_figure_are_bounded() -> None:
 
 
 def test_the_moving_average_is_centred_and_shortened_at_the_ends() -> None:
-    assert moving_average([1.0, 2.0, 6.0, 3.0], 3) == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
-    assert moving_average([1.0, 2.0, 6.0, 3.0], 3, 2) == pytest.approx([1.5, 11 / 3])
-    assert moving_average([1.0, math.nan, 3.0], 3)[::2] == [1.0, 3.0]
-    assert math.isnan(moving_average([1.0, math.nan, 3.0], 3)[1])
+    assert smoothed([1.0, 2.0, 6.0, 3.0], 3) == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
+    assert smoothed([1.0, math.nan, 3.0], 3)[::2] == [1.0, 3.0]
+    assert math.isnan(smoothed([1.0, math.nan, 3.0], 3)[1])
 
 
 def test_smoothing_is_geometric_on_a_log_axis() -> None:
@@ -53,7 +52,8 @@ def test_smoothing_is_geometric_on_a_log_axis() -> None:
     values[10] = 1e-5
     # Three steps: two of 1e-8 and one of 1e-5 multiply to 1e-21.
     assert smoothing_window(20) == 3
-    assert smoothed(range(20), values, "log10", 1000)[10] == (10, pytest.approx(1e-7))
+    assert smoothed(values, 3, "log10")[10] == pytest.approx(1e-7)
+    assert math.isnan(smoothed([1e-8, 0.0, 1e-8], 3, "log10")[1])
 
 
 def test_the_range_of_an_axis_holds_values_and_what_it_must_reach() -> None:
@@ -86,19 +86,16 @@ def test_least_squares_by_hand() -> None:
 
 
 def test_spread_keeps_order_gap_and_bounds() -> None:
-    assert spread([50.0, 50.0, 90.0], 14, 0, 100) == [50.0, 64.0, 90.0]
-    assert spread([99.0, 100.0], 14, 0, 100) == [86.0, 100.0]
+    assert spread([50.0, 50.0, 90.0], 14, 100) == [50.0, 64.0, 90.0]
+    assert spread([99.0, 100.0], 14, 100) == [86.0, 100.0]
+    assert spread([90.0, 50.0], 14, 100) == [90.0, 50.0]
+    assert spread([], 14, 100) == []
 
 
 def test_places_are_shares_of_the_axis() -> None:
     assert share("log10", 1e-6, (1e-8, 1e-4)) == pytest.approx(0.5)
     assert value_at("log10", 0.5, (1e-8, 1e-4)) == pytest.approx(1e-6)
-    assert share("linear", 7.0, (0.0, 4.0)) == 1.0
-
-
-def test_words_of_a_band_are_away_from_the_data() -> None:
-    assert free_place("linear", (0.0, 1.0), (0.0, 1.0), [0.9, 0.8]) == pytest.approx(0.05)
-    assert free_place("linear", (None, -5.0), (0.0, 1.0), [0.5]) is None
+    assert share("linear", 3.0, (0.0, 4.0)) == 0.75
 
 
 def test_exponents_are_raised() -> None:
