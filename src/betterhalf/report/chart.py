@@ -27,6 +27,8 @@ _LABEL_GAP = 14 / HEIGHT
 _COLUMN = 0.15
 """Share of the width beyond which labels at the ends of lines cannot touch."""
 _MARKERS_PER_LINE = 4
+_POINTS_PER_MEAN = 4
+"""Points of a line for one point of its moving average."""
 _CROSS = "M-1,-1L1,1M-1,1L1,-1"
 _FLAG = "M0,0L1.6,0.7L0,1.4Z"
 _AXIS = {"tickMinStep": 1, "tickCount": {"expr": "min(ceil(width / 80), steps[1] - steps[0])"}, "format": "d"}
@@ -128,8 +130,8 @@ def _means(chart: Chart, line: Line, limit: int) -> list[Point]:
     window = smoothing_window(len(line.values))
     if not chart.smooth or window == 1:
         return []
-    every = math.ceil(2 * len(line.values) / limit) if len(line.values) > limit else 1
-    return _points(chart, line, smoothed(line.values, window, chart.scale))[::every]
+    every = math.ceil(_POINTS_PER_MEAN * len(line.values) / limit)
+    return _points(chart, line, smoothed(line.values, window, chart.scale))[::-every][::-1]
 
 
 def _table(chart: Chart, points: Sequence[Sequence[Point]]) -> Table:
@@ -153,7 +155,7 @@ def _layers(chart: Chart, bold: str, *, events: bool) -> list[Json]:
     return [
         *([layer("line", "values", stroke, strokeWidth=1, opacity=0.35)] if bold == "means" else []),
         layer("line", bold, coloured(styles) | dash),
-        layer("point", "markers", fill | shaped(styles), size=34, stroke="var(--card)", opacity=1),
+        layer("point", "markers", fill | shaped(styles), size=34, stroke="var(--card)", strokeWidth=1, opacity=1),
         *(flags if events else []),
         layer("text", "ends", fill | {"text": {"field": "text"}}, align="left", dx=8, fontWeight=600),
     ]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from betterhalf.errors import InputError
+from betterhalf.report.library import packed, unpacked
 from betterhalf.report.numbers import superscript
 from betterhalf.report.style import STYLE
 
@@ -24,6 +25,8 @@ STYLES = 8
 """Distinct colours; series beyond that reuse them."""
 HEIGHT = 200
 """Height of the plot area in pixels."""
+_BELOW = 40
+"""Height in pixels of the axis below the plot area."""
 PAPER_WIDTH, PAPER_WIDE = 420, 760
 """Width in pixels of a figure in a file of its own, and of one that is drawn across the page."""
 RAISED = "raised"
@@ -33,6 +36,8 @@ _PNG_SCALE = 3.0
 _FONT = "system-ui, Helvetica, Arial, sans-serif"
 
 _OPENED = '<script type="application/json" class=figure>'
+_INSIDE = re.compile(f"{_OPENED}(.*?)</script>")
+_PACKED = "<script type=text/plain id=figures>"
 _ON_PAGE = ("key", "title", "spec", "tables", "wide")
 """Fields of a drawing that the page's script and `drawings_of` read."""
 
@@ -64,9 +69,10 @@ class Drawing:
     def html(self) -> str:
         """Return the place of the figure on the page, with what the page's script needs to draw it."""
         content = {name: getattr(self, name) for name in _ON_PAGE}
+        names = f'role="img" aria-labelledby="{self.key}-t {self.key}-d"'
         return (
-            f'<div class="chart{" wide" if self.wide else ""}" role="img" aria-labelledby="{self.key}-t {self.key}-d">'
-            f'</div><p id="{self.key}-t" hidden>{escape(self.title)}</p>'
+            f'<div class=chart {names} style="min-height:{self.spec["height"] + _BELOW}px"></div>'
+            f'<p id="{self.key}-t" hidden>{escape(self.title)}</p>'
             f'<p id="{self.key}-d" hidden>{escape(self.description)}</p>'
             f"{_OPENED}{inert_json(content)}</script>"
         )
@@ -127,7 +133,7 @@ def theme(*, paper: bool = False) -> Json:
 
 
 def series_columns(points: Iterable[tuple[float, float]], **constants: object) -> dict[str, Any]:
-    """Return the columns `x` and `y` of points, to five digits; a missing number is null, which breaks a line."""
+    """Return the columns `x` and `y` of points, to four digits; a missing number is null, which breaks a line."""
     pairs = list(points)
     return {**constants, "x": [_short(x) for x, _ in pairs], "y": [_short(y) for _, y in pairs]}
 
@@ -138,10 +144,19 @@ def inert_json(content: object) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
+def gathered(body: str) -> str:
+    """Return a page's body with the content of its figures, in their order, compressed in one element at its end."""
+    found = ",".join(_INSIDE.findall(body))
+    return f"{_INSIDE.sub('', body)}{_PACKED}{packed(f'[{found}]')}</script>"
+
+
 def drawings_of(page: str) -> list[Drawing]:
     """Return the figures of a page, which holds the specification and the data of each."""
-    texts = re.findall(re.escape(_OPENED) + "(.*?)</script>", page)
-    return [Drawing(description="", **json.loads(text)) for text in texts]
+    return [
+        Drawing(description="", **content)
+        for text in re.findall(f"{_PACKED}(.*?)</script>", page)
+        for content in json.loads(unpacked(text))
+    ]
 
 
 def write_figures(drawings: Iterable[Drawing], folder: Path) -> list[Path]:
@@ -175,10 +190,10 @@ def _rows(table: Table) -> list[dict[str, object]]:
 
 
 def _short(value: float) -> float | int | None:
-    """Return a whole number as it is, another one to five digits."""
+    """Return a whole number as it is, another one to four digits."""
     if not math.isfinite(value):
         return None
-    return int(value) if abs(value) < 1e15 and value == int(value) else float(f"{value:.5g}")
+    return int(value) if abs(value) < 1e15 and value == int(value) else float(f"{value:.4g}")
 
 
 @cache

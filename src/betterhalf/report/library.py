@@ -1,11 +1,13 @@
-"""The JavaScript of the page: Vega, Vega-Lite and Vega-Embed from the installed package, then the page's own script."""
+"""The JavaScript of the page: Vega, Vega-Lite and Vega-Embed from the installed package, and the page's own script."""
 
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import os
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -14,31 +16,43 @@ from betterhalf.errors import RunError
 from betterhalf.run_dir import write_text_atomic
 
 
-def page_script() -> str:
-    """Return all that the page runs, without a character that could end its `<script>`."""
-    own = files("betterhalf.report").joinpath("page.js").read_text(encoding="utf-8")
-    return f"{_vega()}\n{own}".replace("</script", "<\\/script")
+def own_script() -> str:
+    """Return the script that unpacks libraries and figures, and draws."""
+    return files("betterhalf.report").joinpath("page.js").read_text(encoding="utf-8")
+
+
+@cache
+def libraries() -> tuple[str, str]:
+    """Return the libraries as one packed script, and the source of a policy that allows it."""
+    script = _vega()
+    return packed(script), script_hash(script)
+
+
+def packed(text: str) -> str:
+    """Return text that `DecompressionStream` of a browser and `unpacked` read, in letters that end no element."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+
+
+def unpacked(text: str) -> str:
+    """Return the text that was packed."""
+    return gzip.decompress(base64.b64decode(text)).decode()
 
 
 def script_hash(script: str) -> str:
-    """Return the source of a content security policy that allows this script alone."""
+    """Return the source of a content security policy that allows this script."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def _vega() -> str:
     """Return the libraries as one script; bundling them takes seconds, so the result is kept in the user's cache."""
-    kept = _cache() / f"vega-{version('vl-convert-python')}.js"
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "betterhalf"
+    file = kept / f"vega-{version('vl-convert-python')}.js"
     with suppress(OSError):
-        return kept.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     import vl_convert
 
     bundle = str(vl_convert.javascript_bundle(snippet="window.vegaEmbed=vegaEmbed;"))
     with suppress(OSError, RunError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(kept, bundle)
+        kept.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(file, bundle)
     return bundle
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "betterhalf"

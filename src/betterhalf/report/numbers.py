@@ -13,7 +13,7 @@ from betterhalf.report.fields import Point
 Scale = Literal["linear", "log10", "log2"]
 """Mapping of values to distance along an axis."""
 
-_POINTS_PER_FIGURE = 2400
+_POINTS_PER_FIGURE = 2000
 _FEWEST, _MOST = 200, 1000
 """Bounds of the points of a line that a page holds; longer lines are thinned to their extremes."""
 

@@ -1,8 +1,12 @@
 // Draws the figures of a report as they come near the screen, and lets the reader switch series, zoom over steps and
-// read values. Runs after Vega-Embed, whose expression interpreter needs no `eval`: the page's policy forbids it.
+// read values. The page's policy allows this script and the libraries, and no `eval`: Vega interprets its expressions.
 "use strict";
-(() => {
-  const AXIS = 40; // Height in pixels that a figure needs below its plot area.
+(async () => {
+  /** Return the text of an element that is compressed. */
+  const unpacked = id => {
+    const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), letter => letter.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  };
   const POINTS_PER_PIXEL = 0.7; // Of each line over steps; more cost time and look the same.
   const DRAG = 6; // Pixels from which a movement is a drag.
   const theme = JSON.parse(document.getElementById("theme").textContent);
@@ -13,7 +17,7 @@
   };
   const tip = element("div", "tip", document.body);
   const shown = value => (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6)
-    ? value.toExponential(3) : String(+value.toPrecision(5)));
+    ? value.toExponential(3) : String(value));
 
   /** Return the lowest and highest of each few rows, in order, so that about `most` are left and every spike is seen. */
   const thin = (found, most) => {
@@ -44,14 +48,11 @@
   };
 
   class Chart {
-    constructor(box) {
-      const unnamed = (key, value) => (key === "legend" ? null : value); // The page has legends of its own.
-      Object.assign(this, JSON.parse(box.parentElement.querySelector("script").textContent, unnamed));
-      Object.assign(this, {box, section: box.closest("section"), figure: box.closest("figure")});
+    constructor(box, content) {
+      Object.assign(this, content, {box, section: box.closest("section"), figure: box.closest("figure")});
       Object.assign(this, {hidden: new Set(), near: false, stale: true});
       const {names, include, shown: ends, steps} = Object.fromEntries((this.spec.params).map(one => [one.name, one.value]));
       Object.assign(this, {names, include, ends, full: steps, range: steps});
-      box.style.minHeight = `${this.spec.height + AXIS}px`;
     }
     /** Draw what changed since the last time. */
     async draw() {
@@ -139,7 +140,10 @@
     }
   }
 
-  const charts = [...document.querySelectorAll(".chart")].map(box => new Chart(box));
+  document.body.append(Object.assign(document.createElement("script"), {textContent: await unpacked("library")}));
+  const unnamed = (key, value) => (key === "legend" ? null : value); // The page has legends of its own.
+  const contents = JSON.parse(await unpacked("figures"), unnamed);
+  const charts = [...document.querySelectorAll(".chart")].map((box, place) => new Chart(box, contents[place]));
   const sections = new Set(charts.filter(one => one.full).map(one => one.section));
   const zoomable = section => charts.filter(one => one.full && one.section === section);
   const drawOne = chart => chart.draw().catch(error => console.error(`${chart.key}:`, error));
@@ -207,6 +211,7 @@
   }
 
   tip.hidden = true;
+  document.getElementById("undrawn").remove();
   const observer = new IntersectionObserver(entries => {
     for (const entry of entries) charts.find(one => one.box === entry.target).near = entry.isIntersecting;
     drawNear();

@@ -9,7 +9,7 @@ from pathlib import Path
 from betterhalf.errors import InputError
 from betterhalf.report.data import Arm, ReportData, Study, load
 from betterhalf.report.doctor_page import doctor_section
-from betterhalf.report.drawing import drawings_of, inert_json, theme, write_figures
+from betterhalf.report.drawing import drawings_of, gathered, inert_json, theme, write_figures
 from betterhalf.report.emulated import emulated_sentence
 from betterhalf.report.evaluation_curve import evaluation_curves
 from betterhalf.report.evaluation_page import evaluation_section
@@ -17,7 +17,7 @@ from betterhalf.report.events import events_table
 from betterhalf.report.experts import experts_section
 from betterhalf.report.fields import mapping
 from betterhalf.report.figures import step_figures
-from betterhalf.report.library import page_script, script_hash
+from betterhalf.report.library import libraries, own_script, script_hash
 from betterhalf.report.markup import figures, note, notice, section
 from betterhalf.report.mismatch import mismatch_figures
 from betterhalf.report.probe_page import probe_section
@@ -34,9 +34,9 @@ _SETTINGS = ("Settings", "Settings that differ")
 
 # The page shows text that a model wrote, and may be opened anywhere: it runs its own script alone, and loads nothing.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-_NO_SCRIPT = (
-    "<noscript><p class=notice>The figures need JavaScript. The numbers of each are in the table below it.</p>"
-    "</noscript>"
+_UNDRAWN = (
+    "<p class=notice id=undrawn>The figures need JavaScript, in a browser of 2023 or later. The numbers of each are in "
+    "the table below it.</p>"
 )
 
 
@@ -86,20 +86,19 @@ def render(data: ReportData) -> str:
             "</main>",
         ]
     )
-    policy, scripts = _scripts() if "<figure" in body else (_POLICY, "")
+    policy = _POLICY
+    if "<figure" in body:
+        own, (library, source) = own_script(), libraries()
+        look = f'<script type="application/json" id=theme>{inert_json(theme())}</script>'
+        packed = f"<script type=text/plain id=library>{library}</script>"
+        body = f"{_UNDRAWN}{gathered(body)}{look}{packed}<script>{own}</script>"
+        policy += f"; script-src {script_hash(own)} {source}"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)} - betterhalf report</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}</style></head>'
-        f"<body>{body}{scripts}</body></html>\n"
+        f"<body>{body}</body></html>\n"
     )
-
-
-def _scripts() -> tuple[str, str]:
-    """Return the policy and the elements of a page that draws figures."""
-    script = page_script()
-    look = f'<script type="application/json" id=theme>{inert_json(theme())}</script>'
-    return f"{_POLICY}; script-src {script_hash(script)}", f"{_NO_SCRIPT}{look}<script>{script}</script>"
 
 
 def _runs(data: ReportData) -> str:

@@ -12,10 +12,13 @@ from betterhalf.report.data import Arm
 from betterhalf.report.drawing import Drawing
 from betterhalf.report.markup import Figure, style_class, table
 from betterhalf.report.plot import Plot, Series, draw_plot
+from betterhalf.words import counted
 
-_POINTS_PER_CLOUD = 1000
+_POINTS_PER_CLOUD = 500
 _SAMPLES_PER_ARM = 2
 _SHADES = 4
+_MOST_TOKENS, _MOST_LETTERS = 400, 4000
+"""Bounds of a sample on the page, which would be larger than all figures; the middle of longer ones is left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +170,7 @@ def _sample(arm: Arm, row: dict[str, Any]) -> str:
     step = escape(str(row.get("step", "?")))
     return (
         f'<article class="sample {style_class(arm.index)}"><h4>{escape(arm.name)}, step {step}, '
-        f'reward {shown}</h4><pre><span class="prompt">{escape(str(row.get("prompt", "")))}</span>'
+        f'reward {shown}</h4><pre><span class="prompt">{_text(str(row.get("prompt", "")))}</span>'
         f"{_completion(row)}</pre></article>"
     )
 
@@ -183,15 +186,34 @@ def _completion(row: dict[str, Any]) -> str:
     observed = {int(each["before"]): str(each["text"]) for each in row.get("observations") or []}
     joined = "".join(f"{observed.get(i, '')}{token}" for i, token in enumerate(tokens) if isinstance(token, str))
     if not text or not joined.startswith(text) or not len(tokens) == len(trainer) == len(behavior):
-        return escape(text)
+        return _text(text)
+    columns = enumerate(zip(tokens, trainer, behavior, strict=True))
     shown = [
-        _token(str(token), log_pi, log_mu) for token, log_pi, log_mu in zip(tokens, trainer, behavior, strict=True)
+        f"{_context(observed[i], 'observation') if i in observed else ''}{_token(str(token), log_pi, log_mu)}"
+        for i, (token, log_pi, log_mu) in columns
     ]
-    return "".join(f"{_observation(observed[i])}{html}" if i in observed else html for i, html in enumerate(shown))
+    head, left_out, tail = _parts(len(shown), _MOST_TOKENS)
+    return "".join(shown[:head]) + _left_out(left_out, "token") + "".join(shown[tail:])
 
 
-def _observation(text: str) -> str:
-    return f'<span class="prompt" title="observation">{escape(text)}</span>'
+def _parts(count: int, most: int) -> tuple[int, int, int]:
+    """Return the length of the head to show, the number of things left out, and where the tail begins."""
+    half = min(count, most) // 2
+    return count - half if count <= most else half, max(0, count - most), count - half
+
+
+def _left_out(count: int, thing: str) -> str:
+    return f'<span class="prompt"> [{counted(count, thing)} left out] </span>' if count else ""
+
+
+def _text(text: str) -> str:
+    """Return text as HTML, without the middle of a long one."""
+    head, left_out, tail = _parts(len(text), _MOST_LETTERS)
+    return escape(text[:head]) + _left_out(left_out, "letter") + escape(text[tail:])
+
+
+def _context(text: str, title: str) -> str:
+    return f'<span class="prompt" title="{title}">{_text(text)}</span>'
 
 
 def _token(token: str, log_pi: float | None, log_mu: float | None) -> str:

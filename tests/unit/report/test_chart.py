@@ -11,7 +11,7 @@ import altair as alt
 import pytest
 
 from betterhalf.report.chart import Chart, Line, Mark, draw
-from betterhalf.report.drawing import Drawing, drawings_of, theme
+from betterhalf.report.drawing import Drawing, drawings_of, gathered, theme
 from betterhalf.report.plot import Plot, Series, draw_plot
 
 
@@ -123,7 +123,9 @@ def test_hostile_names_stay_text() -> None:
     evil = '</script><script>alert("1")</script>'
     image = drawn(line([0.1, 0.2], tag=evil, marks=(Mark(step=1, value=0.1, text=evil),)), title=evil)
     assert image.html().count("<script") == 1
-    (again,) = drawings_of(image.html())
+    page = gathered(image.html())
+    assert page.count("<script") == page.count("</script") == 1
+    (again,) = drawings_of(page)
     assert (again.title, again.tables["events"][0]["text"]) == (evil, evil)
 
 

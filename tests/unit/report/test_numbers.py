@@ -38,7 +38,7 @@ def test_thinning_keeps_a_gap() -> None:
 
 
 def test_the_points_of_a_figure_are_bounded() -> None:
-    assert [points_of_line(lines) for lines in (1, 4, 100)] == [1000, 600, 200]
+    assert [points_of_line(lines) for lines in (1, 4, 100)] == [1000, 500, 200]
 
 
 def test_the_moving_average_is_centred_and_shortened_at_the_ends() -> None:
