@@ -122,12 +122,25 @@ def test_the_figure_of_the_collapse_names_the_arms_that_the_run_has(
         folder.mkdir(parents=True)
         rows = [json.dumps({"step": step, "rollout/reward/mean": reward}) for step, reward in enumerate(rewards, 1)]
         (folder / "metrics.jsonl").write_text("\n".join(rows))
-    drawn = benchmark("collapse_figure", monkeypatch).figure(tmp_path)
-    assert drawn.count("<polyline") == 4  # each arm has a faint and a bold line
-    assert ">FP16</text>" in drawn and ">2 bits</text>" in drawn and "aligned" not in drawn
-    assert "emulated" in drawn
-    # The faint lines begin and end at the rewards: 0 is at 278 px, 1 at 62 px.
-    assert 'points="64.0,148.4 700.0,62.0"' in drawn and 'points="64.0,191.6 700.0,278.0"' in drawn
+    script = benchmark("study_figures", monkeypatch)
+    (drawing,) = script.figures("collapse", tmp_path)
+    assert [line["y"] for line in drawing.tables["values"]] == [[0.6, 1], [0.4, 0]]
+    svg = script.beside([drawing])
+    assert ">FP16</text>" in svg and ">2 bits</text>" in svg and "aligned" not in svg
+    assert "emulated" in svg
+
+
+def test_points_of_a_sweep_are_its_runs_and_lines_their_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"kind": "cell", "point": {"precision": name, "rounding": "engine"}, "reward_final": reward, "k3_first": k3}
+        for name, reward, k3 in (("fp16", 0.9, 1e-7), ("fp16", 1.0, 1e-5), ("e8m2", 0.1, 0.0), ("e8m2", 0.0, 0.1))
+    ]
+    (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    reward, k3 = benchmark("study_figures", monkeypatch).figures("formats", tmp_path)
+    assert reward.tables["joined"][0]["x"] == [2, 10] and reward.tables["joined"][0]["y"] == [0.05, 0.95]
+    # The geometric mean of 1e-7 and 1e-5 is 1e-6; a k3 of 0 has no place on the axis.
+    assert k3.tables["joined"][0]["y"] == [0.1, 1e-6]
+    assert sorted(k3.tables["clouds"][0]["y"]) == [1e-7, 1e-5, 0.1]
 
 
 def test_predictors_are_judged_by_hand_counted_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
