@@ -7,7 +7,6 @@
     const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), letter => letter.charCodeAt(0));
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
   };
-  const POINTS_PER_PIXEL = 0.7; // Of each line over steps; more cost time and look the same.
   const DRAG = 6; // Pixels from which a movement is a drag.
   const theme = JSON.parse(document.getElementById("theme").textContent);
   const element = (tag, name, parent) => {
@@ -19,28 +18,17 @@
   const shown = value => (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6)
     ? value.toExponential(3) : String(value));
 
-  /** Return the lowest and highest of each few rows, in order, so that about `most` are left and every spike is seen. */
-  const thin = (found, most) => {
-    if (found.length <= most) return found;
-    const size = Math.ceil(2 * found.length / most), left = new Set();
-    for (let start = 0; start < found.length; start += size) {
-      const bucket = found.slice(start, start + size).sort((a, b) => a.y - b.y);
-      const drawn = bucket.filter(row => row.y !== null);
-      for (const row of drawn.length ? [drawn[0], drawn.at(-1)] : bucket.slice(0, 1)) left.add(row);
-    }
-    return found.filter(row => left.has(row));
-  };
-
-  /** Return the rows of a table of columns that are `kept`: lists are columns, other values are the same in each row. */
-  const rows = (table, kept, most) => table.flatMap(part => {
+  /** Return the rows of a table that are `kept`: lists are columns, other values are the same in each row. */
+  const rows = (table, kept) => table.flatMap(part => {
     const lists = Object.entries(part).filter(([, cells]) => Array.isArray(cells));
-    const all = lists[0][1].map((_, row) => ({...part, ...Object.fromEntries(lists.map(([key, cells]) => [key, cells[row]]))}));
-    return thin(all.filter(kept), most);
+    const row = place => ({...part, ...Object.fromEntries(lists.map(([name, cells]) => [name, cells[place]]))});
+    return lists[0][1].map((_, place) => row(place)).filter(kept);
   });
 
   /** Show lines of text beside the pointer; nothing without lines. */
   const say = (lines, event) => {
-    tip.replaceChildren(...lines.map(([text, style]) => Object.assign(element("div", style, tip), {textContent: text})));
+    tip.replaceChildren();
+    for (const [textContent, style] of lines) Object.assign(element("div", style, tip), {textContent});
     tip.hidden = !lines.length;
     if (!event) return;
     tip.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 4))}px`;
@@ -49,42 +37,44 @@
 
   class Chart {
     constructor(box, content) {
-      Object.assign(this, content, {box, section: box.closest("section"), figure: box.closest("figure")});
-      Object.assign(this, {hidden: new Set(), near: false, stale: true});
-      const {names, include, shown: ends, steps} = Object.fromEntries((this.spec.params).map(one => [one.name, one.value]));
-      Object.assign(this, {names, include, ends, full: steps, range: steps});
+      const values = Object.fromEntries(content.spec.params.map(one => [one.name, one.value]));
+      const {names, include, shown: ends, steps} = values;
+      Object.assign(this, content, {box, names, include, ends, full: steps, range: steps, hidden: new Set()});
+      Object.assign(this, {section: box.closest("section"), figure: box.closest("figure"), near: false, stale: true});
     }
     /** Draw what changed since the last time. */
     async draw() {
       this.stale = false;
       const [low, high] = this.range ?? [], whole = this.range === this.full;
       const kept = row => !this.hidden.has(row.a) && (whole || (row.x >= low && row.x <= high));
-      const most = this.full ? POINTS_PER_PIXEL * this.box.clientWidth : Infinity;
-      const data = Object.fromEntries(Object.entries(this.tables).map(([name, table]) =>
-        [name, name === "ends" && !whole ? [] : rows(table, kept, most)]));
-      this.view ??= await this.make(data);
-      for (const name in data) if (this.tables[name].length) this.view.data(name, data[name]);
-      if (this.full) this.view.signal("steps", this.range).signal("shown", whole ? this.ends : this.fitted(data.values));
+      const tables = Object.entries(this.tables).filter(([, table]) => table.length);
+      const datasets = Object.fromEntries(tables.map(([name, table]) => [name, rows(table, kept)]));
+      if (!whole) datasets.ends = []; // Labels at the ends of lines are apart on the whole axis alone.
+      if (!this.view) await this.make(datasets);
+      for (const name in datasets) this.view.data(name, datasets[name]);
+      const ends = whole ? this.ends : this.fitted(datasets.values);
+      if (this.full) this.view.signal("steps", this.range).signal("shown", ends);
       await this.view.runAsync();
+    }
+    async make(datasets) {
+      const hover = (_, event, __, text) => say(text ? [[text, ""]] : [], event);
+      const options = {actions: false, ast: true, config: theme, renderer: "svg", logLevel: 1, defaultStyle: false};
+      const tooltip = this.full ? () => {} : hover;
+      this.view = (await vegaEmbed(this.box, {...this.spec, datasets}, {...options, tooltip})).view;
+      this.box.style.minHeight = "";
+      if (this.full) this.listen();
     }
     /** Return the ends of the vertical axis for the rows that are shown. */
     fitted(found) {
-      const drawn = found.map(row => row.y).filter(y => y !== null).concat(this.include);
+      const drawn = [...found.map(row => row.y).filter(y => y !== null), ...this.include];
       const [low, high] = [Math.min(...drawn), Math.max(...drawn)];
       return low < high ? [low, high] : this.ends;
-    }
-    async make(datasets) {
-      const say1 = (_, event, __, text) => say(text ? [[text]] : [], event);
-      const {view} = await vegaEmbed(this.box, {...this.spec, datasets}, {actions: false, ast: true, config: theme,
-        renderer: "svg", logLevel: 1, defaultStyle: false, tooltip: this.full ? () => {} : say1});
-      this.box.style.minHeight = "";
-      if (this.full) this.listen();
-      return view;
     }
     /** Return the step below a horizontal position on the screen. */
     step(clientX) {
       const svg = this.box.querySelector("svg"), {left, width} = svg.getBoundingClientRect();
-      const step = this.view.scale("x").invert((clientX - left) * svg.viewBox.baseVal.width / width - this.view.origin()[0]);
+      const place = (clientX - left) * svg.viewBox.baseVal.width / width - this.view.origin()[0];
+      const step = this.view.scale("x").invert(place);
       return Math.min(this.range[1], Math.max(this.range[0], step));
     }
     /** Put an element from one step to another; hide it without steps. */
@@ -200,7 +190,8 @@
     const field = (name, end) => `<input type=number aria-label="${name}" placeholder=${end}>`;
     const form = element("form", "zoom", section);
     form.innerHTML = `Steps ${field("first step", ends[0])} to ${field("last step", ends[1])}
-      <button type=reset>All steps</button><span class=note>Drag across a figure to zoom; double-click for all steps.</span>`;
+      <button type=reset>All steps</button>
+      <span class=note>Drag across a figure to zoom; double-click for all steps.</span>`;
     section.querySelector(".grid-of").before(form);
     form.addEventListener("change", () => {
       const range = [...form.querySelectorAll("input")].map((one, place) => +(one.value || ends[place]));
