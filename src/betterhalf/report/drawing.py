@@ -103,32 +103,24 @@ class Drawing:
 
 def theme(*, paper: bool = False) -> Json:
     """Return Vega's configuration; in a figure for a paper the words of a healthy range are a subtitle."""
-    font = {"font": _FONT, "fontSize": 12}
-    label = {"labelColor": "var(--soft)", "labelFont": _FONT, "labelFontSize": 12, "labelOverlap": True}
-    title = {"titleColor": "var(--soft)", "titleFont": _FONT, "titleFontSize": 12, "titleFontWeight": "normal"}
-    lines = {"domainColor": "var(--soft)", "tickColor": "var(--soft)", "gridColor": "var(--rule)"}
-    legend = {"labelFont": _FONT, "labelFontSize": 12, "labelColor": "var(--ink)", "labelLimit": 0, "title": None}
-    heading = {"color": "var(--ink)" if paper else "var(--edge)", "fontWeight": 600 if paper else "normal"}
-    below = {"subtitleColor": "var(--edge)", "subtitleFont": _FONT, "subtitleFontSize": 12}
+    soft = {"labelColor": "var(--soft)", "titleColor": "var(--soft)", "domainColor": "var(--soft)"}
+    sizes = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"}
+    heading = {"color": "var(--ink)", "fontWeight": 600} if paper else {"color": "var(--edge)", "fontWeight": "normal"}
+    below = {"subtitleColor": "var(--edge)", "subtitleFontSize": 12}
+    legend = {"orient": "bottom", "columns": 2, "columnPadding": 24, "labelLimit": 0, "title": None}
     return {
         "params": [{"name": RAISED, "value": {str(power): superscript(power) for power in range(-99, 100)}}],
+        "font": _FONT,
         "mark": {"aria": False},
         "background": "transparent",
         "view": {"stroke": None},
-        "axis": {**label, **title, **lines, "aria": False},
-        "axisX": {"grid": False, "titleAnchor": "end"},
-        "axisY": {"domain": False, "ticks": False, "labelPadding": 7},
-        "legend": {
-            **legend,
-            "orient": "bottom",
-            "columns": 2,
-            "symbolType": "stroke",
-            "disable": not paper,
-            "symbolOpacity": 1,
-        },
+        "axis": {**soft, **sizes, "tickColor": "var(--soft)", "gridColor": "var(--rule)", "labelOverlap": True},
+        "axisX": {"grid": False, "titleAnchor": "end", "aria": False},
+        "axisY": {"domain": False, "ticks": False, "labelPadding": 7, "aria": False},
+        "legend": {**legend, **sizes, "labelColor": "var(--ink)"},
         "line": {"strokeCap": "round"},
-        "text": {"color": "var(--ink)", "baseline": "middle", **font},
-        "title": {"anchor": "start", "frame": "group", "offset": 8, **heading, **below, **font},
+        "text": {"color": "var(--ink)", "baseline": "middle", "fontSize": 12},
+        "title": {"anchor": "start", "frame": "group", "offset": 8, "fontSize": 12, **heading, **below},
     }
 
 
