@@ -1,4 +1,4 @@
-"""Trainer and engine of a run, by `cluster.backend`: the only place that asks which backend it is."""
+"""Build the trainer and the engine of a run; no other module asks which `cluster.backend` is set."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Process(Protocol):
 
     @property
     def host(self) -> str | None:
-        """Name of its host; None before the process has said it."""
+        """Name of its host; None until the process has reported it."""
         ...
 
     @property
