@@ -97,7 +97,8 @@ def _layers(plot: Plot, *, few: bool) -> list[Json]:
     """Return the layers of the plot, from back to front."""
     styles = [one.style for one in plot.series]
     color, dash, shape = coloured(styles), dashed(styles), shaped(styles)
-    words = f"names[datum.k] + ': {plot.across_name} ' + format(datum.x, '.4g') + ', value ' + format(datum.y, '.4g')"
+    place = json.dumps(f": {plot.across_name} ")
+    words = f"names[datum.k] + {place} + format(datum.x, '.4g') + ', value ' + format(datum.y, '.4g')"
     hover = {"tooltip": {"value": {"expr": words}}}
     lone = len(set(styles)) == 1
     dot = {"shape": {"value": "circle"}} if lone else shape

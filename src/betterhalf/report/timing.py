@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from betterhalf.report.data import Arm
-from betterhalf.report.drawing import PAPER_WIDTH, Drawing, Json
+from betterhalf.report.drawing import Drawing, Json
 from betterhalf.report.marks import layer, layered
 from betterhalf.report.markup import Figure, table
 
@@ -15,8 +15,9 @@ _NAMES = (*_PHASES, "other")
 _GAPS = {"paddingInner": 0.55, "paddingOuter": 0.5}
 _PITCH = 52
 """Height of a bar with its name, in pixels."""
-_LETTER = 7.2
-"""Upper estimate of the width of a letter in pixels."""
+_LETTER = 7.2 / 330
+"""Upper estimate of the width of a letter, as a share of the width of a figure on the page."""
+_AXIS = {"grid": True, "tickCount": 5}
 
 
 def timing_figure(arms: Sequence[Arm]) -> Figure | None:
@@ -53,7 +54,7 @@ def _mean(values: list[float]) -> float:
 
 def _draw(bars: list[tuple[Arm, dict[str, float]]]) -> Drawing:
     """Return a bar for each arm, below its name and total, in segments that are labelled where there is room."""
-    room = max(math.fsum(seconds.values()) for _, seconds in bars) * _LETTER / PAPER_WIDTH
+    room = max(math.fsum(seconds.values()) for _, seconds in bars) * _LETTER
     return Drawing(
         key="timing",
         title="Time of a step by phase",
@@ -75,7 +76,7 @@ def _spec(bars: int) -> Json:
     """Return bars with the name of each above it, and the names of segments."""
     name = {"labelAlign": "left", "labelPadding": 0, "labelOffset": -22, "labelLimit": 0, "labelFontWeight": 600}
     place: Json = {
-        "x": {"field": "seconds", "type": "quantitative", "stack": "zero", "axis": {"grid": True}},
+        "x": {"field": "seconds", "type": "quantitative", "stack": "zero", "scale": {"nice": False}, "axis": _AXIS},
         "y": {"field": "bar", "type": "nominal", "sort": None, "scale": _GAPS, "title": "", "axis": name},
         "order": {"field": "n"},
     }

@@ -42,7 +42,9 @@ DRAWINGS = {
     "smooth": lambda: drawn(line([0.1, 0.9] * 20), line([0.5] * 40, 1), smooth=True, wide=True),
     "log": lambda: drawn(line([1e-8, 1e-4]), scale="log10", include=(), band=(None, 1e-3)),
     "powers": lambda: drawn(line([65536.0] * 3), scale="log2", include=()),
-    "cloud": lambda: plotted(series([(1.0, 1.0), (3.0, 2.0)], fit=(0.5, 0.5)), wedge=(-0.2, 0.2)),
+    "cloud": lambda: plotted(
+        series([(1.0, 1.0), (3.0, 2.0)], fit=(0.5, 0.5)), wedge=(-0.2, 0.2), across_name='it\'s a "name"'
+    ),
     "joined": lambda: plotted(
         series([(0.0, 1.0)], joined=True), rules=((1.0, "x"),), across_ticks=((0.0, "a"),), guide=((0, 0), (1, 1))
     ),
