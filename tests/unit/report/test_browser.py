@@ -53,13 +53,15 @@ def phone(tmp_path: Path, make_sanity: Callable[..., RunDir]) -> Iterator[Chromi
     doctor = fill_study(tmp_path / "doctor", "doctor.json", doctor_json(unsafe=True))
     page = write_report([sanity, probe, doctor], tmp_path / "report.html")
     browser = Chromium(binary, tmp_path / "profile", 375, 800)
-    browser.call("Page.navigate", url=page.as_uri())
-    browser.run("new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))")
-    browser.run(_HELPERS)
-    run(browser, "k3.scrollIntoView()")
-    run(browser, "until(() => k3.querySelector('svg'))")
-    yield browser
-    browser.close()
+    try:
+        browser.call("Page.navigate", url=page.as_uri())
+        browser.run("new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))")
+        browser.run(_HELPERS)
+        run(browser, "k3.scrollIntoView()")
+        run(browser, "until(() => k3.querySelector('svg'))")
+        yield browser
+    finally:
+        browser.close()
 
 
 def test_pages_fit_a_phone_and_every_figure_is_drawn_before_print(phone: Chromium) -> None:
