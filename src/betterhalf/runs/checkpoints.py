@@ -20,7 +20,7 @@ from betterhalf.run_dir import RunDir, read_jsonl, truncate_jsonl
 from betterhalf.runs.assembly import Parts
 from betterhalf.runs.data_check import require_same_data
 from betterhalf.runs.progress import Progress
-from betterhalf.runs.watchdog import WatchState
+from betterhalf.runs.watchdog import WatchState, kept_after_resume
 from betterhalf.setup.trained_policy import best_steps
 from betterhalf.training import checkpoint
 from betterhalf.training.shards import read_shapes
@@ -202,5 +202,4 @@ def _drop_rows_after(run: RunDir, step: int) -> None:
         )
     for path in (run.rollouts, run.mismatch, run.evaluated_steps):
         truncate_jsonl(path, step)
-    # Stops stay on record; other alarms are raised again when their steps are repeated.
-    truncate_jsonl(run.watchdog, lambda row: row["action"] == "stop" or row["step"] <= step)
+    truncate_jsonl(run.watchdog, lambda row: kept_after_resume(row, step))

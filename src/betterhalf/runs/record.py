@@ -17,7 +17,7 @@ from betterhalf.runs.loop import StepResult
 from betterhalf.runs.periodic import PeriodicResult, evaluate_after, evaluated
 from betterhalf.runs.progress import Progress
 from betterhalf.runs.trainer_recovery import TrainerRestarts
-from betterhalf.runs.watchdog import Alarm, unmeasured
+from betterhalf.runs.watchdog import Alarm, unmeasured, write_alarms
 from betterhalf.tracking.tracking import Tracking
 
 
@@ -71,11 +71,11 @@ class StepRecorder:
 
     def record_alarms(self, alarms: tuple[Alarm, ...], **more: Any) -> None:
         """Write a row for each alarm, with `more` for a stop, and show a note for each fresh one."""
+        write_alarms(self._run.watchdog, alarms, **more)
         for alarm in alarms:
-            append_jsonl(self._run.watchdog, asdict(alarm) | (more if alarm.action == "stop" else {}))
             if alarm.fresh:
                 self._tracking.alarm(asdict(alarm))
-                self._console.note(f"step {alarm.step}: watchdog ({alarm.action}): {alarm.reason}")
+                self._console.note(alarm.note)
 
     def close(self) -> None:
         """Wait for a checkpoint that is being written; its failure is shown."""

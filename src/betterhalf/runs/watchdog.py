@@ -18,12 +18,14 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Self
 
 from betterhalf.algorithms.presets import PRESETS, Algorithm, resolve_algorithm
 from betterhalf.config.schema import RunConfig, WatchdogConfig, WatchdogLevel
 from betterhalf.errors import ConfigError, WatchdogError
 from betterhalf.metrics.catalogue import CATALOGUE
+from betterhalf.run_dir import append_jsonl
 from betterhalf.types import WatchdogAction
 
 MASK = PRESETS["icepop"].correction
@@ -82,6 +84,11 @@ class Alarm:
     """Number of consecutive steps out of bounds, this one included."""
     fresh: bool
     """True for the first alarm of a stretch of steps, the one to show to the user."""
+
+    @property
+    def note(self) -> str:
+        """Line for the user."""
+        return f"step {self.step}: watchdog ({self.action}): {self.reason}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +151,20 @@ def check(
     if watch.stop:
         raise Stopped(watch.stop, watch, measured)
     return watch
+
+
+def write_alarms(path: Path, alarms: Sequence[Alarm], **more: Any) -> None:
+    """Add a row for each alarm to `watchdog.jsonl`, with `more` for a stop."""
+    for alarm in alarms:
+        append_jsonl(path, asdict(alarm) | (more if alarm.action == "stop" else {}))
+
+
+def kept_after_resume(row: Mapping[str, Any], step: int) -> bool:
+    """Return True for a row of `watchdog.jsonl` that a run keeps when it continues after `step`.
+
+    Stops stay on record; other alarms are raised again when their steps are repeated.
+    """
+    return bool(row["action"] == "stop" or row["step"] <= step)
 
 
 def _is_watched(metric: str, watched: Collection[str]) -> bool:
@@ -244,20 +265,34 @@ def require_sound_levels(config: RunConfig) -> None:
     """
     for number, level in enumerate(config.watchdog.levels):
         key = f"watchdog.levels[{number}]"
-        if not (_is_watched(level.metric, BEFORE) or _is_watched(level.metric, AFTER)):
-            raise ConfigError(f"{key}.metric = {level.metric!r} {_why_not_watched(level.metric)}")
+        require_watchable(key, level)
         if level.steps > config.training.steps:
             raise ConfigError(
                 f"{key}.steps={level.steps} is more than training.steps={config.training.steps}, so the level would "
                 f"never fire. Set {key}.steps={config.training.steps} or less, or leave the level out."
             )
-        if level.action == "stop" and _is_watched(level.metric, AFTER):
-            raise ConfigError(
-                f'{key}.action = "stop" cannot be used with {level.metric}, which is known only after the update that '
-                "it would prevent. Use warn, mask or halve_learning_rate, or watch one of mismatch/*."
-            )
         if level.action == "mask":
             _require_room_for_mask(key, resolve_algorithm(config.algorithm))
+
+
+def require_watchable(key: str, level: WatchdogLevel) -> None:
+    """Refuse a level whose metric or action cannot take effect in any run.
+
+    Args:
+        key: place of the level in the configuration.
+        level: the level.
+
+    Raises:
+        ConfigError: the metric is unknown or cannot be watched, or `stop` is set for one that is known only after the
+            update.
+    """
+    if not (_is_watched(level.metric, BEFORE) or _is_watched(level.metric, AFTER)):
+        raise ConfigError(f"{key}.metric = {level.metric!r} {_why_not_watched(level.metric)}")
+    if level.action == "stop" and _is_watched(level.metric, AFTER):
+        raise ConfigError(
+            f'{key}.action = "stop" cannot be used with {level.metric}, which is known only after the update that '
+            "it would prevent. Use warn, mask or halve_learning_rate, or watch one of mismatch/*."
+        )
 
 
 def _why_not_watched(metric: str) -> str:

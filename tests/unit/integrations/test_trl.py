@@ -40,8 +40,10 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_the_mismatch_is_that_of_the_recorded_logprobs_by_hand(run: RunDir) -> None:
-    rollouts = read_jsonl(run.rollouts)
-    for row in read_jsonl(run.metrics):
+    rollouts, rows = read_jsonl(run.rollouts), read_jsonl(run.metrics)
+    # Where no prompt is padded, this small model may sample and score with the same bits.
+    assert max(row["mismatch/k3/mean"] for row in rows) > 1e-9
+    for row in rows:
         mine = [rollout for rollout in rollouts if rollout["step"] == row["step"]]
         assert len(mine) == 8
         pairs = [
@@ -54,7 +56,6 @@ def test_the_mismatch_is_that_of_the_recorded_logprobs_by_hand(run: RunDir) -> N
         assert row["mismatch/k3/mean"] == pytest.approx(statistics.fmean(math.expm1(d) - d for d in ratios), rel=1e-6)
         gaps = [abs(math.exp(pi) - math.exp(mu)) for pi, mu in pairs]
         assert row["mismatch/prob_gap/mean_abs"] == pytest.approx(statistics.fmean(gaps), rel=1e-9)
-        assert row["mismatch/k3/mean"] > 1e-9
         rewards = [float(len(set(one["completion"]))) for one in mine]
         assert row["rollout/reward/mean"] == pytest.approx(statistics.fmean(rewards))
         assert row["rollout/reward/std"] == pytest.approx(statistics.pstdev(rewards))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from betterhalf.errors import ContractError
+from betterhalf.config.schema import WatchdogLevel
+from betterhalf.errors import ContractError, WatchdogError
+from betterhalf.integrations.trl.alarms import Alarms, checked_levels
 from betterhalf.integrations.trl.batch import scored_batch, trainer_logprobs
 from betterhalf.integrations.trl.checks import check_installed, check_trainer
 from betterhalf.integrations.trl.generate import GenerateRecorder
@@ -31,12 +33,15 @@ from betterhalf.metrics.catalogue import CATALOGUE
 from betterhalf.precision.contract import Contract
 from betterhalf.run_dir import RunDir
 from betterhalf.runs.system import peak_memory_gib
+from betterhalf.runs.watchdog import Stopped, unmeasured
 from betterhalf.words import counted
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 _log = logging.getLogger(__name__)
+
+_VERSION = "policy/version"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,6 +72,7 @@ class BetterhalfCallback(TrainerCallback):
         record_generate: bool = False,
         strict: bool = False,
         rollouts_per_step: int = 4,
+        watchdog: Iterable[WatchdogLevel | Mapping[str, Any]] | None = None,
     ) -> None:
         """Check the trainer; nothing is written or replaced before training begins.
 
@@ -76,15 +82,19 @@ class BetterhalfCallback(TrainerCallback):
             record_generate: without vLLM, note the logprobs of the tokens that transformers' `generate` draws.
             strict: stop before the first update if trainer and sampler differ in precision; else a warning shows it.
             rollouts_per_step: number of rollouts of each step to keep with their logprobs.
+            watchdog: rules such as `{"metric": "mismatch/k3/mean", "above": 0.1, "action": "stop"}`; `stop` ends the
+                training before the step's update. None for those of betterhalf on the mismatch, which warn.
 
         Raises:
-            InputError: the trainer has no logprobs of its sampler, or its mismatch cannot be measured.
+            InputError: the trainer has no logprobs of its sampler, its mismatch cannot be measured, or a rule of the
+                watchdog can take no effect.
             MissingExtraError: TRL is not installed.
         """
         check_installed()
         self._sampler = check_trainer(trainer, record_generate)
         self._trainer: Any = trainer
         self._strict = strict
+        self._alarms = Alarms(checked_levels(watchdog))
         self._recorder = GenerateRecorder(trainer.model, trainer.temperature) if record_generate else None
         self._record = TrlRecord(RunDir(Path(run_dir)), trainer, self._sampler, rollouts_per_step)
         self._watch: ComputeWatch | None = None
@@ -103,9 +113,12 @@ class BetterhalfCallback(TrainerCallback):
     ) -> None:
         """Create the run folder, or continue it, and start to read."""
         self._restore()
+        done, resumed = self._steps_before(state.global_step), state.global_step > 0
         if state.is_world_process_zero:
-            done, resumed = self._steps_before(state.global_step), state.global_step > 0
-            self._policy_version = self._record.begin(done, state.max_steps, resume=resumed)
+            self._record.begin(done, state.max_steps, self._alarms.levels, resume=resumed)
+        rows = self._record.rows(done) if resumed else []
+        self._alarms.replay(rows)
+        self._policy_version = int(next((row[_VERSION] for row in reversed(rows) if _VERSION in row), 0))
         self._watch = ComputeWatch(self._trainer.model)
         self._inner = self._trainer._generate_and_score_completions, self._trainer._get_grad_norm
         self._trainer._generate_and_score_completions = self._generate_and_score
@@ -204,6 +217,28 @@ class BetterhalfCallback(TrainerCallback):
                 self._trainer._metrics["train"][name].append(value)
         if self._trainer.is_world_process_zero():
             self._record.write_rollouts(step.number, self._policy_version, batch, output)
+        self._check_before(step)
+
+    def _check_before(self, step: _Step) -> None:
+        """Check the rules of the watchdog on what is measured before the update; every process does.
+
+        Raises:
+            WatchdogError: a rule with the action `stop` fired.
+        """
+        try:
+            alarms = self._alarms.before(step.number, step.metrics)
+        except Stopped as stopped:
+            self._step = None
+            self._restore()
+            if self._trainer.is_world_process_zero():
+                self._record.stop(stopped)
+            raise WatchdogError(
+                f"the watchdog stopped the training in step {step.number}: {stopped.stop.reason}. That step was not "
+                "trained on; watchdog.jsonl has its measurements. Set the same format on both sides (docs/trl.md shows "
+                "how), then train again, with resume_from_checkpoint if TRL has saved a checkpoint."
+            ) from stopped
+        if self._trainer.is_world_process_zero():
+            self._record.write_alarms(alarms)
 
     def _read_sides(self) -> None:
         """Read the contract after the first batch; every process takes part.
@@ -236,13 +271,14 @@ class BetterhalfCallback(TrainerCallback):
         if step is None or not self._trainer.is_world_process_zero():
             return
         seconds = time.perf_counter() - step.began
-        self._record.write_step(
-            step.number,
-            {
-                **step.metrics,
-                **update_metrics(step.updates, self._policy_version),
-                "time/step_seconds": seconds,
-                "system/tokens_per_second": step.tokens / seconds,
-                "system/peak_memory_gib": peak_memory_gib(self._trainer.accelerator.device),
-            },
-        )
+        metrics = {
+            **step.metrics,
+            **update_metrics(step.updates, self._policy_version),
+            "time/step_seconds": seconds,
+            "system/tokens_per_second": step.tokens / seconds,
+            "system/peak_memory_gib": peak_memory_gib(self._trainer.accelerator.device),
+        }
+        self._record.write_step(step.number, metrics)
+        self._record.write_alarms(self._alarms.after(step.number, metrics))
+        if step.number == 1 and (missing := unmeasured(self._alarms.levels, metrics)):
+            _log.warning(missing)

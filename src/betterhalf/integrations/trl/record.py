@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from betterhalf.api.tensors import mismatch_profile
+from betterhalf.config.schema import WatchdogLevel
 from betterhalf.environment import environment
 from betterhalf.integrations.trl.batch import ScoredBatch
 from betterhalf.integrations.trl.checks import Sampler
@@ -21,10 +23,13 @@ from betterhalf.precision.contract import Contract
 from betterhalf.run_dir import RunDir, append_jsonl, read_jsonl, truncate_jsonl, write_json_atomic
 from betterhalf.run_lock import run_lock
 from betterhalf.runs.kept_rollouts import KeptRollout, rollout_row
+from betterhalf.runs.watchdog import Alarm, Stopped, kept_after_resume, write_alarms
 from betterhalf.types import Completion, Prompt, Rollout
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
+
+_log = logging.getLogger(__name__)
 
 
 class TrlRecord:
@@ -38,12 +43,13 @@ class TrlRecord:
         self._started = time.perf_counter()
         self._settings: dict[str, Any] = {}
 
-    def begin(self, step: int, max_steps: int, *, resume: bool) -> int:
-        """Create the folder, or continue it after `step` steps, and return the policy version.
+    def begin(self, step: int, max_steps: int, levels: Sequence[WatchdogLevel], *, resume: bool) -> None:
+        """Create the folder, or continue it after `step` steps.
 
         Args:
             step: number of finished steps.
             max_steps: number of optimizer steps of the whole run.
+            levels: rules of the watchdog.
             resume: TRL continues from a checkpoint.
 
         Raises:
@@ -54,12 +60,16 @@ class TrlRecord:
         self._open.enter_context(run_lock(self._run.path))
         for path in (self._run.metrics, self._run.mismatch, self._run.rollouts):
             truncate_jsonl(path, step)
+        truncate_jsonl(self._run.watchdog, lambda row: kept_after_resume(row, step))
         self._run.summary.unlink(missing_ok=True)
-        self._settings = run_settings(self._trainer, self._sampler, max_steps)
+        rules = {"watchdog": {"levels": [level.model_dump(mode="json") for level in levels]}}
+        self._settings = run_settings(self._trainer, self._sampler, max_steps) | rules
         write_json_atomic(self._run.config, self._settings)
         write_json_atomic(self._run.environment, environment())
-        versions = [row["policy/version"] for row in read_jsonl(self._run.metrics) if "policy/version" in row]
-        return int(versions[-1]) if versions else 0
+
+    def rows(self, step: int) -> list[dict[str, Any]]:
+        """Return the rows of `metrics.jsonl` up to `step`; every process may read them."""
+        return [row for row in read_jsonl(self._run.metrics) if row["step"] <= step]
 
     def write_contract(self, contract: Contract) -> None:
         """Write the contract, and its formats into the settings."""
@@ -83,10 +93,23 @@ class TrlRecord:
         check_known(metrics)
         self._run.append_metrics({"step": step, **metrics})
 
-    def end(self) -> None:
-        """Write the summary and release the folder."""
+    def write_alarms(self, alarms: Sequence[Alarm], **more: Any) -> None:
+        """Write a row for each alarm of the watchdog, with `more` for a stop, and warn of each fresh one."""
+        write_alarms(self._run.watchdog, alarms, **more)
+        for alarm in alarms:
+            if alarm.fresh:
+                _log.warning(alarm.note)
+
+    def stop(self, stopped: Stopped) -> None:
+        """Write the alarms of a step that is not trained on, and the summary of the steps before it."""
+        self.write_alarms(stopped.watch.alarms, measured=stopped.measured)
+        stop = stopped.stop
+        self.end(stopped=f"step {stop.step}: {stop.reason}", stopped_step=stop.step)
+
+    def end(self, **more: Any) -> None:
+        """Write the summary with `more`, and release the folder."""
         rows = read_jsonl(self._run.metrics)
-        write_json_atomic(self._run.summary, self._summary(rows))
+        write_json_atomic(self._run.summary, self._summary(rows) | more)
         self._open.close()
 
     def _summary(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
