@@ -73,7 +73,9 @@ def ends(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         assert found == status, err
         assert "Traceback" not in err
         if status in (2, 3):
-            assert [number for number, line in enumerate(err.splitlines()) if line.startswith("error: ")] == [0]
+            found_at = [number for number, line in enumerate(err.splitlines()) if line.startswith("error: ")]
+            # Warnings of the steps before may come first.
+            assert found_at == [0] if status == 2 else len(found_at) == 1, err
             assert out == ""
         return err
 

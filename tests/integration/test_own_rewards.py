@@ -107,6 +107,15 @@ def test_every_experiment_of_the_page_runs(folder: Path, ends: Ends, number: int
         }
 
 
+def test_a_failing_reward_warns_even_without_progress(folder: Path, ends: Ends) -> None:
+    (folder / "fails.py").write_text("def score(prompt, completion, metadata):\n    raise ValueError('no such key')\n")
+    task = ("task=python", "task.template=none", "task.path=sums.jsonl", "task.reward=fails.py:score")
+    err = ends(0, "train", SMOKE, *task, "task.on_error=score", "training.steps=1", *QUIET, "run_dir=run")
+    assert err.count("warning: the reward score failed for") == 1
+    assert "ValueError: no such key" in err
+    assert "step 1" not in err and read_jsonl(folder / "run" / "metrics.jsonl")[0]["task/errors"] > 0
+
+
 def _mean_characters(folder: Path) -> float:
     """Return the mean number of characters, which for the demo model is that of its tokens."""
     return float(read_jsonl(folder / "run" / "metrics.jsonl")[0]["rollout/length/mean"])

@@ -18,7 +18,7 @@ class LoggingConfig(Section):
 
     console: ConsoleMode = "auto"
     """Progress on the terminal: a `live` dashboard, plain `lines`, or none (`quiet`). `auto`: `live` on a terminal,
-    `lines` elsewhere."""
+    `lines` elsewhere. Warnings, such as alarms of the watchdog, show in every mode."""
     trackers: tuple[TrackerName, ...] = ()
     """Trackers that also get the run; each needs the extra of its name. None of them can stop or slow the run."""
     project: str | None = None

@@ -37,13 +37,13 @@ class CellsView(TerminalView):
         self._started = time.monotonic()
 
     def show(self, label: str, event: Mapping[str, Any]) -> None:
-        """Show an event of a running cell: its steps, and what its process writes, such as warnings."""
+        """Show an event of a running cell: its steps, its warnings, and what its process writes."""
         if self._mode == "events":
             emit(self._stream, {"run": label, **event})
         elif "step" in event:
             self._step(label, int(event["step"]), reading(event.get("metrics") or {}, "rollout/reward/mean"))
-        elif "output" in event:
-            self._print(f"{label}: {event['output']}")
+        elif "warning" in event or "output" in event:
+            self._print(f"{label}: {event.get('warning') or event['output']}")
         self._refresh()
 
     def _step(self, label: str, step: int, reward: float | None) -> None:

@@ -94,10 +94,19 @@ class Console(TerminalView):
             emit(self._stream, {"step": step, "metrics": dict(metrics)})
 
     def note(self, text: str) -> None:
-        """Show one line above the panel, or between the lines."""
-        if self._mode == "events":
+        """Show one line above the panel, or between the lines; nothing in the mode `quiet`, unless it is a warning."""
+        if is_warning(text):
+            self.warn(text)
+        elif self._mode == "events":
             emit(self._stream, {"note": text})
         elif self._mode != "quiet":
+            self._print(text)
+
+    def warn(self, text: str) -> None:
+        """Show one line above the panel, or between the lines, in every mode."""
+        if self._mode == "events":
+            emit(self._stream, {"warning": text})
+        else:
             self._print(text)
 
     def _view_now(self) -> RenderableType:
@@ -284,12 +293,20 @@ def _phase_events(label: str, total: int, out: TextIO) -> Iterator[PhaseProgress
 
 
 def show_note(text: str, *, mode: OutputMode = "auto", stream: TextIO | None = None) -> None:
-    """Show a note outside the steps of a run, such as the rows left out of its data; nothing in the mode `quiet`."""
-    out = stream or sys.stderr
+    """Show a note outside the steps of a run, such as the rows left out of its data.
+
+    In the mode `quiet` nothing is shown, unless it is a warning.
+    """
+    out, warning = stream or sys.stderr, is_warning(text)
     if mode == "events" or (mode != "quiet" and events_wanted()):
-        emit(out, {"note": text})
-    elif mode != "quiet":
+        emit(out, {"warning" if warning else "note": text})
+    elif warning or mode != "quiet":
         print(text, file=out)
+
+
+def is_warning(text: str) -> bool:
+    """Return True for a note that every mode shows."""
+    return text.startswith("warning: ")
 
 
 def resolve_mode(mode: OutputMode, out: RichConsole) -> OutputMode:

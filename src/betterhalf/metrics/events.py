@@ -2,6 +2,7 @@
 
     {"step": 3, "metrics": {...}}                      one more step
     {"note": "..."}                                    one line, or a table, for people
+    {"warning": "..."}                                 one line for people that is shown even in the mode `quiet`
     {"phase": "final accuracy", "done": 8, "total": 320}
     {"error": "RewardError", "message": "..."}         the reason why the process ends
 

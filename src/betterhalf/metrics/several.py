@@ -34,7 +34,7 @@ class SeveralRuns(TerminalView):
     def show(self, label: str, event: Mapping[str, Any]) -> None:
         """Show one event of the run `label`, or a line of its `output` that is not an event; ignore unknown events.
 
-        Output is shown even in the mode `quiet`, so that warnings of a process are not lost.
+        Warnings and output are shown even in the mode `quiet`.
         """
         if self._mode == "events":
             if "error" not in event:  # the caller raises it, and the command line shows it
@@ -42,7 +42,10 @@ class SeveralRuns(TerminalView):
         elif "step" in event:
             self._step(label, event)
         elif "note" in event:
-            self._note(label, str(event["note"]))
+            if self._mode != "quiet":
+                self._note(label, str(event["note"]))
+        elif "warning" in event:
+            self._note(label, str(event["warning"]))
         elif "output" in event:
             self._print(f"{label}: {event['output']}")
         elif "phase" in event:
@@ -56,8 +59,7 @@ class SeveralRuns(TerminalView):
         self._refresh()
 
     def _note(self, label: str, text: str) -> None:
-        if self._mode != "quiet":
-            self._print(f"{label}:\n{text}" if "\n" in text else f"{label}: {text}")
+        self._print(f"{label}:\n{text}" if "\n" in text else f"{label}: {text}")
 
     def _phase(self, label: str, event: Mapping[str, Any]) -> None:
         name, done, total = str(event["phase"]), int(event["done"]), int(event["total"])

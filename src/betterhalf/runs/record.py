@@ -75,14 +75,16 @@ class StepRecorder:
         for alarm in alarms:
             if alarm.fresh:
                 self._tracking.alarm(asdict(alarm))
-                self._console.note(alarm.note)
+                # The error that ends a stopped run says the same, in every mode.
+                show = self._console.note if alarm.action == "stop" else self._console.warn
+                show(alarm.note)
 
     def close(self) -> None:
         """Wait for a checkpoint that is being written; its failure is shown."""
         try:
             self.checkpoints.wait()
         except BetterhalfError as error:
-            self._console.note(str(error))
+            self._console.warn(str(error))
 
     def _evaluate(self, step: int, policy_version: int) -> PeriodicResult | None:
         if not evaluation_due(self._parts.config, step) or evaluated(self._run, step):

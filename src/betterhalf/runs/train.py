@@ -203,7 +203,7 @@ def _write_head(run: RunDir, parts: Parts, contract: Contract) -> None:
 
 def _train_and_record(parts: Parts, run: RunDir, progress: Progress, console: Console, tracking: Tracking) -> Progress:
     """Run the loop, and record each step; if the trainer dies, start it again and repeat the steps that it lost."""
-    restarts = TrainerRestarts(parts.config.cluster.max_restarts, console.note)
+    restarts = TrainerRestarts(parts.config.cluster.max_restarts, console.warn)
     recorder = StepRecorder(parts, run, console, restarts, tracking)
 
     def train_from(progress: Progress) -> Progress:

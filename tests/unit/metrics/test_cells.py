@@ -28,10 +28,12 @@ def test_each_result_is_a_line_with_the_time_that_is_left(monkeypatch: pytest.Mo
         shown.finish("a", "learned")
         shown.show("b", {"note": "a table"})
         shown.show("b", {"output": "a warning"})
+        shown.show("b", {"warning": "warning: wandb ended"})
         shown.finish("b", "failed: why")
     assert out.getvalue().splitlines() == [
         "[2/3, about 20s left] a: learned",
         "b: a warning",
+        "b: warning: wandb ended",
         "[3/3] b: failed: why",
     ]
 

@@ -1,4 +1,4 @@
-"""Terminal output of a run: exact lines, the content of the panel, and nothing in the mode `quiet`."""
+"""Terminal output of a run: exact lines, the content of the panel, and warnings alone in the mode `quiet`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ import math
 import pytest
 from rich.console import Console as RichConsole
 
-from betterhalf.metrics.console import Console, StepView, duration, health, max_gap, number, progress, sparkline
+from betterhalf.metrics.console import (
+    Console,
+    OutputMode,
+    StepView,
+    duration,
+    health,
+    max_gap,
+    number,
+    progress,
+    show_note,
+    sparkline,
+)
 
 METRICS = {
     "rollout/reward/mean": 0.7812,
@@ -89,6 +100,17 @@ def test_quiet_prints_nothing() -> None:
         console.note("hello")
         phase.advance()
     assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("mode", ["quiet", "lines"])
+def test_warnings_show_in_every_mode(mode: OutputMode, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    with Console(mode, total_steps=2, label="x", stream=stream) as console:
+        console.note("warning: wandb ended")
+        console.warn("step 1: watchdog (warn): k3 is 1")
+    show_note("warning: the reward failed", mode=mode, stream=stream)
+    lines = ["warning: wandb ended", "step 1: watchdog (warn): k3 is 1", "warning: the reward failed"]
+    assert stream.getvalue().splitlines() == lines
 
 
 def test_markup_in_a_note_is_shown_as_it_is() -> None:

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console as RichConsole
 
 from betterhalf.metrics import events
-from betterhalf.metrics.console import Console, progress
+from betterhalf.metrics.console import Console, progress, show_note
 from betterhalf.metrics.several import SeveralRuns
 
 METRICS = {"rollout/reward/mean": 0.5, "mismatch/k3/mean": 2e-8, "time/step_seconds": 2.0, "optim/first_offender": None}
@@ -58,6 +58,26 @@ def test_a_quiet_child_stays_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     with Console("quiet", total_steps=1, label="x", stream=stream) as console:
         console.note("hello")
     assert stream.getvalue() == ""
+
+
+def test_a_warning_of_a_quiet_child_reaches_a_quiet_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quiet child writes text, any other an event."""
+    monkeypatch.setenv(events.VARIABLE, "1")
+    shown = []
+    for mode in ("quiet", "auto"):
+        stream = io.StringIO()
+        with Console(mode, total_steps=1, label="x", stream=stream) as console:  # type: ignore[arg-type]
+            console.note("warning: wandb ended")
+        show_note("warning: the reward failed", mode=mode, stream=stream)  # type: ignore[arg-type]
+        shown.append([events.parse(line) or line for line in stream.getvalue().removesuffix("\n").split("\n")])
+    monkeypatch.delenv(events.VARIABLE)
+    assert shown[0] == ["warning: wandb ended", "warning: the reward failed"]
+    assert shown[1] == [{"warning": text} for text in shown[0]]
+    stream = io.StringIO()
+    with SeveralRuns("quiet", labels=("a",), total_steps=2, stream=stream) as view:
+        for event in shown[1]:
+            view.show("a", event)  # type: ignore[arg-type]
+    assert stream.getvalue() == "a: warning: wandb ended\na: warning: the reward failed\n"
 
 
 def test_lines_of_several_runs_carry_their_labels(monkeypatch: pytest.MonkeyPatch) -> None:
