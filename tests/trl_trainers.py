@@ -62,6 +62,11 @@ def grpo_trainer(folder: Path, dtype: str = "fp32", *, scale: float | None = 2.0
     )
     trainer.remove_callback(PrinterCallback)
     if dtype == "fp16" and scale is not None:
-        trainer.accelerator.native_amp = True
-        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        autocast_in_fp16(trainer, scale)
     return trainer
+
+
+def autocast_in_fp16(trainer: Any, scale: float = 2.0**16) -> None:
+    """Give a trainer on a CPU the FP16 autocast and the loss scale that accelerate leaves out there."""
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
