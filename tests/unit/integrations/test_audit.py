@@ -26,6 +26,9 @@ EXPECTED: dict[str, tuple[tuple[str, ...], bool]] = {
     "trl_colocate_fp16.yaml": (("fp16", "fp32", "depends*", "fp32", CHECKPOINT, CHECKPOINT, "dynamic"), False),
     "trl_server_fp16.json": (("fp16", "fp32", "depends*", "fp32", "depends*", "depends*", "dynamic"), False),
     "trl_defaults.yaml": (("bf16", "fp32", "depends*", "fp32", "bf16", "bf16", "none"), True),
+    "trl_async_fp16.yaml": (("fp16", "fp32", "depends*", "fp32", "depends*", "depends*", "dynamic"), False),
+    "verl_veomni.yaml": (("bf16", "fp32", "fp32", "fp32", "bf16", "bf16", "none"), True),
+    "verl_torchtitan_fp16.sh": (("bf16", "fp32", "fp32", "bf16", "fp16", "fp16", "none"), False),
     "verl_fsdp_documented_key.sh": (("bf16", "fp32", "fp32", "fp32", "fp16", "fp16", "none"), False),
     "verl_fsdp_fp16.yaml": (("fp16", "fp32", "fp32", "fp32", "fp16", "fp16", "dynamic"), True),
     "verl_megatron_fp16.sh": (("fp16", "fp32", "fp32", "fp16", "fp16", "fp16", "dynamic"), True),
@@ -37,6 +40,9 @@ EXPECTED: dict[str, tuple[tuple[str, ...], bool]] = {
     "nemo_rl_dtensor_fp16.yaml": (("fp16", "fp32", "fp32", "fp16", "fp16", "fp16", "none"), False),
     "nemo_rl_megatron_half_set.yaml": (("fp16", "fp32", "fp16", "fp16", "fp16", "fp16", "none"), False),
     "nemo_rl_megatron_fp16.yaml": (("fp16", "fp32", "fp16", "fp16", "fp16", "fp16", "dynamic"), True),
+    "nemo_rl_sglang.yaml": (("bf16", "fp32", "fp32", "bf16", "bf16", "bf16", "none"), True),
+    "nemo_rl_megatron_generation_fp16.yaml": (("fp16", "fp32", "fp32", "fp16", "fp16", "fp16", "dynamic"), True),
+    "areal_archon.yaml": (("bf16", "bf16", "fp32", "bf16", "bf16", "bf16", "none"), False),
     "areal_megatron_fp16.yaml": (("fp16", "fp32", "fp32", "fp16", "fp16", "fp16", "dynamic"), True),
     "areal_fsdp_fp16.yaml": (("fp16", "fp32", "fp32", "fp16", "fp16", "fp16", "none"), False),
     "roll_megatron_fp16.yaml": (("fp16", "fp32", "fp16", "fp16", "fp16", "fp16", "dynamic"), True),
@@ -49,6 +55,9 @@ SHOWN = ("compute", "masters", "reduction", "wire", "engine", "kv", "scaler")
 SAID = {
     "trl_colocate_fp16.yaml": ("without a message", "trl vllm-serve"),
     "verl_fsdp_documented_key.sh": ("fsdp_config.dtype has no effect", "mixed_precision.param_dtype = fp16"),
+    "trl_async_fp16.yaml": ("GradScaler refuses", "vllm serve MODEL --dtype float16"),
+    "verl_torchtitan_fp16.sh": ("torchtitan.dtype has no effect", "cannot train in FP16"),
+    "areal_archon.yaml": ("master weights in bf16", "neither a loss scaler nor FP32 master weights"),
     "openrlhf_fp16.sh": ("first weight sync", "cannot run RL in FP16"),
     "slime_fp16.sh": ("assert update_successful", "cannot train in FP16"),
     "prime_rl_fp16_engine.toml": ("computes in bf16 and the engine in fp16", "cannot train in FP16"),
@@ -105,6 +114,36 @@ def test_a_setting_that_looks_like_precision_without_a_rule_is_named_and_fails(t
     assert audit.unknown == ("trainer.activation_dtype = bfloat16",) and not audit.passed
 
 
+def test_a_script_with_trl_s_asynchronous_trainer_is_not_taken_for_the_other_one(tmp_path: Path) -> None:
+    path = tmp_path / "run.sh"
+    engines = {}
+    for script in ("grpo.py", "async_grpo.py"):
+        path.write_text(f"accelerate launch examples/{script} --num_generations 8\n")
+        engines[script] = next(finding for finding in audit_file(path).findings if finding.role == "engine").value
+    assert engines["grpo.py"] == "bf16"  # without vLLM, the trainer's own module samples
+    assert engines["async_grpo.py"].startswith("depends on --dtype of vllm serve")
+
+
+def test_a_trainer_that_cannot_send_weights_to_its_engine_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    both = "policy: {precision: bfloat16, megatron_cfg: {enabled: %s}, generation: {backend: %s, sglang_cfg: {}}}\n"
+    for on, backend, said in (
+        ("true", "sglang", "only DTensor workers send weights to SGLang"),
+        ("false", "megatron", "only Megatron's workers sample with Megatron"),
+    ):
+        path.write_text(both % (on, backend))
+        assert any(said in difference for difference in audit_file(path).differences)
+
+
+def test_veomni_without_mixed_precision_has_bf16_master_weights(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("actor_rollout_ref: {actor: {strategy: veomni, veomni: {mixed_precision: false}}}\n")
+    audit = audit_file(path)
+    found = {finding.role: finding.value for finding in audit.findings}
+    assert (found["compute"], found["masters"], found["reduction"], found["wire"]) == ("bf16",) * 4
+    assert any("master weights in bf16" in difference for difference in audit.differences)
+
+
 def test_a_value_that_is_resolved_at_launch_is_not_guessed(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text('actor_rollout_ref:\n  rollout:\n    dtype: "${oc.env:ROLLOUT_DTYPE}"\n')
@@ -145,8 +184,9 @@ YAML = "actor_rollout_ref:\n  rollout:\n    dtype: float16\n"
         ("a.yaml", YAML, "verl==0.7.0", "no rules for verl 0.7.0: they were read from 0.9.1"),
         ("a.yaml", YAML + "actor_train: {model_args: {dtype: fp16}}\n", None, "may be of roll or verl.*--framework"),
         ("a.yaml", YAML.replace("float16", "fp17"), None, "fp17, which is no dtype"),
-        ("a.yaml", YAML + "  actor: {strategy: veomni}\n", None, "no rules for .*strategy = veomni"),
-        ("a.yaml", "actor: {backend: 'archon:d2'}\nrollout: {backend: 'vllm:d1'}\n", "areal", "no rules for .*archon"),
+        ("a.yaml", YAML + "  actor: {strategy: automodel}\n", None, "no rules for .*strategy = automodel"),
+        ("a.yaml", "actor: {backend: 'titan:d2'}\nrollout: {backend: 'vllm:d1'}\n", "areal", "no rules for .*titan"),
+        ("a.yaml", "policy: {precision: float16, generation: {backend: trtllm}}\n", None, "no rules for .*trtllm"),
         ("a.yaml", "defaults: lost.yaml\npolicy: {precision: float16}\n", None, "inherits from lost.yaml"),
         ("a.yaml", "a: [", None, "is not valid YAML"),
         (

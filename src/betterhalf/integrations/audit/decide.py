@@ -25,6 +25,7 @@ from betterhalf.integrations.audit.records import (
     Role,
     Rule,
     Settings,
+    Starts,
     Value,
     matches,
 )
@@ -175,6 +176,8 @@ def _holds(condition: Condition, state: _State) -> bool:
             return matches(values, default if text is None else text)
         case Has(key):
             return _lookup(key, state.settings) is not None
+        case Starts(words):
+            return any(matches(words, word) for word in state.settings.command)
         case _:
             return matches(condition.values, state.found[condition.role].value)
 

@@ -88,7 +88,15 @@ class Decided:
     values: tuple[str, ...]
 
 
-Condition = Is | Has | Decided
+@dataclass(frozen=True, slots=True)
+class Starts:
+    """Condition: the launch command of a script has a word that matches; a file of another format has none."""
+
+    words: tuple[str, ...]
+    """Patterns of the word."""
+
+
+Condition = Is | Has | Decided | Starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +239,7 @@ class Framework:
     def known_keys(self) -> frozenset[str]:
         """Return every key that a rule, trap, recipe or choice reads."""
         rows: tuple[Rule | Trap | Recipe | Implied, ...] = (*self.rules, *self.traps, *self.recipes, *self.implied)
-        keys = {condition.key for row in rows for condition in row.when if not isinstance(condition, Decided)}
+        keys = {condition.key for row in rows for condition in row.when if isinstance(condition, Is | Has)}
         keys |= {rule.value.key for rule in self.rules if isinstance(rule.value, FromKey)}
         keys |= {key for recipe in self.recipes for key, _ in recipe.settings}
         return frozenset(keys | {choice.key for choice in self.choices})

@@ -21,7 +21,9 @@ from betterhalf.integrations.audit.words import AUTO_ENGINE, AUTO_KV
 _CLI = "areal/api/cli_args.py"
 _FSDP = "areal/engine/fsdp_utils/parallel.py:385"
 _MEGATRON = "areal/engine/megatron_engine.py"
+_ARCHON = "areal/experimental/engine/archon_engine.py"
 _IS_MEGATRON = (Is("actor.backend", ("megatron:*",)),)
+_IS_ARCHON = (Is("actor.backend", ("archon:*",)),)
 _IS_SGLANG = (Is("rollout.backend", ("sglang:*",)),)
 _DTYPE = FromKey("actor.dtype", Fixed("bf16"))
 _REFUSED = {"fp16": "AReaL takes float32 or bfloat16 there", "fp8": "AReaL takes float32 or bfloat16 there"}
@@ -34,7 +36,7 @@ FRAMEWORK = Framework(
     kinds=("yaml",),
     marks=("actor.backend", "gconfig.*", "rollout.max_head_offpolicyness", "actor.use_decoupled_loss"),
     choices=(
-        Choice("actor.backend", ("fsdp:*", "megatron:*"), None),
+        Choice("actor.backend", ("fsdp:*", "megatron:*", "archon:*"), None),
         Choice("rollout.backend", ("sglang:*", "vllm:*"), None),
     ),
     rules=(
@@ -46,6 +48,14 @@ FRAMEWORK = Framework(
             (*_IS_MEGATRON, Has("actor.megatron.fp8_config.mode")),
         ),
         Rule("compute", _DTYPE, "Megatron's module and optimizer have this dtype", f"{_MEGATRON}:1336", _IS_MEGATRON),
+        Rule(
+            "compute",
+            Fixed("fp8"),
+            "Archon's linear layers are quantised in training",
+            f"{_ARCHON}:320",
+            (*_IS_ARCHON, Is("actor.archon.fp8_config.mode", ("blockwise",), "disabled")),
+        ),
+        Rule("compute", _DTYPE, "FSDP2's param_dtype, bfloat16 by default", f"{_ARCHON}:954", _IS_ARCHON),
         Rule("compute", _DTYPE, "FSDP2's param_dtype, bfloat16 by default", _FSDP),
         Rule(
             "masters",
@@ -53,6 +63,13 @@ FRAMEWORK = Framework(
             "main_params_dtype of Megatron's optimizer, float32 by default",
             f"{_CLI}:871",
             _IS_MEGATRON,
+        ),
+        Rule(
+            "masters",
+            _DTYPE,
+            "Archon casts the whole model to actor.dtype, and AdamW updates these weights",
+            f"{_ARCHON}:1085",
+            _IS_ARCHON,
         ),
         Rule(
             "masters",
@@ -68,11 +85,19 @@ FRAMEWORK = Framework(
             (*_IS_MEGATRON, Is("actor.megatron.ddp.grad_reduce_in_fp32", ("false",), "true")),
         ),
         Rule("reduction", Fixed("fp32"), "grad_reduce_in_fp32 is true by default", f"{_CLI}:719", _IS_MEGATRON),
+        Rule("reduction", Fixed("fp32"), "FSDP2's reduce_dtype is fixed in the code", f"{_ARCHON}:955", _IS_ARCHON),
         Rule(
             "reduction",
             FromKey("actor.grad_reduce_dtype", Fixed("fp32")),
             "FSDP2's reduce_dtype, float32 by default",
             "areal/engine/fsdp_utils/parallel.py:386",
+        ),
+        Rule(
+            "wire",
+            Like("masters"),
+            "Archon's parameters are sent as they are stored",
+            "areal/experimental/engine/archon_weight_sync.py:316",
+            _IS_ARCHON,
         ),
         Rule(
             "wire",
@@ -122,6 +147,7 @@ FRAMEWORK = Framework(
             f"{_MEGATRON}:1347",
             (Decided("compute", ("fp8",)),),
         ),
+        Rule("logits", Like("compute"), "the LM head computes in the model's dtype", f"{_ARCHON}:954", _IS_ARCHON),
         Rule("logits", Like("compute"), "the LM head computes in the model's dtype", _FSDP),
         Rule(
             "logprobs",
@@ -137,6 +163,7 @@ FRAMEWORK = Framework(
             (*_IS_MEGATRON, Decided("compute", ("fp16",))),
         ),
         Rule("scaler", Fixed("none"), "Megatron scales FP16 alone", f"{_MEGATRON}:970", _IS_MEGATRON),
+        Rule("scaler", Fixed("none"), "there is no GradScaler in the Archon engine", f"{_ARCHON}:500", _IS_ARCHON),
         Rule("scaler", Fixed("none"), "there is no GradScaler in the FSDP engine", "areal/engine/fsdp_engine.py:1288"),
     ),
     traps=(
@@ -144,6 +171,10 @@ FRAMEWORK = Framework(
             "optimizer.initial_loss_scale, min_loss_scale, loss_scale_window and hysteresis are read by nothing",
             f"{_CLI}:387",
             (Has("actor.optimizer.*loss_scale*"),),
+        ),
+        *(
+            Trap(f"{key} has no effect: the Archon engine does not read it", f"{_ARCHON}:1085", (*_IS_ARCHON, Has(key)))
+            for key in ("actor.optimizer_dtype", "actor.grad_reduce_dtype")
         ),
         Trap(
             "FSDP refuses FP16 for vision models",
@@ -163,6 +194,12 @@ FRAMEWORK = Framework(
             "The scaler's keys below actor.optimizer have no effect.",
             f"{_MEGATRON}:1336",
             _IS_MEGATRON,
+        ),
+        Recipe(
+            note="AReaL's Archon engine cannot train in FP16: it has neither a loss scaler nor FP32 master weights. "
+            "Use actor.backend = megatron:..., and audit the file again.",
+            source=f"{_ARCHON}:1085",
+            when=_IS_ARCHON,
         ),
         Recipe(
             note="AReaL's FSDP engine cannot train in FP16: it has no loss scaler. Use actor.backend = megatron:..., "

@@ -15,16 +15,22 @@ from betterhalf.integrations.audit.records import (
     Rule,
     Trap,
 )
-from betterhalf.integrations.audit.words import AUTO_ENGINE, AUTO_KV
+from betterhalf.integrations.audit.words import AUTO_ENGINE, AUTO_KV, CHECKPOINT
 
 _PRECISION = "policy.precision"
 _MEGATRON_ON = "policy.megatron_cfg.enabled"
 _OPTIMIZER = "policy.megatron_cfg.optimizer"
 _REDUCE = "policy.megatron_cfg.distributed_data_parallel_config.grad_reduce_in_fp32"
 _VLLM = "policy.generation.vllm_cfg"
+_BACKEND = "policy.generation.backend"
+_SGLANG = "policy.generation.sglang_cfg"
+_BY_SGLANG = (Is(_BACKEND, ("sglang",), "vllm"),)
+_BY_MEGATRON = (Is(_BACKEND, ("megatron",), "vllm"),)
 _IS_MEGATRON = (Is(_MEGATRON_ON, ("true",), "false"),)
 _SETUP = "nemo_rl/models/megatron/setup.py"
 _AUTOMODEL = "nemo_rl/models/automodel/setup.py"
+_SGLANG_WORKER = "nemo_rl/models/generation/sglang/sglang_worker.py"
+_MEGATRON_WORKER = "nemo_rl/models/generation/megatron/megatron_worker.py"
 _WORKER = "nemo_rl/models/generation/vllm/vllm_worker.py"
 _UNSET = Depends("policy.precision, which the file does not set and NeMo-RL requires")
 _AWARE = Is(f"{_OPTIMIZER}.use_precision_aware_optimizer", ("true",), "true")
@@ -35,9 +41,12 @@ FRAMEWORK = Framework(
     versions=("7ea279abf",),
     repository="https://github.com/NVIDIA-NeMo/RL",
     kinds=("yaml",),
-    marks=("policy.precision", "policy.dtensor_cfg.*", "policy.megatron_cfg.*", "policy.generation.vllm_cfg.*"),
+    marks=(
+        *("policy.precision", "policy.dtensor_cfg.*", "policy.megatron_cfg.*", "policy.generation.vllm_cfg.*"),
+        *(f"{_SGLANG}.*", "policy.generation.mcore_generation_config.*"),
+    ),
     extends="defaults",
-    choices=(Choice("policy.generation.backend", ("vllm",), "vllm"),),
+    choices=(Choice(_BACKEND, ("vllm", "sglang", "megatron"), "vllm"),),
     rules=(
         Rule(
             "compute",
@@ -103,9 +112,44 @@ FRAMEWORK = Framework(
         ),
         Rule(
             "engine",
+            FromKey(f"{_SGLANG}.dtype", CHECKPOINT, AUTO_ENGINE),
+            "passed to SGLang as dtype, if it is set; SGLang's default is auto",
+            f"{_SGLANG_WORKER}:418",
+            _BY_SGLANG,
+        ),
+        Rule(
+            "engine",
+            Like("compute"),
+            "Megatron samples with the policy's own model, or with one that is built from the same policy.precision",
+            f"{_MEGATRON_WORKER}:121",
+            _BY_MEGATRON,
+        ),
+        Rule(
+            "engine",
             FromKey(f"{_VLLM}.precision", Depends("vllm_cfg.precision, which the file does not set"), AUTO_ENGINE),
             "passed to vLLM as dtype; the shipped files tie it to policy.precision",
             f"{_WORKER}:581",
+        ),
+        Rule(
+            "kv",
+            FromKey(f"{_SGLANG}.kv_cache_dtype", Like("engine"), AUTO_KV),
+            "passed to SGLang, if it is set; auto is the engine's dtype",
+            f"{_SGLANG_WORKER}:419",
+            _BY_SGLANG,
+        ),
+        Rule(
+            "kv",
+            Depends("the FP8 recipe"),
+            "the cache has the dtype of the parameters",
+            f"{_MEGATRON_WORKER}:209",
+            (*_BY_MEGATRON, Decided("engine", ("fp8",))),
+        ),
+        Rule(
+            "kv",
+            Like("engine"),
+            "Megatron's inference context holds the cache in the dtype of the parameters",
+            f"{_MEGATRON_WORKER}:209, megatron/core/inference/contexts/dynamic_context.py:671 of Megatron-Core 0.16.1",
+            _BY_MEGATRON,
         ),
         Rule(
             "kv",
@@ -140,6 +184,18 @@ FRAMEWORK = Framework(
     ),
     traps=(
         Trap(
+            "only DTensor workers send weights to SGLang: with Megatron the first weight sync ends the run",
+            "nemo_rl/models/policy/interfaces.py:219",
+            (*_IS_MEGATRON, *_BY_SGLANG),
+            breaks=True,
+        ),
+        Trap(
+            "only Megatron's workers sample with Megatron",
+            f"{_MEGATRON_WORKER}:121",
+            (Is(_MEGATRON_ON, ("false",), "false"), *_BY_MEGATRON),
+            breaks=True,
+        ),
+        Trap(
             "the run is refused at start: policy.precision float16 needs megatron_cfg.optimizer.fp16 = true beside the "
             "precision-aware optimizer",
             f"{_SETUP}:1348",
@@ -155,6 +211,23 @@ FRAMEWORK = Framework(
         ),
     ),
     recipes=(
+        Recipe(
+            note="NeMo-RL cannot train in FP16 with SGLang at this commit: DTensor has no loss scaler, and Megatron "
+            f"sends no weights to SGLang. Use {_BACKEND} = vllm or megatron, and audit the file again.",
+            source=f"{_AUTOMODEL}:484",
+            when=_BY_SGLANG,
+        ),
+        Recipe(
+            (
+                (_PRECISION, "float16"),
+                (f"{_OPTIMIZER}.fp16", "true"),
+                (f"{_OPTIMIZER}.bf16", "false"),
+                ("policy.megatron_cfg.pipeline_dtype", "float16"),
+            ),
+            "Megatron samples with the policy's model, so policy.precision sets both sides.",
+            f"{_SETUP}:1344",
+            (*_IS_MEGATRON, *_BY_MEGATRON),
+        ),
         Recipe(
             (
                 (_PRECISION, "float16"),

@@ -1,4 +1,4 @@
-"""Rules for TRL's GRPOTrainer, read from the wheel of 1.16.0."""
+"""Rules for TRL's GRPOTrainer and AsyncGRPOTrainer, read from the wheel of 1.16.0."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from betterhalf.integrations.audit.records import (
     Framework,
     FromKey,
     Has,
+    Implied,
     Is,
     Like,
     Recipe,
     Rule,
+    Starts,
     Trap,
 )
 from betterhalf.integrations.audit.words import CHECKPOINT
@@ -23,6 +25,10 @@ _GRPO = "trl/trainer/grpo_trainer.py"
 _USES_VLLM = Is("use_vllm", ("true",), "false")
 _SERVER = (_USES_VLLM, Is("vllm_mode", ("server",), "colocate"))
 _COLOCATED = (_USES_VLLM, Is("vllm_mode", ("colocate",), "colocate"))
+_ASYNC_KEYS = ("max_inflight_tasks", "max_staleness", "weight_sync_steps", "queue_maxsize", "fork_threshold_tokens")
+"""Keys of AsyncGRPOConfig that GRPOConfig lacks."""
+_IS_ASYNC = (Is("trainer", ("AsyncGRPOTrainer",)),)
+_ASYNC = "trl/experimental/async_grpo"
 _FP16 = (Is("fp16", ("true",), "false"),)
 _BF16 = (Is("bf16", ("true",), "true"),)
 
@@ -35,11 +41,16 @@ FRAMEWORK = Framework(
     marks=(
         *("num_generations", "max_completion_length", "use_vllm", "vllm_mode", "vllm_importance_sampling_correction"),
         *("reward_funcs", "cast_lm_head_to_fp32", "importance_sampling_level"),
+        *_ASYNC_KEYS,
     ),
     commands=("*grpo.py",),
     choices=(
         Choice("use_vllm", ("true", "false"), "false"),
         Choice("vllm_mode", ("colocate", "server"), "colocate"),
+    ),
+    implied=(
+        *(Implied((Has(key),), "trainer", "AsyncGRPOTrainer") for key in _ASYNC_KEYS),
+        Implied((Starts(("*async_grpo*",)),), "trainer", "AsyncGRPOTrainer"),
     ),
     rules=(
         Rule(
@@ -78,9 +89,24 @@ FRAMEWORK = Framework(
             _GRPO,
         ),
         Rule(
+            "wire",
+            Like("masters"),
+            "parameters are sent as they are stored",
+            f"{_ASYNC}/async_grpo_trainer.py:1351",
+            _IS_ASYNC,
+        ),
+        Rule(
             "wire", Like("masters"), "parameters are sent one by one as they are stored", f"{_VLLM}:501", (_USES_VLLM,)
         ),
         Rule("wire", Like("masters"), "the trainer's own module samples, so no weight travels", f"{_GRPO}:1790"),
+        Rule(
+            "engine",
+            Depends("--dtype of vllm serve; without it, on the checkpoint's dtype"),
+            "the server is started apart from the trainer, which compares its dtype with that of the weights it sends, "
+            "and only warns",
+            f"{_ASYNC}/weight_transfer.py:83",
+            _IS_ASYNC,
+        ),
         Rule(
             "engine",
             CHECKPOINT,
@@ -98,6 +124,13 @@ FRAMEWORK = Framework(
         Rule("engine", Like("compute"), "without vLLM the trainer's own module samples", f"{_GRPO}:1790"),
         Rule(
             "kv",
+            Depends("--kv-cache-dtype of vllm serve; without it, the engine's dtype"),
+            "the server is started apart from the trainer",
+            f"{_ASYNC}/async_grpo_trainer.py:1354",
+            _IS_ASYNC,
+        ),
+        Rule(
+            "kv",
             Depends("--kv-cache-dtype of trl vllm-serve; without it, the engine's dtype"),
             "the server is started apart from the trainer",
             "trl/scripts/vllm_serve.py:244",
@@ -106,12 +139,26 @@ FRAMEWORK = Framework(
         Rule("kv", Like("engine"), "the cache has the engine's dtype", f"{_VLLM}:347"),
         Rule(
             "logits",
+            Like("compute"),
+            "the fused LM head multiplies in the dtype of autocast",
+            "trl/kernels/chunked_logprob.py:330",
+            _IS_ASYNC,
+        ),
+        Rule(
+            "logits",
             Fixed("fp32"),
             "the LM head is kept and multiplied in FP32, in the trainer alone",
             f"{_GRPO}:1012",
             (Is("cast_lm_head_to_fp32", ("true",), "false"),),
         ),
         Rule("logits", Like("compute"), "the LM head runs under autocast", f"{_GRPO}:1012"),
+        Rule(
+            "logprobs",
+            Fixed("fp32"),
+            "the fused LM head sums the softmax in FP32",
+            "trl/kernels/chunked_logprob.py:341",
+            _IS_ASYNC,
+        ),
         Rule(
             "logprobs",
             Fixed("fp32"),
@@ -137,6 +184,12 @@ FRAMEWORK = Framework(
             breaks=True,
         ),
         Trap(
+            "the trainer compares the server's dtype with that of the weights it sends, which are FP32, and advises "
+            "dtype = float16 for a server in FP16: do not follow it, because GradScaler refuses FP16 master weights",
+            f"{_ASYNC}/weight_transfer.py:87",
+            (*_IS_ASYNC, *_FP16, Decided("masters", ("fp32",))),
+        ),
+        Trap(
             "fp16 sets the trainer alone: colocated vLLM takes the checkpoint's dtype, BF16 for most checkpoints, "
             "without a message",
             f"{_VLLM}:347",
@@ -155,6 +208,12 @@ FRAMEWORK = Framework(
         ),
     ),
     recipes=(
+        Recipe(
+            (("fp16", "true"),),
+            "Start the server with `vllm serve MODEL --dtype float16`; the trainer's warning about it has no effect.",
+            f"{_ASYNC}/weight_transfer.py:83",
+            _IS_ASYNC,
+        ),
         Recipe(
             (("fp16", "true"),),
             "Start the server with `trl vllm-serve --model MODEL --dtype float16`: the trainer does not compare it.",

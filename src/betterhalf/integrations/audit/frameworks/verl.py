@@ -29,9 +29,19 @@ _ROLLOUT = "actor_rollout_ref.rollout"
 _LORA = "actor_rollout_ref.model.lora_rank"
 _MERGE = "actor_rollout_ref.model.lora.merge"
 
+_VEOMNI = f"{_POLICY}.veomni"
+_TITAN = f"{_POLICY}.torchtitan"
+
 _IS_MEGATRON = (Is(_STRATEGY, ("megatron",)),)
+_IS_VEOMNI = (Is(_STRATEGY, ("veomni",)),)
+_IS_TITAN = (Is(_STRATEGY, ("torchtitan",)),)
+_NO_MIX = Is(f"{_VEOMNI}.mixed_precision", ("false",), "true")
 _ENGINE = "verl/workers/engine/fsdp/transformer_impl.py"
 _MEGATRON_ENGINE = "verl/workers/engine/megatron/transformer_impl.py"
+_VEOMNI_ENGINE = "verl/workers/engine/veomni/transformer_impl.py"
+_VEOMNI_MIX = "veomni/arguments/arguments_types.py"
+_TITAN_ENGINE = "verl/workers/engine/torchtitan/transformer_impl.py"
+_TITAN_CONFIG = "torchtitan/config/configs.py"
 _SERVER = "verl/workers/rollout/vllm_rollout/vllm_async_server.py"
 
 FRAMEWORK = Framework(
@@ -42,7 +52,7 @@ FRAMEWORK = Framework(
     kinds=("yaml", "shell"),
     marks=("actor_rollout_ref.*",),
     commands=("verl.trainer.main_ppo",),
-    choices=(Choice(_STRATEGY, ("fsdp", "fsdp2", "megatron"), "fsdp"),),
+    choices=(Choice(_STRATEGY, ("fsdp", "fsdp2", "megatron", "veomni", "torchtitan"), "fsdp"),),
     implied=(
         Implied((Is("model_engine", ("megatron",)),), _STRATEGY, "megatron"),
         Implied((Is("config-name", ("*megatron*",)),), _STRATEGY, "megatron"),
@@ -50,6 +60,15 @@ FRAMEWORK = Framework(
         *(Implied((Is("model_engine", (name,)),), _STRATEGY, name) for name in ("veomni", "torchtitan", "automodel")),
     ),
     rules=(
+        Rule(
+            "compute",
+            Fixed("bf16"),
+            "verl gives VeOmni's mixed precision no dtype, and its param_dtype is BF16; without it the model is loaded "
+            "in BF16",
+            f"{_VEOMNI_ENGINE}:337, {_VEOMNI_MIX}:249 of VeOmni 0.1.11",
+            _IS_VEOMNI,
+        ),
+        Rule("compute", Fixed("bf16"), "the autocast is fixed in the code", f"{_TITAN_ENGINE}:863", _IS_TITAN),
         Rule(
             "compute",
             FromKey(f"{_MEGATRON}.dtype", Fixed("bf16")),
@@ -65,6 +84,21 @@ FRAMEWORK = Framework(
         ),
         Rule(
             "masters",
+            Fixed("bf16"),
+            "without mixed precision VeOmni loads the model in BF16, and the optimizer updates it",
+            f"{_VEOMNI_ENGINE}:343",
+            (*_IS_VEOMNI, _NO_MIX),
+        ),
+        Rule("masters", Fixed("fp32"), "VeOmni loads the model in FP32", f"{_VEOMNI_ENGINE}:343", _IS_VEOMNI),
+        Rule(
+            "masters",
+            Fixed("fp32"),
+            "verl gives torchtitan no dtype, and its default is FP32",
+            f"{_TITAN_ENGINE}:184, {_TITAN_CONFIG}:78 of torchtitan 0.3.0",
+            _IS_TITAN,
+        ),
+        Rule(
+            "masters",
             Fixed("fp32"),
             "Megatron's optimizer keeps FP32 main parameters",
             "verl/utils/megatron/optimizer.py:158",
@@ -76,6 +110,21 @@ FRAMEWORK = Framework(
             "the module is loaded in this dtype, FP32 by default, and Adam's states follow it",
             f"{_ENGINE}:258",
         ),
+        Rule(
+            "reduction",
+            Like("compute"),
+            "without mixed precision gradients have the dtype of the parameters",
+            f"{_VEOMNI_ENGINE}:343",
+            (*_IS_VEOMNI, _NO_MIX),
+        ),
+        Rule(
+            "reduction",
+            Fixed("fp32"),
+            "the reduce_dtype of VeOmni's mixed precision is FP32",
+            f"{_VEOMNI_MIX}:253 of VeOmni 0.1.11",
+            _IS_VEOMNI,
+        ),
+        Rule("reduction", Fixed("fp32"), "torchtitan reduces in FP32 alone", f"{_TITAN_CONFIG}:93 of 0.3.0", _IS_TITAN),
         Rule(
             "reduction",
             Like("compute"),
@@ -102,6 +151,20 @@ FRAMEWORK = Framework(
             FromKey(f"{_MIXED}.reduce_dtype", Fixed("fp32")),
             "FSDP's reduce_dtype, FP32 by default",
             f"{_ENGINE}:394",
+        ),
+        Rule(
+            "wire",
+            Like("masters"),
+            "VeOmni's parameters are sent as they are stored, and the engine rounds them once",
+            f"{_VEOMNI_ENGINE}:653",
+            _IS_VEOMNI,
+        ),
+        Rule(
+            "wire",
+            Fixed("bf16"),
+            "sharded parameters are cast to BF16 before they are sent",
+            f"{_TITAN_ENGINE}:660",
+            _IS_TITAN,
         ),
         Rule(
             "wire",
@@ -156,11 +219,19 @@ FRAMEWORK = Framework(
             "engine_kwargs go to the engine as they are; without the key, the cache has the engine's dtype",
             f"{_SERVER}:287",
         ),
+        Rule("logits", Like("compute"), "the LM head runs under autocast", f"{_TITAN_ENGINE}:863", _IS_TITAN),
         Rule(
             "logits",
             Like("compute"),
             "the LM head computes in the trainer's dtype",
             f"{_ENGINE}:1559",
+        ),
+        Rule(
+            "logprobs",
+            Depends("the loss kernel of VeOmni"),
+            "fused kernels compute logprobs inside VeOmni",
+            f"{_VEOMNI_ENGINE}:849",
+            (*_IS_VEOMNI, Is("actor_rollout_ref.model.use_fused_kernels", ("true",), "false")),
         ),
         Rule(
             "logprobs",
@@ -177,6 +248,8 @@ FRAMEWORK = Framework(
             (Decided("compute", ("fp16", "bf16")),),
         ),
         Rule("logprobs", Fixed("fp32"), "of FP32 logits", "verl/utils/torch_functional.py:101"),
+        Rule("scaler", Fixed("none"), "verl makes no scaler for VeOmni", f"{_ENGINE}:747", _IS_VEOMNI),
+        Rule("scaler", Fixed("none"), "verl makes no scaler for torchtitan", f"{_TITAN_ENGINE}:863", _IS_TITAN),
         Rule(
             "scaler",
             Fixed("dynamic"),
@@ -200,6 +273,17 @@ FRAMEWORK = Framework(
             (Is(_STRATEGY, ("fsdp", "fsdp2"), "fsdp"), Has(f"{_FSDP}.dtype")),
         ),
         Trap(
+            "torchtitan.dtype has no effect: verl builds torchtitan's configuration without it, and its autocast is "
+            "BF16",
+            f"{_TITAN_ENGINE}:184",
+            (*_IS_TITAN, Has(f"{_TITAN}.dtype")),
+        ),
+        Trap(
+            "torchtitan.mixed_precision has no effect: verl builds torchtitan's configuration without it",
+            f"{_TITAN_ENGINE}:184",
+            (*_IS_TITAN, Has(f"{_TITAN}.mixed_precision")),
+        ),
+        Trap(
             "the loss scale is not part of FSDP's checkpoint: every resume starts again at 65536",
             f"{_ENGINE}:409",
             (Is(_STRATEGY, ("fsdp", "fsdp2"), "fsdp"), Decided("compute", ("fp16",))),
@@ -210,8 +294,26 @@ FRAMEWORK = Framework(
             (Is(f"{_ROLLOUT}.checkpoint_engine.backend", ("*delta*",)), Is(_STRATEGY, ("fsdp", "fsdp2"), "fsdp")),
             breaks=True,
         ),
+        Trap(
+            "the weight sync by deltas casts shards to BF16 before it sends them",
+            "verl/workers/engine/veomni/utils.py:374",
+            (Is(f"{_ROLLOUT}.checkpoint_engine.backend", ("*delta*",)), *_IS_VEOMNI, Decided("engine", ("fp16",))),
+            breaks=True,
+        ),
     ),
     recipes=(
+        *(
+            Recipe(
+                note=f"verl's {name} backend cannot train in FP16: its BF16 is fixed in the code, and nothing scales "
+                f"the loss. Use {_STRATEGY} = fsdp2 or megatron, and audit the file again.",
+                source=source,
+                when=when,
+            )
+            for name, source, when in (
+                ("VeOmni", f"{_VEOMNI_ENGINE}:337", _IS_VEOMNI),
+                ("torchtitan", f"{_TITAN_ENGINE}:863", _IS_TITAN),
+            )
+        ),
         Recipe(
             (
                 (f"{_MEGATRON}.dtype", "float16"),
