@@ -46,8 +46,10 @@ Seconds = dict[str, float]
 class Meter:
     """Seconds spent inside functions, by the path of labels under which they were called."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Read the time from `clock`."""
         self.seconds: Seconds = {}
+        self._clock = clock
         self._inside: list[str] = []
         self._patches = ExitStack()
 
@@ -67,11 +69,11 @@ class Meter:
     def time(self, label: str) -> Iterator[None]:
         """Time a block under `label`, below those of the blocks around it."""
         self._inside.append(label)
-        path, start = "/".join(self._inside), time.perf_counter()
+        path, start = "/".join(self._inside), self._clock()
         try:
             yield
         finally:
-            self.seconds[path] = self.seconds.get(path, 0.0) + time.perf_counter() - start
+            self.seconds[path] = self.seconds.get(path, 0.0) + self._clock() - start
             self._inside.pop()
 
     def __enter__(self) -> Meter:
