@@ -121,7 +121,7 @@ FRAMEWORK = Framework(
             "engine",
             Like("compute"),
             "Megatron samples with the policy's own model, or with one that is built from the same policy.precision",
-            f"{_MEGATRON_WORKER}:121",
+            f"{_MEGATRON_WORKER}:85",
             _BY_MEGATRON,
         ),
         Rule(
@@ -185,13 +185,13 @@ FRAMEWORK = Framework(
     traps=(
         Trap(
             "only DTensor workers send weights to SGLang: with Megatron the first weight sync ends the run",
-            "nemo_rl/models/policy/interfaces.py:219",
+            "nemo_rl/models/policy/interfaces.py:217",
             (*_IS_MEGATRON, *_BY_SGLANG),
             breaks=True,
         ),
         Trap(
             "only Megatron's workers sample with Megatron",
-            f"{_MEGATRON_WORKER}:121",
+            f"{_MEGATRON_WORKER}:85",
             (Is(_MEGATRON_ON, ("false",), "false"), *_BY_MEGATRON),
             breaks=True,
         ),
