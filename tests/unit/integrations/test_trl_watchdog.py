@@ -12,6 +12,8 @@ from tests.trl_trainers import grpo_trainer
 from betterhalf.errors import ConfigError, WatchdogError
 from betterhalf.integrations.trl import BetterhalfCallback
 from betterhalf.integrations.trl.alarms import DEFAULT, Alarms, checked_levels
+from betterhalf.report.data import load
+from betterhalf.report.events import watchdog_bounds
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, read_json, read_jsonl
 
@@ -65,7 +67,8 @@ def test_by_default_a_large_mismatch_warns_once_and_training_goes_on(
     assert all(message.startswith("step 1: ") for message in warned)
     page = write_report([run], run.path / "report.html").read_text()
     assert "1 to 2" in page
-    assert "watchdog: warn" in page  # the bounds, drawn in the figure
+    bounds = watchdog_bounds(load([run]).arms[0], ["mismatch/k3/mean"])  # the report draws them
+    assert bounds == [(0.01, "watchdog: warn"), (0.1, "watchdog: warn")]
 
 
 def test_a_healthy_run_has_no_alarm_and_names_its_rules(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
