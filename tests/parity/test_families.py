@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 from tests.family_matrix import (
     AGREES,
     committed,
@@ -19,6 +22,8 @@ from tests.tiny_families import FAMILIES
 
 from betterhalf.errors import InputError
 from betterhalf.rollout.native.config import SUPPORTED_ARCHITECTURES
+
+ROOT = Path(__file__).parents[2]
 
 REFUSED = (
     *("llama, rope dynamic", "gemma4_text", "phi", "granite_swa", "nemotron", "stablelm"),
@@ -119,6 +124,9 @@ def test_islands_of_blocks_with_four_norms_are_the_same_on_both_sides(name: str)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:DeprecationWarning")
 def test_the_matrix_of_the_page_is_what_the_code_gives() -> None:
     """Write it again by `python -m tests.family_matrix`."""
-    assert {name: cells[:2] for name, cells in committed().items()} == {
-        name: (trainer_cell(name), native_cell(name)) for name in FAMILIES
-    }
+    page = {name: cells[:2] for name, cells in committed().items()}
+    code = {name: (trainer_cell(name), native_cell(name)) for name in FAMILIES}
+    if f"transformers=={transformers.__version__}" not in (ROOT / "constraints.txt").read_text().splitlines():
+        # The page gives the reasons of the pinned version; in another one a family may be refused for another reason.
+        page, code = ({name: [cell[:2] for cell in cells] for name, cells in rows.items()} for rows in (page, code))
+    assert page == code
