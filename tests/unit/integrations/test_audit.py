@@ -151,6 +151,32 @@ def test_a_value_that_is_resolved_at_launch_is_not_guessed(tmp_path: Path) -> No
     assert engine.value == "depends on ${oc.env:ROLLOUT_DTYPE}, which the file does not resolve"
 
 
+@pytest.mark.parametrize(("name", "text"), [("a.yaml", "${oc.env:HALF}"), ("a.sh", "$HALF"), ("a.sh", "$(half)")])
+def test_a_switch_that_is_resolved_at_launch_is_not_taken_as_off(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.write_text(
+        f"fp16: {text}\nuse_vllm: true\nnum_generations: 8\n"
+        if name == "a.yaml"
+        else f"trl grpo --use_vllm true --fp16 {text}\n"
+    )
+    found = {finding.role: finding.value for finding in audit_file(path).findings}
+    assert found["compute"] == found["scaler"] == f"depends on {text}, which the file does not resolve"
+    assert found["masters"] == "fp32"  # does not depend on the switch
+    assert not audit_file(path).passed
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_settings(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf{"fp16": true,\r\n"use_vllm": true, "num_generations": 8}\r\n')
+    assert next(finding for finding in audit_file(path).findings if finding.role == "compute").value == "fp16"
+
+
+def test_a_yaml_merge_is_no_key_that_is_set_twice(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("x: &a {fp16: false}\n<<: *a\nfp16: true\nuse_vllm: true\nnum_generations: 8\n")
+    assert next(finding for finding in audit_file(path).findings if finding.role == "compute").value == "fp16"
+
+
 def test_the_last_of_two_equal_keys_counts_and_a_tilde_removes_one(tmp_path: Path) -> None:
     path = tmp_path / "run.sh"
     start = "python -m verl.trainer.main_ppo actor_rollout_ref.rollout.dtype=bfloat16 "
@@ -175,6 +201,11 @@ def test_names_of_dtypes(text: str, short: str | None) -> None:
 
 YAML = "actor_rollout_ref:\n  rollout:\n    dtype: float16\n"
 
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdef", "bcdefg", strict=True)
+)
+"""Ten million values in seven lines."""
+
 
 @pytest.mark.parametrize(
     ("name", "text", "option", "message"),
@@ -196,6 +227,14 @@ YAML = "actor_rollout_ref:\n  rollout:\n    dtype: float16\n"
             "takes bfloat16 or float32",
         ),
         ("a.json", "[1]", None, "holds no keys"),
+        ("a.sh", " \n", None, "a.sh is empty. Give audit"),
+        ("a.py", "args = GRPOConfig(fp16=True)\n", None, "is Python, which audit does not run. .* as JSON"),
+        ("a.yaml", "fp16: true\nuse_vllm: true\nfp16: false\n", None, "not valid YAML: it sets fp16 twice"),
+        ("a.json", '{"fp16": true, "fp16": false}', None, "not valid JSON: it sets fp16 twice"),
+        ("a.yaml", "a: &a [*a]\n", None, "nests values too deeply, or inside themselves"),
+        ("a.json", "[" * 50_000 + "]" * 50_000, None, "nests values too deeply"),
+        ("a.yaml", BOMB, None, "aliases stand for more than 100,000 values"),
+        ("a.yaml", "#" * 1_000_001, None, "a.yaml has more than 1000 kB"),
         ("a.sh", "train.py --pretrain x --ds.param_dtype fp16", None, "a key of OpenRLHF before 0.10"),
         ("a.sh", "train.py --hf-checkpoint x 'open", None, "ends inside a quote"),
         ("a.toml", "[actor_rollout_ref]\nx = 1\n", None, "is a toml file, but verl is configured in yaml or shell"),

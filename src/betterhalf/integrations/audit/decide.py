@@ -13,6 +13,7 @@ from betterhalf.integrations.audit.records import (
     ROLES,
     Audit,
     Condition,
+    Decided,
     Depends,
     Finding,
     Fixed,
@@ -31,8 +32,11 @@ from betterhalf.integrations.audit.records import (
 )
 
 _DTYPE = re.compile(r"(?:torch\.)?(b?)f(?:loat|p)?(16|32)")
+_UNRESOLVED = re.compile(r"\$[\w{(]")
+"""A variable, or an interpolation, that the file does not resolve."""
 _HALF = re.compile(r"(?:torch\.)?half")
 _EIGHT = re.compile(r"(?:torch\.)?(?:mx)?f(?:loat|p)8\w*")
+_AT_LAUNCH = "which the file does not resolve"
 _PRECISION_WORDS = {
     *("dtype", "dtypes", "precision", "quantization", "quantize", "quant", "qat", "amp", "autocast", "half"),
     *("fp16", "bf16", "fp32", "fp8", "fp4", "nvfp4", "mxfp4", "mxfp8", "int4", "int8"),
@@ -113,7 +117,11 @@ def _require_known_choices(settings: Settings, framework: Framework) -> None:
 
 
 def _decide(role: Role, framework: Framework, state: _State) -> Finding:
-    rule = next(rule for rule in framework.rules if rule.role == role and _hold(rule.when, state))
+    rule, open_key = _deciding_rule(role, framework, state)
+    if open_key is not None:
+        text = _lookup(open_key, state.settings)
+        value, said = f"depends on {text}, {_AT_LAUNCH}", f"{open_key} = {text}, which may be what decides"
+        return Finding(role=role, value=value, key=open_key, rule=f"{said}: {rule.why}", source=rule.source)
     value, key, said = _value(rule.value, state)
     if key is None:
         key = next((condition.key for condition in rule.when if isinstance(condition, Is | Has)), None)
@@ -121,6 +129,29 @@ def _decide(role: Role, framework: Framework, state: _State) -> Finding:
     return Finding(
         role=role, value=value, key=key, rule=f"{said}: {rule.why}" if said else rule.why, source=rule.source
     )
+
+
+def _deciding_rule(role: Role, framework: Framework, state: _State) -> tuple[Rule, str | None]:
+    """Return the first rule that holds, or that may hold: then with the key whose value only the launch resolves."""
+    for rule in framework.rules:
+        if rule.role != role:
+            continue
+        failing = [condition for condition in rule.when if not _holds(condition, state)]
+        open_keys = [key for condition in failing if (key := _open_key(condition, state)) is not None]
+        if len(open_keys) == len(failing):
+            return rule, open_keys[0] if open_keys else None
+    raise AssertionError(f"{framework.name} has no rule for {role}")
+
+
+def _open_key(condition: Condition, state: _State) -> str | None:
+    """Return the key behind a condition if the file leaves its value to the launch, such as `${oc.env:FP16}`."""
+    if isinstance(condition, Decided):
+        finding = state.found[condition.role]
+        return finding.key if finding.value.endswith(_AT_LAUNCH) else None
+    if not isinstance(condition, Is):
+        return None
+    text = _lookup(condition.key, state.settings)
+    return condition.key if text is not None and _UNRESOLVED.search(text) else None
 
 
 def _value(value: Value, state: _State) -> tuple[str, str | None, str]:
@@ -144,7 +175,7 @@ def _from_key(value: FromKey, state: _State) -> tuple[str, str | None, str]:
     if text is None:
         return _value(value.default, state)[0], value.key, f"{value.key} is not set"
     if "$" in text:
-        return f"depends on {text}, which the file does not resolve", value.key, said
+        return f"depends on {text}, {_AT_LAUNCH}", value.key, said
     dtype = dtype_of(text)
     if dtype is None:
         raise InputError(f"{state.settings.path} sets {said}, which is no dtype that audit knows. Write float16.")

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from betterhalf.errors import InputError
 from betterhalf.integrations.audit.records import NULL, FileKind, Framework, Settings
 from betterhalf.integrations.audit.shell import Command, commands, launch_command
+
+if TYPE_CHECKING:
+    import yaml
 
 _WHOLE = re.compile(r"\$\{(?:oc\.select:)?\s*([\w.]+)\s*(?:,([^{}]*))?\}")
 """An interpolation of OmegaConf that is a whole value: `${a.b}` or `${oc.select:a.b,default}`."""
@@ -22,6 +26,12 @@ _MISSING = "???"
 
 MAX_DEPTH = 20
 """Number of files, and of interpolations, that may refer to each other in a row."""
+
+_MAX_BYTES = 1_000_000
+"""Size of the largest file that is parsed; PyYAML needs about ten seconds for it."""
+
+_MAX_KEYS = 100_000
+"""Number of values that a file may hold once its YAML aliases are written out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,17 +75,17 @@ def read_file(path: Path) -> ConfigFile:
     Raises:
         InputError: the file cannot be read or parsed.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise InputError(f"{path} cannot be read ({reason}). Give audit a YAML, JSON, TOML or shell file.") from error
+    text = _text(path)
     found = _FORMATS.get(path.suffix.lower())
     if found is None:
         return ConfigFile(path=path, kind="shell", tree={}, commands=tuple(commands(text)))
     kind, parse = found
     try:
         tree = parse(text)
+        if isinstance(tree, Mapping):
+            _require_finite(tree)
+    except RecursionError as error:
+        raise InputError(f"{path} nests values too deeply, or inside themselves. Give audit a flatter file.") from error
     except ValueError as error:
         raise InputError(f"{path} is not valid {kind.upper()}: {error}. Fix the file.") from error
     if not isinstance(tree, Mapping):
@@ -83,19 +93,77 @@ def read_file(path: Path) -> ConfigFile:
     return ConfigFile(path=path, kind=kind, tree=tree, commands=())
 
 
+def _text(path: Path) -> str:
+    if path.suffix.lower() in (".py", ".ipynb"):
+        raise InputError(
+            f"{path} is Python, which audit does not run. Give it the settings as JSON: "
+            "`json.dump(args.to_dict(), file)` writes those of a GRPOConfig."
+        )
+    try:
+        if path.is_file() and path.stat().st_size > _MAX_BYTES:
+            raise InputError(f"{path} has more than {_MAX_BYTES // 1000} kB. Give audit the configuration alone.")
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise InputError(f"{path} cannot be read ({reason}). Give audit a YAML, JSON, TOML or shell file.") from error
+    if not text.strip():
+        raise InputError(f"{path} is empty. Give audit the configuration of a training run.")
+    return text
+
+
+def _require_finite(tree: Mapping[str, Any]) -> None:
+    """Raise ValueError if YAML aliases multiply the values of a small file."""
+    if next(islice(_pairs(tree, ""), _MAX_KEYS, None), None) is not None:
+        raise ValueError(f"its aliases stand for more than {_MAX_KEYS:,} values")
+
+
 def _yaml(text: str) -> Any:
     import yaml
 
+    loader = yaml.SafeLoader(text)
     try:
-        return yaml.safe_load(text)
+        root = loader.get_single_node()
+        _require_distinct_keys(root)
+        return loader.construct_document(root) if root is not None else None
     except yaml.YAMLError as error:
         raise ValueError(str(error).replace("\n", " ")) from error
+
+
+def _require_distinct_keys(root: yaml.Node | None) -> None:
+    """Raise ValueError if a mapping sets a key twice: some loaders refuse that, others keep the last value."""
+    import yaml
+
+    pending: list[yaml.Node | None] = [root]
+    seen: set[int] = set()
+    while pending:
+        node = pending.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            _distinct((key.value, value) for key, value in node.value if key.value != "<<")
+            pending += [value for _, value in node.value]
+        else:
+            pending += node.value
+
+
+def _distinct(pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if str(key) in found:
+            raise ValueError(f"it sets {key} twice")
+        found[str(key)] = value
+    return found
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_distinct)
 
 
 _FORMATS: dict[str, tuple[FileKind, Callable[[str], Any]]] = {
     ".yaml": ("yaml", _yaml),
     ".yml": ("yaml", _yaml),
-    ".json": ("json", json.loads),
+    ".json": ("json", _json),
     ".toml": ("toml", tomllib.loads),
 }
 """Ending of a file's name -> format and parser."""
