@@ -205,7 +205,7 @@ def _read_arm(run: RunDir, name: str, tag: str, index: int) -> Arm:
         name=name,
         tag=tag,
         index=index,
-        rows=read_jsonl(run.metrics),
+        rows=_metric_rows(run.metrics),
         rollouts=read_jsonl(run.rollouts),
         mismatch=read_jsonl(run.path / "mismatch.jsonl"),
         watchdog=read_jsonl(run.path / "watchdog.jsonl"),
@@ -215,6 +215,15 @@ def _read_arm(run: RunDir, name: str, tag: str, index: int) -> Arm:
         summary=_optional(run.summary),
         evaluated=[row for row in read_jsonl(run.evaluated_steps) if isinstance(row.get("step"), int)],
     )
+
+
+def _metric_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of `metrics.jsonl`; a step that is not a number is refused, because figures are drawn over it."""
+    rows = read_jsonl(path)
+    for row in rows:
+        if type(row.get("step", 0)) is not int:
+            raise InputError(f"{path} has a row with step {row['step']!r}, not a number. Repair or delete that line.")
+    return rows
 
 
 def _folder_name(run: RunDir) -> str:

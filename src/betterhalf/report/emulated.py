@@ -10,7 +10,7 @@ from betterhalf.types import EmulatedDtype
 
 def emulated_names(names: Iterable[object]) -> list[str]:
     """Return the emulated formats among the names, each once, the coarsest first."""
-    used = set(names)
+    used = {name for name in names if isinstance(name, str)}
     return [name for name in get_args(EmulatedDtype) if name in used]
 
 

@@ -334,6 +334,14 @@ def test_a_damaged_metrics_file_is_bad_input_with_its_line(make_run: MakeRun, tm
         write_report([run], tmp_path / "report.html")
 
 
+@pytest.mark.parametrize("step", ['"x"', "null", "1.5"])
+def test_a_row_without_a_number_of_its_step_is_bad_input(make_run: MakeRun, tmp_path: Path, step: str) -> None:
+    run = make_run(steps=3)
+    run.metrics.write_text(run.metrics.read_text() + f'{{"step": {step}}}\n')
+    with pytest.raises(InputError, match=r"has a row with step .*, not a number. Repair or delete"):
+        write_report([run], tmp_path / "report.html")
+
+
 def test_a_page_that_cannot_be_written_leaves_the_old_one(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

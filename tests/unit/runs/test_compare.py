@@ -117,6 +117,14 @@ def test_the_command_prints_the_table_and_the_settings(tmp_path: Path, capsys: p
     assert lines[-1].startswith("e8m3 is emulated")
 
 
+def test_settings_that_are_lists_are_compared(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", [0.25], optimizer={"betas": [0.9, 0.95]}, precision="e8m3", device="cpu")
+    b = write_run(tmp_path / "b", [0.25], optimizer={"betas": [0.8, 0.95]}, precision="e8m3", device="cpu")
+    lines = str(compare_runs([a, b])).splitlines()
+    assert [line.strip() for line in lines[-2:]] == ["a: optimizer.betas=[0.9, 0.95]", "b: optimizer.betas=[0.8, 0.95]"]
+    assert "optimizer.betas" in compare_runs([a, b])._repr_html_()
+
+
 def test_the_command_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = write_run(tmp_path / "a", [0.25, 0.75], precision="fp16")
     b = write_run(tmp_path / "b", [0.25, 0.75], precision="bf16")
