@@ -36,6 +36,13 @@ from betterhalf.types import Completion, DtypeName
 UNKNOWN = "dump"
 """Name of a dtype that the file does not give."""
 
+_TOKEN_IDS = 2**31
+"""Bound of token ids: larger numbers are no ids, and do not fit the files of a probe."""
+
+_SMALLEST_LOGPROB = {"behavior_logprobs": -700.0, "trainer_logprobs": -1e6}
+"""Smallest logprobs that are taken: float64 has no probability below exp(-745), so no engine sampled such a token, and
+vLLM writes -9999 for minus infinity; a trainer whose logits are FP16 may give a token -131008."""
+
 LARGEST_LOGPROB = 1e-3
 """Largest logprob that is accepted: half arithmetic may round a logprob to slightly more than 0."""
 
@@ -249,7 +256,7 @@ def _list(record: Mapping[str, Any], key: str) -> list[Any]:
 
 def _token_ids(key: str, values: Sequence[Any], places: range) -> tuple[int, ...]:
     for place in places:
-        if type(values[place]) is not int or values[place] < 0:
+        if type(values[place]) is not int or not 0 <= values[place] < _TOKEN_IDS:
             raise ValueError(f"{key}[{place}] = {_shown(values[place])} is not a token id")
     if not places:
         raise ValueError(f"{key} is empty")
@@ -269,10 +276,12 @@ def _logprobs(record: Mapping[str, Any], key: str, count: int, kept: Kept) -> tu
 
 
 def _logprob(key: str, place: int, value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or (type(value) is float and not math.isfinite(value)):
         raise ValueError(f"{key}[{place}] = {_shown(value)} is not a finite number")
+    if value < _SMALLEST_LOGPROB[key]:
+        raise ValueError(f"{key}[{place}] = {_shown(value)} is too low for a logprob; it may stand for a missing one")
     if value > LARGEST_LOGPROB:
-        raise ValueError(f"{key}[{place}] = {value:g} is positive, so it is not a logprob")
+        raise ValueError(f"{key}[{place}] = {_shown(value)} is positive, so it is not a logprob")
     return float(value)
 
 

@@ -71,7 +71,7 @@ def _tensors(path: Path) -> Iterator[Record]:
         if isinstance(batch, Mapping):
             yield {str(name): _plain(value) for name, value in batch.items()}
         else:
-            yield ValueError(f"a {type(batch).__name__}, not a mapping from names to tensors")
+            yield ValueError(f"not a mapping from names to tensors, but of type {type(batch).__name__}")
 
 
 def _plain(value: Any) -> Any:

@@ -51,6 +51,15 @@ def test_a_good_line_is_read_unchanged(tmp_path: Path) -> None:
         ({"behavior_logprobs": [-math.inf, -1.0, -1.0]}, "behavior_logprobs[0] = -Infinity is not a finite number"),
         ({"behavior_logprobs": [-0.5, None, -1.0]}, "behavior_logprobs[1] = null is not a finite number"),
         ({"behavior_logprobs": [-0.5, 0.2, -1.0]}, "behavior_logprobs[1] = 0.2 is positive, so it is not a logprob"),
+        ({"token_ids": [7, 10**30, 9]}, f"token_ids[1] = {10**30} is not a token id"),
+        (
+            {"behavior_logprobs": [-0.5, -9999.0, -1.0]},
+            "behavior_logprobs[1] = -9999.0 is too low for a logprob; it may stand for a missing one",
+        ),
+        (
+            {"trainer_logprobs": [-0.5, -(10**7), -1.0]},
+            "trainer_logprobs[1] = -10000000 is too low for a logprob; it may stand for a missing one",
+        ),
         ({"trainer_logprobs": [-0.5]}, "trainer_logprobs has 1 values for 3 token_ids"),
         ({"temperature": 0}, "temperature = 0 is not a positive number"),
         ({"rollout_dtype": "fp8"}, f'rollout_dtype = "fp8" is none of {", ".join(get_args(DtypeName))}'),
