@@ -180,6 +180,8 @@ def test_config_prints_toml_and_the_difference_of_two(capsys: pytest.CaptureFixt
             "The verbs are sanity, train, doctor, probe, evaluate, sweep, report, compare, config, plan, audit, "
             "export, new, completion.",
         ),
+        (["frobnicate"], "unknown verb 'frobnicate'. The verbs are sanity,"),
+        (["train", "experiments/laptop/formats.sweep.toml"], "Start it with `betterhalf sweep experiments/laptop/form"),
         (["--jsn"], "unknown option '--jsn'"),
         (["train", SMOKE, "--resum"], "unknown option '--resum'. Did you mean --resume?"),
         (["train", SMOKE, "--seed=3"], "Write a setting without dashes: seed=3."),

@@ -131,5 +131,5 @@ def to_request(name: str, verb: Verb, found: argparse.Namespace) -> Request:
 
 def did_you_mean(wrong: str, allowed: Iterable[str]) -> str | None:
     """Return a hint at the nearest allowed word; None if none is near."""
-    close = difflib.get_close_matches(wrong, list(allowed), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(wrong, list(allowed), n=1, cutoff=0.6)
     return f"Did you mean {close[0]}?" if close else None

@@ -27,6 +27,11 @@ def _sanity(request: Request) -> Answer:
 
 def _train(request: Request) -> Answer:
     config = request.config(request.words[0])
+    if config.sweep.axes:
+        raise InputError(
+            f"{request.words[0]} is a sweep, and train makes one run. Start it with `betterhalf sweep "
+            f"{request.words[0]}`, or name its base."
+        )
     from betterhalf.runs.train import train
 
     resume = request.options["resume"]

@@ -92,6 +92,8 @@ def write_starter(name: str) -> dict[str, Path]:
     folder, stem = Path(name).parent, Path(name).name.removesuffix(".toml")
     if _NAME.fullmatch(stem) is None:
         raise InputError(f"{name!r} cannot be the name of an experiment. Use letters, digits, - and _.")
+    if set(folder.as_posix()) & set('":\\\n'):
+        raise InputError(f"{str(folder)!r} cannot be named in an experiment. Choose a folder without quotes, : and \\.")
     files = {
         "experiment": folder / f"{stem}.toml",
         "reward": folder / f"{stem}_reward.py",

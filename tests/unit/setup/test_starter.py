@@ -74,6 +74,16 @@ def test_paths_are_those_from_the_folder_of_the_command(tmp_path: Path, monkeypa
     assert runpy.run_path("folder/deep/mine_reward.py")["reward"]([], [], []) == []
 
 
+@pytest.mark.parametrize("folder", ['a"b', "a:b", "a\\b"])
+def test_a_folder_that_breaks_the_paths_of_the_experiment_is_refused(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="Choose a folder without quotes"):
+        write_starter(f"{folder}/mine")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("suffix", [".toml", "_reward.py", ".jsonl"])
 def test_nothing_is_overwritten(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
