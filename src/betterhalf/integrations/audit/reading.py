@@ -28,7 +28,7 @@ MAX_DEPTH = 20
 """Number of files, and of interpolations, that may refer to each other in a row."""
 
 _MAX_BYTES = 1_000_000
-"""Size of the largest file that is parsed; PyYAML needs about ten seconds for it."""
+"""Size of the largest file that is parsed: PyYAML takes several seconds for it."""
 
 _MAX_KEYS = 100_000
 """Number of values that a file may hold once its YAML aliases are written out."""
