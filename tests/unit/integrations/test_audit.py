@@ -236,7 +236,13 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a.yaml", BOMB, None, "aliases stand for more than 100,000 values"),
         ("a.yaml", "#" * 1_000_001, None, "a.yaml has more than 1000 kB"),
         ("a.sh", "train.py --pretrain x --ds.param_dtype fp16", None, "a key of OpenRLHF before 0.10"),
-        ("a.sh", "train.py --hf-checkpoint x 'open", None, "ends inside a quote"),
+        (
+            "a.sh",
+            "train.py --hf-checkpoint x 'open",
+            None,
+            "a quote or an array that never closes.*begins with .train.py",
+        ),
+        ("a.sh", "true\n" * 9 + "echo it's\n" + "true\n" * 20_000, None, "never closes.*begins with .echo it's"),
         ("a.toml", "[actor_rollout_ref]\nx = 1\n", None, "is a toml file, but verl is configured in yaml or shell"),
     ],
 )

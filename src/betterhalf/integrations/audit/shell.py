@@ -19,6 +19,8 @@ _DEFAULT = re.compile(r':\s+"?\$\{([A-Za-z_]\w*):=(.*)\}"?\s*', re.DOTALL)
 _ARRAY = re.compile(r"\$\{([A-Za-z_]\w*)\[[@*]\]\}")
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)(?::?[-=]([^{}]*))?\}|([A-Za-z_]\w*))")
 _SETTING = re.compile(r"(\+{0,2}|~)([A-Za-z_][\w./@-]*)=(.*)", re.DOTALL)
+_MAX_LINES = 500
+"""Lines of the longest quote or array; without a bound, an apostrophe in a long script would take minutes."""
 _SEPARATORS = frozenset({";", "&", "&&", "|", "||", "(", ")", "{", "}"})
 
 
@@ -101,19 +103,23 @@ def _is_assignment(value: str) -> bool:
 
 def _statements(text: str) -> Iterator[str]:
     """Yield the logical lines: continued lines joined, multi-line quotes and arrays whole, comments left out."""
-    pending = ""
+    pending, lines = "", 0
     for line in text.replace("\\\n", " ").splitlines():
         if not pending and line.lstrip().startswith("#"):
             continue
         pending = f"{pending}\n{line}" if pending else line
+        lines += 1
+        if lines > _MAX_LINES:
+            break
         if _is_open(pending):
             continue
         if pending.strip():
             yield pending.strip()
-        pending = ""
+        pending, lines = "", 0
     if pending.strip():
         raise InputError(
-            "the script ends inside a quote or an array. Close it, or give audit the launch command alone."
+            f"the script has a quote or an array that never closes, or not within {_MAX_LINES} lines: it begins with "
+            f"{pending.strip().splitlines()[0][:60]!r}. Close it, or give audit the launch command alone."
         )
 
 
