@@ -27,7 +27,17 @@ def _interpret_triton() -> None:
     del os.environ["TRITON_INTERPRET"]
 
 
+def _take_time() -> None:
+    """Let an example of Hypothesis take as long as it does: a loaded machine is no failure of what is tested."""
+    with contextlib.suppress(ImportError):
+        from hypothesis import HealthCheck, settings
+
+        settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        settings.load_profile("patient")
+
+
 def pytest_configure() -> None:
+    _take_time()
     # A shell starts background jobs (`scripts/test &`) with SIGINT ignored, and their children inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
