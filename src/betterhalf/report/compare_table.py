@@ -29,13 +29,14 @@ _COLUMNS = {
     "final reward": ("final_reward", ".3f"),
     "accuracy": ("accuracy", ".3f"),
     "mean k3": ("k3", ".1e"),
+    "k3 not finite": ("k3_not_finite", "d"),
     "max ratio": ("ratio_max", ".3g"),
     "skipped": ("skipped", "d"),
     "seconds": ("seconds", ".0f"),
 }
 """Heading -> (key of a row, format)."""
 
-_OPTIONAL = ("test", "cluster", "accuracy")
+_OPTIONAL = ("test", "cluster", "accuracy", "k3 not finite")
 """Columns that are left out if no run has a value."""
 
 _SHARED = 12

@@ -18,6 +18,8 @@ from betterhalf.run_dir import RunDir, read_json, read_jsonl
 _IGNORED = ("name", "logging", "watchdog", "sweep", "evaluate", "sanity", "probe", "doctor")
 """Settings and sections that change no number of a training run."""
 
+_K3 = "mismatch/k3/mean"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparedRun:
@@ -44,7 +46,9 @@ class ComparedRun:
     accuracy: float | None
     """Accuracy at the end of an arm, or avg@k of an evaluation."""
     k3: float | None
-    """Mean of `mismatch/k3/mean` over the steps."""
+    """Mean of `mismatch/k3/mean` over the steps where it is finite."""
+    k3_not_finite: int | None
+    """Number of steps whose k3 is infinite or not a number, which the mean leaves out; None if there is none."""
     ratio_max: float | None
     """Largest `policy/ratio/max`."""
     skipped: int | None
@@ -139,7 +143,8 @@ def _compared(run: RunDir, name: str) -> ComparedRun:
         first_reward=course.first if course else None,
         final_reward=course.final if course else None,
         accuracy=_accuracy(summary),
-        k3=_mean(_column(rows, "mismatch/k3/mean")),
+        k3=_mean(_column(rows, _K3)),
+        k3_not_finite=sum(_K3 in row and not math.isfinite(number(row[_K3])) for row in rows) or None,
         ratio_max=max(_column(rows, "policy/ratio/max"), default=None),
         skipped=int(sum(skipped)) if skipped else None,
         seconds=_finite(summary.get("seconds")),

@@ -44,6 +44,18 @@ def test_each_run_is_reduced_to_the_numbers_computed_by_hand(tmp_path: Path) -> 
     assert (second.outcome, second.steps, second.seconds, second.accuracy) == ("unfinished", 2, None, None)
 
 
+def test_steps_whose_k3_is_not_finite_are_counted_and_shown(tmp_path: Path) -> None:
+    broken, healthy = write_run(tmp_path / "a", [0.5, 0.5], k3=2e-6), write_run(tmp_path / "b", [0.5])
+    # infinity is null in the file
+    append_jsonl(RunDir(broken).metrics, {"step": 3, "rollout/reward/mean": 0.5, "mismatch/k3/mean": float("inf")})
+    found = compare_runs([broken, healthy])
+    assert [(run.k3, run.k3_not_finite) for run in found.runs] == [
+        (pytest.approx(3e-6), 1),
+        (pytest.approx(1e-6), None),
+    ]
+    assert "finite" in str(found) and "finite" not in str(compare_runs([healthy]))
+
+
 def test_ranks_and_engines_are_compared_where_a_run_had_any(tmp_path: Path) -> None:
     alone = write_run(tmp_path / "a", [0.5])
     spread = write_run(tmp_path / "b", [0.5], cluster={"backend": "ray", "trainers": 2})
