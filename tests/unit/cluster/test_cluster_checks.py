@@ -66,10 +66,11 @@ def test_a_silent_address_is_refused_at_once(installed: None) -> None:
 @pytest.fixture
 def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes | None], str]]:
     """Start a server with one answer, or that never answers, and return its address."""
-    monkeypatch.setattr("betterhalf.cluster.head._TCP_SECONDS", 0.5)
     with contextlib.ExitStack() as stack:
 
         def start(answer: bytes | None) -> str:
+            # Only a server that never answers uses up the limit.
+            monkeypatch.setattr("betterhalf.cluster.head._TCP_SECONDS", 0.5 if answer is None else 30.0)
             server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
 
             def serve() -> None:
