@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from tests.processes import abandoned_memory, descendants, left_after, shared_memory
 
+from betterhalf.cluster import session
 from betterhalf.cluster.trainer_group import TrainerGroup
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import ClusterError
@@ -214,6 +215,8 @@ def test_a_run_whose_cluster_is_lost_ends_with_what_is_finished(
             from ray._private import worker
 
             worker._global_node.all_processes["gcs_server"][0].process.kill()
+            # Ranks and engines need no head to answer: without a wait the step could end before the loss is noticed.
+            time.sleep(5 * session._WATCH_SECONDS)
         return real(group, *arguments)
 
     monkeypatch.setattr(TrainerGroup, "forward_backward", lose)
