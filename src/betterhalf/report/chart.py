@@ -142,9 +142,9 @@ def _table(chart: Chart, points: Sequence[Sequence[Point]]) -> Table:
 
 def _layers(chart: Chart, bold: str, *, events: bool) -> list[Json]:
     """Return lines, markers, events and labels, from back to front."""
-    styles = [line.style for line in chart.lines]
-    stroke, fill = coloured(styles, "stroke"), coloured(styles, "fill")
-    dash = dashed(styles, [line.second for line in chart.lines])
+    styles, listed = [line.style for line in chart.lines], list(range(len(chart.lines)))
+    stroke, fill = (coloured(styles, channel=channel) for channel in ("stroke", "fill"))
+    dash = dashed(styles, listed, [line.second for line in chart.lines])
     top, pole = {"y": {"value": -4}}, {"y": {"value": 0}, "y2": {"value": "height"}}
     cross = {"shape": _CROSS, "size": 70, "stroke": "var(--bad)", "strokeWidth": 2, "opacity": 1}
     flags = [
@@ -154,7 +154,7 @@ def _layers(chart: Chart, bold: str, *, events: bool) -> list[Json]:
     ]
     return [
         *([layer("line", "values", stroke, strokeWidth=1, opacity=0.35)] if bold == "means" else []),
-        layer("line", bold, coloured(styles) | dash),
+        layer("line", bold, coloured(styles, listed) | dash),
         layer("point", "markers", fill | shaped(styles), size=34, stroke="var(--card)", strokeWidth=1, opacity=1),
         *(flags if events else []),
         layer("text", "ends", fill | {"text": {"field": "text"}}, align="left", dx=8, fontWeight=600),

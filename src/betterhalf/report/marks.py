@@ -120,17 +120,17 @@ def layered(
     }
 
 
-def coloured(styles: Sequence[int], channel: str = "color") -> Json:
-    """Return the channel of the colours of series: `color` has a legend, which only files of their own show."""
-    return {channel: _by_series([f"var(--s{style % STYLES})" for style in styles], legend=channel == "color")}
+def coloured(styles: Sequence[int], listed: Sequence[int] = (), channel: str = "color") -> Json:
+    """Return the channel of the colours of series, with a legend of the `listed` ones in files of their own."""
+    return {channel: _by_series([f"var(--s{style % STYLES})" for style in styles], listed)}
 
 
-def dashed(styles: Sequence[int], seconds: Sequence[bool] = ()) -> Json:
+def dashed(styles: Sequence[int], listed: Sequence[int], seconds: Sequence[bool] = ()) -> Json:
     """Return the channels of the dashes and widths of lines: `seconds` are thin and dotted."""
     dotted = [*seconds, *[False] * len(styles)]
     dashes = [_DOTTED if second else _DASHES[style % STYLES] for style, second in zip(styles, dotted, strict=False)]
     widths = [1.3 if second else 2 for second in dotted[: len(styles)]]
-    return {"strokeDash": _by_series(dashes, legend=True), "strokeWidth": _by_series(widths) | {"type": "ordinal"}}
+    return {"strokeDash": _by_series(dashes, listed), "strokeWidth": _by_series(widths) | {"type": "ordinal"}}
 
 
 def shaped(styles: Sequence[int]) -> Json:
@@ -165,9 +165,9 @@ def described(name: str, values: Sequence[float], things: str) -> str:
     return f"{name}: {len(finite)} {things}, {ends}."
 
 
-def _by_series(looks: Sequence[object], *, legend: bool = False) -> Json:
+def _by_series(looks: Sequence[object], listed: Sequence[int] = ()) -> Json:
     """Return a look for each series. Without a legend its domain differs, or it would remove those of others."""
-    more = [] if legend else looks[:1]
+    more = [] if listed else looks[:1]
     scale = {"domain": list(range(len(looks) + len(more))), "range": [*looks, *more]}
-    named = {"labelExpr": "names[datum.value]", "symbolType": "stroke"} if legend and len(looks) > 1 else None
+    named = {"values": listed, "labelExpr": "names[datum.value]", "symbolType": "stroke"} if len(listed) > 1 else None
     return {"field": "k", "type": "nominal", "scale": scale, "legend": named}

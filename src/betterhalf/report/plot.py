@@ -96,7 +96,9 @@ def draw_plot(plot: Plot) -> Drawing | None:
 def _layers(plot: Plot, *, few: bool) -> list[Json]:
     """Return the layers of the plot, from back to front."""
     styles = [one.style for one in plot.series]
-    color, dash, shape = coloured(styles), dashed(styles), shaped(styles)
+    lines = {one.style for one in plot.series if one.joined}
+    listed = [k for k, one in enumerate(plot.series) if one.joined or one.style not in lines]
+    color, dash, shape = coloured(styles, listed), dashed(styles, listed), shaped(styles)
     place = json.dumps(f": {plot.across_name} ")
     words = f"names[datum.k] + {place} + format(datum.x, '.4g') + ', value ' + format(datum.y, '.4g')"
     hover = {"tooltip": {"value": {"expr": words}}}
@@ -107,7 +109,9 @@ def _layers(plot: Plot, *, few: bool) -> list[Json]:
         layer("line", "fits", {"detail": {"field": "k"}}, color="var(--card)", strokeWidth=5),
         layer("line", "fits", color | dash),
         layer("line", "joined", color | dash),
-        layer("point", "joined", coloured(styles, "fill") | shape, size=30, strokeWidth=0, opacity=1 if few else 0),
+        layer(
+            "point", "joined", coloured(styles, channel="fill") | shape, size=30, strokeWidth=0, opacity=1 if few else 0
+        ),
         layer("point", "joined", hover, size=220, opacity=0, fill="transparent"),
     ]
 

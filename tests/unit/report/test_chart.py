@@ -121,6 +121,12 @@ def test_the_figure_is_named_and_described_for_screen_readers() -> None:
     assert 'role="img" aria-labelledby="k-t k-d"' in image.html()
 
 
+def test_the_legend_of_a_file_lists_a_cloud_with_its_line_once() -> None:
+    parts = [series([(0.0, 1.0), (2.0, 3.0)], 1), series([(0.0, 1.0), (2.0, 2.0)], 1, joined=True)]
+    svg = plotted(*parts, series([(0.0, 4.0)], 2, joined=True)).svg()
+    assert svg.count(">fp16</text>") == 2
+
+
 def test_hostile_names_stay_text() -> None:
     evil = '</script><script>alert("1")</script>'
     image = drawn(line([0.1, 0.2], tag=evil, marks=(Mark(step=1, value=0.1, text=evil),)), title=evil)
