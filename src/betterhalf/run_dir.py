@@ -202,7 +202,8 @@ class RunDir:
             return []
         found = sorted(child.name for child in self.arms.iterdir() if child.is_dir())
         summary = read_json(self.summary) if self.summary.exists() else {}
-        order = list(summary.get("arms") or {})
+        listed = summary.get("arms")
+        order = list(listed) if isinstance(listed, dict) else []
         return sorted(found, key=lambda name: order.index(name) if name in order else len(order))
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
@@ -385,5 +386,5 @@ def _write_error(path: Path, error: OSError) -> RunError:
         )
     reason = error.strerror or type(error).__name__
     return RunError(
-        f"{path} could not be written ({reason}). Check the folder and its permissions, or set another run_dir."
+        f"{path} could not be written ({reason}). Check the folder and its permissions, or choose another folder."
     )

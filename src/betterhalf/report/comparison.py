@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from betterhalf.report.fields import mapping
 from betterhalf.types import EmulatedDtype, LearningOutcome
 
 Arm = Mapping[str, Any]
@@ -54,7 +55,7 @@ def comparison_sentences(arms: Mapping[str, Arm]) -> list[str]:
 
 def own_table(name: str, arm: Arm) -> bool:
     """Return whether an arm is described in a table: an arm without one changes its precision only."""
-    return any(key != "precision.preset" or value != name for key, value in (arm.get("changes") or {}).items())
+    return any(key != "precision.preset" or value != name for key, value in mapping(arm, "changes").items())
 
 
 def _outcome(arms: Mapping[str, Arm]) -> str:
@@ -90,13 +91,13 @@ def _broken(arm: Arm) -> bool:
 
 def _only_difference(one: Arm, other: Arm) -> str | None:
     """Return the only key in which two arms differ; None if there are several or none."""
-    a, b = one.get("changes") or {}, other.get("changes") or {}
+    a, b = mapping(one, "changes"), mapping(other, "changes")
     keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
     return keys[0] if len(keys) == 1 else None
 
 
 def _separation(name: str, arm: Arm, other: str, its: Arm, key: str) -> str:
-    value, too = (its.get("changes") or {}).get(key), its["verdict"] == arm["verdict"]
+    value, too = mapping(its, "changes").get(key), its["verdict"] == arm["verdict"]
     setting = f"{key}={_plain(value)}" if value is not None else f"the default of {key}"
     numbers = f"({_reward(its)} against {_reward(arm)}; k3 {_k3(its)} against {_k3(arm)})"
     sentence = f"{other} differs from {name} in {setting} alone and {_verb(its)}{' too' * too} {numbers}."
@@ -131,7 +132,7 @@ def _one_side(arms: Mapping[str, Arm], key: str) -> tuple[str, Arm] | None:
     """Return the first arm that is emulated in this dtype role alone, and changes nothing else; None without one."""
     others = {"precision.preset", "precision.allow_difference"}
     for name, arm in arms.items():
-        changes = arm.get("changes") or {}
+        changes = mapping(arm, "changes")
         emulated = [changed for changed, value in changes.items() if value in _EMULATED]
         if emulated == [key] and changes.keys() - others == {key}:
             return name, arm

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from betterhalf.report.data import Arm, ReportData, Study, flatten
+from betterhalf.report.fields import mapping, mappings, texts
 from betterhalf.report.markup import header_row, note, scroll
 from betterhalf.report.markup import legend as series_legend
 from betterhalf.report.verdict import COLUMNS, changes_rows, threshold_line, verdict_rows, verdict_sentences
@@ -98,14 +99,13 @@ def config_differences(arms: Sequence[Arm | Study]) -> str:
 
 def environment_line(environment: Mapping[str, Any]) -> str:
     """Return machine, cluster, versions and code state in one line."""
-    packages = environment.get("packages") or {}
-    git = environment.get("git") or {}
+    packages, git = mapping(environment, "packages"), mapping(environment, "git")
     commit = str(git.get("commit") or "")[:10]
     parts = [
         str(environment.get("cpu") or ""),
         f"{environment['cores']} cores" if environment.get("cores") else "",
         f"{environment['memory_gib']} GiB" if environment.get("memory_gib") else "",
-        *(str(gpu) for gpu in environment.get("gpus") or []),
+        *texts(environment, "gpus"),
         _cluster_words(environment.get("cluster")),
         f"python {environment['python']}" if environment.get("python") else "",
         *(f"{name} {packages[name]}" for name in ("betterhalf", "torch", "transformers", "vllm") if name in packages),
@@ -119,11 +119,16 @@ def _cluster_words(cluster: Any) -> str:
     """Return the processes of a run on a cluster and their hosts; empty for one process."""
     if not isinstance(cluster, Mapping) or cluster.get("backend") in (None, "local"):
         return ""
-    hosts = cluster.get("hosts") or {}
-    placed = "; ".join(f"{host}: {', '.join(map(str, roles))}" for host, roles in hosts.items())
-    processes = f"{counted(cluster.get('ranks') or 0, 'rank')} and {counted(cluster.get('engines') or 0, 'engine')}"
+    hosts = mapping(cluster, "hosts")
+    placed = "; ".join(f"{host}: {', '.join(texts(hosts, host))}" for host in hosts)
+    ranks, engines = (_count(cluster.get(key)) for key in ("ranks", "engines"))
+    processes = f"{counted(ranks, 'rank')} and {counted(engines, 'engine')}"
     own = "a Ray of its own" if cluster.get("address") is None else f"the Ray cluster at {cluster['address']}"
     return f"{processes} ({cluster.get('placement')}) on {own}, ray {cluster.get('ray')} ({placed})"
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) else 0
 
 
 def legend(arms: Sequence[Arm]) -> str:
@@ -137,7 +142,7 @@ def legend(arms: Sequence[Arm]) -> str:
 
 def _steps(arm: Arm) -> str:
     done = len(arm.steps)
-    planned = (arm.config.get("training") or {}).get("steps")
+    planned = mapping(arm.config, "training").get("steps")
     if isinstance(planned, int) and done < planned:
         return f"stopped after {done} of {planned} steps" if done else f"no step of {planned} recorded"
     return counted(done, "step") if done else "no steps recorded"
@@ -145,7 +150,7 @@ def _steps(arm: Arm) -> str:
 
 def _verdict(title: str, summary: Mapping[str, Any], several: bool) -> str:
     heading = f"<h3>{escape(title)}</h3>" if several else ""
-    if not summary.get("arms"):
+    if not mapping(summary, "arms"):
         return heading + _summary(summary)
     rows = "".join(_verdict_row(row) for row in verdict_rows(summary))
     head = header_row(COLUMNS)
@@ -176,8 +181,7 @@ def _contract_rows(contract: Mapping[str, Any]) -> list[str]:
     return [
         f"<tr><th scope=row>{_text(row, 'region')}</th><td>{_text(row, 'trainer')}</td><td>{_text(row, 'engine')}</td>"
         f'<td class="status-{_text(row, "status")}">{_text(row, "status")}</td></tr>'
-        for row in contract.get("rows") or []
-        if isinstance(row, Mapping)
+        for row in mappings(contract, "rows")
     ]
 
 

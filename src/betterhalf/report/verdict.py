@@ -14,6 +14,7 @@ from rich.text import Text
 
 from betterhalf.report.comparison import changes_text, comparison_sentences, own_table
 from betterhalf.report.emulated import emulated_sentence
+from betterhalf.report.fields import mapping
 
 COLUMNS = (
     "arm",
@@ -48,12 +49,12 @@ _BITS = {"fp16": 10, "bf16": 7, "fp32": 23}
 
 def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return one row of `COLUMNS` for each arm in the summary of a sanity run; missing values are dashes."""
-    return [_row(name, arm or {}) for name, arm in (summary.get("arms") or {}).items()]
+    return [_row(name, arm) for name, arm in _arms(summary).items()]
 
 
 def verdict_sentences(summary: Mapping[str, Any]) -> list[str]:
     """Return sentences on the mismatches, on learning, and on what separates the arms."""
-    arms = {name: arm or {} for name, arm in (summary.get("arms") or {}).items()}
+    arms = _arms(summary)
     sentences = []
     if "fp16" in arms and "bf16" in arms:
         sentences.append(_ratio_sentence(summary.get("k3_ratio")))
@@ -71,8 +72,8 @@ def threshold_line(summary: Mapping[str, Any]) -> str:
 
 def possible_formats(summary: Mapping[str, Any]) -> list[object]:
     """Return every name among the arms of a summary and their settings that may be a format."""
-    arms = {name: arm or {} for name, arm in (summary.get("arms") or {}).items()}
-    return [*arms, *(value for arm in arms.values() for value in (arm.get("changes") or {}).values())]
+    arms = _arms(summary)
+    return [*arms, *(value for arm in arms.values() for value in mapping(arm, "changes").values())]
 
 
 def print_verdict(summary: Mapping[str, Any], stream: TextIO | None = None, *, width: int = 80) -> None:
@@ -95,10 +96,16 @@ def print_verdict(summary: Mapping[str, Any], stream: TextIO | None = None, *, w
 
 def changes_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return each arm with the settings that it changes; none if every arm changes its precision only."""
-    arms = {name: arm or {} for name, arm in (summary.get("arms") or {}).items()}
+    arms = _arms(summary)
     if not any(own_table(name, arm) for name, arm in arms.items()):
         return []
-    return [(name, changes_text(arm.get("changes") or {})) for name, arm in arms.items()]
+    return [(name, changes_text(mapping(arm, "changes"))) for name, arm in arms.items()]
+
+
+def _arms(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the arms of a summary by name; an arm without a result is empty."""
+    arms = mapping(summary, "arms")
+    return {name: mapping(arms, name) for name in arms}
 
 
 def _row(name: str, arm: Mapping[str, Any]) -> tuple[str, ...]:

@@ -290,6 +290,23 @@ def test_text_of_models_and_names_cannot_become_markup(tmp_path: Path) -> None:
     ] == []
 
 
+_OTHER_SHAPES = {
+    "environment": [{"packages": [1], "git": "x", "gpus": 3, "cluster": 7}]
+    + [{"cluster": {"backend": "ray", "hosts": hosts, "ranks": "x"}} for hosts in ([], {"a": 1})],
+    "summary": [{"arms": arms} for arms in ([1], 7, "x", {"fp16": 1}, {"fp16": {"changes": [1]}})],
+    "contract": [{"rows": rows} for rows in (7, {"a": 1}, [1])],
+}
+
+
+@pytest.mark.parametrize("name", _OTHER_SHAPES)
+def test_records_of_another_shape_still_give_a_page(name: str, make_sanity: Callable[..., RunDir]) -> None:
+    run = make_sanity(steps=3)
+    for content in _OTHER_SHAPES[name]:
+        for folder in (run, run.arm("fp16")):
+            write_json_atomic(getattr(folder, name), content)
+        assert "figure" in report(run).tags
+
+
 def test_a_task_s_own_rewards_have_a_figure_each_and_its_failures_one(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path / "run", resume=False)
     for step in (1, 2):
