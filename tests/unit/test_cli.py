@@ -213,7 +213,7 @@ def test_bad_input_exits_2_with_one_message(
         (
             OSError(errno.ENOSPC, "No space left on device", "/x/metrics.jsonl"),
             3,
-            "the disk is full: /x/metrics.jsonl.",
+            "the disk is full: /x/metrics.jsonl; earlier files are intact.",
         ),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 3, "Permission denied: /x."),
         (KeyboardInterrupt(), 130, "error: interrupted"),

@@ -72,7 +72,10 @@ def _json_line(result: dict[str, Any]) -> str:
 def _disk_words(error: OSError) -> str:
     where = f": {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full{where}. Free some space and continue with --resume; earlier files are intact."
+        return (
+            f"the disk is full{where}; earlier files are intact. Free some space and run the command again, with "
+            "--resume to continue a run."
+        )
     return f"{error.strerror or error}{where}. Check the path and its permissions."
 
 
