@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from betterhalf.report.chart import Chart, Line, draw
+from betterhalf.report.chart import Chart, Series, draw
 from betterhalf.report.drawing import Drawing
 from betterhalf.report.numbers import Scale
-from betterhalf.report.plot import Plot, Series, draw_plot
 from betterhalf.run_dir import read_jsonl
 
 REWARD, K3 = "rollout/reward/mean", "mismatch/k3/mean"
@@ -95,18 +94,17 @@ def over_steps(metric: str, arms: Mapping[str, Rows], **choices: Any) -> Drawing
     """Return the metric of each arm over the steps, with the mean in the legend."""
     values = {arm: [float(row[metric]) for row in rows] for arm, rows in arms.items()}
     lines = (
-        Line(
+        Series(
             tag=ARMS[arm][0],
             name=f"{ARMS[arm][0]}: mean {statistics.fmean(found):.2g}",
             style=ARMS[arm][1],
-            steps=range(1, len(found) + 1),
-            values=found,
+            points=list(enumerate(found, 1)),
         )
         for arm, found in values.items()
     )
     scale: Scale = "log10" if metric == K3 else "linear"
     chosen = {"key": metric, "title": WORDS[metric], "scale": scale, "smooth": True} | choices
-    return draw(Chart(**chosen, lines=tuple(lines)))
+    return draw(Chart(**chosen, series=tuple(lines)))
 
 
 def along(sweep: Sweep, rows: Rows, metric: str, title: str, names: Sequence[str]) -> Drawing | None:
@@ -121,20 +119,20 @@ def along(sweep: Sweep, rows: Rows, metric: str, title: str, names: Sequence[str
     for name in names:
         means = sorted((place, mean(values)) for place, values in found[name].items())
         runs = [(place, value) for place, values in found[name].items() for value in values]
-        series.append(Series(name=sweep.lines[name], style=styles.index(name), points=means, joined=True))
-        series.append(Series(name=f"{sweep.lines[name]}, runs", style=styles.index(name), points=runs))
+        series.append(Series(name=sweep.lines[name], style=styles.index(name), points=means))
+        series.append(Series(name=f"{sweep.lines[name]}, runs", style=styles.index(name), points=runs, joined=False))
     law = None
     if scale == "log10" and sweep.law_from is not None:
         start = mean(found[names[0]][sweep.law_from])
         law = ((2.0, start * 4.0 ** (sweep.law_from - 2.0)), (sweep.law_from, start))
-    return draw_plot(
-        Plot(
+    return draw(
+        Chart(
             key=metric,
             title=title + (" (dashed: 4^-bits)" if law else ""),
             series=tuple(series),
             scale=scale,
             include=(0.0, 1.0) if scale == "linear" else (),
-            across_name=sweep.axis_title,
+            across=sweep.axis_title,
             across_range=(min(sweep.ticks.values()) - 0.2, max(sweep.ticks.values()) + 0.2),
             across_ticks=tuple((place, label) for label, place in sweep.ticks.items()),
             guide=law,

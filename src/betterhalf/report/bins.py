@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from betterhalf.metrics.catalogue import CATALOGUE
+from betterhalf.report.chart import Chart, Series, draw
 from betterhalf.report.fields import number
 from betterhalf.report.marks import Band
 from betterhalf.report.markup import Figure, shown, table
-from betterhalf.report.plot import Plot, Series, draw_plot
 
 By = Literal["by_position", "by_probability"]
 
@@ -137,12 +137,12 @@ def _merge(one: Bin, other: Bin) -> Bin:
 def _figure(prefix: str, spec: BinSpec, series: Sequence[BinSeries], legend: str) -> Figure | None:
     ranges = sorted({(one.lower, one.upper) for run in series for one in run.bins})
     key = f"{prefix}{spec.by.replace('_', '-')}-{spec.quantity}"
-    image = draw_plot(
-        Plot(
+    image = draw(
+        Chart(
             key=key,
             title=f"{spec.title} ({spec.unit})",
             series=tuple(_joined(run, spec, ranges) for run in series),
-            across_name=spec.across,
+            across=spec.across,
             across_range=(0.0, float(max(1, len(ranges)))),
             across_ticks=_edges(ranges),
             scale="log10",
@@ -164,7 +164,7 @@ def _figure(prefix: str, spec: BinSpec, series: Sequence[BinSeries], legend: str
 
 def _joined(run: BinSeries, spec: BinSpec, ranges: Sequence[tuple[float, float]]) -> Series:
     points = [(ranges.index((one.lower, one.upper)) + 0.5, _value(one, spec)) for one in run.bins]
-    return Series(name=run.name, style=run.style, points=points, joined=True)
+    return Series(name=run.name, style=run.style, points=points)
 
 
 def _value(one: Bin, spec: BinSpec) -> float:

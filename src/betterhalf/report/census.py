@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from betterhalf.report.chart import Chart, Series, draw
 from betterhalf.report.drawing import Drawing
 from betterhalf.report.fields import Point, mappings, number
 from betterhalf.report.marks import across, layer, layered, power_label
 from betterhalf.report.markup import Figure, legend, shown, table
 from betterhalf.report.numbers import superscript
-from betterhalf.report.plot import Plot, Series, draw_plot
 
 KINDS = ("forward", "input", "backward", "weight", "gradient")
 """Kinds of values measured at a module; also the order of styles."""
@@ -52,13 +52,13 @@ def headroom_figure(key: str, dtype: str, rows: Sequence[Row]) -> Figure | None:
     """Draw the least headroom of each layer, one line for each kind; None without a finite number."""
     shapes = _by_layer(rows)
     lines = [(KINDS.index(kind), kind, points) for kind, points in shapes.items() if kind in KINDS and points]
-    series = tuple(Series(name=kind, style=style, points=points, joined=True) for style, kind, points in lines)
-    image = draw_plot(
-        Plot(
+    series = tuple(Series(name=kind, style=style, points=points) for style, kind, points in lines)
+    image = draw(
+        Chart(
             key=key,
             title=f"Headroom by layer in {dtype} (bits)",
             series=series,
-            across_name="layer",
+            across="layer",
             across_range=_layer_range(rows),
             across_ticks=tuple((float(n), str(n)) for row in rows if (n := _layer(row.module)) is not None),
             include=(0.0, 4.0),

@@ -35,9 +35,7 @@ RAISED = "raised"
 _PNG_SCALE = 3.0
 _FONT = "system-ui, Helvetica, Arial, sans-serif"
 
-_OPENED = '<script type="application/json" class=figure>'
-_INSIDE = re.compile(f"{_OPENED}(.*?)</script>")
-_PACKED = "<script type=text/plain id=figures>"
+_PACKED = "<script type=text/gzip class=figure>"
 _ON_PAGE = ("key", "title", "spec", "tables", "wide")
 """Fields of a drawing that the page's script and `drawings_of` read."""
 
@@ -74,7 +72,7 @@ class Drawing:
             f'<div class=chart {names} style="min-height:{self.spec["height"] + _BELOW}px"></div>'
             f'<p id="{self.key}-t" hidden>{escape(self.title)}</p>'
             f'<p id="{self.key}-d" hidden>{escape(self.description)}</p>'
-            f"{_OPENED}{inert_json(content)}</script>"
+            f"{_PACKED}{packed(content)}</script>"
         )
 
     def svg(self, *, paper: bool = True) -> str:
@@ -130,25 +128,9 @@ def series_columns(points: Iterable[tuple[float, float]], **constants: object) -
     return {**constants, "x": [_short(x) for x, _ in pairs], "y": [_short(y) for _, y in pairs]}
 
 
-def inert_json(content: object) -> str:
-    """Return JSON for a `<script>` element, with no character that could end it or open another."""
-    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def gathered(body: str) -> str:
-    """Return a page's body with the content of its figures, in their order, compressed in one element at its end."""
-    found = ",".join(_INSIDE.findall(body))
-    return f"{_INSIDE.sub('', body)}{_PACKED}{packed(f'[{found}]')}</script>"
-
-
 def drawings_of(page: str) -> list[Drawing]:
     """Return the figures of a page, which holds the specification and the data of each."""
-    return [
-        Drawing(description="", **content)
-        for text in re.findall(f"{_PACKED}(.*?)</script>", page)
-        for content in json.loads(unpacked(text))
-    ]
+    return [Drawing(description="", **unpacked(text)) for text in re.findall(f"{_PACKED}(.*?)</script>", page)]
 
 
 def write_figures(drawings: Iterable[Drawing], folder: Path) -> list[Path]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
-from betterhalf.report.chart import Chart, Line, draw
+from betterhalf.report.chart import Chart, Series, draw
 from betterhalf.report.data import Arm
 from betterhalf.report.fields import number
 from betterhalf.report.markup import Figure, shown, table
@@ -36,7 +35,7 @@ def _figure(name: str, place: int, arms: Sequence[Arm]) -> Figure | None:
     lines = [_line(arm, name, statistic) for arm in arms if arm.evaluated for statistic in _STATISTICS]
     title = f"Evaluation, {name}"
     unit = "mean reward of all completions (avg@k)"
-    image = draw(Chart(key=key, title=f"{title} ({unit})", scale="linear", lines=tuple(lines), include=(0.0, 1.0)))
+    image = draw(Chart(key=key, title=f"{title} ({unit})", series=tuple(lines), include=(0.0, 1.0)))
     if image is None:
         return None
     rows = [_numbers(arm, row, name) for arm in arms for row in arm.evaluated]
@@ -50,13 +49,12 @@ def _figure(name: str, place: int, arms: Sequence[Arm]) -> Figure | None:
     )
 
 
-def _line(arm: Arm, name: str, statistic: str) -> Line:
-    return Line(
+def _line(arm: Arm, name: str, statistic: str) -> Series:
+    return Series(
         tag=arm.tag if statistic == "mean" else "",
-        name=f"{escape(arm.name)}, {statistic}",
+        name=f"{arm.name}, {statistic}",
         style=arm.index,
-        steps=[int(number(row.get("step"))) for row in arm.evaluated],
-        values=[_value(row, name, statistic) for row in arm.evaluated],
+        points=[(number(row.get("step")), _value(row, name, statistic)) for row in arm.evaluated],
         second=statistic != "mean",
     )
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from betterhalf.report.chart import Chart, Series, draw
 from betterhalf.report.data import Study
 from betterhalf.report.evaluation_table import evaluation_rows, k_of, measures, sets_of
 from betterhalf.report.fields import mapping, number, points
 from betterhalf.report.markup import Figure, figures, legend, note, notice, part, section, shown, table
-from betterhalf.report.plot import Plot, Series, draw_plot
 
 _ABOUT = (
     "avg@k: mean reward of all completions. pass@k: chance that one of k completions solves a prompt. maj@k: chance "
@@ -64,12 +64,12 @@ def _figure(study: Study, kind: str, title: str, caption: str) -> Figure | None:
     if len(names) < 2:
         return None
     key = f"evaluation{study.index}-{kind}"
-    image = draw_plot(
-        Plot(
+    image = draw(
+        Chart(
             key=key,
             title=f"{title} (share of prompts)",
             series=tuple(_series(name, style, one, names) for style, (name, one) in enumerate(found.items())),
-            across_name="k, doubling",
+            across="k, doubling",
             across_ticks=tuple((math.log2(k), str(k)) for k in map(k_of, names)),
             include=(0.0, 1.0),
         )
@@ -90,4 +90,4 @@ def _figure(study: Study, kind: str, title: str, caption: str) -> Figure | None:
 
 def _series(name: str, style: int, found: Mapping[str, Any], names: Sequence[str]) -> Series:
     pairs = [[math.log2(k_of(measure)), found.get(measure)] for measure in names]
-    return Series(name=name, style=style, points=points({"points": pairs}, "points"), joined=True)
+    return Series(name=name, style=style, points=points({"points": pairs}, "points"))

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from betterhalf.metrics.catalogue import CATALOGUE
+from betterhalf.report.chart import Chart, Series, draw
 from betterhalf.report.data import Arm
 from betterhalf.report.fields import Point, mappings, number
 from betterhalf.report.figures import FigureSpec, draw_figures
 from betterhalf.report.markup import Figure, figures, note, section, shown, table
 from betterhalf.report.mismatch import last_quarter
-from betterhalf.report.plot import Plot, Series, draw_plot
 from betterhalf.report.tables import legend
 
 FIGURES = (
@@ -111,12 +111,12 @@ def layer_figure(spec: LayerSpec, arms: Sequence[Arm]) -> Figure | None:
     series = [(arm, layer_means(arm.mismatch, spec.field)) for arm in arms]
     key, depth = f"expert-layer-{spec.field.replace('_', '-')}", max(len(points) for _, points in series)
     known = CATALOGUE.get(spec.metric)
-    image = draw_plot(
-        Plot(
+    image = draw(
+        Chart(
             key=key,
             title=f"{spec.title} ({spec.unit})",
-            series=tuple(Series(name=arm.name, style=arm.index, points=points, joined=True) for arm, points in series),
-            across_name="layer",
+            series=tuple(Series(name=arm.name, style=arm.index, points=points) for arm, points in series),
+            across="layer",
             across_include=(1.0, float(max(2, depth))),
             include=(spec.least,),
             band=known.band if known else None,

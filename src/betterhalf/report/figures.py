@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from html import escape
 
 from betterhalf.metrics.catalogue import CATALOGUE
-from betterhalf.report.chart import Chart, Line, Mark, draw
+from betterhalf.report.chart import Chart, Mark, Series, draw
 from betterhalf.report.data import Arm
 from betterhalf.report.drawing import Drawing
 from betterhalf.report.events import RESTARTS, event_marks, watchdog_bounds
@@ -305,7 +305,7 @@ def _chart(spec: FigureSpec, arms: Sequence[Arm]) -> Chart:
         key=spec.key,
         title=f"{spec.title} ({spec.unit})",
         scale=spec.scale,
-        lines=tuple(_line(spec, arm, index) for arm in named for index in range(len(spec.metrics))),
+        series=tuple(_line(spec, arm, index) for arm in named for index in range(len(spec.metrics))),
         band=_band(spec.metrics) if spec.show_band else None,
         rules=_rules(spec, arms),
         include=spec.include,
@@ -329,15 +329,14 @@ def _rules(spec: FigureSpec, arms: Sequence[Arm]) -> tuple[tuple[float, str], ..
     return tuple(dict.fromkeys(rule for arm in arms for rule in watchdog_bounds(arm, spec.metrics)))
 
 
-def _line(spec: FigureSpec, arm: Arm, index: int) -> Line:
+def _line(spec: FigureSpec, arm: Arm, index: int) -> Series:
     values = arm.values(spec.metrics[index])
     suffix = f", {spec.metrics[index]}" if len(spec.metrics) > 1 else ""
-    return Line(
+    return Series(
         tag=arm.tag if index == 0 else "",
         name=arm.name + suffix,
         style=arm.index,
-        steps=arm.steps,
-        values=values,
+        points=list(zip(arm.steps, values, strict=True)),
         marks=_marks(spec, arm, values) if index == 0 else (),
         second=spec.second_dotted and index > 0,
     )

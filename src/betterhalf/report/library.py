@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+import json
 import os
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from betterhalf.errors import RunError
 from betterhalf.run_dir import write_text_atomic
@@ -28,14 +30,15 @@ def libraries() -> tuple[str, str]:
     return packed(script), script_hash(script)
 
 
-def packed(text: str) -> str:
-    """Return text that `DecompressionStream` of a browser and `unpacked` read, in letters that end no element."""
+def packed(content: object) -> str:
+    """Return JSON that `DecompressionStream` of a browser and `unpacked` read, in letters that end no element."""
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
-def unpacked(text: str) -> str:
-    """Return the text that was packed."""
-    return gzip.decompress(base64.b64decode(text)).decode()
+def unpacked(text: str) -> Any:
+    """Return the content that was packed."""
+    return json.loads(gzip.decompress(base64.b64decode(text)))
 
 
 def script_hash(script: str) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from betterhalf.report.chart import Chart, Series, draw
 from betterhalf.report.fields import mapping, mappings, number
 from betterhalf.report.markup import Figure, figures, legend, notice, shown, table
-from betterhalf.report.plot import Plot, Series, draw_plot
 
 COMPARISONS = {
     "trainer_engine": "trainer against engine",
@@ -62,16 +62,15 @@ def _growth(prefix: str, rows: Sequence[Mapping[str, Any]]) -> Figure | None:
             name=words,
             style=style,
             points=[(layer, number(row.get(key))) for layer, row in zip(layers, rows, strict=True)],
-            joined=True,
         )
         for style, (key, words) in enumerate(COMPARISONS.items())
     )
-    image = draw_plot(
-        Plot(
+    image = draw(
+        Chart(
             key=f"{prefix}growth",
             title="Growth of the difference by layer (relative)",
             series=series,
-            across_name="layer",
+            across="layer",
             across_ticks=tuple((layer, f"{layer:g}") for layer in layers if math.isfinite(layer)),
             scale="log10",
         )

@@ -8,11 +8,10 @@ fits to the steps that it shows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from betterhalf.report.drawing import HEIGHT, RAISED, STYLES, Json
-from betterhalf.report.numbers import Scale, can_draw, extent
+from betterhalf.report.numbers import Scale, can_draw
 
 Band = tuple[float | None, float | None]
 
@@ -29,60 +28,6 @@ _GRID = {"condition": {"test": f"abs({_DECADES} - round({_DECADES})) < 1e-9", "v
 """Grid lines of a decimal logarithmic axis: at powers of ten alone."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Axes:
-    """Everything in a figure but its series and its horizontal axis."""
-
-    key: str
-    """Unique on the page; part of element ids."""
-    title: str
-    """Name for screen readers, and heading in a file of its own."""
-    scale: Scale = "linear"
-    """Scale of the vertical axis."""
-    include: tuple[float, ...] = ()
-    """Values that the vertical axis must reach."""
-    band: Band | None = None
-    """Healthy range, shaded; None on a side means no bound there."""
-    rules: tuple[tuple[float, str], ...] = ()
-    """Bounds and their names, drawn where the axis reaches them."""
-
-    def ends(self, values: Iterable[float]) -> tuple[float, float] | None:
-        """Return the ends of the vertical axis; None if no value can be drawn."""
-        ends = extent(values, self.scale, self.include, self.band or ())
-        if ends is None or self.scale != "log10":
-            return ends
-        return 10.0 ** math.floor(math.log10(ends[0])), 10.0 ** math.ceil(math.log10(ends[1]))
-
-    def specification(
-        self, across: Json, layers: Sequence[Json], behind: Sequence[Json] = (), **parameters: object
-    ) -> Json:
-        """Return the figure with these layers, in front of constant ones and of its own band and bounds."""
-        words = {"title": band_words(self.band)} if self.band else {}
-        place = {"x": across, "y": self._upright()}
-        return words | layered(place, layers, behind=[*self._background(), *behind], parameters=parameters)
-
-    def _upright(self) -> Json:
-        """Return the channel of the vertical axis."""
-        axis: Json = {"tickCount": 5, "grid": True}
-        if self.scale != "linear":
-            axis |= {"labelExpr": power_label(self.scale)} | ({"gridOpacity": _GRID} if self.scale == "log10" else {})
-        scale = _SCALES[self.scale] | {"domain": {"expr": "shown"}, "nice": True}
-        return {**Y, "title": None, "scale": scale, "axis": axis}
-
-    def _background(self) -> list[Json]:
-        """Return the healthy range with dashed edges, and bounds with their names."""
-        edges = [edge for edge in self.band or () if edge is not None and can_draw(self.scale, edge)]
-        sides = [*({"datum": edge} for edge in edges), {"value": 0 if self.band and self.band[1] is None else "height"}]
-        name = {"x": {"value": "width"}, "y": Y, "text": {"field": "text"}}
-        bounds = [{"y": value, "text": text} for value, text in self.rules]
-        return [
-            constant("rect", [{}] if edges else [], dict(zip(("y", "y2"), sides, strict=False)), **HEALTHY_AREA),
-            constant("rule", [{"y": edge} for edge in edges], {"y": Y}, **HEALTHY_LINE),
-            constant("rule", bounds, {"y": Y}, color="var(--wait)", strokeDash=[8, 3], strokeWidth=1.4),
-            constant("text", bounds, name, color="var(--wait)", align="right", dx=-4, dy=-7),
-        ]
-
-
 def layer(mark: str, table: str, encoding: Json, *filters: str, **look: object) -> Json:
     """Return a layer of marks for the rows of a table that pass the filters."""
     passed = {"transform": [{"filter": each} for each in filters]} if filters else {}
@@ -97,6 +42,14 @@ def constant(mark: str, rows: Sequence[Json], encoding: Json, **look: object) ->
 def across(title: str, scale: Json, axis: Json) -> Json:
     """Return the channel of the horizontal axis."""
     return {**X, "title": title, "scale": scale if scale.get("type") else {"zero": False, **scale}, "axis": axis}
+
+
+def upright(scale: Scale) -> Json:
+    """Return the channel of the vertical axis, from one end of `shown` to the other."""
+    axis: Json = {"tickCount": 5, "grid": True}
+    if scale != "linear":
+        axis |= {"labelExpr": power_label(scale)} | ({"gridOpacity": _GRID} if scale == "log10" else {})
+    return {**Y, "title": None, "scale": _SCALES[scale] | {"domain": {"expr": "shown"}, "nice": True}, "axis": axis}
 
 
 def layered(
@@ -120,17 +73,30 @@ def layered(
     }
 
 
+def background(scale: Scale, band: Band | None, rules: Sequence[tuple[float, str]]) -> list[Json]:
+    """Return the healthy range with dashed edges, and bounds with their names."""
+    edges = [edge for edge in band or () if edge is not None and can_draw(scale, edge)]
+    sides = [*({"datum": edge} for edge in edges), {"value": 0 if band and band[1] is None else "height"}]
+    name = {"x": {"value": "width"}, "y": Y, "text": {"field": "text"}}
+    bounds = [{"y": value, "text": text} for value, text in rules]
+    return [
+        constant("rect", [{}] if edges else [], dict(zip(("y", "y2"), sides, strict=False)), **HEALTHY_AREA),
+        constant("rule", [{"y": edge} for edge in edges], {"y": Y}, **HEALTHY_LINE),
+        constant("rule", bounds, {"y": Y}, color="var(--wait)", strokeDash=[8, 3], strokeWidth=1.4),
+        constant("text", bounds, name, color="var(--wait)", align="right", dx=-4, dy=-7),
+    ]
+
+
 def coloured(styles: Sequence[int], listed: Sequence[int] = (), channel: str = "color") -> Json:
     """Return the channel of the colours of series, with a legend of the `listed` ones in files of their own."""
     return {channel: _by_series([f"var(--s{style % STYLES})" for style in styles], listed)}
 
 
-def dashed(styles: Sequence[int], listed: Sequence[int], seconds: Sequence[bool] = ()) -> Json:
+def dashed(styles: Sequence[int], listed: Sequence[int], seconds: Sequence[bool]) -> Json:
     """Return the channels of the dashes and widths of lines: `seconds` are thin and dotted."""
-    dotted = [*seconds, *[False] * len(styles)]
-    dashes = [_DOTTED if second else _DASHES[style % STYLES] for style, second in zip(styles, dotted, strict=False)]
-    widths = [1.3 if second else 2 for second in dotted[: len(styles)]]
-    return {"strokeDash": _by_series(dashes, listed), "strokeWidth": _by_series(widths) | {"type": "ordinal"}}
+    dashes = [_DOTTED if second else _DASHES[style % STYLES] for style, second in zip(styles, seconds, strict=True)]
+    widths = _by_series([1.3 if second else 2 for second in seconds]) | {"type": "ordinal"}
+    return {"strokeDash": _by_series(dashes, listed), "strokeWidth": widths}
 
 
 def shaped(styles: Sequence[int]) -> Json:
@@ -147,15 +113,6 @@ def band_words(band: Band) -> str:
     return "" if bound is None else f"healthy: {'at most' if low is None else 'at least'} {bound:g}"
 
 
-def power_label(scale: Scale) -> str:
-    """Return the expression of the label of a power of two, or of a decimal number from 0.001 to 1,000 or a power."""
-    if scale == "log2":
-        return f"'2' + {RAISED}[round(log(datum.value) / LN2)]"
-    digits, power = (f"split(format(datum.value, '~e'), 'e')[{part}]" for part in (0, 1))
-    long = f"({digits} == '1' ? '' : {digits} + '\u00b7') + '10' + {RAISED}[toNumber({power})]"
-    return f"!datum.label ? '' : abs({_DECADES}) < 3.1 ? format(datum.value, '~g') : {long}"
-
-
 def described(name: str, values: Sequence[float], things: str) -> str:
     """Return a sentence on a series for screen readers; empty without a finite value."""
     finite = [value for value in values if math.isfinite(value)]
@@ -163,6 +120,15 @@ def described(name: str, values: Sequence[float], things: str) -> str:
         return ""
     ends = f"first {finite[0]:.4g}, last {finite[-1]:.4g}, lowest {min(finite):.4g}, highest {max(finite):.4g}"
     return f"{name}: {len(finite)} {things}, {ends}."
+
+
+def power_label(scale: Scale) -> str:
+    """Return the expression of the label of a power of two, or of a decimal number from 0.001 to 1,000 or a power."""
+    if scale == "log2":
+        return f"'2' + {RAISED}[round(log(datum.value) / LN2)]"
+    digits, power = (f"split(format(datum.value, '~e'), 'e')[{part}]" for part in (0, 1))
+    long = f"({digits} == '1' ? '' : {digits} + '\u00b7') + '10' + {RAISED}[toNumber({power})]"
+    return f"!datum.label ? '' : abs({_DECADES}) < 3.1 ? format(datum.value, '~g') : {long}"
 
 
 def _by_series(looks: Sequence[object], listed: Sequence[int] = ()) -> Json:

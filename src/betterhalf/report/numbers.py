@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -67,15 +68,11 @@ def smoothed(values: Sequence[float], window: int, scale: Scale = "linear") -> l
 
 def least_squares(points: Sequence[Point]) -> tuple[float, float]:
     """Return slope and intercept of y on x: through the origin if all x are equal, NaN without points or at x = 0."""
-    if not points:
-        return math.nan, math.nan
-    x_mean = math.fsum(x for x, _ in points) / len(points)
-    y_mean = math.fsum(y for _, y in points) / len(points)
-    spread = math.fsum((x - x_mean) ** 2 for x, _ in points)
-    if spread == 0.0:
-        return (y_mean / x_mean, 0.0) if x_mean else (math.nan, math.nan)
-    slope = math.fsum((x - x_mean) * (y - y_mean) for x, y in points) / spread
-    return slope, y_mean - slope * x_mean
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    if len(set(xs)) > 1:
+        line = statistics.linear_regression(xs, ys)
+        return line.slope, line.intercept
+    return (statistics.fmean(ys) / xs[0], 0.0) if any(xs) else (math.nan, math.nan)
 
 
 def extent(

@@ -2,13 +2,15 @@
 // read values. The page's policy allows this script and the libraries, and no `eval`: Vega interprets its expressions.
 "use strict";
 (async () => {
-  /** Return the text of an element that is compressed. */
-  const unpacked = id => {
-    const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), letter => letter.charCodeAt(0));
-    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
-  };
+  const unnamed = (key, value) => (key === "legend" ? null : value); // The page has legends of its own.
+  /** Return the content of each element that a selector finds, which is compressed JSON. */
+  const unpacked = selector => Promise.all([...document.querySelectorAll(selector)].map(async one => {
+    const bytes = Uint8Array.from(atob(one.textContent), letter => letter.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return JSON.parse(await new Response(stream).text(), unnamed);
+  }));
   const DRAG = 6; // Pixels from which a movement is a drag.
-  const theme = JSON.parse(document.getElementById("theme").textContent);
+  const [theme, library] = await unpacked("#theme, #library");
   const element = (tag, name, parent) => {
     const made = Object.assign(document.createElement(tag), {className: name});
     parent.append(made);
@@ -77,38 +79,36 @@
       const step = this.view.scale("x").invert(place);
       return Math.min(this.range[1], Math.max(this.range[0], step));
     }
-    /** Put an element from one step to another; hide it without steps. */
-    span(part, from, to = from) {
-      part.hidden = !(from >= this.range[0] && to <= this.range[1]);
-      if (part.hidden) return;
+    /** Put the cursor over the plot from one step to another; hide it without steps. */
+    span(from, to = from) {
+      this.cursor.hidden = !(from >= this.range[0] && to <= this.range[1]);
+      if (this.cursor.hidden) return;
       const svg = this.box.querySelector("svg"), ratio = svg.clientWidth / svg.viewBox.baseVal.width;
       const [left, right] = [from, to].map(step => ratio * (this.view.origin()[0] + this.view.scale("x")(step)));
-      Object.assign(part.style, {left: `${left}px`, width: `${right - left}px`});
+      Object.assign(this.cursor.style, {left: `${left}px`, width: `${right - left}px`});
     }
     listen() {
-      [this.brush, this.cross] = ["brush", "cross"].map(name => element("i", name, this.box));
-      this.cross.hidden = true;
+      this.cursor = element("i", "cursor", this.box);
+      this.cursor.hidden = true;
       let start = null;
       const dragged = event => start !== null && Math.abs(event.clientX - start) > DRAG;
       const reach = event => [start, event.clientX].map(x => this.step(x)).sort((a, b) => a - b);
-      const stop = () => { start = null; this.brush.hidden = true; };
       const on = (kinds, listener) => kinds.split(" ").forEach(kind => this.box.addEventListener(kind, listener));
-      stop();
       on("pointerdown", event => { start = event.clientX; });
       on("pointerdown pointermove", event => {
         this.read(event);
         if (!dragged(event)) return;
         this.box.setPointerCapture(event.pointerId);
-        this.span(this.brush, ...reach(event));
+        this.span(...reach(event));
       });
       on("pointerup", event => {
-        if (dragged(event)) {
-          const [low, high] = reach(event);
-          if (high - low >= 1) zoom(this.section, [Math.floor(low), Math.ceil(high)]);
-        }
-        stop();
+        const [low, high] = dragged(event) ? reach(event) : [];
+        if (high - low >= 1) zoom(this.section, [Math.floor(low), Math.ceil(high)]);
       });
-      on("pointercancel", stop);
+      on("pointerup pointercancel", event => {
+        start = null;
+        this.read(event);
+      });
       on("pointerleave", () => { say([]); mark(this.section); });
       on("dblclick", () => zoom(this.section));
     }
@@ -130,9 +130,8 @@
     }
   }
 
-  document.body.append(Object.assign(document.createElement("script"), {textContent: await unpacked("library")}));
-  const unnamed = (key, value) => (key === "legend" ? null : value); // The page has legends of its own.
-  const contents = JSON.parse(await unpacked("figures"), unnamed);
+  document.body.append(Object.assign(document.createElement("script"), {textContent: library}));
+  const contents = await unpacked(".figure");
   const charts = [...document.querySelectorAll(".chart")].map((box, place) => new Chart(box, contents[place]));
   const sections = new Set(charts.filter(one => one.full).map(one => one.section));
   const zoomable = section => charts.filter(one => one.full && one.section === section);
@@ -151,7 +150,7 @@
   }
 
   /** Draw a line at a step in all figures of a section; none without a step. */
-  const mark = (section, step) => zoomable(section).forEach(one => one.cross && one.near && one.span(one.cross, step));
+  const mark = (section, step) => zoomable(section).forEach(one => one.cursor && one.near && one.span(step));
 
   /** Show a range of steps in all figures of a section that have any of them; every step without a range. */
   function zoom(section, range) {

@@ -9,7 +9,7 @@ from pathlib import Path
 from betterhalf.errors import InputError
 from betterhalf.report.data import Arm, ReportData, Study, load
 from betterhalf.report.doctor_page import doctor_section
-from betterhalf.report.drawing import drawings_of, gathered, inert_json, theme, write_figures
+from betterhalf.report.drawing import drawings_of, theme, write_figures
 from betterhalf.report.emulated import emulated_sentence
 from betterhalf.report.evaluation_curve import evaluation_curves
 from betterhalf.report.evaluation_page import evaluation_section
@@ -17,7 +17,7 @@ from betterhalf.report.events import events_table
 from betterhalf.report.experts import experts_section
 from betterhalf.report.fields import mapping
 from betterhalf.report.figures import step_figures
-from betterhalf.report.library import libraries, own_script, script_hash
+from betterhalf.report.library import libraries, own_script, packed, script_hash
 from betterhalf.report.markup import figures, note, notice, section
 from betterhalf.report.mismatch import mismatch_figures
 from betterhalf.report.probe_page import probe_section
@@ -89,9 +89,9 @@ def render(data: ReportData) -> str:
     policy = _POLICY
     if "<figure" in body:
         own, (library, source) = own_script(), libraries()
-        look = f'<script type="application/json" id=theme>{inert_json(theme())}</script>'
-        packed = f"<script type=text/plain id=library>{library}</script>"
-        body = f"{_UNDRAWN}{gathered(body)}{look}{packed}<script>{own}</script>"
+        parts = {"theme": packed(theme()), "library": library}
+        held = "".join(f"<script type=text/gzip id={name}>{text}</script>" for name, text in parts.items())
+        body = f"{_UNDRAWN}{body}{held}<script>{own}</script>"
         policy += f"; script-src {script_hash(own)} {source}"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)} - betterhalf report</title>'

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from html import escape
 
 from betterhalf.metrics.catalogue import CATALOGUE
+from betterhalf.report.chart import Chart, Series, draw
 from betterhalf.report.fields import Point
 from betterhalf.report.markup import Figure, legend, shown, table
 from betterhalf.report.numbers import least_squares
-from betterhalf.report.plot import Plot, Series, draw_plot
 
 _MAX_POINTS = 1000
 
@@ -36,12 +36,12 @@ def slope_figure(key: str, groups: Sequence[Completions], caption: str = "") -> 
     groups = [group for group in groups if group.points]
     if not groups:
         return None
-    image = draw_plot(
-        Plot(
+    image = draw(
+        Chart(
             key=key,
             title="Sequence log-ratio against length (nats, tokens)",
             series=tuple(map(_series, sorted(groups, key=_width, reverse=True))),
-            across_name="tokens",
+            across="tokens",
             include=(0.0,),
             across_include=(0.0,),
             wedge=_wedge(),
@@ -63,7 +63,8 @@ def slope_figure(key: str, groups: Sequence[Completions], caption: str = "") -> 
 
 def _series(group: Completions) -> Series:
     stride = max(1, math.ceil(len(group.points) / _MAX_POINTS))
-    return Series(name=group.name, style=group.style, points=group.points[::stride], fit=least_squares(group.points))
+    fit = least_squares(group.points)
+    return Series(name=group.name, style=group.style, points=group.points[::stride], joined=False, fit=fit)
 
 
 def _width(group: Completions) -> float:

@@ -69,8 +69,8 @@ details{margin-top:auto;padding-top:.5em;font-size:.82rem;overflow-x:auto}summar
 details table{font-size:.78rem;margin-top:.4em}details td,details th{padding:.2em .7em .2em 0}
 .chart{position:relative;min-height:1px;touch-action:pan-y pinch-zoom;user-select:none;-webkit-user-select:none}
 .chart svg{width:100%;height:auto;display:block;overflow:visible}
-.brush,.cross{position:absolute;top:0;bottom:0;pointer-events:none}.brush{width:0;background:var(--s0);opacity:.15}
-.cross{border-left:1px dashed var(--soft)}figure{overflow:clip}
+.cursor{position:absolute;top:0;bottom:0;pointer-events:none;border-left:1px dashed var(--soft);
+background:color-mix(in srgb,var(--s0) 15%,transparent)}figure{overflow:clip}
 .tip{position:fixed;z-index:9;pointer-events:none;padding:.35em .7em;background:var(--bg);border:1px solid var(--soft);
 border-radius:6px;font-size:.82rem;font-variant-numeric:tabular-nums;max-width:min(92vw,44em);overflow-wrap:anywhere}
 .tip [class^=s]{color:var(--c);font-weight:600}
@@ -100,5 +100,5 @@ body{padding:14px 12px 40px}h1{font-size:1.3rem}.verdict{font-size:.88rem}.verdi
 .verdict th,.verdict td{padding-right:.8em}.heat td{padding:.4em .2em;min-width:5em;white-space:normal}
 .heat th{padding:.3em .3em .3em 0}figure{padding:12px 10px 8px}}
 @media print{.grid-of{grid-template-columns:1fr 1fr}
-figure,.sample{break-inside:avoid}details,.zoom,.tip,.cross{display:none}}
+figure,.sample{break-inside:avoid}details,.zoom,.tip,.cursor{display:none}}
 """

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from betterhalf.report.chart import Chart, Line, draw
+from betterhalf.report.chart import Chart, Series, draw
 from betterhalf.report.comparison import changes_text
 from betterhalf.report.data import Sweep
 from betterhalf.report.drawing import STYLES
@@ -14,7 +14,6 @@ from betterhalf.report.emulated import emulated_sentence
 from betterhalf.report.fields import Point, mapping, mappings, number, texts
 from betterhalf.report.markup import Figure, figures, legend, note, notice, section, table
 from betterhalf.report.numbers import Scale
-from betterhalf.report.plot import Plot, Series, draw_plot
 from betterhalf.report.sweep_table import (
     MEASURES,
     Row,
@@ -111,7 +110,7 @@ def _panel(sweep: Sweep, combination: Row, key: str) -> Figure | None:
     curves = [row for row in sweep.curves if row.get("combination") == combination.get("combination")]
     lines = tuple(_line(curve, style) for style, curve in enumerate(curves))
     title = ", ".join(f"{name} {axis_text(combination, name)}" for name in axis_names(sweep.rows)) or "all runs"
-    image = draw(Chart(key=key, title=f"Reward, {title}", scale="linear", lines=lines, include=(0.0, 1.0)))
+    image = draw(Chart(key=key, title=f"Reward, {title}", series=lines, include=(0.0, 1.0)))
     if image is None:
         return None
     return Figure(
@@ -124,10 +123,9 @@ def _panel(sweep: Sweep, combination: Row, key: str) -> Figure | None:
     )
 
 
-def _line(curve: Row, style: int) -> Line:
-    values = _rewards(curve)
+def _line(curve: Row, style: int) -> Series:
     seed = str(curve.get("seed", ""))
-    return Line(tag=seed, name=f"seed {seed}", style=style, steps=range(1, len(values) + 1), values=values)
+    return Series(tag=seed, name=f"seed {seed}", style=style, points=list(enumerate(_rewards(curve), 1)))
 
 
 def _rewards(curve: Row) -> list[float]:
@@ -162,22 +160,22 @@ def _along(
         part
         for style, (group, (cells, means)) in enumerate(shown)
         for part in (
-            Series(name=f"{group}, runs", style=style, points=_points(cells, name, places, measure)),
-            Series(name=group, style=style, points=_points(means, name, places, measure), joined=True),
+            Series(name=f"{group}, runs", style=style, points=_points(cells, name, places, measure), joined=False),
+            Series(name=group, style=style, points=_points(means, name, places, measure)),
         )
     ]
     heading = next(known.heading for known in MEASURES if known.key == measure)
-    plot = Plot(
+    plot = Chart(
         key=key,
         title=f"{heading} along {name}",
         series=tuple(series),
-        across_name=str(axis.get("quantity", name)),
+        across=str(axis.get("quantity", name)),
         scale=scale,
         include=include,
         across_ticks=_ticks(rows, axis, places),
     )
     starred = any(text.endswith("*") for _, text in plot.across_ticks or ())
-    image = draw_plot(plot)
+    image = draw(plot)
     if image is None:
         return None
     left_out = (

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from betterhalf.report.chart import Chart, Series, draw
 from betterhalf.report.data import Arm
 from betterhalf.report.drawing import Drawing
 from betterhalf.report.markup import Figure, style_class, table
-from betterhalf.report.plot import Plot, Series, draw_plot
 from betterhalf.words import counted
 
 _POINTS_PER_CLOUD = 500
@@ -56,12 +56,12 @@ def token_figures(arms: Sequence[Arm]) -> list[Figure]:
 
 def scatter_figure(key: str, title: str, clouds: Sequence[Cloud], note: str = "", legend: str = "") -> Figure | None:
     """Draw pi against mu, with the diagonal; None without tokens."""
-    image = draw_plot(
-        Plot(
+    image = draw(
+        Chart(
             key=key,
             title=f"{title}, pi against mu",
             series=_series(clouds, gap=False),
-            across_name="mu",
+            across="mu",
             across_range=(0.0, 1.0),
             include=(0.0, 1.0),
             guide=((0.0, 0.0), (1.0, 1.0)),
@@ -74,12 +74,12 @@ def scatter_figure(key: str, title: str, clouds: Sequence[Cloud], note: str = ""
 
 def gap_figure(key: str, clouds: Sequence[Cloud], legend: str = "") -> Figure | None:
     """Draw pi - mu against mu; None without tokens."""
-    image = draw_plot(
-        Plot(
+    image = draw(
+        Chart(
             key=key,
             title="Token gap, pi minus mu, against mu",
             series=_series(clouds, gap=True),
-            across_name="mu",
+            across="mu",
             across_range=(0.0, 1.0),
             include=(0.0,),
             guide=((0.0, 0.0), (1.0, 0.0)),
@@ -128,6 +128,7 @@ def _series(clouds: Sequence[Cloud], *, gap: bool) -> tuple[Series, ...]:
             name=cloud.name,
             style=cloud.style,
             points=[(pair.mu, pair.pi - pair.mu if gap else pair.pi) for pair in cloud.pairs],
+            joined=False,
         )
         for cloud in ordered
     )

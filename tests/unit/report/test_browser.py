@@ -86,7 +86,9 @@ def test_figures_answer_to_the_mouse(phone: Chromium) -> None:
     phone.mouse("mouseMoved", left + 0.6 * width, middle)
     said = run(phone, "document.querySelector('.tip').innerText")
     assert re.search(r"step 1\d\n.*fp16: [\d.e-]+\n.*bf16: [\d.e-]+", said)
-    assert run(phone, "document.querySelectorAll('#reward .cross, #k3 .cross').length") == 2
+    assert (
+        run(phone, "document.querySelectorAll('#reward .cursor:not([hidden]), #k3 .cursor:not([hidden])').length") == 2
+    )
     phone.mouse("mousePressed", left + 0.5 * width, middle, 1)
     phone.mouse("mouseMoved", left + 0.7 * width, middle, 1)
     phone.mouse("mouseReleased", left + 0.7 * width, middle)
