@@ -1,6 +1,6 @@
-"""A group of processes of a run for broadcasts by one of them, beside the group of the trainer's ranks.
+"""Process group for broadcasts by rank 0, independent of the default group of the trainer's ranks.
 
-NCCL moves tensors between GPUs, gloo between CPUs. Members meet at a TCP store of rank 0.
+NCCL moves tensors between GPUs, gloo between CPUs. Members connect through a TCP store on rank 0.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class BroadcastGroup:
         """Join, and wait until all members have joined.
 
         Args:
-            membership: place of this process; its time limit holds for joining and for each broadcast.
+            membership: rank of this process, and size and address of the group; its time limit applies to joining and
+                to each broadcast.
             device: device of the tensors.
 
         Raises:
@@ -40,25 +41,25 @@ class BroadcastGroup:
         self.broadcast(torch.zeros(1, device=device))
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Fill a contiguous `tensor` with that of rank 0.
+        """Broadcast rank 0's values into a contiguous `tensor`, in place; return when the transfer is complete.
 
         Raises:
-            RuntimeError: a member has ended, the group was left, or the time limit has passed.
+            RuntimeError: a member has ended, this member has left the group, or the time limit has passed.
         """
         group = self._group
         if group is None:
-            raise RuntimeError("the group was left")
+            raise RuntimeError("this member has left the group")
         options = dist.BroadcastOptions()
         options.rootRank = 0
         group.broadcast([tensor], options).wait()
         if tensor.is_cuda:
-            # Waiting for NCCL only orders streams; the caller may change the tensor at once.
+            # `wait` only orders CUDA streams; the caller may change the tensor as soon as this method returns.
             torch.cuda.current_stream(tensor.device).synchronize()
 
     def leave(self) -> None:
-        """Leave the group, also from another thread than one that broadcasts; harmless when repeated.
+        """Leave the group; safe to call twice, and while another thread broadcasts.
 
-        NCCL gives up a broadcast in progress; gloo continues it until a member has ended or the time limit has passed.
+        NCCL aborts a broadcast in progress; gloo continues it until a member has ended or the time limit has passed.
         """
         group, self._group = self._group, None
         if group is not None:
@@ -67,10 +68,10 @@ class BroadcastGroup:
 
 
 def _group_over(store: Any, membership: Membership, device: torch.device, limit: timedelta) -> Any:
-    """Return torch's process group, which leaves the default one alone."""
+    """Return a torch process group that is independent of the default one."""
     if device.type != "cuda":
         return dist.ProcessGroupGloo(store, membership.rank, membership.world_size, limit)
     options = dist.ProcessGroupNCCL.Options()
-    # Past its own limit NCCL ends the whole process; the caller gives up before.
+    # NCCL ends the whole process when its own time limit passes, so that limit is longer than the caller's.
     options._timeout = 2 * limit
     return dist.ProcessGroupNCCL(store, membership.rank, membership.world_size, options)

@@ -1,7 +1,7 @@
 """The ranks of a trainer in processes of their own, as a `Collective` over torch.distributed.
 
-NCCL moves tensors between GPUs, gloo between CPUs. All ranks join through a TCP store of rank 0, without `torchrun` and
-without environment variables.
+NCCL moves tensors between GPUs, gloo between CPUs. All ranks connect through a TCP store on rank 0; neither `torchrun`
+nor environment variables are needed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import distributed as dist
 from betterhalf.errors import TrainerDiedError
 
 _ELSEWHERE = ("10.255.255.255", 1)
-"""Address that a datagram socket is pointed at, without sending, to learn the own address on the way there."""
+"""Some address on another host. Connecting a UDP socket to it sends nothing, and tells which local address is used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Membership:
-    """Place of one process among the ranks."""
+    """Rank of one process in a group, and the address through which the group connects."""
 
     rank: int
     """From 0 to `world_size` - 1."""
@@ -31,13 +31,13 @@ class Membership:
     host: str
     """Address of rank 0."""
     port: int
-    """Port of the TCP store on rank 0, which rank 0 has chosen."""
+    """Port of the TCP store, chosen by rank 0."""
     seconds: float
-    """Time limit of joining, and of each collective operation."""
+    """Time limit of joining, and of each collective operation, in seconds."""
 
 
 def free_address() -> tuple[str, int]:
-    """Return the address of this host towards the others, and a free port on it."""
+    """Return the address at which other hosts reach this one, and a port on it that is free now."""
     host = _own_address()
     with socket.socket() as listener:
         listener.bind((host, 0))
@@ -45,7 +45,7 @@ def free_address() -> tuple[str, int]:
 
 
 def _own_address() -> str:
-    """Return the address of the interface that leads to other hosts; the loopback address without one."""
+    """Return the address of the interface with a route to other hosts; the loopback address if there is none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(_ELSEWHERE)
@@ -58,7 +58,7 @@ def join(membership: Membership, device: torch.device) -> GroupCollective:
     """Join the ranks, and wait until all have joined.
 
     Args:
-        membership: place of this process.
+        membership: rank of this process, and size and address of the group.
         device: device that computes; a GPU becomes the process's current one.
 
     Raises:
@@ -80,7 +80,7 @@ def join(membership: Membership, device: torch.device) -> GroupCollective:
             device_id=device if device.type == "cuda" else None,
         )
         ranks = GroupCollective(membership, device)
-        # NCCL connects at the first collective: here, where a missing rank is known to be one that did not join.
+        # NCCL connects at the first collective. Running one here reports a missing rank as one that did not join.
         ranks.sum_(torch.zeros(1, dtype=torch.float64))
     except RuntimeError as error:
         raise TrainerDiedError(
@@ -94,15 +94,15 @@ def join(membership: Membership, device: torch.device) -> GroupCollective:
 class GroupCollective:
     """All ranks of one trainer; implements `Collective`.
 
-    Sums are added in rank order on every rank: values are gathered and then added, because the order inside an
-    all-reduce depends on the backend. The vectors have a few numbers.
+    A sum is an all-gather followed by an addition in rank order on every rank, because the order of additions in an
+    all-reduce depends on the backend. The vectors are short.
     """
 
     def __init__(self, membership: Membership, device: torch.device) -> None:
         """Use the process group that this process has joined.
 
         Args:
-            membership: place of this process.
+            membership: rank of this process, and size of the group.
             device: device of the tensors that the backend moves.
         """
         self.membership = membership
@@ -137,7 +137,7 @@ class GroupCollective:
         return tuple(part[:length] for part, length in zip(self._all(padded), lengths, strict=True))
 
     def _all(self, values: Tensor) -> list[Tensor]:
-        """Return copies of the `values` of every rank, all of one length, where those of this rank are."""
+        """All-gather `values`, of the same length on every rank; return copies on their device, in rank order."""
         mine = values.to(self.device).contiguous()
         parts = [torch.empty_like(mine) for _ in range(self.membership.world_size)]
         if mine.numel():
@@ -145,7 +145,7 @@ class GroupCollective:
         return [part.to(values.device) for part in parts]
 
     def leave(self) -> None:
-        """Leave the process group; harmless when a peer has ended."""
+        """Destroy the process group, even if another rank has ended; safe to call twice."""
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()

@@ -12,7 +12,7 @@ class ShardRange:
     first: int
     """Index of the first row."""
     count: int
-    """Number of rows; 0 if the tensor has fewer rows than there are ranks."""
+    """Number of rows; 0 on the last ranks if the rows run out before them, as with 5 rows on 4 ranks."""
     shape: tuple[int, ...]
     """Shape of the whole tensor."""
 

@@ -26,13 +26,13 @@ class Collective(Protocol):
 
     When an optimizer step begins, each rank holds a shard: entries of the FP32 masters that no other rank holds, and
     the gradient of the whole batch for them, already reduced over the ranks' micro-batches. All shards together are
-    the model. Ranks may also be replicas, which hold the same entries and, after that reduction, the same gradient:
-    each entry counts once, so `sum_` adds up the shards of one replica, and with whole replicas does nothing.
+    the model. Ranks may also be replicas, which hold the same entries and, after that reduction, the same gradient.
+    Each entry counts once: `sum_` adds the shards of one replica, and does nothing if each rank holds a whole replica.
     """
 
     @property
     def rank(self) -> int:
-        """Place of this process, from 0 to `world_size` - 1."""
+        """Rank of this process, from 0 to `world_size` - 1."""
         ...
 
     @property
@@ -41,7 +41,7 @@ class Collective(Protocol):
         ...
 
     def max_(self, values: Tensor) -> None:
-        """Replace `values`, float64 [N], by their maximum over all ranks."""
+        """Replace `values`, float64 [N], by their elementwise maximum over all ranks."""
         ...
 
     def sum_(self, values: Tensor) -> None:
@@ -80,7 +80,7 @@ def reduce_over_ranks(record: _Record, ranks: Collective, device: torch.device |
     Args:
         record: a frozen dataclass; fields without a reduction stay as they are on this rank.
         ranks: every rank makes the same call.
-        device: device of the tensors that are reduced: that of the process group's backend.
+        device: device of the tensors that are reduced; the process group's backend must support it.
 
     Returns:
         The record with floats, in float64: exact for counts up to 2^53.
