@@ -38,9 +38,9 @@ class Sides:
     engine: RolloutEngine
     """Engine, which samples from mu; it holds no weights before the first sync."""
     model: ModelFacts
-    """Tokenizer, vocabulary, context and stop tokens; with what only the weights show."""
+    """Tokenizer, vocabulary, context and stop tokens, and the facts that only the weights show."""
     parameters: int
-    """Number of the model's parameters; a tied head counts once."""
+    """Number of the model's parameters, counting a tied head once."""
     cluster: Callable[[], dict[str, Any]]
     """Record of what both run on, for `environment.json`; complete once both have answered."""
     close: Callable[[], None]
@@ -78,11 +78,12 @@ class SidesBuilder(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """Place of the trainer and the engine of a run."""
+    """Way of running the trainer and the engine: in this process, or in processes of a cluster."""
 
     check: Callable[[RunConfig, ModelDescription], None]
-    """Check of the machine and of the cluster, for all that needs no weights."""
+    """Check of the machine and of the cluster that needs no weights; raises InputError or MissingExtraError."""
     build: SidesBuilder
+    """Builder of both sides."""
     computes_here: bool
     """True if the model is in the process that runs the loop, and uses its device."""
 
@@ -97,14 +98,14 @@ def local_sides(
     folder: Path | None,
     restores: bool,
 ) -> Sides:
-    """Build both sides in this process; they are loaded from one copy of the model.
+    """Build both sides in this process, from one loaded copy of the model.
 
-    This process itself writes to `folder`, so there is nothing to check. The engine and a reference policy are made of
-    the same model, so it is loaded even if a checkpoint replaces the policy.
+    `folder` needs no check, because this process itself writes to it. The model is loaded even if a checkpoint replaces
+    the policy (`restores`), because the engine and a reference policy are built from it.
 
     Raises:
         CheckpointError: the trained weights are of another model.
-        InputError: the weights cannot be read, or a side cannot be what the configuration says.
+        InputError: the weights cannot be read, or a side cannot be built as configured.
     """
     model = load_weights(described)
     require_weights_fit(model.module.named_parameters(), precision.roles)
@@ -205,16 +206,17 @@ def _record(cluster: ClusterConfig, session: Session) -> dict[str, Any]:
 
 
 def _start_words(cluster: ClusterConfig) -> str:
-    """Return what starts, because processes and weights take from seconds to minutes in which nothing else shows."""
+    """Return a note on what starts: starting processes and loading weights takes seconds to minutes without output."""
     place = "a Ray of this run" if cluster.address is None else f"the Ray cluster at {cluster.address}"
     return f"starting {cluster.processes} on {place}"
 
 
 def check_ray(config: RunConfig, described: ModelDescription) -> None:
-    """Check that Ray is installed, the address answers, GPUs of a local Ray exist, and each rank has a share.
+    """Check that Ray is installed, the address answers, GPUs of a local Ray exist, and each rank gets a shard.
 
     Raises:
-        InputError: the message names what to change.
+        ConfigError: `device=cuda`, but no process would get a GPU.
+        InputError: any other check failed; the message names what to change.
         MissingExtraError: Ray is not installed.
     """
     cluster = config.cluster

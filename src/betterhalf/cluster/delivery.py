@@ -1,7 +1,7 @@
-"""Weights from the ranks to the engines past the object store: a broadcast over NCCL, or handles of GPU memory.
+"""Transfer of weights from ranks to engines that bypasses the object store: NCCL broadcast, or handles of GPU memory.
 
-The controller tells both ends at the same time and moves no weight itself. Whatever fails here leaves the weights to
-the object store, from which each engine loads by itself.
+The controller calls both ends at the same time and moves no weights itself. If a transfer fails, each engine loads the
+weights from the object store by itself.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from betterhalf.wire import WeightStream
 _FAILURES = 2
 """Failures in a row after which the object store takes over for the rest of the run."""
 _GRACE_SECONDS = 60.0
-"""Time in which an engine that was told to give up must answer, before its process is ended."""
+"""Seconds within which an engine that was told to give up must answer, before its process is ended."""
 _STORE = PATHS["object_store"]
 _FATAL = (TrainerDiedError, ClusterError)
-"""Errors that no other path avoids."""
+"""Errors that another path would not avoid."""
 
 
 class Path(Protocol):
     """One way of sending weights."""
 
     def send(self, weights: SentWeights, engines: Sequence[ClusterEngine]) -> list[dict[str, str]]:
-        """Send all weights to all engines, and return the digests as held.
+        """Send all weights to all engines, and return the digests of what each engine holds.
 
         Raises:
             Exception: any failure; each engine can then load other weights, or has ended.
@@ -48,16 +48,16 @@ class Path(Protocol):
 
 
 class Courier:
-    """Sends weights by one path, and leaves them to the object store when that fails; implements `rollout.Delivery`."""
+    """Delivery by one path, with the object store as the fallback; implements `weight_group.Delivery`."""
 
     def __init__(
         self, way: Path, name: str, engines: Sequence[ClusterEngine], tell: Callable[[str], None] | None = None
     ) -> None:
-        """Send to some of `engines`.
+        """Deliver by `way`; each call names some of `engines`.
 
         Args:
             way: path to try.
-            name: its name in words.
+            name: name of the path in words.
             engines: all engines of the pool.
             tell: receives a note of each failure; standard error by default.
         """
@@ -91,26 +91,26 @@ class Courier:
 
 
 class StoreOnly:
-    """No path past the object store; implements `rollout.Delivery`."""
+    """Delivery through the object store alone; implements `weight_group.Delivery`."""
 
     path = _STORE
 
     def deliver(self, weights: WeightStream, engines: Sequence[int]) -> Mapping[int, dict[str, str]]:
-        """Leave every engine to load by itself."""
+        """Deliver nothing: every engine loads by itself."""
         return {}
 
 
 class Broadcast:
     """Broadcast by rank 0 to all workers of all engines, in one group; implements `Path`.
 
-    The group is opened before the first sync, and again when a process was replaced or a sync failed. One that does
-    not finish within half of `cluster.collective_seconds` is given up by all members.
+    The group is opened before the first sync, and again after a process was replaced or a sync failed. All members give
+    up a sync that does not finish within half of `cluster.collective_seconds`.
     """
 
     def __init__(self, config: RunConfig, trainer: TrainerGroup) -> None:
-        """Open nothing yet."""
+        """Store the settings; the first `send` opens the group."""
         self._trainer = trainer
-        # Half, because the other ranks wait for rank 0 in a collective of theirs while it sends.
+        # Half, because the other ranks wait for rank 0 in a collective while it sends.
         self._limit, self._start_limit = config.cluster.collective_seconds / 2, config.cluster.start_seconds
         self._workers = config.engine.devices
         # With overlap, an engine may have to load weights that the trainer no longer holds.
@@ -138,7 +138,7 @@ class Broadcast:
         return held
 
     def _open(self, model_config: Any, engines: Sequence[ClusterEngine]) -> None:
-        """Let rank 0 and all workers join a new group."""
+        """Make rank 0 and all workers join a new group."""
         first, self._members = self._trainer.first, ()
         self._layout = self._trainer.on_all("wire_layout")[0]
         _results(self._each(engines, "leave"))
@@ -162,9 +162,9 @@ class Broadcast:
 
     @contextmanager
     def _watched(self, engines: Sequence[ClusterEngine], calls: Sequence[Future[Any]]) -> Iterator[None]:
-        """Wait for the calls at the end, and raise the first failure, after which all members give up.
+        """Wait for the calls at the end of the context, and raise the first failure.
 
-        A sync that exceeds the time limit is a failure too.
+        After a failure, all members give up. A sync that exceeds the time limit counts as a failure.
         """
         first, failures, lock = self._trainer.first, [], threading.Lock()
 
@@ -173,7 +173,7 @@ class Broadcast:
                 failures.append(error)
                 if len(failures) > 1:
                     return
-            # No time limit: it waits for a checkpoint that is being written, which is no reason to end the rank.
+            # No time limit: the call may wait for a checkpoint to be written, which is no reason to end the rank.
             first.call("leave_engines", aside=True)
             for engine, call in zip(engines, calls, strict=True):
                 if not call.done():
@@ -207,7 +207,7 @@ class Handles:
     """Handles of GPU memory from each rank to the engine on its GPU, part by part; implements `Path`."""
 
     def __init__(self, config: RunConfig, trainer: TrainerGroup) -> None:
-        """Send nothing yet."""
+        """Store the settings."""
         self._trainer, self._cluster = trainer, config.cluster
 
     def send(self, weights: SentWeights, engines: Sequence[ClusterEngine]) -> list[dict[str, str]]:
@@ -227,7 +227,7 @@ class Handles:
         return held
 
     def _parts(self, engines: Sequence[ClusterEngine]) -> Sent:
-        """Send all parts; the ranks read their weights to the end, also if an engine fails."""
+        """Send all parts; the ranks read their weights to the end even if an engine fails."""
         try:
             while shown := [info for info in self._trainer.on_all("next_handles", self._cluster.engines) if info]:
                 self._ask(engines, "update", merged(shown))
@@ -246,7 +246,7 @@ class Handles:
 
 
 def _results(calls: Sequence[Future[Any]]) -> list[Any]:
-    """Wait for all calls, and return their results, or raise the first error, with preference for an engine's own."""
+    """Wait for all calls, and return their results; raise the first error, in the order of the calls."""
     wait(calls)
     errors = [error for call in calls if (error := call.exception()) is not None]
     if errors:
@@ -255,11 +255,11 @@ def _results(calls: Sequence[Future[Any]]) -> list[Any]:
 
 
 _WAYS: dict[TransferName, Callable[[RunConfig, TrainerGroup], Path]] = {"nccl": Broadcast, "ipc": Handles}
-"""Path -> how it sends."""
+"""`config.transfer` -> implementation of its path."""
 
 
 def open_delivery(config: RunConfig, trainer: TrainerGroup, engines: Sequence[ClusterEngine]) -> Delivery:
-    """Return the path that `config.transfer` names."""
+    """Return the delivery that `config.transfer` names."""
     if config.transfer == "object_store":
         return StoreOnly()
     return Courier(_WAYS[config.transfer](config, trainer), PATHS[config.transfer], engines)

@@ -1,4 +1,4 @@
-"""The object in the process of one engine: a native or vLLM engine as it is in one process, behind the same calls."""
+"""One engine in a process of its own: the same native or vLLM engine, with the same methods, as in one process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from betterhalf.wire import WeightStream
 
 
 class EngineProcess:
-    """One engine. It is built when weights arrive, because only they show whether the head is tied."""
+    """One engine. It is built when weights arrive, because only the weights show whether the head is tied."""
 
     def __init__(self, config: RunConfig) -> None:
         """Read the model's configuration files.
@@ -47,18 +47,18 @@ class EngineProcess:
     def load_weights(
         self, parts: Sequence[StoredPart], policy_version: int, model_config: Any, partial: bool
     ) -> dict[str, str]:
-        """Read the parts from the object store one by one, load them, and return the digests as held.
+        """Read the parts from the object store one by one, load them, and return the digests of what the engine holds.
 
-        An error in the middle leaves the engine without weights: it refuses to sample before a complete load.
+        An error part-way leaves the engine without weights: it refuses to sample before a complete load.
 
         Args:
             parts: all weights, or those that can change.
-            policy_version: number of applied updates in them.
+            policy_version: number of applied updates in the weights.
             model_config: transformers configuration of the model.
-            partial: True if some are left out; see `RolloutEngine.load_weights`.
+            partial: True if some weights are left out; see `RolloutEngine.load_weights`.
         """
         engine = self._built(model_config)
-        # On a GPU the engine may hand them on to processes of its own by handles of GPU memory.
+        # On a GPU the engine may pass the weights to its own processes by handles of GPU memory.
         weights = ((name, tensor.to(self._precision.device)) for name, tensor in read_parts(parts))
         engine.load_weights(weights, policy_version=policy_version, partial=partial)
         return engine.digests()
@@ -68,7 +68,7 @@ class EngineProcess:
             self._engine = build_engine(self._config, model_config, self._stop_token_ids, self._precision)
         return self._engine
 
-    # -- weights past the object store; see `cluster.delivery`
+    # -- weights that bypass the object store; see `cluster.delivery`
 
     def prepare(self, layout: Layout, model_config: Any) -> None:
         """Build and start the engine, and check names and shapes; see `WeightReceiver.prepare`."""
@@ -81,17 +81,17 @@ class EngineProcess:
         self._prepared.join(membership)
 
     def receive(self, layout: Layout, policy_version: int) -> dict[str, str]:
-        """Receive and load all weights, and return the digests as held."""
+        """Receive and load all weights, and return the digests of what the engine holds."""
         self._prepared.receive(layout, policy_version=policy_version)
         return self._loaded("digests").digests()
 
     def leave(self) -> None:
-        """Leave the weight group; harmless outside of one."""
+        """Leave the weight group; does nothing outside of a group."""
         if self._receiver is not None:
             self._receiver.leave()
 
     def give_up(self) -> None:
-        """Leave the weight group; called aside, while the engine joins or receives."""
+        """Leave the weight group; called with `aside=True`, while the engine joins or receives."""
         if self._receiver is not None:
             self._receiver.give_up()
 
@@ -109,7 +109,7 @@ class EngineProcess:
         self._by_handles.update(info)
 
     def finish_update(self, wire_dtype: torch.dtype, policy_version: int) -> dict[str, str]:
-        """End an update by handles, and return the digests as held."""
+        """End an update by handles, and return the digests of what the engine holds."""
         self._by_handles.finish_update(wire_dtype, policy_version=policy_version)
         return self._loaded("digests").digests()
 
@@ -152,7 +152,7 @@ class EngineProcess:
 
 
 class ClusterEngine:
-    """One engine in a process of a session, and its replacements; implements `rollout.pool.EngineHandle`."""
+    """One engine in a process of a session, which `replace` replaces; implements `rollout.pool.EngineHandle`."""
 
     def __init__(self, config: RunConfig, session: Session, slot: Slot, index: int) -> None:
         """Start the process, without waiting for it."""
@@ -193,7 +193,7 @@ class ClusterEngine:
 
     @property
     def process(self) -> Process:
-        """Process of the engine; another one after `replace`."""
+        """Process of the engine; `replace` changes it."""
         return self._process
 
     def report(self) -> Future[SideReport]:

@@ -1,4 +1,4 @@
-"""The head of a Ray cluster: whether one answers at an address, and whether it is still there."""
+"""Checks of the head of a Ray cluster: that one answers at an address, and that it still runs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from betterhalf.errors import InputError
 
 _TCP_SECONDS = 5.0
 _SETTINGS = b"\x04"
-"""Kind of the frame with which each side of HTTP/2 begins (RFC 9113, section 3.4)."""
+"""Type of the SETTINGS frame, which each side of an HTTP/2 connection sends first (RFC 9113, section 3.4)."""
 _KIND_AT = 3
-"""Place of the kind in a frame, after 3 bytes of length."""
+"""Offset of the type in a frame, after 3 bytes of length."""
 _OPENING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00" + _SETTINGS + b"\x00" * 5
-"""Beginning of a client of HTTP/2, with an empty frame of settings."""
+"""Connection preface of an HTTP/2 client, with an empty SETTINGS frame."""
 _ANSWER_BYTES = 64
 _UNIMPLEMENTED = 12
-"""Status of gRPC for a request that a server does not know."""
+"""gRPC status of a request that the server does not implement."""
 
 
 def require_answer(address: str) -> None:
@@ -48,15 +48,15 @@ def require_answer(address: str) -> None:
     other = other or _other_server(f"{place[0]}:{place[1]}")
     if other is not None:
         raise InputError(
-            f"what listens at {where} is not the head of a Ray cluster: {other}. Give the port of `ray start --head`, "
+            f"the server at {where} is not the head of a Ray cluster: {other}. Give the port of `ray start --head`, "
             "6379 by default, or leave out cluster.address to start a local Ray."
         )
 
 
 def _other_protocol(connection: socket.socket) -> str | None:
-    """Return the reason why a server is not a head of Ray; None if it speaks HTTP/2, as gRPC does.
+    """Return the reason why a server is not the head of a Ray cluster; None if it speaks HTTP/2, which gRPC uses.
 
-    Ray's own client waits long for an answer of any other server.
+    Ray's own client would wait a long time for an answer from any other server.
     """
     try:
         connection.sendall(_OPENING)
@@ -70,9 +70,9 @@ def _other_protocol(connection: socket.socket) -> str | None:
 
 
 def _other_server(address: str) -> str | None:
-    """Return the reason why a server of gRPC is not a head of Ray, such as Ray's own at another port; None if it is.
+    """Return the reason why a gRPC server, such as one of Ray's on another port, is not the head; None if it may be.
 
-    `ray.init` would ask it 20 times, once a second, and write a line to the terminal each time.
+    `ray.init` would retry 20 times, once a second, and print a line each time.
     """
     from ray.exceptions import RpcError
 
@@ -81,14 +81,14 @@ def _other_server(address: str) -> str | None:
         with quiet_descriptors():
             raylet.GcsClient(address=address)
     except RpcError as error:
-        # Any other error, such as a missing token, is one of a head, and `ray.init` explains it.
+        # Any other error, such as a missing token, comes from a head, and `ray.init` explains it.
         return "it does not know Ray's requests" if error.rpc_code == _UNIMPLEMENTED else None
     return None
 
 
 @contextmanager
 def quiet_descriptors() -> Iterator[None]:
-    """Drop what libraries in C write to standard output and standard error."""
+    """Discard everything written to standard output and standard error, also by C libraries."""
     with ExitStack() as stack:
         nothing = os.open(os.devnull, os.O_WRONLY)
         stack.callback(os.close, nothing)
@@ -104,7 +104,7 @@ def quiet_descriptors() -> Iterator[None]:
 
 
 def _host_and_port(address: str) -> tuple[str, int] | None:
-    """Return host and port of the head; None for `auto` where no cluster is known."""
+    """Return host and port of the head; None for `auto` if no cluster is known."""
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or _known_address() or ""
     host, _, port = address.rpartition(":")
@@ -121,7 +121,7 @@ def _known_address() -> str | None:
 
 
 def local_probe() -> Callable[[], str | None]:
-    """Return a function that says why a local Ray is lost; None while its head runs."""
+    """Return a function that returns the reason why a local Ray is lost, or None while its head runs."""
     from ray._private.worker import _global_node
 
     heads = {
@@ -138,7 +138,7 @@ def local_probe() -> Callable[[], str | None]:
 
 
 def address_probe(address: str) -> Callable[[], str | None]:
-    """Return a function that says why a joined cluster may be lost; None while its head answers."""
+    """Return a function that returns the reason why a joined cluster may be lost, or None while its head answers."""
     host, _, port = address.rpartition(":")
 
     def probe() -> str | None:

@@ -1,6 +1,7 @@
-"""The object inside each process that Ray starts: it holds one rank or engine, and returns errors as values.
+"""Ray actor that holds one rank or engine, and returns its errors as values.
 
-An error that Ray carries is an error of Ray with the text of a traceback; as a value it arrives as it was raised.
+Ray would wrap a raised error in an error of its own, with the traceback as text. An error that is returned as a value
+keeps its type.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class About:
-    """Facts about a process, for messages and for its end."""
+    """Identity of a process, for messages and for ending it."""
 
     host: str
     """Name of its host."""
@@ -26,7 +27,7 @@ class About:
     """Ray's identifier of the host."""
     pid: int
     log: str
-    """Path, on its host, of the file with its standard error; empty if unknown."""
+    """Path, on its host, of the file that receives its standard error; empty if unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,24 +39,24 @@ class Outcome:
 
 
 class Host:
-    """Holder of the object of one process. Ray runs its methods one at a time, in order."""
+    """Actor that holds the object of one process. Ray runs its methods one at a time, in order, except calls aside."""
 
     def __init__(self, folder: str) -> None:
-        """Work in the run's current folder, where this host has it: a configuration may hold relative paths."""
+        """Change to the run's working folder if this host has it, because a configuration may hold relative paths."""
         with suppress(OSError):
             os.chdir(folder)
         self._object: Any = None
         self._failed: Exception | None = None
 
     def about(self) -> About:
-        """Return what this process is."""
+        """Return host, pid and log of this process."""
         import ray
 
         node = str(ray.get_runtime_context().get_node_id())
         return About(host=socket.gethostname(), node=node, pid=os.getpid(), log=_own_log())
 
     def build(self, build: Callable[..., object], arguments: Mapping[str, Any]) -> None:
-        """Make the object; an error is raised by every later call."""
+        """Build the object; if that fails, every later call returns the error."""
         try:
             self._object = build(**arguments)
         except Exception as error:
@@ -72,7 +73,7 @@ class Host:
 
 
 def _own_log() -> str:
-    """Return the file that standard error goes to; empty where that is unknown."""
+    """Return the path of the file that standard error is written to; empty if it is not a regular file."""
     path = Path("/proc/self/fd/2")
     with suppress(OSError):
         target = path.readlink()
@@ -81,7 +82,7 @@ def _own_log() -> str:
 
 
 def _portable(error: Exception) -> Exception:
-    """Return an error that can be sent, with its traceback as a note."""
+    """Return an error that can be pickled, with its traceback as a note; a RuntimeError if the error itself cannot."""
     error.add_note("".join(traceback.format_exception(error)).rstrip())
     error.__cause__ = error.__context__ = error.__traceback__ = None
     try:

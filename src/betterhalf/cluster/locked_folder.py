@@ -1,4 +1,4 @@
-"""Temporary folders that are locked by their process; a later one removes those whose process has ended."""
+"""Temporary folders that are locked while their process runs; a later process removes those that are left over."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 
 _LOCK = "in-use"
 _NEW_SECONDS = 60.0
-"""Age below which a folder without a lock may belong to a process that is just starting."""
+"""Age in seconds below which a folder without a lock may belong to a process that is just starting."""
 
 
 class LockedFolder:
     """A temporary folder that is locked while this process lives; the lock ends with it, even by `kill -9`."""
 
     def __init__(self, prefix: str, parent: Path | None = None) -> None:
-        """Make the folder, and remove those with the same prefix whose processes have ended.
+        """Create the folder, and remove those with the same prefix whose processes have ended.
 
         Args:
             prefix: beginning of the folder's name.
-            parent: folder that holds it; that of temporary files by default.
+            parent: folder in which it is created; by default the system's folder of temporary files.
         """
         parent = Path(tempfile.gettempdir()) if parent is None else parent
         _remove_left_over(parent, prefix)

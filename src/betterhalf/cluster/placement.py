@@ -1,4 +1,4 @@
-"""Places of all processes of a run: resources and threads of each, and the bundles that Ray reserves."""
+"""Placement of all processes of a run: resources and threads of each, and the bundles that Ray reserves."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from betterhalf.config.schema import ClusterConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """Reserved place of one process."""
+    """Resources reserved for one process."""
 
     bundle: int
     """Index of its bundle in the run's placement group; colocated processes share one."""
     cpus: float
     """CPUs that the process takes from the bundle; 0 for an engine that shares those of a rank."""
     gpus: float
+    """GPUs that the process takes from the bundle; a fraction if it shares one."""
     threads: int
-    """Value of OMP_NUM_THREADS, always set: Ray would derive it from the CPUs."""
+    """Value of OMP_NUM_THREADS; always set, because Ray would otherwise derive it from `cpus`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +37,9 @@ class Placement:
 
 
 def placement_of(cluster: ClusterConfig) -> Placement:
-    """Return the slots of a configuration; pure, and the same for every run.
+    """Return the slots of a configuration.
 
-    Separate processes have one bundle each. Colocated, engine i is in the bundle of rank i, whose GPU they share.
+    Separate processes have one bundle each. With `colocated`, engine i is in the bundle of rank i and shares its GPU.
     """
     shared = cluster.placement == "colocated"
     rank, engine = cluster.trainer, cluster.engine

@@ -1,4 +1,4 @@
-"""One process that Ray started, seen from the controller: calls with time limits, its end, and the end of its log."""
+"""Controller's handle of a process that Ray started: calls with time limits, ending it, and the tail of its log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from betterhalf.cluster.host import About, Outcome
 
 ASIDE = "aside"
-"""Name of the thread for calls that run beside the others."""
+"""Name of the concurrency group for calls that run in a thread of their own, in parallel with the others."""
 
 _LOG_LINES = 12
 _LOG_BYTES = 20_000
@@ -28,7 +28,7 @@ class Process(Protocol):
 
     @property
     def name(self) -> str:
-        """Role, index, host and process id, for messages."""
+        """Role and index, and, once they are known, host and process id; for messages."""
         ...
 
     @property
@@ -46,31 +46,38 @@ class Process(Protocol):
     ) -> Future[Any]:
         """Call a method of the object in the process; references to stored objects arrive as the objects.
 
-        With `aside`, the method runs beside the others, in a thread of its own.
+        Args:
+            method: name of the method.
+            arguments: positional arguments.
+            seconds: time limit, which includes waiting for earlier calls; None for no limit.
+            aside: run the method in a thread of its own, in parallel with the other calls.
+            keywords: keyword arguments.
 
-        The future raises the method's own error, or the error that `died` makes if the process has ended or the time
-        limit has passed; the process is then ended. The limit includes the calls before this one.
+        Returns:
+            A future that raises the method's own error, or the error of `died` (see `Session.start`) if the process
+            has ended or the time limit has passed. The process is ended after the time limit.
         """
         ...
 
     def end(self) -> None:
-        """End the process and its children at once; harmless when it has ended."""
+        """End the process and its children at once; does nothing if it has ended."""
         ...
 
 
 class RayProcess:
-    """Process with a `cluster.host.Host`; implements `Process`.
+    """Process that runs a `cluster.host.Host`; implements `Process`.
 
-    Answers arrive in a thread of Ray, which must neither wait nor call Ray; a thread of this object hands them on.
+    Ray delivers results in a thread of its own, where callbacks must neither block nor call Ray; a thread of this
+    object handles them.
     """
 
     def __init__(self, remote: Any, role: str, died: Callable[[str], Exception], node: str) -> None:
-        """Watch over a started process.
+        """Supervise a started process.
 
         Args:
             remote: Ray's handle.
             role: role and index, such as `rank 0`.
-            died: makes the error of a call that the process cannot answer any more, from a message.
+            died: builds, from a message, the error of a call that the process can no longer answer.
             node: Ray's identifier of the controller's host.
         """
         self._remote, self._died, self._node = remote, died, node
@@ -129,11 +136,11 @@ class RayProcess:
         return answer
 
     def end(self) -> None:
-        """See `Process.end`; on this host, wait until it has ended and its memory is free."""
+        """See `Process.end`; for a process on this host, wait up to 10 s until it has ended and its memory is free."""
         self.lose(self._died(f"{self.name} was ended"))
 
     def lose(self, error: Exception) -> None:
-        """End the process, and let `error` be the result of every unanswered call and of every later one."""
+        """End the process, and fail every unanswered and every later call with `error`."""
         import ray
 
         with self._lock:
@@ -156,7 +163,7 @@ class RayProcess:
             self._about = about
             if about.node == self._node and self._end is None and hasattr(os, "pidfd_open"):
                 with suppress(OSError):
-                    # Refers to this process alone, however often the number is used again.
+                    # A pidfd keeps referring to this process, even if its pid is used again.
                     self._pidfd = os.pidfd_open(about.pid)
 
     def _settle(self, answer: Future[Any], done: Future[Outcome]) -> None:
@@ -189,13 +196,13 @@ class RayProcess:
     def _log_words(self) -> str:
         about = self._about
         if about is None or not about.log:
-            return "It ended before it said where its log is."
+            return "It ended before it reported the path of its log."
         if about.node != self._node:
             return f"Its log is {about.log} on {about.host}."
         return f"Its log ends with:\n{log_tail(Path(about.log))}"
 
     def _kill_here(self) -> None:
-        """Kill the process if it runs on this host, where Ray's own request may be left unread by a stopped process."""
+        """Kill the process if it runs on this host: a process that is stopped (SIGSTOP) does not read Ray's request."""
         with self._lock:
             pidfd, self._pidfd = self._pidfd, None
         if pidfd is None:

@@ -1,4 +1,4 @@
-"""The object in the process of one rank: a `PolicyTrainer` over its shards, behind calls that carry host tensors."""
+"""One rank in a process of its own: a `PolicyTrainer` over the rank's shards, whose methods exchange host tensors."""
 
 from __future__ import annotations
 
@@ -43,16 +43,17 @@ from betterhalf.training.weights.sent_rows import SentRows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFacts:
-    """Facts that a rank finds when it loads the model; those that ranks find are equal, or the run does not start."""
+    """Facts that a rank reports after loading the model; the run does not start if ranks disagree."""
 
     machine: dict[str, str]
-    """Name -> value of everything that decides how equal packs are rounded: versions, threads, processor, device."""
+    """Name -> value of everything that affects how packs are rounded: versions, threads, CPU features, device, reader
+    of the weights, and digest of the user's loss."""
     model_config: Any
-    """transformers configuration, true to the weights; None if rank 0 will send them."""
+    """transformers configuration that matches the weights; None if rank 0 will send them."""
     notes: tuple[str, ...]
     """Notes on the model's files for the user."""
     parameters: int | None
-    """Number of the model's parameters, of which a tied head counts once; None if rank 0 will send them."""
+    """Number of the model's parameters, counting a tied head once; None if rank 0 will send them."""
 
 
 class RankProcess:
@@ -63,7 +64,7 @@ class RankProcess:
     """
 
     def __init__(self, config: RunConfig, *, keep_reference: bool, trained: LoadTrained | None = None) -> None:
-        """Remember the arguments; nothing is loaded before `load`."""
+        """Store the arguments; `load` loads the model."""
         self._config, self._keep_reference, self._trained = config, keep_reference, trained
         self._described: ModelDescription
         self._model: LoadedModel | SkeletonModel | None = None
@@ -72,7 +73,7 @@ class RankProcess:
         self._temporary: LockedFolder | None = None
 
     def address(self) -> tuple[str, int]:
-        """Return host and free port for the TCP store of the ranks; asked of rank 0."""
+        """Return this host's address and a free port, for a TCP store on this rank; called on rank 0."""
         return free_address()
 
     def load(self, rank: int) -> RankFacts:
@@ -82,7 +83,7 @@ class RankProcess:
         by rank 0 alone, which then sends the rows of the others.
 
         Args:
-            rank: of this process, from 0.
+            rank: rank of this process, from 0.
 
         Raises:
             InputError: this host lacks the model, the device or the loss.
@@ -111,7 +112,7 @@ class RankProcess:
         A single rank keeps all weights, as a trainer in one process does, unless it offloads the optimizer's states.
 
         Args:
-            membership: place of this rank.
+            membership: rank of this process, and size and address of the group.
             model_config: transformers configuration on which the ranks agree.
             restores: True if `read_state` follows, which replaces all weights.
 
@@ -165,10 +166,10 @@ class RankProcess:
         """Add the gradients of this rank's packs, then run empty passes up to `passes`; collective.
 
         Args:
-            packs: those of this rank.
+            packs: packs of this rank.
             passes: number of passes of every rank.
             algorithm: the loss, without the user's own function, which each rank has loaded from its host.
-            denominators: those of the whole train batch.
+            denominators: denominators of the whole train batch.
 
         Returns:
             The statistics of this rank's packs, in host memory; the group adds those of all ranks.
@@ -192,10 +193,10 @@ class RankProcess:
         """Gather the masters, and store them in the wire dtype; collective.
 
         Args:
-            whole: False to leave out those that are the same in every version, such as the base of LoRA adapters.
+            whole: False to leave out weights that are the same in every version, such as the base of LoRA adapters.
 
         Returns:
-            Number of applied updates, and the parts; only rank 0 stores any.
+            Number of applied updates, and the stored parts; ranks other than 0 store none.
         """
         roles, unchanging = self._precision.roles, self._trainer.outgoing.unchanging
         weights = self._trainer.outgoing.on_the_wire(roles.wire_dtype, () if whole else unchanging)
@@ -214,11 +215,11 @@ class RankProcess:
         return self._outbox.layout()
 
     def join_engines(self, membership: Membership) -> None:
-        """Join the engines in a weight group; rank 0 alone. See `Outbox.join`."""
+        """Join the engines in a weight group; called on rank 0 only. See `Outbox.join`."""
         self._outbox.join(membership)
 
     def leave_engines(self) -> None:
-        """Leave the weight group; called aside, while the rank may be sending."""
+        """Leave the weight group; called with `aside=True`, because the rank may be sending."""
         self._outbox.leave()
 
     def send_weights(self, keep: bool) -> Sent:
@@ -259,13 +260,13 @@ class RankProcess:
         return self._trainer.write_state(folder)
 
     def wait_written(self) -> tuple[ShardFile, ...]:
-        """Wait for this rank's files; called aside, while the rank goes on."""
+        """Wait until this rank's files are written, and list them; called with `aside=True`, so the rank continues."""
         return self._trainer.wait_written()
 
     def take_file(self, name: str) -> bytes:
-        """Return the content of a file in the temporary folder, and remove it there, with the last one also the folder.
+        """Return the content of a file in the temporary folder, and remove the file, and the folder with the last one.
 
-        Called aside.
+        Called with `aside=True`.
         """
         assert self._temporary is not None, "the state was written to a folder that all hosts share"
         path = self._temporary.path / name
@@ -280,7 +281,7 @@ class RankProcess:
         self._trainer.read_state(folder, written, source)
 
     def state(self) -> RankState:
-        """Return this rank's state, for a copy of the whole in one process."""
+        """Return this rank's part of the state, for `whole_state`."""
         return RankState(state=self._trainer.state(), ranges=self._trainer.weights.ranges())
 
     def load_state(self, state: TrainerState) -> None:
@@ -289,7 +290,7 @@ class RankProcess:
 
 
 def _machine(device: torch.device) -> dict[str, str]:
-    """Return everything about this process that decides how it rounds."""
+    """Return everything about this process that affects how it rounds."""
     return {
         "betterhalf": betterhalf.__version__,
         "python": platform.python_version(),
@@ -309,7 +310,7 @@ def _version(package: str) -> str:
 
 
 def _filled(packs: Sequence[MicroBatch], passes: int) -> list[MicroBatch]:
-    """Return the packs, followed by empty ones."""
+    """Return the packs, followed by empty ones up to the number of passes."""
     return [*packs, *(empty_pack() for _ in range(passes - len(packs)))]
 
 

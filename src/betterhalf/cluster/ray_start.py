@@ -1,4 +1,4 @@
-"""Start of a local Ray, connection to a running one, and what both would otherwise change in this process."""
+"""Start of a local Ray or connection to a running one, without the side effects that Ray has on this process."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _JOINED: dict[str, Any] = {
     "logging_level": "ERROR",
     "configure_logging": False,
 }
-"""Options of `ray.init` that keep the terminal to the run."""
+"""Options of `ray.init` that keep Ray's output from the terminal."""
 
 _CPUS_OF_ONE = 8
-"""Number of CPUs that a Ray of the run's own may count for each one of the host, so that a laptop can try a cluster."""
+"""Maximum number of CPUs that a local Ray may declare for each CPU of the host, so that a laptop can try a cluster."""
 
 _SLOW_START = "timed out during startup"
-"""Words of Ray's error if its processes were too slow."""
+"""Part of Ray's error message if its processes start too slowly."""
 
 _LOCAL: dict[str, Any] = {**_JOINED, "include_dashboard": False}
-"""Options of a Ray of the run's own."""
+"""Options of `ray.init` for a local Ray."""
 
 
 def require_ray() -> None:
@@ -47,7 +47,7 @@ def require_ray() -> None:
         MissingExtraError: it is not installed.
     """
     found = importlib.util.find_spec("ray")
-    # A folder of that name without a package, such as Ray's own /tmp/ray, is found as well, and has no origin.
+    # A plain folder named ray, such as Ray's own /tmp/ray, is found as a namespace package, which has no origin.
     if found is None or found.origin is None:
         raise MissingExtraError(
             "cluster.backend=ray needs the package ray; install it with `pip install betterhalf[ray]`, or with "
@@ -65,7 +65,7 @@ def require_ray() -> None:
 
 
 def check_session(cluster: ClusterConfig) -> None:
-    """Make the checks of `open_session` that start nothing.
+    """Run those checks of `open_session` that start no process.
 
     Raises:
         InputError: Ray cannot be imported, no cluster answers at the address, or a local Ray would lack CPUs or GPUs.
@@ -91,10 +91,11 @@ def check_session(cluster: ClusterConfig) -> None:
 
 
 def _require_cpus(cluster: ClusterConfig, cores: int) -> None:
-    """Require a host of this many CPUs on which the processes of a local Ray can take turns.
+    """Require that the processes of a local Ray can share the host's CPUs.
 
     Raises:
-        InputError: one process wants more CPUs than there are, or all together far more.
+        InputError: one process needs more CPUs than there are, or all together need more than `_CPUS_OF_ONE` times
+            as many.
     """
     for side, cpus in (("trainer", cluster.trainer.cpus), ("engine", cluster.engine.cpus)):
         if cpus > cores:
@@ -105,21 +106,21 @@ def _require_cpus(cluster: ClusterConfig, cores: int) -> None:
     if cluster.needed_cpus > _CPUS_OF_ONE * cores:
         raise InputError(
             f"the run needs {counted(cluster.needed_cpus, 'CPU')} for its {cluster.processes}, and this host has "
-            f"{cores}: more than {_CPUS_OF_ONE} processes for each CPU would exceed their time limits. Lower "
+            f"{cores}: more than {_CPUS_OF_ONE} times as many would make processes exceed their time limits. Lower "
             "cluster.trainers, cluster.engines or their cpus, or join a cluster with cluster.address."
         )
 
 
 class SlowStartError(Exception):
-    """The processes of a local Ray took longer to start than Ray itself waits, as on a busy host."""
+    """The processes of a local Ray took longer to start than Ray waits for them, for example on a busy host."""
 
 
 def start_local(cluster: ClusterConfig, folder: Path) -> None:
-    """Start a Ray of this run's own, whose sockets and logs are in `folder`.
+    """Start a local Ray for this run, with its sockets and logs in `folder`.
 
     Raises:
         InputError: it does not start.
-        SlowStartError: it may start in another attempt. What was started is still there.
+        SlowStartError: it was too slow, and may start in another attempt; processes of this attempt may still run.
     """
     import ray
 
@@ -128,10 +129,10 @@ def start_local(cluster: ClusterConfig, folder: Path) -> None:
             ray.init(
                 address="local",
                 num_cpus=max(usable_cores(), cluster.needed_cpus),
-                # A mere count, which no process asks for: without it, Ray refuses to start on a host short of memory.
+                # No process requests this resource, but without it Ray refuses to start on a host short of memory.
                 _memory=2**30,
                 _temp_dir=str(folder),
-                # Ray's default is 15: beside any other work, ranks and engines would get a thirtieth of a core.
+                # With Ray's default of 15, ranks and engines would get a thirtieth of a core next to other work.
                 _system_config={"worker_niceness": 0},
                 **_LOCAL,
             )
@@ -174,7 +175,7 @@ def join_cluster(address: str) -> None:
 
 
 def use_token() -> None:
-    """Use the token of this user if there is one, as `ray start` does, and `ray.init` of a running cluster does not."""
+    """Use this user's token if there is one: `ray start` does so, but `ray.init` on a running cluster does not."""
     from ray._private.authentication import authentication_token_setup as tokens
 
     with quiet():
@@ -186,7 +187,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def silence_notices() -> None:
-    """Keep Ray's notices of ended processes from the terminal: `log_to_driver` does not, and the run names them."""
+    """Hide Ray's notices of ended processes, which `log_to_driver` does not hide; the run reports them itself."""
     from ray._private import worker
 
     worker.print_to_stdstream = lambda *_args, **_keywords: None
@@ -194,7 +195,7 @@ def silence_notices() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[io.StringIO]:
-    """Keep what Ray prints and warns of from the terminal."""
+    """Return a context that hides Ray's output and warnings, and yields the captured output."""
     said, logger = io.StringIO(), logging.getLogger("ray")
     level = logger.level
     with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -208,7 +209,7 @@ def quiet() -> Iterator[io.StringIO]:
 
 @contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Keep the handler of SIGTERM while Ray starts; that of Ray raises SystemExit, which looks like a failed start."""
+    """Keep the SIGTERM handler while Ray starts: Ray's own raises SystemExit, which looks like a failed start."""
     from ray._private import utils
 
     install = utils.set_sigterm_handler
@@ -221,7 +222,7 @@ def _own_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_hooks() -> Iterator[None]:
-    """Restore the handler of SIGTERM and the hook for uncaught errors, which Ray replaces by its own."""
+    """Restore the SIGTERM handler and `sys.excepthook`, which Ray replaces, at the end of the context."""
     main = threading.current_thread() is threading.main_thread()
     hook, handler = sys.excepthook, signal.getsignal(signal.SIGTERM)
     try:

@@ -36,7 +36,7 @@ from betterhalf.words import counted
 _KINDS = ("CPU", "GPU")
 """Resources that processes reserve, as Ray names them."""
 _SOON_SECONDS = 10.0
-"""Time in which free resources are reserved; after it, a note says what is missing."""
+"""Seconds to wait for resources before a note says what is missing."""
 _WATCH_SECONDS = 1.0
 _MISSES = 5
 """Number of failed connections in a row after which the head of a joined cluster counts as lost."""
@@ -51,8 +51,8 @@ class Session:
         """Use the cluster to which this process is connected.
 
         Args:
-            cluster: section of the configuration.
-            folder: that of the local Ray; None for a joined cluster.
+            cluster: cluster section of the configuration.
+            folder: folder of the local Ray; None for a joined cluster.
         """
         import ray
 
@@ -82,7 +82,7 @@ class Session:
 
         _require_resources(placement, ray.cluster_resources(), "has")
         _require_a_host(placement, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-        # PACK keeps ranks together; a strategy that spreads them would put every all-gather on the network.
+        # PACK keeps ranks together; a strategy that spreads them would send every all-gather over the network.
         group = placement_group([dict(bundle) for bundle in placement.bundles], strategy="PACK")
         seconds = self._cluster.start_seconds
         at_once = min(_SOON_SECONDS, seconds)
@@ -106,9 +106,17 @@ class Session:
     def start(
         self, build: Callable[..., object], slot: Slot, name: str, died: Callable[[str], Exception], **arguments: Any
     ) -> Process:
-        """Start a process that holds `build(**arguments)`, without waiting; Ray never restarts it by itself.
+        """Start a process that holds `build(**arguments)`, without waiting for it; Ray never restarts it by itself.
 
-        An error of `build` is raised by the first call.
+        Args:
+            build: builds the object in the process; every call raises its error if it fails.
+            slot: reserved resources of the process.
+            name: role and index, such as `rank 0`.
+            died: builds, from a message, the error of a call that the process can no longer answer.
+            arguments: keyword arguments of `build`.
+
+        Raises:
+            ClusterError: the cluster was lost.
         """
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -133,7 +141,7 @@ class Session:
         return process
 
     def hosts(self) -> dict[str, list[str]]:
-        """Return the processes that run, such as `rank 0`, by the name of their host."""
+        """Return host name -> roles, such as `rank 0`, of the processes that run there."""
         found: dict[str, list[str]] = {}
         for process in self._processes:
             if not process.ended and process.host is not None:
@@ -141,7 +149,7 @@ class Session:
         return {host: sorted(roles) for host, roles in sorted(found.items())}
 
     def store(self, value: object) -> object:
-        """Put a value into the object store, and return its reference; every process gets the value."""
+        """Put a value into the object store, and return its reference; a process that is passed it gets the value."""
         import ray
 
         return ray.put(value)
@@ -151,12 +159,12 @@ class Session:
             raise self._lost
 
     def _watch(self) -> None:
-        """Notice the end of the cluster's head, with which Ray's own calls would wait for ever."""
+        """Notice when the cluster's head has ended: Ray's own calls would wait forever."""
         misses = 0
         while not self._closed.wait(_WATCH_SECONDS):
             why = self._why_lost()
             misses = 0 if why is None else misses + 1
-            # A process that has ended does not come back; a network may.
+            # A process that has ended does not come back; a network connection may.
             if misses < (1 if self._folder is not None else _MISSES):
                 continue
             self._lost = ClusterError(
@@ -200,17 +208,17 @@ class Session:
 def open_session(cluster: ClusterConfig) -> Session:
     """Join the cluster at `cluster.address`, or start a local one.
 
-    A local one may have more CPUs than the host, because it only counts them.
-    An address is first tried with a plain TCP connection: `ray.init` of an unreachable one ends the process after two
-    minutes with `SystemExit`.
+    A local one may declare more CPUs than the host has, because Ray only counts them. An address is first tried with a
+    plain TCP connection: with an unreachable one, `ray.init` ends the process after two minutes with `SystemExit`.
 
     Raises:
-        InputError: no cluster answers at the address, or it runs another version of Ray or Python.
+        InputError: see `check_session` and `join_cluster`; or a local Ray does not start, or this process is already
+            connected to a cluster.
         MissingExtraError: Ray is not installed.
     """
     check_session(cluster)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Without this, a late call after the end of a session would start another Ray.
+    # Without this, a call after the end of a session would start another Ray.
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
     with own_hooks():
         import ray
@@ -228,7 +236,7 @@ def open_session(cluster: ClusterConfig) -> Session:
 
 
 def _started(cluster: ClusterConfig) -> SessionFolder:
-    """Start a local Ray, again if its processes are too slow, and return its folder.
+    """Start a local Ray, trying again if its processes start too slowly, and return its folder.
 
     Raises:
         InputError: it does not start within `cluster.start_seconds`.
@@ -275,7 +283,7 @@ def _holds(found: Mapping[str, float], needed: Mapping[str, float]) -> bool:
 
 
 def _words(resources: Mapping[str, float]) -> str:
-    """Return CPUs and GPUs in words; GPUs also if there are none."""
+    """Return CPUs and GPUs in words, including `0 GPUs`."""
     return " and ".join(counted(round(resources.get(kind, 0.0), 4), kind) for kind in _KINDS)
 
 

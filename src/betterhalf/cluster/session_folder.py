@@ -1,7 +1,7 @@
-"""Folder of a local Ray, with its sockets and logs, and the mark by which all its processes are found and ended.
+"""Temporary folder for the sockets and logs of a local Ray, and the environment variable that marks its processes.
 
-After `kill -9` of the run, a janitor ends what is left of Ray, whose agents would otherwise wait a minute for the head
-that has ended with the run; a later run removes the folder.
+If the run is killed with `kill -9`, a janitor process ends Ray's remaining processes, which would otherwise wait a
+minute for the head that ended with the run. A later run removes the folder.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from betterhalf.tasks.worker_process import kill_marked
 
 _PREFIX = "betterhalf-ray-"
 _LONGEST = 40
-"""Longest path in bytes below which Ray's sockets keep to the 107 bytes of a Unix socket's path."""
+"""Maximum length in bytes of the folder's path, so that Ray's sockets in it stay within the 107 bytes of a Unix
+socket's path."""
 
 
 class SessionFolder:
     """A folder of a local Ray, and the janitor of its processes."""
 
     def __init__(self) -> None:
-        """Make the folder, and remove those of processes that have ended."""
+        """Create the folder, and remove those of processes that have ended."""
         self._folder = LockedFolder(_PREFIX, _parent())
         self.path = self._folder.path
         self._mark = uuid.uuid4().hex
@@ -35,8 +36,8 @@ class SessionFolder:
 
     @contextmanager
     def marked(self) -> Iterator[None]:
-        """Return a context in which started processes, and those that they start, get the mark."""
-        # Ray writes the titles of its processes over their environment, where the mark is, unless SPT_NOENV is set.
+        """Return a context in which started processes inherit the mark, and pass it on to their own."""
+        # Ray's process titles overwrite the environment, and with it the mark, unless SPT_NOENV is set.
         wanted = {MARK: self._mark, "SPT_NOENV": "1"}
         before = {name: os.environ.get(name) for name in wanted}
         os.environ.update(wanted)

@@ -1,4 +1,4 @@
-"""The trainer on the model's own weights, or on those that a run has trained."""
+"""Builder of the trainer, on the model's own weights or on weights that a run has trained."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from betterhalf.training.weights.store import StoreFactory
 
 
 class Trained(RowSource, Protocol):
-    """Weights that a run has trained, in place of the model's own: whole, or the rows of a rank."""
+    """Weights that a run has trained and that replace the model's own: whole, or the rows of a rank."""
 
     @property
     def policy_version(self) -> int:
@@ -50,11 +50,11 @@ def policy_trainer(
 
     Args:
         model: loaded model for a trainer that holds all weights; skeleton for one of `ranks`.
-        config: of the run.
-        precision: of the run.
+        config: configuration of the run.
+        precision: formats of the run, and the device of this process.
         trained: loads weights that replace the model's own.
         keep_reference: True to keep a reference policy.
-        ranks: those that share the weights of a skeleton.
+        ranks: ranks over which the weights of a skeleton are sharded; None if this process holds all weights.
         restores: True if a checkpoint replaces all weights before any is used. Ranks then read the model's own only
             for what the checkpoint does not hold: the starting policy as a reference, and the base of adapters.
 

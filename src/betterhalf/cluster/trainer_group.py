@@ -1,4 +1,4 @@
-"""A trainer made of ranks: splits packs over them, calls all of them, and combines their records."""
+"""Trainer of several ranks: it splits packs over them, calls all of them, and combines their results."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from betterhalf.training.state_files import read_state
 from betterhalf.training.trainer import OptimReport, TokenScores, TrainerState, WrittenState
 
 _GRACE_SECONDS = 5.0
-"""Time in which other ranks may answer once one has failed; gloo and NCCL notice a peer that ended at once."""
+"""Seconds in which other ranks may still answer after one failed; gloo and NCCL notice at once that a peer ended."""
 
 
 class TrainerGroup:
     """All ranks of a run; implements `Trainer`.
 
-    Each call goes to all ranks at the same time. The first rank that fails or ends makes the group end all others and
-    raise TrainerDiedError, which names the rank, its host and the last lines of its log. Errors that betterhalf raises
-    on purpose in a rank, such as LossScaleError, are raised as they are.
+    Each call goes to all ranks at the same time. When a rank fails or ends, the group ends all others and raises
+    TrainerDiedError with the rank, its host and the last lines of its log. Errors that betterhalf raises on purpose in
+    a rank, such as LossScaleError, are raised unchanged.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class TrainerGroup:
             slots: place of each rank.
             keep_reference: True to keep a reference policy.
             trained: loads weights that replace the model's own.
-            folder: run folder, to which every rank writes its part of each checkpoint; None if none is written.
+            folder: run folder, in which every rank writes its part of each checkpoint; None if none is written.
             restores: True if `read_state` follows before any weight is used, so that the model's own need not be read.
 
         Raises:
@@ -84,7 +84,7 @@ class TrainerGroup:
     # -- processes
 
     def _start(self, *, restores: bool = False) -> None:
-        """Start all ranks, and let them load the model and join."""
+        """Start all ranks, and make them load the model and join."""
         seconds = self._config.cluster.start_seconds
         self._failed, self._unchanging = None, ()
         self._ranks = tuple(
@@ -93,7 +93,7 @@ class TrainerGroup:
         )
         try:
             self._require_folder(seconds)
-            # First all load, each in its own time; the time limit of joining is one for collectives.
+            # All ranks load before any joins, because joining has the shorter time limit of a collective.
             places = range(len(self._ranks))
             self.facts = self._agreed(self._each("load", [(index,) for index in places], seconds=seconds))
             host, port = self._gathered("address", [self._ranks[0].call("address", seconds=seconds)])[0]
@@ -157,20 +157,23 @@ class TrainerGroup:
         return self._gathered(method, calls)
 
     def _gathered(self, method: str, calls: Sequence[Future[Any]]) -> list[Any]:
-        """Wait for all results, or for the first failure and what it makes of the others."""
+        """Wait for all results, or, after the first failure, up to `_GRACE_SECONDS` for the others, and raise it."""
         try:
             wait(calls, return_when=FIRST_EXCEPTION)
             if any(call.done() and call.exception() for call in calls):
                 wait(calls, timeout=_GRACE_SECONDS)
                 raise self._failure(method, calls)
         except KeyboardInterrupt:
-            # Answers that nobody reads would be those of the next call.
+            # The ranks may still run this call, so no other one may follow.
             self._failed = TrainerDiedError(f"the ranks were interrupted in {method!r}; continue with --resume")
             raise
         return [call.result() for call in calls]
 
     def _failure(self, method: str, calls: Sequence[Future[Any]]) -> BaseException:
-        """Return the error of the rank that failed first, after ending all ranks unless all failed alike."""
+        """Return the error to raise, and end all ranks unless all raised the same type of BetterhalfError.
+
+        The loss of the cluster has priority, then a rank that ended, then a BetterhalfError, then any other error.
+        """
         errors = {index: error for index, call in enumerate(calls) if call.done() and (error := call.exception())}
         ours = [error for error in errors.values() if isinstance(error, BetterhalfError)]
         if len(ours) == len(calls) and len({type(error) for error in ours}) == 1 and not self._any_ended():
@@ -186,7 +189,7 @@ class TrainerGroup:
         return any(rank.ended for rank in self._ranks)
 
     def _foreign(self, method: str, calls: Sequence[Future[Any]], errors: dict[int, BaseException]) -> TrainerDiedError:
-        """Return an error for one of torch or Python, with the ranks that did not answer."""
+        """Wrap an error of torch or Python, and name the ranks that did not answer."""
         index, error = next(iter(errors.items()))
         waiting = [self._ranks[other].name for other, call in enumerate(calls) if not call.done()]
         words = f"; {' and '.join(waiting)} did not answer" if waiting else ""
@@ -237,7 +240,7 @@ class TrainerGroup:
         if not packs:
             return LossStats.empty()
         split = split_packs(packs, len(self._ranks))
-        # A function of the user's file is loaded by each rank from its own host.
+        # Each rank loads the user's loss function from the file on its own host.
         sent = replace(algorithm, loss=None)
         shares = [[packs[i] for i in share] for share in split.ranks]
         found = self._each("forward_backward", [(share, split.passes, sent, denominators) for share in shares])
@@ -266,8 +269,8 @@ class TrainerGroup:
     def weight_stream(self) -> StoredWeights | SentWeights:
         """See `Trainer.weight_stream`.
 
-        The ranks store the weights once more, and the references keep them; a transfer past the object store sends them
-        later.
+        The ranks store another copy of the weights, which the returned references keep alive. A transfer that bypasses
+        the object store sends the weights later.
         """
         if self._config.transfer == "object_store":
             version, parts = self._publish()
@@ -277,7 +280,7 @@ class TrainerGroup:
         return SentWeights(versions[0], self.facts.model_config, size, lambda: self._stored(versions[0]))
 
     def _publish(self) -> tuple[int, tuple[StoredPart, ...]]:
-        """Return version and parts of all weights; those that never change are stored once, by these ranks."""
+        """Return version and parts of all weights; those that never change are stored once, until ranks restart."""
         published: list[tuple[int, tuple[StoredPart, ...]]] = self._all("publish_weights", not self._unchanging)
         version, parts = published[0]
         self._unchanging = self._unchanging or tuple(part for part in parts if part.unchanging)
@@ -294,12 +297,12 @@ class TrainerGroup:
 
     @property
     def first(self) -> Process:
-        """Rank 0, which sends weights; another process after `restart`."""
+        """Process of rank 0, which sends weights; `restart` replaces it."""
         return self._ranks[0]
 
     @property
     def parameters(self) -> int:
-        """Number of the model's parameters, of which a tied head counts once."""
+        """Number of the model's parameters, counting a tied head once."""
         assert self.facts.parameters is not None, "rank 0 reads the model"
         return self.facts.parameters
 
@@ -308,7 +311,7 @@ class TrainerGroup:
         return self._all(method, *arguments)
 
     def merge_count(self) -> MergeCount | None:
-        """See `Trainer.merge_count`; all ranks have added up their counts."""
+        """See `Trainer.merge_count`; each rank returns the sum over all ranks."""
         counts: list[MergeCount | None] = self._all("merge_count")
         return counts[0]
 

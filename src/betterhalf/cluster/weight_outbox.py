@@ -1,6 +1,6 @@
-"""Weights that leave a rank for the engines past the object store: by a broadcast, or by handles of GPU memory.
+"""Transfer of weights from a rank to the engines that bypasses the object store: broadcast, or handles of GPU memory.
 
-Every rank reads all weights to the end, whatever becomes of those that are sent: reading them is collective.
+Reading the weights is collective, so every rank reads all of them to the end, even if sending fails.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from betterhalf.training.policy_trainer import PolicyTrainer
 
 
 class Outbox:
-    """Weights of one rank on their way out. Methods marked collective are called on all ranks at the same time."""
+    """Sender of one rank's weights. Methods marked collective are called on all ranks at the same time."""
 
     def __init__(self, trainer: PolicyTrainer, config: RunConfig) -> None:
         """Send the weights of `trainer`."""
@@ -31,7 +31,7 @@ class Outbox:
         self._sender: WeightSender | None = None
         self._noted: NotedWeights | None = None
         self._left: Iterator[list[tuple[str, Tensor]]] = iter(())
-        """Parts of an update by handles that are yet to come."""
+        """Parts that an update by handles has not sent yet."""
         self._shown: list[tuple[str, Tensor]] = []
         """Part whose handles engines may be reading."""
 
@@ -63,11 +63,12 @@ class Outbox:
         """Send all weights to the group; collective.
 
         Args:
-            first: True in rank 0, which sends.
+            first: True on rank 0, which sends.
             keep: store the weights as well.
 
         Returns:
-            The digests, from rank 0; `failure` if the group failed, which is no fault of this rank.
+            On rank 0, the digests, and `failure` if the group failed; elsewhere, no digests. An error of this rank
+            while it reads the weights is raised.
         """
         parts: list[StoredPart] = []
         noted = self._stream()
@@ -87,7 +88,7 @@ class Outbox:
 
     def _broadcast(self, weights: _Reading) -> str | None:
         if self._sender is None:
-            return "rank 0 is outside of the group"
+            return "rank 0 is not in the weight group"
         try:
             self._sender.send(self._here(weights))
         except Exception as error:
@@ -97,11 +98,11 @@ class Outbox:
         return None
 
     def _here(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Yield weights on this rank's device; masters that are offloaded come from host memory."""
+        """Yield the weights on this rank's device; offloaded masters are copied from host memory."""
         return ((name, tensor.to(self._device)) for name, tensor in weights)
 
     def leave(self) -> None:
-        """Leave the group, also while another thread sends; harmless outside of one."""
+        """Leave the group, even while another thread sends; does nothing outside of a group."""
         sender, self._sender = self._sender, None
         if sender is not None:
             sender.leave()
@@ -109,7 +110,7 @@ class Outbox:
     # -- handles
 
     def next_handles(self, *, shown: bool) -> dict[str, Any] | None:
-        """Return an update info with handles of the next weights on this GPU, and free those before; collective.
+        """Return an update info with handles of the next weights on this GPU, and free the previous ones; collective.
 
         Args:
             shown: True for a rank whose GPU an engine shares; others return an empty update info.
@@ -131,7 +132,7 @@ class Outbox:
         return info
 
     def end_handles(self) -> Sent:
-        """End an update by handles: read what is left, and free the last part; collective."""
+        """End an update by handles: read the remaining weights, and free the last part; collective."""
         noted, self._noted = self._noted or self._stream(), None
         for _ in self._left:
             pass
@@ -142,7 +143,7 @@ class Outbox:
 
 
 class _Reading:
-    """Weights that are read once, from several places; notes a failure of the reading itself."""
+    """Iterator over weights that several readers share; `failed` is True once reading a weight has raised an error."""
 
     def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self._weights = iter(weights)

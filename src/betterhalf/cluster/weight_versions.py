@@ -1,8 +1,8 @@
-"""Weights of one policy version for the engines of a cluster, which the process that runs the loop never holds.
+"""Weights of one policy version for the engines of a cluster; the process that runs the loop never holds them.
 
-In the object store they are in parts: rank 0 writes them and engines read them; only references pass through the
-process that runs the loop. The store frees a version when the last reference to it is gone. Weights that a
-`cluster.delivery` moves are stored only when an engine has to load them by itself.
+The object store holds them in parts, which rank 0 writes and engines read; only references pass through the process
+that runs the loop. The store frees a version when the last reference to it is gone. Weights that `cluster.delivery`
+sends directly are stored only when an engine has to load them by itself.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from betterhalf.precision.emulation import to_format
 from betterhalf.types import DtypeName
 
 PART_BYTES = 2**28
-"""Bytes of weights from which on a stored object is complete."""
+"""Size in bytes at which a part is complete and gets stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredPart:
-    """Some weights in the object store, about `PART_BYTES` of them; written by rank 0."""
+    """Some weights in the object store, about `PART_BYTES` in size; written by rank 0."""
 
     reference: Any
-    """Ray's reference to the list of (name, dtype, shape, bytes). Inside a record, Ray passes on the reference."""
+    """Ray's reference to the list of (name, dtype, shape, bytes). Ray does not resolve a reference inside a record."""
     names: tuple[str, ...]
     num_bytes: int
     digests: dict[str, str]
@@ -43,12 +43,12 @@ def store_parts(
     part_bytes: int = PART_BYTES,
     unchanging: Collection[str] = (),
 ) -> tuple[StoredPart, ...]:
-    """Put weights into the object store as they come, and digest each one.
+    """Put weights into the object store as they come, and compute the digest of each.
 
     Args:
         weights: (name, tensor in the wire dtype), on any device.
-        rollout_dtype: format in which engines hold them, and in which digests are taken.
-        part_bytes: size from which on a part is complete.
+        rollout_dtype: format in which engines hold the weights, and of which digests are computed.
+        part_bytes: size in bytes at which a part is complete.
         unchanging: names of weights that are the same in every version; they get parts of their own.
     """
     parts: list[StoredPart] = []
@@ -64,7 +64,7 @@ def storing(
     part_bytes: int = PART_BYTES,
     unchanging: Collection[str] = (),
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield weights as they come; each part is in the object store, and in `parts`, once it is complete."""
+    """Yield the weights unchanged; each part, once it is complete, is stored and appended to `parts`."""
     filling = {kept: _Filling(unchanging=kept) for kept in (True, False)}
     for name, tensor in weights:
         part = filling[name in unchanging]
@@ -111,7 +111,7 @@ class _Filling:
 
 
 def read_parts(parts: Sequence[StoredPart]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of every part, one part in this process at a time.
+    """Yield (name, tensor in host memory) of every part, reading one part at a time.
 
     Raises:
         TrainerDiedError: the parts are lost, because rank 0 has ended.
@@ -131,16 +131,16 @@ def read_parts(parts: Sequence[StoredPart]) -> Iterator[tuple[str, Tensor]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sent:
-    """Result of sending all weights past the object store; from rank 0."""
+    """Result of sending all weights without the object store; from rank 0."""
 
     policy_version: int
     """Number of applied updates in them."""
     digests: dict[str, str]
     """Name -> digest in the rollout dtype."""
     parts: tuple[StoredPart, ...] = ()
-    """The same weights in the object store, if they were to be kept."""
+    """The same weights in the object store; empty if they were not stored."""
     failure: str | None = None
-    """Reason why not all were sent; None if they were."""
+    """Reason why not all weights were sent; None if they were."""
 
 
 class ClusterWeights(Protocol):
@@ -148,7 +148,7 @@ class ClusterWeights(Protocol):
 
     policy_version: int
     model_config: Any
-    """transformers configuration that is true to the weights, from which engines are built."""
+    """transformers configuration that matches the weights, from which engines are built."""
 
     @property
     def parts(self) -> tuple[StoredPart, ...]:
@@ -160,12 +160,12 @@ class StoredWeights:
     """One version in the object store; implements `wire.WeightStream`."""
 
     def __init__(self, parts: Sequence[StoredPart], policy_version: int, model_config: Any) -> None:
-        """Keep the references, and with them the objects.
+        """Keep the references, so that the store keeps the objects.
 
         Args:
             parts: all weights.
             policy_version: number of applied updates in them.
-            model_config: transformers configuration that is true to the weights, from which engines are built.
+            model_config: transformers configuration that matches the weights, from which engines are built.
         """
         self.parts = tuple(parts)
         self.policy_version = policy_version
@@ -202,7 +202,7 @@ class StoredWeights:
 class SentWeights:
     """One version that rank 0 sends to the engines; implements `wire.WeightStream`.
 
-    It is stored when `parts` or the values are first asked for, which the trainer can do until its next update.
+    The weights are stored when `parts` or the values are first read, which works until the trainer's next update.
     """
 
     def __init__(
@@ -212,9 +212,9 @@ class SentWeights:
 
         Args:
             policy_version: number of applied updates in the weights.
-            model_config: transformers configuration that is true to the weights.
+            model_config: transformers configuration that matches the weights.
             num_bytes: size of all weights on the wire.
-            store: lets rank 0 store the weights.
+            store: makes rank 0 store the weights, and returns the parts.
         """
         self.policy_version = policy_version
         self.model_config = model_config
@@ -225,13 +225,13 @@ class SentWeights:
         self._sent: Sent | None = None
 
     def note(self, sent: Sent) -> None:
-        """Take over digests and parts from rank 0."""
+        """Record the digests and parts that rank 0 returned."""
         assert sent.policy_version == self.policy_version, "the trainer was updated during a weight sync"
         self._sent, self._parts = sent, sent.parts
 
     @property
     def parts(self) -> tuple[StoredPart, ...]:
-        """All weights in the object store; stores them if that was not done.
+        """All weights in the object store, where the first access puts them.
 
         Raises:
             TrainerDiedError: the trainer no longer holds this version.

@@ -1,4 +1,4 @@
-"""The state of a trainer of several ranks as one, for models that fit into one process."""
+"""Conversion between the states of a trainer's ranks and one whole state, for models that fit into one process."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class RankState:
 
 
 def whole_state(ranks: Sequence[RankState]) -> TrainerState:
-    """Return the state of all ranks together.
+    """Return the whole state, in which the rows of all ranks are concatenated.
 
     Args:
-        ranks: in rank order; each holds the rows after those of the rank before it.
+        ranks: states in rank order; each holds the rows after those of the rank before it.
     """
     first = ranks[0]
     if not first.ranges:
@@ -40,7 +40,7 @@ def whole_state(ranks: Sequence[RankState]) -> TrainerState:
 
 
 def rows_of(state: TrainerState, ranges: Mapping[str, ShardRange]) -> TrainerState:
-    """Return the rows of one rank in a whole state; the state itself if `ranges` is empty."""
+    """Return one rank's rows of a whole state; all rows if `ranges` is empty."""
     return replace(
         state,
         model=_cut(state.model, ranges),
@@ -64,5 +64,5 @@ def _cut(tensors: Mapping[str, Tensor], ranges: Mapping[str, ShardRange]) -> dic
 
 
 def _range(key: str, tensor: Tensor, ranges: Mapping[str, ShardRange]) -> ShardRange | None:
-    """Return the rows of a parameter, or of its optimizer state `<state>/<name>`; None for a number, as of steps."""
+    """Return the rows of a parameter or of its optimizer state `<state>/<name>`; None if the tensor is not sharded."""
     return ranges.get(key.rpartition("/")[2]) if tensor.dim() else None
