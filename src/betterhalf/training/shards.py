@@ -6,12 +6,12 @@
     ...1-of-2...                   those of rank 1
     manifest.json                  size and SHA-256 of every other file of the checkpoint; written last
 
-One rank writes `model.safetensors` and `optimizer.safetensors` without numbers, as it did before there were ranks. Each
-file states its rows in its own header, so that the manifest's checksum covers them; tensors without rows in the header
-are whole. Any number of ranks reads the rows that it needs. Nothing is pickled.
+A single rank writes `model.safetensors` and `optimizer.safetensors`, without numbers. Each file states its rows in its
+own header, so that the manifest's checksum covers them; tensors without rows in the header are whole. A checkpoint can
+be read by any number of ranks: each reads the rows that it needs. Nothing is pickled.
 
-The files are written here and not by the safetensors package, which holds the GIL for as long as a write lasts, keeps a
-second copy of the tensors, and cannot compute the checksum on the way. It reads them.
+The safetensors package only reads the files. For writing it would hold the GIL, keep a second copy of the tensors, and
+leave the checksum to another pass, so this module writes them itself.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def partial_folder(final: Path) -> Path:
 
 @contextmanager
 def writing(partial: Path) -> Iterator[None]:
-    """Return a context that names the checkpoint in the errors of its disk.
+    """Return a context that replaces an OSError by an error that names the checkpoint and the fix.
 
     Raises:
         RunError: something cannot be written, for example on a full disk.
@@ -113,12 +113,12 @@ def write_shards(
     """Write one rank's rows of `kind` (`model`, `optimizer`, ...) and flush them to the disk.
 
     Args:
-        folder: exists.
+        folder: existing folder.
         kind: first part of the file's name.
-        tensors: by parameter, or by `<state>/<parameter>`; in host memory.
-        ranges: rows of each parameter; tensors of one that is not named, and those without axes, are whole on every
+        tensors: tensors in host memory, by parameter or by `<state>/<parameter>`.
+        ranges: rows of each parameter; tensors of parameters that it does not name, and scalars, are whole on every
             rank.
-        rank: from 0 to `world_size` - 1.
+        rank: rank that writes, from 0 to `world_size` - 1.
         world_size: number of ranks.
 
     Raises:
@@ -131,7 +131,7 @@ def write_shards(
 
 
 def _rows(tensors: Mapping[str, Tensor], ranges: Mapping[str, ShardRange]) -> dict[str, Any]:
-    """Return name -> [first row, shape of the whole tensor] of the tensors that are cut."""
+    """Return name -> [first row, shape of the whole tensor] of the tensors that are sharded."""
     found = {}
     for name, tensor in tensors.items():
         held = ranges.get(_parameter(name)) if tensor.dim() else None
@@ -162,10 +162,10 @@ def _serialised(tensors: Mapping[str, Tensor], rows: Mapping[str, Any]) -> Itera
 
 
 def write_file(path: Path, parts: Iterator[memoryview]) -> ShardFile:
-    """Write a file of a checkpoint and flush it to the disk.
+    """Write a new file of a checkpoint and flush it to the disk.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file exists already, or cannot be written.
     """
     digest, size = hashlib.sha256(), 0
     with path.open("xb", buffering=0) as file:
@@ -174,7 +174,7 @@ def write_file(path: Path, parts: Iterator[memoryview]) -> ShardFile:
                 chunk = part[start : start + _CHUNK]
                 digest.update(chunk)
                 size += len(chunk)
-                # After a short write, the next one raises the reason.
+                # After a short write, the next one raises the error.
                 while chunk:
                     chunk = chunk[os.write(file.fileno(), chunk) :]
         os.fsync(file.fileno())
@@ -209,11 +209,11 @@ def verify_files(folder: Path, needed: frozenset[str]) -> None:
     """Compare every file of a checkpoint with its size and checksum.
 
     Args:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
         needed: kinds of tensors that it must hold, and names of other files.
 
     Raises:
-        CheckpointError: a file is missing, truncated or altered; the message names it.
+        CheckpointError: a file or the manifest is missing, truncated or altered; the message names it.
     """
     files = read_manifest(folder)
     with ThreadPoolExecutor(_READERS) as threads:
@@ -224,7 +224,7 @@ def verify_files(folder: Path, needed: frozenset[str]) -> None:
 
 
 def _problem(folder: Path, file: ShardFile) -> str | None:
-    """Return the damage of a file in words; None if it is whole."""
+    """Describe the damage of a file; None if it is intact."""
     path = folder / file.name
     try:
         size = path.stat().st_size
@@ -238,7 +238,7 @@ def _problem(folder: Path, file: ShardFile) -> str | None:
 
 
 def _absent(files: tuple[ShardFile, ...], needed: frozenset[str]) -> set[str]:
-    """Return the files that a manifest lacks: those `needed`, and those of ranks beside the ranks that it lists."""
+    """Return the files that a manifest lacks: those in `needed`, and those of ranks of which it lists only some."""
     names = {file.name for file in files}
     parts = [match for name in names if (match := _NAME.fullmatch(name))]
     absent = set(needed) - names - {part["kind"] for part in parts}
@@ -250,18 +250,19 @@ def _absent(files: tuple[ShardFile, ...], needed: frozenset[str]) -> set[str]:
 
 
 def read_rows(folder: Path, kind: str, wanted: Mapping[str, ShardRange]) -> dict[str, Tensor]:
-    """Read the rows that one rank needs, from as many files as they are spread over.
+    """Read the rows that one rank needs, from all files that hold some of them.
 
     Args:
-        folder: of a checkpoint whose files have been verified.
+        folder: folder of a checkpoint whose files have been verified.
         kind: first part of the files' names.
-        wanted: rows of each parameter; tensors of one that is not named, and those without axes, are read whole.
+        wanted: rows of each parameter; tensors of parameters that it does not name, and scalars, are read whole.
 
     Returns:
         Tensors by name, empty if there are no files of this kind.
 
     Raises:
-        CheckpointError: rows of a tensor are missing or doubled, or it has another shape than `wanted`.
+        CheckpointError: a file cannot be read, rows of a tensor are missing or duplicated, or a tensor has another
+            shape than in `wanted`.
     """
     with ExitStack() as files:
         pieces, shapes = _opened(folder, kind, files)
@@ -289,7 +290,7 @@ def _opened(folder: Path, kind: str, files: ExitStack) -> tuple[dict[str, list[_
 
 
 def _pieces(files: Sequence[Any]) -> tuple[dict[str, list[_Piece]], dict[str, tuple[int, ...]]]:
-    """Return where the rows of each tensor are, in their order, and the shape of each whole tensor."""
+    """Return the pieces of each tensor, ordered by row, and the shape of each whole tensor."""
     pieces: dict[str, list[_Piece]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
@@ -303,7 +304,7 @@ def _pieces(files: Sequence[Any]) -> tuple[dict[str, list[_Piece]], dict[str, tu
             else:  # the same on every rank that holds it
                 pieces[name], shapes[name] = [_Piece(file=file, first=0, count=own[0] if own else 1)], own
     for name, found in pieces.items():
-        # Of a tensor with fewer rows than ranks, some files hold none; one of them still knows the dtype.
+        # Some ranks may hold no rows. If none does, as of a tensor without rows, a piece still has the dtype.
         held = sorted((piece for piece in found if piece.count), key=lambda piece: piece.first)
         pieces[name] = held or found[:1]
     return pieces, shapes
@@ -336,6 +337,6 @@ def _read(
 
 
 def _whole(piece: _Piece, name: str) -> Tensor:
-    """Return all rows of a piece. They are mapped from the file, so that rows that are not used are not read."""
+    """Return all rows of a piece, memory-mapped, so that unused rows are not read from the disk."""
     tensor: Tensor = piece.file.get_tensor(name)
     return tensor

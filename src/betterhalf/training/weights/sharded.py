@@ -1,18 +1,19 @@
-"""FP32 master weights as the shards of FSDP2, one for each rank.
+"""FP32 master weights sharded by FSDP2, one shard on each rank.
 
 `fully_shard` wraps each decoder layer, and then the decoder as the root: the trainer calls the decoder and never the
 whole module, so a root above the decoder would skip the gradients of the embedding and of the final norm. Parameters
 are gathered in the compute dtype (`MixedPrecisionPolicy(param_dtype=half, reduce_dtype=float32)`); gradients are
-widened to FP32, added over the ranks, and kept as FP32 shards. Gradients are added, not averaged: denominators are
-global. gloo has no scaled sum, so the ranks use a plain sum (`set_force_sum_reduction_for_comms`).
+widened to FP32, summed over the ranks, and kept as FP32 shards. They are summed and not averaged, because the
+denominators of the loss are global. gloo has no scaled sum, so the ranks use a plain sum
+(`set_force_sum_reduction_for_comms`).
 
 The head is used outside the decoder's `forward`: `WholeMatrix` keeps it, with an embedding tied to it, outside FSDP2.
 
-An FP32 island is a unit of its own, gathered in FP32. Its shards hold values rounded to the compute dtype, as the
-engine computes with; the masters are separate.
+An FP32 island is an FSDP2 unit of its own, gathered in FP32. Its shards hold values rounded to the compute dtype, with
+which the engine computes; its masters are separate.
 
-On a CPU parameters stay gathered from the first pass with new weights to the last: `CpuLinear` keeps a whole FP32 copy
-of each weight anyway, and each gather would make a new one. FSDP2 writes gathered parameters without a change of their
+On a CPU, parameters stay gathered from the first pass with new weights to the last: `CpuLinear` keeps a whole FP32 copy
+of each weight anyway, and each gather would make a new one. FSDP2 writes gathered parameters without incrementing their
 version counter, often at the same address, so these copies are invalidated explicitly.
 """
 
@@ -49,14 +50,14 @@ from betterhalf.types import DtypeName
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Shard:
-    """Rows of one parameter of FSDP2 on this rank."""
+    """Rows of one FSDP2 parameter on this rank."""
 
     parameter: DTensor
-    """Parameter of FSDP2 between passes; receives the gradient."""
+    """Sharded parameter, as the module holds it between passes; receives the gradient."""
     local: Tensor
-    """Its FP32 rows: FSDP2 gathers what they hold."""
+    """Its FP32 rows on this rank, whose values FSDP2 gathers."""
     master: nn.Parameter
-    """FP32 master on the memory of `local`; for an FP32 island on its own memory."""
+    """FP32 master; it shares the memory of `local`, except for an FP32 island."""
     island: bool
 
 
@@ -76,7 +77,7 @@ class ShardedWeights:
         """Shard the module over the ranks, and read the rows of this rank; no rank ever holds the whole.
 
         Args:
-            module: its FP32 parameters are on the meta device, its buffers on that of the ranks; alike on every rank.
+            module: FP32 parameters on the meta device, buffers on the device of the ranks; the same on every rank.
             compute_dtype: format of forward and backward; not an emulated one.
             islands: modules whose parameters are gathered in FP32, with values of `compute_dtype`.
             ranks: all ranks of the trainer.
@@ -125,7 +126,7 @@ class ShardedWeights:
         self.publish()
 
     def _take_head(self, module: Any, whole: Mapping[str, nn.Parameter], *, offload: bool) -> WholeMatrix:
-        """Put the head, and an embedding tied to it, outside of what FSDP2 shards."""
+        """Keep the head, and an embedding tied to it, out of FSDP2, and return its matrix."""
         head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
         (name,) = [name for name, parameter in whole.items() if parameter is head.weight]
         matrix = WholeMatrix(
@@ -149,7 +150,7 @@ class ShardedWeights:
         yield from self._masters.items()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, local FP32 shard of the gradient added over all ranks); may be empty tensors."""
+        """Yield (name, local FP32 shard of the gradient, summed over all ranks); a shard may be empty. Collective."""
         for name in self._masters:
             yield name, self._head.reduce() if name == self._head.name else _gradient(self._shards[name])
 
@@ -175,7 +176,7 @@ class ShardedWeights:
         self._renew(self._head.master)
 
     def _renew(self, head: Tensor) -> None:
-        """Compute with what the shards and `head`, rows of this rank, hold now."""
+        """Make the next pass use the current values of the shards and of `head`, this rank's rows of it; collective."""
         for unit in self._units:
             unit.reshard()
         for layer in self._widening:
@@ -184,9 +185,9 @@ class ShardedWeights:
 
     @torch.no_grad()
     def on_the_wire(self, wire_dtype: DtypeName) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, whole master rounded once), one at a time, on every rank.
+        """Yield (name, whole master rounded once to `wire_dtype`), one at a time, on every rank; collective.
 
-        Rows are rounded before they are gathered: the bits are those of the gathered master, rounded.
+        Rows are rounded before they are gathered, which gives the same bits as rounding the gathered master.
         """
         for name in self._rows:
             yield from unfused([(name, self._whole(name, to_format(self.local(name), wire_dtype)))])
@@ -324,8 +325,8 @@ def _narrow(parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
 
 
 def _allocate(module: nn.Module, device: torch.device) -> None:
-    """Give the shards of this rank storage on the device, with arbitrary content."""
-    # `to_empty` would also empty the head and the buffers, which have their content.
+    """Allocate the shards of this rank on the device, uninitialised."""
+    # `to_empty` would also discard the content of the head and of the buffers.
     module._apply(  # type: ignore[no-untyped-call]
         lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
     )
@@ -342,7 +343,7 @@ def _fill(local: Mapping[str, Tensor], source: RowSource, wanted: Mapping[str, S
 
 
 def _local(parameter: nn.Parameter) -> Tensor:
-    """Return the rows of this rank, on the memory of the parameter."""
+    """Return the rows of this rank, which share the parameter's memory."""
     assert isinstance(parameter, DTensor), "FSDP2 did not shard a parameter"
     return parameter.to_local().detach()
 
@@ -359,7 +360,7 @@ def _shard(parameter: nn.Parameter, local: Tensor, *, island: bool) -> _Shard:
 
 
 def _gradient(shard: _Shard) -> Tensor:
-    """Return the rows of this rank of the reduced gradient; zeros without a pass since the last optimizer step."""
+    """Return this rank's rows of the reduced gradient; zeros if no pass ran since the last optimizer step."""
     total = shard.parameter.grad
     if total is None:
         shard.master.grad = torch.zeros_like(shard.master)
