@@ -50,7 +50,7 @@ def check_engine(config: RunConfig) -> None:
 
 
 def check_training_sampling(config: RunConfig) -> None:
-    """Refuse truncated sampling in training with an engine that does not report what it truncated to.
+    """Refuse truncated sampling in training with an engine that does not report the tokens that it kept.
 
     Raises:
         ConfigError: the settings truncate, and the engine does not declare `reports_support`.
@@ -99,7 +99,7 @@ def check_adapters_served(config: RunConfig) -> None:
         )
     if _serves_adapters(config) and config.cluster.backend == "ray" and config.transfer != "object_store":
         raise ConfigError(
-            f"lora.merge=adapter does not go through cluster.transfer={config.transfer}; set "
+            f"lora.merge=adapter does not work with cluster.transfer={config.transfer}; set "
             "cluster.transfer=object_store, or lora.merge=weights"
         )
 
@@ -163,7 +163,7 @@ def open_sender(config: RunConfig, membership: Membership, device: torch.device,
 
 
 def receiver_of(config: RunConfig, engine: RolloutEngine, device: torch.device) -> WeightReceiver:
-    """Return the end of a weight group in the process of an engine of `build_engine`."""
+    """Return the receiving end of a weight group for an engine that `build_engine` built in this process."""
     return _kind(config).receiver(engine, device)
 
 

@@ -17,10 +17,10 @@ from betterhalf.rollout.weight_group import GroupReceiver, GroupSender, Layout, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineCapabilities:
-    """Abilities of an engine in one configuration, known before anything is loaded."""
+    """Capabilities of an engine in one configuration, known before anything is loaded."""
 
     max_restarts: int
-    """Times in one step that the engine may be restarted after a crash; 0 without a process of its own."""
+    """Maximum number of restarts after a crash in one step; 0 for an engine without a process of its own."""
     fp32_islands: bool
     """True if it computes the modules of `precision.fp32_modules` in FP32."""
     emulates: bool
@@ -47,7 +47,7 @@ class EngineBuilder(Protocol):
     def __call__(
         self, config: RunConfig, hf_config: Any, stop_token_ids: tuple[int, ...], precision: Precision
     ) -> RolloutEngine:
-        """Build it.
+        """Build the engine.
 
         Raises:
             InputError: the engine cannot do what the configuration asks.
@@ -61,9 +61,9 @@ class EngineKind:
     """One entry of `rollout.build.ENGINES`, supplied by the engine's own package."""
 
     families: tuple[str, ...] | None
-    """transformers `model_type` values that the engine computes; None if only loading the model tells."""
+    """transformers `model_type` values that the engine computes; None if that is known only after loading the model."""
     capabilities: Callable[[RunConfig], EngineCapabilities]
-    """Declaration of what the engine can do as configured."""
+    """Function that returns what the engine can do as configured."""
     check_sampling: Callable[[SamplingConfig], None]
     """Check that raises ConfigError for sampling settings that the engine cannot apply."""
     check_roles: Callable[[PrecisionRoles], None]
@@ -78,6 +78,6 @@ class EngineKind:
     mixtures: tuple[str, ...] = ()
     """Mixtures of experts among `families` that are known to work; no message recommends the engine for others."""
     sender: Callable[[Membership, torch.device, Layout], WeightSender] = GroupSender
-    """End of a weight group in rank 0; joins when it is made."""
+    """Builder of the sending end of a weight group on rank 0, which joins the group when it is built."""
     receiver: Callable[[Any, torch.device], WeightReceiver] = GroupReceiver
-    """End of a weight group in the process of the engine, made of the engine and its device; joins later."""
+    """Builder of the receiving end in the process of the engine, given the engine and its device; it joins later."""

@@ -67,9 +67,8 @@ class RolloutEngine(Protocol):
         Args:
             weights: (unfused Hugging Face name, tensor in the wire dtype), every weight once.
             policy_version: version of these weights, for `Completion.policy_version`.
-            partial: some weights are left out, as `wire.WeightStream.changed` does; they stay as the last load, a whole
-                one or a part, has left them. Layers that engines fuse, such as those of queries, keys and values,
-                arrive together.
+            partial: True if some weights are left out, as by `wire.WeightStream.changed`; they keep the values of
+                earlier loads. Weights that engines fuse, such as those of queries, keys and values, arrive together.
 
         Raises:
             EngineError: a name is unknown, missing or repeated, or a tensor has the wrong shape.
@@ -77,7 +76,7 @@ class RolloutEngine(Protocol):
         ...
 
     def digests(self) -> dict[str, str]:
-        """Return unfused Hugging Face name -> digest of the weight as held, in the rollout dtype."""
+        """Return unfused Hugging Face name -> digest of the weight that the engine holds, in the rollout dtype."""
         ...
 
     def report(self) -> SideReport:
@@ -126,7 +125,7 @@ class SelfRestarting(Protocol):
 def take_restarts(engine: RolloutEngine) -> int:
     """Return the number of times that the engine restarted its processes by itself since the last call.
 
-    Call it once in each step: the limit on restarts starts again.
+    Call it once in each step: it also resets the count to which the limit on restarts applies.
     """
     return engine.take_restarts() if isinstance(engine, SelfRestarting) else 0
 
@@ -169,7 +168,7 @@ def require_experts(requests: Iterable[GenerateRequest], groups: Iterable[Iterab
     """Refuse completions without the experts that the trainer is to replay.
 
     Args:
-        requests: with `with_experts`.
+        requests: requests with `with_experts` set.
         groups: the completions of each request.
 
     Raises:

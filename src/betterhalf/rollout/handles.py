@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 _AT_ONCE = 2**30
-"""Bytes of weights that the handles of one call refer to."""
+"""Size in bytes at which a part is complete; one call sends the handles of one part."""
 
 
 def parts_of(weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Yield the weights in parts of about a GiB, contiguous."""
+    """Yield the weights, as contiguous tensors, in parts of about a GiB."""
     part: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in weights:
@@ -28,9 +28,9 @@ def parts_of(weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, 
 
 
 def handles_of(part: list[tuple[str, Tensor]], device: torch.device) -> dict[str, Any]:
-    """Return vLLM's `IPCWeightTransferUpdateInfo` as a dictionary; the handles are those of one GPU, by its UUID.
+    """Return vLLM's `IPCWeightTransferUpdateInfo` as a dictionary, with handles on one GPU, keyed by its UUID.
 
-    The tensors must be kept until the update has been loaded.
+    The caller must keep the tensors until the update has been loaded.
     """
     gpu = str(torch.cuda.get_device_properties(device).uuid)
     return {
@@ -42,7 +42,7 @@ def handles_of(part: list[tuple[str, Tensor]], device: torch.device) -> dict[str
 
 
 def merged(infos: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the update infos of several GPUs, for the same weights, as one; each receiver picks its own GPU."""
+    """Merge the update infos of several GPUs for the same weights; each receiver picks the handles of its own GPU."""
     first = infos[0]
     assert all(info["names"] == first["names"] for info in infos), "ranks send the same parts"
     handles = [

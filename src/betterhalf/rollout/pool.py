@@ -1,7 +1,8 @@
-"""One rollout engine made of many: requests are spread over engines in processes of their own.
+"""Pool of engines that acts as one engine: it spreads requests over engines in processes of their own.
 
-A draw depends on its key (seed, step, prompt, sibling, position) alone, so the engines sample what one would, up to the
-rounding of other batch shapes. The pool knows no Ray: it sees engines through `EngineHandle`.
+A draw depends on its key (seed, step, prompt, sibling, position) alone, so the pool samples the same tokens as a single
+engine, up to rounding that differs between batch shapes. The pool does not depend on Ray: it uses engines through
+`EngineHandle`.
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ class EngineHandle(Protocol):
         ...
 
     def load_weights(self, weights: WeightStream) -> Future[dict[str, str]]:
-        """Replace the weights, and return the digests of all weights as held.
+        """Replace the weights, and return the digests of all weights that the engine holds.
 
-        A stream that is not its own `whole` leaves out those that are the same in every version, which the engine has.
+        A stream that is not its own `whole` leaves out weights that are the same in every version, which the engine
+        already holds.
         """
         ...
 
@@ -70,10 +72,9 @@ class EngineHandle(Protocol):
         ...
 
     def replace(self) -> Future[None]:
-        """End the process, if it still runs, and start a new one without weights; done when that is ready.
+        """End the process if it still runs, and start a new one without weights; the future is done when it is ready.
 
-        The future fails with EngineError if the process is not ready within `cluster.start_seconds`, and with
-        EngineDiedError if it ends before.
+        The future fails with EngineDiedError if the new process ends, or is not ready within `cluster.start_seconds`.
         """
         ...
 
@@ -84,7 +85,7 @@ class EngineHandle(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """Requests of one engine."""
+    """Requests of one call of `generate` that one engine gets."""
 
     engine: int
     requests: tuple[int, ...]
@@ -97,10 +98,10 @@ def share_requests(requests: Sequence[GenerateRequest], limit: int, engines: int
     """Give each request, longest first, to the engine with the fewest outstanding tokens; ties go to the lowest engine.
 
     Siblings of a prompt stay together, because they share its prefill. The shares depend on the requests alone, so that
-    a replaced engine is asked what the old one was, in the same batches.
+    a replaced engine gets the same requests as the old one, in the same batches.
 
     Args:
-        requests: of one call of `generate`.
+        requests: requests of one call of `generate`.
         limit: maximum number of tokens of a completion.
         engines: number of engines.
 
@@ -133,12 +134,12 @@ _Act = Callable[[EngineHandle], Steps[_T]]
 class EnginePool:
     """Engine made of several; implements `RolloutEngine`. Its methods are called from one thread at a time.
 
-    An engine that dies is replaced, gets the weights that the pool was given last, is verified against their digests
-    and the scores of the other engines, and is asked its requests again; results of the others are kept.
+    An engine that dies is replaced. The new one loads the pool's latest weights, is checked against their digests and
+    against the scores of the other engines, and gets the same requests again; results of the others are kept.
     `EngineDiedError` is raised only beyond `max_restarts`, so nothing above the pool restarts an engine.
 
-    Any other error of an engine is raised at once and names the engine. The others finish what they were asked before
-    they answer another call.
+    Any other error of an engine is raised at once and names the engine. The other engines finish their current requests
+    before they answer another call.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class EnginePool:
         """Take over started engines without weights.
 
         Args:
-            engines: at least one.
+            engines: at least one engine.
             max_restarts: maximum number of replacements between two calls of `take_restarts`, over all engines.
             rollout_dtype: format that the engines compute in; it bounds the differences between their scores.
             tell: receives a note of each replacement; standard error by default.
@@ -217,9 +218,9 @@ class EnginePool:
     ) -> None:
         """Load the same weights into all engines at the same time; see `RolloutEngine.load_weights`.
 
-        An engine that does not receive them by `delivery` loads them by itself. The version advances when all have
-        acknowledged. An engine that dies meanwhile is replaced and loaded from the start. After any other error no
-        engine samples before the next `load_weights`.
+        An engine that does not receive them by `delivery` loads them by itself. The version advances when all engines
+        have acknowledged. An engine that dies meanwhile is replaced and loaded from the start. After any other error,
+        `generate` and `score` are refused until the next `load_weights`.
 
         Args:
             weights: a `WeightStream`, which is kept, and read again for an engine that is replaced later.
@@ -241,7 +242,7 @@ class EnginePool:
             held = received.get(index)
             if held is not None:
                 return lambda engine: _verified(stream, held)
-            # An engine that is replaced before or while it loads is among the empty ones by then.
+            # Read when the engine loads: by then, `_empty` holds each engine that was replaced meanwhile.
             return lambda engine: _load(engine, stream if loaded and index not in self._empty else stream.whole())
 
         self._held = self._ask({index: take(index) for index in range(len(self._engines))}, loaded=False)[0]
@@ -261,7 +262,7 @@ class EnginePool:
         return self._weights
 
     def digests(self) -> dict[str, str]:
-        """Return the digests of the weights as held, on which all engines agreed when they were loaded.
+        """Return the digests of the weights that the engines hold, on which all agreed when they were loaded.
 
         Raises:
             EngineError: the engines hold no weights, for example because the last `load_weights` failed.
@@ -298,8 +299,8 @@ class EnginePool:
     def wake(self) -> None:
         """See `RolloutEngine.wake`; an engine that ended during sleep is replaced.
 
-        It gets weights when they are needed: often a weight sync follows, and if a whole host was lost, the weights of
-        the last one are too.
+        The new one loads weights only when they are needed: often a weight sync follows, and if a whole host was lost,
+        the weights of the last sync may be lost too.
         """
         self._ask_all(lambda engine: reply(engine.wake()), loaded=False)
 
@@ -313,7 +314,7 @@ class EnginePool:
         return self._restarts.take()
 
     def close(self) -> None:
-        """End all engines, also if one of them fails to end; calling it twice is harmless.
+        """End all engines, even if one of them fails to end; calling it twice is harmless.
 
         Another thread may call it: a call in progress then fails with EngineDiedError, and replaces nothing.
         """
@@ -374,14 +375,14 @@ def _named(error: _Error, engine: EngineHandle) -> _Error:
 
 
 def _load(engine: EngineHandle, weights: WeightStream) -> Steps[dict[str, str]]:
-    """Load the weights, and compare the digest of each as sent and as held."""
+    """Load the weights, and compare their digests, as sent, with those of what the engine holds."""
     held: dict[str, str] = yield engine.load_weights(weights)
     verify_sync(weights.digests(), held)
     return held
 
 
 def _verified(weights: WeightStream, held: dict[str, str]) -> Steps[dict[str, str]]:
-    """Compare the digests of weights that an engine has received; nothing is asked of it."""
+    """Compare the digests of weights that an engine has received, without calling the engine."""
     verify_sync(weights.digests(), held)
     known: Future[dict[str, str]] = Future()
     known.set_result(held)

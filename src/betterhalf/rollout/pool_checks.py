@@ -1,4 +1,4 @@
-"""Checks that engines made into one agree among themselves, and answered what they were asked."""
+"""Checks that the engines of a pool agree with each other, and that their answers match the requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from betterhalf.types import Completion, DtypeName, GenerateRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """Scores of one engine, with which those of the others are compared."""
+    """Scores of one engine, with which the scores of the others are compared."""
 
     sequences: tuple[tuple[int, ...], ...]
     """Token ids of each sequence."""
@@ -29,7 +29,7 @@ def require_equal_scores(first: Scored, scores: Sequence[Sequence[float]], name:
 
     Args:
         first: scores of the other engine.
-        scores: of the same sequences.
+        scores: logprobs of the same sequences, in nats.
         name: name of the engine that computed `scores`.
         dtype: rollout dtype of both.
 
@@ -51,7 +51,7 @@ def require_equal_scores(first: Scored, scores: Sequence[Sequence[float]], name:
 def check_completions(
     requests: Sequence[GenerateRequest], groups: Sequence[tuple[Completion, ...]], policy_version: int
 ) -> None:
-    """Refuse completions that cannot answer the requests.
+    """Refuse completions that do not match the requests.
 
     Raises:
         EngineError: their number or their policy version is wrong, or a logprob is not finite.

@@ -10,7 +10,7 @@ from betterhalf.words import counted
 
 
 class Restarts:
-    """Counter of the restarts in one step; notes each one for the user."""
+    """Counter of the restarts in one step; it prints a note for each."""
 
     def __init__(
         self, limit: int, tell: Callable[[str], None] | None = None, *, setting: str = "engine.max_restarts"
@@ -43,7 +43,7 @@ class Restarts:
         self._tell(f"note: {error}\nRestarting the engine ({self.count} of {self.limit}); no step is lost.")
 
     def take(self) -> int:
-        """Return the number of restarts since the last call, and start again at 0: a new step begins."""
+        """Return the number of restarts since the last call, and reset it to 0; called once in each step."""
         count, self.count = self.count, 0
         return count
 

@@ -24,7 +24,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _NEIGHBOURS = 256
 """Tokens in a cell, whose probabilities are summed for the first stage."""
 _WHOLE = 2**52
-"""Integer that stands for a probability of 1, where probabilities are summed as integers."""
+"""Integer that represents a probability of 1 where probabilities are summed as integers."""
 
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 

@@ -22,7 +22,7 @@ class RowSupport:
     masses_B: Tensor
     """float32 [B]: their share of the probability before truncation."""
     words_BW: Tensor
-    """int32 [B, W]: the tokens of each row, of which the first `num_words` words count; W is `bitmap_words`."""
+    """int32 [B, W]: the tokens of each row, in its first `num_words` words; W is `bitmap_words`."""
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> RowSupport:
         """Apply a function to each of the tensors."""
@@ -43,11 +43,11 @@ class RowSupport:
 def row_support(scaled: Tensor, truncated: Tensor) -> RowSupport:
     """Return the tokens whose logits truncation did not set to minus infinity.
 
-    Every shape depends on the shape of the logits alone, so that a CUDA graph can hold the computation.
+    Every shape depends on the shape of the logits alone, so that a CUDA graph can capture the computation.
 
     Args:
         scaled: logits before truncation, float32 [B, V].
-        truncated: the same after it.
+        truncated: logits after truncation, float32 [B, V].
     """
     kept = truncated > -torch.inf
     weights, _ = ops.shifted_exp(scaled)
@@ -64,7 +64,7 @@ def _ids(kept: Tensor) -> Tensor:
     rows, vocabulary = kept.shape
     words = bitmap_words(vocabulary)
     places = kept.cumsum(-1) - 1
-    # Column W takes whatever does not fit, and is cut off.
+    # Column W receives whatever does not fit, and is cut off.
     places = torch.where(kept & (places < words), places, words)
     ids = torch.arange(vocabulary, dtype=torch.int32, device=kept.device).expand(rows, -1)
     return ids.new_zeros(rows, words + 1).scatter_(-1, places, ids)[:, :words]

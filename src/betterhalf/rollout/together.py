@@ -25,8 +25,8 @@ def reply(future: Future[_T]) -> Steps[_T]:
 def run_together(work: Mapping[int, Steps[_T]]) -> dict[int, _T]:
     """Run all generators to their ends, each as fast as its own futures allow, and return their results.
 
-    The first exception that leaves a generator is raised at once: the others are given up, and nobody waits for their
-    futures.
+    The first exception that leaves a generator is raised at once. The other generators are abandoned, without waiting
+    for their futures.
 
     Args:
         work: generators by key; of futures that finish at the same time, the lowest key continues first.

@@ -49,7 +49,7 @@ class WeightArrivals:
         self._missing.discard(name)
 
     def finish(self) -> None:
-        """Require that every weight has arrived, or is held from a sync before.
+        """Require that every weight has arrived, or is held from an earlier sync.
 
         Raises:
             EngineError: some are missing.

@@ -1,7 +1,7 @@
-"""Weights on their way from rank 0 to the engines in a group: their layout, and the interfaces of both ends.
+"""Broadcast of weights from rank 0 to the engines, which form a weight group: layout, and interfaces of both ends.
 
-Each engine's package names its two ends in `EngineKind`; `GroupSender` and `GroupReceiver` serve every engine that
-loads tensors in its own process.
+Each engine's package names its sender and receiver in `EngineKind`; `GroupSender` and `GroupReceiver` work for every
+engine that loads tensors in its own process.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ def layout_of(weights: Iterable[tuple[str, Tensor]]) -> tuple[WireWeight, ...]:
 
 
 class WeightSender(Protocol):
-    """End of a weight group in rank 0, which sends to all others."""
+    """Sending end of a weight group, on rank 0."""
 
     def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Broadcast the weights, which are those of the layout, in its order.
+        """Broadcast the weights, which must be those of the layout, in its order.
 
         Raises:
             WeightSyncError: they differ from the layout.
-            RuntimeError: a member has ended, or the group was left meanwhile.
+            RuntimeError: a member has ended, or this member left the group meanwhile.
         """
         ...
 
     def leave(self) -> None:
-        """Leave the group, also from another thread than one that sends; harmless when repeated."""
+        """Leave the group; safe to call twice, and while another thread sends."""
         ...
 
 
 class WeightReceiver(Protocol):
-    """End of a weight group in the process of one engine."""
+    """Receiving end of a weight group, in the process of one engine."""
 
     def prepare(self, layout: Layout) -> None:
         """Start what the engine needs to receive, and check names and shapes before anything is sent.
@@ -69,10 +69,10 @@ class WeightReceiver(Protocol):
         ...
 
     def join(self, membership: Membership) -> None:
-        """Join the group, with as many ranks from `membership.rank` on as the engine has workers.
+        """Join the group with one rank for each worker of the engine, the first of them `membership.rank`.
 
         Raises:
-            RunError, RuntimeError: a member did not join in time, or the group was left meanwhile.
+            RunError, RuntimeError: a member did not join in time, or this member left the group meanwhile.
         """
         ...
 
@@ -80,17 +80,17 @@ class WeightReceiver(Protocol):
         """Receive and load all weights, as `RolloutEngine.load_weights` does.
 
         Raises:
-            RunError, RuntimeError: a member has ended, or the group was left meanwhile. The engine then holds no
-                weights and is outside the group, but can load others.
+            RunError, RuntimeError: a member has ended, or this member left the group meanwhile. The engine then holds
+                no weights and is outside the group, but can load others.
         """
         ...
 
     def leave(self) -> None:
-        """Leave the group between two syncs; harmless when outside of one."""
+        """Leave the group between two syncs; does nothing outside of a group."""
         ...
 
     def give_up(self) -> None:
-        """Leave the group from another thread than one that joins or receives."""
+        """Leave the group while another thread joins or receives."""
         ...
 
 
@@ -102,15 +102,15 @@ class HandleReceiver(Protocol):
     """
 
     def begin_update(self) -> None:
-        """Begin an update, whose parts come by `update`."""
+        """Begin an update, whose parts arrive through `update`."""
         ...
 
     def update(self, info: dict[str, Any]) -> None:
-        """Load a part, whose memory is kept until this returns."""
+        """Load one part; its memory stays valid until this returns."""
         ...
 
     def finish_update(self, wire_dtype: torch.dtype, *, policy_version: int) -> None:
-        """End an update, in which every weight has come."""
+        """End an update in which every weight has arrived."""
         ...
 
     def abandon_update(self) -> None:
@@ -119,19 +119,19 @@ class HandleReceiver(Protocol):
 
 
 class Delivery(Protocol):
-    """Path of weights to several engines at the same time, past `EngineHandle.load_weights`."""
+    """Path that sends weights to several engines at the same time, in place of `EngineHandle.load_weights`."""
 
     @property
     def path(self) -> str:
-        """Path of the last weights in words, for the contract."""
+        """Path that the last weights took, in words, for the contract."""
         ...
 
     def deliver(self, weights: WeightStream, engines: Sequence[int]) -> Mapping[int, dict[str, str]]:
         """Send weights to engines, by their indices.
 
         Returns:
-            Index -> digests of the weights as held, for each engine that received all; the caller compares them. Any
-            other engine holds no weights, and has to load them.
+            Index -> digests of the weights that the engine holds, for each engine that received all of them; the caller
+            compares the digests. Any other engine holds no weights, and has to load them.
 
         Raises:
             TrainerDiedError: a rank ended.
@@ -143,7 +143,8 @@ def require_layout(layout: Layout, weights: Iterable[tuple[str, Tensor]]) -> Ite
     """Yield the weights as they come, after a check that they are those of the layout.
 
     Raises:
-        WeightSyncError: one differs in name, dtype or shape, or they are fewer or more; the message names the first.
+        WeightSyncError: a weight differs in name, dtype or shape, is missing, or is not in the layout; the message
+            names the first one.
     """
     wanted = iter(layout)
     for name, tensor in weights:
@@ -157,7 +158,7 @@ def require_layout(layout: Layout, weights: Iterable[tuple[str, Tensor]]) -> Ite
 
 
 class GroupSender:
-    """End in rank 0 that sends one tensor after another; implements `WeightSender`."""
+    """Sender on rank 0 that broadcasts one tensor at a time; implements `WeightSender`."""
 
     def __init__(self, membership: Membership, device: torch.device, layout: Layout) -> None:
         """Join the group as rank 0; see `BroadcastGroup`."""
@@ -174,10 +175,10 @@ class GroupSender:
 
 
 class GroupReceiver:
-    """End in the process of an engine that computes there; implements `WeightReceiver`."""
+    """Receiver for an engine that computes in this process; implements `WeightReceiver`."""
 
     def __init__(self, engine: RolloutEngine, device: torch.device) -> None:
-        """Receive on `device`, for an engine that takes tensors of that device."""
+        """Receive on `device`, on which the engine accepts tensors."""
         self._engine, self._device = engine, device
         self._group: BroadcastGroup | None = None
 
