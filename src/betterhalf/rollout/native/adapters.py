@@ -1,6 +1,7 @@
-"""LoRA adapters that the native engine serves unmerged: the parts of a projection, and its product.
+"""LoRA adapters that the native engine serves unmerged, beside the projections that they adapt.
 
-The product rounds where the trainer's does: `A x`, `B (A x)`, the scaled product, and its sum with the base's result.
+Results are rounded where the trainer rounds them: `A x`, `B (A x)`, the scaled product, and its sum with the base's
+result.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ class Adapters:
         """Return the projection's result with those of the adapters added.
 
         Args:
-            rounding: of the projection.
-            x: [T, in].
-            base: [T, out], the result without adapters, rounded.
-            project: returns the rounded product of rows with a matrix.
+            rounding: rounding of the projection.
+            x: rows [T, in].
+            base: result without adapters [T, out], rounded.
+            project: (rows [T, in], matrix [out, in]) -> rounded product [T, out].
         """
         out = base.clone()
         for adapter in self.each:
@@ -66,14 +67,14 @@ class Adapters:
 def zero_adapters(
     parts: dict[str, slice], width: int, lora: LoraConfig, dtype: torch.dtype, device: torch.device
 ) -> Adapters | None:
-    """Return the adapters of a projection, which are 0; None if none of its parameters is a target.
+    """Return zero-initialised adapters of a projection; None if none of its parameters is a target.
 
     Args:
         parts: name of each parameter -> its rows.
         width: columns of the projection.
         lora: rank, scale and targets.
-        dtype: of its products.
-        device: of its tensors.
+        dtype: dtype of the projection's products.
+        device: device of the tensors.
     """
     each = tuple(
         Adapter(

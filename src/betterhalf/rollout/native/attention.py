@@ -1,8 +1,8 @@
 """Attention of the native engine: causal over prompts, and one token against the slot cache. Queries may be grouped.
 
 Scores, softmax and sums are FP32. On a CPU the products are batched matrix products on FP32 operands whose values are
-on the half grid. On a GPU they are fused kernels in half, which also sum in FP32: torch's over prompts, our own over
-the cache, because torch's would read each slot to its end, and a mask.
+on the half grid. On a GPU they are fused kernels in half, which also sum in FP32: torch's kernel over prompts, and our
+own over the cache, because torch's would read every slot to its end, and need a mask.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def decode_plan(
         rounding: rounding outside FP32 islands.
         cache: holds B slots or more.
         lengths: tokens already cached in each slot, int64 [B].
-        attended: cached positions to read on a CPU; above every length.
+        attended: number of cached positions to read on a CPU, above every length.
     """
     masks: dict[int | None, Tensor] = {}
     if lengths.is_cuda:

@@ -1,6 +1,6 @@
 """Sizes and switches of one decoder, read from transformers' own configuration.
 
-Every family of `rollout.native.families` is the same decoder with other settings; no code asks for its name.
+Every family of `rollout.native.families` is the same decoder with other settings; no code depends on a family's name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
 """`model_type` values that the native engine computes."""
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
-"""Supported rope scalings: those whose frequencies do not depend on a sequence's length, given `context_length`."""
+"""Supported rope scalings: within `context_length`, their frequencies do not depend on the length of the sequence."""
 
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """transformers' name of an activation -> the engine's."""
@@ -121,7 +121,7 @@ class DecoderConfig:
         return self.num_heads // self.num_kv_heads
 
     def score_rule(self, layer: int) -> ScoreRule:
-        """Return how a layer's attention makes its scores."""
+        """Return scale, sliding window and soft-cap of a layer's attention scores."""
         return ScoreRule(scale=self.attention_scale, window=self.windows[layer], cap=self.attention_cap)
 
     @property
@@ -221,7 +221,7 @@ def _attention_scale(hf_config: Any, family: Family, head_dim: int) -> float:
 
 
 def _windows(hf_config: Any, family: Family) -> tuple[int | None, ...]:
-    """Return each layer's window: in every layer, or as `layer_types` says, or none."""
+    """Return each layer's sliding window: none, the same in every layer, or as `layer_types` says."""
     layers: int = hf_config.num_hidden_layers
     if family.windows == "none":
         return (None,) * layers
@@ -235,7 +235,7 @@ def _windows(hf_config: Any, family: Family) -> tuple[int | None, ...]:
 
 
 def _ropes(hf_config: Any, family: Family, head_dim: int) -> tuple[tuple[Rope, ...], tuple[int | None, ...]]:
-    """Return the different ropes, and the index of each layer's."""
+    """Return the different ropes, and the index of each layer's rope; None for a layer without one."""
     layers, parameters = hf_config.num_hidden_layers, hf_config.rope_parameters
     by_type = all(isinstance(value, dict) for value in parameters.values())
     kinds = list(hf_config.layer_types) if by_type else [None] * layers

@@ -85,12 +85,12 @@ class Decoder:
         """For each rope, tables for attention in half and in an FP32 island: cosine and sine, [positions, 1, D] each,
         with D dimensions that are rotated."""
         self.tape = RoutingTape()
-        """Choices of experts."""
+        """Record of the experts that routers choose."""
         self.tap: Tap | None = None
         """Function that receives, and may replace, the result of every operation; None in normal use."""
 
     def reserve(self, max_length: int) -> None:
-        """Make rope tables for positions below `max_length`, unless the present ones are long enough."""
+        """Compute rope tables for positions below `max_length`, unless the present ones are long enough."""
         if self.rope_tables[0][0][0].shape[0] >= max_length:
             return
         positions = torch.arange(max_length, device=self.device)
@@ -153,7 +153,7 @@ class Decoder:
             token_ids: newest token of each slot, int64 [B].
             lengths: tokens already in each slot, int64 [B]; the new one takes this position.
             cache: holds B slots or more.
-            attended: cached positions to read on a CPU; above every length. A GPU reads as many as a slot holds.
+            attended: number of cached positions to read on a CPU, above every length. A GPU reads what each slot holds.
 
         Returns:
             Final hidden states [B, hidden].
@@ -306,7 +306,7 @@ class Decoder:
         return torch.cat(normed, 1)
 
     def _rotating_in_cache(self, lengths: Tensor, cache: KVCache) -> _Mix:
-        """Return the same for one new token of each slot on a GPU: one kernel rotates keys and writes the cache."""
+        """Return attention for one new token of each slot on a GPU: one kernel norms, rotates and writes the cache."""
         # Imported here because it needs Triton, which only a GPU requires.
         from betterhalf.kernels.decoding import rotate_and_append
 
@@ -365,7 +365,7 @@ def _positions(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 _PARTS = 4
 """Number of parts of a long sum, computed in parallel."""
 _LONG_SUM = 4096
-"""Number of terms from which this is faster."""
+"""Minimum number of terms for which parts are faster."""
 _TILE = 64
 """Rows, and columns, of the smallest part of a product that one multiprocessor computes."""
 
@@ -385,7 +385,7 @@ def _in_parts(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear(rounding: Rounding, x: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:
-    """Project `x` and round the result, in the half kernel or after FP32 sums; an FP32 island does not round."""
+    """Project rows `x`, [T, in] -> [T, out], and round the result; an FP32 island does not round."""
     if isinstance(weight, Adapted):
         base = linear(rounding, x, weight.weight, bias)
         return weight.adapters.add(rounding, x, base, lambda rows, right: linear(rounding, rows, right, None))

@@ -1,4 +1,4 @@
-"""The native rollout engine: continuous batching over our own decoder, seeded draws, behavior logprobs in FP32."""
+"""The native rollout engine: continuous batching over its own decoder, seeded draws, behavior logprobs in FP32."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class NativeEngine:
         return tuple(logprobs.tolist())
 
     def digests(self) -> dict[str, str]:
-        """Return the digest of each weight as held; see `RolloutEngine.digests`."""
+        """Return the digest of each weight that the engine holds; see `RolloutEngine.digests`."""
         return weights_digests(self._weights.narrowed())
 
     def report(self) -> SideReport:
@@ -121,7 +121,7 @@ class NativeEngine:
         return engine_report(self._decoder, self._precision, self._config)
 
     def sleep(self) -> None:
-        """Do nothing: cache and graphs are small beside the trainer's activations, and slow to make again."""
+        """Do nothing: cache and graphs are small beside the trainer's activations, and slow to build again."""
 
     def wake(self) -> None:
         """Do nothing; see `sleep`."""
@@ -189,8 +189,8 @@ class NativeEngine:
     def _reserve(self, capacity: Capacity) -> SlotTable:
         """Return an empty table and cache that are large enough: the last ones if possible, so that graphs survive.
 
-        They are not used again while a table has active sequences: a scheduler that was given up in the middle may have
-        left non-finite keys and values.
+        They are not used again if the table still has active sequences: a scheduler that was abandoned half-way may
+        have left non-finite keys and values.
         """
         slots, tokens = self._slots(capacity.sequences), capacity.tokens
         length = -(-capacity.length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE

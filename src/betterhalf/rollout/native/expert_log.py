@@ -21,15 +21,15 @@ class ExpertLog:
         """Create an empty record.
 
         Args:
-            mixture: sizes.
-            tape: of the decoder.
+            mixture: sizes of the mixture of experts.
+            tape: the decoder's record of chosen experts.
         """
         self._mixture, self._tape = mixture, tape
         self._running: dict[ActiveSequence, list[Tensor]] = {}
 
     @contextmanager
     def pass_of(self, sequences: Sequence[ActiveSequence]) -> Iterator[None]:
-        """Return a context that adds one token to the record of each of these sequences: those of a decode step."""
+        """Return a context for a decode step, which adds one token to the record of each of its sequences."""
         with self._tape.recording() as found:
             yield
         for sequence, row in zip(sequences, self.rows(found), strict=False):
@@ -42,7 +42,7 @@ class ExpertLog:
 
     @contextmanager
     def prompts(self) -> Iterator[dict[int, Tensor]]:
-        """Return a context that yields what `rows` reads, once it has ended."""
+        """Return a context for a prefill; pass what it yields to `rows` after its end."""
         with self._tape.recording() as found:
             yield found
 

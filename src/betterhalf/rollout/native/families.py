@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 NormKind = Literal["llama", "once", "one_plus"]
-"""RMSNorm of the trainer: `llama` rounds before the weight and after it, `once` after it alone (OLMo 2), `one_plus`
-too, and adds 1 to the weight (Gemma)."""
+"""RMSNorm of the trainer: `llama` rounds before and after the weight is applied; `once` rounds only after it (OLMo 2);
+`one_plus` rounds like `once`, and adds 1 to the weight (Gemma)."""
 
 HeadNorm = Literal["head", "row"]
 """RMSNorm of each head of queries and keys (Qwen3), or of all heads of a token together (OLMo 2)."""
@@ -17,7 +17,7 @@ Activation = Literal["silu", "gelu_tanh"]
 """Function of the gate: SiLU, or GELU by its tanh approximation."""
 
 Windows = Literal["none", "all", "layer_types"]
-"""Layers whose attention slides: none, all, or those of `layer_types`."""
+"""Layers with sliding-window attention: none, all, or those of `layer_types`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,15 +65,17 @@ class Family:
     activation: str = "hidden_act"
     """Key of the activation."""
     embedding_scale: str | None = None
-    """Key of the embedding's factor, or `sqrt_hidden` for the root of the hidden size, rounded to the model's dtype."""
+    """Key of the embedding's factor, or `sqrt_hidden` for the square root of the hidden size, rounded to the rollout
+    dtype."""
     residual_scale: str | None = None
     """Key of the factor of each branch."""
     attention_scale: str | None = None
-    """Key of the scores' factor, `query_pre_attn_scalar` for its inverse root; None for that of the head's width."""
+    """Key of the scores' factor; `query_pre_attn_scalar` stands for its inverse square root. None for that of the
+    head's width."""
     attention_cap: str | None = None
     """Key of the scores' soft-cap; None without one."""
     windows: Windows = "none"
-    """Layers whose attention slides."""
+    """Layers with sliding-window attention."""
     uses_rope: Callable[[Any], Sequence[bool]] = _everywhere
     """(transformers configuration) -> True for each layer with rope."""
     experts: bool = False

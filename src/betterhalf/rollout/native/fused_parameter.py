@@ -44,7 +44,7 @@ class FusedParameter:
         packs: bool,
         apart: bool = False,
     ) -> None:
-        """Allocate.
+        """Allocate the tensor, filled with zeros.
 
         Args:
             parts: name -> rows of each parameter, in order.
@@ -70,7 +70,7 @@ class FusedParameter:
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor as products read it, unless its parameters are apart."""
+        """Tensor that products read; only for parameters that are not `apart`."""
         (whole,) = self._pieces
         return whole
 
@@ -82,7 +82,7 @@ class FusedParameter:
         return self._pieces if self._apart else self.tensor
 
     def adapt(self, lora: LoraConfig) -> None:
-        """Put adapters beside those of its parameters that are targets."""
+        """Add zero-initialised LoRA adapters to the parameters that are targets."""
         if len(self._shape) > 1:
             self._adapters = zero_adapters(self._rows, self._shape[1], lora, self._dtype, self._device)
 
@@ -142,7 +142,7 @@ class FusedParameter:
             )
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, values) of each parameter: views, or copies if the tensor is packed; then of their adapters."""
+        """Yield (name, values) of each parameter, as a view, or a copy if the tensor is packed; then the adapters."""
         if self._apart:
             yield from ((name, unpacked(piece)) for name, piece in zip(self._rows, self._pieces, strict=True))
         else:

@@ -2,8 +2,8 @@
 
 Values are on the grid of `kv_dtype`. On a CPU they are stored in FP32, because attention multiplies them in FP32 and
 widening the whole cache at every token would cost more than reading twice the bytes; on a GPU in `kv_dtype` itself.
-On a CPU the elements of one key are `max_length` apart in memory: products with a few queries then read whole rows,
-which takes little more than half the time. For tiles they are stored like values, in whole tiles.
+On a CPU the elements of one key are `max_length` apart in memory, so that products with a few queries read whole rows,
+which takes little more than half the time. For tiled attention, keys are stored like values, in whole tiles.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class KVCache:
         self.keys = torch.zeros_like(self.values)
         if device.type == "cpu" and not tiled:
             self.keys = self.keys.view(*shape[:3], config.head_dim, max_length).transpose(3, 4)
-        # One view per layer, [slots * kv_heads, max_length, D], made once: each costs as much as a kernel.
+        # One view per layer, [slots * kv_heads, max_length, D], made once: making a view costs as much as a kernel.
         self._rows = tuple(zip(self.keys.flatten(1, 2).unbind(), self.values.flatten(1, 2).unbind(), strict=True))
         self._heads = torch.arange(slots * config.num_kv_heads, device=device)
 

@@ -1,6 +1,6 @@
 """Blocks of experts of the native engine on a CPU: router in FP32, products grouped by expert.
 
-Choice, weights and sum of the experts are the trainer's functions (`precision.routing`).
+Experts are chosen, weighted and summed by the trainer's functions (`precision.routing`).
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def expert_parameters(
     """Return the parameters of one block by keys that `expert_weights` reads.
 
     Args:
-        mixture: sizes.
-        prefix: of the block's names, such as `model.layers.0.mlp.`.
+        mixture: sizes of the mixture of experts.
+        prefix: prefix of the block's names, such as `model.layers.0.mlp.`.
         hidden: width of the residual stream.
         allocate: (name -> rows, columns) -> storage of matrices that are the right side of one product.
         router: the same in FP32.
@@ -140,10 +140,10 @@ def mix_experts(
 
     Args:
         x: normed hidden states [T, hidden].
-        weights: of the block.
-        mixture: sizes.
-        place: index among the layers with experts.
-        rounding: of the block.
+        weights: weights of the block.
+        mixture: sizes of the mixture of experts.
+        place: index of the layer among those with experts.
+        rounding: rounding of the block.
         project: multiplies by a weight and rounds.
         activate: (gate and up [N, 2 I]) -> activation(gate) * up [N, I].
         tape: records the choice of experts.

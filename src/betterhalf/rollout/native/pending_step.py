@@ -15,7 +15,7 @@ from betterhalf.rollout.support import RowSupport
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutput:
-    """Output of a step for N slots that the host reads, on the device."""
+    """Output of a step for N slots, on the device, until the host reads it."""
 
     events: Tensor
     """int8 [N], from `SlotTable.record`."""

@@ -1,4 +1,4 @@
-"""Sequences waiting for a slot, and the prompts already run for them: each prompt runs once for all its siblings."""
+"""Queue of sequences that wait for a slot, and prefill of their prompts: each prompt runs once for all its siblings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PREFILL_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefix:
-    """A prompt that has run."""
+    """Results of the prefill of one prompt."""
 
     saved: Tensor
     """Its keys and values [layers, 2, length, kv_heads, D]."""
@@ -39,8 +39,8 @@ class PromptQueue:
 
         Args:
             decoder: runs the prompts.
-            device: of the decoder.
-            experts: records the experts that it chooses for them; None for no record.
+            device: device of the decoder.
+            experts: records the experts that are chosen for the prompts; None for no record.
         """
         self._decoder = decoder
         self._experts = experts
@@ -90,7 +90,7 @@ class PromptQueue:
         return self._prefixes[request]
 
     def _release(self, requests: set[int]) -> None:
-        """Free the prompts of which no sibling waits any more; only the first in the queue can have one left."""
+        """Free the prompts of which no sibling waits any more; only the first one in the queue can have one left."""
         waiting = self._waiting[0].request if self._waiting else None
         for request in requests - {waiting}:
             del self._prefixes[request]

@@ -22,7 +22,7 @@ def engine_report(decoder: Decoder, precision: Precision, config: NativeEngineCo
     """Return formats, facts and weight digests of a decoder.
 
     Raises:
-        EngineError: it computes NaN or infinity, which are on no format's grid.
+        EngineError: it computes NaN or infinity, which no format's grid contains.
     """
     weights = decoder.weights
     held, (hidden, cached) = weights.grid(), _probe(decoder)

@@ -1,4 +1,4 @@
-"""Rounding points of the native engine: each one, in both modes, is a method of `Rounding`.
+"""Rounding points of the native engine: a method of `Rounding` for each, in all modes.
 
 Activations are stored in a `container`: the rollout dtype itself, or, on a CPU whose half products have FP32 sums, FP32
 tensors whose values are on the half grid. Both hold the same numbers. docs/engines.md has the table of points. An
@@ -96,7 +96,7 @@ class Rounding:
         return to_format(x, self.kv_format).to(x.dtype)
 
     def embedding(self, rows: Tensor, scale: float, *, rounds_scale: bool) -> Tensor:
-        """Multiply embeddings [..., H] by a number, and round once; `rounds_scale` rounds the number before."""
+        """Multiply embeddings [..., H] by `scale`, and round once; with `rounds_scale`, `scale` is rounded first."""
         x = rows.to(self.container)
         if scale == 1.0:
             return x
@@ -162,12 +162,12 @@ class Rounding:
         return self.round(self.round(activated) * up.float())
 
     def _activated(self, gate: Tensor, activation: Activation) -> Tensor:
-        """Return the activation, in FP32 or rounded already; independent of neighbours where the mode asks for it."""
+        """Return the activation, in FP32 or already rounded; in mode `exact` it does not depend on the batch."""
         if activation == "silu":
             return silu(gate) if self.tiled else F.silu(gate.float())
         if self.tiled:
             return gelu_tanh(gate)
-        # Below -4 the result is what cancellation leaves, so that torch's half kernel is the trainer's only equal.
+        # Below -4 the result is mostly cancellation error, so only torch's half kernel gives the trainer's values.
         return F.gelu(gate.to(self.dtype) if self.aligned else gate.float(), approximate="tanh")
 
     def probabilities(self, p: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class Rounding:
         return to_format(p, self.format, p.dtype) if self.rounds_probabilities else p
 
     def add(self, residual: Tensor, branch: Tensor, scale: float = 1.0) -> Tensor:
-        """Add a branch, times a number, to the residual stream; product and sum are rounded once each in all modes."""
+        """Add `scale * branch` to the residual stream; product and sum are rounded once each in all modes."""
         if scale != 1.0:
             branch = self.round(branch.float() * scale)
         return self.round(residual + branch)

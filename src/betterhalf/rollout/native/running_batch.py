@@ -47,8 +47,8 @@ class RunningBatch:
 
     @property
     def lag(self) -> int:
-        """Steps launched before the host reads the result of an earlier one: it would otherwise wait for each graph.
-        Sequences that have ended are not advanced meanwhile."""
+        """Number of steps by which the host reads results late: 1 with CUDA graphs, so that it does not wait for each
+        graph, else 0. Sequences that have ended are not advanced meanwhile."""
         return 0 if self._graphs is None else 1
 
     def admit(self, queue: PromptQueue) -> PendingStep:

@@ -128,7 +128,7 @@ class Scheduler:
         """Drop a request: `step` returns nothing more of it, and its slots are free.
 
         Raises:
-            EngineError: as `step`, which may have launched a step whose result is read only now.
+            EngineError: as in `step`, because the result of a step that was launched before may be read only now.
         """
         table = self._batch.table
         self._queue.drop(number)
@@ -149,9 +149,9 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> list[Sampled]:
-        """Fill free slots, sample one token for every active sequence, and return the sequences found to have ended.
+        """Fill free slots, sample one token for every active sequence, and return the sequences that have ended.
 
-        With CUDA graphs the end of a sequence is seen one step late.
+        With CUDA graphs, a sequence that has ended is returned one step late.
 
         Raises:
             EngineError: logits or a logprob of a sequence are not finite; the scheduler cannot be used afterwards.

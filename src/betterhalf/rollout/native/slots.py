@@ -14,7 +14,7 @@ from betterhalf.token_support import TokenSupport, TopTokens
 from betterhalf.types import Completion, TokenExperts
 
 ENDED, BROKEN = 1, 2
-"""Events of a step for a sequence; 0 if it goes on."""
+"""Events of a step for a sequence: it has ended, or its logits are not finite; 0 if it continues."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,10 +117,10 @@ class SlotTable:
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(6)
         )
         # Newest token; tokens cached; tokens sampled; most tokens to sample; random stream; 1 while it runs, else 0.
-        # One extra column: a step may write there for a sequence that has ended, and it is never read.
+        # One extra column, which is never read: a step may write to it for a sequence that has ended.
         self._sampled = torch.zeros(slots, max_tokens + 1, dtype=torch.int64, device=device)
         self._logprobs = torch.zeros(slots, max_tokens + 1, dtype=torch.float32, device=device)
-        # Of a draw's most likely tokens, if it reports them.
+        # Most likely tokens of each draw, if it reports them.
         self._top_ids = torch.zeros(slots, max_tokens + 1, top_tokens, dtype=torch.int64, device=device)
         self._top_logprobs = torch.zeros_like(self._top_ids, dtype=torch.float32)
         self._stop_lookup = stop_lookup
@@ -168,17 +168,17 @@ class SlotTable:
         return added
 
     def appended(self, slots: slice) -> None:
-        """Count on the device the token just appended to the cache, in those of these slots that run."""
+        """Count, on the device, the token just appended to the cache in those of `slots` that still run."""
         self.lengths[slots] += self.running[slots]
 
     def advance(self) -> None:
-        """Count on the host the token just appended to the cache of every active slot."""
+        """Count, on the host, the token just appended to the cache of every active slot."""
         self._steps += 1
 
     def record(self, slots: slice, draw: Draw) -> Tensor:
-        """Store one sampled token for each of these slots that runs.
+        """Store one sampled token for each of `slots` that still runs.
 
-        A sequence that has ended or is broken is not advanced afterwards, whether the host knows it yet or not.
+        A sequence that has ended or is broken is not advanced any more, even before the host knows.
 
         Returns:
             Event of each slot, int8: `BROKEN` where a logit or the logprob is not finite, else `ENDED` where the

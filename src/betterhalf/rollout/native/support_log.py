@@ -45,7 +45,7 @@ class SupportLog:
         rows, vocabulary = support.words_BW.numpy(), self._vocabulary
         columns = zip(sequences, support.counts_B.tolist(), support.masses_B.tolist(), rows, strict=True)
         for sequence, count, mass, words in columns:
-            # With CUDA graphs a sequence idles for a step after its end, and has left the batch by now.
+            # With CUDA graphs, a sequence keeps its slot for one step after its end; by now it has left the batch.
             if (positions := self._running.get(sequence)) is not None:
                 positions.counts.append(count)
                 positions.masses.append(mass)

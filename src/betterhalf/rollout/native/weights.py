@@ -138,7 +138,7 @@ class DecoderWeights:
         self._publish()
 
     def _publish(self) -> None:
-        """Publish the present tensors to the decoder."""
+        """Expose the current tensors to the decoder."""
         self.embedding = self._table.tensor
         self.head = self._head.tensor
         self.norm = self._norm.tensor
@@ -160,7 +160,9 @@ class DecoderWeights:
     def load(self, weights: Iterable[tuple[str, Tensor]], *, held: bool = False) -> None:
         """Write every weight, rounded to the rollout grid. A tied head arrives under the embedding's name.
 
-        With `held`, weights may be left out, which stay.
+        Args:
+            weights: (unfused Hugging Face name, whole tensor), each name once.
+            held: True if weights may be left out, which then keep their values.
 
         Raises:
             EngineError: a name is unknown, repeated or missing, or a tensor has the wrong shape.
@@ -212,8 +214,8 @@ class DecoderWeights:
                     "precision=bf16 or precision=fp32"
                 )
         return (
-            "the weights are finite, so values overflow on the way; set precision=bf16 or precision=fp32, or make the "
-            "modules that overflow FP32 islands with precision.fp32_modules"
+            "the weights are finite, so values overflow in the forward pass; set precision=bf16 or precision=fp32, or "
+            "make the modules that overflow FP32 islands with precision.fp32_modules"
         )
 
     def narrowed(self) -> Iterator[tuple[str, Tensor]]:
