@@ -23,7 +23,7 @@ from betterhalf.rollout.vllm.transfer import Ask
 from betterhalf.rollout.weight_arrivals import Shapes
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks for which vLLM can make room."""
+"""Values of `max_lora_rank` that vLLM accepts."""
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -35,7 +35,7 @@ class Served:
     """Names of its tensors."""
     rank: int
     scale: float
-    """Factor that vLLM has multiplied B by."""
+    """Factor by which vLLM has multiplied B."""
 
 
 def check_served(lora: LoraConfig, config: VllmEngineConfig) -> None:
@@ -77,7 +77,7 @@ def adapter_shapes(shapes: Shapes, lora: LoraConfig) -> dict[str, tuple[int, ...
 
 
 def send_adapter(ask: Ask, tensors: dict[str, Tensor], lora: LoraConfig) -> None:
-    """Send an adapter by a folder in PEFT's format; vLLM keeps a copy."""
+    """Send an adapter through a temporary folder in PEFT's format; vLLM keeps its own copy."""
     with tempfile.TemporaryDirectory(prefix="betterhalf-adapter-") as folder:
         targets = {name.partition(".lora_")[0] for name in tensors}
         write_adapter(Path(folder), tensors, lora, targets, base="")
@@ -87,7 +87,7 @@ def send_adapter(ask: Ask, tensors: dict[str, Tensor], lora: LoraConfig) -> None
 
 @torch.no_grad()
 def held_adapters(model: Any, served: Served) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of the adapter that vLLM's model computes with, the only one, without the scale."""
+    """Yield (name, tensor) of the one adapter that vLLM's model computes with; B is divided by the scale."""
     for path, layer in model.named_modules():
         if "lora_a_stacked" not in vars(layer) or ".layers." not in path:
             continue

@@ -65,8 +65,8 @@ class VllmBackend:
         """Sample one completion for each (prompt, length limit, seed); with the experts of each token if wanted.
 
         The prefix cache is emptied first: entries of an earlier call would change the shapes of products, and so
-        rounding. Within the call, siblings share their prompt; not if experts are wanted, since a token that is
-        read from the cache chooses none.
+        rounding. Within the call, siblings share the cached prompt, unless experts are wanted: a token that is read
+        from the cache is not routed, so its experts would be missing.
         """
         from vllm import SamplingParams
 
@@ -127,11 +127,11 @@ class VllmBackend:
         self._llm.reset_prefix_cache()
 
     def join_group(self, info: dict[str, Any]) -> None:
-        """Let every worker join the group of a weight transfer."""
+        """Make every worker join the group of a weight transfer."""
         self._llm.init_weight_transfer_engine({"init_info": info})
 
     def leave_group(self) -> None:
-        """Let every worker leave it."""
+        """Make every worker leave the group."""
         self._llm.shutdown_weight_transfer_engine()
 
     def begin_update(self) -> None:
@@ -143,7 +143,7 @@ class VllmBackend:
         self._llm.update_weights({"update_info": info})
 
     def finish_update(self) -> None:
-        """End a weight transfer; every weight has been sent."""
+        """End a weight transfer in which every weight has been sent."""
         self._llm.finish_weight_update()
         self._llm.collective_rpc("betterhalf_loaded")
         self._llm.reset_prefix_cache()
@@ -189,7 +189,7 @@ def _sampled(request: Any, experts: Any = None) -> Sampled:
     token_ids = tuple(output.token_ids)
     logprobs = tuple(row[token].logprob for row, token in zip(output.logprobs, token_ids, strict=True))
     if experts is not None:
-        # A step may be scheduled before the end of a sequence is known.
+        # vLLM may schedule a step before it knows that the sequence has ended.
         experts = experts[: len(request.prompt_token_ids) + len(token_ids) - 1]
     return token_ids, logprobs, output.finish_reason == "stop", experts
 

@@ -118,7 +118,7 @@ class VllmEngine:
                 )
                 self._shapes = self._ask_started("start", seconds=self._config.start_seconds, options=llm)
             except EngineDiedError as error:
-                # A restart would not help: the cause that ends one start ends the next.
+                # A restart would not help: it would fail for the same reason.
                 self.close()
                 self._died = None
                 raise EngineError(f"vLLM does not start: {error}") from error
@@ -141,7 +141,7 @@ class VllmEngine:
             raise
 
     def restart(self) -> None:
-        """End the rest of the old process and start a new one; see `RolloutEngine.restart`."""
+        """End what is left of the old process and start a new one; see `RolloutEngine.restart`."""
         self.close()
         self._died = None
         self._start()
@@ -271,7 +271,7 @@ class VllmEngine:
         transfer.check_layout(layout, self._shapes)
 
     def join(self, membership: Membership) -> None:
-        """Let every worker join the group; see `WeightReceiver.join`."""
+        """Make every worker join the group; see `WeightReceiver.join`."""
         self._update("join_group", info=nccl.init_info(membership))
 
     def receive(self, layout: Layout, *, policy_version: int) -> None:
@@ -281,26 +281,26 @@ class VllmEngine:
         self.finish_update(layout[0].dtype, policy_version=policy_version)
 
     def begin_update(self) -> None:
-        """Begin an update, whose parts come by `update`."""
+        """Begin an update, whose parts arrive through `update`."""
         self.wake()
         self._policy_version = None
         self._update("begin_update")
 
     def update(self, info: dict[str, Any]) -> None:
-        """Load a part: an update info of vLLM's weight-transfer API."""
+        """Load one part, given as an update info of vLLM's weight-transfer API."""
         self._update("update", info=info)
 
     def finish_update(self, wire_dtype: torch.dtype, *, policy_version: int) -> None:
-        """End an update, in which every weight has come."""
+        """End an update in which every weight has arrived."""
         self._update("finish_update")
         self._wire, self._policy_version = wire_dtype, policy_version
 
     def abandon_update(self) -> None:
-        """End vLLM, whose model is in pieces in the middle of an update; the next load starts it again."""
+        """End vLLM, because an unfinished update leaves its model inconsistent; the next load starts it again."""
         self.close()
 
     def _update(self, verb: str, **values: Any) -> None:
-        """Ask for a part of an update, and end vLLM if it fails: its model may be in pieces, or a worker may hang."""
+        """Send one request of an update, and end vLLM if it fails: its model may be inconsistent, or a worker hang."""
         try:
             self._ask(verb, **values)
         except BaseException as error:
@@ -316,7 +316,7 @@ class VllmEngine:
             self._update("leave_group")
 
     def give_up(self) -> None:
-        """End vLLM, which nothing else takes out of NCCL; see `WeightReceiver.give_up`."""
+        """Kill vLLM, because nothing else interrupts it in NCCL; see `WeightReceiver.give_up`."""
         process = self._process
         if process is not None:
             process.kill()
@@ -331,7 +331,7 @@ class VllmEngine:
         """Report what vLLM really runs, read in its process from live tensors during a pass of a few tokens.
 
         Raises:
-            EngineError: it computes NaN or infinity, which are on no format's grid.
+            EngineError: it computes NaN or infinity, which no format's grid contains.
         """
         self.wake()
         count = min(_PROBE_TOKENS, self._hf_config.vocab_size, self._context)

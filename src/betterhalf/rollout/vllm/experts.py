@@ -1,7 +1,7 @@
-"""vLLM's mixtures of experts: their weights under Hugging Face names, routers in FP32, and the experts they choose.
+"""Mixtures of experts in vLLM: their weights under Hugging Face names, and routers in FP32.
 
 vLLM keeps the experts of a layer in two fused parameters, and on a CPU reorders those for its grouped kernel. It
-multiplies the router in the model's dtype; here it is computed in FP32, as the trainer does.
+computes the router in the model's dtype; this module makes it compute in FP32, as the trainer does.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def held_experts(
     """Yield (Hugging Face name, matrix as the kernel multiplies by it) of the experts of a layer at `path`.
 
     Args:
-        path: of the layer in the model.
+        path: path of the layer in the model.
         layer: module with `w13_weight` [E, 2 I, H] and `w2_weight` [E, H, I], in the kernel's order.
-        of_ranks: (number of ranks, tensor of this one) -> that of each.
+        of_ranks: (number of ranks, tensor of this rank) -> tensor of each rank.
     """
     count, width, _ = _sizes(layer)
     gate_up, down = (_in_order(layer, getattr(layer, name).detach()) for name in ("w13_weight", "w2_weight"))
@@ -77,11 +77,11 @@ def _ranks(layer: Any) -> int:
     return int(layer.moe_config.moe_parallel_config.tp_size)
 
 
-# -- order of the kernel on a CPU
+# -- memory order of the CPU kernel
 
 
 def _instructions(layer: Any) -> str | None:
-    """Return the instruction set for which a CPU's kernel orders its weights; None for a kernel with plain weights."""
+    """Return the instruction set for which the CPU kernel reorders weights; None for a kernel with plain weights."""
     kernel = getattr(layer.quant_method, "moe_kernel", None)
     experts = getattr(kernel, "fused_experts", None)
     if experts is None or getattr(experts, "_use_zentorch", True):
@@ -90,13 +90,13 @@ def _instructions(layer: Any) -> str | None:
 
 
 def pack(model: Any, names: Collection[str] | None) -> None:
-    """Order the experts for the kernel of a CPU after a reload.
+    """Reorder the experts' weights for the CPU kernel after a reload.
 
-    vLLM does so after the first load alone: a reload copies plain weights to where its kernel expects ordered ones.
+    vLLM does so only after the first load; a reload copies plain weights to where the kernel expects reordered ones.
 
     Args:
-        model: vLLM's.
-        names: weights that were loaded; None for all. Experts that were not loaded are ordered still.
+        model: vLLM's model.
+        names: weights that were loaded; None for all. Experts that were not loaded still have the kernel's order.
     """
     for path, layer in model.named_modules():
         block = f"{_block(path)}.experts."
@@ -106,7 +106,7 @@ def pack(model: Any, names: Collection[str] | None) -> None:
 
 
 def _in_order(layer: Any, weight: Tensor) -> Tensor:
-    """Return [E, rows, columns] in the order of the files."""
+    """Return a kernel's weight [E, rows, columns] in the plain order of the model's files."""
     instructions = _instructions(layer)
     if instructions is None:
         return weight
@@ -118,9 +118,9 @@ def _in_order(layer: Any, weight: Tensor) -> Tensor:
 
 @cache
 def _places(rows: int, columns: int, dtype: torch.dtype, instructions: str) -> Tensor:
-    """Return the index in a plain matrix of each number of an ordered one, int64 [rows * columns].
+    """Return the index in a plain matrix of each element of a reordered one, int64 [rows * columns].
 
-    Found by ordering a matrix of indices, in two halves of 15 bits: ordering moves bits and computes nothing.
+    The kernel's own function reorders a matrix of indices, in two halves of 15 bits; it moves bits without computing.
     """
     from vllm._custom_ops import cpu_prepack_moe_weight
 
@@ -138,11 +138,11 @@ def _places(rows: int, columns: int, dtype: torch.dtype, instructions: str) -> T
 
 
 def route_in_fp32(model: Any, read: Callable[[Any, str], Tensor]) -> None:
-    """Let every router multiply in FP32; call it again after each load.
+    """Make every router compute in FP32; call it again after each load.
 
     Args:
-        model: vLLM's.
-        read: returns a parameter of a layer as held, by its name.
+        model: vLLM's model.
+        read: (layer, name of a parameter) -> the values that vLLM holds.
     """
     for router in routers(model):
         router.forward = _in_fp32(read(router, "weight").float(), returns_bias=router.return_bias)

@@ -20,7 +20,7 @@ from betterhalf.rollout.weight_group import Layout, require_layout
 _BUFFER_BYTES = 2**28
 """Bytes of weights that are packed into one broadcast."""
 _BUFFERS = 2
-"""Broadcasts in progress at once; each has a buffer on every GPU."""
+"""Number of broadcasts in progress at once; each has a buffer on every GPU."""
 
 _T = TypeVar("_T")
 
@@ -55,7 +55,7 @@ class WeightsOfOneSync:
     """Weights that vLLM's sender reads; implements its `WeightSource`."""
 
     def __init__(self, layout: Layout) -> None:
-        """Describe weights that `weights` will hold."""
+        """Describe the weights, which are later set as `weights`."""
         self._layout = layout
         self.weights: Iterable[tuple[str, Tensor]] = ()
 
@@ -71,9 +71,9 @@ class WeightsOfOneSync:
 
 
 class ToldByController:
-    """Engines of a group as vLLM's sender sees them; implements its `VLLMWeightSyncClient`.
+    """Client through which vLLM's sender would call the engines; implements its `VLLMWeightSyncClient`.
 
-    The process that runs the loop tells every engine itself, at the same time as rank 0; here nothing is left to do.
+    No method does anything: the process that runs the loop calls every engine itself, at the same time as rank 0.
     """
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ class ToldByController:
 
 
 class NcclSender:
-    """End of a weight group in rank 0 for vLLM engines; implements `WeightSender`."""
+    """Sending end of a weight group, on rank 0, for vLLM engines; implements `WeightSender`."""
 
     def __init__(self, membership: Membership, device: torch.device, layout: Layout) -> None:
         """Join the group as rank 0.
@@ -112,8 +112,8 @@ class NcclSender:
         finally:
             self._source.weights = ()
         if self._left:
-            # Operations of a group that was left do nothing, and raise nothing.
-            raise EngineError("the group was left before all weights were sent")
+            # After `leave`, operations of the group neither do nor raise anything.
+            raise EngineError("rank 0 left the weight group before all weights were sent")
 
     def leave(self) -> None:
         """See `WeightSender.leave`."""
@@ -143,7 +143,9 @@ def _open(membership: Membership, device: torch.device, source: Any) -> Any:
 
 
 def _within(seconds: float, act: Callable[[], _T]) -> _T:
-    """Return `act()`, in a thread that is left alone after the time limit: nothing stops NCCL while it connects.
+    """Return the result of `act()`, run in a thread that is abandoned after the time limit.
+
+    Nothing can interrupt NCCL while it connects.
 
     Raises:
         EngineError: the time limit has passed.

@@ -1,7 +1,7 @@
-"""Record of the experts that vLLM chooses for each token of its requests, inside its worker.
+"""Recording, inside vLLM's worker, of the experts that it chooses for each token of its requests.
 
-vLLM's own record (`enable_return_routed_experts`) needs a model runner that a CPU does not have. Its routers report
-each choice to a function; rows of a pass are assigned to requests as the runner has laid them out.
+vLLM's own option (`enable_return_routed_experts`) needs a model runner that a CPU does not have. Here each router
+reports its choices to a function, and the rows of a pass are assigned to requests in the runner's order.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from betterhalf.precision.routing import compact
 
 
 class RouteRecorder:
-    """Record from its construction to `stop`, of one worker that runs passes eagerly."""
+    """Recorder of one worker's routing, from its construction until `stop`; the worker must run passes eagerly."""
 
     def __init__(self, runner: Any, model: Any) -> None:
         """Begin to record.
 
         Args:
             runner: vLLM's model runner.
-            model: its model.
+            model: model of the runner.
         """
         self._runner = runner
         blocks = [part for part in model.modules() if hasattr(part, "routed_experts") and hasattr(part, "router")]
@@ -53,7 +53,7 @@ class RouteRecorder:
         return out
 
     def _assign(self) -> None:
-        """Add the rows of the pass that has just run to the requests that it was laid out for."""
+        """Assign the rows of the pass that has just run to its requests."""
         batch, counts = self._runner.input_batch, self._scheduled.num_scheduled_tokens
         stacked = torch.stack([self._found[layer] for layer in range(len(self._routers))], 1)
         rows_TLK, start = compact(stacked, self._experts).cpu(), 0

@@ -28,9 +28,9 @@ _SHARED_MEMORY = Path("/dev/shm")
 def checked(
     weights: Iterable[tuple[str, Tensor]], shapes: Shapes, *, held: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights as they come, after a check; a tied head that arrives beside its embedding is left out.
+    """Yield each weight after a check of its name and shape; a tied head that arrives beside its embedding is skipped.
 
-    Set `held` if the engine holds weights, so that some may be left out.
+    With `held`, weights may be missing, because the engine already holds them.
 
     Raises:
         EngineError: a name is unknown, missing or repeated, or a shape is wrong.
@@ -45,7 +45,7 @@ def checked(
 
 
 def check_layout(layout: Layout, shapes: Shapes) -> None:
-    """Check names and shapes of weights that are yet to come; a tied head may come beside its embedding.
+    """Check names and shapes of weights before they are sent; a tied head may be listed beside its embedding.
 
     Raises:
         EngineError: a name is unknown, missing or repeated, or a shape is wrong.
@@ -58,7 +58,7 @@ def check_layout(layout: Layout, shapes: Shapes) -> None:
 
 
 def send_file(ask: Ask, weights: Iterable[tuple[str, Tensor]]) -> torch.dtype | None:
-    """Send weights by one file in shared memory, or, without room there, in the temporary folder.
+    """Send weights in one file in shared memory, or in the temporary folder if shared memory lacks space.
 
     Returns:
         The wire dtype; None without any weights.
@@ -75,7 +75,7 @@ def send_file(ask: Ask, weights: Iterable[tuple[str, Tensor]]) -> torch.dtype | 
 
 
 def _folder_for(size: int) -> Path | None:
-    """Return the folder of shared memory if twice the size is free there, else None: the temporary folder."""
+    """Return the folder of shared memory if it has twice the size free, else None for the temporary folder."""
     if _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > 2 * size:
         return _SHARED_MEMORY
     return None

@@ -1,4 +1,4 @@
-"""vLLM's weights under their unfused Hugging Face names: their shapes, and the values really held.
+"""Weights of vLLM under their unfused Hugging Face names: their shapes, and the values that vLLM really holds.
 
 vLLM fuses projections (its class attribute `packed_modules_mapping` says which), shards them over ranks, pads the
 vocabulary, and on a CPU replaces most by its own packed copies, which leave the parameter empty.
@@ -207,7 +207,13 @@ def tied_head(model: Any) -> Any | None:
 
 
 def after_load(model: Any, names: Collection[str] | None, *, routes_in_fp32: bool) -> None:
-    """Update vLLM's own copies of weights after a load of some names, None for all, and those of the routers."""
+    """Update vLLM's packed copies of weights, and FP32 routers, after a load.
+
+    Args:
+        model: vLLM's model.
+        names: weights that were loaded; None for all.
+        routes_in_fp32: True if the routers compute in FP32.
+    """
     repack_tied_head(model)
     experts.pack(model, names)
     if routes_in_fp32:
@@ -217,8 +223,8 @@ def after_load(model: Any, names: Collection[str] | None, *, routes_in_fp32: boo
 def repack_tied_head(model: Any) -> None:
     """Update vLLM's packed copy of a tied head.
 
-    A reload packs only layers whose names it receives, and a tied head has no name: on a CPU it would go on multiplying
-    by its first weights, although the parameter that it shares is new.
+    A reload packs only layers whose names it receives, and a tied head has no name: on a CPU, products would keep using
+    the first weights, although the parameter that the head shares is new.
     """
     head = tied_head(model)
     if head is not None and hasattr(head, "cpu_linear"):

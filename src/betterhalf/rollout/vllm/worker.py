@@ -1,4 +1,4 @@
-"""Extension of vLLM's workers (`worker_extension_cls`): load weights, and read back those really held.
+"""Extension of vLLM's workers (`worker_extension_cls`): load weights, and read back those that vLLM really holds.
 
 Runs inside vLLM, once on each rank. vLLM mixes this class into its worker, so its names must not clash with vLLM's.
 """
@@ -46,7 +46,7 @@ class BetterhalfWorker:
         self._betterhalf_routes = RouteRecorder(self.model_runner, self._betterhalf_model())
 
     def betterhalf_experts(self) -> dict[str, Any]:
-        """Stop that record, and return request -> its experts; see `RouteRecorder.stop`."""
+        """Stop recording, and return request -> its experts; see `RouteRecorder.stop`."""
         return self._betterhalf_routes.stop()
 
     def betterhalf_watch(self) -> None:
@@ -87,13 +87,13 @@ class BetterhalfWorker:
         }
 
     def betterhalf_digests(self) -> dict[str, str]:
-        """Return Hugging Face name -> digest of the weight as held."""
+        """Return Hugging Face name -> digest of the weight that vLLM holds."""
         model, served = self._betterhalf_model(), self.betterhalf_served
         beside = () if served is None else adapters.held_adapters(model, served)
         return weights_digests(chain(weights.held(model), beside))
 
     def betterhalf_serve(self, served: adapters.Served) -> None:
-        """Note which adapter has been loaded, to read it back."""
+        """Record which adapter has been loaded, so that it can be read back."""
         self.betterhalf_served = served
 
     def _betterhalf_facts(self, attention: Any) -> dict[str, str]:
@@ -114,7 +114,7 @@ class BetterhalfWorker:
         }
 
     def _betterhalf_eager(self) -> bool:
-        """Return whether passes run as they are, so that a layer's `forward` may be replaced."""
+        """Return whether passes run eagerly, so that a layer's `forward` can be replaced."""
         return bool(self.vllm_config.compilation_config.mode.name == "NONE")
 
     def _betterhalf_model(self) -> Any:

@@ -101,7 +101,7 @@ def _sender() -> None:
         assert [torch.equal(one, weight) for one, (_, weight) in zip(sent, WEIGHTS, strict=True)] == [True, True]
         with pytest.raises(WeightSyncError, match="'a' was not sent"):
             sender.send(())
-        with pytest.raises(EngineError, match="left before all weights were sent"):
+        with pytest.raises(EngineError, match="rank 0 left the weight group before all weights were sent"):
             sender.send(iter(WEIGHTS))
 
 
