@@ -1,11 +1,11 @@
-"""Accuracy of several completions of a prompt: pass@k and maj@k, as expectations over k of the n that were sampled.
+"""Accuracy of several completions of a prompt: pass@k and maj@k, estimated from n >= k sampled completions.
 
 pass@k is the chance that at least one of k completions solves a prompt; 1 - C(n - c, k) / C(n, k), with c of n solved,
 is unbiased (arXiv 2107.03374). maj@k is the chance that the majority vote of k completions is right. Both are
-expectations over subsets of k completions, drawn without replacement. Whole numbers are exact, so nothing cancels.
+expectations over subsets of k completions, drawn without replacement. Integer arithmetic avoids cancellation.
 
-In a vote, completions without an answer abstain. The answer given most often wins, one of equals by lot, and without
-any vote the prompt is not solved.
+In a vote, completions without an answer abstain. The most frequent answer wins, ties are broken at random, and a prompt
+without any vote is not solved.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from functools import lru_cache
 from math import comb
 
 EXACT_SAMPLES = 64
-"""Largest number of completions for which maj@k is summed over all subsets; with more, subsets are drawn."""
+"""Largest number of completions for which maj@k is exact, a sum over all subsets; with more, subsets are drawn."""
 
 DRAWN_SUBSETS = 1000
 """Number of subsets drawn where there are too many completions to sum over all of them."""
@@ -82,14 +82,14 @@ def _chance_to_win(votes: int, rivals: tuple[int, ...], abstaining: int, k: int)
 
 
 def _ways_not_to_lose(drawn: int, rivals: tuple[int, ...], abstaining: int, rest: int) -> Fraction:
-    """Return the number of ways to draw `rest` others with no rival above `drawn`; a draw with t equals counts 1/(t+1).
+    """Return the number of ways to draw `rest` others with no rival above `drawn`; a tie with t rivals counts 1/(t+1).
 
-    Rivals that have fewer completions than that are drawn together with those that abstain.
+    Rivals with fewer than `drawn` completions cannot tie, and are drawn together with those that abstain.
     """
     strong = [count for count in rivals if count >= drawn]
     weak = sum(rivals) - sum(strong) + abstaining
     ways = {(0, 0): 1}
-    """(number drawn, number of equals) -> number of ways."""
+    """(number drawn, number of tied rivals) -> number of ways."""
     for count in strong:
         longer: dict[tuple[int, int], int] = {}
         for (taken, equals), number in ways.items():

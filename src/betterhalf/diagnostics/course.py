@@ -1,4 +1,4 @@
-"""The course of a run's reward in a few numbers and one word, and intervals of a mean over seeds.
+"""Summary of a run's reward over time, in a few numbers and one word, and intervals of a mean over seeds.
 
 Rewards are between 0 and 1. The word follows from four numbers, in this order:
 
@@ -8,11 +8,12 @@ Rewards are between 0 and 1. The word follows from four numbers, in this order:
 | `collapsed` | the final reward is below a quarter of the best |
 | `damaged` | the final reward is below 0.8 of the best, or more than 0.05 below the first |
 | `flat` | the final reward is less than 0.05 above the first |
-| `dips` | the end is good, but on the way the reward fell to below 0.8 of the best until then |
+| `dips` | the end is good, but at some point the reward fell below 0.8 of the best until then |
 | `learned` | anything else |
 
 *First* is the mean of the first five steps, *final* of the last `window` steps, *best* the largest mean of `window`
-consecutive steps. A fall is measured on means of five steps, because a single step is noisy.
+consecutive steps. A fall is measured on means of five steps, because a single step is noisy. With a `window` below
+five, *first* and falls are means of `window` steps too.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ COLLAPSED_SHARE = 0.25
 """Share of the best reward below which a final reward counts as collapsed."""
 
 DAMAGED_SHARE = 0.8
-"""Share of the best reward below which a final reward counts as damaged, and a reward on the way as a dip."""
+"""Share of the best reward below which a final reward counts as damaged, and an earlier reward as a dip."""
 
 NOTICEABLE = 0.05
 """Difference of two mean rewards that counts as learned, or as lost."""
@@ -41,7 +42,7 @@ FINAL_STEPS = 20
 """Number of steps at the end of an arm whose rewards are averaged."""
 
 _SHORT_WINDOW = 5
-"""Number of steps that the first reward and a fall are means of."""
+"""Maximum number of steps over which the first reward and a fall are averaged."""
 
 _CONFIDENCE = 0.95
 
@@ -51,7 +52,7 @@ class RewardCourse:
     """The rewards of a run, summarised."""
 
     first: float
-    """Mean of the first five steps; of fewer in a run of less than 20 steps."""
+    """Mean of the first five steps, or of `window` steps if that is fewer."""
     final: float
     """Mean of the last `window` steps."""
     lowest: float
@@ -59,9 +60,9 @@ class RewardCourse:
     best: float
     """Largest mean of `window` consecutive steps."""
     deepest_fall: float
-    """Largest share by which a five-step mean fell below the best one before it."""
+    """Largest share by which a mean of as many steps as `first` fell below the best one before it."""
     outcome: LearningOutcome
-    """The word for it."""
+    """Word that summarises the course."""
 
 
 def reward_course(rewards: Sequence[float], window: int) -> RewardCourse:
@@ -69,7 +70,7 @@ def reward_course(rewards: Sequence[float], window: int) -> RewardCourse:
 
     Args:
         rewards: mean reward of each step; at least one.
-        window: number of steps that the final and the best reward are means of.
+        window: number of steps over which the final and the best reward are averaged.
     """
     window = max(1, min(window, len(rewards) // 4))
     short = min(_SHORT_WINDOW, window)
@@ -123,7 +124,7 @@ class Mean:
 
 
 def mean_over_seeds(values: Sequence[float], *, positive: bool = False, share: bool = False) -> Mean:
-    """Return the mean with Student's t interval; values that are not finite are left out, and the count says so.
+    """Return the mean with Student's t interval; values that are not finite are left out, and not counted.
 
     Args:
         values: one value for each seed.

@@ -2,8 +2,8 @@
 
 The engine samples from mu, and its completions are weighted by pi/mu of the whole completion. The weighted mean divided
 by the mean weight (self-normalised importance sampling) estimates the accuracy that completions sampled from pi would
-have; it is consistent, with a bias of the order of one over the effective sample size. Where few weights dominate, the
-estimate is that of a few completions: with an effective sample size below `RELIABLE_ESS` it is called unreliable.
+have; it is consistent, with a bias of the order of one over the effective sample size. If a few weights dominate, the
+estimate depends on a few completions: with an effective sample size below `RELIABLE_ESS` it is called unreliable.
 
 Axes: P prompts, B resamples.
 """
@@ -40,7 +40,7 @@ class DeploymentGap:
 
     @property
     def reliable(self) -> bool:
-        """False if few completions carry the estimate."""
+        """True if the effective sample size is at least `RELIABLE_ESS`; else few completions decide the estimate."""
         return self.ess_fraction >= RELIABLE_ESS
 
 
@@ -74,7 +74,7 @@ def deployment_gap(
     gap, reach = float(weighted - plain), critical_value(confidence, prompts) * float(error)
     every, graded = torch.cat(weights), torch.cat(values)
     if bool((graded == graded[0]).all()) and bool((every != 1).any()):
-        reach = torch.nan  # rewards that are all equal say nothing of the effect of the weights
+        reach = torch.nan  # rewards that are all equal say nothing about the effect of the weights
     return DeploymentGap(
         accuracy=float(plain),
         trainer_accuracy=float(weighted),

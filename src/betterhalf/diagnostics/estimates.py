@@ -2,9 +2,9 @@
 
 An interval must have its nominal coverage, which the percentile bootstrap lacks with few prompts or with accuracies
 near 0 or 1. Intervals use the bootstrap's standard error times a quantile of Student's t with P - 1 degrees of freedom;
-that of a mean of values between 0 and 1 is computed on the scale of the logit. Where all prompts are solved, or none,
-all resamples are equal. With a true mean of p, the chance of P values of 1 is at most p^P, and the interval ends where
-that chance reaches the tail.
+for the mean of values between 0 and 1 they are computed on the logit scale. If all prompts are solved, or none, all
+resamples are equal. With a true mean of p, the chance of P values of 1 is at most p^P, so the interval ends where that
+chance equals the tail probability.
 
 Axes: B resamples, P prompts, M measures.
 """
@@ -76,7 +76,7 @@ def standard_errors(statistic: Callable[[Tensor], Tensor], prompts: int, resampl
 
 
 def critical_value(confidence: float, prompts: int) -> float:
-    """Return half the width of an interval in standard errors."""
+    """Return half the width of an interval in standard errors: a quantile of Student's t."""
     return student_t((1 + confidence) / 2, max(1.0, prompts - 1.0))
 
 
@@ -94,5 +94,5 @@ def _interval(values_P: Tensor, mean: float, reach: float, confidence: float) ->
 
 
 def _share(logit: float) -> float:
-    """Return the share at a logit; far from 0, the limit."""
+    """Return the sigmoid of a logit, without overflow; NaN for NaN."""
     return math.nan if math.isnan(logit) else 1 / (1 + math.exp(min(700.0, -logit)))

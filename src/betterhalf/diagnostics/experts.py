@@ -1,4 +1,4 @@
-"""Routing of a mixture of experts: the choices of trainer and engine compared, and the balance of load.
+"""Routing of a mixture of experts: comparison of the trainer's and the engine's choices, and balance of the load.
 
 T tokens, L layers with experts, K experts for each token, E experts in a layer.
 """
@@ -29,7 +29,7 @@ def changed_tokens(trainer_TLK: Tensor, engine_TLK: Tensor) -> Tensor:
 
     Args:
         trainer_TLK: integers [T, L, K], choices of the trainer's routers.
-        engine_TLK: those of the engine for the same tokens.
+        engine_TLK: integers [T, L, K], choices of the engine's routers for the same tokens.
     """
     first, second = (experts.long().sort(-1).values for experts in (trainer_TLK, engine_TLK))
     return (first != second).any(-1)
@@ -89,5 +89,5 @@ def expert_counts(experts_TLK: Tensor, num_experts: int) -> Tensor:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Return the choices of several packs, at least one, of one model."""
+    """Concatenate the choices [T, L, K] of several packs, at least one, of one model."""
     return torch.cat([part.long() for part in parts])

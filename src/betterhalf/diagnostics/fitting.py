@@ -1,4 +1,4 @@
-"""Settings that would make a run fit into its devices: found by planning the run with them."""
+"""Search for settings with which a run would fit into its devices, by planning the run with each proposal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from betterhalf.diagnostics.sizes import GIB, StepSizes
 from betterhalf.errors import ConfigError
 
 _MOST = 1024
-"""Largest number of ranks, or of GPUs of one engine, that is proposed."""
+"""Largest proposed number of ranks, or of GPUs for one engine."""
 
 Values = dict[str, Any]
 """Dotted key -> value."""
@@ -45,7 +45,7 @@ def _first_that_fits(setting: Setting, proposals: Iterator[Values]) -> Values | 
 
 
 def with_values(setting: Setting, values: Mapping[str, Any]) -> Setting | None:
-    """Return the setting with other values of some keys; None if the configuration refuses them."""
+    """Return the setting with some keys changed; None if the configuration refuses the values."""
     try:
         config = configuration_of(setting.config, values)
     except ConfigError:
@@ -59,7 +59,7 @@ def with_values(setting: Setting, values: Mapping[str, Any]) -> Setting | None:
 
 
 def _combined(setting: Setting) -> Iterator[Values]:
-    """Yield the mildest values of several keys together, one key more each time, and then more of everything."""
+    """Yield the mildest changes combined, one more key each time; then more ranks, more shards and fewer sequences."""
     changes = [next(change(setting.config, setting.step), {}) for change in _CHANGES]
     together = list(accumulate(changes, lambda held, more: held | more))
     yield from together

@@ -48,9 +48,9 @@ def gradient_gap(
     """Compare two gradients of the same parameters.
 
     Args:
-        gradients: (name, accumulated gradient, still multiplied by the loss scale). Zeros are counted before
-            the division, so that they are those of the half-precision backward pass.
-        reference: name -> gradient that is not scaled; the same names.
+        gradients: (name, accumulated gradient, still multiplied by the loss scale). Zeros are counted before the
+            division by it, so that only zeros of the half-precision backward pass count.
+        reference: name -> gradient without a loss scale; the same names.
         scale: loss scale by which `gradients` are divided, in float64.
 
     Raises:

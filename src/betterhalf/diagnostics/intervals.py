@@ -12,7 +12,7 @@ small effective sample size. Three kinds of metrics are treated differently.
 * Percentiles: order statistics, whose ranks follow a binomial distribution whatever the distribution of the values,
   over the number of independent values that the correlated ones are equivalent to (E. Korn, B. Graubard, 1998). With
   few values there is no such interval, because the sample does not reach far enough.
-* Extremes grow with the number of tokens, so there is no fixed value for an interval to cover.
+* Extremes: no interval, because they grow with the number of tokens, so that there is no fixed value to cover.
 
 The effective sample size has one more condition. For weights exp(d) with d normal of standard deviation s, the mean
 square is dominated by values 2 s standard deviations above the mean, and by larger ones where prompts differ in s. With
@@ -38,7 +38,7 @@ from betterhalf import ops
 from betterhalf.diagnostics.bootstrap import Resamples, resample
 
 _FEWEST_EFFECTIVE = 1.25
-"""Effective number of clusters below which a single one carries nearly all of a metric."""
+"""Effective number of clusters below which a single one determines nearly all of a metric."""
 
 _LEAST_FREEDOM = 2.0
 """Lower limit of the degrees of freedom: with fewer, the bounds of an interval would be a factor of ten apart."""

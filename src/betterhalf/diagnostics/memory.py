@@ -1,4 +1,4 @@
-"""Memory and traffic of a run, from the sizes of a model: arithmetic without tensors."""
+"""Memory and traffic of a run, computed from the sizes of its model without allocating a tensor."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class ProcessPlan:
     """`rank`, `engine`, or `run` for both in one process."""
     count: int
     items: tuple[MemoryItem, ...]
-    """On its GPU, or in host memory for a run on CPUs."""
+    """Items on its GPU, or in host memory for a run on CPUs."""
     host_items: tuple[MemoryItem, ...] = ()
-    """In host memory, of a process that computes on a GPU."""
+    """Items in host memory, for a process that computes on a GPU."""
 
     @property
     def total_bytes(self) -> int:
-        """Peak: the sum of the items. The start needs less: no gradients and no optimizer states yet."""
+        """Peak in bytes: the sum of the items. The start needs less: no gradients and no optimizer states yet."""
         return sum(item.num_bytes for item in self.items)
 
     @property
     def host_bytes(self) -> int:
-        """Sum of what the process holds in host memory, at its peak."""
+        """Peak host memory in bytes: the sum of the items there."""
         return sum(item.num_bytes for item in self.host_items)
 
     @property
@@ -72,9 +72,9 @@ class Traffic:
     pass_bytes: int
     """Sent by each rank in one forward-backward pass: gathered weights and reduced gradients."""
     optimizer_step_bytes: int
-    """The same in all passes of one optimizer step, with the head, which is gathered and reduced once."""
+    """Sent by each rank in all passes of one optimizer step, plus the head, which is gathered and reduced once."""
     store_bytes: int
-    """Largest content of the object store: the newest weights, and those before them until they are replaced."""
+    """Peak content of the object store: the newest weights, and the version before them until it is replaced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +106,7 @@ class Setting:
 
 
 def plan_memory(setting: Setting) -> Plan:
-    """Return memory and traffic of a run; nothing is contacted or measured."""
+    """Return memory and traffic of a run, by arithmetic alone: no device is used, and nothing is measured."""
     processes = _processes(setting)
     return Plan(processes=processes, devices=_devices(setting, processes), traffic=_traffic(setting))
 
@@ -160,7 +160,7 @@ def _devices(setting: Setting, processes: tuple[ProcessPlan, ...]) -> tuple[Devi
 
 
 def _together(config: RunConfig, rank: ProcessPlan, engine: ProcessPlan) -> int:
-    """Return the peak of a GPU that a rank and an engine share: they take turns, and vLLM sleeps in the other's."""
+    """Return the peak of a GPU that a rank and an engine share: they take turns, and vLLM sleeps in the rank's turn."""
     resting = CONTEXT.num_bytes if config.engine.frees_device else engine.lasting_bytes
     return max(rank.total_bytes + resting, rank.lasting_bytes + engine.total_bytes)
 
@@ -189,7 +189,7 @@ def _traffic_of_adapters(setting: Setting, wire: int) -> Traffic:
     """Return the traffic of a run that trains adapters: only their gradients are reduced.
 
     Args:
-        setting: of the run.
+        setting: setting of the run.
         wire: bytes of all weights on the wire.
     """
     config, sizes, ranks = setting.config, setting.sizes, setting.config.cluster.trainers
@@ -223,7 +223,7 @@ def _path(config: RunConfig) -> str:
 def _stored_versions(config: RunConfig) -> int:
     """Return the largest number of versions of the weights in the object store.
 
-    Weights that are sent past it are stored for an engine that is replaced, and where sampling overlaps learning.
+    Weights that are sent directly are stored only for an engine that is replaced, or if sampling overlaps learning.
     """
     if config.cluster.backend == "local":
         return 0

@@ -1,7 +1,7 @@
 """Headroom and underflow of values in a format: the arithmetic behind the range census of `doctor`.
 
-Magnitudes are those of FP32 values, the reference; what a narrower format makes of them follows from the facts of that
-format. `examine.census` collects them from a real forward and backward pass.
+Magnitudes are those of FP32 values, the reference; overflow and underflow in a narrower format are computed from its
+`FormatFacts`. `examine.census` collects the magnitudes from a real forward and backward pass.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BACKWARD_KINDS: frozenset[Kind] = frozenset({"backward", "gradient"})
 """Kinds that a loss scale multiplies."""
 
 MAX_LOSS_SCALE = 2.0**32
-"""Largest loss scale that is considered; gradients for which it is safe lose nothing that a larger one would keep."""
+"""Largest loss scale that is considered: gradients for which it is safe would not profit from a larger one."""
 
 _WORDS: dict[Kind, str] = {
     "input": "the input of {}",
@@ -75,10 +75,10 @@ class ModuleRange:
     max_abs: float
     """Largest magnitude in FP32."""
     headroom_bits: float
-    """log2 of the format's largest number over `max_abs`; negative when it overflows, infinite for zeros. The format
-    is the one that holds the values: FP32 within an FP32 island."""
+    """log2 of (largest number of the format / `max_abs`); negative on overflow, infinite for zeros. The format is the
+    one that holds the values: FP32 within an FP32 island."""
     subnormal_fraction: float
-    """Share of the non-zero values that are subnormal in the format, and have fewer bits."""
+    """Share of the non-zero values that are subnormal in the format, where they lose bits."""
     zero_fraction: float
     """Share of the non-zero values that round to zero in the format."""
     finite: bool
@@ -155,7 +155,7 @@ def _magnitudes(x: Tensor) -> Magnitudes:
     zeros = sizes.numel() - nonzero
     subnormal, zeroed, clear = [], [], 0.0
     for facts in (FORMATS[name] for name in HARDWARE):
-        # NaN compares false with everything, so that it counts as neither.
+        # NaN compares false with everything, so it counts as neither subnormal nor zeroed.
         tiny = _count(sizes < facts.min_normal) - zeros if facts.min_normal > clear else 0
         if not tiny:
             clear = max(clear, facts.min_normal)

@@ -59,7 +59,7 @@ _RAW_LEAST = 1e-8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemperatureFit:
-    """Fit of given behavior logprobs to softmax(logits / temperature), and to softmax(logits) if they are raw."""
+    """Fit of given behavior logprobs to softmax(logits / temperature) and to softmax(logits), which raw ones fit."""
 
     stated: float
     """Temperature that the file, or else the configuration, states; not 1."""
@@ -111,7 +111,7 @@ class PairReport:
     by_probability: tuple[GapBin, ...] = ()
     """Bins by mu."""
     temperature: TemperatureFit | None = None
-    """Temperature that given logprobs fit; None unless the stated one is other than 1."""
+    """Temperature that given logprobs fit; None if the stated temperature is 1 or the logprobs are not given."""
     error: str | None = None
     """Reason why the pair could not be measured; None if it was."""
 

@@ -15,9 +15,9 @@ class ModelSizes:
     """Sizes of a decoder, read from its configuration without its weights."""
 
     parameters: int
-    """Number of parameters; a tied head counts once."""
+    """Number of parameters, counting a tied head once."""
     active_parameters: int
-    """Parameters that compute one token: fewer than all in a mixture of experts."""
+    """Number of parameters used for one token: fewer than all in a mixture of experts."""
     layer_parameters: int
     """Parameters of the largest decoder layer, which FSDP2 gathers at once."""
     layers: int
@@ -37,7 +37,7 @@ class ModelSizes:
     adapters: int = 0
     """Parameters of the LoRA adapters; 0 if all weights are trained."""
     resent: int = 0
-    """Parameters that a weight sync after the first sends; 0 for all."""
+    """Number of parameters that each weight sync after the first sends; 0 for all."""
 
     @property
     def trained(self) -> int:
@@ -85,7 +85,7 @@ class Machine:
     memory_bytes: int | None
     """Memory of one GPU, or of the host for a run on CPUs; None if it is unknown."""
     native_halves: frozenset[DtypeName] = frozenset()
-    """Half formats that its CPU multiplies by instructions of its own (`precision.products.has_native_matmul`)."""
+    """Half formats for which its CPU has native matmul instructions (`precision.products.has_native_matmul`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,23 +96,23 @@ class MemoryItem:
     """Content, such as `masters` or `KV cache`."""
     num_bytes: int
     formula: str
-    """Arithmetic behind the number, for people."""
+    """Arithmetic behind the number, for display."""
     lasts: bool = True
     """False if it is held only while a pass or a call runs."""
 
 
 def item_size(dtype: DtypeName) -> int:
-    """Return the bytes of a number; an emulated format is kept in 16 bits."""
+    """Return the bytes of one number; an emulated format is stored in 16 bits."""
     return 4 if dtype == "fp32" else 2
 
 
 def storage_name(dtype: DtypeName) -> DtypeName:
-    """Return the format in which torch keeps a format's numbers: BF16 for an emulated one."""
+    """Return the format in which torch stores a format's numbers: BF16 for an emulated one."""
     return "bf16" if dtype in get_args(EmulatedDtype) else dtype
 
 
 def count(number: float) -> str:
-    """Return a number of parameters or tokens in short, such as `1.54B`."""
+    """Return a number of parameters or tokens in short form, such as `1.54B`."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{letter}"

@@ -1,9 +1,9 @@
 """Memory of one rank of the trainer, item by item.
 
-Letters in the formulas: P parameters, S those of one shard, A those of LoRA adapters, L layers, H width of the residual
-stream, Q of all queries, K of all keys, I of the MLP, T tokens of the largest pack, C its completion tokens, V
-vocabulary, b bytes of a number in the compute dtype. `tests/unit/diagnostics/test_memory.py` compares each item with
-the tensors of a real trainer.
+Letters in the formulas: P parameters, S parameters of one shard, A parameters of LoRA adapters, L layers, H width of
+the residual stream, Q of all queries, K of all keys, I of the MLP, T tokens of the largest pack, C its completion
+tokens, V vocabulary, b bytes of a number in the compute dtype. `tests/unit/diagnostics/test_memory.py` compares each
+item with the tensors of a real trainer.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _BACKWARD_WIDTHS = 4
 def rank_items(
     config: RunConfig, sizes: ModelSizes, step: StepSizes, machine: Machine, *, keeps_reference: bool
 ) -> tuple[MemoryItem, ...]:
-    """Return the memory of one rank on its device while it learns; optimizer states on the host are left out.
+    """Return the memory of one rank on its device during training; optimizer states on the host are left out.
 
     Args:
-        config: the run.
-        sizes: its model.
-        step: its largest pack.
+        config: configuration of the run.
+        sizes: sizes of its model.
+        step: sizes of its largest pack.
         machine: device, and how its CPU multiplies halves.
         keeps_reference: True if the algorithm scores with a reference policy.
     """
@@ -36,14 +36,14 @@ def rank_items(
 
 
 def host_items(config: RunConfig, sizes: ModelSizes, machine: Machine, *, reads_rows: bool) -> tuple[MemoryItem, ...]:
-    """Return the host memory of one rank on a GPU, beside the libraries.
+    """Return the host memory of one rank on a GPU, without the libraries; empty for a rank on a CPU.
 
     A rank that holds all weights loads the FP32 model there. One of several reads its rows of one weight at a time,
     unless the files cannot be read in parts: rank 0 then loads them whole and sends the others their rows.
 
     Args:
-        config: the run.
-        sizes: its model.
+        config: configuration of the run.
+        sizes: sizes of its model.
         machine: device.
         reads_rows: False if the files cannot be read in parts.
     """
@@ -66,7 +66,7 @@ def is_sharded(config: RunConfig) -> bool:
 
 
 def shard(config: RunConfig, parameters: int) -> int:
-    """Return the share of one rank in a number of parameters."""
+    """Return the number of parameters on one rank, of this total; rounded up."""
     return -(-parameters // config.cluster.trainers)
 
 
@@ -80,7 +80,7 @@ def widens(config: RunConfig, machine: Machine, dtype: str) -> bool:
 
 
 def _weights(config: RunConfig, sizes: ModelSizes) -> list[MemoryItem]:
-    """Return masters, gradients and optimizer states."""
+    """Return the items of masters, gradients and optimizer states; none if they are offloaded."""
     if config.cluster.trainer.offload_optimizer:
         return []
     own, letter = shard(config, sizes.trained), _letter(config, sizes)
@@ -93,14 +93,14 @@ def _weights(config: RunConfig, sizes: ModelSizes) -> list[MemoryItem]:
 
 
 def _letter(config: RunConfig, sizes: ModelSizes) -> str:
-    """Return the letter of the trained parameters of one rank."""
+    """Return the formula of the number of trained parameters on one rank."""
     if sizes.adapters:
         return "A / ranks" if is_sharded(config) else "A"
     return "S" if is_sharded(config) else "P"
 
 
 def _frozen(config: RunConfig, sizes: ModelSizes, b: int, *, widened: bool) -> list[MemoryItem]:
-    """Return what adapters add to the weights that compute: their own, and the frozen base where it has no masters."""
+    """Return the items that adapters add: their computing weights, and the frozen base if it is sharded or in FP32."""
     items = []
     if is_sharded(config):
         own = shard(config, sizes.parameters)
@@ -112,7 +112,7 @@ def _frozen(config: RunConfig, sizes: ModelSizes, b: int, *, widened: bool) -> l
 
 
 def _computing(config: RunConfig, sizes: ModelSizes, machine: Machine) -> list[MemoryItem]:
-    """Return the weights that compute, with what is gathered of other ranks' shards."""
+    """Return the items of the weights used in the computation, including those gathered from other ranks' shards."""
     dtype = config.precision.roles().compute_dtype
     b, items = item_size(dtype), list[MemoryItem]()
     if sizes.adapters:
@@ -133,7 +133,7 @@ def _computing(config: RunConfig, sizes: ModelSizes, machine: Machine) -> list[M
 
 
 def _gathered(sizes: ModelSizes, b: int, machine: Machine) -> list[MemoryItem]:
-    """Return what a rank holds of all shards: the head, and layers in passes; on a CPU all layers stay gathered."""
+    """Return the items gathered from all shards: the head, and layers during passes; on a CPU all layers stay."""
     layer, within = sizes.layer_parameters, sizes.parameters - sizes.embedding
     own = sizes.adapters // sizes.layers or layer
     items = [MemoryItem(name="whole head", num_bytes=b * sizes.embedding, formula=f"{b} x V x H")]
@@ -163,7 +163,7 @@ def _copy(name: str, config: RunConfig, sizes: ModelSizes) -> MemoryItem:
 
 
 def _pass(config: RunConfig, sizes: ModelSizes, step: StepSizes, machine: Machine) -> list[MemoryItem]:
-    """Return what a forward and backward pass over the largest pack adds."""
+    """Return the items that a forward and backward pass over the largest pack adds."""
     b = item_size(config.precision.roles().compute_dtype)
     per_layer, formula = layer_activations(sizes, b, gpu=machine.gpu)
     tokens = step.pack_tokens
@@ -191,7 +191,7 @@ def layer_activations(sizes: ModelSizes, b: int, *, gpu: bool) -> tuple[int, str
     up and their product. On a CPU attention keeps queries, keys and values in FP32.
 
     Args:
-        sizes: the model.
+        sizes: sizes of the model.
         b: bytes of a number in the compute dtype.
         gpu: False for attention on FP32 operands.
     """

@@ -23,7 +23,7 @@ from betterhalf.metrics.metric import Band
 from betterhalf.types import DtypeName
 
 MIN_HEADROOM_BITS = 2.0
-"""Headroom below which the next batch, or a few steps of training, may overflow: watch."""
+"""Headroom below which the verdict is watch, because the next batch, or a few training steps, may overflow."""
 
 MAX_ZEROED_FRACTION = 0.01
 """Share of the non-zero FP32 gradients that a precision may round to zero at its best loss scale; above it, unsafe."""
@@ -132,7 +132,7 @@ def engine_agreement(pair: PairFinding | None) -> Agreement:
 
 
 def recommend(verdicts: Mapping[DtypeName, Verdict]) -> DtypeName:
-    """Return FP16 or BF16, the first that is ok, else the first to watch; FP32 (twice the cost) if both are unsafe."""
+    """Return the first of FP16 and BF16 that is `ok`, else the first to `watch`, else FP32, at twice the cost."""
     for wanted in ("ok", "watch"):
         for name in PREFERENCE[:2]:
             if name in verdicts and verdicts[name].verdict == wanted:
@@ -153,7 +153,7 @@ def overflowing(census: Census) -> tuple[Spot, ...]:
 
 
 def cramped(census: Census) -> tuple[Spot, ...]:
-    """Return the spots with too little headroom, first forward, then backward ones, each worst first."""
+    """Return the spots with too little headroom: forward spots, then backward spots, each group worst first."""
     rows = [row for backward in (False, True) for row in _tight(census, MIN_HEADROOM_BITS, backward=backward)]
     return tuple(row.spot for row in rows)
 
@@ -230,7 +230,7 @@ def _failure(census: Census, pair: PairFinding | None) -> list[_Finding]:
 
 
 def _headroom(census: Census) -> list[_Finding]:
-    """Return findings on less than two bits of headroom, forward and, at loss scale 1, backward, each for the worst."""
+    """Return a finding for each pass, forward and backward at loss scale 1, with less than two bits of headroom."""
     found = []
     for direction, backward in (("In the forward pass,", False), ("In the backward pass at loss scale 1,", True)):
         low = _tight(census, MIN_HEADROOM_BITS, backward=backward)
@@ -305,8 +305,8 @@ def _row(census: Census, spot: Spot) -> ModuleRange | None:
 def _tight(census: Census, bits: float, *, backward: bool) -> list[ModuleRange]:
     """Return the rows of one direction with less headroom than `bits`, worst first.
 
-    In the forward pass, the residual stream passes on the outputs of its branches, so its rows count only if no row of
-    a branch does.
+    In the forward pass, the residual stream carries the outputs of its branches on, so its rows count only if no row of
+    a branch has too little headroom.
     """
     low = [row for row in census.ranges if row.headroom_bits < bits and _is_backward(row) == backward]
     branches = [row for row in low if backward or not is_residual(row.spot)]
