@@ -91,7 +91,7 @@ def _piece_sums(own: Tensor, wanted: Tensor, scale: float) -> Tensor:
 
 def _gap(sums: list[float]) -> GradientGap:
     difference, own, wanted, product, nonzero, zeroed = sums
-    if not (math.isfinite(own) and wanted > 0):
+    if not (math.isfinite(own) and 0 < wanted < math.inf):
         return GradientGap(relative_error=math.nan, cosine=math.nan, zeroed_fraction=math.nan)
     # A gradient of zeros has no direction; sqrt(x * x) is exactly x, so that equal gradients have cosine 1.
     cosine = product / math.sqrt(own * wanted) if own > 0 else 0.0

@@ -60,7 +60,8 @@ def test_a_gradient_that_vanished_has_error_1_and_no_direction() -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "reference"), [([math.inf], [1.0]), ([math.nan], [1.0]), ([1.0], [0.0]), ([1.0], [math.nan])]
+    ("own", "reference"),
+    [([math.inf], [1.0]), ([math.nan], [1.0]), ([1.0], [0.0]), ([1.0], [math.nan]), ([1.0, 2.0], [1.0, -math.inf])],
 )
 def test_what_cannot_be_compared_is_nan(own: list[float], reference: list[float]) -> None:
     gap = gradient_gap([("w", torch.tensor(own))], {"w": torch.tensor(reference)})
