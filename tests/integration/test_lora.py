@@ -78,7 +78,7 @@ def test_the_adapter_and_the_merged_model_are_exported(ends: Ends, tmp_path: Pat
 @pytest.mark.parametrize("merge", ["weights", "adapter"])
 def test_a_run_is_evaluated_with_its_adapter(merge: str, ends: Ends, tmp_path: Path) -> None:
     run = run_of(ends, tmp_path / "run", f"lora.merge={merge}")
-    ends(0, "evaluate", run.path, f"run_dir={tmp_path / 'evaluation'}", "evaluate.samples=1")
+    ends(0, "evaluate", run.path, f"run_dir={tmp_path / 'evaluation'}", "evaluate.samples=1", "evaluate.max_prompts=8")
     found = json.loads((tmp_path / "evaluation" / "contract.json").read_text())
     (row,) = (row for row in found["rows"] if row["region"] == "lora")
     assert ("unmerged" in row["trainer"]) == (merge == "adapter") and found["ok"]

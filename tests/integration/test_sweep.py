@@ -161,7 +161,7 @@ def test_after_a_kill_of_a_worker_and_an_interrupt_a_resumed_sweep_is_complete(w
     """Kill the worker in the first cell, and interrupt the sweep in the second."""
     axes = '[sweep]\nruns_at_once = 1\n[sweep.axes]\n"optimizer.learning_rate" = [1e-4, 2e-4]\n'
     file, run = write(axes), RunDir(tmp_path / "sweep")
-    settings = ("training.steps=80", "training.checkpoint_every=1")
+    settings = ("training.steps=30", "training.checkpoint_every=1")
     command = [sys.executable, "-m", "betterhalf.cli", "sweep", str(file), f"run_dir={run.path}", *settings]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     first, second = (run.cell(f"learning_rate={rate}") for rate in ("0.0001", "0.0002"))
@@ -185,7 +185,7 @@ def test_after_a_kill_of_a_worker_and_an_interrupt_a_resumed_sweep_is_complete(w
     assert done.returncode == 0, done.stderr
     for cell, steps in zip((first, second), trained, strict=True):
         rows = read_jsonl(cell.metrics)
-        assert [row["step"] for row in rows] == list(range(1, 81)) and steps < 80
+        assert [row["step"] for row in rows] == list(range(1, 31)) and steps < 30
     assert [row["outcome"] for row in read_jsonl(run.results)[1:3]] != ["failed", "failed"]
 
 
