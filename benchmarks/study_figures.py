@@ -2,6 +2,7 @@
 
     python benchmarks/study_figures.py collapse runs/collapse docs/images/collapse.svg
     python benchmarks/study_figures.py real_llm docs/study/real_llm docs/images/real_llm.svg
+    python benchmarks/study_figures.py laptop_llm docs/study/laptop_llm docs/images/laptop_llm.svg
     python benchmarks/study_figures.py formats docs/study/formats docs/images/formats.svg
     python benchmarks/study_figures.py length docs/study/length docs/images/length.svg
 
@@ -32,6 +33,7 @@ PAIR = {"fp16": "FP16", "bf16": "BF16"}
 ARMS = {
     "fp16": ("FP16", 0),
     "bf16": ("BF16", 1),
+    "e8m4": ("4 bits (emulated)", 6),
     "e8m2": ("2 bits", 6),
     "e8m2_aligned": ("2 bits, aligned", 3),
     "e8m2_dual_clip": ("2 bits, dual clip", 4),
@@ -39,6 +41,8 @@ ARMS = {
     "coarse_engine": ("2 bits, engine only", 2),
 }
 """Arm -> label and style of the report."""
+CURVES = ("real_llm", "laptop_llm")
+"""Figures of runs that are committed as `curves.jsonl`, with a row for each arm and step."""
 BITS = {"e8m2": 2, "e8m3": 3, "e8m4": 4, "e8m5": 5, "bf16": 7, "fp16": 10}
 GAP = 24
 """Pixels between figures and around them."""
@@ -148,10 +152,10 @@ def figures(name: str, folder: Path) -> list[Drawing | None]:
             along(sweep, rows, "reward_final", "Reward of the last 20 steps", tuple(sweep.lines)),
             along(sweep, rows, "k3_first", "k3 per token of the first steps, in nats", sweep.k3_lines),
         ]
-    if name == "real_llm":
+    if name in CURVES:
         curves = read_jsonl(folder / "curves.jsonl")
-        arms = {arm: [row for row in curves if row["arm"] == arm] for arm in PAIR}
-        return [over_steps(metric, arms) for metric in (K3, REWARD)]
+        arms = {arm: [row for row in curves if row["arm"] == arm] for arm in ARMS}
+        return [over_steps(metric, {arm: rows for arm, rows in arms.items() if rows}) for metric in (K3, REWARD)]
     files = {arm: folder / "arms" / arm / "metrics.jsonl" for arm in ARMS}
     arms = {arm: read_jsonl(file) for arm, file in files.items() if file.exists()}
     title = "Mean reward: BF16, FP16, and BF16 rounded to 2 mantissa bits (emulated)"
@@ -177,7 +181,7 @@ def beside(drawings: Sequence[Drawing | None]) -> str:
 def main() -> None:
     """Write the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("figure", choices=("collapse", "real_llm", *SWEEPS))
+    parser.add_argument("figure", choices=("collapse", *CURVES, *SWEEPS))
     parser.add_argument("folder", type=Path, help="run folder, or folder below docs/study")
     parser.add_argument("file", type=Path, help="SVG to write")
     arguments = parser.parse_args()
