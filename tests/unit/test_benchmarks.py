@@ -136,9 +136,9 @@ def test_points_of_a_sweep_are_its_runs_and_lines_their_means(tmp_path: Path, mo
     ]
     (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)))
     reward, k3 = benchmark("study_figures", monkeypatch).figures("formats", tmp_path)
-    assert reward.tables["joined"][0]["x"] == [2, 10] and reward.tables["joined"][0]["y"] == [0.05, 0.95]
+    assert reward.tables["values"][0]["x"] == [2, 10] and reward.tables["values"][0]["y"] == [0.05, 0.95]
     # The geometric mean of 1e-7 and 1e-5 is 1e-6; a k3 of 0 has no place on the axis.
-    assert k3.tables["joined"][0]["y"] == [0.1, 1e-6]
+    assert k3.tables["values"][0]["y"] == [0.1, 1e-6]
     assert sorted(k3.tables["clouds"][0]["y"]) == [1e-7, 1e-5, 0.1]
 
 
