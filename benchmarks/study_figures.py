@@ -99,7 +99,7 @@ def over_steps(metric: str, arms: Mapping[str, Rows], **choices: Any) -> Drawing
     values = {arm: [float(row[metric]) for row in rows] for arm, rows in arms.items()}
     lines = (
         Series(
-            tag=ARMS[arm][0],
+            tag=ARMS[arm][0].partition(" (")[0],
             name=f"{ARMS[arm][0]}: mean {statistics.fmean(found):.2g}",
             style=ARMS[arm][1],
             points=list(enumerate(found, 1)),
