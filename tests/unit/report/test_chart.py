@@ -72,6 +72,15 @@ def test_a_lone_point_gets_a_marker() -> None:
     assert 4 in markers["x"]
 
 
+def test_each_point_of_a_short_line_has_a_marker() -> None:
+    (markers,) = drawn(line([0.5] * 40)).tables["markers"]
+    assert markers["x"] == list(range(1, 41))
+    (markers,) = drawn(line([0.5] * 41)).tables["markers"]
+    assert 1 < len(markers["x"]) < 8
+    (markers,) = drawn(line([0.5] * 30), smooth=True).tables["markers"]
+    assert 1 < len(markers["x"]) < 8
+
+
 def test_zero_has_no_place_on_a_log_axis() -> None:
     (values,) = drawn(line([1e-6, 0.0, 1e-4]), scale="log10", include=()).tables["values"]
     assert values["y"] == [1e-6, None, 1e-4]
