@@ -12,7 +12,7 @@ from betterhalf.errors import ConfigError, RewardError
 from betterhalf.types import AdvantageKind, RolloutGroup
 
 STD_EPS = 1e-8
-"""Added to the standard deviation, as in the paper's Oat code."""
+"""Added to the standard deviation, as in Oat, the code of arXiv 2510.26788."""
 
 
 def group_advantages(rewards_PG: Tensor, kind: AdvantageKind) -> Tensor:
@@ -50,8 +50,8 @@ def rollout_advantages(
 
     A completion that `mask_truncated` leaves without a loss gets 0; its reward is part of the baseline.
 
-    With dynamic sampling, groups of equal rewards that fill up a step get 0: the penalty alone would otherwise
-    train on their length.
+    With dynamic sampling, groups of equal rewards that fill up a step get 0: they would otherwise be trained on by the
+    penalties alone.
 
     Args:
         groups: of equal size.
@@ -60,10 +60,10 @@ def rollout_advantages(
         kl_penalties: subtracted from the rewards; one for each rollout, or None for none.
 
     Returns:
-        Groups in order, siblings in order.
+        Advantages, groups in order, siblings in order.
 
     Raises:
-        ConfigError, RewardError: as `group_advantages`.
+        ConfigError, RewardError: as `group_advantages`. ConfigError also if the overlong buffer exceeds `max_tokens`.
     """
     rewards_PG = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
     lengths_PG = torch.tensor([[len(r.completion.token_ids) for r in g.rollouts] for g in groups])
@@ -120,7 +120,10 @@ def equal_rewards(rewards_PG: Tensor) -> Tensor:
 
 
 def zero_advantage_groups(advantages_PG: Tensor) -> Tensor:
-    """Return the groups without effect on the weights, bool [P]; leaving out their passes is lossless."""
+    """Return the groups whose advantages are all 0, bool [P].
+
+    Leaving out their passes is lossless, unless the loss has a KL penalty or an entropy bonus.
+    """
     return (advantages_PG == 0).all(dim=1)
 
 

@@ -13,7 +13,7 @@ from betterhalf.types import AggregationKind
 
 
 def aggregate(kind: AggregationKind, loss_C: Tensor, tokens: TokenTensors, denominators: Denominators) -> Tensor:
-    """Return the loss of a micro-batch, a scalar: its additive share in the loss of the train batch.
+    """Return the loss of a micro-batch, a scalar: its additive share of the loss of the train batch.
 
     Args:
         kind: the reduction; docs/algorithms.md has the formulas.

@@ -22,12 +22,15 @@ def train_denominators(algorithm: Algorithm, packs: Iterable[TokenTensors], deno
 
     Args:
         algorithm: its `denominator` is `all` or `kept`.
-        packs: every pack of the train batch, those without a gradient included; with `kept` they need proximal
-            logprobs.
-        denominators: counts of all their sequences and tokens.
+        packs: packs that may count, those without a gradient included (`TrainBatch.countable`); with `kept` they need
+            proximal logprobs.
+        denominators: counts of all sequences and tokens of the train batch.
 
     Returns:
         `denominators`, or with `kept` the counts that remain, each at least 1.
+
+    Raises:
+        ValueError: proximal logprobs are missing with `kept`.
     """
     if algorithm.denominator == "all":
         return denominators

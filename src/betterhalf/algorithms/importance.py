@@ -22,7 +22,7 @@ class Weights:
     """Importance weights of the tokens of one micro-batch; a sequence's weight is repeated at each of its tokens."""
 
     raw_C: Tensor
-    """float32 [C]: the ratio itself."""
+    """float32 [C]: the ratio before its treatment."""
     weight_C: Tensor
     """float32 [C]: after truncation and masking."""
     kept_C: Tensor
@@ -36,11 +36,11 @@ class Weights:
 def importance_weights(
     config: RatioConfig, numerator_C: Tensor, denominator_C: Tensor, sequence_index_C: Tensor, num_sequences: int
 ) -> Weights:
-    """Return the ratio of two policies at the level of `config`, treated; `clip` leaves the weight as it is.
+    """Return the ratio of two policies at the level of `config`, and its weight; the surrogate applies `clip` itself.
 
     The gradient with respect to the numerator's logprobs is weight x (gradient of the token's logprob) at every level:
     a sequence's ratio is repeated at each of its tokens, but each token carries only its own part of the gradient.
-    A bounded or truncated weight is a constant.
+    A bounded or truncated weight is a constant, as is the weight of 1 that a mask without `keep_weight` gives.
 
     Args:
         config: level, treatment and bounds.
@@ -64,9 +64,9 @@ def treated(config: RatioConfig, ratio: Tensor) -> Tensor:
 
 
 def leaves_trust_region(probability_gap: float, current_C: Tensor, behavior_C: Tensor, advantages_C: Tensor) -> Tensor:
-    """Return a mask, bool [C]: the update moves pi away from mu, and abs(pi - mu) already exceeds `probability_gap`.
+    """Return the tokens that the update would move further out of the trust region, bool [C].
 
-    Source: DPPO, arXiv 2602.04879.
+    pi moves away from mu, and abs(pi - mu) already exceeds `probability_gap` (DPPO, arXiv 2602.04879).
     """
     gap_C = current_C.detach().exp() - behavior_C.exp()
     return (gap_C * advantages_C > 0) & (gap_C.abs() > probability_gap)

@@ -1,4 +1,4 @@
-"""Statistics of what the policy loss cut off, which add up over micro-batches, ranks and optimizer steps."""
+"""Statistics of the policy loss and of what it cut off, over micro-batches, ranks and optimizer steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from betterhalf.types import Reduction
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossStats:
-    """Sums over tokens: float64 scalar tensors on the device of the loss, so that counting does not synchronise."""
+    """Sums and maxima over tokens: float64 scalars on the device of the loss, so that counting does not synchronise."""
 
     loss: Tensor = field(metadata=SUM)
     """Sum of the losses of micro-batches; each is the share of a micro-batch in the loss of its train batch."""
@@ -84,10 +84,10 @@ class LossStats:
         bounded_C: Tensor,
         long_C: Tensor,
     ) -> LossStats:
-        """Sum over the C tokens of one micro-batch, before its backward pass.
+        """Return the statistics of the C tokens of one micro-batch, before its backward pass.
 
-        Ratios and weights are floating point, the others bool. `negative_ratio_C` has the current/proximal ratio of
-        the tokens with a negative advantage, and 0 for the others.
+        `loss` is a scalar, ratios and weights are floating point, the others bool. `negative_ratio_C` has the
+        current/proximal ratio of the tokens with a negative advantage, and 0 for the others.
         """
         before_C, after_C, ratio_C = before_C.detach().double(), after_C.detach().double(), ratio_C.detach().double()
         return cls(
@@ -165,7 +165,7 @@ _OF_TREATMENT = (
 
 
 def policy_metrics(stats: LossStats, train_batches: int = 1) -> dict[str, float | None]:
-    """Return the `policy/` and `loss/` metrics of a step; the only place that waits for the device.
+    """Return the `policy/` and `loss/` metrics of a step; waits for the device.
 
     Args:
         stats: summed over the micro-batches of a step.
@@ -208,7 +208,7 @@ def _lists(pairs: Mapping[str, Tensor]) -> dict[str, list[float]]:
 
 
 def largest_token_share(stats: LossStats) -> float:
-    """Return the share of the largest token in the gradient of one optimizer step.
+    """Return the share of the largest token in the gradient of one optimizer step; waits for the device.
 
     It is the largest norm of the gradient with respect to a final hidden state, divided by the root of the sum of the
     squares of all of them: 1 if a single token has all the gradient, 1 / sqrt(tokens) if all have the same, 0 without

@@ -1,4 +1,4 @@
-"""A loss of the user's own, `algorithm.loss = "module:function"`: tried on a few tokens, and called.
+"""Calls of a loss of the user's own, `algorithm.loss = "module:function"`, and a trial of it on a few tokens.
 
     def loss(inputs: LossInputs, denominators: Denominators, algorithm: Algorithm) -> Tensor
     def loss(inputs: LossInputs, denominators: Denominators, algorithm: Algorithm) -> tuple[Tensor, dict]
@@ -44,7 +44,7 @@ class _Unusable(Exception):
 
 
 def own_value(own: OwnLoss, inputs: LossInputs, denominators: Denominators, algorithm: object) -> OwnValue:
-    """Compute the loss of one micro-batch; 0, with a graph, without tokens, and then the function is not called.
+    """Compute the loss of one micro-batch. Without tokens it is 0, with a graph, and the function is not called.
 
     Raises:
         RunError: the function raised, or returned something that is not a loss.
@@ -135,6 +135,6 @@ def _metric(name: Any, value: Any, inputs: LossInputs) -> Tensor:
 
 
 def _place(error: BaseException) -> str:
-    """Return the place in the user's file where the error came from; empty if it was this package."""
+    """Return the file and line that raised the error; empty if it was the call itself, as with wrong arguments."""
     frames = traceback.extract_tb(error.__traceback__)[1:]
     return f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""

@@ -32,7 +32,7 @@ class LossOutput:
     loss: Tensor
     """FP32 scalar with a graph; a scalar, so that loss scaling happens in FP32."""
     stats: LossStats
-    """Additive sums, without a graph."""
+    """Sums and maxima over the tokens, without a graph."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,8 @@ def policy_loss(algorithm: Algorithm, inputs: LossInputs, denominators: Denomina
     Args:
         algorithm: the resolved choices.
         inputs: tensors of the micro-batch; with proximal logprobs when `algorithm.needs_proximal`, with reference
-            logprobs when `algorithm.has_kl_loss`, and with entropies for an entropy bonus.
+            logprobs when `algorithm.has_kl_loss`, with entropies for an entropy bonus, and with logprobs of the most
+            likely tokens for Score Centering.
         denominators: those of the whole train batch.
 
     Returns:

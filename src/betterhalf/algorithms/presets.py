@@ -23,7 +23,7 @@ class Algorithm:
     advantage: AdvantageKind
     """Baseline subtracted from the reward."""
     surrogate: RatioConfig
-    """Ratio that multiplies the advantage and carries the gradient."""
+    """Ratio that multiplies the advantage; its `gradient` says whether the ratio or log pi is differentiated."""
     correction: RatioConfig = NO_RATIO
     """Constant proximal/behavior ratio that multiplies the surrogate."""
     aggregation: AggregationKind
@@ -84,10 +84,10 @@ def resolve_algorithm(config: AlgorithmConfig, *, with_loss: bool = True) -> Alg
 
     Args:
         config: the section `[algorithm]`.
-        with_loss: import a loss of the user's own; false where nothing is trained, and its file may be elsewhere.
+        with_loss: import a loss of the user's own; False where nothing is trained and its file may be missing.
 
     Raises:
-        ConfigError: the choices contradict each other, or there is no such loss.
+        ConfigError: the choices contradict each other, or the loss cannot be imported.
     """
     choices = {field.name: getattr(config, field.name) for field in fields(Algorithm)}
     own = None if config.loss is None or not with_loss else load_own_loss(config.loss)

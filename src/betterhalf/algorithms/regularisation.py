@@ -1,7 +1,7 @@
-"""The terms that keep the policy close to a reference policy or random: KL penalty and entropy bonus.
+"""Regularisation: a KL penalty keeps the policy close to a reference policy, an entropy bonus keeps it random.
 
-The KL divergence is that from the policy to the reference, KL(pi || reference), estimated from the sampled tokens with
-x = log reference - log pi: k1 = -x, k2 = x^2 / 2, k3 = exp(x) - 1 - x.
+The penalty is on KL(pi || reference), estimated from the sampled tokens with x = log reference - log pi: k1 = -x,
+k2 = x^2 / 2, k3 = exp(x) - 1 - x (Schulman 2020, "Approximating KL divergence").
 """
 
 from __future__ import annotations

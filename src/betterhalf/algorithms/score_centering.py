@@ -1,12 +1,13 @@
 """Score Centering (arXiv 2609.20807): subtract from each token's score the mean score of the engine's distribution.
 
-Where trainer (pi) and engine (mu) differ, a constant advantage does not cancel: the expected gradient holds
+Where trainer (pi) and engine (mu) differ, a constant advantage A does not cancel: the expected gradient contains
 
     A sum_v mu_v f(pi_v / mu_v) grad log pi_v
 
-over the vocabulary v, with f the treatment of the ratio. It has no information about the reward, pulls pi towards mu,
-and adds up from step to step. The term here has the opposite gradient. The sum runs over the engine's K most likely
-tokens, H; outside of them, mu is taken to be pi, scaled by rho = (1 - sum_H mu) / (1 - sum_H pi) to the same total.
+over the vocabulary v, with f the treatment of the ratio. It has no information about the reward and adds up from step
+to step; without a ratio (f = 1) it pulls pi towards mu, or away from it if A is negative. The term here has the
+opposite gradient. The sum runs over the engine's K most likely tokens, H; outside of them, mu is taken to be pi, scaled
+by rho = (1 - sum_H mu) / (1 - sum_H pi) to the same total.
 Since sum_v pi_v grad log pi_v = 0, the tail can be written as a sum over H:
 
     sum_H (mu_v f(pi_v / mu_v) - rho f(1 / rho) pi_v) grad log pi_v
@@ -24,7 +25,7 @@ from betterhalf.algorithms.importance import treated
 from betterhalf.config.schema import RatioConfig
 
 _LEAST_TAIL = 1e-6
-"""Smallest probability outside of H: the difference of two numbers close to 1 is rounding noise below it."""
+"""Lower bound of the probability outside of H: below it, 1 minus a sum close to 1 is rounding noise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
