@@ -1,10 +1,10 @@
 """Checkpoints that are complete or absent: safetensors and JSON, with a digest of each file.
 
     checkpoints/step-000012/
-        model.safetensors       FP32 masters by the module's name: of all weights, or of LoRA adapters
+        model.safetensors       FP32 masters by parameter name: of all weights, or of LoRA adapters
         optimizer.safetensors   AdamW states, `<state>/<name>`
         reference.safetensors   reference policy in the compute dtype, if it has been refreshed
-        state.json              step, loss scaler, policy version, data position
+        state.json              step, loss scaler, policy version, digests, and values of the run such as data position
         manifest.json           size and SHA-256 of the others; written last
 
 Several ranks write files of their rows (see `shards`). A checkpoint is written under a temporary name and then renamed,
@@ -59,7 +59,9 @@ class Checkpoint:
 
 
 def begin(folder: Path, step: int) -> Path:
-    """Create an empty folder for the files of the checkpoint after `step`, and return it; no other is being written.
+    """Create and return an empty folder for the files of the checkpoint after `step`.
+
+    It also removes leftovers of a killed process: call it only while no other checkpoint is being written.
 
     Raises:
         RunError: it cannot be created, for example on a full disk.
@@ -101,7 +103,7 @@ def finish(
 
 
 def _put_in_place(partial: Path, final: Path) -> None:
-    """Give the folder its name. A checkpoint that has it already is set aside, so that one of both always exists."""
+    """Give the folder its name. A checkpoint that has it already is set aside, so that one of the two always exists."""
     if not final.exists():
         os.rename(partial, final)
         return
@@ -116,7 +118,7 @@ def _put_in_place(partial: Path, final: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Delete a checkpoint, which loses its name first: no part of it is ever taken for a checkpoint."""
+    """Delete a checkpoint, if possible. It is renamed first, so that no part of it is ever taken for a checkpoint."""
     deleted = path.with_name(f".{path.name.strip('.').removesuffix('.replaced')}.deleted")
     with contextlib.suppress(OSError):
         os.rename(path, deleted)
@@ -133,7 +135,7 @@ def _sync(folder: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a process that was killed has left behind; no checkpoint is being written."""
+    """Clean up after a process that was killed; call it only while no checkpoint is being written."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         match = _HIDDEN.fullmatch(path.name)
         if match is None:

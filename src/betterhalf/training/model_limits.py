@@ -1,4 +1,4 @@
-"""Limits that a model's configuration sets to the trainer: the size of its heads, and dropout."""
+"""Facts of a model's configuration that limit the trainer: the size of attention heads, and dropout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from betterhalf.errors import InputError
 
 _DROPOUT = re.compile(r"^(?!classifier|summary|adapter).*(dropout|dropout_prob|pdrop|layerdrop)$")
-"""Keys of transformers configurations that drop activations of a decoder; other heads than the LM head do not count."""
+"""Dropout keys of transformers configurations; those of adapters and of heads other than the LM head do not count."""
 
 
 def head_dim_of(hf_config: Any) -> int:

@@ -1,4 +1,4 @@
-"""Moves a pack from host memory to the trainer's device."""
+"""Transfer of packs from host memory to the trainer's device."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 A seeded shuffle of all rollouts is cut into one train batch for each optimizer step. Each train batch is cut into
 micro-batches by a token budget; siblings are placed next to each other, so that they share one copy of their prompt.
-Within a micro-batch segments are sorted by length, so that segments of equal length share an attention call.
+Within a micro-batch, whole sequences and shared prompts come first, then the completions of siblings; each kind is
+sorted by length, so that segments of equal length share an attention call.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def pack_step(
 
     Returns:
         `config.training.optimizer_steps` train batches. Their denominators count zero-advantage rollouts too, so
-        leaving those out of the backward pass changes nothing. A train batch has a pack for each of
-        `config.cluster.trainers` ranks at least, if it has that many rollouts to train on.
+        leaving those out of the backward pass changes nothing. Each train batch has at least one pack for each of the
+        `config.cluster.trainers` ranks, if it has that many rollouts to train on.
     """
     shares = _shares(len(rollouts), config, step, epoch)
     budget = config.training.tokens_per_micro_batch
@@ -177,8 +178,10 @@ class _Packer:
         return packs
 
     def _spread(self, indices: Sequence[int], fewest: int) -> list[list[int]]:
-        """Fill at least `fewest` packs; exactly that number, of similar length, if an equal share and up to half of it
-        more hold them: each further pack would be one more pass, in which the other ranks wait."""
+        """Fill at least `fewest` packs, and no more if packs of up to 1.5 times an equal share of the tokens allow it.
+
+        Each further pack would be one more pass, in which the other ranks wait.
+        """
         share = -(-sum(map(self.length, indices)) // fewest)
         budgets = [share + share * eighths // 8 for eighths in range(5)]
         exact = (packs for budget in budgets if len(packs := self._filled(indices, budget)) == fewest)
@@ -227,7 +230,7 @@ class _Packer:
 
 
 class _Layout:
-    """Layout of a pack: sequences without siblings and shared prompts, by length, then the completions of siblings.
+    """Layout of a pack: sequences without siblings and shared prompts, then completions of siblings, each by length.
 
     Siblings are sequences with equal prompt token ids. A completion's last token is left out: nothing is predicted
     after it, so its hidden state is never used. Observations are inputs without loss rows of their own.

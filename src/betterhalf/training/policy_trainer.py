@@ -70,13 +70,13 @@ class PolicyTrainer:
         """Take over `model.module`, whose parameters change dtype, and build optimizer and loss scaler.
 
         The parameters of a `SkeletonModel` get their values from the store that `sharded_over` makes. With
-        `keep_reference`, a copy of the weights is kept as the reference policy. As a rank, every method is called on
-        all ranks at the same time, with an equal number of packs (`training.split.empty_pack` fills up).
+        `keep_reference`, a copy of the weights is kept as the reference policy. With several ranks, every method is
+        called on all of them at the same time, with equally many packs (`training.split.empty_pack` fills up).
 
         Raises:
             InputError: the model has dropout, which would make pi random; it lacks an FP32 island of the
-                configuration; it computes in half where no precision rule covers it; or its layers are to be compiled
-                and there is no compiler.
+                configuration; it computes in half where no precision rule covers it; its layers are to be compiled
+                and there is no compiler; or this processor cannot compute as `engine.rounding = "exact"` requires.
         """
         self.config = config
         self.precision = precision
@@ -173,7 +173,7 @@ class PolicyTrainer:
         self._reference.refresh()
 
     def keep_version(self) -> None:
-        """See `Trainer.keep_version`; the copy is made at the first call."""
+        """See `Trainer.keep_version`; the copy takes memory from the first call on."""
         if self._kept is None:
             self._kept = ReferencePolicy(self.weights)
         else:

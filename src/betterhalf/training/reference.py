@@ -1,4 +1,4 @@
-"""The reference policy: a copy of the computing weights, which trade places with the trainer's to score tokens.
+"""The reference policy: a copy of the computing weights, which is swapped with the trainer's to score tokens.
 
 One module computes both policies, so that kernels, packs and rounding are the same, and equal weights give equal
 logprobs, bit for bit. The copy is in the compute dtype; it has no FP32 masters and no optimizer.
@@ -48,7 +48,7 @@ class ReferencePolicy:
         return self._held if self._refreshed else {}
 
     def digest(self) -> str:
-        """Return a checksum of the weights."""
+        """Return a checksum of the weights, 16 hexadecimal digits; collective with several ranks."""
         if self._digest is None:
             text = "\n".join(
                 f"{name} {digest}" for name, digest in weights_digests(self._weights.whole(self._held)).items()

@@ -19,8 +19,8 @@ class Routing:
         """Use the tape of the model's routers.
 
         Args:
-            tape: of the routers; None without any.
-            num_experts: experts in a layer.
+            tape: shared by all routers; None for a model without any.
+            num_experts: number of experts in a layer.
             replays: compute with the engine's choices (arXiv 2510.11370).
         """
         self._tape, self.num_experts, self._replays = tape, num_experts, replays

@@ -49,12 +49,12 @@ class SupportMask:
         )
 
     def restrict(self, logits: Tensor, *, row: int = 0, column: int = 0) -> None:
-        """Set the logits of all other tokens to minus infinity, in place.
+        """Set the logits of all unsupported tokens to minus infinity, in place.
 
         Args:
-            logits: float32 [R, N], a block of the logits of all rows.
-            row: row of its first logits.
-            column: token of its first logits.
+            logits: float32, a block of some rows and columns of the logits [C, V].
+            row: first row of the block.
+            column: first token of the block.
         """
         rows, columns = logits.shape
         removed = ~self.whole_C[row : row + rows].unsqueeze(1).repeat(1, columns)

@@ -169,7 +169,7 @@ class _TokenScores(torch.autograd.Function):
         kept = ctx.logits_CV if ctx.use == ctx.workspace.uses else None
         operand = hidden_CH.to(grad_weight_VH.dtype)
         if ctx.support is not None:
-            # Gradients of constants; logits that are computed again would leave rounding noise.
+            # The logprob of a single supported token is constant; logits computed again would leave rounding noise.
             grad_outputs = tuple(grad.masked_fill(ctx.support.single_C, 0.0) for grad in grad_outputs)
         for start in range(0, grad_weight_VH.shape[0], columns):
             part = slice(start, start + columns)
@@ -222,7 +222,7 @@ def _grad_logits(
     dtype: torch.dtype,
     transform: ops.LogitTransform,
 ) -> Tensor:
-    """Gradient of the targets' logprobs, and of the entropies, with respect to the head's product, rounded once.
+    """Return the gradient of targets' logprobs and of entropies with respect to the head's product, rounded once.
 
     It is (onehot - softmax) * grad / temperature. `targets_C` are relative to the first of these logits; a target may
     be outside them. `rows` has the normalisers, [C], and the entropies H, [C], if there is a gradient of them too: it

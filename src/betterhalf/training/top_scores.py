@@ -65,7 +65,7 @@ class _TopLogprobs(torch.autograd.Function):
 
 
 def _grad_logits(scaled_CV: Tensor, top_ids_CK: Tensor, normaliser_C: Tensor, grad_CK: Tensor) -> Tensor:
-    """Gradient of the logprobs with respect to the scaled logits: sum over K of (onehot - softmax) * grad.
+    """Return the gradient of the logprobs with respect to the scaled logits: sum over K of (onehot - softmax) * grad.
 
     `top_ids_CK` are relative to the first of these logits; a token may be outside them.
     """
@@ -82,7 +82,7 @@ def top_logprobs(
     Args:
         hidden_CH: final hidden states of the loss rows, in the compute dtype.
         head: its leaf receives a gradient.
-        top_ids_CK: int64 token ids, different ones in each row.
+        top_ids_CK: int64 token ids, distinct within each row.
         temperature: logits are divided by this.
         workspace: limits the logits held at the same time.
 

@@ -31,10 +31,10 @@ class TokenScores:
     entropies_C: Tensor
     """float32 [C], host, in nats."""
     experts_TLK: Tensor | None = None
-    """uint8 or int16 [T, L, K], host: experts that the trainer's own routers choose for each token of the pack, also
-    if those of the engine compute; None without experts."""
+    """uint8 or int16 [T, L, K], host: experts that the trainer's own routers choose for each token of the pack, even
+    if it computes with the engine's choices; None without experts."""
     num_experts: int = 0
-    """Number of experts in a layer."""
+    """Number of experts in a layer; 0 without experts."""
 
     def on_host(self) -> TokenScores:
         """Return the scores in host memory."""
@@ -68,7 +68,7 @@ class TrainerState:
     """Everything a trainer needs to continue bit for bit."""
 
     model: dict[str, Tensor]
-    """FP32 masters by unfused Hugging Face name."""
+    """FP32 masters by parameter name in the transformers module."""
     optimizer: dict[str, Tensor]
     """AdamW states by `<state>/<name>`."""
     loss_scaler: dict[str, float]
@@ -124,7 +124,7 @@ class Trainer(Protocol):
         ...
 
     def keep_version(self) -> None:
-        """Keep a copy of the weights that compute, for `measure_kept`; replaces the copy before."""
+        """Keep a copy of the computing weights for `measure_kept`; it replaces the previous copy."""
         ...
 
     def measure_kept(self, packs: Sequence[MicroBatch]) -> list[TokenScores]:
@@ -214,7 +214,7 @@ class Trainer(Protocol):
         """Continue from the files of a trainer with any number of ranks; each rank reads its own rows.
 
         Raises:
-            CheckpointError: the state is of another model or another kind of loss scaler.
+            CheckpointError: as `load`, or a file cannot be read.
         """
         ...
 

@@ -29,7 +29,7 @@ class Prepared:
     """Facts about a prepared module."""
 
     attention: str
-    """Name of its attention."""
+    """Name of its attention implementation."""
     layers: Mapping[str, nn.Linear | CpuLinear]
     """Name -> linear layer, without the LM head."""
     routing: RoutingTape | None
@@ -66,7 +66,7 @@ def prepare_module(module: Any, config: RunConfig, precision: Precision, islands
     attention = attention_name(precision.device, head_dim_of(module.config), fp32_sums=sums, exact=precision.exact)
     use_packed_attention(module, attention, compiled=config.training.compile_layers)
     if config.training.activation_checkpointing:
-        # the new name of transformers 5.24, or the old one
+        # transformers 5.24 renamed this method.
         enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
         enable({"use_reentrant": False})
         module.train()

@@ -33,15 +33,15 @@ def side_report(
     """Report formats, facts and digests of a trainer.
 
     Args:
-        module: computes the policy.
-        weights: its store.
-        outgoing: its weights as the engine gets them, each read once.
+        module: model that computes the policy.
+        weights: store of its weights.
+        outgoing: its weights as the engine gets them.
         precision: of the run.
         optimizer: of the masters.
         layers: name -> linear layer.
         hidden: [T, H], final hidden states of a pass.
         logits: [T, V], of the same pass.
-        facts: further ones.
+        facts: further facts, with `attention` and `rounding` among them.
     """
     compute, wire = precision.roles.compute_dtype, precision.roles.wire_dtype
     digests: dict[str, str] = {}

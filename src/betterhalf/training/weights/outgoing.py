@@ -1,4 +1,4 @@
-"""The weights as the engine gets them: by their names in the model without adapters, with adapters merged or beside.
+"""The weights as the engine gets them: named as in the model without adapters, which are merged or sent separately.
 
 Without adapters these are the parameters of the store.
 """
@@ -69,7 +69,7 @@ class OutgoingWeights:
 
         Args:
             wire_dtype: format of the weights.
-            leave_out: names not to yield: none, or `unchanging`.
+            leave_out: names to leave out: none, or all of `unchanging`.
         """
         if not self._served:
             yield from self._weights.on_the_wire(wire_dtype)
@@ -98,7 +98,7 @@ class OutgoingWeights:
         return weights.from_rows(layer.base, rows), count
 
     def computing(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name in the engine, weight in the compute dtype), one at a time: what an equal engine holds."""
+        """Yield (name in the engine, weight in the compute dtype), one at a time; engines in that dtype hold them."""
         if self._served:
             yield from self.on_the_wire(self._compute_dtype)
         else:

@@ -122,7 +122,7 @@ class ReplicatedWeights:
             yield from unfused([(name, to_format(self.local(name), wire_dtype))])
 
     def local(self, name: str) -> Tensor:
-        """Return the FP32 master of a parameter, or a frozen parameter, in the compute dtype."""
+        """Return the FP32 master of a parameter; of a frozen parameter, its values in the compute dtype."""
         return self.masters.get(name, self._compute[name]).detach()
 
     def from_rows(self, name: str, rows: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class ShardedWeights:
             offload: keep the shards, and with them the optimizer's states, in host memory.
 
         Raises:
-            InputError: more ranks than the largest parameter has rows.
+            InputError: there are more ranks than rows in the largest parameter.
         """
         assert not is_emulated(compute_dtype), f"FSDP2 cannot gather {compute_dtype}"
         self._compute_dtype, self._dtype = compute_dtype, torch_dtype(compute_dtype)
@@ -334,7 +334,7 @@ def _allocate(module: nn.Module, device: torch.device) -> None:
 
 @torch.no_grad()
 def _fill(local: Mapping[str, Tensor], source: RowSource, wanted: Mapping[str, ShardRange]) -> None:
-    """Copy the rows of this rank into its FP32 shards."""
+    """Copy the rows of this rank into its shards, which are FP32, or in the compute dtype for frozen parameters."""
     filled = set()
     for name, rows in source.rows(wanted):
         local[name].copy_(rows)

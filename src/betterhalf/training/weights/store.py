@@ -59,7 +59,7 @@ class WeightStore(Protocol):
         ...
 
     def local(self, name: str) -> Tensor:
-        """Return this process's rows of a parameter: of the FP32 master, or of a frozen parameter that computes."""
+        """Return this process's rows of a parameter: the FP32 master, or a frozen parameter in the compute dtype."""
         ...
 
     def from_rows(self, name: str, rows: Tensor) -> Tensor:
