@@ -30,8 +30,8 @@ def c_library(name: str) -> ctypes.CDLL | None:
 def _compiled(source: Path) -> Path:
     """Return the compiled library of a source file, compiled again if it is damaged.
 
-    Its name has a digest of source, command and compiler, and one of itself: a truncated library may end the process
-    that loads it.
+    Its name has a digest of source, command, compiler and machine, and one of its own content: loading a truncated
+    library may kill the process.
     """
     compiler = subprocess.run((_COMPILE[0], "--version"), capture_output=True, check=True, timeout=60).stdout
     parts = (source.read_bytes(), " ".join(_COMPILE).encode(), compiler, platform.machine().encode())

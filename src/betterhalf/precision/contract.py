@@ -320,7 +320,7 @@ def _signed(value: int) -> int:
 
 
 class NotedWeights:
-    """A stream of weights that notes the digest of each one as it passes; implements `wire.WeightStream`."""
+    """A stream of weights that records the digest of each as it passes; implements `wire.WeightStream`."""
 
     def __init__(
         self,
@@ -334,12 +334,12 @@ class NotedWeights:
         """Read nothing yet.
 
         Args:
-            read: starts at the first weight; gives (name, tensor in the wire dtype) of all but the names that it is
-                given, the same in every call.
+            read: takes names to leave out and yields (name, tensor in the wire dtype) of all other weights, the same
+                in every call.
             policy_version: number of applied updates in these weights.
             rollout_dtype: format in which the engine holds them, and in which digests are taken.
             unchanging: names of weights that are the same in every version.
-            known: digests of those that have passed in any version, which is updated.
+            known: digests of those that have passed in any version; updated in place.
         """
         self.policy_version = policy_version
         self._read = read

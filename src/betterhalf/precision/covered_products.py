@@ -26,7 +26,7 @@ _PRODUCTS = {
 """Dispatcher names of the operations that multiply and add."""
 
 _PLAIN = {"aten", "prim", "prims", "mkldnn", "c10d", "_c10d_functional", "fsdp", "profiler"}
-"""Namespaces whose other operations are no products. An operation of any other one may be."""
+"""Namespaces in which no other operation is a product; any operation of another namespace counts as one."""
 
 
 def half_products(run: Callable[[], object]) -> list[Tensor]:
@@ -83,7 +83,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._names: dict[int, str] = {}
         """Address of a storage object -> name of the parameter whose values it holds."""
         self._alive: list[Any] = []
-        """These storages: the address of one that is freed would be used again."""
+        """These storages, kept alive: the address of a freed one could be used again."""
         self._follow(module, "")
 
     @contextmanager

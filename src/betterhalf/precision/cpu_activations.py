@@ -1,6 +1,6 @@
 """Activations on a CPU in which an element's bits depend on that element alone, for `engine.rounding = "exact"`.
 
-torch's kernels compute the last few elements of a row, or of a thread's share, by another exponential than the others.
+torch's kernels compute the last few elements of a row, or of a thread's share, with a different exponential function.
 """
 
 from __future__ import annotations

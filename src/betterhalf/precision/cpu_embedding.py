@@ -73,12 +73,12 @@ def has_rule(part: nn.Module) -> TypeGuard[nn.Embedding]:
 
 
 def embedding_scale(embedding: nn.Embedding) -> float:
-    """Return the factor by which an embedding that `has_rule` multiplies its rows."""
+    """Return the factor by which an embedding for which `has_rule` is true multiplies its rows."""
     return float(getattr(embedding, "scalar_embed_scale", 1.0))
 
 
 def use_cpu_embedding(module: nn.Module, precision: Precision) -> int:
-    """Replace, in place, every embedding that `has_rule` inside `module` on a CPU.
+    """Replace, in place, every embedding inside `module` for which `has_rule` is true, on a CPU.
 
     Its parameter may get the compute dtype later.
 

@@ -220,11 +220,11 @@ def use_cpu_linear(module: nn.Module, precision: Precision, islands: Islands = N
         precision: compute dtype, device and kind of half products.
         islands: modules that will compute in FP32.
 
-    Raises:
-        InputError: rows must be independent (`Precision.exact`), and this processor's are not.
-
     Returns:
         Number of layers replaced; 0 on a GPU, and on a CPU that computes half products natively.
+
+    Raises:
+        InputError: rows must be independent (`Precision.exact`), and this processor's are not.
     """
     compute = precision.roles.compute_dtype
     if precision.device.type != "cpu" or not (compute == "fp32" or precision.fp32_sums(compute)):

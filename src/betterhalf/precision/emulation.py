@@ -33,7 +33,8 @@ def to_format(x: Tensor, name: DtypeName, container: torch.dtype | None = None) 
         container: dtype of the result: the format's own, which is the default, or FP32.
 
     Returns:
-        Numbers of the format. As with `Tensor.to`, the result is `x` itself if nothing changes.
+        Numbers of the format. For a hardware format the result may be `x` itself, as with `Tensor.to`; for an emulated
+        one it is always a new tensor.
     """
     own = torch_dtype(name)
     container = own if container is None else container

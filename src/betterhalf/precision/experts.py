@@ -1,8 +1,9 @@
 """Layers of a mixture of experts under the precision rules: replacements for those of transformers.
 
 `Router` computes its logits in FP32 from the half hidden states. `Experts` rounds where transformers' module does: the
-results of both projections, the activation and its product. It differs in the sum over a token's experts, which is an
-FP32 sum with FP32 weights, rounded once; transformers rounds weights, terms and partial sums to half.
+results of both projections, the activation, and its product with the up projection. It differs in the sum over a
+token's experts, which is an FP32 sum with FP32 weights, rounded once; transformers rounds weights, terms and partial
+sums to half.
 
 T tokens, E experts, K experts for each token, H hidden size, I width of an expert.
 """
@@ -29,7 +30,7 @@ from betterhalf.precision.routing import (
 from betterhalf.precision.tiled_products import block_sizes
 
 _FAMILIES = ("Qwen3Moe", "Qwen2Moe", "Olmoe", "FlexOlmo")
-"""Prefixes of transformers' classes whose router is softmax, top-k and optional normalisation over 3-D experts."""
+"""Prefixes of transformers' classes with 3-D experts and a router of softmax, top-k and optional normalisation."""
 _ROUTERS = tuple(f"{family}TopKRouter" for family in _FAMILIES)
 _EXPERTS = tuple(f"{family}Experts" for family in _FAMILIES)
 
@@ -201,11 +202,11 @@ def use_experts(module: nn.Module, precision: Precision) -> RoutingTape | None:
         module: transformers model.
         precision: compute dtype, device and kind of half products.
 
-    Raises:
-        InputError: rows must be independent (`Precision.exact`), and this processor's are not.
-
     Returns:
         The tape of its routers; None without routers that this module knows.
+
+    Raises:
+        InputError: rows must be independent (`Precision.exact`), and this processor's are not.
     """
     tape, layers = RoutingTape(), 0
     widens = precision.fp32_sums(precision.roles.compute_dtype)

@@ -45,7 +45,7 @@ def dtype_name(dtype: torch.dtype) -> DtypeName:
 
 
 def most_common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """Return the dtype that most numbers have; there is at least one tensor."""
+    """Return the dtype of most elements of one or more tensors."""
     counts: Counter[torch.dtype] = Counter()
     for tensor in tensors:
         counts[tensor.dtype] += tensor.numel()
@@ -137,12 +137,12 @@ def formats_table(names: Iterable[DtypeName] = HARDWARE) -> str:
 
 
 def narrowest_format(x: Tensor) -> DtypeName:
-    """Return the coarsest half format that represents all values of `x` exactly, BF16 before FP16; `fp32` if none does.
+    """Return the coarsest format, emulated ones included, that represents all values of `x` exactly; BF16 before FP16.
 
     A few dozen values computed in one format are not representable in another by chance, so this shows which format a
     computation was rounded to, even when its half values are held in FP32 tensors. Zeros and non-finite values are
     ignored. With fewer than 16 other values the result is the tensor's dtype; an emulated format, which BF16 values are
-    more likely to fit, takes 24.
+    more likely to fit by chance, needs 24.
     """
     telling = x[x.isfinite() & (x != 0)]
     if telling.numel() < 16:

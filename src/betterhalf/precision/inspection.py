@@ -49,7 +49,7 @@ def inspect(grads: Sequence[Tensor], smallest_normal: float) -> list[Inspection]
 
 
 def _square(grad: Tensor, square: float, broken: float) -> float:
-    """Return the sum of squares, in float64 if entries above 1.8e19 have made it overflow in FP32."""
+    """Return the sum of squares, computed again in float64 if it has overflowed in FP32."""
     return square if broken or math.isfinite(square) else float(grad.double().square().sum())
 
 

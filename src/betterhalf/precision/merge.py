@@ -2,8 +2,8 @@
 
 The trainer multiplies by the base, rounded to the compute dtype, and by the adapter, one after the other. The weight
 that it applies is `base + scale * B @ A`, in real numbers. The engine's is the number of its own format nearest to that
-sum: no other weight of that format differs less from the trainer's. Rounding the product before it is added, or adding
-increments to a half weight, would round twice.
+sum as FP32 computes it: up to FP32's own rounding, no weight of that format differs less from the trainer's. Rounding
+the product to half before it is added, or adding increments to a half weight, would round to half twice.
 
 A product below half the distance between two numbers of the format leaves the weight where it was; `MergeCount` counts
 these.

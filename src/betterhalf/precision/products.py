@@ -1,10 +1,11 @@
 """Matrix products on a CPU by the faster of torch's two GEMM backends, MKL and oneDNN, for the CPU vendor.
 
-torch computes FP32 products with MKL. On AMD processors with AVX-512 oneDNN is about twice as fast. On Intel's the two
-are equally fast in the forward pass, and MKL is a third faster for gradients of weights (`benchmarks/products.py`
-measures both, docs/LOG.md has the numbers). The vendor's name decides, not a timing: the libraries add in different
-orders, and a run must repeat bit for bit. A weight packed into oneDNN's blocked layout is fastest for few rows on both
-vendors; it replaces the plain weight. Sums are FP32 in every case; results of half operands are rounded once.
+torch computes FP32 products with MKL. On AMD processors with AVX-512 oneDNN is about twice as fast. On Intel processors
+the two are equally fast in the forward pass, and MKL is a third faster for gradients of weights
+(`benchmarks/products.py` measures both, docs/LOG.md has the numbers). The vendor's name decides, not a timing: the
+libraries add in different orders, and a run must repeat bit for bit. A weight packed into oneDNN's blocked layout is
+fastest for few rows on both vendors; it replaces the plain weight. Sums are FP32 in every case; results of half
+operands are rounded once.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
 
 @cache
 def _plain_by_onednn() -> bool:
-    """Return whether oneDNN also computes products of plain weights: wherever it exists but on Intel CPUs with MKL."""
+    """Return whether oneDNN also computes products of plain weights: where it exists, except on Intel CPUs with MKL."""
     # Older versions of torch do not report the processor's name.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return _onednn() and not (torch._C.has_mkl and "intel" in capabilities.get("cpu_name", "").lower())
@@ -184,7 +185,7 @@ def _batched_by_onednn() -> bool:
 def _exact_batches() -> bool:
     """Return whether oneDNN computes FP32 batches in FP32 although it is allowed to round their operands.
 
-    It may not where the processor has AMX tiles; elsewhere a test product decides.
+    With AMX tiles it may round them, so the answer is False; elsewhere a test product decides.
     """
     if torch.cpu._is_amx_tile_supported():
         return False
@@ -194,7 +195,11 @@ def _exact_batches() -> bool:
 
 
 def has_native_matmul(dtype: torch.dtype) -> bool:
-    """Return whether this processor multiplies the format natively; torch's fallback is ten times slower than FP32."""
+    """Return whether this processor multiplies BF16 natively; always True for FP32, and False for FP16.
+
+    Without BF16 instructions, torch's own products are ten times slower than FP32. FP16 counts as not native even where
+    the processor has FP16 instructions: widened operands are as fast, and round alike on every machine.
+    """
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 

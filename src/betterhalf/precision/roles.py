@@ -97,7 +97,7 @@ def _refuse_emulation(roles: PrecisionRoles) -> None:
 
 
 def _keep_fp32_sums() -> None:
-    """Forbid what cuBLAS may do otherwise: add parts of a half product in half, and compute FP32 products in TF32."""
+    """Forbid cuBLAS to add parts of a half product in half, and to compute FP32 products in TF32."""
     settings = torch.backends.cuda.matmul
     settings.allow_fp16_reduced_precision_reduction = False
     settings.allow_bf16_reduced_precision_reduction = False

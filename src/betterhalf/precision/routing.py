@@ -27,7 +27,7 @@ def chosen_experts(logits_TE: Tensor, count: int) -> Tensor:
 def expert_weights(logits_TE: Tensor, experts_TK: Tensor, *, normalise: bool) -> Tensor:
     """Return the weights of given experts, float32 [T, K]: their share of the softmax over all experts.
 
-    The gradient reaches every logit, also if the experts were chosen elsewhere (arXiv 2510.11370).
+    The gradient reaches every logit, even if the experts were chosen elsewhere (arXiv 2510.11370).
 
     Args:
         logits_TE: float32 router logits.

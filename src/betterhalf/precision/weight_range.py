@@ -15,7 +15,9 @@ from betterhalf.precision.formats import FORMATS
 
 @torch.no_grad()
 def require_weights_fit(weights: Iterable[tuple[str, Tensor]], roles: PrecisionRoles) -> None:
-    """Refuse finite weights whose rounding to the compute, wire or rollout format would give infinity.
+    """Refuse finite weights above the largest finite number of the compute, wire or rollout format.
+
+    Formats with the exponent range of FP32 take all weights.
 
     Args:
         weights: (name, FP32 values) of the model.
