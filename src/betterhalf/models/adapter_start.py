@@ -1,4 +1,4 @@
-"""First values of LoRA adapters: new ones, or those of a folder in PEFT's format."""
+"""Initial values of LoRA adapters: new ones, or those of a folder in PEFT's format."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from betterhalf.models.files import lasting_name
 from betterhalf.models.row_source import RowSource
 
 StartingValues = Callable[[str, tuple[int, ...]], Tensor]
-"""(name of an adapter's parameter, its shape) -> first value, float32 on the CPU."""
+"""(name of an adapter's parameter, its shape) -> initial value, float32 on the CPU."""
 
 
 def starting_values(lora: LoraConfig, seed: int) -> StartingValues:
-    """Return the first values of adapters: those of `lora.adapter`, or new ones from `seed`."""
+    """Return the initial values of adapters: those of `lora.adapter`, or new ones from `seed`."""
     if lora.adapter is None:
         return lambda name, shape: new_value(name, shape, seed)
     return _Saved(lora.adapter)
 
 
 def new_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Return the first value of a new adapter's parameter, as PEFT's: 0 for B, uniform within 1 / sqrt(in) for A.
+    """Return the initial value of an adapter's parameter, as in PEFT: 0 for B, uniform within 1 / sqrt(in) for A.
 
-    B is 0, so that the policy starts as the base. A is drawn from the seed alone, so that all ranks draw the same.
+    B is 0, so that the policy starts as the base. A depends on the seed and the name alone, so that all ranks draw the
+    same.
 
     Args:
         name: of the parameter; each has random numbers of its own.
@@ -80,7 +81,7 @@ class AdaptedSource:
 
         Args:
             base: values of the model without adapters.
-            start: first values of the adapters.
+            start: initial values of the adapters.
             trained: values of adapters that a run has trained, which replace `start`.
         """
         self._base, self._start, self._trained = base, start, trained
@@ -99,7 +100,7 @@ class AdaptedSource:
 
 
 def require_fitting(lora: LoraConfig, linear: Mapping[str, tuple[int, int]], base: ModelConfig) -> AdapterFolder:
-    """Return the adapter to start from, which must be one of this base, and as the settings say.
+    """Return the adapter to start from, after checking that it fits the base model and the settings.
 
     Args:
         lora: settings, with `adapter`.

@@ -26,7 +26,7 @@ from betterhalf.precision.merge import merge_rows
 from betterhalf.types import DtypeName, LoraMerge
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers that engines fuse into one: they take new weights together."""
+"""Layers that engines fuse into one, so that their weights must be updated together."""
 _ROUTER = ".mlp.gate"
 """Last part of a router's name."""
 
@@ -157,7 +157,7 @@ def _no_match(target: str, linear: Mapping[str, nn.Linear]) -> str:
 
 
 def add_adapters(module: Any, lora: LoraConfig, seed: int) -> None:
-    """Put adapters into a module, in place, and freeze all other parameters; nothing without `lora.rank`.
+    """Put adapters into a module, in place, and freeze all other parameters; do nothing if `lora.rank` is 0.
 
     The values of a skeleton come from `AdaptedSource`.
 
@@ -304,7 +304,10 @@ def merged_weight(module: nn.Module, layer: AdaptedLinear, compute: DtypeName, n
 def plain_weights(
     module: nn.Module, compute: DtypeName, name: DtypeName, merge: LoraMerge = "weights"
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (unfused Hugging Face name, weight rounded to a format), with adapters merged or beside.
+    """Yield (name, weight rounded to a format) of a module, with adapters merged or separate.
+
+    Names are those of the transformers module without adapters, which holds the experts of a layer in one tensor, and
+    `served_name` of adapters.
 
     Args:
         module: with FP32 parameters.
@@ -331,7 +334,7 @@ def trained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def with_fused(names: Collection[str]) -> frozenset[str]:
-    """Return the weights and biases of these names, and those of the layers that are fused with theirs."""
+    """Return `names` with the weights and biases of their layers, and of the layers that engines fuse with these."""
     found = set(names)
     for name in names:
         layer = name.rpartition(".")[0]

@@ -3,8 +3,8 @@
 `attention_name` chooses one of four implementations:
 
     betterhalf_packed            in the tensors' own dtype: softmax(Q K^T) in FP32, probabilities rounded before the
-                                 product with V, as in fused kernels; in blocks on a CPU and with a soft-cap,
-                                 elsewhere by torch's scaled_dot_product_attention
+                                 product with V, as in fused kernels; in blocks with a soft-cap, and on a CPU that
+                                 multiplies the dtype natively; else by torch's scaled_dot_product_attention
     betterhalf_packed_fp32_sums  half tensors widened to FP32, softmax(Q K^T) V in FP32, the result rounded once (CPU)
     betterhalf_packed_exact      the same in tiles of fixed shape: a query's bits depend on its own sequence alone (CPU)
     betterhalf_packed_varlen     one fused kernel over all segments: torch.nn.attention.varlen (CUDA only)
@@ -39,7 +39,7 @@ Segments = tuple[PackedSegment, ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackLayout:
-    """Wrapper around a pack's segments, in which they travel through a model's forward pass to its attention.
+    """Wrapper that carries a pack's segments through a model's forward pass to its attention.
 
     torch.compile would compile again for every different tuple, but does not look into an object that only attention
     reads.
@@ -155,7 +155,7 @@ def _after_prefixes(folded: list[Tensor], batches: tuple[SegmentBatch, ...]) -> 
 
 
 def _own_dtype(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:
-    """Attention in the query's dtype; what torch's kernel computes faster, or alone, is left to it."""
+    """Attention in the query's dtype: in blocks for a soft-cap, or a native dtype on a CPU; else by torch's kernel."""
     if rule.cap is None and (q.is_cuda or not has_native_matmul(q.dtype)):
         return _by_batch(_fused, q, k, v, segments, rule)
     return _blocked(q, k, v, segments, rule, q.dtype)
@@ -296,7 +296,7 @@ _MEANINGS = {"s_aux": "attention sinks"}
 
 
 def _require_understood(mask: Tensor | None, others: Mapping[str, Any]) -> None:
-    """Refuse whatever else a model asks of its attention, instead of ignoring it.
+    """Refuse whatever else a model asks of its attention, rather than ignore it.
 
     Raises:
         InputError: there is a mask, or a keyword whose effect is not implemented; the message names it.

@@ -1,4 +1,4 @@
-"""Length of the context in which a model's rope computes what it was trained for."""
+"""Context length of a model, limited to lengths at which trainer and engines use the same rope frequencies."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class ModelFacts:
         return is_mixture(self.hf_config)
 
     def facts(self) -> ModelFacts:
-        """Return these facts alone, without what a loaded or described model has besides."""
+        """Return these facts alone, without the further fields of a loaded or described model."""
         return ModelFacts(**self.fields())
 
     def fields(self) -> dict[str, Any]:
@@ -88,6 +88,7 @@ def describe_model(config: ModelConfig, *, packed: bool = True) -> ModelDescript
     Raises:
         InputError: there is no such model, its files cannot be read, it is not a decoder whose sequences can be packed,
             or the tokenizer does not belong to it.
+        ConfigError: `model.stop_tokens` names a text that is not a single token.
         MissingExtraError: a package is missing for `smollm2` (extra `[smollm2]`) or for a GGUF file (extra `[gguf]`).
     """
     source = find_model(config)

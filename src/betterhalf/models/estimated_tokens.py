@@ -1,4 +1,4 @@
-"""Estimated length of prompts for a model of which only the configuration file is at hand, as `plan` may have it."""
+"""Estimated lengths of prompts, for `plan` and a model of which only the configuration file is present."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ BYTES_PER_TOKEN = 3
 
 
 class EstimatedTokens:
-    """Stand-in for a tokenizer, which gives each text about as many tokens as a real one would, without content."""
+    """Stand-in for a tokenizer: it gives a text about as many tokens as a real one would, all of them 0."""
 
     chat_template = "estimated"
-    """Chat messages are rendered as their texts alone."""
+    """Non-empty, so that chat messages are accepted; `apply_chat_template` renders them."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Return a token for every `BYTES_PER_TOKEN` bytes that were begun."""
+        """Return one token for every `BYTES_PER_TOKEN` bytes of the text, rounded up; at least one."""
         return [0] * max(1, -(-len(text.encode(errors="replace")) // BYTES_PER_TOKEN))
 
     def __call__(
@@ -33,18 +33,18 @@ class EstimatedTokens:
         return {"input_ids": [self.encode(each) for each in text]}
 
     def decode(self, token_ids: list[int]) -> str:
-        """Return as many bytes as the tokens stand for."""
+        """Return spaces, as many as the bytes that the tokens stand for."""
         return " " * (BYTES_PER_TOKEN * len(token_ids))
 
     def apply_chat_template(
         self, conversation: Sequence[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool, **arguments: Any
     ) -> str:
-        """Return the texts of the messages, a line each."""
+        """Return the role and the text of each message, on a line each."""
         return "".join(f"{message['role']}\n{message['content']}\n" for message in conversation)
 
 
 def describe_for_plan(config: ModelConfig) -> ModelFacts:
-    """Read a model's configuration files; without those of a tokenizer, the lengths of prompts will be estimated.
+    """Read a model's configuration files; without those of a tokenizer, prompt lengths are estimated.
 
     Raises:
         InputError: see `describe_model`; a folder needs config.json alone.

@@ -185,7 +185,10 @@ def _fix(name: str, error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the progress bars and warnings of transformers, so that only our own output is on the terminal."""
+    """Silence the progress bars and warnings of transformers, so that only our own output is on the terminal.
+
+    Inside it, GGUF files are read once; see `read_once`.
+    """
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

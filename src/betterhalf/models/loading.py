@@ -52,6 +52,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
     Raises:
         InputError: there is no such model, its files cannot be read, it is not a decoder whose sequences can be packed,
             or its tokenizer is missing or belongs to another model.
+        ConfigError: `model.stop_tokens` names a text that is not a single token.
         MissingExtraError: a package is missing for `smollm2` (extra `[smollm2]`) or for a GGUF file (extra `[gguf]`).
     """
     return load_weights(describe_model(config))
@@ -89,8 +90,9 @@ def open_weights(described: ModelDescription) -> SkeletonModel | None:
     """Check a model's weights in the headers of its files, without reading them.
 
     Returns:
-        The model without its weights. None if rows of them cannot be read: for GGUF and `.bin` files, and for tensors
-        that transformers converts by other rules than stacking experts. `load_weights` loads such a model.
+        The model without its weights. None if rows of them cannot be read: for GGUF and `.bin` files, for tensors that
+        transformers converts by other rules than stacking experts, and for buffers whose values only the files hold.
+        `load_weights` loads such a model.
 
     Raises:
         InputError: weights are missing or have another shape, or a file is damaged.
@@ -116,7 +118,7 @@ def open_weights(described: ModelDescription) -> SkeletonModel | None:
 
 
 def _facts(described: ModelDescription, module: Any, notes: tuple[str, ...]) -> dict[str, Any]:
-    """Return the fields of `ModelFacts`, true to the weights."""
+    """Return the fields of `ModelFacts`, updated by what the weights have shown."""
     return described.fields() | {"hf_config": module.config, "notes": notes}
 
 

@@ -54,7 +54,7 @@ class _Observed:
 
 
 def require_packable(module: Any) -> None:
-    """Refuse a model that packed sequences, or the trainer's logprobs, would not compute as transformers does.
+    """Refuse a model whose packed sequences or logprobs the trainer would not compute as transformers does.
 
     Args:
         module: transformers model on the meta device; the check changes it.

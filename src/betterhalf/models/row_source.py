@@ -32,7 +32,7 @@ class RowSource(Protocol):
 
 
 class Zeros:
-    """Weights that are all 0, for a trainer that a checkpoint follows; implements `RowSource`."""
+    """Weights that are all 0, for a trainer that then loads a checkpoint; implements `RowSource`."""
 
     def rows(self, wanted: Mapping[str, ShardRange]) -> Iterator[tuple[str, Tensor]]:
         """See `RowSource.rows`."""

@@ -53,7 +53,7 @@ def _computed(buffer: Tensor) -> bool:
 
 
 def to_device(module: Any, device: torch.device) -> Any:
-    """Move a module to the device, in place; what has no storage stays without.
+    """Move a module to the device, in place; tensors without storage stay as they are.
 
     Args:
         module: loaded module, or a skeleton.

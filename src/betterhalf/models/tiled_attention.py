@@ -5,7 +5,7 @@ queries are padded to a block, keys to whole tiles of absolute positions. The ma
 and the tiles' sums are added in the order of their positions, so a tile of hidden keys adds an exact zero.
 
 Axes: B counts the key heads of all sequences, R = L * group the queries that share a key head, position by position. D
-is the head dimension, K keys are held for J tiles of `KEYS` positions.
+is the head dimension; K keys are padded to J tiles of `KEYS` positions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KEYS = 64
 _FEW, _MANY = 8, 64
 """Queries of a block: of a decode step, and of anything longer."""
 _NARROWEST = 16
-"""Smallest head dimension of a product: narrower heads are padded, because torch computes tiny products otherwise."""
+"""Smallest head dimension of a product: narrower heads are padded, because torch computes tiny products differently."""
 _MAX_SCORES = 2**20
 """Maximum number of scores of a block, all heads together; 4 MiB."""
 
