@@ -173,9 +173,9 @@ def attend(
 
 
 def _splits(pairs: int, device: torch.device) -> int:
-    """Return the number of programs that share the keys of a sequence, so that every multiprocessor runs two.
+    """Return the number of programs that share the keys of a sequence: enough for about two on each multiprocessor.
 
-    It does not depend on the cache's length: that follows from what was sampled before, and would change sums.
+    It does not depend on the cache's length, which follows from what was sampled before: that would change sums.
     """
     return max(1, min(2 * _multiprocessors(device) // pairs, _MOST_SPLITS))
 

@@ -85,7 +85,7 @@ def inspect(gradients: Sequence[Tensor], smallest_normal: float) -> list[list[fl
 
     Returns:
         Four numbers for each gradient: the counts of non-finite entries, of non-zero entries, and of non-zero entries
-        below the smallest normal number, and the sum of squares. Squares are summed in FP32 over a few thousand
+        below the smallest normal number, and the sum of squares. Squares are summed in FP32 over at most 2^14
         entries, and these sums in float64.
     """
     device, parts = gradients[0].device, [triton.cdiv(gradient.numel(), _PART) for gradient in gradients]
