@@ -86,12 +86,12 @@ def tokenizer_flags(path: Path) -> dict[str, bool]:
     A missing flag is filled in as in llama.cpp: sentencepiece and Llama 3 tokenizers add a begin token.
 
     Raises:
-        InputError: the file is not in GGUF format, or ends within its metadata.
+        InputError: the file is not in GGUF format, or its metadata is incomplete or damaged.
     """
     try:
         with path.open("rb") as file:
             found = _tokenizer_entries(file)
-    except (struct.error, KeyError, IndexError, UnicodeDecodeError) as error:
+    except (struct.error, LookupError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise InputError(
             f"{path} is not a complete GGUF file: its metadata cannot be read; download it again"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from betterhalf.config.schema import ModelConfig
+from betterhalf.errors import InputError
 from betterhalf.models.description import describe_model
 from betterhalf.models.gguf import read_once, tokenizer_flags
 from betterhalf.models.loading import load_model
@@ -92,3 +94,20 @@ def test_a_file_that_changed_is_parsed_again(tmp_path: Path, write_gguf: WriteGg
         again = gguf.GGUFReader(path)
     assert again.get_field("tokenizer.ggml.model").contents() == "gpt2"
     assert isinstance(gguf.GGUFReader, type), "the library's own class is back"
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        struct.pack("<Q", 2**62),
+        struct.pack("<Q", 2**63),
+        struct.pack("<QsIIQ", 1, b"a", 9, 12, 2**62),
+        struct.pack("<QsI", 1, b"a", 9) + struct.pack("<IQ", 9, 1) * 10**5,
+    ],
+    ids=["name beyond memory", "name beyond any file", "array beyond any file", "arrays in arrays"],
+)
+def test_damaged_metadata_is_refused(damaged: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + damaged)
+    with pytest.raises(InputError, match="is not a complete GGUF file"):
+        tokenizer_flags(path)
