@@ -222,7 +222,7 @@ class PolicyTrainer:
     def forward_backward(
         self, packs: Sequence[MicroBatch], algorithm: Algorithm, denominators: Denominators
     ) -> LossStats:
-        """See `Trainer.forward_backward`; each pack's half gradient is added to the FP32 sum at once."""
+        """See `Trainer.forward_backward`; the half gradient of each pack is added to the FP32 sum immediately."""
         stats = LossStats.empty()
         with self._results:
             for micro in self._on_device(packs):

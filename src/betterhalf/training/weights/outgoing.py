@@ -28,7 +28,7 @@ class OutgoingWeights:
     def __init__(
         self, module: nn.Module, weights: WeightStore, compute_dtype: DtypeName, lora: LoraConfig = FULL
     ) -> None:
-        """Read nothing yet.
+        """Prepare the names; no weight is read yet.
 
         Args:
             module: with adapters, or without.

@@ -27,7 +27,7 @@ class SentRows:
         self._buffers: Mapping[str, Tensor] = {} if module is None else dict(module.named_buffers())
 
     def rows(self, wanted: Mapping[str, ShardRange]) -> Iterator[tuple[str, Tensor]]:
-        """See `RowSource.rows`; one tensor is on its way at a time."""
+        """See `RowSource.rows`; tensors are sent one at a time."""
         for name, rows in wanted.items():
             whole = self._whole[name].detach() if self._whole else None
             yield name, scatter_rows(whole, rows, self._ranks.world_size, self._ranks.device)

@@ -14,7 +14,7 @@ _CACHED = 2**19
 
 
 def collect_into(total: Callable[[], Tensor], parameter: Tensor, name: str, collected: set[str]) -> None:
-    """Add every gradient of a half parameter to an FP32 sum at once, and free it.
+    """Add every gradient of a half parameter to an FP32 sum as soon as it is computed, and free it.
 
     Args:
         total: returns the sum, float32 in the shape of the parameter. It must not refer to the parameter: a hook that
