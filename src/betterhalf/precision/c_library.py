@@ -20,7 +20,7 @@ _COMPILE = ("cc", "-O3", "-std=c99", "-ffp-contract=off", "-fno-math-errno", "-s
 
 @cache
 def c_library(name: str) -> ctypes.CDLL | None:
-    """Return the library made of the file `name` of this folder; None if it cannot be compiled or loaded here."""
+    """Return the library compiled from the file `name` of this folder; None if it cannot be compiled or loaded."""
     try:
         return ctypes.CDLL(str(_compiled(Path(__file__).with_name(name))))
     except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: no home folder

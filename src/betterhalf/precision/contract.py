@@ -331,7 +331,7 @@ class NotedWeights:
         unchanging: Collection[str] = (),
         known: dict[str, str] | None = None,
     ) -> None:
-        """Read nothing yet.
+        """Prepare the stream; no weight is read yet.
 
         Args:
             read: takes names to leave out and yields (name, tensor in the wire dtype) of all other weights, the same

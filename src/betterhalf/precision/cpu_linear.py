@@ -62,7 +62,7 @@ class Widened:
         self._version = -1
 
     def __call__(self) -> Tensor:
-        """Return a float32 tensor with the source's shape and present values."""
+        """Return a float32 tensor with the source's shape and current values."""
         if self._wide is None or self._stale():
             self._refresh()
         assert self._wide is not None
@@ -209,7 +209,7 @@ class CpuLinear(nn.Module):
 
 
 def use_cpu_linear(module: nn.Module, precision: Precision, islands: Islands = NO_ISLANDS) -> int:
-    """Replace, in place, every `nn.Linear` inside `module` but those of FP32 islands, if products sum in FP32 on a CPU.
+    """Replace, in place, every `nn.Linear` inside `module` except FP32 islands, if products on a CPU sum in FP32.
 
     The parameters may still be FP32: they get the compute dtype later, or in each pass. With `Precision.exact`
     layers of FP32 islands are replaced too. A linear layer that occurs twice stays one layer. State dict and parameters

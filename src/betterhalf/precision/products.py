@@ -90,7 +90,7 @@ def direct_sum(leaf: Tensor) -> Tensor | None:
     """Return the leaf's FP32 gradient if a backward pass may add to it in place; None if autograd has to add.
 
     The gradient must exist already, on a CPU, and the leaf must have no hooks, which would not see what is added.
-    `torch.autograd.grad` does not see it either. A tensor that is no leaf, such as a view of one, has no gradient.
+    `torch.autograd.grad` does not see it either. A tensor that is not a leaf, such as a view of one, has no gradient.
     """
     if not leaf.is_leaf:
         return None

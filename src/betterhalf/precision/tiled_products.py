@@ -21,7 +21,7 @@ _TILE = 32
 _BLOCKS = (2048, 512, 128)
 """Rows of the larger blocks, tried in this order."""
 _MAX_RESULTS = 2**21
-"""Results of the largest product that is worth a block: beyond it, a tile is as fast."""
+"""Maximum number of results of a block, except of the smallest size: beyond it, a tile is as fast."""
 
 
 def tiled_product(left: Tensor, right: Tensor) -> Tensor:
