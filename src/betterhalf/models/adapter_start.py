@@ -77,7 +77,7 @@ class AdaptedSource:
     """Source of the rows of a model with adapters; implements `RowSource`."""
 
     def __init__(self, base: RowSource, start: StartingValues, trained: RowSource | None = None) -> None:
-        """Read nothing yet.
+        """Prepare the source; no weight is read yet.
 
         Args:
             base: values of the model without adapters.

@@ -61,7 +61,7 @@ def require_peft() -> None:
 
 
 def check_adapters(hf_config: Any, lora: LoraConfig, base: ModelConfig) -> None:
-    """Refuse adapters that the model cannot have; reads no weights.
+    """Refuse adapters that the model cannot have, without reading weights.
 
     Raises:
         InputError: a target matches no linear layer of the decoder, the rank exceeds a side of one, or `lora.adapter`

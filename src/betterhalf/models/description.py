@@ -81,7 +81,7 @@ class ModelDescription(ModelFacts):
 
 
 def describe_model(config: ModelConfig, *, packed: bool = True) -> ModelDescription:
-    """Read configuration, tokenizer and stop tokens; refuse a model that they show cannot be trained.
+    """Read configuration, tokenizer and stop tokens; refuse a model that cannot be trained.
 
     Set `packed` to False to accept a decoder whose sequences cannot be packed, which `unpackable` then explains.
 

@@ -171,7 +171,7 @@ def _forget_quantization(module: Any) -> None:
 
 
 def _settle_head(described: ModelDescription, module: Any) -> tuple[str, ...]:
-    """Make `tie_word_embeddings` true to the loaded weights, since engine and export rely on it; return notes on it.
+    """Make `tie_word_embeddings` match the loaded weights, since engine and export rely on it; return notes on it.
 
     transformers does not tie a head that differs from the embedding in the files, whatever the configuration says.
     """

@@ -26,7 +26,7 @@ def transforms_logits(hf_config: Any) -> bool:
 
 
 def logit_transform(hf_config: Any) -> LogitTransform:
-    """Return what the model does with its logits; `PLAIN_LOGITS` if nothing."""
+    """Return the function that the model applies to its logits; `PLAIN_LOGITS` without one."""
     if not transforms_logits(hf_config):
         return PLAIN_LOGITS
     key, effect = _TRANSFORMS[hf_config.model_type]
