@@ -110,7 +110,7 @@ class MicroBatch(TokenTensors):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Denominators:
-    """Divisors of the loss of one optimizer step, fixed before its first micro-batch whatever masks reject later."""
+    """Divisors of the loss of one optimizer step, fixed before its first micro-batch: masks do not change them."""
 
     sequences: float
     """Number of sequences in the train batch, those with zero advantage included."""
@@ -125,16 +125,17 @@ class TrainBatch:
     """Packs of one optimizer step, identified by their index in `StepBatch.packs`."""
 
     micro_batches: tuple[int, ...]
-    """Packs of sequences with a non-zero advantage; may be empty."""
+    """Packs that are trained on: sequences with a non-zero advantage, or all of them if packed with `train_all`; may be
+    empty."""
     measure_only: tuple[int, ...]
-    """Packs of zero-advantage groups: no gradient, but they count in the mismatch and in the denominators."""
+    """Packs of zero-advantage sequences: no gradient, but they count in the mismatch and in the denominators."""
     denominators: Denominators
     masked: tuple[int, ...] = ()
     """Packs of completions that `algorithm.mask_truncated` leaves without a loss: measured only."""
 
     @property
     def countable(self) -> tuple[int, ...]:
-        """Packs that the denominators may count whatever masks reject, trained ones first."""
+        """Packs that the denominators may count, trained ones first."""
         return self.micro_batches + self.measure_only
 
     @property

@@ -4,7 +4,7 @@
     +-- InputError          (ValueError)    exit 2   bad data, bad model, bad folder
     |   +-- ConfigError                     exit 2   bad key or value in a configuration
     |   +-- ContractError                   exit 2   trainer and engine disagree on precision at start
-    |   +-- CheckpointError                 exit 2   a checkpoint that cannot be read
+    |   +-- CheckpointError                 exit 2   a checkpoint that cannot be used
     +-- MissingExtraError   (ImportError)   exit 2   an optional dependency is not installed
     +-- RunError            (RuntimeError)  exit 3   failure while running
         +-- EngineError                     exit 3   the rollout engine failed or returned impossible values
@@ -12,7 +12,7 @@
         +-- TrainerDiedError                exit 3   a rank of the trainer ended; the ranks can start again
         +-- ClusterError                    exit 3   the cluster was lost: its head, or the connection to it
         +-- RewardError                     exit 3   a reward is not a finite number, or the grader failed
-        +-- WeightSyncError                 exit 3   the engine does not hold the weights it was sent
+        +-- WeightSyncError                 exit 3   the engine does not hold or use the weights it was sent
         +-- LossScaleError                  exit 3   the loss scale is at its floor and still overflows
         +-- NumericsError                   exit 3   the trainer's logprobs are not finite
         +-- WatchdogError                   exit 3   the watchdog stopped the run
@@ -43,7 +43,7 @@ class ContractError(InputError):
 
 
 class CheckpointError(InputError):
-    """A checkpoint is missing, incomplete or corrupted."""
+    """A checkpoint is missing, incomplete or corrupted, or it was made by another model or with other data."""
 
 
 class MissingExtraError(BetterhalfError, ImportError):
@@ -79,7 +79,7 @@ class RewardError(RunError):
 
 
 class WeightSyncError(RunError):
-    """After a weight sync the engine holds other weights than the trainer sent."""
+    """After a weight sync the engine holds other weights than the trainer sent, or does not compute with them."""
 
 
 class LossScaleError(RunError):
@@ -95,4 +95,4 @@ class WatchdogError(RunError):
 
 
 class PrecisionWarning(UserWarning):
-    """Numbers arrive in a format that is too coarse for what is computed from them."""
+    """Values were passed in a format that is too coarse for what is computed from them."""

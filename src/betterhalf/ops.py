@@ -73,7 +73,7 @@ def bound_gradient(grad: Tensor, bounded: Tensor, cap: float | None) -> Tensor:
 
 
 def shifted_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return exp(logits - largest of the row) in FP32, [..., V] in (0, 1], and the largest logits, [..., 1]."""
+    """Return exp(logits - largest of the row) in FP32, [..., V] in [0, 1], and the largest logits, [..., 1]."""
     wide = logits.float()
     largest = wide.amax(-1, keepdim=True)
     return (wide - largest).exp_(), largest
@@ -87,7 +87,7 @@ def log_normaliser(exponentials: Tensor, largest: Tensor) -> Tensor:
 def row_sums(x: Tensor) -> Tensor:
     """Return the sums of the last axis, [..., V] -> [...]; on a CPU each depends on its own row alone."""
     if x.is_cpu and x.numel() == x.shape[-1]:
-        # torch cuts a single long row into one part for each thread, and so adds in another order.
+        # torch splits a single long row into one part for each thread, and so adds in another order.
         return x.reshape(1, -1).repeat(2, 1).sum(-1)[0].view(x.shape[:-1])
     return x.sum(-1)
 
@@ -151,7 +151,7 @@ def _by_kernel(logits: Tensor) -> bool:
 
 def _scores_on_gpu(logits: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return logprob, normaliser and entropy, [...] each."""
-    # Imported here, because it needs Triton, which is there only with a GPU.
+    # Imported here, because it needs Triton, which is available only with a GPU.
     from betterhalf.kernels import vocabulary
 
     rows, shape = logits.reshape(-1, logits.shape[-1]).float().contiguous(), logits.shape[:-1]

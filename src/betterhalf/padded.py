@@ -35,7 +35,7 @@ class TokenLayout:
         """Return the values of the completion tokens: [B, L] or [C] -> [C].
 
         Raises:
-            InputError: it is not a tensor of floating-point numbers, or has another shape than the mask or the index.
+            InputError: `values` is not a floating-point tensor, or has another shape than the mask or the index.
         """
         place = self.sequence_index_C if self.mask_BL is None else self.mask_BL
         _require_logprobs(values, name)
@@ -73,13 +73,14 @@ def token_layout(
     """Return the places of the completion tokens in tensors of the shape of `like`.
 
     Args:
-        like: [B, L] with `mask`, [C] with `sequence_index`; only shape and device count.
+        like: [B, L] with `mask`, [C] with `sequence_index`; only its shape and device are used.
         mask: [B, L], bool or 0 and 1: true for completion tokens.
         sequence_index: integers [C], which sequence each token belongs to.
         num_sequences: number of sequences of a packed tensor; by default one more than the largest index.
 
     Raises:
-        InputError: both or neither of `mask` and `sequence_index` are given, one does not fit, or `like` is no tensor.
+        InputError: both or neither of `mask` and `sequence_index` are given, one does not fit, or `like` is not a
+            tensor.
     """
     if (mask is None) == (sequence_index is None):
         raise InputError(
@@ -96,7 +97,7 @@ def token_layout(
 
 
 def wide(logprobs_C: Tensor, name: str) -> Tensor:
-    """Return logprobs in FP32 or wider; warn about half ones, whose own rounding is then part of every result."""
+    """Return logprobs in FP32 or wider; warn if they are in half precision, whose rounding affects every result."""
     bits = torch.finfo(logprobs_C.dtype).bits
     if bits >= 32:
         return logprobs_C

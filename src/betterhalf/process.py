@@ -25,7 +25,7 @@ from typing import Any
 from betterhalf.words import counted
 
 SPIN_COUNT = 20_000
-"""Value of `GOMP_SPINCOUNT` for spinning threads: turns of a busy loop before a waiting thread sleeps."""
+"""Value of `GOMP_SPINCOUNT` for spinning threads: iterations of a busy loop before a waiting thread sleeps."""
 
 SLOW_WAKE_MICROSECONDS = 5.0
 """Threads spin if waking one takes at least this long; at 12 us, spinning makes a step of the demo a fifth faster
@@ -46,11 +46,11 @@ class Threads:
     waiting: str
     """`spin` (briefly, then sleep), `sleep` (at once), or `as set` by the environment or by torch."""
     wake_microseconds: float | None
-    """Time to wake a sleeping thread on another core; None if not measured."""
+    """Time to wake a sleeping thread on another processor; None if not measured."""
     idle_cores: float | None
-    """Number of idle cores at the start; None if not measured."""
+    """Number of idle logical processors at the start; None if not measured."""
     reason: str
-    """Reason for the waiting policy, for people."""
+    """Reason for the waiting policy, in words."""
 
     def __str__(self) -> str:
         """Describe the choice in one line."""
@@ -153,7 +153,10 @@ def _quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
 
 
 def idle_cores(seconds: float = _LOAD_SECONDS) -> float | None:
-    """Measure the mean number of idle cores over `seconds`, among those this process may use; None if unknown."""
+    """Measure the mean number of idle logical processors over `seconds`, among those this process may use.
+
+    None where Linux's /proc/stat is missing.
+    """
     before = _core_times()
     time.sleep(seconds)
     after = _core_times()
@@ -163,7 +166,7 @@ def idle_cores(seconds: float = _LOAD_SECONDS) -> float | None:
 
 
 def _core_times() -> dict[int, tuple[int, int]]:
-    """Read (idle time, total time) of each core from /proc/stat, in ticks; empty where there is no such file."""
+    """Read (idle time, total time) of each usable logical processor from /proc/stat, in ticks; empty without it."""
     times = {}
     with suppress(OSError, ValueError, AttributeError):
         wanted = os.sched_getaffinity(0)
@@ -176,10 +179,10 @@ def _core_times() -> dict[int, tuple[int, int]]:
 
 
 def wake_microseconds(round_trips: int = _ROUND_TRIPS) -> float | None:
-    """Measure the median time in which a process wakes another that sleeps on another core, in microseconds.
+    """Measure the median time in which a process wakes one that sleeps on another logical processor, in microseconds.
 
     The time is half of the round trip of one byte through two pipes. It stands for the time to wake a thread, apart
-    from effects of the scheduler. None if processes cannot be bound to cores, or with a single core.
+    from effects of the scheduler. None if processes cannot be bound to processors, or if there is only one.
     """
     if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
         return None
@@ -243,7 +246,7 @@ _TRIM_BY_DEFAULT, _MMAPS_BY_DEFAULT = 128 * 1024, 65_536
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Keep freed memory in this process for the next large tensor; without effect on other C libraries than glibc.
+    """Keep freed memory in this process for the next large tensor; has an effect only with glibc.
 
     glibc gives each allocation above 32 MiB back to Linux as soon as it is freed, and Linux clears the pages of the
     next one again. Where many passes of a model follow each other, that is a third of the CPU time (docs/LOG.md). The
@@ -293,7 +296,7 @@ def collect_garbage() -> None:
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[None]:
-    """Handle a SIGINT or SIGTERM that arrives in the block after it, if its handler is a Python function."""
+    """Defer a SIGINT or SIGTERM that arrives in the block to its end, if the handler is a Python function."""
     arrived: list[tuple[int, FrameType | None]] = []
     handlers = {number: signal.getsignal(number) for number in _INTERRUPTS if _in_main_thread()}
     deferred = {number: handler for number, handler in handlers.items() if callable(handler)}
@@ -309,15 +312,15 @@ def _deferred_interrupt() -> Iterator[None]:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM asked this process to end: handled wherever Ctrl-C is, so what is finished stays and the rest ends."""
+    """SIGTERM asked this process to end. Code that handles Ctrl-C handles it too, and keeps what is finished."""
 
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """Let SIGTERM raise `Terminated` in the block, as Ctrl-C raises KeyboardInterrupt.
 
-    Later ones are ignored until the end of the block, so that they do not interrupt the end of what was started. A
-    handler of the caller stays, and so does the one of a thread that is not the main thread, which handles no signals.
+    Later ones are ignored until the end of the block, so that they do not interrupt the cleanup. Nothing changes if the
+    caller has set a handler of its own, or outside the main thread, because only that one handles signals.
     """
     if not _in_main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield

@@ -370,7 +370,10 @@ def _write_or_undo(fd: int, line: bytes, size: int) -> None:
 
 
 def disk_full(error: BaseException) -> bool:
-    """Return True if a write failed because disk or quota is full; safetensors puts the number into its message."""
+    """Return True if a write failed because the disk or the quota is full.
+
+    safetensors raises its own class, with the number of the error in the message.
+    """
     full = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError):
         return error.errno in full

@@ -97,7 +97,7 @@ def _is_open_at(path: Path, lock: int) -> bool:
 
 
 def _name_holder(lock: int) -> None:
-    """Write who holds the lock. On a full disk it holds all the same; only messages lose the name."""
+    """Write who holds the lock. On a full disk the lock still works; only messages lose the name of its holder."""
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     record = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
     with contextlib.suppress(OSError):

@@ -2,7 +2,7 @@
 
 The tokens of one position take a whole number of 32-bit words, `num_words`. They are their ids in ascending order, or a
 bitmap of the vocabulary (bit v % 8 of byte v // 8) where that is shorter. The whole vocabulary takes no word at all.
-Ids are in the byte order of the machine. `TopTokens` has the most likely ones of them, with their logprobs.
+Ids are in the byte order of the machine. `TopTokens` has the most likely tokens at each position, with their logprobs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class TokenSupport:
     """Tokens that truncated sampling (top-p, top-k, min-p) could draw at each position of a completion.
 
-    `encode` and `decode` have the layout.
+    `encode` and `decode` convert it from and to sets of ids.
     """
 
     vocabulary: int

@@ -46,7 +46,7 @@ PresetName = Literal[
 """Names of the algorithm presets; `config.presets` holds the choices behind each."""
 
 AdvantageKind = Literal["group_mean", "group_standardised", "leave_one_out", "raw"]
-"""Baselines of the advantage."""
+"""Ways to compute advantages from the rewards of a group."""
 
 AggregationKind = Literal["constant_length", "sequence_mean", "token_mean"]
 """Reductions of token losses to one number."""
@@ -83,7 +83,7 @@ SleepMode = Literal["auto", "never"]
 """Use of vLLM's sleep mode while the trainer works."""
 
 HalfMatmul = Literal["auto", "native", "fp32_sums"]
-"""Computations of a half matrix product on a CPU."""
+"""Ways to compute a half-precision matrix product on a CPU."""
 
 PairSelection = Literal["full", "matched"]
 """Named sets of (trainer dtype, rollout dtype) pairs."""
@@ -111,7 +111,7 @@ RewardErrorAction = Literal["score", "stop"]
 """Actions on a completion whose reward failed: give it a fixed reward, or stop the run."""
 
 RewardFailure = Literal["timeout", "crash", "exception", "not_finite", "wrong_type", "wrong_length", "too_large"]
-"""Ways in which a reward function of the user's fails."""
+"""Ways in which a user's reward function can fail."""
 
 SchedulerName = Literal["constant", "linear", "cosine"]
 """Shapes of the learning rate after the warm-up."""
@@ -129,7 +129,7 @@ BackendName = Literal["local", "ray"]
 """Mechanisms that start the processes of a run: none, or Ray."""
 
 BestName = Literal["highest", "lowest"]
-"""Ends of a metric that can be its best value."""
+"""Which value of a metric is the best: its highest or its lowest."""
 
 LoraMerge = Literal["weights", "adapter"]
 """Forms of a LoRA adapter in the engine: merged into the weights, or served beside them."""
@@ -185,7 +185,7 @@ class Prompt:
     answer: str
     """Reference answer, with which the reward compares a completion; empty if the data has none."""
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Fields of the data row, as JSON values, for rewards of the user's own."""
+    """Fields of the data row, as JSON values, for the user's reward functions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Functions and classes of the user's own, which a configuration names as `module:attribute` or `file.py:attribute`."""
+"""User-defined functions and classes, which a configuration names as `module:attribute` or `file.py:attribute`."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _origin(source: str) -> Path | None:
 
 @contextmanager
 def _working_directory() -> Iterator[None]:
-    """Look for modules in the working directory too; importing leaves it on the path, for imports that run later."""
+    """Look for modules in the working directory too; it stays on the path, for imports that run later."""
     if "" not in sys.path:
         _look_in(Path.cwd())
     importlib.invalidate_caches()

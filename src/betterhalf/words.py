@@ -1,4 +1,4 @@
-"""Words of messages: numbers with their nouns."""
+"""Wording of messages: a number with its noun."""
 
 from __future__ import annotations
 
