@@ -62,7 +62,7 @@ class Parts:
         return self.sides.parameters
 
     def close(self) -> None:
-        """End worker processes, the engine and the trainer."""
+        """Stop the worker processes of the tasks, the engine and the trainer."""
         for task in unique_tasks(self):
             task.close()
         self.sides.close()
@@ -86,7 +86,7 @@ def assemble(
     Args:
         config: the configuration of the run.
         rows: number of rows of the task to use, from the first on; all by default.
-        evaluating: True if the engine only samples: it may then truncate, since its logprobs are not compared.
+        evaluating: True if the engine only samples: it may then truncate, since nothing is trained.
         sets: True to load the data sets of `[evaluate]` in place of the task, which is then the first of them. A run
             with evaluations during training loads them besides its task.
         trained: loads weights that replace the model's own.
@@ -95,7 +95,7 @@ def assemble(
 
     Raises:
         CheckpointError: the trained weights are of another model.
-        InputError: the model, the data set or the combination of settings cannot work.
+        InputError, MissingExtraError, RewardError: the model, the data, the grader or the settings cannot work.
     """
     algorithm = checked_algorithm(config, evaluating=evaluating)
     described = _checked_model(config, starts=trained is None)
@@ -130,7 +130,7 @@ def assemble(
 
 
 def unique_tasks(parts: Parts) -> list[Task]:
-    """Return the task, and those of the data sets to evaluate that are other ones."""
+    """Return the run's task, and the tasks of the data sets to evaluate that are not the same object."""
     return [parts.task, *(data.task for data in parts.evaluation if data.task is not parts.task)]
 
 
@@ -152,7 +152,7 @@ def _data(
 
 
 def check_before_weights(config: RunConfig) -> None:
-    """Make every check of `assemble` that needs neither data nor weights.
+    """Run every check of `assemble` that needs neither data nor weights.
 
     Raises:
         InputError: the settings contradict each other, or the model or the machine cannot run them.
@@ -176,7 +176,11 @@ def checked_machine(config: RunConfig, described: ModelDescription) -> torch.dev
 
 
 def checked_algorithm(config: RunConfig, *, evaluating: bool) -> Algorithm:
-    """Return the resolved algorithm, after every check that needs the configuration alone."""
+    """Return the resolved algorithm, after every check that needs the configuration alone.
+
+    Raises:
+        InputError: the settings contradict each other, or the engine or a user-defined loss cannot work with them.
+    """
     algorithm = resolve_algorithm(config.algorithm, with_loss=not evaluating)
     if not evaluating:
         check_training_sampling(config)

@@ -42,9 +42,10 @@ class Checkpoints:
         self._writing: Future[None] | None = None
 
     def save(self, progress: Progress) -> None:
-        """Copy everything that the next step depends on, and start to write it; the metrics of the step are written.
+        """Copy everything that the next step depends on, and start to write it.
 
-        Sampling, shuffling and data order are functions of (seed, step, position), so no generator has state to save.
+        The row of the step has to be in `metrics.jsonl` already. Sampling, shuffling and data order are functions of
+        (seed, step, position), so no generator has state to save.
 
         Raises:
             RunError: this checkpoint cannot be begun, or the one before could not be written; earlier ones are
@@ -67,7 +68,7 @@ class Checkpoints:
         self._writing = self._thread.submit(self._finish, partial, saved, best)
 
     def check(self) -> None:
-        """Raise the failure of a checkpoint that is no longer being written; never waits.
+        """Raise the error of a failed write, without waiting for a write in progress.
 
         Raises:
             RunError: it could not be written.
@@ -86,7 +87,7 @@ class Checkpoints:
             writing.result()
 
     def drop(self) -> None:
-        """Wait for the last checkpoint, and forget it if a rank that wrote it has ended."""
+        """Wait for the last checkpoint, and ignore its failure if a rank that wrote it has died."""
         with contextlib.suppress(TrainerDiedError):
             self.wait()
 
@@ -127,6 +128,8 @@ def require_known_metric(config: RunConfig) -> None:
 def newest(run: RunDir) -> checkpoint.Checkpoint | None:
     """Check the files of the newest checkpoint and return it without its tensors; None if the run has none yet.
 
+    Files of a write that was interrupted are removed first.
+
     Raises:
         CheckpointError: a file is missing, truncated or altered.
     """
@@ -162,8 +165,8 @@ def restore(parts: Parts, run: RunDir, saved: checkpoint.Checkpoint | None) -> P
     Without a checkpoint the run starts again at step 1.
 
     Raises:
-        CheckpointError: the checkpoint is of another model.
-        InputError: the data has changed, or logged steps before the checkpoint are missing.
+        CheckpointError: the checkpoint is of another model, or rows or reward have changed since it was written.
+        InputError: logged steps before the checkpoint are missing.
     """
     progress = Progress()
     if saved is not None:

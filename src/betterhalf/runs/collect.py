@@ -99,7 +99,7 @@ def collect_groups(parts: Parts, progress: Progress, clock: Stopwatch) -> Collec
     With `dynamic_sampling` (arXiv 2503.14476), groups whose rewards are all equal are replaced by groups of fresh
     prompts, for at most `max_sampling_rounds` rounds. If groups are still missing then, groups of equal rewards fill
     the step up, so that it always has its size. Groups that were sampled and are not in the step are left out of
-    training, and measured.
+    training, and measured. Errors are those of `sample_groups`.
     """
     wanted, start = parts.config.training.prompts_per_step, progress.position
     position = start
@@ -184,7 +184,7 @@ def sample_groups(
 
     Raises:
         EngineDiedError: the engine crashed once more often than it may be restarted.
-        EngineError: the engine sampled with other weights than the trainer's, or left out a support.
+        EngineError: the engine sampled with other weights than the trainer's, or left out a support or the experts.
         RewardError: a reward is not finite, or the number of rewards is wrong.
     """
     counted = restarts or restarts_of(parts.config)

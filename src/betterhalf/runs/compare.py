@@ -16,7 +16,8 @@ from betterhalf.report.fields import number
 from betterhalf.run_dir import RunDir, read_json, read_jsonl
 
 _IGNORED = ("name", "logging", "watchdog", "sweep", "evaluate", "sanity", "probe", "doctor")
-"""Settings and sections that change no number of a training run."""
+"""Settings and sections that are not compared: apart from `watchdog`, whose levels may mask tokens or halve the
+learning rate, they change no number of a training run."""
 
 _K3 = "mismatch/k3/mean"
 
@@ -32,7 +33,8 @@ class ComparedRun:
     verb: str | None
     """Verb that wrote it."""
     outcome: str
-    """Course of the reward in a word (`learned`, `collapsed`, ...), `stopped`, or `unfinished`."""
+    """Course of the reward in a word (`learned`, `collapsed`, ...), `stopped`, or `unfinished`; `finished` for a run
+    without rewards, such as an evaluation."""
     passed: bool | None
     """Verdict of an arm."""
     cluster: str | None
@@ -113,7 +115,7 @@ def _runs_in(run: RunDir) -> Iterator[RunDir]:
 
 
 def _names(folders: Sequence[RunDir]) -> list[str]:
-    """Return the ends of the paths, as long as needed to be different."""
+    """Return the shortest ends of the paths that are all different."""
     parts = [folder.path.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(_without_layout(path[-length:])) for path in parts]

@@ -12,7 +12,7 @@ def evaluation_due(config: RunConfig, step: int) -> bool:
 
 
 def checkpoint_due(config: RunConfig, step: int) -> bool:
-    """Return whether a checkpoint is written after `step`, whatever an evaluation finds."""
+    """Return whether a checkpoint is written after `step`, independently of evaluations."""
     every = config.training.checkpoint_every
     return step == config.training.steps or (every > 0 and step % every == 0)
 

@@ -39,11 +39,14 @@ def evaluate(
     """Evaluate a model, or a checkpoint of a run, on one or several data sets.
 
     Args:
-        target: MODEL, or the folder of a run (then `config` should be the run's own).
+        target: name or folder of a model, or the folder of a run (then `config` should be the run's own).
         config: task, sampling, precision and `evaluate` settings.
         run_dir: folder for `evaluation.jsonl` and `summary.json`; `runs/evaluate-<name>-<time>` by default.
         resume: keep the results that the folder already holds.
         checkpoint: `latest`, `best` or the step of a checkpoint of a run.
+
+    Returns:
+        The summary, as written to `summary.json`.
 
     Raises:
         InputError: bad input, or `resume` with other weights, data or settings.

@@ -39,7 +39,7 @@ class PromptResult:
     """Name of the data set."""
     prompt_id: str
     solved: int
-    """Number of completions with the full reward of 1."""
+    """Number of completions with a reward of at least 1."""
     samples: int
     """Number of completions."""
     reward: float
@@ -89,6 +89,9 @@ def evaluate_prompts(
         extract: function that extracts the answer of a completion; None for no answers.
         score: also score the completions with the trainer.
         keep: called with the results of each block of prompts as soon as they are known.
+
+    Raises:
+        EngineError, RewardError: see `sample_groups`.
     """
     results: list[PromptResult] = []
     clock = Stopwatch(parts.precision.device)
@@ -140,7 +143,7 @@ def evaluate_set(
 
 
 def draw_step(data: EvaluationSet) -> int:
-    """Return the step in the random key: that of its name, so the draws do not depend on the other data sets."""
+    """Return the data set's step in the random key, chosen by its name: other data sets do not change its draws."""
     if data.key == "task":
         return EVALUATION_STEP
     return _FIRST_NAMED_STEP + zlib.crc32(data.name.encode()) % (_FIRST_NAMED_STEP - 2)

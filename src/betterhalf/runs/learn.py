@@ -27,7 +27,7 @@ def learn(trainer: Trainer, algorithm: Algorithm, batch: StepBatch, train_batch:
     Args:
         trainer: holder of the weights.
         algorithm: the loss.
-        batch: packs of the step, with proximal logprobs where the algorithm reads them.
+        batch: packs of the step, with the proximal and reference logprobs that the algorithm reads.
         train_batch: one of its train batches.
         rate: learning rate of the optimizer step.
     """

@@ -41,7 +41,8 @@ class Gap:
     """Mismatch between trainer and engine at the same weights."""
 
     metrics: dict[str, float]
-    """`mismatch/*`, `budget/*`, the entropy, and `staleness/*` if the run samples ahead, over all measured tokens."""
+    """`mismatch/*`, `budget/*` and the entropy over all measured tokens, `staleness/*` if the run samples ahead, and
+    `experts/*` for a mixture of experts."""
     profile: GapProfile
     """The mismatch by probability, position and completion."""
 
@@ -68,7 +69,7 @@ def measure(trainer: Trainer, batch: StepBatch, config: RunConfig, step: int, be
 
 
 def measure_also(trainer: Trainer, batch: StepBatch, measured: Measured, packs: Iterable[int]) -> Measured:
-    """Score those `packs` that have no scores yet; the mismatch ignores them, or trained packs would bias it."""
+    """Score those `packs` that have no scores yet; they stay out of the mismatch, whose sample must be random."""
     missing = sorted(set(packs) - measured.scores.keys())
     score = trainer.measure_kept if measured.behind else trainer.measure
     found = score(batch.chosen(missing)) if missing else []
@@ -76,7 +77,7 @@ def measure_also(trainer: Trainer, batch: StepBatch, measured: Measured, packs: 
 
 
 def anchor_packs(algorithm: Algorithm, batch: StepBatch) -> list[int]:
-    """Return the packs whose proximal logprobs the loss (or, with `kept`, its denominator) reads."""
+    """Return the indices of the packs whose proximal logprobs the loss (or, with `kept`, its denominator) reads."""
     if algorithm.denominator == "kept":
         return [index for train_batch in batch.train_batches for index in train_batch.countable]
     if not algorithm.needs_proximal:
@@ -100,6 +101,9 @@ def mismatch(batch: StepBatch, measured: Measured, max_tokens: int) -> Gap:
         batch: packs of the step.
         measured: scores of the packs; those of `sample` are used.
         max_tokens: length limit of a completion, for the profile by position.
+
+    Raises:
+        EngineError, NumericsError: logprobs of the engine, or of the trainer, are not finite.
     """
     packs, offsets, sequences = batch.chosen(measured.sample), [], 0
     for pack in packs:

@@ -1,8 +1,8 @@
 """Evaluations during training: before the first step, every few steps, and after the last.
 
-Their draws have keys of their own, and they read the engine's weights only, so a run trains alike with and without
-them. The same prompts and draws come back in every evaluation, which takes the noise of the sampling out of differences
-between steps, and an evaluation of the last checkpoint by `betterhalf evaluate` gives the same numbers.
+Their draws have keys of their own, and they read the engine's weights only, so training is the same with and without
+them. Every evaluation uses the same prompts and the same random numbers, which takes most of the sampling noise out of
+differences between steps, and `betterhalf evaluate` gives the same numbers for the last checkpoint.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Sampler(Protocol):
 
 
 class InStep:
-    """Sampler without overlap: each step samples with the newest weights, and the engine sleeps while it is learned."""
+    """Sampler without overlap: each step samples with the newest weights, and the engine sleeps during the update."""
 
     def __init__(self, parts: Parts, collect: Collect) -> None:
         """Call `collect` once for each step."""
@@ -73,7 +73,7 @@ class InStep:
         return collected
 
     def before_update(self) -> None:
-        """Do nothing: the step was sampled with the weights that it is measured at."""
+        """Do nothing: no weights have to be kept, because no other step is being sampled."""
 
     def settle(self) -> None:
         """Do nothing: nothing is in progress between two calls of `collect`."""
@@ -140,12 +140,12 @@ class _Ahead:
         self._collect = collect
         self._start = start
         self._found: Collected | BaseException | None = None
-        # A daemon, because an interrupted run must not wait for it; a run that fails or ends does.
+        # A daemon, because an interrupted run must not wait for it; a run that fails waits in `sampling`.
         self._thread = Thread(target=self._run, name=f"sampling of step {start.step + 1}", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        # On the CPU: waiting for this process's GPU would wait for the trainer, whose step this does not belong to.
+        # A stopwatch for the CPU: one for the GPU would also wait for the trainer, which works on another step.
         clock = Stopwatch(torch.device("cpu"))
         try:
             self._found = replace(self._collect(self._parts, self._start, clock), ahead_seconds=clock.total())
@@ -165,16 +165,16 @@ class _Ahead:
 
 
 def runs_ahead(config: RunConfig, step: int) -> bool:
-    """Return whether the step after `step` is sampled while `step` is learned, with `pipeline.max_staleness = 1`.
+    """Return whether the next step is sampled while the trainer learns `step`, with `pipeline.max_staleness = 1`.
 
-    It is not where `step` may end with a checkpoint.
+    It is not if a checkpoint may follow `step`.
     """
     return step < config.training.steps and not checkpoint_possible(config, step)
 
 
 @contextmanager
 def sampling(parts: Parts, collect: Collect) -> Iterator[Sampler]:
-    """Return a context with the sampler that `pipeline.max_staleness` asks for.
+    """Provide the sampler that `pipeline.max_staleness` asks for.
 
     After an error it waits for the sampling in progress, so that the engine may be used again; an interrupted run does
     not wait.

@@ -14,7 +14,7 @@ class Progress:
     step: int = 0
     """Last finished step."""
     position: int = 0
-    """Prompts consumed."""
+    """Number of prompts consumed."""
     policy_version: int = 0
     """Number of applied updates in the trainer's weights."""
     watch: WatchState = field(default_factory=WatchState)

@@ -80,7 +80,7 @@ class StepRecorder:
                 show(alarm.note)
 
     def close(self) -> None:
-        """Wait for a checkpoint that is being written; its failure is shown."""
+        """Wait for a checkpoint that is being written; a failure is shown, not raised."""
         try:
             self.checkpoints.wait()
         except BetterhalfError as error:
@@ -89,7 +89,7 @@ class StepRecorder:
     def _evaluate(self, step: int, policy_version: int) -> PeriodicResult | None:
         if not evaluation_due(self._parts.config, step) or evaluated(self._run, step):
             return None
-        # The best evaluation so far is one with a checkpoint.
+        # The best evaluation so far is looked for among the steps with a checkpoint.
         self.checkpoints.wait()
         found = evaluate_after(self._parts, self._run, step, policy_version)
         self._console.note(found.text)

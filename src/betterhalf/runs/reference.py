@@ -40,7 +40,7 @@ def with_reference(
     Args:
         parts: trainer and algorithm.
         collected: the step's rollouts.
-        batch: their packs, which the algorithm trains on whatever their advantages.
+        batch: their packs, packed with `train_all`, so that they do not depend on the advantages.
         measured: scores at the current weights of some of the packs.
         advantages: from the rewards alone.
     """

@@ -153,7 +153,7 @@ def _finished(arm: RunDir) -> bool:
 
 
 def require_sound_arms(config: RunConfig) -> None:
-    """Refuse arms that could not run, or that are the same run twice, before hours of counting.
+    """Refuse arms that could not run, and two arms with the same settings, before hours of counting.
 
     Raises:
         ContractError: trainer and engine of an arm differ in precision without `precision.allow_difference`.
@@ -192,7 +192,7 @@ def emulated_formats(config: RunConfig) -> list[str]:
 
 
 def learning(arm: RunDir) -> dict[str, Any]:
-    """Return first and final reward of an arm, and the verdict on its learning; empty if it recorded no step."""
+    """Return first and final reward of an arm, and the verdict on its learning; None each if it recorded no step."""
     rewards = [row["rollout/reward/mean"] for row in (read_jsonl(arm.metrics) if arm.metrics.exists() else [])]
     if not rewards:
         return {"first_reward": None, "final_reward": None, "verdict": None}
@@ -201,7 +201,7 @@ def learning(arm: RunDir) -> dict[str, Any]:
 
 
 def k3_ratio(arms: Mapping[str, dict[str, Any]]) -> float | None:
-    """Return the mean k3 of the BF16 arm over that of the FP16 arm; None unless both ran."""
+    """Return the mean k3 of the BF16 arm over that of the FP16 arm; None unless both are known and not zero."""
     pair = [arms.get(name, {}).get("mismatch_k3") for name in ("bf16", "fp16")]
     return pair[0] / pair[1] if pair[0] and pair[1] else None
 
@@ -225,7 +225,8 @@ def run_arm(config: RunConfig, name: str, arm: RunDir) -> dict[str, Any]:
     `config` is the arm's own, with the perfectible set as its task: see `arm_config`.
 
     An arm that ends because of its precision (the loss scale at its floor, logprobs that are not finite, a mismatch at
-    which the watchdog stops) has failed the test: a result, recorded with its reason, and the other arms still run.
+    which the watchdog stops) has failed the test: a result, recorded with its reason, and the other arms still run. So
+    has one that ends with any other `EngineError`, such as a crash beyond the allowed restarts.
     """
     if _finished(arm):
         return read_json(arm.summary)

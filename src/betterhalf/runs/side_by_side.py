@@ -56,7 +56,7 @@ _JOBS_PER_PROCESS = 10
 
 _LINES_KEPT = 15
 _GRACE_SECONDS = 30.0
-"""Time in which a worker ends what its job has started, such as a Ray of its own; an idle one ends at once."""
+"""Time that a worker gets to end what its job has started, such as its own Ray; an idle one ends at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,7 @@
-"""Metrics of one step: `rollout/*`, `optim/*`, `policy/*` and `system/*`.
+"""Metrics of one step: `rollout/*`, `task/*`, `optim/*`, `policy/*`, `loss/*` and `system/*`.
 
-`mismatch/*` and `budget/*` come from `runs.measure`, `time/*` from the stopwatch.
+`mismatch/*`, `budget/*`, `experts/*`, `staleness/*` and the entropy come from `runs.measure`, `policy/reference_kl/*`
+from `runs.reference`, `time/*` from the stopwatch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from betterhalf.types import Rollout
 
 
 def rollout_metrics(collected: Collected, advantages: Sequence[float], masked: int = 0) -> dict[str, float]:
-    """Return `rollout/*` of one step, and the task's own `task/*`; rewards are those before any penalty on length.
+    """Return `rollout/*` of one step, and the task's own `task/*`; rewards are those before any penalty.
 
     Args:
         collected: the step's groups, and those that dynamic sampling left out.
@@ -88,7 +89,7 @@ def _support_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def learning_metrics(learned: Sequence[Learned], rate: float) -> dict[str, float | str | None]:
-    """Return `optim/*` and `policy/*` of one step, reduced over its optimizer steps as the catalogue declares.
+    """Return `optim/*`, `policy/*` and `loss/*` of one step, reduced over optimizer steps as the catalogue declares.
 
     Args:
         learned: one record for each optimizer step; at least one.

@@ -27,7 +27,8 @@ def run_cell(config: RunConfig, label: str, run: RunDir) -> None:
     """Train one cell in its run folder; an unfinished one continues from its last checkpoint.
 
     A run that ends because of its precision (the loss scale at its floor, logprobs that are not finite, a mismatch at
-    which the watchdog stops) is a result, recorded with its reason. Any other error is raised.
+    which the watchdog stops), or with any other `EngineError`, such as a crash beyond the allowed restarts, is a
+    result, recorded with its reason. Any other error is raised.
     """
     resume, started = run.holds_run, time.perf_counter()
 

@@ -52,7 +52,7 @@ def check_cells(cells: Sequence[Cell]) -> int:
 
 
 def _check(config: RunConfig, seen: _Seen) -> None:
-    """Run the checks of `assemble` in its order, without reading weights."""
+    """Run the checks of `assemble` on configuration, model and task, in its order, without reading weights."""
     require_trackers(config.logging)
     require_sound_levels(config)
     checked_algorithm(config, evaluating=False)
@@ -90,7 +90,7 @@ def _parameters(described: ModelDescription) -> int:
 
 
 def check_curves(names: Sequence[str]) -> None:
-    """Refuse a name in `sweep.curves` that is no metric.
+    """Refuse a name in `sweep.curves` that is not a metric.
 
     Raises:
         InputError: the message names the nearest metric.

@@ -25,7 +25,7 @@ from betterhalf.run_dir import RunDir, plain_json, read_json, read_jsonl, write_
 from betterhalf.types import DtypeName
 
 FIRST_STEPS = 5
-"""Number of steps that the first values of a metric are means of."""
+"""Number of steps over which the first value of a metric is averaged."""
 
 _DIGITS = 4
 """Significant digits of the curves."""
@@ -63,7 +63,7 @@ def _shared_settings(cells: Sequence[Cell]) -> Row:
 
 
 def _axis_record(axis: Axis) -> Row:
-    """Return an axis with the positions of its values: numbers, or the mantissa bits of formats; None without.
+    """Return an axis with the positions of its values: numbers, or the mantissa bits of formats, else None.
 
     An axis whose labels are not the values themselves has the settings of each label.
     """
@@ -89,7 +89,7 @@ def cell_row(cell: Cell, run: RunDir, window: int, failure: str | None) -> Row |
         cell: the cell.
         run: its run folder.
         window: number of steps of the final and the best reward.
-        failure: the error that ended its process, if there was one.
+        failure: the error with which its job failed, if it did.
     """
     summary = read_json(run.summary) if run.summary.exists() else {}
     if not summary and failure is None:
@@ -142,7 +142,7 @@ def _measures(steps: Sequence[Row], window: int) -> Row:
 
 
 def _exponent(row: Row) -> float:
-    """Return x = L sigma^2 tau at the step's mean length; the budget predicts the effective sample size exp(-x)."""
+    """Return x = L sigma^2 tau at the step's mean length; the budget predicts a share exp(-x) of effective samples."""
     factors = ("rollout/length/mean", "budget/sigma2", "budget/correlation")
     return math.prod(number(row.get(name)) for name in factors)
 
@@ -194,7 +194,7 @@ def _combination(rows: Sequence[Row]) -> Row:
 
 
 def curve_row(cell: Cell, run: RunDir, metrics: Sequence[str]) -> Row | None:
-    """Return the values of the chosen metrics at every step; None without steps."""
+    """Return the values of the chosen metrics at every step; None if none of them was logged."""
     steps = read_jsonl(run.metrics)
     columns = {name: [_rounded(number(row.get(name)), _DIGITS) for row in steps] for name in metrics}
     logged = {name: values for name, values in columns.items() if any(map(math.isfinite, values))}

@@ -1,4 +1,4 @@
-"""A training run in its trackers: what they are told at its start and at its end."""
+"""A training run in its trackers: what they are sent at its start and at its end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from betterhalf.types import RunKind, RunStatus
 
 @contextmanager
 def tracked(config: RunConfig, run: RunDir, label: str, kind: RunKind) -> Iterator[Tracking]:
-    """Send a run to its trackers while the body trains it and writes its summary; say at the end what they lack."""
+    """Send a run to its trackers while the body trains it and writes its summary; at the end, note what they lack."""
     settings = config.logging
     tracking = Tracking(
         settings.trackers,

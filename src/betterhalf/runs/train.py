@@ -69,7 +69,11 @@ def run_training(
     kind: RunKind = "train",
     after: Callable[[Parts, Progress], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Train in `run`; `after` may evaluate the trained policy and add to the summary (an arm's final accuracy)."""
+    """Train in `run`; `after` may evaluate the trained policy and add to the summary (an arm's final accuracy).
+
+    Raises:
+        InputError, RunError: see `train`; in particular a `WatchdogError` if the watchdog stopped the run.
+    """
     started = time.perf_counter()
     require_sound_levels(config)
     require_known_metric(config)
@@ -142,8 +146,8 @@ def require_same_config(run: RunDir, config: RunConfig, *, how: str = "") -> Non
     The watchdog's levels may change, because a stopped run must be able to continue; their effects so far are in the
     checkpoint. The settings for bad or changed rows may change, because the need for them shows during a run; the data
     itself is compared row by row. `sanity.arms_at_once` may change, because a resumed arm keeps its threads, and
-    `logging` and the number of checkpoints may, because they change no number. `cluster` may change, because any number
-    of ranks reads a checkpoint of any other.
+    `logging` and the settings for keeping checkpoints may, because they change no number. `cluster` may change, because
+    any number of ranks reads a checkpoint of any other.
 
     Args:
         run: folder of the run.
@@ -307,5 +311,5 @@ def _task_totals(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _kept_reward(row: dict[str, Any]) -> float:
-    """Return the mean reward of the rollouts that the step trained on; older versions wrote it as `rollout/reward`."""
+    """Return the mean reward of the step's own groups; older versions wrote it as `rollout/reward/mean`."""
     return float(row.get("rollout/kept/reward/mean", row["rollout/reward/mean"]))

@@ -1,4 +1,4 @@
-"""Recovery from the end of a rank of the trainer: start all ranks again, and repeat the steps since the checkpoint."""
+"""Recovery from the death of a rank of the trainer: restart all ranks, and repeat the steps since the checkpoint."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from betterhalf.words import counted
 
 
 class TrainerRestarts:
-    """Counter of the restarts of the trainer in one step; notes each one for the user.
+    """Counter of the restarts of the trainer in one step, which tells the user about each.
 
-    A restart goes back to the last checkpoint. Only a step that no attempt has reached before starts the count again,
-    so a crash that comes back in every attempt ends the run.
+    A restart goes back to the last checkpoint. Only a step that no attempt has reached before resets the count, so a
+    crash that comes back in every attempt ends the run.
     """
 
     def __init__(self, limit: int, tell: Callable[[str], None]) -> None:

@@ -12,7 +12,7 @@ def truncation_note(rollouts: Sequence[Rollout], max_tokens: int, end: TurnEnd |
     """Return a note if all completions were cut off; it says whether the model ended turns as its template does.
 
     Args:
-        rollouts: of one step.
+        rollouts: rollouts of one step.
         max_tokens: length limit of a completion.
         end: the token with which the model's chat template ends a turn, if it shows one.
     """

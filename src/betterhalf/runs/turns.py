@@ -49,7 +49,7 @@ def _join_support(first: TokenSupport | None, second: TokenSupport | None) -> To
 
 
 def _join_experts(first: TokenExperts | None, second: TokenExperts | None) -> TokenExperts | None:
-    """Return the experts with which each token was computed first: the second turn reads the first one again."""
+    """Return the experts of each token when it was first computed: the second turn reads the first one again."""
     if first is None or second is None:
         return None
     read, again = first.experts_NLK, second.experts_NLK

@@ -37,10 +37,11 @@ Source: arXiv 2510.18855.
 _MEASURED = ("mismatch/", "budget/", "experts/", "rollout/")
 
 BEFORE = frozenset(name for name in CATALOGUE if name.startswith(_MEASURED))
-"""Metrics that are checked before a step's update, with all that a task measures of its own under `task/`."""
+"""Metrics that are checked before a step's update, together with a task's own under `task/`."""
 
 AFTER = frozenset(name for name in CATALOGUE if name.startswith(("policy/", "optim/"))) - {"optim/first_offender"}
-"""Metrics that are checked after a step's update, with all under `loss/`; the first offender is a name."""
+"""Metrics that are checked after a step's update, together with a loss's own under `loss/`; the first offender is a
+name, not a number."""
 
 _DEFAULTS = WatchdogConfig().levels
 """Levels of a run that sets none."""
@@ -183,8 +184,8 @@ def broken_bound(level: WatchdogLevel, value: float) -> float | None:
 def unmeasured(levels: Sequence[WatchdogLevel], measured: Collection[str]) -> str | None:
     """Return a note on the levels whose metrics are not among those of a step; None without such a level.
 
-    Only a run tells: many metrics belong to one kind of model, task or setting. The default levels are for all of
-    them, so that one that cannot fire is no news.
+    This is known only once a run measures: many metrics belong to one kind of model, task or setting. The default
+    levels cover all of them, so those that cannot fire are not mentioned.
     """
     absent = [
         f"watchdog.levels[{number}] ({level.metric})"
@@ -210,7 +211,7 @@ _ACTIONS: dict[WatchdogAction, Callable[[WatchState], WatchState]] = {
     "halve_learning_rate": lambda state: replace(state, learning_rate_factor=state.learning_rate_factor / 2),
     "stop": lambda state: state,
 }
-"""Change of the state by each action."""
+"""Action -> function that returns the state after it."""
 
 _WORDS: dict[WatchdogAction, str] = {
     "warn": "",

@@ -27,7 +27,9 @@ def first_sync(parts: Parts) -> FirstSync:
 
     Raises:
         ContractError: the two sides differ in precision and `precision.allow_difference` is false.
-        WeightSyncError, EngineDiedError: as `sync_weights`.
+        EngineError: the engine's hidden states or logprobs are not finite.
+        NumericsError: the trainer's forward pass gives NaN or infinity.
+        WeightSyncError, EngineDiedError: as in `sync_weights`.
     """
     return retry_on_engine_death(lambda: _first(parts), parts.engine.restart, restarts_of(parts.config))
 
@@ -42,6 +44,7 @@ def sync_weights(parts: Parts) -> None:
     Raises:
         WeightSyncError: the engine holds other tensors than were sent, or does not compute with them.
         EngineDiedError: the engine crashed more often than it may be restarted.
+        EngineError: the engine's logprobs are not finite.
     """
     whole = False
 
