@@ -1,7 +1,7 @@
 """The answer that a completion gives, as a string: what maj@k counts as a vote.
 
-Equal answers must be equal strings, so numbers and the answers of math problems are spelled in one way. Answers that
-are equal in value and differ in form, such as 1/2 and 0.5, are different votes, as in other evaluations.
+Equal answers must be equal strings, so numbers and the answers of math problems are normalised. Answers that are equal
+in value and differ in form, such as 1/2 and 0.5, are different votes, as in other evaluations.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ Extract = Callable[[str], str | None]
 """Function from the text of a finished completion to its answer; None without one."""
 
 _LONGEST = 256
-"""Longest answer of a math problem that is spelled plainly; the patterns for it are not meant for long texts."""
+"""Maximum length of a math answer that is normalised; the patterns for it are not meant for long texts."""
 
 _WITHOUT_MEANING = (
     (re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\[,;:]"), ""),
     (re.compile(r"\\[dt]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"(?<!\d)\s+|\s+(?!\d)"), ""),
 )
-"""Patterns that change the look of an answer and nothing else; a space between digits, as in 3 1/2, has a meaning."""
+"""(pattern, replacement) of markup and spacing without meaning; a space between digits, as in 3 1/2, has one."""
 
 _FINAL_SUM = re.compile(r"=([0-9]{1,9})\.\s*$")
 
 
 @runtime_checkable
 class GivesAnswers(Protocol):
-    """Optional method of a task of one's own; without it, the task has no maj@k."""
+    """Optional method of a user-defined task; without it, the task has no maj@k."""
 
     def answer(self, text: str) -> str | None:
         """Return the answer of a finished completion; None without one."""
@@ -69,7 +69,7 @@ def answer_extractor(task: object, config: Section, tokenizer: Tokenizer) -> Ext
 
 
 def _giver(task: object) -> GivesAnswers | None:
-    """Return the task, or the class of the user's own behind its problems, that gives answers; None without one."""
+    """Return the object with the method `answer`: the task, or the user's class behind its problems; None without."""
     problems: Any = getattr(task, "problems", None)
     while hasattr(problems, "base"):
         problems = problems.base
@@ -81,7 +81,7 @@ def _asked(own: GivesAnswers, text: str) -> str | None:
     """Return the answer of the user's own method.
 
     Raises:
-        RewardError: it raises an error, or returns neither a text nor None.
+        RewardError: it raises an error, or returns neither a string nor None.
     """
     name = f"{type(own).__name__}.answer"
     try:
@@ -108,7 +108,7 @@ def word_problem_answer(text: str) -> str | None:
 
 
 def _spaced_plainly(answer: str | None) -> str | None:
-    """Return an answer with one space between its words; None without one."""
+    """Return an answer with one space between its words; None if it is empty or missing."""
     return answer and (" ".join(answer.split()) or None)
 
 

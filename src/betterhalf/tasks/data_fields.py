@@ -27,7 +27,7 @@ _USUAL = {
         "target",
     ),
 }
-"""Usual names of the fields in public data sets, by the setting that names ours."""
+"""Setting that names a field -> usual names of that field in public data sets."""
 
 _NUMBERS = (WrittenNumber, int, float, Decimal)
 _MOST_INT_DIGITS = 4000
@@ -51,7 +51,7 @@ def answer_of(fields: Mapping[str, Any], name: str) -> str:
     """Return the gold answer as text; a number becomes its digits, written without an exponent.
 
     Raises:
-        RowError: there is no such field, or it holds no text.
+        RowError: there is no such field, or it holds neither text nor a finite number of at most `MAX_DIGITS` digits.
     """
     return _text(fields, name, "answer_field")
 

@@ -50,7 +50,7 @@ def build_problems(
     Args:
         config: source, fields, filter and prompt.
         tokenizer: tokenizer of the model.
-        default_instruction: text after each question where the configuration gives none.
+        default_instruction: instruction for each question where the configuration gives none.
         digest_fields: true if rewards can depend on all fields of a row; each is then part of the row's digest.
 
     Raises:

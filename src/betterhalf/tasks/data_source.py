@@ -108,7 +108,7 @@ def _raw_row(row: Any, number: int) -> RawRow:
 
 
 def _parquet_rows(file: Path) -> Iterator[RawRow]:
-    """Yield the rows of a Parquet file, one group of rows in memory at a time."""
+    """Yield the rows of a Parquet file, with one batch of rows in memory at a time."""
     import pyarrow.lib
     import pyarrow.parquet
 

@@ -1,4 +1,4 @@
-"""Episodes of several turns with an environment of the user's own; docs/environments.md describes its methods."""
+"""Episodes of several turns with a user-defined environment; docs/environments.md describes its methods."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from betterhalf.user_code import load_object, require_call, source_digest
 
 
 class Environment(Protocol):
-    """A class of the user's own, named by `task.environment`; it is created with `task.settings` as keywords.
+    """Interface of a user-defined class, named by `task.environment` and created with `task.settings` as keywords.
 
     One object is created in each worker process, and one in the process of the run, which gives the prompts. Episodes
-    share them, in any order: an answer may depend on the arguments alone.
+    share them, in any order, so an answer must depend on the arguments alone.
     """
 
     def respond(self, prompt: str, turns: Sequence[str], metadata: Mapping[str, Any]) -> str | None:
@@ -53,7 +53,7 @@ _EXAMPLES = {
 _RESULTS = {"respond": (str, NoneType), "reward": (float,)}
 """Types of a result."""
 _FEW = 8
-"""Number of episodes from which on a step in which the environment fails in all of them ends the run."""
+"""Minimum number of episodes for which a failure in all of them ends the run."""
 
 
 def build_environment(config: EnvironmentTask, tokenizer: Tokenizer) -> DatasetTask:
@@ -113,7 +113,10 @@ def _created(config: EnvironmentTask) -> Any:
 
 
 def _reward_source(config: EnvironmentTask, tokenizer: Tokenizer) -> dict[str, str]:
-    """Return a digest of the file that holds the class; modules that it imports are not covered."""
+    """Return what determines prompts and rewards: template, and a digest of the file that holds the class.
+
+    Modules that this file imports are not covered.
+    """
     settings = {
         "task": "environment",
         f"environment {config.environment}": source_digest(config.environment),
@@ -143,7 +146,7 @@ class EnvironmentTurns:
     failures: int = 0
     """Number of answers and rewards so far that failed."""
     notes: list[str] = field(default_factory=list)
-    """Warnings that were not shown yet."""
+    """Warnings that have not been shown yet."""
     warned: set[str] = field(default_factory=set)
     """Methods whose first failure is in a note; `printed` if the first output is."""
 
@@ -154,7 +157,7 @@ class EnvironmentTurns:
 
     @property
     def unparsed_answers(self) -> int:
-        """Always 0: what an environment cannot parse is its own affair."""
+        """Always 0: the environment parses answers itself."""
         return 0
 
     def respond(self, conversations: Sequence[Conversation]) -> list[str | Failure | None]:

@@ -15,7 +15,7 @@ from betterhalf.tasks.task import Tokenizer
 from betterhalf.tasks.templates import question_template
 
 _MAX_PROMPTS = 1_000_000
-"""Prompts that an environment may give without `task.max_rows`; more mean that its generator never ends."""
+"""Maximum number of prompts of an environment without `task.max_rows`; a generator that gives more may never end."""
 
 
 def environment_problems(config: EnvironmentTask, tokenizer: Tokenizer, environment: Any) -> DataProblems:

@@ -1,4 +1,4 @@
-"""Serve an environment of the user's own in a worker process: create it once, then answer calls of its methods."""
+"""Serve a user-defined environment in a worker process: create it once, then answer calls of its methods."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from betterhalf.tasks.worker_main import Serve
 from betterhalf.user_code import load_object
 
 MAX_CHARACTERS = 1_000_000
-"""Characters of an observation that leave the worker; `task.max_observation_tokens` cuts further."""
+"""Maximum number of characters of an observation that the worker sends; `task.max_observation_tokens` cuts further."""
 
 
 def load(arguments: Mapping[str, Any]) -> Serve:
-    """Create the environment."""
+    """Create the environment, and return the function that calls its methods."""
     return partial(_answer, load_object(arguments["path"], "task.environment")(**arguments["settings"]))
 
 

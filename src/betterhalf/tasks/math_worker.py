@@ -12,7 +12,7 @@ from betterhalf.user_code import load_object
 
 
 def load(arguments: Mapping[str, Any]) -> Serve:
-    """Warm up the comparison, before any time limit runs."""
+    """Warm up the comparison, before any time limit runs, and return the function that serves requests."""
     equivalent("3", "6/2")
     return partial(_compare, {"equal": load_object(arguments["equal"], "the comparison"), "gold": why_unmatchable})
 

@@ -30,9 +30,9 @@ class PerfectibleResult:
     kept: tuple[int, ...]
     """Positions in `solved_counts`, in order; at least one."""
     too_easy: int
-    """Prompts solved more often than `upper`."""
+    """Number of prompts solved more often than `upper`."""
     too_hard: int
-    """Prompts solved less often than `lower`."""
+    """Number of prompts solved less often than `lower`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Provenance:
     candidates: int
     """Number of prompts to try: 0 to candidates - 1 of the base task."""
     samples: int
-    """Completions sampled for each prompt."""
+    """Number of completions sampled for each prompt."""
     lower: float
     """Smallest solved share at which a prompt is kept."""
     upper: float
@@ -74,9 +74,9 @@ class SolvedRow:
     prompt_id: str
     """Stable name of the row."""
     solved: int
-    """Completions that solved the prompt."""
+    """Number of completions that solved the prompt."""
     samples: int
-    """Completions sampled."""
+    """Number of completions sampled."""
     digest: str = ""
     """Digest of the row's content; empty in files of older versions."""
 

@@ -21,7 +21,7 @@ class Draft:
     text: str
     """Text that the model reads."""
     add_special_tokens: bool
-    """Let the tokenizer add its special tokens; false where the text already holds them."""
+    """True if the tokenizer adds its special tokens; false where the text already holds them."""
     answer: str
     """Gold answer."""
     token_ids: tuple[int, ...] | None = None

@@ -1,4 +1,4 @@
-"""A task of the user's own: prompts from a file or a class, rewards from functions or the class."""
+"""A user-defined task: prompts from a file or a class, rewards from functions or the class."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ def _from_data(config: PythonTask, tokenizer: Tokenizer) -> tuple[Problems, Grad
 
 
 def _reward_source(config: PythonTask, tokenizer: Tokenizer) -> dict[str, str]:
-    """Return digests of the files that hold the rewards and the class; modules that they import are not covered."""
+    """Return what determines prompts and rewards: template, and digests of the files with the rewards and the class.
+
+    Modules that these files import are not covered.
+    """
     settings = {"task": "python", **template_source(config, tokenizer)}
     if config.task is not None:
         settings[f"task {config.task}"] = source_digest(config.task)

@@ -77,7 +77,7 @@ class PythonGrader:
 
     @property
     def unparsed_answers(self) -> int:
-        """Always 0: what a function cannot parse is its own affair."""
+        """Always 0: the functions parse answers themselves."""
         return 0
 
     def rewards(

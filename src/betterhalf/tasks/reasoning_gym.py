@@ -137,7 +137,7 @@ def _problems(config: ReasoningGymTask, count: int, *, seed: int, name: str) -> 
 
 @contextmanager
 def _global_randomness(seed: int) -> Iterator[None]:
-    """Seed the global random generators for a while: some generators of problems draw from them beside their own."""
+    """Seed the global random generators in the block, because some problem generators draw from them, too."""
     python, numbers = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -191,7 +191,7 @@ def _create(config: ReasoningGymTask, size: int, seed: int) -> Any:
 
 
 def _require_hash_seed(config: ReasoningGymTask) -> None:
-    """Refuse generators whose problems another process could not find again."""
+    """Refuse generators whose problems another process could not reproduce."""
     mixed = config.settings.get("datasets", ()) if config.generator == "composite" else ()
     names = {config.generator, *(str(spec.get("name")) for spec in mixed if isinstance(spec, Mapping))}
     found = sorted(names & HASH_DEPENDENT)

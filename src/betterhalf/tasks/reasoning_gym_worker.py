@@ -16,7 +16,7 @@ Entry = Mapping[str, Any]
 
 
 def load(arguments: Mapping[str, Any]) -> Serve:
-    """Create the generator."""
+    """Create the generator, and return the function that scores answers."""
     return partial(_score, create_generator(arguments["generator"], arguments["settings"], seed=0, size=1))
 
 
@@ -26,7 +26,7 @@ def packed(entry: Entry) -> str:
 
 
 def _score(generator: Any, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the score of an answer; one that is no number, as text."""
+    """Return the score of an answer; a score that is not a number becomes text."""
     entry = pickle.loads(base64.b64decode(request["entry"]))
     try:
         score = generator.score_answer(request["answer"], entry)

@@ -1,4 +1,4 @@
-"""Read the rewards that a function of the user's returned: numbers, or named components."""
+"""Read the rewards that a user's function returned: numbers, or named components."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from betterhalf.tasks.worker_channel import MAX_COMPONENTS, MAX_NAME_LENGTH, MAX_REWARD
 
 TOTAL = "reward"
-"""Key of a dictionary of components that gives the reward; without it, their sum does."""
+"""Key of a dictionary of components that gives the reward; without it, the reward is their sum."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 

@@ -21,7 +21,7 @@ Functions = Mapping[str, tuple[Callable[..., Any], bool]]
 
 
 def load(arguments: Mapping[str, Any]) -> Serve:
-    """Import the reward functions, and check that they can be called."""
+    """Import the reward functions, check that they can be called, and return the function that serves requests."""
     functions: dict[str, tuple[Callable[..., Any], bool]] = {}
     for name, each in arguments["functions"].items():
         key = f"{each['key']}={each['path']}"

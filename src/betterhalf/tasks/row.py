@@ -29,9 +29,10 @@ class Row:
     messages: tuple[Message, ...] = field(default=(), hash=False)
     """The question as chat messages of `role` and `content`, whose last one is `question`; empty if it is one text."""
     context: str = ""
-    """Whatever else of the row prompt or reward depend on, as text; part of the row's digest."""
+    """Everything else in the row that the prompt or the reward depends on, as text; part of the row's digest."""
     defect: BadRow | None = None
-    """Set when the row cannot be read; then question and answer are empty."""
+    """Reason why the row is not used: it cannot be read (then question and answer are empty), or the filter leaves it
+    out or fails on it; None for a good row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,7 @@ class BadRow:
     room: int | None = None
     """Largest `sampling.max_tokens` that fits beside the prompt; set when only that is too large."""
     filtered: bool = False
-    """True if the configuration asks to leave the row out; that is no error."""
+    """True if the configuration asks to leave the row out, which is not an error."""
 
 
 class RowError(InputError):

@@ -1,7 +1,7 @@
-"""A worked example of an environment: a running sum into which a digit comes that the question did not have.
+"""A worked example of an environment: a running sum with one digit that is not in the question.
 
-The question and the steps of its solution are given up to the last but one total. In its first turn the model writes
-that total. The environment then names a digit of its own instead of the question's last one, and in its second turn the
+The prompt has the question and the steps of its solution up to the last total but one, which the model writes in its
+first turn. The environment then gives another digit in place of the question's last one, and in its second turn the
 model has to add that digit:
 
     prompt `2+7+9+1+5=7=09,9=18,1=`   turn `19,`   observation `3=`   turn `22.`
@@ -24,6 +24,7 @@ class SurpriseDigit:
     """The environment; docs/environments.md walks through it."""
 
     def __init__(self, terms: int = 8, num_prompts: int = 1024, seed: int = 0) -> None:
+        """Make `num_prompts` sums of `terms` digits; `seed` determines all of them."""
         self.terms, self.num_prompts, self.seed = terms, num_prompts, seed
 
     def prompts(self) -> Iterator[dict[str, Any]]:
@@ -44,6 +45,6 @@ class SurpriseDigit:
         return f"{metadata['digit']}=" if len(turns) == 1 else None
 
     def reward(self, prompt: str, turns: Sequence[str], metadata: Mapping[str, Any]) -> float:
-        """Return 1 if both totals are right; each turn ends with a comma or a point, which is not checked."""
+        """Return 1 if both totals are right; each turn ends with a comma or a period, which is not checked."""
         wanted = [f"{total:02d}" for total in metadata["totals"]]
         return float([turn[:-1] for turn in turns] == wanted)

@@ -70,7 +70,7 @@ class Task(Protocol):
     def rewards(
         self, prompts: Sequence[Prompt], texts: Sequence[str], finish_reasons: Sequence[FinishReason]
     ) -> list[float]:
-        """Return one reward for each completion. A timeout gives reward 0 and counts in `timeouts`."""
+        """Return one reward for each completion. A timeout gives 0, or the reward that the task sets for a failure."""
         ...
 
     @property

@@ -57,7 +57,7 @@ class QuestionTemplate:
     name: str
     """`chat`, `r1_distill`, `qwen_math` or `none`."""
     instruction: str = ""
-    """Text after each question; empty for none."""
+    """Text after each question, or the system message of `qwen_math`; empty for none."""
     system_prompt: str | None = None
     """System message, in place of the data's own."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -119,7 +119,7 @@ def question_template(config: PromptConfig, tokenizer: Tokenizer, default_instru
 
 
 def template_source(config: PromptConfig, tokenizer: Tokenizer, default_instruction: str = "") -> dict[str, str]:
-    """Return what determines the prompts beside the rows, for the record of a run's data."""
+    """Return what determines the prompts apart from the rows, for the record of a run's data."""
     text = str(tokenizer.chat_template) if config.template == "chat" else TEMPLATES.get(config.template, "")
     instruction = default_instruction if config.instruction is None else config.instruction
     found = {"template": config.template, "template text": text_digest(text + instruction)}
@@ -144,7 +144,7 @@ def _require_read(arguments: Iterable[str], chat_template: Any) -> None:
 
 
 def template_variables(source: str) -> set[str]:
-    """Return the variables that a Jinja template reads without having set them, those of every task excluded."""
+    """Return the variables that a Jinja template reads but does not set, apart from those that every rendering gets."""
     from jinja2 import Environment, TemplateSyntaxError, meta
 
     # transformers adds a tag that marks the assistant's tokens; it reads nothing.

@@ -15,7 +15,7 @@ class Conversation:
 
     prompt: Prompt
     turns: tuple[str, ...]
-    """Texts of the model's turns, at least one; the environment's answers are its own and can be repeated from them."""
+    """Texts of the model's turns, at least one; from them the environment can compute its own answers again."""
     finish_reason: FinishReason
     """Reason why sampling of the last turn ended."""
     end: EpisodeEnd | None = None
@@ -47,7 +47,7 @@ class Turns(Protocol):
         """Return the next observation of each episode; None where the episode is over.
 
         Raises:
-            RewardError: the environment cannot run at all.
+            RewardError: the environment cannot run at all, or failed in every one of many episodes.
         """
         ...
 
@@ -59,7 +59,7 @@ class Turns(Protocol):
         """Return one reward for each episode, all of which have ended.
 
         Raises:
-            RewardError: the environment cannot run at all.
+            RewardError: the environment cannot run at all, or failed in every one of many episodes.
         """
         ...
 

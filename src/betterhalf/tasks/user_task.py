@@ -1,4 +1,4 @@
-"""A task that is a class of the user's own: the methods it needs, and the adapter that makes a `Task` of it."""
+"""A user-defined class as a task: the methods it needs, and the adapter that makes a `Task` of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from betterhalf.user_code import load_object, require_call
 
 
 class UserTask(Protocol):
-    """A class of the user's own, named by `task.task`; it is created with (settings, tokenizer).
+    """Interface of a user-defined class, named by `task.task` and created with (settings, tokenizer).
 
     `settings` is the mapping `task.settings`. The class runs in the process that trains; its rewards need no method
     here if `task.reward` or `task.rewards` name functions, which run in worker processes with a time limit.
@@ -152,7 +152,7 @@ def _row_of_fields(fields: Any, prompt_id: str, place: str) -> Row:
     """Return the row of a mapping with `problem` and any further fields.
 
     Raises:
-        RowError: it is no mapping, has no text or messages in `problem`, or its `answer` is neither text nor a number.
+        RowError: it is not a mapping, `problem` holds no text or messages, or `answer` is neither text nor a number.
     """
     if not isinstance(fields, Mapping):
         raise RowError(f"it is of the type {type(fields).__name__}", "return a mapping with `problem`")
@@ -188,7 +188,7 @@ class UserGrader:
     timeouts: int = 0
     """Always 0: there is no time limit."""
     unparsed_answers: int = 0
-    """Always 0: the class alone knows what it parses."""
+    """Always 0: the class parses answers itself."""
 
     def rewards(
         self, prompts: Sequence[Prompt], texts: Sequence[str], finish_reasons: Sequence[FinishReason]
@@ -207,7 +207,7 @@ class UserGrader:
             ) from error
 
     def check_golds(self, answers: Sequence[str], *, will_grade: bool = True) -> list[str | None]:
-        """Return None for every answer: the class alone knows what it can match."""
+        """Return None for every answer: only the class knows what it can match."""
         return [None] * len(answers)
 
     def close(self) -> None:

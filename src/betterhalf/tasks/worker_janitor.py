@@ -1,7 +1,7 @@
 """A process that outlives the run for a moment: once the run has ended, it kills what the run's workers left behind.
 
-A run that is killed cannot do this, a worker in the middle of a long multiplication runs no other thread, and what has
-left the worker's session gets no signal that is sent to it.
+A run that is killed cannot do this. Nor can a worker: in the middle of a long multiplication it runs no other thread,
+and a process that has left its session does not get the signals sent to it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Janitor:
 
 
 def main(mark: str) -> None:
-    """Wait for the end of standard input, whose other end the run holds, and kill the processes with this mark."""
+    """Wait for the end of standard input, which the run holds open, and kill the processes marked with `mark`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while os.read(0, 1):
         pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 SCORER_MEMORY_BYTES = 4 * 2**30
-"""Address space beyond its imports of a worker without code of the user's, so that 10^{10^{10}} ends in its own
+"""Address space beyond its imports of a worker that runs no user code, so that 10^{10^{10}} ends in its own
 MemoryError, not the trainer's."""
 
 

@@ -13,7 +13,7 @@ from betterhalf.tasks.worker_janitor import Janitor
 from betterhalf.tasks.worker_process import WorkerFailureError, WorkerProcess
 
 StartFault = Literal["config", "exception", "process"]
-"""Kind of a start's failure: the module refuses its arguments, it raises an error, or its process ends or hangs."""
+"""Kind of failure at the start: the module refuses its arguments, it raises an error, or its process ends or hangs."""
 _STARTS = 2
 _SHOWN = 500
 
@@ -78,7 +78,7 @@ class WorkerPool:
             raise
 
     def run(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return the reply to each request; one without a reply gives `error` and `message`.
+        """Return the reply to each request, in order; a request without a reply gives `error` and `message`.
 
         Raises:
             WorkerStartError: a worker cannot start, twice.

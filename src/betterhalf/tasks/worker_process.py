@@ -94,7 +94,7 @@ class WorkerProcess:
         """Return the reply to one request.
 
         Raises:
-            WorkerFailureError: it takes longer than `seconds`, the process ends, or its reply is no message.
+            WorkerFailureError: it takes longer than `seconds`, the process ends, or its reply is not a message.
         """
         return self._exchange(request, seconds)
 
@@ -235,7 +235,7 @@ def _kill(pid: int) -> None:
 
 
 def kill_marked(mark: str) -> None:
-    """Kill the processes whose mark begins so, in any session, until a scan finds none; only Linux lists them."""
+    """Kill the processes whose mark begins with `mark`, in any session, until a scan finds none; on Linux only."""
     for _ in range(_SCANS):
         found = marked_processes(mark)
         if not found:
@@ -247,7 +247,7 @@ def kill_marked(mark: str) -> None:
 
 
 def marked_processes(mark: str = "") -> list[int]:
-    """Return the processes whose mark begins so; by default, those with any mark, of every run."""
+    """Return the ids of processes whose mark begins with `mark`; by default, those with any mark, of every run."""
     wanted, found = f"{MARK}={mark}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
