@@ -138,7 +138,11 @@ class _Sizes:
 
 
 def reference(subject: Subject, batch: CensusBatch) -> Reference:
-    """Return the FP32 trainer's magnitudes of one forward and backward pass over the batch, without a loss scale."""
+    """Return the FP32 trainer's magnitudes of one forward and backward pass over the batch, without a loss scale.
+
+    Raises:
+        InputError: the model cannot be packed, and its own code in transformers fails.
+    """
     trainer = PlainModel(subject) if subject.model.unpackable else _trainer(subject, "fp32")
     sizes, finite = _Sizes(), _Finiteness()
 
@@ -271,17 +275,17 @@ def take_census(
 ) -> Census:
     """Run forward and backward passes of a trainer in `dtype`, and compare them with the FP32 reference.
 
-    FP32 islands of the subject's configuration apply. For a format with a loss scale, the largest safe one is searched:
-    from the largest that the reference magnitudes allow, halved until the pass is finite. If the trainer cannot compute
-    the model in this format, the census is predicted.
+    FP32 islands of the subject's configuration apply. For a format with a loss scale, the search for the largest safe
+    one starts at the largest that the reference magnitudes allow, and halves it until the pass is finite. If the
+    trainer cannot compute the model in this format, the census is predicted.
 
     Args:
         subject: model and settings.
         dtype: the precision under test.
         batch: tokens of the census.
         truth: FP32 magnitudes of the batch.
-        superseded: True of a census, finite at loss scale 1, after which another one is taken: no scale is then
-            searched, and the census has that of 1.
+        superseded: given a census that is finite at loss scale 1, returns True if the caller will take another one
+            instead. The search for a larger scale is then left out.
     """
     if dtype == "fp32":
         return _true_census(truth)

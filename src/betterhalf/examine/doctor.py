@@ -7,7 +7,7 @@
 
 Where the engine does not know the model, the census reads greedy completions, and the mismatch is not measured.
 
-`doctor.json` is rewritten after each of these, so that a later failure does not lose what has been measured.
+`doctor.json` is rewritten after each census and each later step, so that a failure loses nothing that was measured.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def doctor(target: str, config: RunConfig, run_dir: str | None) -> dict[str, Any
     """Examine a model, or the newest checkpoint of a run.
 
     Args:
-        target: MODEL, or the folder of a run (then `config` should be the run's own).
-        config: task, engine, sizes of a train batch, and `doctor` settings; overrides of single precision roles are
+        target: name or folder of a model, or the folder of a run (then `config` should be the run's own).
+        config: task, engine, sizes of a train batch, and `doctor` settings; overrides of individual precision roles are
             ignored, FP32 islands are kept.
         run_dir: folder for `doctor.json`, `summary.json`, the rollouts and `report.html`; None for
             `runs/doctor-<name>-<time>`.
@@ -75,8 +75,8 @@ def doctor(target: str, config: RunConfig, run_dir: str | None) -> dict[str, Any
         is not unsafe.
 
     Raises:
-        InputError: the model, its prompts or the configuration cannot be used. That the engine does not know the model
-            is no such error: its mismatch is then not measured.
+        InputError: the model, its prompts or the configuration cannot be used. An engine that does not know the model
+            is not an error: the mismatch is then not measured.
         MissingExtraError: a package is not installed.
     """
     started = time.perf_counter()
@@ -302,7 +302,7 @@ def _finding(report: PairReport, response_length: int) -> PairFinding:
 
 
 def _plain(config: RunConfig) -> RunConfig:
-    """Drop overrides of single roles: a precision must be the same in every role."""
+    """Drop overrides of individual roles: a precision must be the same in every role."""
     roles = ("compute_dtype", "rollout_dtype", "wire_dtype", "kv_dtype")
     precision = config.precision.model_copy(update=dict.fromkeys(roles))
     return config.model_copy(update={"precision": precision})

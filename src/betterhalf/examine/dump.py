@@ -9,7 +9,7 @@ Each line is one completion:
     prompt_id          str      optional: shared by siblings
     finish_reason      str      optional: `stop` or `length`
     temperature        float    optional: both logprobs are of softmax(logits / temperature)
-    rollout_dtype, trainer_dtype   optional: fp16, bf16 or fp32
+    rollout_dtype, trainer_dtype   optional: a format such as fp16, bf16 or fp32
     response_mask      [0, 1]   optional: 1 for the tokens that the engine sampled; other names in `dump_masks`
 
 A bad line is reported with its number and the reason; the others are kept. The names and shapes of TRL, verl, OpenRLHF
@@ -37,11 +37,11 @@ UNKNOWN = "dump"
 """Name of a dtype that the file does not give."""
 
 _TOKEN_IDS = 2**31
-"""Bound of token ids: larger numbers are no ids, and do not fit the files of a probe."""
+"""Bound of token ids: larger numbers are not ids, and do not fit the files of a probe."""
 
 _SMALLEST_LOGPROB = {"behavior_logprobs": -700.0, "trainer_logprobs": -1e6}
-"""Smallest logprobs that are taken: float64 has no probability below exp(-745), so no engine sampled such a token, and
-vLLM writes -9999 for minus infinity; a trainer whose logits are FP16 may give a token -131008."""
+"""Smallest logprobs that are accepted: float64 has no probability below exp(-745), so no engine sampled such a token,
+and vLLM writes -9999 for minus infinity; a trainer whose logits are FP16 may give a token -131008."""
 
 LARGEST_LOGPROB = 1e-3
 """Largest logprob that is accepted: half arithmetic may round a logprob to slightly more than 0."""

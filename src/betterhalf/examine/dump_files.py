@@ -16,7 +16,7 @@ from betterhalf.errors import InputError
 _ZIP, _PICKLE, _PARQUET = b"PK\x03\x04", b"\x80", b"PAR1"
 
 Record = Mapping[str, Any] | ValueError
-"""One record of a file, or the reason why it is none."""
+"""One record of a file, or the reason why it cannot be read."""
 
 
 def records(path: Path) -> Iterator[tuple[int, Record]]:

@@ -1,4 +1,4 @@
-"""Split a record that holds a batch into one for each completion."""
+"""Split a record that holds a batch into one record for each completion."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PASSED_ON = ("prompt_id", "finish_reason", "temperature", "rollout_dtype", "trai
 def batch_rows(
     record: Mapping[str, Any], key: str, columns: Set[str], for_prompts: tuple[str, ...] = ()
 ) -> list[dict[str, Any]]:
-    """Split a record into one for each completion of its batch.
+    """Split a record into one record for each completion of its batch.
 
     Args:
         record: parsed record, of one completion or of a batch.

@@ -47,7 +47,7 @@ WEIGHTED: PresetName = "pg_seq_is"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Attempt:
-    """Attempt at a gradient, which is held by the master weights, still multiplied by the scale."""
+    """Attempt to accumulate a gradient; the master weights hold it, still multiplied by the loss scale."""
 
     scale: float
     """Loss scale of the last attempt."""
@@ -72,7 +72,8 @@ def measure_gradients(
         `rows`: each trainer against the FP32 trainer, FP16 with the configured loss scale and without one. `weights`:
         for each rollout dtype, the matched trainer's gradient with weights against the one without. `advantages`:
         `rewards`, or `signs` if the rewards of some rollout dtype give no advantage at all and seeded signs +-1 are
-        used for all.
+        used for all. `completions`, `trained_completions`, `tokens` and `micro_batches`: sizes of the batch on which
+        the trainers are compared.
 
     Raises:
         InputError: there are no rollouts.

@@ -42,7 +42,7 @@ from betterhalf.training.policy_trainer import PolicyTrainer
 from betterhalf.types import DtypeName
 
 BATCH = 8
-"""Sequences of the batch in the comparison of decoding alone with decoding in a batch."""
+"""Number of sequences in the batch that is compared with decoding alone."""
 
 _MAX_DECODED = 64
 """Maximum number of completion tokens replayed; more would find nothing new and cost four decode steps each."""
@@ -95,7 +95,11 @@ def localize(subject: Subject, token_ids: Sequence[int], prompt_length: int, *, 
 def localize_pair(
     trainer: PolicyTrainer, decoder: Decoder, token_ids: Sequence[int], prompt_length: int, *, dtype: DtypeName
 ) -> dict[str, Any]:
-    """Run `localize` on a trainer and a decoder that hold their weights."""
+    """Run `localize` on a trainer and a decoder that hold their weights.
+
+    Raises:
+        InputError: the sequence lacks a prompt or a completion.
+    """
     tokens = _replayed(decoder, token_ids, prompt_length)
     against_trainer = _yardstick(decoder, dtype, len(tokens), trainer=True)
     against_itself = _yardstick(decoder, dtype, len(tokens), trainer=False)
@@ -207,7 +211,7 @@ def _as_json(comparisons: dict[str, _Comparison]) -> dict[str, Any]:
 
 
 def _summary(comparison: _Comparison) -> dict[str, Any]:
-    """Select the first difference beyond rounding, the first that is not bitwise zero, and the nearest to its bound."""
+    """Select the first difference beyond rounding, the first that is not zero, and the nearest to its bound."""
     finite = [one for one in comparison.forced if one.local is not None]
     found = {
         "first": first_beyond(comparison.forced),

@@ -67,7 +67,7 @@ def _place(one: Mapping[str, Any]) -> str:
 
 
 def _growth_table(result: Mapping[str, Any]) -> Table:
-    """Return the difference of the residual stream after each layer; many layers are thinned evenly, up to the last."""
+    """Return the difference of the residual stream after each layer; of many layers, only every nth and the last."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title="difference of the residual stream", title_justify="left")
     for column in _COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)

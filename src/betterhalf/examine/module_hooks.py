@@ -32,8 +32,8 @@ def observe_module(module: nn.Module, see: See) -> Iterator[None]:
 
     The hooks only read, so numbers stay the same bit for bit. FP32 gradients of weights are the exception: with a hook
     they are computed first and added afterwards, not added in place (`precision.products.direct_sum`). Leaf modules
-    without parameters, such as activations, are included, those that return their input are not. Values that are not
-    floating-point tensors, such as token ids or rope's pair of tables, are left out.
+    without parameters, such as activations, are included; `nn.Identity` is not. Values that are not floating-point
+    tensors, such as token ids or rope's pair of tables, are left out.
     """
     observer = _Observer(see)
     handles = [handle for name, part in module.named_modules() for handle in observer.hooks(name, part)]

@@ -37,27 +37,27 @@ from betterhalf.types import Completion, HardwareDtype, Prompt, Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """Packing of one step of completions of some lengths."""
+    """Packing of one step whose completions have some lengths."""
 
     completions: str
     """Lengths of the completions, in words."""
     tokens: int
-    """Packed tokens of the step."""
+    """Number of packed tokens in the step."""
     packs: int
-    """Packs of one optimizer step, over all ranks: the most of any."""
+    """Largest number of packs in one optimizer step, over all ranks."""
     passes: int
-    """Passes of every rank in one optimizer step: the most of any."""
+    """Largest number of passes that each rank makes in one optimizer step."""
     balance: float
-    """Mean of the ranks' tokens divided by their maximum: the worst of all optimizer steps."""
+    """Mean of the ranks' tokens divided by their maximum, in the worst optimizer step."""
     largest_pack: int
-    """Tokens of the largest pack."""
+    """Number of tokens in the pack with the most tokens."""
     largest_loss: int
-    """Completion tokens of that pack."""
+    """Number of completion tokens in the pack with the most of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
-    """Answer of `plan`."""
+    """Result of `plan`."""
 
     model: str
     sizes: ModelSizes
@@ -110,8 +110,8 @@ def plan(config: RunConfig, gpu_gib: float | None = None) -> RunPlan:
 
     Args:
         config: the run, with any `[cluster]`.
-        gpu_gib: memory of one GPU, to plan a run on GPUs; by default that of this machine's. A run on CPUs is planned
-            for the memory of this host.
+        gpu_gib: memory of one GPU in GiB, to plan a run on GPUs; by default that of this machine's first GPU. A run on
+            CPUs is planned for the memory of this host.
 
     Raises:
         InputError: the model's files or the data cannot be read, or the memory contradicts `device=cpu`.
@@ -145,7 +145,7 @@ def plan_model(
         hf_config: transformers configuration.
         prompts: those of one step.
         machine: where it runs.
-        name: name of the model, for people.
+        name: displayed name of the model.
         whole: reason why the ranks cannot read the model's files in parts; None if they can.
     """
     module = skeleton(hf_config)
@@ -183,7 +183,7 @@ def plan_model(
 
 
 def this_machine(config: RunConfig, gpu_gib: float | None) -> Machine:
-    """Return the machine to plan for.
+    """Return the machine to plan for; its memory is None for a run on GPUs of unknown size.
 
     Raises:
         ConfigError: `gpu_gib` is not a positive and finite number, or contradicts `device=cpu`.

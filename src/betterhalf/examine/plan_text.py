@@ -19,7 +19,7 @@ def show_plan(plan: RunPlan, stream: TextIO | None = None) -> None:
 
 
 def gib(num_bytes: int) -> str:
-    """Return a size for people: GiB from a tenth on, else MiB."""
+    """Format a size in GiB from 0.1 GiB on, else in MiB."""
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
 
 

@@ -51,10 +51,10 @@ def probe(
     """Measure the mismatch of a model, or of rollouts that another framework sampled.
 
     Args:
-        target: MODEL or RUN; may be None for a dump that includes trainer logprobs.
+        target: model or run folder; may be None for a dump that includes trainer logprobs.
         config: model, task, sampling, engine and `probe` settings; `precision.pairs` selects the pairs.
         run_dir: folder for all results; None for `runs/probe-<name>-<time>`.
-        from_dump: JSONL file in the schema of `examine.dump`, which is analysed instead of new rollouts.
+        from_dump: file in a format that `examine.dump` reads, which is analysed instead of new rollouts.
         gradient: also measure the effect of the mismatch on the policy gradient.
         localize: also find the first operation where trainer and engine diverge.
 
@@ -176,7 +176,7 @@ def _gradient(subject: Subject, samples: dict[str, Sample]) -> dict[str, Any]:
 def _localize(subject: Subject, samples: dict[str, Sample]) -> dict[str, Any]:
     """Replay the longest completion of the configured precision; if that was not sampled, of the first that was.
 
-    If only one side of the configured pair is emulated, its format is localized, on completions of the engine's.
+    If a side of the configured pair is emulated, its format is localized, on completions in the engine's format.
     """
     from betterhalf.examine.localize import localize
 

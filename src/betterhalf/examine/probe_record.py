@@ -36,6 +36,18 @@ class ProbeRecord(Recorder):
         advance: Callable[[], None] = lambda: None,
         keep_rollouts: bool = True,
     ) -> None:
+        """Write nothing yet.
+
+        Args:
+            run: folder of the probe.
+            config: its configuration.
+            target: model, run or file, as the user wrote it.
+            engine: name of the engine, or `dump` for rollouts from a file.
+            completions: number of completions in each rollout dtype, or in the file.
+            pairs: (trainer dtype, rollout dtype) in the order of `probe.json`.
+            advance: called after each rollout dtype, pair and further part.
+            keep_rollouts: False for rollouts that are in a file already.
+        """
         self.run, self._config = run, config
         self._order, self._advance = list(pairs), advance
         self._keep_rollouts = keep_rollouts

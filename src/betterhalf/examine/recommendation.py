@@ -67,7 +67,7 @@ def _lines(
 
 
 def _adapter_lines(lora: LoraConfig) -> Iterator[str]:
-    """Yield the settings of the adapters; an adapter to start from says its own rank, scale and targets."""
+    """Yield the settings of the adapters; an adapter to start from sets its own rank, scale and targets."""
     given = {"adapter", "merge"} if lora.adapter else set(LoraConfig.model_fields)
     for key, value in lora.model_dump(mode="json", include=given, exclude_defaults=True).items():
         yield _line(key, value, "as examined")

@@ -55,7 +55,7 @@ class Subject:
     """Reason why the engine cannot sample from the model; None if it can, or if no engine is wanted."""
 
     def close(self) -> None:
-        """End the task's worker processes."""
+        """Stop the task's worker processes."""
         self.task.close()
 
     def prompts(self, count: int) -> list[Prompt]:
@@ -122,7 +122,7 @@ def _open(
 
 
 def config_in(subject: Subject, dtype: DtypeName) -> RunConfig:
-    """Return the subject's settings with every role in one format; overrides of single roles are dropped."""
+    """Return the subject's settings with every role in one format; overrides of individual roles are dropped."""
     roles = dict.fromkeys(("compute_dtype", "rollout_dtype", "wire_dtype", "kv_dtype"))
     precision = subject.config.precision.model_copy(update={"preset": dtype, **roles})
     return subject.config.model_copy(update={"precision": precision})
