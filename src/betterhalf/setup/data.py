@@ -24,7 +24,7 @@ def load_task(
     key: str = "task",
     max_tokens_key: str = "sampling.max_tokens",
 ) -> Task:
-    """Build the task of the configuration; every row is checked before sampling, and rows left out are shown.
+    """Build the task of the configuration, check every row, and show the rows that are left out.
 
     Args:
         model: gives tokenizer, context and vocabulary.
@@ -36,7 +36,9 @@ def load_task(
 
     Raises:
         RewardError: the grader cannot work.
-        InputError: rows cannot be used and are not to be left out; the message names file and row number.
+        InputError: the data cannot be read, or rows cannot be used and are not to be left out; the message names file
+            and row number.
+        MissingExtraError: the task needs a package that is not installed.
     """
     task = build_task(config.task, model.tokenizer)
     try:
@@ -90,7 +92,7 @@ def _limits(model: ModelFacts, config: RunConfig, max_tokens_key: str) -> Prompt
 
 
 def _prompt_config(config: RunConfig) -> PromptConfig | None:
-    """Return the task's settings of prompts, those of its base for a perfectible set; None if it has none."""
+    """Return the task's prompt settings, those of its base for a perfectible set; None if it has none."""
     task = config.task.base if isinstance(config.task, PerfectibleTask) else config.task
     return task if isinstance(task, PromptConfig) else None
 

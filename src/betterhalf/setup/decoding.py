@@ -11,8 +11,9 @@ from betterhalf.types import Completion
 def completion_texts(tokenizer: Any, completions: Sequence[Completion]) -> list[str]:
     """Decode completions as the model wrote them.
 
-    A stop token at the end is removed if it is a special token, and so is padding or a start token at either end. Every
-    other special token stays: tokenizers declare markers such as `</think>` special, and answer formats use them.
+    A stop token at the end is removed if it is a special token, and so are the tokenizer's padding, start and end
+    tokens at either end. Every other special token stays: tokenizers declare markers such as `</think>` special, and
+    answer formats use them.
     """
     special = _special_ids(tokenizer)
     framing = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id} & special

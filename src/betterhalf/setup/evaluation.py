@@ -45,7 +45,7 @@ def evaluation_config(config: RunConfig, task: TaskConfig | None = None) -> RunC
 
 
 def require_gap_can_be_measured(config: RunConfig) -> None:
-    """Refuse to weight completions of a truncated distribution, under which pi/mu has no meaning for other tokens.
+    """Refuse to weight completions of a truncated distribution, which never samples some tokens that pi may.
 
     Raises:
         ConfigError: `evaluate.deployment_gap` is set, and top-p, top-k or min-p truncates.

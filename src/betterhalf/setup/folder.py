@@ -18,7 +18,7 @@ _RESUMABLE = ("train", "sanity", "evaluate", "sweep")
 
 
 def default_run_dir(verb: str, name: str) -> Path:
-    """Return `runs/<verb>-<name>-<time>`, in local time to the second; with a number if that exists."""
+    """Return `runs/<verb>-<name>-<time>`, in local time to the second, with a number appended if that exists."""
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
     base = Path("runs", f"{verb}-{safe}-{time.strftime('%Y%m%d-%H%M%S')}")
     path, number = base, 2
@@ -35,7 +35,7 @@ def run_folder(run_dir: str | None, verb: str, name: str, *, resume: bool = Fals
     folders created here are removed, so that a corrected command can use the same path.
 
     Raises:
-        InputError: see `RunDir.create` and `run_lock`.
+        InputError, RunError: see `RunDir.create` and `run_lock`.
         KeyboardInterrupt: the body was interrupted, or ended by SIGTERM (`process.Terminated`); the message names the
             folder if it holds something.
     """

@@ -137,7 +137,7 @@ def require_stop_token(model: ModelFacts, config: ModelConfig) -> None:
 
 
 def _note_dropout(adapter: str, mode: OutputMode) -> None:
-    """Tell that the dropout of an adapter is left out, once in a process."""
+    """Show a note, once in a process, if the adapter was trained with dropout, which is left out here."""
     dropout = read_adapter_folder(adapter).dropout
     if dropout:
         _show_once(f"lora.adapter={adapter} was trained with dropout {dropout:g}; it is continued without", mode)

@@ -34,7 +34,7 @@ _BEST: dict[BestName, Callable[..., int | None]] = {"highest": max, "lowest": mi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BestEvaluation:
-    """The best evaluation of a run that has a checkpoint."""
+    """Best evaluation of a run among the steps that have a checkpoint."""
 
     step: int
     accuracy: float
@@ -142,7 +142,7 @@ def _step(run: RunDir, which: str, found: list[int]) -> int | None:
 
 
 def best_steps(run: RunDir, config: RunConfig, *unsaved: int) -> set[int]:
-    """Return the steps whose checkpoints are kept whatever comes later: best evaluation, and best value of a metric.
+    """Return the steps whose checkpoints are kept in any case: best evaluation, and best value of a metric.
 
     Args:
         run: folder of the run.
