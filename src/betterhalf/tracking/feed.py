@@ -46,7 +46,7 @@ class Feed:
         self.output = folder / "output.log"
         """File with everything that the tracker's library prints."""
         self.notes: queue.SimpleQueue[str] = queue.SimpleQueue()
-        """Lines for people."""
+        """Messages to show to the user."""
         record = folder / "sent.jsonl"
         arrived = Sent(record).steps
         self._backlog = [message for message in backlog if message.get("step") not in arrived]
@@ -78,10 +78,10 @@ class Feed:
             self._dropped += "step" in message
 
     def close_input(self, end: _Message) -> None:
-        """Send `end` after everything that waits; does not wait for it."""
+        """Send `end` after all messages that wait, without blocking."""
         self._end = end
         self._ending.set()
-        # Wakes a thread that waits for a message; with a full queue it does not wait.
+        # The empty message wakes the thread if it waits for one; with a full queue it does not.
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait({})
 

@@ -111,7 +111,10 @@ class MlflowRun:
 
 
 def _connected(client: Any) -> Any:
-    """Return the client once its store answers: arms that start side by side create a local one at the same time."""
+    """Return the client once its store answers, or after a few tries.
+
+    Arms that start side by side create a local store at the same time.
+    """
     for _ in range(_TRIES - 1):
         try:
             client.search_experiments(max_results=1)

@@ -23,7 +23,11 @@ class PrometheusRun:
     takes_late_rows = False
 
     def __init__(self, run: TrackedRun, earlier: Mapping[str, str]) -> None:
-        """Serve on the first free port."""
+        """Serve on the first free port.
+
+        Raises:
+            OSError: there is none among `PORTS`, or the address is not one of this machine's.
+        """
         from prometheus_client import CollectorRegistry, start_http_server
 
         self._labels = {"run": run.name, "group": run.group or run.part_of or ""}

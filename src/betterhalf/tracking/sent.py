@@ -21,7 +21,7 @@ class Sent:
         """Read the record of earlier processes, if there is one."""
         self._path = path
         self.identity: dict[str, str] = {}
-        """Names of the run from the last process that opened it; empty before the first."""
+        """Names of the run in the tracker, from the last process that opened it; empty before the first."""
         self.steps: set[int] = set()
         """Steps whose rows arrived."""
         self._alarms: set[tuple[Any, ...]] = set()

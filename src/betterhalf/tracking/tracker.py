@@ -33,7 +33,7 @@ class TrackedRun:
     mode: str | None
     """Mode of W&B; None for that of its environment."""
     prometheus_host: str
-    """Address that Prometheus reads from."""
+    """Address of the endpoint that Prometheus reads."""
     prometheus_port: int
     """First port that may be used."""
     steps: int
@@ -62,7 +62,7 @@ class Tracker(Protocol):
     identity: dict[str, str]
     """Everything that finds the run again, to continue it."""
     place: str
-    """Address or path where people find the run."""
+    """Address, path or command with which the user finds the run."""
     takes_late_rows: bool
     """True if a row may follow that of a later step."""
 
@@ -75,7 +75,7 @@ class Tracker(Protocol):
         ...
 
     def finish(self, status: RunStatus, summary: Mapping[str, Any]) -> None:
-        """Send the run's summary and the way it ended, and everything that waits."""
+        """Send the run's summary and the way it ended, and flush everything that waits."""
         ...
 
 

@@ -110,7 +110,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Wait for the process of a killed run, which may still send what was on its way.
 
     Raises:
-        InputError: it still does after a while.
+        InputError: it has not ended after 30 seconds.
     """
     deadline = time.monotonic() + _PATIENCE_SECONDS
     with contextlib.ExitStack() as held:
@@ -126,7 +126,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _messages(lines: TextIO) -> Iterator[dict[str, Any]]:
-    """Return the messages; a last line that is cut off, by the end of the run's process, is none."""
+    """Yield the messages; an incomplete last line, from a run whose process was killed, is ignored."""
     for line in lines:
         with contextlib.suppress(ValueError):
             yield json.loads(line)

@@ -54,7 +54,7 @@ class Tracking:
             feed.send({"alarm": alarm})
 
     def notes(self) -> Iterator[str]:
-        """Return the lines for people since the last call."""
+        """Yield the messages for the user since the last call."""
         for feed in self._feeds:
             with suppress(Empty):
                 while True:

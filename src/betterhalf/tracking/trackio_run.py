@@ -1,4 +1,4 @@
-"""Trackio: its local data base, or a Hugging Face Space if `TRACKIO_SPACE_ID` names one."""
+"""Trackio: its local database, or a Hugging Face Space if `TRACKIO_SPACE_ID` names one."""
 
 from __future__ import annotations
 

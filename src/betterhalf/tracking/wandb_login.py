@@ -1,4 +1,4 @@
-"""The process that asks W&B whether it is logged in: exit status 0 if it is, or needs not be; else 1 and the reason."""
+"""The process that asks W&B whether it is logged in: exit status 0 if it is or need not be, else 1 and the reason."""
 
 from __future__ import annotations
 

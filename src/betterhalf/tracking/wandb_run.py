@@ -1,4 +1,7 @@
-"""W&B: a run online, or its files in the run folder for `wandb sync`. Its environment variables hold."""
+"""W&B: a run online, or its files in the run folder for `wandb sync`.
+
+Its environment variables take precedence over defaults, but not over settings of `[logging]`.
+"""
 
 from __future__ import annotations
 
