@@ -40,7 +40,7 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Content of `summary.json`: the result of the run; empty while it runs, and for a doctor."""
+        """Content of `summary.json`: the result of the run; empty while it runs."""
         return _optional(self.folder.summary)
 
     @property

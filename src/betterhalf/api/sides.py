@@ -76,7 +76,7 @@ def contract(trainer: SideReport, engine: SideReport, *, allow_difference: bool 
         allow_difference: count a difference as intended.
 
     Raises:
-        InputError: the reports are given in the other order, or are of one side.
+        InputError: the reports are given in the wrong order, or both are of the same side.
     """
     if (trainer.side, engine.side) != ("trainer", "engine"):
         raise InputError(f"contract takes the trainer and then the engine, but got {trainer.side} and {engine.side}.")
@@ -100,7 +100,11 @@ def _held(tensors: Iterable[Tensor]) -> DtypeName:
 
 
 def _format(given: str | torch.dtype, name: str) -> DtypeName:
-    """Return the format's name here, from that, from torch's name or from a torch dtype."""
+    """Return betterhalf's name of a format, given that name, torch's name or a torch dtype.
+
+    Raises:
+        InputError: it is none of them.
+    """
     for known in HARDWARE:
         if given == known:
             return known

@@ -142,7 +142,8 @@ def policy_loss(
         denominators: those of the whole train batch if this is one micro-batch of several; by default of this batch.
 
     Returns:
-        `loss`, an FP32 scalar with a graph, and `stats`, from which `policy_metrics` makes the metrics.
+        `loss`, a scalar with a graph in FP32, or in FP64 if the logprobs are, and `stats`, from which `policy_metrics`
+        makes the metrics.
 
     Raises:
         InputError: shapes or dtypes do not fit, the algorithm needs logprobs or entropies that are missing, or it has

@@ -33,7 +33,7 @@ def train(config: ConfigSource = None, *, run_dir: Folder = None, resume: bool =
         config: experiment file, run folder, mapping of settings, `RunConfig`, or None for the defaults.
         run_dir: folder to write to.
         resume: continue the run in `run_dir`, or in `config` if that is a run folder.
-        **settings: further settings, which win.
+        **settings: further settings, which override those of `config`.
 
     Raises:
         InputError: bad input, found before the first step.
@@ -74,10 +74,10 @@ def probe(
         target: model or run folder; may be None for a dump that includes trainer logprobs.
         config: experiment; by default that of the run folder, or a small sample of the model's own completions.
         run_dir: folder to write to.
-        from_dump: JSONL file with another framework's rollouts (docs/probe.md).
+        from_dump: file with another framework's rollouts (docs/probe.md), analysed instead of new ones.
         gradient: also measure the effect of the mismatch on the policy gradient.
         localize: also find the first operation where trainer and engine diverge.
-        **settings: further settings, which win.
+        **settings: further settings, which override those of `config`.
 
     Raises:
         InputError: model, dump or settings cannot be used.
@@ -95,7 +95,15 @@ def probe(
 def doctor(target: str | Path, config: ConfigSource = None, *, run_dir: Folder = None, **settings: Any) -> Run:
     """Recommend a precision for a model or a run; `Run.result` has verdicts, census and mismatch.
 
-    Arguments and errors are those of `probe`.
+    Args:
+        target: model or run folder.
+        config: as for `probe`.
+        run_dir: folder to write to.
+        **settings: further settings, which override those of `config`.
+
+    Raises:
+        InputError: model or settings cannot be used.
+        RunError: a failure while running; results so far are in `doctor.json`.
     """
     chosen = _prepared(_source(target, config, PROBE), settings)
     from betterhalf.examine.doctor import doctor as run_doctor
@@ -120,7 +128,7 @@ def evaluate(
         run_dir: folder to write to.
         resume: continue the evaluation in `run_dir`.
         checkpoint: checkpoint of a run: `latest`, `best`, or its step.
-        **settings: further settings, which win.
+        **settings: further settings, which override those of `config`.
 
     Raises:
         InputError: model, data or settings cannot be used.
@@ -137,8 +145,8 @@ def plan(config: ConfigSource = None, *, gpu_gib: float | None = None, **setting
 
     Args:
         config: as for `train`.
-        gpu_gib: memory of one GPU to plan for, in GiB; by default that of this machine's.
-        **settings: further settings, which win.
+        gpu_gib: memory of one GPU to plan for, in GiB; by default that of this machine's first GPU.
+        **settings: further settings, which override those of `config`.
 
     Raises:
         InputError: the model's configuration files or the data cannot be read.
