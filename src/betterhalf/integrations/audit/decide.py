@@ -132,7 +132,7 @@ def _decide(role: Role, framework: Framework, state: _State) -> Finding:
 
 
 def _deciding_rule(role: Role, framework: Framework, state: _State) -> tuple[Rule, str | None]:
-    """Return the first rule that holds, or that may hold: then with the key whose value only the launch resolves."""
+    """Return the first rule that holds or may hold; if it may, also the key whose value only the launch resolves."""
     for rule in framework.rules:
         if rule.role != role:
             continue

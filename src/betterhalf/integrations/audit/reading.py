@@ -25,7 +25,7 @@ _MISSING = "???"
 """OmegaConf's word for a value that has to be given."""
 
 MAX_DEPTH = 20
-"""Number of files, and of interpolations, that may refer to each other in a row."""
+"""Maximum length of a chain of files, or of interpolations, that refer to each other."""
 
 _MAX_BYTES = 1_000_000
 """Size of the largest file that is parsed: PyYAML takes several seconds for it."""
@@ -70,7 +70,7 @@ class ConfigFile:
 
 
 def read_file(path: Path) -> ConfigFile:
-    """Read and parse a file; its name's ending tells the format, and a file with another ending is a script.
+    """Read and parse a file; its extension gives the format, and any other extension means a shell script.
 
     Raises:
         InputError: the file cannot be read or parsed.

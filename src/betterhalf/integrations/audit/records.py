@@ -26,7 +26,7 @@ ROLES: dict[Role, str] = {
     "logprobs": "trainer logprobs",
     "scaler": "loss scaler",
 }
-"""Role -> name for people, in the order in which roles are decided: a rule may refer to an earlier one."""
+"""Role -> displayed name, in the order in which roles are decided: a rule may refer to an earlier one."""
 
 DECISIVE: tuple[Role, ...] = ("compute", "masters", "wire", "engine", "kv", "scaler")
 """Roles that have to be decided before both sides are known to agree."""
@@ -62,7 +62,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Is:
-    """Condition: a key has one of some values, compared in lower case; `*` matches anything."""
+    """Condition: a key has one of some values, compared without regard to case; `*` matches anything."""
 
     key: str
     """Dotted key."""
@@ -157,7 +157,7 @@ class Trap:
     """Behaviour that a configuration does not show."""
 
     text: str
-    """Sentence for people."""
+    """Sentence for the user."""
     source: str
     """File and line of the framework's source, or an issue."""
     when: tuple[Condition, ...]
@@ -202,12 +202,12 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Framework:
-    """All that the audit knows about one framework, read from some of its versions."""
+    """Everything that the audit knows about one framework, read from some of its versions."""
 
     name: str
     """Name for `--framework`."""
     title: str
-    """Name for people."""
+    """Displayed name."""
     versions: tuple[str, ...]
     """Releases or commits that the rules were read from; the first is the one that `source` lines refer to."""
     repository: str
@@ -237,7 +237,7 @@ class Framework:
         return self.versions[0]
 
     def known_keys(self) -> frozenset[str]:
-        """Return every key that a rule, trap, recipe or choice reads."""
+        """Return every key that a rule, trap, recipe, choice or implied setting reads, and that a recipe sets."""
         rows: tuple[Rule | Trap | Recipe | Implied, ...] = (*self.rules, *self.traps, *self.recipes, *self.implied)
         keys = {condition.key for row in rows for condition in row.when if isinstance(condition, Is | Has)}
         keys |= {rule.value.key for rule in self.rules if isinstance(rule.value, FromKey)}
@@ -255,7 +255,7 @@ class Finding:
     key: str | None
     """Key that decided it; None if the framework's code fixes it."""
     rule: str
-    """Deciding setting and reason, as a sentence for people."""
+    """Deciding setting and reason, as a sentence for the user."""
     source: str
     """File and line of the framework's source."""
 
@@ -300,5 +300,5 @@ class Audit:
 
 
 def matches(patterns: tuple[str, ...], text: str) -> bool:
-    """Return whether a text matches one of some patterns, in lower case."""
+    """Return whether a text matches one of some patterns, without regard to case."""
     return any(fnmatchcase(text.lower(), pattern.lower()) for pattern in patterns)

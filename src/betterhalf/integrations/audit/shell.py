@@ -20,7 +20,7 @@ _ARRAY = re.compile(r"\$\{([A-Za-z_]\w*)\[[@*]\]\}")
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)(?::?[-=]([^{}]*))?\}|([A-Za-z_]\w*))")
 _SETTING = re.compile(r"(\+{0,2}|~)([A-Za-z_][\w./@-]*)=(.*)", re.DOTALL)
 _MAX_LINES = 500
-"""Lines of the longest quote or array; without a bound, an apostrophe in a long script would take minutes."""
+"""Maximum number of lines of a quote or an array; without it, an apostrophe in a long script would take minutes."""
 _SEPARATORS = frozenset({";", "&", "&&", "|", "||", "(", ")", "{", "}"})
 
 

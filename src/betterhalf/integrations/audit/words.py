@@ -5,7 +5,8 @@ from __future__ import annotations
 from betterhalf.integrations.audit.records import Depends, Like
 
 CHECKPOINT = Depends("the checkpoint's dtype")
-"""vLLM's and SGLang's `auto`: BF16 for a BF16 checkpoint, FP16 for one in FP16 or FP32."""
+"""vLLM's and SGLang's `auto`: the format of a half checkpoint; for one in FP32, BF16 or FP16, depending on the engine,
+its version and the device."""
 
 AUTO_ENGINE = {"auto": CHECKPOINT}
 """Words for the dtype of an engine."""

@@ -1,4 +1,4 @@
-"""The watchdog of a TRL run: the rules of betterhalf's own runs, with the actions that change no number of TRL's."""
+"""The watchdog of a TRL run: the rules of betterhalf's own runs, with the actions that leave TRL's numbers alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT = tuple(
     for level in WatchdogConfig().levels
     if level.metric.startswith(("mismatch/", "budget/"))
 )
-"""Default rules of betterhalf's own runs on what the callback measures; none of them stops."""
+"""betterhalf's default rules on the mismatch and the budget, each with the action `warn`."""
 
 _ACTIONS = ("warn", "stop")
 
@@ -52,7 +52,7 @@ class Alarms:
         self._state = WatchState()
 
     def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Count the steps of the rows of `metrics.jsonl`, which a resumed training does not repeat."""
+        """Restore the state from the rows of `metrics.jsonl`, whose steps a resumed training does not repeat."""
         self._state = WatchState()
         for row in rows:
             try:

@@ -116,7 +116,7 @@ def trainer_logprobs(trainer: GRPOTrainer, output: Mapping[str, Any]) -> Tensor:
     """Return log pi of the completions of this process before any update, [B, L].
 
     TRL has them, unless each update follows a rollout batch of its own (`gradient_accumulation_steps` is a multiple of
-    `steps_per_generation * num_iterations`) and it corrects no mismatch to vLLM. Then this is one more pass.
+    `steps_per_generation * num_iterations`) and it corrects no mismatch to vLLM. Then this costs one more forward pass.
     """
     known: Tensor | None = output.get("old_per_token_logps")
     if known is not None:

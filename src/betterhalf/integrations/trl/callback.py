@@ -2,7 +2,7 @@
 
 transformers shows a callback the model and the optimizer, but not the trainer, and has no event between sampling and
 the first update. So the callback takes the trainer, as TRL's own callbacks do, and during training it replaces two of
-the trainer's methods by ones that call them: `_generate_and_score_completions`, whose result it reads, and
+the trainer's methods with ones that call them: `_generate_and_score_completions`, whose result it reads, and
 `_get_grad_norm`. With `record_generate` it also replaces the model's `generate`. No result is changed.
 """
 
@@ -111,7 +111,7 @@ class BetterhalfCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_more: Any
     ) -> None:
-        """Create the run folder, or continue it, and start to read."""
+        """Create the run folder, or continue it, and replace the trainer's methods."""
         self._restore()
         done, resumed = self._steps_before(state.global_step), state.global_step > 0
         if state.is_world_process_zero:
@@ -129,7 +129,7 @@ class BetterhalfCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_more: Any
     ) -> None:
-        """Keep the loss scale of the step."""
+        """Keep the loss scale before the step."""
         self._scale = loss_scale(self._trainer)
 
     def on_optimizer_step(
@@ -153,7 +153,7 @@ class BetterhalfCallback(TrainerCallback):
         if state.is_world_process_zero:
             self._record.end()
 
-    # -- methods that stand for the trainer's
+    # -- methods that replace the trainer's
 
     def _generate_and_score(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Call TRL's method and measure its result, but not that of an evaluation."""
@@ -177,7 +177,7 @@ class BetterhalfCallback(TrainerCallback):
         return norm
 
     def _restore(self) -> None:
-        """Give the trainer its methods back, if they are replaced; an interrupted training leaves them so."""
+        """Restore the trainer's methods, if they are replaced; an interrupted training leaves them replaced."""
         if self._inner is not None:
             del self._trainer._generate_and_score_completions, self._trainer._get_grad_norm
             self._inner = None

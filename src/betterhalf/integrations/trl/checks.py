@@ -1,4 +1,4 @@
-"""Refusals, before training: a trainer of TRL whose mismatch cannot be measured, with the fix."""
+"""Checks of a TRL trainer before training: one whose mismatch cannot be measured is refused, with the fix."""
 
 from __future__ import annotations
 

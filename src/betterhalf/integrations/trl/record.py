@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class TrlRecord:
-    """Files of one run; only the main process has one."""
+    """Files of one run; only the main process writes them."""
 
     def __init__(self, run: RunDir, trainer: GRPOTrainer, sampler: Sampler, rollouts_per_step: int) -> None:
         """Write nothing yet; keep `rollouts_per_step` rollouts of each step."""
@@ -53,7 +53,8 @@ class TrlRecord:
             resume: TRL continues from a checkpoint.
 
         Raises:
-            InputError: the folder holds a run and TRL starts a new one, or the other way round.
+            InputError: the folder holds a run and TRL starts a new one, or the other way round; or another process
+                works in it.
         """
         self._open.close()
         RunDir.create(self._run.path, resume=resume)

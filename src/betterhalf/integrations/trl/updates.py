@@ -63,7 +63,7 @@ def read_update(trainer: GRPOTrainer, scale_before: float, grad_norm: float, lea
 
 
 def update_metrics(updates: Sequence[Update], policy_version: int) -> dict[str, MetricValue]:
-    """Return `optim/*` and the policy version after these optimizer steps; nothing without one."""
+    """Return `optim/*` and the policy version after these optimizer steps; empty without any."""
     if not updates:
         return {}
     applied = [update.grad_norm for update in updates if not update.skipped and math.isfinite(update.grad_norm)]
