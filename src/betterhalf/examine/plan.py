@@ -269,8 +269,8 @@ def _refusals(config: RunConfig, module: nn.Module) -> tuple[str, ...]:
     if compute == "fp32" or not bare:
         return ()
     return (
-        f"the trainer has no precision rule for every layer of this model in {compute}: it also multiplies by weights "
-        f"in {bare[0]}: it is trained with precision.compute_dtype=fp32 alone",
+        f"the trainer has no precision rule for some layers of this model in {compute}: it also multiplies by weights "
+        f"in {bare[0]}; train it with precision.compute_dtype=fp32",
     )
 
 
@@ -281,7 +281,7 @@ _WHOLE: dict[WholeReason, tuple[str, str]] = {
         "and write it with save_pretrained",
     ),
     "conversion": (
-        "transformers makes other tensors of those in the model's safetensors files, which cannot be read in parts",
+        "transformers converts the tensors of the model's safetensors files, so these cannot be read in parts",
         ". If that is too much, convert them once: load the model with transformers' from_pretrained, and write it "
         "with save_pretrained(..., save_original_format=False)",
     ),

@@ -140,7 +140,7 @@ def _note_dropout(adapter: str, mode: OutputMode) -> None:
     """Show a note, once in a process, if the adapter was trained with dropout, which is left out here."""
     dropout = read_adapter_folder(adapter).dropout
     if dropout:
-        _show_once(f"lora.adapter={adapter} was trained with dropout {dropout:g}; it is continued without", mode)
+        _show_once(f"lora.adapter={adapter} was trained with dropout {dropout:g}; it continues without dropout", mode)
 
 
 def show_notes(model: ModelFacts, mode: OutputMode = "auto", lora: LoraConfig | None = None) -> None:
