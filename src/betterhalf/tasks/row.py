@@ -47,6 +47,8 @@ class BadRow:
     """Fix, as a clause in the imperative."""
     room: int | None = None
     """Largest `sampling.max_tokens` that fits beside the prompt; set when only that is too large."""
+    too_long: bool = False
+    """True if a model with a longer context could use the row."""
     filtered: bool = False
     """True if the configuration asks to leave the row out, which is not an error."""
 

@@ -195,13 +195,13 @@ def _fitted(row: Row, token_ids: Sequence[int] | BadRow, limits: PromptLimits) -
         return BadRow(place=row.place, reason=reason, fix="raise it", filtered=True)
     if room <= 0:
         reason = f"its prompt of {size} tokens leaves no room in the model's context of {limits.context_length}"
-        return BadRow(place=row.place, reason=reason, fix="shorten or drop it")
+        return BadRow(place=row.place, reason=reason, fix="shorten or drop it", too_long=True)
     if room < limits.max_tokens:
         reason = (
             f"its prompt of {size} tokens and {limits.max_tokens_key}={limits.max_tokens} exceed the model's context "
             f"of {limits.context_length}"
         )
-        return BadRow(place=row.place, reason=reason, fix="shorten or drop it", room=room)
+        return BadRow(place=row.place, reason=reason, fix="shorten or drop it", room=room, too_long=True)
     return token_ids
 
 
@@ -250,7 +250,7 @@ def _fixes(bad: Sequence[BadRow], max_tokens_key: str) -> list[str]:
     rooms = [row.room for row in bad if row.room is not None]
     if len(rooms) == len(bad):
         fixes = [f"set {max_tokens_key}={min(rooms)} or less"]
-    if any("context" in row.reason for row in bad):
+    if any(row.too_long for row in bad):
         fixes.append("choose a model with a longer context")
     return fixes
 

@@ -118,6 +118,13 @@ def test_each_defect_is_named_with_what_to_do(
     task.close()
 
 
+def test_a_longer_context_is_advised_only_where_it_would_help(tmp_path: Path, tokenizer: Any) -> None:
+    unreadable = {"problem": "1+1=", "answer": "\\frac{context"}
+    with pytest.raises(InputError, match="no completion can match its answer .*context") as caught:
+        screen(task_of(rows_file(tmp_path, SUM, unreadable), tokenizer), LIMITS, REFUSE)
+    assert "longer context" not in str(caught.value)
+
+
 def test_tokens_that_the_model_does_not_have_are_a_defect(tmp_path: Path, tokenizer: Any) -> None:
     task = task_of(rows_file(tmp_path, SUM), tokenizer)
     small = PromptLimits(context_length=128, max_tokens=40, vocab_size=12)
