@@ -9,6 +9,7 @@ metrics, which appear as `loss/NAME`.
 
 from __future__ import annotations
 
+import os
 import re
 import traceback
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from betterhalf.algorithms.presets import Algorithm
 
 
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 _METRIC_NAME = re.compile(r"[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)*")
 
 
@@ -135,6 +137,6 @@ def _metric(name: Any, value: Any, inputs: LossInputs) -> Tensor:
 
 
 def _place(error: BaseException) -> str:
-    """Return the file and line that raised the error; empty if it was the call itself, as with wrong arguments."""
-    frames = traceback.extract_tb(error.__traceback__)[1:]
+    """Return the innermost file and line outside torch; empty if it was the call itself, as with wrong arguments."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if not frame.filename.startswith(_TORCH)]
     return f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""

@@ -49,6 +49,7 @@ def inputs(tokens: int = 8) -> LossInputs:
 MISTAKES = {
     "return 1 / 0": r"raised ZeroDivisionError at .*loss0.py:5: division by zero",
     "raise SystemExit(0)": r"raised SystemExit at .*loss0.py:5: 0",
+    "return torch.nn.functional.softmax(x, dim=5)": r"raised IndexError at .*loss0.py:5: Dimension out of range",
     "return inputs.logprobs": r"raised AttributeError.*no attribute 'logprobs'",
     "return 0.5": "returned float; return a tensor",
     "return None": "returned NoneType; return a tensor",
