@@ -121,6 +121,7 @@ def _delete(path: Path) -> None:
     """Delete a checkpoint, if possible. It is renamed first, so that no part of it is ever taken for a checkpoint."""
     deleted = path.with_name(f".{path.name.strip('.').removesuffix('.replaced')}.deleted")
     with contextlib.suppress(OSError):
+        shutil.rmtree(deleted, ignore_errors=True)  # left by an earlier attempt
         os.rename(path, deleted)
         shutil.rmtree(deleted, ignore_errors=True)
 

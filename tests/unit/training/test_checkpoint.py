@@ -54,6 +54,15 @@ def test_round_trip(tmp_path: Path) -> None:
     assert found.source == f"checkpoint {path}"
 
 
+def test_what_an_earlier_deletion_left_does_not_keep_a_replaced_checkpoint(tmp_path: Path) -> None:
+    save_step(tmp_path, 3)
+    left = tmp_path / ".step-000003.deleted"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half deleted")
+    save_step(tmp_path, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+
+
 def test_a_checkpoint_of_version_0_1_is_read(tmp_path: Path) -> None:
     """Write the files as version 0.1.0 did."""
     path = tmp_path / "step-000002"
