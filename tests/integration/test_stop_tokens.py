@@ -155,4 +155,4 @@ def test_an_evaluation_where_nothing_ends_says_so(
     few = ("evaluate.max_prompts=2", "evaluate.samples=2", f"run_dir={tmp_path / 'run'}")
     done = betterhalf("evaluate", "demo", "sampling.max_tokens=3", *few)
     assert done.returncode == 0, done.stderr
-    assert "all completions were cut off at sampling.max_tokens=3" in done.stderr
+    assert "arithmetic: all completions were cut off at sampling.max_tokens=3" in done.stderr

@@ -107,7 +107,7 @@ def _summary(parts: Parts, results: dict[str, list[PromptResult]]) -> dict[str, 
 def _notes(name: str, summary: dict[str, Any], config: RunConfig) -> Iterator[str]:
     """Yield what a reader of the numbers must know."""
     if summary["truncated_fraction"] == 1:
-        yield f"all completions were cut off at sampling.max_tokens={config.sampling.max_tokens}; {ADVICE}"
+        yield f"{name}: all completions were cut off at sampling.max_tokens={config.sampling.max_tokens}; {ADVICE}"
     if not any(key.startswith("maj@") for key in summary):
         yield f"{name}: no maj@k, because its task extracts no answers that could be compared"
     gap = summary.get("deployment_gap")
