@@ -234,7 +234,7 @@ def _differences(found: Mapping[Role, Finding]) -> Iterator[str]:
     if engine and wire and engine != "fp8" and wire not in (engine, "fp32"):
         yield f"weights travel in {wire} to an engine in {engine}: they are rounded twice"
     if compute == "fp16" and value.get("scaler") == NO_SCALER:
-        yield "gradients in fp16 without a loss scaler: those below 6e-8 become zero"
+        yield "gradients in fp16 without a loss scaler: those below 3e-8 become zero"
     masters = value.get("masters")
     if masters and masters != "fp32":
         yield f"master weights in {masters}: updates below its rounding step are lost"

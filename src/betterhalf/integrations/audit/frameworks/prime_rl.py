@@ -57,7 +57,7 @@ FRAMEWORK = Framework(
         Rule(
             "engine",
             FromKey("inference.vllm.dtype", CHECKPOINT, AUTO_ENGINE),
-            "passed to vLLM, whose auto is BF16 for a BF16 checkpoint and FP16 for others",
+            "passed to vLLM, whose auto keeps a half checkpoint's dtype and prefers BF16 for one in FP32",
             f"{_INFERENCE}:60",
         ),
         Rule(
