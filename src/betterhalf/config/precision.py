@@ -93,8 +93,8 @@ class PrecisionConfig(Section):
     """Run even if trainer and engine differ in precision (an ablation)."""
     half_matmul: HalfMatmul = "auto"
     """Half matrix products on a CPU: by the processor's half instructions (`native`), or with operands and results on
-    the half grid and sums in FP32 (`fp32_sums`, as in tensor cores). `auto`: `fp32_sums` for FP16, `native` for BF16
-    and for emulated formats. A GPU always uses `native`."""
+    the half grid and sums in FP32 (`fp32_sums`, as in tensor cores). `auto`: `native` for BF16 and emulated formats
+    if the processor has BF16 instructions, else `fp32_sums`. A GPU always uses `native`."""
     fp32_modules: tuple[str, ...] = ()
     """FP32 islands: modules that trainer and engine compute in FP32 while the rest is half, by name or pattern, such as
     `model.layers.3`, `model.layers.*.mlp`, `model.layers.3.mlp.down_proj`, `model.layers.3.self_attn` or
