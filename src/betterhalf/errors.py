@@ -9,6 +9,7 @@
     +-- RunError            (RuntimeError)  exit 3   failure while running
         +-- EngineError                     exit 3   the rollout engine failed or returned impossible values
         |   +-- EngineDiedError             exit 3   the engine's process ended; a new one can replace it
+        |   +-- EngineNumericsError         exit 3   the engine's logits or logprobs are not finite
         +-- TrainerDiedError                exit 3   a rank of the trainer ended; the ranks can start again
         +-- ClusterError                    exit 3   the cluster was lost: its head, or the connection to it
         +-- RewardError                     exit 3   a reward is not a finite number, or the grader failed
@@ -64,6 +65,10 @@ class EngineError(RunError):
 
 class EngineDiedError(EngineError):
     """The engine's process ended or does not answer; `RolloutEngine.restart` starts a new one."""
+
+
+class EngineNumericsError(EngineError):
+    """The engine's logits, logprobs or hidden states are NaN or infinite: it left the range of its format."""
 
 
 class TrainerDiedError(RunError):

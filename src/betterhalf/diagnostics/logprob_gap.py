@@ -21,7 +21,7 @@ from torch import Tensor
 
 from betterhalf import ops
 from betterhalf.diagnostics.experts import ExpertLayer
-from betterhalf.errors import EngineError, NumericsError, RunError
+from betterhalf.errors import EngineNumericsError, NumericsError, RunError
 
 _SERIES_BELOW = 0.02
 """Magnitude of d below which exp(d) - 1 - d is summed as a series: the subtraction would lose its leading digits."""
@@ -186,7 +186,10 @@ def _checked(trainer_logprobs: Tensor, behavior_logprobs: Tensor) -> tuple[Tenso
     if trainer_logprobs.numel() == 0:
         raise ValueError("there are no tokens to measure the mismatch on; pass those of at least one completion.")
     _refuse_non_finite(
-        behavior_logprobs, EngineError, "behavior", "look for overflow in the engine, or run it with precision=fp32"
+        behavior_logprobs,
+        EngineNumericsError,
+        "behavior",
+        "look for overflow in the engine, or run it with precision=fp32",
     )
     _refuse_non_finite(
         trainer_logprobs,

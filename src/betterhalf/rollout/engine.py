@@ -35,7 +35,7 @@ class RolloutEngine(Protocol):
         Raises:
             InputError: a prompt is empty, leaves no room for one more token in the model's context, or holds a token
                 outside the vocabulary.
-            EngineError: a behavior logprob is not finite.
+            EngineNumericsError: a behavior logprob is not finite.
             EngineDiedError: the engine's process ended. After `restart` and `load_weights` the same requests give the
                 same completions.
         """
@@ -55,7 +55,7 @@ class RolloutEngine(Protocol):
         Raises:
             InputError: a sequence has fewer than two tokens, is longer than the model's context, or holds a token
                 outside the vocabulary.
-            EngineError: a logprob is not finite.
+            EngineNumericsError: a logprob is not finite.
         """
         ...
 

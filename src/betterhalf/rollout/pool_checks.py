@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from betterhalf.errors import ContractError, EngineError, WeightSyncError
+from betterhalf.errors import ContractError, EngineError, EngineNumericsError, WeightSyncError
 from betterhalf.precision.contract import SideReport, folded_digest
 from betterhalf.rollout.requests import score_tolerance
 from betterhalf.types import Completion, DtypeName, GenerateRequest
@@ -54,7 +54,8 @@ def check_completions(
     """Refuse completions that do not match the requests.
 
     Raises:
-        EngineError: their number or their policy version is wrong, or a logprob is not finite.
+        EngineError: their number or their policy version is wrong.
+        EngineNumericsError: a logprob is not finite.
     """
     wanted, found = [request.group_size for request in requests], [len(group) for group in groups]
     if wanted != found:
@@ -68,7 +69,7 @@ def check_completions(
                 )
             # A sum is finite only if every term is: logprobs are far too small to overflow a double.
             if not math.isfinite(sum(completion.behavior_logprobs)):
-                raise EngineError(
+                raise EngineNumericsError(
                     f"prompt {request.prompt_id}, sibling {sibling}: a behavior logprob is not finite; set "
                     "precision=bf16 or precision=fp32, or check the model's files for NaN"
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from betterhalf.errors import EngineError, InputError
+from betterhalf.errors import EngineNumericsError, InputError
 from betterhalf.precision.formats import FORMATS
 from betterhalf.types import DtypeName, GenerateRequest
 
@@ -77,11 +77,11 @@ def require_finite_scores(scores: Iterable[Sequence[float]], dtype: str, explain
         explain: returns the reason and the fix for the message; called only on an error.
 
     Raises:
-        EngineError: a logprob is NaN or infinite.
+        EngineNumericsError: a logprob is NaN or infinite.
     """
     for index, logprobs in enumerate(scores):
         if not all(map(math.isfinite, logprobs)):
-            raise EngineError(f"sequence {index}: its logprobs are not finite in {dtype}: {explain()}")
+            raise EngineNumericsError(f"sequence {index}: its logprobs are not finite in {dtype}: {explain()}")
 
 
 _ROUNDOFFS, _RELATIVE = 64, 16

@@ -20,7 +20,7 @@ from betterhalf.diagnostics.logprob_gap import (
     mismatch_metrics,
     position_edges,
 )
-from betterhalf.errors import EngineError, RunError
+from betterhalf.errors import EngineNumericsError, RunError
 from betterhalf.metrics.catalogue import CATALOGUE
 
 mpmath.mp.dps = 50
@@ -153,7 +153,7 @@ def test_pearson_by_hand_and_of_constants() -> None:
 def test_values_that_are_not_finite_are_refused_counted_and_attributed() -> None:
     index, fine = torch.tensor([0, 0, 0]), torch.zeros(3)
     broken = torch.tensor([0.0, math.nan, -math.inf])
-    with pytest.raises(EngineError, match="2 of 3 behavior logprobs are not finite"):
+    with pytest.raises(EngineNumericsError, match="2 of 3 behavior logprobs are not finite"):
         mismatch_metrics(fine, broken, index, 1)
     with pytest.raises(RunError, match="2 of 3 trainer logprobs are not finite"):
         mismatch_metrics(broken, fine, index, 1)

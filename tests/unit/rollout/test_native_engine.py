@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from betterhalf.config.schema import SamplingConfig
-from betterhalf.errors import EngineError, InputError
+from betterhalf.errors import EngineError, EngineNumericsError, InputError
 from betterhalf.precision.products import has_native_matmul
 from betterhalf.rollout.native import engine as engine_module
 from betterhalf.rollout.native.cuda_graphs import batch_bucket
@@ -255,7 +255,7 @@ def test_an_overflow_is_blamed_on_the_prompt_that_made_it_and_does_not_outlive_i
     engine.load_weights(overflowing_on(22, wire(torch.float16)), policy_version=4)
     asked = [*requests(), GenerateRequest(token_ids=(4, 22), group_size=1, key=(0, 1, 9))]
     assert all(22 not in request.token_ids for request in requests())
-    with pytest.raises(EngineError, match=r"prompt 5, sibling 0: .* token 0 are not finite in fp16:.*bf16"):
+    with pytest.raises(EngineNumericsError, match=r"prompt 5, sibling 0: .* token 0 are not finite in fp16:.*bf16"):
         engine.generate(asked, SamplingConfig(max_tokens=1))
     engine.load_weights(wire(torch.float16), policy_version=3)
     assert engine.generate(requests(), sampling) == expected

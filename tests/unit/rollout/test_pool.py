@@ -13,7 +13,14 @@ import torch
 from tests.engine_handles import PartialStream, Stream, StubEngine, ThreadHandle, dies, fails, meets, with_logprob
 
 from betterhalf.config.schema import RunConfig, SamplingConfig
-from betterhalf.errors import ContractError, EngineDiedError, EngineError, InputError, WeightSyncError
+from betterhalf.errors import (
+    ContractError,
+    EngineDiedError,
+    EngineError,
+    EngineNumericsError,
+    InputError,
+    WeightSyncError,
+)
 from betterhalf.precision.contract import SideReport
 from betterhalf.rollout.build import capabilities
 from betterhalf.rollout.engine import RolloutEngine, take_restarts
@@ -283,7 +290,9 @@ def test_nan_in_one_engine_names_it_and_is_not_retried(make: Make) -> None:
 def test_a_logprob_that_is_not_finite_is_refused_even_if_the_engine_returns_it(make: Make, value: float) -> None:
     pool, handles = make(2)
     handles[1].after = lambda verb, answer: with_logprob(answer, value) if verb == "generate" else answer
-    with pytest.raises(EngineError, match=r"engine 1 .*: prompt 5, sibling 1: a behavior logprob is not finite"):
+    with pytest.raises(
+        EngineNumericsError, match=r"engine 1 .*: prompt 5, sibling 1: a behavior logprob is not finite"
+    ):
         pool.generate(REQUESTS, SAMPLING)
 
 

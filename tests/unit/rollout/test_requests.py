@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from betterhalf.errors import EngineError, InputError
+from betterhalf.errors import EngineNumericsError, InputError
 from betterhalf.rollout.requests import check_requests, check_sequences, require_finite_scores, stop_ids
 from betterhalf.types import GenerateRequest
 
@@ -48,7 +48,7 @@ def test_sequences_of_two_tokens_up_to_the_whole_context_can_be_scored() -> None
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_scores_that_are_not_finite_are_named_with_the_reason(bad: float) -> None:
     require_finite_scores([(-1.0, -2.0)], "fp16", lambda: pytest.fail("nothing to explain"))
-    with pytest.raises(EngineError, match="sequence 1: its logprobs are not finite in fp16: it overflows"):
+    with pytest.raises(EngineNumericsError, match="sequence 1: its logprobs are not finite in fp16: it overflows"):
         require_finite_scores([(-1.0,), (-1.0, bad)], "fp16", lambda: "it overflows")
 
 

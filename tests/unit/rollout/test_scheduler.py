@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from betterhalf.config.schema import SamplingConfig
-from betterhalf.errors import EngineError, InputError
+from betterhalf.errors import EngineError, EngineNumericsError, InputError
 from betterhalf.rollout.native.engine import NativeEngine
 from betterhalf.rollout.native.running_batch import RunningBatch
 from betterhalf.rollout.native.scheduler import Capacity, Scheduler
@@ -246,7 +246,9 @@ def test_a_failed_step_drops_the_cache(make_engine: MakeEngine, monkeypatch: pyt
     scheduler.add(requests(1)[0])
     scheduler.step()
     monkeypatch.setattr(engine.decoder, "decode", lambda *_: torch.full((3, 32), float("nan")))
-    with pytest.raises(EngineError, match="prompt 0, sibling 0: the logits of completion token 2 are not finite"):
+    with pytest.raises(
+        EngineNumericsError, match="prompt 0, sibling 0: the logits of completion token 2 are not finite"
+    ):
         scheduler.step()
     assert engine._table is None
     monkeypatch.undo()

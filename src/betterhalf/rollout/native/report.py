@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from betterhalf.config.schema import NativeEngineConfig
-from betterhalf.errors import EngineError
+from betterhalf.errors import EngineNumericsError
 from betterhalf.precision import coverage
 from betterhalf.precision.contract import SideReport, weights_digests
 from betterhalf.precision.emulation import emulation_facts
@@ -22,7 +22,7 @@ def engine_report(decoder: Decoder, precision: Precision, config: NativeEngineCo
     """Return formats, facts and weight digests of a decoder.
 
     Raises:
-        EngineError: it computes NaN or infinity, which no format's grid contains.
+        EngineNumericsError: it computes NaN or infinity, which no format's grid contains.
     """
     weights = decoder.weights
     held, (hidden, cached) = weights.grid(), _probe(decoder)
@@ -50,7 +50,9 @@ def _probe(decoder: Decoder) -> tuple[Tensor, Tensor]:
     hidden, cached = decoder.prefill(torch.arange(count, device=decoder.weights.norm.device), (count,))
     if not bool(hidden.isfinite().all()):
         name = decoder.rounding.format
-        raise EngineError(f"the engine's hidden states are not finite in {name}: {decoder.weights.why_not_finite()}")
+        raise EngineNumericsError(
+            f"the engine's hidden states are not finite in {name}: {decoder.weights.why_not_finite()}"
+        )
     return hidden, cached
 
 

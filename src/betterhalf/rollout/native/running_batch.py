@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from betterhalf.errors import EngineError
+from betterhalf.errors import EngineNumericsError
 from betterhalf.rollout import sampler
 from betterhalf.rollout.native.cuda_graphs import DecodeGraphs
 from betterhalf.rollout.native.decoder import Decoder
@@ -75,7 +75,7 @@ class RunningBatch:
         """Wait for a step and return the sequences that ended with it.
 
         Raises:
-            EngineError: logits or a logprob of a sequence are not finite.
+            EngineNumericsError: logits or a logprob of a sequence are not finite.
         """
         ended, broken = pending.result(self._log)
         if broken:
@@ -113,7 +113,7 @@ class RunningBatch:
         """Name the token whose logits are not finite."""
         (slot,) = [slot for slot, other in enumerate(self.table.sequences) if other is sequence]
         position = int(self.table.positions[slot]) - 1
-        raise EngineError(
+        raise EngineNumericsError(
             f"{sequence.label}, sibling {sequence.sibling}: the logits of completion token {position} are not finite "
             f"in {self._decoder.rounding.format}: {self._decoder.weights.why_not_finite()}"
         )

@@ -128,7 +128,8 @@ class Scheduler:
         """Drop a request: `step` returns nothing more of it, and its slots are free.
 
         Raises:
-            EngineError: as in `step`, because the result of a step that was launched before may be read only now.
+            EngineNumericsError: as in `step`, because the result of a step that was launched before may be read only
+                now.
         """
         table = self._batch.table
         self._queue.drop(number)
@@ -154,7 +155,8 @@ class Scheduler:
         With CUDA graphs, a sequence that has ended is returned one step late.
 
         Raises:
-            EngineError: logits or a logprob of a sequence are not finite; the scheduler cannot be used afterwards.
+            EngineNumericsError: logits or a logprob of a sequence are not finite; the scheduler cannot be used
+                afterwards.
         """
         batch, table = self._batch, self._batch.table
         try:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from betterhalf.config.schema import LoraConfig, SamplingConfig, VllmEngineConfig
 from betterhalf.distributed.group import Membership
-from betterhalf.errors import EngineDiedError, EngineError
+from betterhalf.errors import EngineDiedError, EngineError, EngineNumericsError
 from betterhalf.models.context import context_length
 from betterhalf.precision.contract import SideReport
 from betterhalf.precision.formats import dtype_name
@@ -199,7 +199,7 @@ class VllmEngine:
         token_ids, logprobs, stopped, experts = sampled
         bad = next((i for i, logprob in enumerate(logprobs) if not math.isfinite(logprob)), None)
         if bad is not None or not token_ids:
-            raise EngineError(
+            raise EngineNumericsError(
                 f"{request.label(index)}, sibling {request.first_sibling + sibling}: the logprob of completion token "
                 f"{bad or 0} is not finite in {self._precision.roles.rollout_dtype}; {_NOT_FINITE}"
             )
@@ -331,13 +331,13 @@ class VllmEngine:
         """Report what vLLM really runs, read in its process from live tensors during a pass of a few tokens.
 
         Raises:
-            EngineError: it computes NaN or infinity, which no format's grid contains.
+            EngineNumericsError: it computes NaN or infinity, which no format's grid contains.
         """
         self.wake()
         count = min(_PROBE_TOKENS, self._hf_config.vocab_size, self._context)
         found = self._ask("report", token_ids=tuple(range(count)))
         if not found["finite"]:
-            raise EngineError(
+            raise EngineNumericsError(
                 f"the engine's hidden states are not finite in {self._precision.roles.rollout_dtype}; {_NOT_FINITE}"
             )
         wire = self._precision.roles.wire_dtype if self._wire is None else dtype_name(self._wire)

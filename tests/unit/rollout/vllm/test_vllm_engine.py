@@ -11,7 +11,14 @@ import torch
 from tests.tiny_models import tiny_config
 
 from betterhalf.config.schema import PrecisionConfig, SamplingConfig, VllmEngineConfig
-from betterhalf.errors import ConfigError, EngineDiedError, EngineError, InputError, MissingExtraError
+from betterhalf.errors import (
+    ConfigError,
+    EngineDiedError,
+    EngineError,
+    EngineNumericsError,
+    InputError,
+    MissingExtraError,
+)
 from betterhalf.precision.roles import build_precision
 from betterhalf.rollout.sampler import sequence_key
 from betterhalf.rollout.vllm import engine as engine_module
@@ -112,7 +119,7 @@ def test_scores_take_the_whole_context_and_nothing_beyond(make: Make) -> None:
 def test_a_logprob_that_is_not_finite_is_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_LOGPROB", "nan")
     with pytest.raises(
-        EngineError, match="prompt 1, sibling 0: the logprob of completion token 1 is not finite in fp16"
+        EngineNumericsError, match="prompt 1, sibling 0: the logprob of completion token 1 is not finite in fp16"
     ):
         make().generate([request(1, group_size=0), request(1)], SamplingConfig())
 
