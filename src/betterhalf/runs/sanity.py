@@ -19,7 +19,7 @@ from betterhalf.diagnostics.course import FINAL_STEPS, reward_course
 from betterhalf.environment import environment
 from betterhalf.errors import (
     BetterhalfError,
-    EngineError,
+    EngineNumericsError,
     InputError,
     LossScaleError,
     NumericsError,
@@ -225,8 +225,9 @@ def run_arm(config: RunConfig, name: str, arm: RunDir) -> dict[str, Any]:
     `config` is the arm's own, with the perfectible set as its task: see `arm_config`.
 
     An arm that ends because of its precision (the loss scale at its floor, logprobs that are not finite, a mismatch at
-    which the watchdog stops) has failed the test: a result, recorded with its reason, and the other arms still run. So
-    has one that ends with any other `EngineError`, such as a crash beyond the allowed restarts.
+    which the watchdog stops) has failed the test: a result, recorded with its reason, and the other arms still run. Any
+    other error, such as a crash of the engine beyond the allowed restarts, says nothing about the precision. It is
+    raised, and the arm has no result.
     """
     if _finished(arm):
         return read_json(arm.summary)
@@ -241,7 +242,7 @@ def run_arm(config: RunConfig, name: str, arm: RunDir) -> dict[str, Any]:
         RunDir.create(arm.path, resume=resume)
         with run_lock(arm.path):
             return run_training(config, arm, resume=resume, label=name, kind="arm", after=final_accuracy)
-    except (LossScaleError, EngineError, NumericsError, WatchdogError) as error:
+    except (LossScaleError, EngineNumericsError, NumericsError, WatchdogError) as error:
         failed = {"passed": False, "final_accuracy": None, "reason": str(error)}
         measured = summarise(arm, config) if arm.metrics.exists() else {}
         if isinstance(error, WatchdogError):

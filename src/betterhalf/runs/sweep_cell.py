@@ -9,7 +9,7 @@ from typing import Any
 
 from betterhalf.config.load import load_config
 from betterhalf.config.schema import ArithmeticTask, PrecisionConfig, RunConfig, TaskConfig
-from betterhalf.errors import EngineError, LossScaleError, NumericsError, WatchdogError
+from betterhalf.errors import EngineNumericsError, LossScaleError, NumericsError, WatchdogError
 from betterhalf.run_dir import RunDir, read_json, write_json_atomic
 from betterhalf.run_lock import run_lock
 from betterhalf.runs.assembly import Parts, assemble
@@ -27,8 +27,8 @@ def run_cell(config: RunConfig, label: str, run: RunDir) -> None:
     """Train one cell in its run folder; an unfinished one continues from its last checkpoint.
 
     A run that ends because of its precision (the loss scale at its floor, logprobs that are not finite, a mismatch at
-    which the watchdog stops), or with any other `EngineError`, such as a crash beyond the allowed restarts, is a
-    result, recorded with its reason. Any other error is raised.
+    which the watchdog stops) is a result, recorded with its reason. Any other error is raised, also a crash of the
+    engine beyond the allowed restarts.
     """
     resume, started = run.holds_run, time.perf_counter()
 
@@ -39,7 +39,7 @@ def run_cell(config: RunConfig, label: str, run: RunDir) -> None:
         RunDir.create(run.path, resume=resume)
         with run_lock(run.path):
             run_training(config, run, resume=resume, label=label, kind="cell", after=final_accuracy)
-    except (LossScaleError, EngineError, NumericsError, WatchdogError) as error:
+    except (LossScaleError, EngineNumericsError, NumericsError, WatchdogError) as error:
         stopped = isinstance(error, WatchdogError)
         measured = read_json(run.summary) if stopped else summarise(run, config) if run.metrics.exists() else {}
         seconds = time.perf_counter() - started
