@@ -17,7 +17,7 @@ from torch import Tensor
 from betterhalf.cluster.build import BACKENDS, Sides
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import RunError, TrainerDiedError
-from betterhalf.metrics.catalogue import check_known
+from betterhalf.metrics.names import check_known
 from betterhalf.precision import products
 from betterhalf.precision.roles import Precision
 from betterhalf.report.page import write_report

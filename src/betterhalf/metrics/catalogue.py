@@ -6,14 +6,10 @@ thresholds or follow from definitions; a value outside its band is a reason to l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from difflib import get_close_matches
-
-from betterhalf.errors import InputError
-from betterhalf.metrics.evaluation import MEANING, TEMPLATES, is_evaluation
+from betterhalf.metrics.evaluation import MEANING, TEMPLATES
 from betterhalf.metrics.experts import EXPERTS
 from betterhalf.metrics.lora import LORA
-from betterhalf.metrics.metric import FREE_AREAS, Band, Metric
+from betterhalf.metrics.metric import Band, Metric
 from betterhalf.metrics.regularisation import REGULARISATION
 from betterhalf.metrics.restarts import ENGINE_RESTARTS, RANK_RESTARTS
 from betterhalf.metrics.staleness import STALENESS
@@ -344,16 +340,6 @@ _AREAS = {
     "time": "Time of each part of a step. Differs between a run and its repetition.",
     "system": "Speed and memory. Differs between a run and its repetition.",
 }
-
-
-def check_known(names: Iterable[str]) -> None:
-    """Raise InputError for a name neither in the catalogue nor in a free area; the message names the nearest."""
-    for name in names:
-        if name not in CATALOGUE and name.partition("/")[0] not in FREE_AREAS and not is_evaluation(name):
-            near = get_close_matches(name, CATALOGUE, n=1, cutoff=0.0)[0]
-            raise InputError(
-                f"metric {name!r} is not in the catalogue. Add it to metrics/catalogue.py, or use {near!r}."
-            )
 
 
 def render() -> str:

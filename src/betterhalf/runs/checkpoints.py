@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from concurrent.futures import Future, ThreadPoolExecutor
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import CheckpointError, ConfigError, InputError, TrainerDiedError
-from betterhalf.metrics.catalogue import CATALOGUE
 from betterhalf.metrics.console import show_note
-from betterhalf.metrics.evaluation import is_evaluation
-from betterhalf.metrics.metric import FREE_AREAS
+from betterhalf.metrics.names import is_known, nearest
 from betterhalf.models.description import describe_model
 from betterhalf.models.skeleton import skeleton
 from betterhalf.run_dir import RunDir, read_jsonl, truncate_jsonl
@@ -117,12 +114,11 @@ def require_known_metric(config: RunConfig) -> None:
         ConfigError: the message names the nearest metric.
     """
     metric = config.training.keep_best_metric
-    if metric is None or metric in CATALOGUE or metric.partition("/")[0] in FREE_AREAS or is_evaluation(metric):
-        return
-    near = get_close_matches(metric, CATALOGUE, n=1, cutoff=0.0)[0]
-    raise ConfigError(
-        f"training.keep_best_metric = {metric!r} is not a metric. Did you mean {near!r}? docs/metrics.md lists all."
-    )
+    if metric is not None and not is_known(metric):
+        raise ConfigError(
+            f"training.keep_best_metric = {metric!r} is not a metric. Did you mean {nearest(metric)!r}? "
+            "docs/metrics.md lists all."
+        )
 
 
 def newest(run: RunDir) -> checkpoint.Checkpoint | None:

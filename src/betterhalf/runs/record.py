@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from betterhalf.errors import BetterhalfError
-from betterhalf.metrics.catalogue import check_known
 from betterhalf.metrics.console import Console
+from betterhalf.metrics.names import check_known
 from betterhalf.run_dir import RunDir, append_jsonl
 from betterhalf.runs.assembly import Parts
 from betterhalf.runs.checkpoints import Checkpoints

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -15,8 +14,7 @@ from betterhalf.config.grid import Cell, combination_of
 from betterhalf.config.load import resolved_json
 from betterhalf.config.schema import RunConfig
 from betterhalf.errors import InputError, MissingExtraError
-from betterhalf.metrics.catalogue import CATALOGUE
-from betterhalf.metrics.metric import FREE_AREAS
+from betterhalf.metrics.names import is_known, nearest
 from betterhalf.models.description import ModelDescription, describe_model
 from betterhalf.run_dir import RunDir
 from betterhalf.runs.assembly import checked_algorithm, checked_machine
@@ -96,9 +94,8 @@ def check_curves(names: Sequence[str]) -> None:
         InputError: the message names the nearest metric.
     """
     for name in names:
-        if name not in CATALOGUE and name.partition("/")[0] not in FREE_AREAS:
-            near = get_close_matches(name, CATALOGUE, n=1, cutoff=0.0)[0]
-            raise InputError(f"sweep.curves names {name!r}, which is no metric. Did you mean {near!r}?")
+        if not is_known(name):
+            raise InputError(f"sweep.curves names {name!r}, which is no metric. Did you mean {nearest(name)!r}?")
 
 
 def check_folders(folder: Path, cells: Sequence[Cell]) -> None:

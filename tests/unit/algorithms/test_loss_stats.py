@@ -16,7 +16,7 @@ from betterhalf.algorithms.presets import PRESETS, Algorithm, resolve_algorithm
 from betterhalf.batches import Denominators, LossInputs, TokenTensors
 from betterhalf.config.schema import AlgorithmConfig, RatioConfig
 from betterhalf.distributed.world import SingleProcess, reduce_over_ranks
-from betterhalf.metrics.catalogue import check_known
+from betterhalf.metrics.names import check_known
 
 INDEX = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
 """A long completion of five tokens and a short one of three, under a limit of eight."""

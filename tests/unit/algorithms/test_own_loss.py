@@ -16,7 +16,7 @@ from betterhalf.algorithms.presets import Algorithm, resolve_algorithm
 from betterhalf.batches import Denominators, LossInputs
 from betterhalf.config.schema import AlgorithmConfig
 from betterhalf.errors import ConfigError, RunError
-from betterhalf.metrics.catalogue import check_known
+from betterhalf.metrics.names import check_known
 
 HEAD = "import torch\n\ndef loss(inputs, denominators, algorithm):\n    x = inputs.current_logprobs_C\n"
 OF = Denominators(sequences=2.0, tokens=8.0, max_tokens=8)

@@ -14,7 +14,8 @@ from betterhalf.diagnostics.experts import (
     joined,
     load_metrics,
 )
-from betterhalf.metrics.catalogue import CATALOGUE, check_known
+from betterhalf.metrics.catalogue import CATALOGUE
+from betterhalf.metrics.names import check_known
 
 TRAINER = torch.tensor([[[0, 1], [2, 3]], [[1, 0], [2, 3]], [[4, 1], [3, 0]], [[2, 0], [1, 0]]], dtype=torch.uint8)
 """Four tokens, two layers, two of five experts."""

@@ -10,7 +10,8 @@ import torch
 from betterhalf.diagnostics.logprob_gap import mismatch_metrics
 from betterhalf.diagnostics.staleness import staleness_metrics
 from betterhalf.errors import NumericsError
-from betterhalf.metrics.catalogue import CATALOGUE, check_known
+from betterhalf.metrics.catalogue import CATALOGUE
+from betterhalf.metrics.names import check_known
 
 SAMPLED = torch.tensor([-1.0, -2.0, -0.5])
 NEWEST = torch.tensor([-0.75, -2.5, -0.5])

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from betterhalf.errors import InputError
-from betterhalf.metrics.catalogue import CATALOGUE, check_known, render
+from betterhalf.metrics.catalogue import CATALOGUE, render
 from betterhalf.metrics.metric import Metric
+from betterhalf.metrics.names import check_known
 
 ROOT = Path(__file__).parents[3]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from betterhalf.errors import InputError
-from betterhalf.metrics.catalogue import check_known, render
+from betterhalf.metrics.catalogue import render
 from betterhalf.metrics.evaluation import TEMPLATES, is_evaluation, metric_name
+from betterhalf.metrics.names import check_known
 
 
 @pytest.mark.parametrize(

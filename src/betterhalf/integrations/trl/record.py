@@ -17,8 +17,8 @@ from betterhalf.environment import environment
 from betterhalf.integrations.trl.batch import ScoredBatch
 from betterhalf.integrations.trl.checks import Sampler
 from betterhalf.integrations.trl.settings import run_settings
-from betterhalf.metrics.catalogue import check_known
 from betterhalf.metrics.metric import MetricValue
+from betterhalf.metrics.names import check_known
 from betterhalf.precision.contract import Contract
 from betterhalf.run_dir import RunDir, append_jsonl, read_jsonl, truncate_jsonl, write_json_atomic
 from betterhalf.run_lock import run_lock
