@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from betterhalf.algorithms.own_loss import try_own_loss
 from betterhalf.algorithms.presets import Algorithm, resolve_algorithm
 from betterhalf.cluster.build import Sides, backend_of
 from betterhalf.cluster.trained import LoadTrained
-from betterhalf.config.schema import RunConfig
+from betterhalf.config.schema import ModelConfig, RunConfig
 from betterhalf.errors import ConfigError
 from betterhalf.models.description import ModelDescription, ModelFacts, describe_model
 from betterhalf.precision.device import choose_device
@@ -99,7 +100,7 @@ def assemble(
     """
     algorithm = checked_algorithm(config, evaluating=evaluating)
     described = _checked_model(config, starts=trained is None)
-    task, evaluation = _data(described, config, rows, sets=sets, evaluating=evaluating)
+    task, evaluation = load_data(described, config, rows, sets=sets, evaluating=evaluating)
     try:
         precision = build_precision(config.precision, checked_machine(config, described), exact=config.exact)
         keep_reference = algorithm.reads_reference and not evaluating
@@ -113,8 +114,7 @@ def assemble(
             restores=restores,
         )
     except BaseException:
-        for loaded in (task, *(data.task for data in evaluation)):
-            loaded.close()
+        close_data(task, evaluation)
         raise
     show_notes(sides.model, config.logging.console, config.lora)
     return Parts(
@@ -134,10 +134,19 @@ def unique_tasks(parts: Parts) -> list[Task]:
     return [parts.task, *(data.task for data in parts.evaluation if data.task is not parts.task)]
 
 
-def _data(
-    described: ModelDescription, config: RunConfig, rows: int | None, *, sets: bool, evaluating: bool
+def load_data(
+    described: ModelDescription,
+    config: RunConfig,
+    rows: int | None = None,
+    *,
+    sets: bool = False,
+    evaluating: bool = False,
 ) -> tuple[Task, tuple[EvaluationSet, ...]]:
-    """Load the task and the data sets to evaluate; see `assemble`."""
+    """Load and check the task and the data sets to evaluate; see `assemble` for the arguments.
+
+    Raises:
+        InputError, MissingExtraError, RewardError: the data or the grader cannot be used.
+    """
     if sets:
         evaluation = load_evaluation_sets(described, config, None)
         return evaluation[0].task, evaluation
@@ -151,14 +160,35 @@ def _data(
         raise
 
 
-def check_before_weights(config: RunConfig) -> None:
-    """Run every check of `assemble` that needs neither data nor weights.
+def close_data(task: Task, evaluation: tuple[EvaluationSet, ...]) -> None:
+    """Stop the worker processes of the tasks that `load_data` returned."""
+    for loaded in (task, *(data.task for data in evaluation)):
+        loaded.close()
+
+
+def check_before_weights(
+    config: RunConfig,
+    *,
+    describe: Callable[[ModelConfig], ModelDescription] = describe_model,
+    check_data: Callable[[ModelDescription, RunConfig], None] | None = None,
+) -> ModelDescription:
+    """Run the checks of `assemble` that need no weights, in its order, and return the model's description.
+
+    Args:
+        config: the configuration of a training run.
+        describe: reads the model's configuration files, unless the caller has them already.
+        check_data: loads the data, as `load_data` does, and closes it; by default the data is not checked.
 
     Raises:
-        InputError: the settings contradict each other, or the model or the machine cannot run them.
+        InputError, MissingExtraError, RewardError: the settings contradict each other, or the model, the data or the
+            machine cannot run them.
     """
     checked_algorithm(config, evaluating=False)
-    checked_machine(config, _checked_model(config))
+    described = _checked_model(config, describe=describe)
+    if check_data is not None:
+        check_data(described, config)
+    checked_machine(config, described)
+    return described
 
 
 def checked_machine(config: RunConfig, described: ModelDescription) -> torch.device:
@@ -217,16 +247,27 @@ def _check_centering(config: RunConfig) -> None:
         )
 
 
-def _checked_model(config: RunConfig, *, starts: bool = True) -> ModelDescription:
-    """Read the model's configuration files, and check them against the run's.
+def _checked_model(
+    config: RunConfig, *, starts: bool = True, describe: Callable[[ModelConfig], ModelDescription] = describe_model
+) -> ModelDescription:
+    """Read the model's configuration files, and check them against the run's."""
+    described = describe(config.model)
+    check_described(described, config, starts=starts)
+    return described
+
+
+def check_described(described: ModelDescription, config: RunConfig, *, starts: bool = True) -> None:
+    """Check the model's configuration files against the run's.
 
     Set `starts` to False if trained weights replace the model's own.
+
+    Raises:
+        InputError: the model cannot be trained or sampled as configured.
+        MissingExtraError: a package is missing.
     """
-    described = describe_model(config.model)
     check_model(described, config, starts=starts)
     _check_experts(described, config)
     require_stop_token(described, config.model)
-    return described
 
 
 def _check_experts(described: ModelDescription, config: RunConfig) -> None:

@@ -38,11 +38,9 @@ from betterhalf.runs.evaluation import average_reward, evaluate_prompts
 from betterhalf.runs.perfect import build_perfectible
 from betterhalf.runs.progress import Progress
 from betterhalf.runs.side_by_side import Job, plan_runs, run_jobs
-from betterhalf.runs.train import recorded_threads, require_same_config, run_training, summarise
-from betterhalf.runs.watchdog import require_sound_levels
+from betterhalf.runs.train import check_settings, recorded_threads, require_same_config, run_training, summarise
 from betterhalf.setup.folder import run_folder
 from betterhalf.setup.model_checks import check_roles
-from betterhalf.tracking.kinds import require_trackers
 
 ARM_KEYS = ("passed", "final_accuracy", "mismatch_k3", "mismatch_max_abs", "skipped_steps", "seconds")
 """Keys of an arm's summary that the run's summary repeats."""
@@ -64,8 +62,7 @@ def sanity(config: RunConfig, run_dir: str | None, resume: bool = False) -> dict
         RunError: the disk is full, or a reward cannot be computed.
     """
     require_sound_arms(config)
-    require_sound_levels(config)
-    require_trackers(config.logging)
+    check_settings(config)
     with run_folder(run_dir, "sanity", config.name, resume=resume) as run:
         return _sanity_in(run, config)
 
@@ -172,7 +169,7 @@ def _require_sound(name: str, arm: RunConfig, *, described: bool) -> None:
     try:
         check_roles(arm)
         if described:
-            require_sound_levels(arm)
+            check_settings(arm)
             check_before_weights(arm)
     except BetterhalfError as error:
         raise type(error)(f"in the arm {name}: {error}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,26 +11,44 @@ from transformers import AutoModelForCausalLM
 
 from betterhalf.config.grid import Cell, combination_of
 from betterhalf.config.load import resolved_json
-from betterhalf.config.schema import RunConfig
+from betterhalf.config.schema import ModelConfig, RunConfig
 from betterhalf.errors import InputError, MissingExtraError
 from betterhalf.metrics.names import is_known, nearest
 from betterhalf.models.description import ModelDescription, describe_model
 from betterhalf.run_dir import RunDir
-from betterhalf.runs.assembly import checked_algorithm, checked_machine
+from betterhalf.runs.assembly import (
+    check_before_weights,
+    check_described,
+    checked_algorithm,
+    close_data,
+    load_data,
+)
 from betterhalf.runs.sweep_cell import evaluation_config
-from betterhalf.runs.train import require_same_config
-from betterhalf.runs.watchdog import require_sound_levels
-from betterhalf.setup.data import load_task
-from betterhalf.setup.model_checks import check_model, require_stop_token
-from betterhalf.tracking.kinds import require_trackers
+from betterhalf.runs.train import check_settings, require_same_config
 
 
-@dataclass(slots=True)
 class _Seen:
-    """Models and data that earlier cells have checked already."""
+    """Models and data that earlier cells have read already."""
 
-    models: dict[str, ModelDescription]
-    tasks: set[str]
+    def __init__(self) -> None:
+        self.models: dict[str, ModelDescription] = {}
+        self._data: set[str] = set()
+
+    def describe(self, model: ModelConfig) -> ModelDescription:
+        """Return the description of a model; its files are read once."""
+        key = model.model_dump_json()
+        if key not in self.models:
+            self.models[key] = describe_model(model)
+        return self.models[key]
+
+    def check_data(self, described: ModelDescription, config: RunConfig) -> None:
+        """Check the task and the data sets to evaluate, unless an earlier cell has the same."""
+        sections = resolved_json(config)
+        read = ("model", "task", "sampling", *(("evaluate",) if config.evaluate.every else ()))
+        key = json.dumps([sections[name] for name in read])
+        if key not in self._data:
+            close_data(*load_data(described, config))
+            self._data.add(key)
 
 
 def check_cells(cells: Sequence[Cell]) -> int:
@@ -40,7 +57,7 @@ def check_cells(cells: Sequence[Cell]) -> int:
     Raises:
         InputError: a cell cannot run; the message names it.
     """
-    seen = _Seen(models={}, tasks=set())
+    seen = _Seen()
     for cell in cells:
         try:
             _check(cell.config, seen)
@@ -50,22 +67,9 @@ def check_cells(cells: Sequence[Cell]) -> int:
 
 
 def _check(config: RunConfig, seen: _Seen) -> None:
-    """Run the checks of `assemble` on configuration, model and task, in its order, without reading weights."""
-    require_trackers(config.logging)
-    require_sound_levels(config)
-    checked_algorithm(config, evaluating=False)
-    sections = resolved_json(config)
-    model = json.dumps(sections["model"])
-    if model not in seen.models:
-        seen.models[model] = describe_model(config.model)
-    described = seen.models[model]
-    check_model(described, config)
-    require_stop_token(described, config.model)
-    task = json.dumps([model, sections["task"], sections["sampling"]])
-    if task not in seen.tasks:
-        load_task(described, config).close()
-        seen.tasks.add(task)
-    checked_machine(config, described)
+    """Run the checks of `train`, without reading weights."""
+    check_settings(config)
+    described = check_before_weights(config, describe=seen.describe, check_data=seen.check_data)
     if config.sweep.evaluate is not None:
         _check_evaluation(config, described)
 
@@ -75,7 +79,7 @@ def _check_evaluation(config: RunConfig, described: ModelDescription) -> None:
     evaluation = evaluation_config(config)
     try:
         checked_algorithm(evaluation, evaluating=True)
-        check_model(described, evaluation)
+        check_described(described, evaluation, starts=False)
     except InputError as error:
         raise InputError(f"its evaluation in sweep.evaluate={config.sweep.evaluate} cannot run: {error}") from error
 

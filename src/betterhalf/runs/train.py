@@ -75,9 +75,7 @@ def run_training(
         InputError, RunError: see `train`; in particular a `WatchdogError` if the watchdog stopped the run.
     """
     started = time.perf_counter()
-    require_sound_levels(config)
-    require_known_metric(config)
-    require_trackers(config.logging)
+    check_settings(config)
     if run.config.exists():
         require_same_config(run, config)
         require_same_loss(run, config)
@@ -112,6 +110,18 @@ def run_training(
     finally:
         parts.close()
     return summary
+
+
+def check_settings(config: RunConfig) -> None:
+    """Refuse settings of a training run that cannot take effect, before anything is loaded; see also `assemble`.
+
+    Raises:
+        ConfigError: a level of the watchdog or `training.keep_best_metric` cannot take effect.
+        InputError, MissingExtraError: a tracker cannot be used.
+    """
+    require_sound_levels(config)
+    require_known_metric(config)
+    require_trackers(config.logging)
 
 
 def _formats(config: RunConfig) -> str:
