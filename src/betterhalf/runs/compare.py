@@ -15,9 +15,10 @@ from betterhalf.report.compare_table import comparison_html, comparison_text
 from betterhalf.report.fields import number
 from betterhalf.run_dir import RunDir, read_json, read_jsonl
 
-_IGNORED = ("name", "logging", "watchdog", "sweep", "evaluate", "sanity", "probe", "doctor")
-"""Settings and sections that are not compared: apart from `watchdog`, whose levels may mask tokens or halve the
-learning rate, they change no number of a training run."""
+_IGNORED = ("name", "logging", "sweep", "evaluate", "sanity", "probe", "doctor")
+"""Settings and sections that are not compared: they change no number of a training run."""
+
+_LEVELS = "watchdog.levels"
 
 _K3 = "mismatch/k3/mean"
 
@@ -95,7 +96,7 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
     folders = [folder for path in paths for folder in _runs_in(RunDir.open(path))]
     if not folders:
         raise InputError("there is no run to compare. Name run folders, or the folder of a sanity run or a sweep.")
-    configs = [flat(_optional(folder.config)) for folder in folders]
+    configs = [_settings(folder) for folder in folders]
     names = _names(folders)
     runs = tuple(_compared(folder, name) for folder, name in zip(folders, names, strict=True))
     return Comparison(runs=runs, differences=_differences(configs))
@@ -170,6 +171,18 @@ def _outcome(summary: Mapping[str, Any], course: str | None) -> str:
 def _accuracy(summary: Mapping[str, Any]) -> float | None:
     averages = [value for key, value in summary.items() if key.startswith("avg@")]
     return _finite(summary.get("final_accuracy", next(iter(averages), None)))
+
+
+def _settings(run: RunDir) -> dict[str, Any]:
+    """Return a run's settings by dotted key, without the rules of the watchdog that only warn."""
+    settings = flat(_optional(run.config))
+    if isinstance(levels := settings.get(_LEVELS), list):
+        settings[_LEVELS] = [level for level in levels if not _only_warns(level)]
+    return settings
+
+
+def _only_warns(level: object) -> bool:
+    return isinstance(level, Mapping) and level.get("action") == "warn"
 
 
 def _differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:

@@ -80,6 +80,18 @@ def test_only_settings_that_change_numbers_are_compared(tmp_path: Path) -> None:
     assert compare_runs([a, b]).differences == {"precision.preset": ("fp16", "bf16"), "training.steps": (100, 7)}
 
 
+def test_rules_of_the_watchdog_are_compared_unless_they_only_warn(tmp_path: Path) -> None:
+    warn = {"metric": "mismatch/k3/mean", "above": 1e-3, "action": "warn"}
+    mask = {"metric": "mismatch/k3/mean", "above": 1e-2, "steps": 2, "action": "mask"}
+    levels = {"silent": [], "warns": [warn], "masks": [warn, mask]}
+    silent, warns, masks = (
+        write_run(tmp_path / name, [0.5], watchdog={"levels": rules}) for name, rules in levels.items()
+    )
+    assert compare_runs([silent, warns]).differences == {}
+    assert compare_runs([warns, masks]).differences == {"watchdog.levels": ([], [mask | {"below": None}])}
+    assert 'watchdog.levels=[{"metric": "mismatch/k3/mean"' in str(compare_runs([warns, masks]))
+
+
 def test_the_arms_of_a_sanity_run_and_the_runs_of_a_sweep_are_compared(tmp_path: Path) -> None:
     sanity, sweep = tmp_path / "sanity", tmp_path / "sweep"
     write_run(sanity / "arms" / "fp16", [0.9], summary={"passed": True, "final_accuracy": 0.97})
