@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Point = tuple[float, float]
@@ -20,6 +20,16 @@ def number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
         return math.nan
     return float(value)
+
+
+def finite(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """Return the numbers at `key` in those rows that have one: infinity and NaN are null in the files."""
+    return [value for row in rows if math.isfinite(value := number(row.get(key)))]
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Return the mean; None if there are no values."""
+    return math.fsum(values) / len(values) if values else None
 
 
 def mapping(tree: object, key: str) -> Mapping[str, Any]:

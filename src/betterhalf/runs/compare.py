@@ -12,7 +12,7 @@ from betterhalf.config.load import flat
 from betterhalf.diagnostics.course import FINAL_STEPS, reward_course
 from betterhalf.errors import InputError
 from betterhalf.report.compare_table import comparison_html, comparison_text
-from betterhalf.report.fields import number
+from betterhalf.report.fields import finite, mean, number
 from betterhalf.run_dir import RunDir, read_json, read_jsonl
 
 _IGNORED = ("name", "logging", "sweep", "evaluate", "sanity", "probe", "doctor")
@@ -132,9 +132,9 @@ def _without_layout(parts: Sequence[str]) -> list[str]:
 
 def _compared(run: RunDir, name: str) -> ComparedRun:
     summary, rows = _optional(run.summary), read_jsonl(run.metrics)
-    rewards = _column(rows, "rollout/reward/mean")
+    rewards = finite(rows, "rollout/reward/mean")
     course = reward_course(rewards, FINAL_STEPS) if rewards else None
-    skipped = _column(rows, "optim/skipped")
+    skipped = finite(rows, "optim/skipped")
     return ComparedRun(
         name=name,
         path=str(run.path),
@@ -146,9 +146,9 @@ def _compared(run: RunDir, name: str) -> ComparedRun:
         first_reward=course.first if course else None,
         final_reward=course.final if course else None,
         accuracy=_accuracy(summary),
-        k3=_mean(_column(rows, _K3)),
+        k3=mean(finite(rows, _K3)),
         k3_not_finite=sum(_K3 in row and not math.isfinite(number(row[_K3])) for row in rows) or None,
-        ratio_max=max(_column(rows, "policy/ratio/max"), default=None),
+        ratio_max=max(finite(rows, "policy/ratio/max"), default=None),
         skipped=int(sum(skipped)) if skipped else None,
         seconds=_finite(summary.get("seconds")),
     )
@@ -192,17 +192,9 @@ def _differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, .
     return {key: found for key, found in values.items() if any(one != found[0] for one in found)}
 
 
-def _column(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    return [value for row in rows if math.isfinite(value := number(row.get(name)))]
-
-
 def _finite(value: object) -> float | None:
     """Return a number; None for anything else, which a damaged file may hold."""
     return found if math.isfinite(found := number(value)) else None
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
 
 
 def _optional(path: Path) -> dict[str, Any]:

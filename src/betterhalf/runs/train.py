@@ -16,6 +16,7 @@ from betterhalf.metrics.console import Console
 from betterhalf.precision.contract import Contract
 from betterhalf.process import chosen_threads
 from betterhalf.report.emulated import emulated_names, emulated_sentence, precision_words
+from betterhalf.report.fields import finite, mean
 from betterhalf.report.page import write_report
 from betterhalf.run_dir import RunDir, read_json, read_jsonl, write_json_atomic
 from betterhalf.runs.assembly import Parts, algorithm_record, assemble, unique_tasks
@@ -282,15 +283,15 @@ def summarise(run: RunDir, config: RunConfig) -> dict[str, Any]:
 
 
 def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    gaps = [abs(row[f"mismatch/prob_gap/{side}"]) for row in rows for side in ("max", "min")]
+    gaps = [abs(gap) for side in ("max", "min") for gap in finite(rows, f"mismatch/prob_gap/{side}")]
     return {
         "first_reward": rows[0]["rollout/reward/mean"],
         "first_truncated_fraction": rows[0]["rollout/truncated_fraction"],
         "last_reward": statistics.fmean(row["rollout/reward/mean"] for row in rows[-10:]),
         "first_kept_reward": _kept_reward(rows[0]),
         "last_kept_reward": statistics.fmean(map(_kept_reward, rows[-10:])),
-        "mismatch_k3": statistics.fmean(row["mismatch/k3/mean"] for row in rows),
-        "mismatch_max_abs": max(gaps),
+        "mismatch_k3": mean(finite(rows, "mismatch/k3/mean")),
+        "mismatch_max_abs": max(gaps, default=None),
         "skipped_steps": int(sum(row["optim/skipped"] for row in rows)),
         "policy_version": int(rows[-1]["policy/version"]),
     }

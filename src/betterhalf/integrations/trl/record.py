@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from betterhalf.integrations.trl.settings import run_settings
 from betterhalf.metrics.metric import MetricValue
 from betterhalf.metrics.names import check_known
 from betterhalf.precision.contract import Contract
+from betterhalf.report.fields import finite, mean
 from betterhalf.run_dir import RunDir, append_jsonl, read_jsonl, truncate_jsonl, write_json_atomic
 from betterhalf.run_lock import run_lock
 from betterhalf.runs.kept_rollouts import KeptRollout, rollout_row
@@ -126,12 +126,13 @@ class TrlRecord:
 
 
 def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    rewards = [reward for row in rows if (reward := row["rollout/reward/mean"]) is not None]
+    rewards = finite(rows, "rollout/reward/mean")
+    gaps = [abs(gap) for side in ("max", "min") for gap in finite(rows, f"mismatch/prob_gap/{side}")]
     return {
         "first_reward": rewards[0] if rewards else None,
-        "last_reward": statistics.fmean(rewards[-10:]) if rewards else None,
-        "mismatch_k3": statistics.fmean(row["mismatch/k3/mean"] for row in rows),
-        "mismatch_max_abs": max(abs(row[f"mismatch/prob_gap/{side}"]) for row in rows for side in ("max", "min")),
+        "last_reward": mean(rewards[-10:]),
+        "mismatch_k3": mean(finite(rows, "mismatch/k3/mean")),
+        "mismatch_max_abs": max(gaps, default=None),
         "skipped_steps": int(sum(row.get("optim/skipped", 0) for row in rows)),
     }
 
