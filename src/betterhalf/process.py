@@ -48,7 +48,7 @@ class Threads:
     wake_microseconds: float | None
     """Time to wake a sleeping thread on another processor; None if not measured."""
     idle_cores: float | None
-    """Number of idle logical processors at the start; None if not measured."""
+    """Number of idle physical cores at the start; None if not measured."""
     reason: str
     """Reason for the waiting policy, in words."""
 
@@ -153,16 +153,21 @@ def _quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
 
 
 def idle_cores(seconds: float = _LOAD_SECONDS) -> float | None:
-    """Measure the mean number of idle logical processors over `seconds`, among those this process may use.
+    """Measure the mean number of idle physical cores over `seconds`, among those this process may use.
 
-    None where Linux's /proc/stat is missing.
+    A core is as idle as the busiest of its logical processors. None where Linux's /proc/stat is missing.
     """
     before = _core_times()
     time.sleep(seconds)
     after = _core_times()
     if not before or not after:
         return None
-    return sum((after[core][0] - before[core][0]) / max(1, after[core][1] - before[core][1]) for core in before)
+    shares: dict[str, float] = {}
+    for cpu, (idle, total) in before.items():
+        share = (after[cpu][0] - idle) / max(1, after[cpu][1] - total)
+        core = _siblings(cpu)
+        shares[core] = min(share, shares.get(core, share))
+    return sum(shares.values())
 
 
 def _core_times() -> dict[int, tuple[int, int]]:
