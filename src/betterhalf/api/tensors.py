@@ -51,7 +51,7 @@ def mismatch_metrics(
 
     Raises:
         InputError: shapes or dtypes do not fit, or there are no completion tokens.
-        EngineError, NumericsError: logprobs of completion tokens are not finite.
+        EngineNumericsError, NumericsError: logprobs of completion tokens are not finite.
     """
     layout = token_layout(trainer_logprobs, mask=mask, sequence_index=sequence_index, num_sequences=num_sequences)
     trainer_C, behavior_C = _both(layout, trainer_logprobs, behavior_logprobs)
