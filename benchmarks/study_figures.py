@@ -5,6 +5,7 @@
     python benchmarks/study_figures.py laptop_llm docs/study/laptop_llm docs/images/laptop_llm.svg
     python benchmarks/study_figures.py formats docs/study/formats docs/images/formats.svg
     python benchmarks/study_figures.py length docs/study/length docs/images/length.svg
+    python benchmarks/study_figures.py long docs/study/long docs/images/long.svg
 
 The first reads `arms/*/metrics.jsonl` of a finished `betterhalf sanity experiments/sanity/collapse.toml`. The SVG has
 its own background, so it reads the same on a light and on a dark page.
@@ -27,7 +28,7 @@ from betterhalf.report.drawing import Drawing
 from betterhalf.report.numbers import Scale
 from betterhalf.run_dir import read_jsonl
 
-REWARD, K3 = "rollout/reward/mean", "mismatch/k3/mean"
+REWARD, K3, RATIO = "rollout/reward/mean", "mismatch/k3/mean", "policy/ratio/max_negative"
 WORDS = {REWARD: "Mean reward", K3: "Mismatch of the two policies: k3 per token, in nats"}
 PAIR = {"fp16": "FP16", "bf16": "BF16"}
 ARMS = {
@@ -44,6 +45,10 @@ ARMS = {
 CURVES = ("real_llm", "laptop_llm")
 """Figures of runs that are committed as `curves.jsonl`, with a row for each arm and step."""
 BITS = {"e8m2": 2, "e8m3": 3, "e8m4": 4, "e8m5": 5, "bf16": 7, "fp16": 10}
+LONG = {"fp16": ("FP16", 0), "bf16": ("BF16", 1), "e8m5": ("5 bits (emulated)", 6)}
+"""Format of the long runs -> label and style."""
+BLOCK = 50
+"""Steps of the long runs that a point stands for."""
 GAP = 24
 """Pixels between figures and around them."""
 
@@ -111,6 +116,23 @@ def over_steps(metric: str, arms: Mapping[str, Rows], **choices: Any) -> Drawing
     return draw(Chart(**chosen, series=tuple(lines)))
 
 
+def in_blocks(metric: str, title: str, curves: Rows, combine: Callable[[Sequence[float]], float]) -> Drawing | None:
+    """Return a line for each format of the long runs; a point combines `BLOCK` steps of all seeds, at the last step."""
+    series = []
+    for name, (label, style) in LONG.items():
+        found: dict[int, list[float]] = defaultdict(list)
+        for curve in curves:
+            if curve["combination"] == f"precision={name}":
+                for step, value in enumerate(curve[metric]):
+                    if value is not None:
+                        found[step // BLOCK].append(value)
+        points = [(BLOCK * (block + 1), combine(values)) for block, values in sorted(found.items())]
+        series.append(Series(tag=label.partition(" (")[0], name=label, style=style, points=points))
+    scale: Scale = "log10" if metric == RATIO else "linear"
+    include = (0.0, 1.0) if scale == "linear" else ()
+    return draw(Chart(key=metric, title=title, scale=scale, include=include, series=tuple(series)))
+
+
 def along(sweep: Sweep, rows: Rows, metric: str, title: str, names: Sequence[str]) -> Drawing | None:
     """Return the runs of a sweep as points, and lines through their means: geometric ones of k3."""
     scale, mean = ("linear", statistics.fmean) if metric == "reward_final" else ("log10", statistics.geometric_mean)
@@ -152,6 +174,12 @@ def figures(name: str, folder: Path) -> list[Drawing | None]:
             along(sweep, rows, "reward_final", "Reward of the last 20 steps", tuple(sweep.lines)),
             along(sweep, rows, "k3_first", "k3 per token of the first steps, in nats", sweep.k3_lines),
         ]
+    if name == "long":
+        curves = read_jsonl(folder / "curves.jsonl")
+        return [
+            in_blocks(REWARD, f"Mean reward of {BLOCK} steps of three seeds", curves, statistics.fmean),
+            in_blocks(RATIO, f"Largest ratio at a negative advantage in {BLOCK} steps", curves, max),
+        ]
     if name in CURVES:
         curves = read_jsonl(folder / "curves.jsonl")
         arms = {arm: [row for row in curves if row["arm"] == arm] for arm in ARMS}
@@ -181,7 +209,7 @@ def beside(drawings: Sequence[Drawing | None]) -> str:
 def main() -> None:
     """Write the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("figure", choices=("collapse", *CURVES, *SWEEPS))
+    parser.add_argument("figure", choices=("collapse", "long", *CURVES, *SWEEPS))
     parser.add_argument("folder", type=Path, help="run folder, or folder below docs/study")
     parser.add_argument("file", type=Path, help="SVG to write")
     arguments = parser.parse_args()

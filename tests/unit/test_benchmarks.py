@@ -142,6 +142,17 @@ def test_points_of_a_sweep_are_its_runs_and_lines_their_means(tmp_path: Path, mo
     assert sorted(k3.tables["clouds"][0]["y"]) == [1e-7, 1e-5, 0.1]
 
 
+def test_points_of_long_runs_combine_the_seeds_of_a_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 steps of two seeds in BF16, whose ratio is unknown in the first step; the second seed has one spike."""
+    quiet = {"rollout/reward/mean": [0.0] * 100, "policy/ratio/max_negative": [None, *[2.0] * 99]}
+    spike = {"rollout/reward/mean": [1.0] * 100, "policy/ratio/max_negative": [None, *[1.0] * 48, 40.0, *[1.0] * 50]}
+    rows = [{"combination": "precision=bf16", **curve} for curve in (quiet, spike)]
+    (tmp_path / "curves.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    reward, ratio = benchmark("study_figures", monkeypatch).figures("long", tmp_path)
+    assert [(line["x"], line["y"]) for line in reward.tables["values"]] == [([50, 100], [0.5, 0.5])]
+    assert [(line["x"], line["y"]) for line in ratio.tables["values"]] == [([50, 100], [40, 2])]
+
+
 def test_predictors_are_judged_by_hand_counted_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     script = benchmark("predict_break", monkeypatch)
     values, broken = [3.0, 2.0, 2.0, 1.0], [True, True, False, False]
