@@ -34,6 +34,9 @@ REWARD = "rollout/reward/mean"
 MAX_PANELS = 36
 """Maximum number of reward panels; the table has every combination."""
 
+_LONG = 500
+"""Steps beyond which a reward curve is drawn as a moving average over its own faint line."""
+
 _MAX_SERIES = 2 * STYLES
 """Maximum number of lines in a figure along an axis."""
 
@@ -110,13 +113,14 @@ def _panel(sweep: Sweep, combination: Row, key: str) -> Figure | None:
     curves = [row for row in sweep.curves if row.get("combination") == combination.get("combination")]
     lines = tuple(_line(curve, style) for style, curve in enumerate(curves))
     title = ", ".join(f"{name} {axis_text(combination, name)}" for name in axis_names(sweep.rows)) or "all runs"
-    image = draw(Chart(key=key, title=f"Reward, {title}", series=lines, include=(0.0, 1.0)))
+    smooth = any(len(line.points) > _LONG for line in lines)
+    image = draw(Chart(key=key, title=f"Reward, {title}", series=lines, include=(0.0, 1.0), smooth=smooth))
     if image is None:
         return None
     return Figure(
         key=key,
         title=title,
-        unit=f"{outcome_text(combination)}; mean reward of each step",
+        unit=f"{outcome_text(combination)}; mean reward of each step{', and moving average' if smooth else ''}",
         image=image,
         caption=f"{counted(len(curves), 'run')}, one line for each seed.",
         numbers=table(["seed", "first", "last", "lowest", "highest"], [_ends(curve) for curve in curves]),

@@ -142,6 +142,18 @@ def test_the_page_says_what_a_label_changes(tmp_path: Path) -> None:
     assert "<td>2</td><td>nothing</td>" in page
 
 
+def test_rewards_of_long_runs_have_a_moving_average(folder: Path) -> None:
+    first, *others = curves(results())
+    lines = [first | {"rollout/reward/mean": [0.5, 1.0] * 300}, *others]
+    (folder / "curves.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    page = write_report([folder], folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("mean reward of each step, and moving average") == 1
+    drawn = {drawing.key: drawing.tables for drawing in drawings_of(page)}
+    averages = drawn["sweep-0-reward-0"]["means"][0]["y"]
+    assert averages[len(averages) // 2] == pytest.approx(0.75, abs=0.01)
+    assert not drawn["sweep-0-reward-1"].get("means")
+
+
 def test_a_page_of_many_combinations_says_how_many_panels_are_missing(tmp_path: Path) -> None:
     many = written(tmp_path / "many", results(rates=20))
     page = write_report([many], many / "report.html").read_text(encoding="utf-8")
