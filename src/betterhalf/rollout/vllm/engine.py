@@ -197,11 +197,14 @@ class VllmEngine:
         version: int,
     ) -> Completion:
         token_ids, logprobs, stopped, experts = sampled
+        label = f"{request.label(index)}, sibling {request.first_sibling + sibling}"
+        if not token_ids:
+            raise EngineError(f"{label}: vLLM returned no token; its log, above, may say why. Continue with --resume")
         bad = next((i for i, logprob in enumerate(logprobs) if not math.isfinite(logprob)), None)
-        if bad is not None or not token_ids:
+        if bad is not None:
             raise EngineNumericsError(
-                f"{request.label(index)}, sibling {request.first_sibling + sibling}: the logprob of completion token "
-                f"{bad or 0} is not finite in {self._precision.roles.rollout_dtype}; {_NOT_FINITE}"
+                f"{label}: the logprob of completion token {bad} is not finite in "
+                f"{self._precision.roles.rollout_dtype}; {_NOT_FINITE}"
             )
         return Completion(
             token_ids=token_ids,

@@ -124,6 +124,12 @@ def test_a_logprob_that_is_not_finite_is_named(make: Make, monkeypatch: pytest.M
         make().generate([request(1, group_size=0), request(1)], SamplingConfig())
 
 
+def test_a_completion_without_tokens_is_no_verdict_on_the_precision(make: Make) -> None:
+    with pytest.raises(EngineError, match="prompt 2, sibling 1: vLLM returned no token") as caught:
+        make()._completion(request(1), 2, 1, ((), (), False, None), version=0)
+    assert not isinstance(caught.value, EngineNumericsError)
+
+
 def test_a_dead_engine_says_so_until_it_is_restarted(
     make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
