@@ -91,7 +91,7 @@ def tokenizer_flags(path: Path) -> dict[str, bool]:
     try:
         with path.open("rb") as file:
             found = _tokenizer_entries(file)
-    except (struct.error, LookupError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+    except (struct.error, LookupError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path} is not a complete GGUF file: its metadata cannot be read; download it again"
         ) from error
@@ -134,18 +134,23 @@ def _value(file: IO[bytes], kind: int) -> str | bool | int:
 
 
 def _string(file: IO[bytes]) -> str:
-    (length,) = struct.unpack("<Q", file.read(8))
-    return file.read(length).decode("utf-8")
+    return file.read(_within(file, *struct.unpack("<Q", file.read(8)))).decode("utf-8")
+
+
+def _within(file: IO[bytes], length: int) -> int:
+    """Return the length of a part; ValueError if it is beyond the file's size."""
+    if length > os.fstat(file.fileno()).st_size:
+        raise ValueError(f"a part of {length} bytes is longer than the file")
+    return length
 
 
 def _skip(file: IO[bytes], kind: int) -> None:
     if kind == _STRING:
-        (length,) = struct.unpack("<Q", file.read(8))
-        file.seek(length, os.SEEK_CUR)
+        file.seek(_within(file, *struct.unpack("<Q", file.read(8))), os.SEEK_CUR)
     elif kind == _ARRAY:
         inner, count = struct.unpack("<IQ", file.read(12))
         if inner in _SIZES:
-            file.seek(count * _SIZES[inner], os.SEEK_CUR)
+            file.seek(_within(file, count * _SIZES[inner]), os.SEEK_CUR)
         else:
             for _ in range(count):
                 _skip(file, inner)

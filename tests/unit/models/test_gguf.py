@@ -102,9 +102,18 @@ def test_a_file_that_changed_is_parsed_again(tmp_path: Path, write_gguf: WriteGg
         struct.pack("<Q", 2**62),
         struct.pack("<Q", 2**63),
         struct.pack("<QsIIQ", 1, b"a", 9, 12, 2**62),
+        struct.pack("<QsIIQ", 1, b"a", 9, 0, 2**45),
+        struct.pack("<QsIQ", 1, b"a", 8, 2**45),
         struct.pack("<QsI", 1, b"a", 9) + struct.pack("<IQ", 9, 1) * 10**5,
     ],
-    ids=["name beyond memory", "name beyond any file", "array beyond any file", "arrays in arrays"],
+    ids=[
+        "name beyond memory",
+        "name beyond any file",
+        "array beyond any file",
+        "array beyond this file",
+        "string beyond this file",
+        "arrays in arrays",
+    ],
 )
 def test_damaged_metadata_is_refused(damaged: bytes, tmp_path: Path) -> None:
     path = tmp_path / "damaged.gguf"
