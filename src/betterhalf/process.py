@@ -167,17 +167,17 @@ def idle_cores(seconds: float = _LOAD_SECONDS) -> float | None:
         share = (after[cpu][0] - idle) / max(1, after[cpu][1] - total)
         core = _siblings(cpu)
         shares[core] = min(share, shares.get(core, share))
-    return sum(shares.values())
+    usable = {_siblings(cpu) for cpu in os.sched_getaffinity(0)}
+    return sum(share for core, share in shares.items() if core in usable)
 
 
 def _core_times() -> dict[int, tuple[int, int]]:
-    """Read (idle time, total time) of each usable logical processor from /proc/stat, in ticks; empty without it."""
+    """Read (idle time, total time) of each logical processor from /proc/stat, in ticks; empty without it."""
     times = {}
-    with suppress(OSError, ValueError, AttributeError):
-        wanted = os.sched_getaffinity(0)
+    with suppress(OSError, ValueError):
         for line in Path("/proc/stat").read_text(encoding="ascii").splitlines():
             name, *values = line.split()
-            if name.startswith("cpu") and name != "cpu" and int(name[3:]) in wanted:
+            if name.startswith("cpu") and name != "cpu":
                 ticks = [int(value) for value in values[:8]]
                 times[int(name[3:])] = (ticks[3] + ticks[4], sum(ticks))
     return times

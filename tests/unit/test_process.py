@@ -87,12 +87,16 @@ def test_a_quota_bounds_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process.usable_cores() == 1
 
 
-def test_a_core_is_idle_only_if_all_its_logical_processors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("usable", "idle"), [({0, 1, 2, 3}, 0.1 + 0.8), ({0}, 0.1), ({1, 3}, 0.8)])
+def test_a_core_is_idle_only_if_all_its_logical_processors_are(
+    usable: set[int], idle: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two cores of two logical processors each: 0 and 2 are on one core, 1 and 3 on the other."""
     monkeypatch.setattr(process, "_siblings", lambda cpu: f"{cpu % 2},{cpu % 2 + 2}")
     samples = iter([dict.fromkeys(range(4), (0, 0)), {0: (10, 10), 1: (10, 10), 2: (1, 10), 3: (8, 10)}])
     monkeypatch.setattr(process, "_core_times", lambda: next(samples))
-    assert process.idle_cores(0.0) == pytest.approx(0.1 + 0.8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: usable)
+    assert process.idle_cores(0.0) == pytest.approx(idle)
 
 
 def test_the_machine_can_be_measured() -> None:
