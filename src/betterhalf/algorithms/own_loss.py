@@ -9,10 +9,9 @@ metrics, which appear as `loss/NAME`.
 
 from __future__ import annotations
 
-import os
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from betterhalf.algorithms.presets import Algorithm
 
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
 _METRIC_NAME = re.compile(r"[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)*")
 
 
@@ -101,7 +99,7 @@ def _called(own: OwnLoss, inputs: LossInputs, denominators: Denominators, algori
     try:
         found = own.function(inputs, denominators, algorithm)
     except (Exception, SystemExit) as error:  # the user's function may raise anything
-        raise _Unusable(f"raised {type(error).__name__}{_place(error)}: {error}.") from error
+        raise _Unusable(f"raised {type(error).__name__}{_place(error, own.function)}: {error}.") from error
     loss, metrics = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
     _require_scalar(loss)
     if not isinstance(metrics, Mapping):
@@ -136,7 +134,12 @@ def _metric(name: Any, value: Any, inputs: LossInputs) -> Tensor:
     return torch.stack((total, total.new_tensor(float(tokens))))
 
 
-def _place(error: BaseException) -> str:
-    """Return the innermost file and line outside torch; empty if it was the call itself, as with wrong arguments."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if not frame.filename.startswith(_TORCH)]
+def _place(error: BaseException, function: Callable[..., Any]) -> str:
+    """Return the last line of the function's own file that the error passed, or the line that raised it.
+
+    Empty if it was the call itself, as with wrong arguments.
+    """
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    file = getattr(getattr(function, "__code__", None), "co_filename", None)
+    frames = [frame for frame in frames if frame.filename == file] or frames
     return f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
