@@ -54,12 +54,7 @@ class StepResult:
 
 
 def train_steps(parts: Parts, progress: Progress, on_step: Callable[[StepResult], None]) -> Progress:
-    """Run the steps after `progress` up to `training.steps`, and call `on_step` after each.
-
-    Raises:
-        Stopped: the watchdog stopped the run before an update.
-        RunError: engine, trainer or reward failed.
-    """
+    """Run the steps after `progress` up to `training.steps`, and call `on_step` after each."""
     with frozen_gc(), sampling(parts, collect_groups) as sampler:
         while progress.step < parts.config.training.steps:
             result = train_step(parts, progress, sampler)
