@@ -13,7 +13,7 @@ from betterhalf.report.drawing import STYLES
 from betterhalf.report.emulated import emulated_sentence
 from betterhalf.report.fields import Point, mapping, mappings, number, texts
 from betterhalf.report.markup import Figure, figures, legend, note, notice, section, table
-from betterhalf.report.numbers import Scale
+from betterhalf.report.numbers import Scale, smoothing_window
 from betterhalf.report.sweep_table import (
     MEASURES,
     Row,
@@ -120,11 +120,16 @@ def _panel(sweep: Sweep, combination: Row, key: str) -> Figure | None:
     return Figure(
         key=key,
         title=title,
-        unit=f"{outcome_text(combination)}; mean reward of each step{', and moving average' if smooth else ''}",
+        unit=f"{outcome_text(combination)}; mean reward of each step",
         image=image,
-        caption=f"{counted(len(curves), 'run')}, one line for each seed.",
+        caption=f"{counted(len(curves), 'run')}, one line for each seed.{_averaged(lines) if smooth else ''}",
         numbers=table(["seed", "first", "last", "lowest", "highest"], [_ends(curve) for curve in curves]),
     )
+
+
+def _averaged(lines: Sequence[Series]) -> str:
+    window = smoothing_window(max(len(line.points) for line in lines))
+    return f" Bold: mean over {window} steps; faint: each step."
 
 
 def _line(curve: Row, style: int) -> Series:

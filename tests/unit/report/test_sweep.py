@@ -147,7 +147,7 @@ def test_rewards_of_long_runs_have_a_moving_average(folder: Path) -> None:
     lines = [first | {"rollout/reward/mean": [0.5, 1.0] * 300}, *others]
     (folder / "curves.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     page = write_report([folder], folder / "report.html").read_text(encoding="utf-8")
-    assert page.count("mean reward of each step, and moving average") == 1
+    assert page.count("Bold: mean over 53 steps; faint: each step.") == 1
     drawn = {drawing.key: drawing.tables for drawing in drawings_of(page)}
     averages = drawn["sweep-0-reward-0"]["means"][0]["y"]
     assert averages[len(averages) // 2] == pytest.approx(0.75, abs=0.01)
