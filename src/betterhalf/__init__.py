@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from betterhalf.errors import ConfigError as ConfigError
     from betterhalf.errors import ContractError as ContractError
     from betterhalf.errors import EngineError as EngineError
+    from betterhalf.errors import EngineNumericsError as EngineNumericsError
     from betterhalf.errors import InputError as InputError
     from betterhalf.errors import LossScaleError as LossScaleError
     from betterhalf.errors import MissingExtraError as MissingExtraError
@@ -60,6 +61,7 @@ __all__ = [
     "ContractError",
     "Denominators",
     "EngineError",
+    "EngineNumericsError",
     "InputError",
     "LossOutput",
     "LossScaleConfig",
@@ -116,8 +118,16 @@ _MODULES = {
     "betterhalf.precision.contract": ("Contract", "SideReport"),
     "betterhalf.api.sides": ("contract", "side_report"),
     "betterhalf.errors": (
-        *("BetterhalfError", "ConfigError", "ContractError", "EngineError", "InputError", "LossScaleError"),
-        *("MissingExtraError", "NumericsError", "PrecisionWarning", "RewardError", "RunError", "WatchdogError"),
+        *("BetterhalfError", "ConfigError", "ContractError", "EngineError", "EngineNumericsError", "InputError"),
+        *(
+            "LossScaleError",
+            "MissingExtraError",
+            "NumericsError",
+            "PrecisionWarning",
+            "RewardError",
+            "RunError",
+            "WatchdogError",
+        ),
     ),
 }
 """Module -> its public names."""

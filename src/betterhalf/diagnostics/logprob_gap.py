@@ -90,7 +90,7 @@ def mismatch_metrics(
         num_sequences: number of sequences, S.
 
     Raises:
-        EngineError: behavior logprobs are not finite.
+        EngineNumericsError: behavior logprobs are not finite.
         NumericsError: trainer logprobs are not finite.
         ValueError: there are no tokens.
     """
@@ -119,7 +119,7 @@ def mismatch_bins(
         edges: ascending; one bin between each two neighbours. Tokens outside are left out.
 
     Raises:
-        EngineError, NumericsError, ValueError: as in `mismatch_metrics`.
+        EngineNumericsError, NumericsError, ValueError: as in `mismatch_metrics`.
     """
     trainer_C, behavior_C = _checked(trainer_logprobs_C, behavior_logprobs_C)
     by_C, bins = by_C.double(), []
@@ -158,7 +158,7 @@ def gap_profile(
         max_length: upper limit of the completion lengths.
 
     Raises:
-        EngineError, NumericsError, ValueError: as in `mismatch_metrics`.
+        EngineNumericsError, NumericsError, ValueError: as in `mismatch_metrics`.
     """
     trainer_C, behavior_C = _checked(trainer_logprobs_C, behavior_logprobs_C)
     positions_C = completion_positions(sequence_index_C)

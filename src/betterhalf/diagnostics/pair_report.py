@@ -171,7 +171,7 @@ def pair_report(
         cluster_index_S: int64 [S], which prompt each completion continues; see `confidence_intervals`.
 
     Raises:
-        EngineError: behavior logprobs are not finite.
+        EngineNumericsError: behavior logprobs are not finite.
         NumericsError: trainer logprobs are not finite.
         ValueError: there are no tokens.
     """

@@ -264,7 +264,7 @@ def compare(train: str, sample: Sample, scores: Scores, config: RunConfig, *, se
     """Return the report on the pair of a sample and its trainer logprobs.
 
     Raises:
-        EngineError, NumericsError: logprobs of the engine, or of the trainer, are not finite.
+        EngineNumericsError, NumericsError: logprobs of the engine, or of the trainer, are not finite.
     """
     names = {name: number for number, name in enumerate(dict.fromkeys(sample.prompt_ids))}
     behavior = sample.only_scored([completion.behavior_logprobs for _, completion in sample.items])

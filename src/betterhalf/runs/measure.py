@@ -103,7 +103,7 @@ def mismatch(batch: StepBatch, measured: Measured, max_tokens: int) -> Gap:
         max_tokens: length limit of a completion, for the profile by position.
 
     Raises:
-        EngineError, NumericsError: logprobs of the engine, or of the trainer, are not finite.
+        EngineNumericsError, NumericsError: logprobs of the engine, or of the trainer, are not finite.
     """
     packs, offsets, sequences = batch.chosen(measured.sample), [], 0
     for pack in packs:

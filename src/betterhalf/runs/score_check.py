@@ -46,7 +46,7 @@ def check_scores(trainer: Trainer, engine: RolloutEngine, model: ModelFacts, pre
 
     Raises:
         WeightSyncError: the mean difference exceeds `tolerance`.
-        EngineError: the engine's logprobs are not finite.
+        EngineNumericsError: the engine's logprobs are not finite.
     """
     difference, mean_logprob = score_difference(trainer, engine, model)
     if not math.isfinite(mean_logprob):

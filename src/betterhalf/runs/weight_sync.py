@@ -27,7 +27,7 @@ def first_sync(parts: Parts) -> FirstSync:
 
     Raises:
         ContractError: the two sides differ in precision and `precision.allow_difference` is false.
-        EngineError: the engine's hidden states or logprobs are not finite.
+        EngineNumericsError: the engine's hidden states or logprobs are not finite.
         NumericsError: the trainer's forward pass gives NaN or infinity.
         WeightSyncError, EngineDiedError: as in `sync_weights`.
     """
@@ -44,7 +44,7 @@ def sync_weights(parts: Parts) -> None:
     Raises:
         WeightSyncError: the engine holds other tensors than were sent, or does not compute with them.
         EngineDiedError: the engine crashed more often than it may be restarted.
-        EngineError: the engine's logprobs are not finite.
+        EngineNumericsError: the engine's logprobs are not finite.
     """
     whole = False
 
