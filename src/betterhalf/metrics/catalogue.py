@@ -35,9 +35,9 @@ _ACCIDENTS_ABOVE = (
     "with only the engine in e8m2 (4e-4)"
 )
 _NEGATIVE_RATIO = (
-    "measured (docs/mismatch.md, docs/study), GRPO on running sums, 4 optimizer steps: up to 13 in FP16 and BF16 in "
-    "120 steps, 58 and 37 in 15,000 (docs/results.md); 793 in e8m4 and 260 in e8m3 (both emulated), which learned with "
-    "dips, 4e6 in e8m2, which collapsed"
+    "measured (docs/mismatch.md, docs/study), GRPO on running sums, 4 optimizer steps, learning rate 3e-4: up to 13 in "
+    "FP16 and BF16 in 120 steps, 58 and 37 in 15,000 (docs/results.md); 793 in e8m4 and 260 in e8m3 (both emulated), "
+    "which learned with dips, 4e6 in e8m2, which collapsed"
 )
 
 _MISMATCH = (
