@@ -153,6 +153,18 @@ def test_points_of_long_runs_combine_the_seeds_of_a_format(tmp_path: Path, monke
     assert [(line["x"], line["y"]) for line in ratio.tables["values"]] == [([50, 100], [40, 2])]
 
 
+def test_a_reward_is_compared_over_an_event_whose_step_was_sampled_before_its_update(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script = benchmark("long_runs", monkeypatch)
+    rewards = [1.0] * 30 + [0.5] * 30
+    assert script.changes(rewards, [29]) == [-0.5]
+    assert script.changes(rewards, [34]) == [0.5 - (15 * 1.0 + 5 * 0.5) / 20]
+    assert script.changes(rewards, [18, 40]) == [], "too few steps on a side"
+    assert script.fallen([0.8] * 10 + [0.0] * 10) == 17, "0.24, after 0.32"
+    assert script.fallen(rewards) is None
+
+
 def test_predictors_are_judged_by_hand_counted_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     script = benchmark("predict_break", monkeypatch)
     values, broken = [3.0, 2.0, 2.0, 1.0], [True, True, False, False]
